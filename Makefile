@@ -1,0 +1,54 @@
+# `make demo` and `make test` each do all the set-up a fresh machine needs; see `make help`.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+ROOMS := pipelines adapters apps configs
+
+# Two test workers with one thread each; torch's own threads would only compete with them. Nothing may reach the Hub.
+PYTEST := OMP_NUM_THREADS=1 DIFFUSERS_ATTN_CHECKS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 -q
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check lint format types stress clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(STAMP) ## make a picture and print where it is
+	$(BIN)/imgdit demo
+
+test: lint types ## lint, format check, types and tests
+	$(PYTEST)
+
+check: test ## the same as `make test`
+
+lint: $(STAMP) ## ruff's rules and format, nothing is changed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(STAMP) ## let ruff repair and format the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# mypy knows neither setuptools' package-dir nor __path__, so it gets the installed layout as a tree of links.
+types: $(STAMP) ## mypy over the package in its installed layout
+	@tree=$$(mktemp -d) && trap 'rm -rf "$$tree"' EXIT && mkdir "$$tree/imgdit" && \
+	ln -s "$(CURDIR)"/imgdit/* "$$tree/imgdit/" && \
+	for room in $(ROOMS); do ln -s "$(CURDIR)/$$room" "$$tree/imgdit/$$room"; done && \
+	cd "$$tree" && "$(CURDIR)/$(BIN)/mypy" --config-file "$(CURDIR)/pyproject.toml" \
+		--cache-dir "$(CURDIR)/.mypy_cache" -p imgdit
+
+stress: $(STAMP) ## the tests marked slow
+	$(PYTEST) -m slow
+
+clean: ## remove the environment, caches and build outputs
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The project installs without build isolation: setuptools comes from the lock, so nothing outside it is fetched.
+$(STAMP): requirements.lock pyproject.toml
+	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --requirement requirements.lock
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@

@@ -1,0 +1,1 @@
+"""Attach trained adapters to diffusers pipelines and to ours."""

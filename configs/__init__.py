@@ -1,0 +1,1 @@
+"""Recipes as YAML files; read them with ``importlib.resources.files("imgdit.configs")``."""

@@ -1,0 +1,57 @@
+"""Controllable image generation with diffusion transformers.
+
+The names below are imported when they are first used, so `import imgdit` costs milliseconds and loads no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "DiffusionPipeline": "imgdit.compat",
+    "Frame": "imgdit.frames",
+    "FrameLayout": "imgdit.frames",
+    "ImgDiTPipeline": "imgdit.pipelines.text_to_image",
+    "ImgDiTPipelineOutput": "imgdit.pipelines.text_to_image",
+    "KVCache": "imgdit.attention",
+    "MMDiT": "imgdit.models.mmdit",
+    "ModelMixin": "imgdit.compat",
+    "MultiFrameFlowMatchScheduler": "imgdit.schedulers.flow_match",
+    "SchedulerMixin": "imgdit.compat",
+}
+__all__ = list(_EXPORTS)
+
+# A wheel holds imgdit/pipelines and its siblings; a checkout keeps them next to imgdit/, so look there as well.
+_here = Path(__file__).resolve().parent
+if not (_here / "pipelines").exists() and (_here.parent / "pipelines" / "__init__.py").exists():
+    __path__.append(str(_here.parent))
+
+if TYPE_CHECKING:
+    from imgdit.attention import KVCache as KVCache
+    from imgdit.compat import DiffusionPipeline as DiffusionPipeline
+    from imgdit.compat import ModelMixin as ModelMixin
+    from imgdit.compat import SchedulerMixin as SchedulerMixin
+    from imgdit.frames import Frame as Frame
+    from imgdit.frames import FrameLayout as FrameLayout
+    from imgdit.models.mmdit import MMDiT as MMDiT
+    from imgdit.pipelines.text_to_image import ImgDiTPipeline as ImgDiTPipeline
+    from imgdit.pipelines.text_to_image import ImgDiTPipelineOutput as ImgDiTPipelineOutput
+    from imgdit.schedulers.flow_match import MultiFrameFlowMatchScheduler as MultiFrameFlowMatchScheduler
+else:
+    # Hidden from type checkers, which would otherwise accept any attribute of this package.
+    def __getattr__(name: str) -> object:
+        if name not in _EXPORTS:
+            from difflib import get_close_matches
+
+            nearest = get_close_matches(name, _EXPORTS, n=1, cutoff=0)
+            raise AttributeError(f"module 'imgdit' has no attribute {name!r}; the nearest name is {nearest[0]!r}")
+        value = globals()[name] = getattr(import_module(_EXPORTS[name]), name)
+        return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_EXPORTS})

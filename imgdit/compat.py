@@ -1,0 +1,92 @@
+"""The one place that registers with diffusers and touches its private names.
+
+Importing this module makes diffusers able to save and load components of imgdit (`model_index.json` entries of the
+library "imgdit"), also from the Hub and without `trust_remote_code`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import ModelMixin, SchedulerMixin
+from diffusers.hooks._helpers import (
+    AttentionProcessorMetadata,
+    AttentionProcessorRegistry,
+    TransformerBlockMetadata,
+    TransformerBlockRegistry,
+)
+from diffusers.models.attention_dispatch import (
+    AttentionBackendName,
+    _AttentionBackendRegistry,
+    dispatch_attention_fn,
+)
+from diffusers.pipelines import auto_pipeline, pipeline_loading_utils
+from diffusers.utils import is_xformers_available
+
+__all__ = ["DiffusionPipeline", "ModelMixin", "SchedulerMixin"]
+
+_SAVE_AND_LOAD = ["save_pretrained", "from_pretrained"]
+# The library's classes are found by name on the package `imgdit`, their base classes too: it re-exports both.
+pipeline_loading_utils.LOADABLE_CLASSES.setdefault(
+    "imgdit", {"ModelMixin": _SAVE_AND_LOAD, "SchedulerMixin": _SAVE_AND_LOAD}
+)
+
+
+class DiffusionPipeline(diffusers.DiffusionPipeline):
+    """Loads any imgdit pipeline by the class its `model_index.json` names.
+
+    diffusers looks that class up in the root package of the loading class, and only if it is called like this one.
+    """
+
+
+def register_block(block: type, *, hidden_states: int, encoder_hidden_states: int | None) -> None:
+    """Tell diffusers' step caches and layer skipping where a block's streams stand in its returned tuple."""
+    TransformerBlockRegistry.register(
+        block,
+        TransformerBlockMetadata(
+            return_hidden_states_index=hidden_states, return_encoder_hidden_states_index=encoder_hidden_states
+        ),
+    )
+
+
+def register_attention_processor(processor: type, skip: Any) -> None:
+    """Tell diffusers what a skipped attention returns: `skip(attn, hidden_states, encoder_hidden_states, …)`."""
+    AttentionProcessorRegistry.register(processor, AttentionProcessorMetadata(skip_processor_output_fn=skip))
+
+
+def register_text_to_image(name: str, pipeline: type) -> None:
+    """Make `AutoPipelineForText2Image` know a pipeline."""
+    auto_pipeline.AUTO_TEXT2IMAGE_PIPELINES_MAPPING[name] = pipeline
+
+
+def attention_backend_name(backend: Any) -> str:
+    """Name of a backend, or of the active one for `None`."""
+    if backend is None:
+        backend = _AttentionBackendRegistry.get_active_backend()[0]
+    return AttentionBackendName(backend).value
+
+
+def dispatch_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    backend: Any,
+    parallel_config: Any,
+) -> torch.Tensor:
+    """diffusers' attention dispatcher. (B, S, H, D) each."""
+    return dispatch_attention_fn(
+        query, key, value, attn_mask=mask, backend=backend, parallel_config=parallel_config
+    )
+
+
+__all__ += [
+    "attention_backend_name",
+    "dispatch_attention",
+    "is_xformers_available",
+    "register_attention_processor",
+    "register_block",
+    "register_text_to_image",
+]

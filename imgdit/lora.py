@@ -1,0 +1,122 @@
+"""LoRA on rows: an adapter that acts on one frame's tokens and on no others.
+
+The adapters are ordinary PEFT layers (so files, `set_adapters` and quantised bases stay what they are). One base GEMM
+runs over all tokens, then each adapter adds its product on its own slice: `y[:, a:b] += scale * B(A(x[:, a:b]))`.
+Nothing is toggled, so no product is computed with scale 0 and two threads cannot disturb each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+from peft.tuners.lora import LoraLayer
+
+from .frames import FrameLayout
+
+
+class AdapterRows(NamedTuple):
+    """Which adapter acts on which rows of a tensor (B, rows, ...)."""
+
+    rows: tuple[tuple[slice, str | None], ...]
+    """Slices with the name of the adapter that owns them; `None`: the main rows."""
+    claimed: frozenset[str]
+    """Adapters that own rows somewhere in the run."""
+    main: tuple[str, ...] | None
+    """Adapters of the main rows; `None`: every active adapter that nobody claims."""
+
+
+class LoraPlan(NamedTuple):
+    """`AdapterRows` of every tensor a block works on: tokens of a stream, or one modulation vector per segment."""
+
+    text: AdapterRows
+    """Text tokens."""
+    image: AdapterRows
+    """Tokens of the frames."""
+    joint: AdapterRows
+    """Text tokens, then the frames' (single-stream blocks)."""
+    text_vectors: AdapterRows
+    """One row per text."""
+    image_vectors: AdapterRows
+    """One row per frame."""
+    joint_vectors: AdapterRows
+    """One row per text, then one per frame."""
+
+
+def lora_plan(layout: FrameLayout) -> LoraPlan | None:
+    """Adapter rows of a layout; `None` where no frame has an adapter, so that PEFT's own forward is right."""
+    if not layout.has_adapters:
+        return None
+    texts: list[tuple[int, str | None]] = [(n, None) for n in layout.text_lengths]
+    frames = [(n, layout.frames[i].adapter) for i, n in zip(layout.live, layout.lengths, strict=True)]
+
+    def rows(segments: Sequence[tuple[int, str | None]]) -> AdapterRows:
+        slices: list[tuple[slice, str | None]] = []
+        start = 0
+        for length, adapter in segments:
+            stop = start + length
+            if slices and slices[-1][1] == adapter:
+                slices[-1] = (slice(slices[-1][0].start, stop), adapter)
+            else:
+                slices.append((slice(start, stop), adapter))
+            start = stop
+        return AdapterRows(tuple(slices), layout.claimed, layout.main_adapters)
+
+    def vectors(segments: Sequence[tuple[int, str | None]]) -> AdapterRows:
+        return rows([(1, adapter) for _, adapter in segments])
+
+    return LoraPlan(
+        rows(texts), rows(frames), rows(texts + frames), vectors(texts), vectors(frames), vectors(texts + frames)
+    )
+
+
+def linear(module: nn.Module, x: torch.Tensor, rows: AdapterRows | None, *, shared: bool = False) -> torch.Tensor:
+    """`module(x)`, with every LoRA adapter on its own rows only.
+
+    Args:
+        module: a linear layer, wrapped by PEFT or not.
+        x: (B, rows, features).
+        rows: who owns which rows; `None`: the module as it is.
+        shared: the adapters nobody claims act on all rows instead of on the main rows. OminiControl switches its
+            adapters in a fixed list of modules and leaves a style LoRA acting on every token elsewhere.
+
+    Raises:
+        ValueError: an adapter is merged into the base, or is of a kind (DoRA and the like) that cannot act on rows.
+    """
+    if rows is None or not isinstance(module, LoraLayer) or module.disable_adapters:
+        return module(x)
+    if module.merged:
+        raise ValueError(
+            f"the adapters {module.merged_adapters} are fused into the base weights and would act on every token; "
+            "call unfuse_lora() first, or fuse style adapters only and load the condition's adapter afterwards"
+        )
+    out = module.base_layer(x)
+    for part, owner in rows.rows:
+        if owner is not None:
+            acting = [owner]
+        elif shared or rows.main is None:
+            acting = [name for name in module.active_adapters if name not in rows.claimed]
+        else:
+            acting = list(rows.main)
+        if shared and owner is not None:
+            acting += [name for name in module.active_adapters if name not in rows.claimed]
+        for name in acting:
+            if name not in module.lora_A:
+                continue
+            if name in module.lora_variant:
+                raise ValueError(f"adapter {name!r} is not a plain LoRA (DoRA or the like) and cannot act on rows")
+            down, up = module.lora_A[name], module.lora_B[name]
+            delta = up(down(module.lora_dropout[name](x[:, part].to(down.weight.dtype)))) * module.scaling[name]
+            out[:, part] += delta.to(out.dtype)
+    return out
+
+
+def feed_forward(module: nn.Module, x: torch.Tensor, rows: AdapterRows | None) -> torch.Tensor:
+    """diffusers' `FeedForward` (GELU projection, dropout, projection) with adapters on rows."""
+    if rows is None:
+        return module(x)
+    activation, dropout, project = module.net
+    hidden = activation.gelu(linear(activation.proj, x, rows, shared=True))
+    return linear(project, dropout(hidden), rows)

@@ -1,0 +1,193 @@
+"""What `MMDiT` refuses, with what it got, what it expects and what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..attention import KVCache
+from ..frames import FrameLayout
+
+if TYPE_CHECKING:
+    from .mmdit import MMDiT
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`name` and its nearest known spelling, for an error message."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"{name!r}; did you mean {close[0]!r}?" if close else f"{name!r}; known are {', '.join(known)}"
+
+
+def check_choice(field: str, value: Any, choices: Iterable[str | None]) -> None:
+    choices = list(choices)
+    if value not in choices:
+        raise ValueError(f"{field} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_config(config: Mapping[str, Any]) -> None:
+    """Refuse a configuration of `MMDiT` that cannot work."""
+    for field in ("patch_size", "in_channels", "attention_head_dim", "num_attention_heads", "joint_attention_dim"):
+        if config[field] < 1:
+            raise ValueError(f"{field} must be positive, got {config[field]}")
+    if min(config["num_layers"], config["num_single_layers"]) < 0:
+        raise ValueError("num_layers and num_single_layers count blocks and cannot be negative")
+    if config["num_layers"] + config["num_single_layers"] == 0:
+        raise ValueError("num_layers and num_single_layers are both 0; a model needs at least one block")
+    check_choice("pos_embed_type", config["pos_embed_type"], ("rope", "sincos"))
+    check_choice("qk_norm", config["qk_norm"], ("rms_norm", None))
+    check_choice("mup_adaln_init", config["mup_adaln_init"], ("zero", "normal"))
+    head_dim = config["attention_head_dim"]
+    width = config["num_attention_heads"] * head_dim
+    axes = config["axes_dims_rope"]
+    if config["pos_embed_type"] == "rope":
+        if sum(axes) != head_dim or any(dim % 2 for dim in axes) or len(axes) != 3:
+            raise ValueError(
+                f"axes_dims_rope must be three even numbers that add up to attention_head_dim={head_dim}, "
+                f"got {tuple(axes)} (sum {sum(axes)})"
+            )
+    elif width % 4:
+        raise ValueError(f"sin-cos positions need a width divisible by 4, got {width} (heads * attention_head_dim)")
+    wrong = [i for i in config["dual_attention_layers"] if not 0 <= i < config["num_layers"]]
+    if wrong:
+        raise ValueError(f"dual_attention_layers names blocks {wrong}, but there are num_layers={config['num_layers']}")
+    if config["context_pre_only"] and config["num_single_layers"]:
+        raise ValueError(
+            f"context_pre_only ends the text stream, but {config['num_single_layers']} single-stream blocks read it; "
+            "set num_single_layers=0 or context_pre_only=False"
+        )
+    base = config["mup_base_width"]
+    if base is not None and (base < head_dim or base % head_dim):
+        raise ValueError(
+            f"mup_base_width must be a multiple of attention_head_dim={head_dim} (widths grow by heads), got {base}"
+        )
+
+
+def check_inputs(
+    model: MMDiT,
+    hidden_states: torch.Tensor,
+    encoder_hidden_states: torch.Tensor,
+    pooled_projections: torch.Tensor,
+    timestep: torch.Tensor,
+    img_ids: torch.Tensor | None,
+    txt_ids: torch.Tensor | None,
+    guidance: torch.Tensor | None,
+    joint_attention_kwargs: Mapping[str, Any] | None,
+    encoder_attention_mask: torch.Tensor | None,
+    layout: FrameLayout | None,
+    cache: KVCache | None,
+) -> None:
+    """Refuse arguments of `MMDiT.forward` whose shapes do not fit the model or each other."""
+    config = model.config
+    rotary = config.pos_embed_type == "rope"
+    if joint_attention_kwargs:
+        raise ValueError(
+            f"joint_attention_kwargs knows only 'scale', got {sorted(joint_attention_kwargs)}; adapters on frames and "
+            "attention between frames are set by the layout"
+        )
+    if hidden_states.ndim == 4 and not rotary and layout is None:
+        _check_grid(model, hidden_states)
+    elif hidden_states.ndim != 3:
+        expected = "(batch, tokens, channels)" + ("" if rotary else ", or (batch, channels, height, width) and no layout")
+        raise ValueError(f"hidden_states must be {expected}, got shape {tuple(hidden_states.shape)}")
+    elif layout is None and not rotary:
+        raise ValueError("a model with sin-cos positions needs a layout to place tokens; pass layout= or a latent grid")
+    elif hidden_states.shape[2] != model.token_channels:
+        raise ValueError(
+            f"hidden_states must have {model.token_channels} channels per token, got {hidden_states.shape[2]}"
+        )
+    if encoder_hidden_states.ndim != 3 or encoder_hidden_states.shape[2] != config.joint_attention_dim:
+        raise ValueError(
+            f"encoder_hidden_states must be (batch, tokens, {config.joint_attention_dim}), "
+            f"got {tuple(encoder_hidden_states.shape)}"
+        )
+    batch, text = hidden_states.shape[0], encoder_hidden_states.shape[1]
+    if encoder_hidden_states.shape[0] != batch:
+        raise ValueError(f"hidden_states has batch {batch}, encoder_hidden_states {encoder_hidden_states.shape[0]}")
+    samples = batch
+    if layout is not None:
+        samples = _check_layout(hidden_states, text, img_ids, encoder_attention_mask, layout)
+    elif cache is not None:
+        raise ValueError("a cache keeps the frozen frames of a layout; pass layout= as well")
+    elif rotary:
+        _check_ids("img_ids", img_ids, hidden_states.shape[1])
+    elif img_ids is not None:
+        raise ValueError("img_ids are rotary positions; this model adds sin-cos positions (pos_embed_type='sincos')")
+    if txt_ids is not None:
+        _check_ids("txt_ids", txt_ids, text)
+    if tuple(pooled_projections.shape) != (samples, config.pooled_projection_dim):
+        raise ValueError(
+            f"pooled_projections must be ({samples}, {config.pooled_projection_dim}), "
+            f"got {tuple(pooled_projections.shape)}"
+        )
+    frames = 1 if layout is None else len(layout.live)
+    _check_levels("timestep", timestep, samples, batch, frames)
+    if config.guidance_embeds and guidance is None:
+        raise ValueError("this model takes the guidance scale as an input (guidance_embeds=True); pass guidance=")
+    if guidance is not None and not config.guidance_embeds:
+        raise ValueError("this model has no guidance embedding; leave guidance out and guide with two predictions")
+    if guidance is not None:
+        _check_levels("guidance", guidance, samples, batch, frames)
+    if encoder_attention_mask is not None and tuple(encoder_attention_mask.shape) != (batch, text):
+        raise ValueError(
+            f"encoder_attention_mask must be ({batch}, {text}), got {tuple(encoder_attention_mask.shape)}"
+        )
+
+
+def _check_grid(model: MMDiT, latents: torch.Tensor) -> None:
+    patch, side = model.config.patch_size, model.config.pos_embed_max_size
+    height, width = latents.shape[-2:]
+    if latents.shape[1] != model.config.in_channels:
+        raise ValueError(f"latents must have {model.config.in_channels} channels, got {latents.shape[1]}")
+    if height % patch or width % patch:
+        raise ValueError(f"latents of {height}x{width} cells do not divide into patches of {patch}x{patch}")
+    if max(height, width) // patch > side:
+        raise ValueError(
+            f"latents of {height}x{width} cells are {height // patch}x{width // patch} patches, "
+            f"the position table ends at {side}x{side}"
+        )
+
+
+def _check_layout(
+    hidden_states: torch.Tensor,
+    text: int,
+    img_ids: torch.Tensor | None,
+    encoder_attention_mask: torch.Tensor | None,
+    layout: FrameLayout,
+) -> int:
+    """Check the tensors against a layout; the number of samples (batch, or scenes of a packed layout)."""
+    if img_ids is not None:
+        raise ValueError("the layout holds the positions; pass either img_ids or layout")
+    if hidden_states.shape[1] != layout.image_length:
+        raise ValueError(
+            f"hidden_states has {hidden_states.shape[1]} tokens, the layout's frames {layout.lengths} "
+            f"have {layout.image_length}"
+        )
+    if text != layout.text_length:
+        raise ValueError(f"encoder_hidden_states has {text} tokens, the layout expects {layout.text_length}")
+    if not layout.predicted:
+        raise ValueError("every frame of the layout is held at its noise level: there is nothing to predict")
+    if not layout.is_packed:
+        return hidden_states.shape[0]
+    if hidden_states.shape[0] != 1:
+        raise ValueError(f"a packed layout is one sequence of batch 1, got batch {hidden_states.shape[0]}")
+    if encoder_attention_mask is not None:
+        raise ValueError("a packed layout has no padding; pack each text at its own length and leave the mask out")
+    return layout.num_texts
+
+
+def _check_ids(name: str, ids: torch.Tensor | None, length: int) -> None:
+    if ids is None or ids.ndim != 2 or tuple(ids.shape) != (length, 3):
+        got = "nothing" if ids is None else f"shape {tuple(ids.shape)}"
+        raise ValueError(f"{name} must be ({length}, 3), one (frame, row, column) per token, got {got}")
+
+
+def _check_levels(name: str, values: torch.Tensor, samples: int, batch: int, frames: int) -> None:
+    if tuple(values.shape) not in ((samples,), (batch, frames)):
+        raise ValueError(
+            f"{name} must be ({samples},), one per sample, or ({batch}, {frames}), one per frame; "
+            f"got shape {tuple(values.shape)}"
+        )

@@ -1,0 +1,190 @@
+"""Flow matching over frames: one schedule, of which only the frames being made take part.
+
+B batch, N tokens, F frames, n tokens of the frames being made. sigma is the noise level in [0, 1], timestep is
+1000 * sigma; a noisy frame is `x = (1 - sigma) * data + sigma * noise`, its velocity `noise - data` (rectified flow,
+arXiv 2209.03003; in the form of SD3, arXiv 2403.03206, section 3).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteSchedulerOutput
+from diffusers.utils.torch_utils import randn_tensor
+
+from ..frames import FrameLayout
+
+
+def linear_sigmas(num_inference_steps: int) -> list[float]:
+    """Evenly spaced noise levels 1 … 1/n, before any shift; the step to 0 follows.
+
+    diffusers' own default ends at 0.001 and, with a shift, shifts that end twice: always give sigmas.
+    """
+    if num_inference_steps < 1:
+        raise ValueError(f"num_inference_steps must be at least 1, got {num_inference_steps}")
+    return np.linspace(1.0, 1 / num_inference_steps, num_inference_steps).tolist()
+
+
+def mix(data: torch.Tensor, noise: torch.Tensor, sigmas: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+    """Noisy tokens (B, N, C) of frames at their own noise levels.
+
+    Args:
+        data, noise: (B, N, C).
+        sigmas: (B, F) noise level of each frame.
+        lengths: tokens of each frame.
+    """
+    if sigmas.shape != (data.shape[0], len(lengths)) or sum(lengths) != data.shape[1]:
+        raise ValueError(
+            f"got sigmas of shape {tuple(sigmas.shape)} and frames of {tuple(lengths)} tokens for data of shape "
+            f"{tuple(data.shape)}; expected ({data.shape[0]}, {len(lengths)}) and lengths that add up to {data.shape[1]}"
+        )
+    per_token = sigmas.repeat_interleave(torch.tensor(lengths, device=sigmas.device), dim=1)[..., None].to(data)
+    return (1.0 - per_token) * data + per_token * noise
+
+
+def velocity(data: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """What the model learns to predict: the derivative of `mix` by sigma."""
+    return noise - data
+
+
+class MultiFrameFlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
+    """`FlowMatchEulerDiscreteScheduler` that moves only the frames being made, and draws training noise per frame.
+
+    With one frame, or without a layout, it is bitwise its parent, whose configuration it shares: each loads the
+    other's folders.
+    """
+
+    def mu(self, num_tokens: int) -> float | None:
+        """Shift parameter for `set_timesteps`, linear in the generated tokens; `None` without dynamic shifting.
+
+        FLUX's rule: `base_shift` at `base_image_seq_len` tokens, `max_shift` at `max_image_seq_len`. Frames that are
+        only given do not count (OneDiffusion, OminiControl).
+        """
+        config = self.config
+        if not config.use_dynamic_shifting:
+            return None
+        slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
+        return config.base_shift + slope * (num_tokens - config.base_image_seq_len)
+
+    def step(
+        self,
+        model_output: torch.Tensor,
+        timestep: float | torch.Tensor,
+        sample: torch.Tensor,
+        s_churn: float = 0.0,
+        s_tmin: float = 0.0,
+        s_tmax: float = math.inf,
+        s_noise: float = 1.0,
+        generator: torch.Generator | None = None,
+        per_token_timesteps: torch.Tensor | None = None,
+        return_dict: bool = True,
+        *,
+        layout: FrameLayout | None = None,
+        frame_timesteps: torch.Tensor | None = None,
+    ) -> FlowMatchEulerDiscreteSchedulerOutput | tuple[torch.Tensor]:
+        """One Euler step; see the parent for what is not listed.
+
+        Args:
+            model_output: velocity, (B, n, C) with a layout.
+            sample: (B, N, C) with a layout: all its frames, of which the held ones come back bitwise as they are.
+            layout: the frames; `None`: everything moves, any shape.
+            frame_timesteps: (B, F) in [0, 1000], where the frames stand at their own noise levels: each moves to the
+                next lower level of the schedule, one at 0 stays.
+        """
+        options = (s_churn, s_tmin, s_tmax, s_noise, generator)
+        if layout is None:
+            if frame_timesteps is not None:
+                raise ValueError("frame_timesteps needs the layout that says which tokens belong to which frame")
+            return super().step(model_output, timestep, sample, *options, per_token_timesteps, return_dict)
+        if per_token_timesteps is not None:
+            raise ValueError("give noise levels per frame (frame_timesteps) or per token, not both")
+        made = torch.cat([sample[:, rows] for rows in layout.predicted], dim=1)
+        if model_output.shape != made.shape:
+            raise ValueError(
+                f"model_output must be {tuple(made.shape)}, the tokens of the frames being made; "
+                f"got {tuple(model_output.shape)}"
+            )
+        if frame_timesteps is None:
+            (moved,) = super().step(model_output, timestep, made, *options, None, return_dict=False)
+        else:
+            moved = self._step_frames(model_output, timestep, made, options, layout, frame_timesteps)
+        lengths = [rows.stop - rows.start for rows in layout.predicted]
+        prev_sample = sample.to(moved.dtype, copy=True)
+        for rows, part in zip(layout.predicted, moved.split(lengths, dim=1)):
+            prev_sample[:, rows] = part
+        return FlowMatchEulerDiscreteSchedulerOutput(prev_sample=prev_sample) if return_dict else (prev_sample,)
+
+    def _step_frames(
+        self,
+        model_output: torch.Tensor,
+        timestep: float | torch.Tensor,
+        made: torch.Tensor,
+        options: tuple,
+        layout: FrameLayout,
+        frame_timesteps: torch.Tensor,
+    ) -> torch.Tensor:
+        frames = [n for n, i in enumerate(layout.live) if not layout.frames[i].held]
+        lengths = torch.tensor(layout.predicted_lengths, device=frame_timesteps.device)
+        per_token = layout.expand(frame_timesteps)[:, frames].repeat_interleave(lengths, dim=1)
+        # The parent's branch for per-token levels has dt = current - next, the opposite sign of its ordinary step.
+        sign = 1 if self.config.stochastic_sampling else -1
+        (moved,) = super().step(sign * model_output, timestep, made, *options, per_token, return_dict=False)
+        return moved.to(model_output.dtype)
+
+    def sample_sigmas(
+        self,
+        batch_size: int,
+        num_frames: int = 1,
+        *,
+        distribution: Literal["logit_normal", "uniform"] = "logit_normal",
+        mean: float = 0.0,
+        std: float = 1.0,
+        shared: bool = False,
+        clean: float = 0.0,
+        num_tokens: int | None = None,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+    ) -> torch.Tensor:
+        """Noise levels for training, (B, F) in [0, 1], shifted as this scheduler shifts its steps.
+
+        Args:
+            distribution: "logit_normal" (SD3, arXiv 2403.03206, equation 19) or "uniform".
+            mean, std: of the normal behind the logit-normal.
+            shared: one level for all frames of a sample instead of one each.
+            clean: share of frames that get level 0, as if they were given. One frame of a sample always keeps its
+                noise.
+            num_tokens: generated tokens, for dynamic shifting (SD3, equation 23).
+            generator: source of every draw.
+        """
+        if distribution not in ("logit_normal", "uniform"):
+            raise ValueError(f"distribution must be 'logit_normal' or 'uniform', got {distribution!r}")
+        if not 0.0 <= clean <= 1.0:
+            raise ValueError(f"clean is a share of frames in [0, 1], got {clean}")
+        device = torch.device(device or "cpu")
+        shape = (batch_size, 1 if shared else num_frames)
+        normal = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+        if distribution == "logit_normal":
+            sigmas = torch.sigmoid(mean + std * normal)
+        else:
+            sigmas = torch.special.ndtr(normal)  # uniform; one kind of draw keeps CPU generators usable with CUDA
+        sigmas = self._shifted(sigmas, num_tokens).expand(batch_size, num_frames)
+        if clean > 0.0 and num_frames > 1:
+            scores = torch.special.ndtr(
+                randn_tensor((batch_size, num_frames), generator=generator, device=device, dtype=torch.float32)
+            )
+            given = scores < clean
+            given.scatter_(1, scores.argmax(dim=1, keepdim=True), False)
+            sigmas = sigmas.masked_fill(given, 0.0)
+        return sigmas.clone()
+
+    def _shifted(self, sigmas: torch.Tensor, num_tokens: int | None) -> torch.Tensor:
+        if not self.config.use_dynamic_shifting:
+            return self.shift * sigmas / (1 + (self.shift - 1) * sigmas)
+        if num_tokens is None:
+            raise ValueError("this scheduler shifts by the number of generated tokens; pass num_tokens")
+        return self.time_shift(self.mu(num_tokens), 1.0, sigmas)

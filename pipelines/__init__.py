@@ -1,0 +1,1 @@
+"""diffusers pipelines. Imported as `imgdit.pipelines`."""

@@ -1,0 +1,463 @@
+"""Text to image with `MMDiT`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import torch
+from diffusers import AutoencoderKL
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils import BaseOutput, logging
+from diffusers.utils.torch_utils import randn_tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .. import compat
+from ..frames import Frame, FrameLayout
+from ..models.mmdit import MMDiT
+from ..schedulers.flow_match import MultiFrameFlowMatchScheduler, linear_sigmas
+from .lora_loader import LoraLoaderMixin
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class ImgDiTPipelineOutput(BaseOutput):
+    """What `ImgDiTPipeline` returns."""
+
+    images: list[PIL.Image.Image] | np.ndarray | torch.Tensor
+    """Pictures of the output type asked for: a list, (B, H, W, 3) in [0, 1], (B, 3, H, W) in [0, 1], or latents."""
+
+
+def pack(latents: torch.Tensor, patch: int) -> torch.Tensor:
+    """Latents (B, C, h, w) to tokens (B, h/p * w/p, C*p*p), features in the order (C, row, column) as FLUX has them."""
+    batch, channels, height, width = latents.shape
+    cells = latents.reshape(batch, channels, height // patch, patch, width // patch, patch)
+    return cells.permute(0, 2, 4, 1, 3, 5).reshape(batch, -1, channels * patch * patch)
+
+
+def unpack(tokens: torch.Tensor, patch: int, size: tuple[int, int]) -> torch.Tensor:
+    """Tokens (B, rows * columns, C*p*p) to latents (B, C, rows*p, columns*p); the inverse of `pack`."""
+    rows, columns = size
+    cells = tokens.reshape(tokens.shape[0], rows, columns, -1, patch, patch)
+    return cells.permute(0, 3, 1, 4, 2, 5).reshape(tokens.shape[0], -1, rows * patch, columns * patch)
+
+
+class ImgDiTPipeline(compat.DiffusionPipeline, LoraLoaderMixin):
+    """Pictures from sentences.
+
+    Args:
+        scheduler: flow-matching schedule.
+        vae: an autoencoder with `encode`, `decode`, a `scaling_factor` and maybe a `shift_factor`.
+        text_encoder: a T5-like encoder; its output is the text, its masked mean the pooled text.
+        tokenizer: the encoder's.
+        transformer: the backbone.
+    """
+
+    model_cpu_offload_seq = "text_encoder->transformer->vae"
+    _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds"]
+
+    scheduler: MultiFrameFlowMatchScheduler
+    vae: AutoencoderKL
+    text_encoder: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    transformer: MMDiT
+
+    def __init__(
+        self,
+        scheduler: MultiFrameFlowMatchScheduler,
+        vae: AutoencoderKL,
+        text_encoder: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        transformer: MMDiT,
+    ):
+        super().__init__()
+        self.register_modules(
+            scheduler=scheduler, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, transformer=transformer
+        )
+        self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1) if vae is not None else 8
+        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor * self.patch_size)
+        self._guidance_scale = 1.0
+        self._current_timestep: torch.Tensor | None = None
+        self._num_timesteps = 0
+        self._interrupt = False
+
+    # Properties that callbacks and step caches read
+
+    @property
+    def guidance_scale(self) -> float:
+        return self._guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        """Whether a second prediction guides: not for models that were distilled to take the scale as an input."""
+        return self._guidance_scale > 1.0 and not self.transformer.config.guidance_embeds
+
+    @property
+    def num_timesteps(self) -> int:
+        return self._num_timesteps
+
+    @property
+    def current_timestep(self) -> torch.Tensor | None:
+        return self._current_timestep
+
+    @property
+    def interrupt(self) -> bool:
+        return self._interrupt
+
+    @property
+    def patch_size(self) -> int:
+        """Latent cells per side of a token."""
+        if self.transformer is None or self.vae is None:
+            return 2
+        return math.isqrt(self.transformer.token_channels // self.vae.config.latent_channels)
+
+    # Text
+
+    def encode_prompt(
+        self,
+        prompt: str | list[str] | None = None,
+        negative_prompt: str | list[str] | None = None,
+        do_classifier_free_guidance: bool = True,
+        num_images_per_prompt: int = 1,
+        prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        pooled_prompt_embeds: torch.Tensor | None = None,
+        negative_pooled_prompt_embeds: torch.Tensor | None = None,
+        prompt_embeds_mask: torch.Tensor | None = None,
+        negative_prompt_embeds_mask: torch.Tensor | None = None,
+        max_sequence_length: int = 256,
+        device: torch.device | None = None,
+    ) -> tuple[torch.Tensor | None, ...]:
+        """Sentences to what the transformer reads. Arguments that are given already are passed through.
+
+        Returns:
+            `prompt_embeds` (B, T, J), `negative_prompt_embeds`, `pooled_prompt_embeds` (B, P),
+            `negative_pooled_prompt_embeds`, `prompt_embeds_mask` (B, T) boolean, `negative_prompt_embeds_mask`; the
+            negative ones `None` without guidance. B counts `num_images_per_prompt` pictures for each prompt.
+        """
+        device = device or self._execution_device
+
+        def encode(
+            text: str | list[str], embeds: torch.Tensor | None, pooled: torch.Tensor | None, mask: torch.Tensor | None
+        ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+            if embeds is None:
+                embeds, mask = self._encode_text([text] if isinstance(text, str) else text, max_sequence_length, device)
+            elif mask is None:
+                mask = torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
+            if pooled is None:
+                weight = mask[..., None].to(embeds)
+                pooled = (embeds * weight).sum(1) / weight.sum(1).clamp(min=1)
+            return tuple(x.repeat_interleave(num_images_per_prompt, dim=0) for x in (embeds, pooled, mask.bool()))
+
+        embeds, pooled, mask = encode(prompt, prompt_embeds, pooled_prompt_embeds, prompt_embeds_mask)
+        if not do_classifier_free_guidance:
+            return embeds, None, pooled, None, mask, None
+        negative = negative_prompt or ""
+        if negative_prompt_embeds is None and isinstance(negative, str):
+            negative = [negative] * (embeds.shape[0] // num_images_per_prompt)
+        n_embeds, n_pooled, n_mask = encode(
+            negative, negative_prompt_embeds, negative_pooled_prompt_embeds, negative_prompt_embeds_mask
+        )
+        return embeds, n_embeds, pooled, n_pooled, mask, n_mask
+
+    def _encode_text(
+        self, prompt: list[str], max_sequence_length: int, device: torch.device
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Embeddings (B, T, J) and mask (B, T); T is the longest prompt's length."""
+        tokens = self.tokenizer(
+            prompt, padding="longest", truncation=True, max_length=max_sequence_length, return_tensors="pt"
+        )
+        for text, ids in zip(prompt, tokens.input_ids):
+            whole = self.tokenizer(text, truncation=False).input_ids
+            if len(whole) > max_sequence_length:
+                cut = self.tokenizer.decode(whole[max_sequence_length - 1 :], skip_special_tokens=True)
+                logger.warning(f"the prompt has {len(whole)} tokens, {max_sequence_length} are read; cut off: {cut!r}")
+        mask = tokens.attention_mask.to(device)
+        embeds = self.text_encoder(tokens.input_ids.to(device), attention_mask=mask)[0]
+        return embeds.to(dtype=self.transformer.dtype if self.transformer is not None else None), mask.bool()
+
+    # Input
+
+    def check_inputs(
+        self,
+        prompt: str | list[str] | None,
+        negative_prompt: str | list[str] | None,
+        height: int,
+        width: int,
+        guidance_scale: float,
+        guidance_interval: tuple[float, float],
+        num_images_per_prompt: int,
+        latents: torch.Tensor | None,
+        prompt_embeds: torch.Tensor | None,
+        negative_prompt_embeds: torch.Tensor | None,
+        prompt_embeds_mask: torch.Tensor | None,
+        negative_prompt_embeds_mask: torch.Tensor | None,
+        output_type: str,
+        callback_on_step_end_tensor_inputs: list[str],
+    ) -> None:
+        """Refuse what cannot work before anything is computed."""
+        cell = self.vae_scale_factor * self.patch_size
+        if height < cell or width < cell or height % cell or width % cell:
+            below = f"{max(height // cell, 1) * cell}x{max(width // cell, 1) * cell}"
+            raise ValueError(f"height and width must be multiples of {cell} pixels, got {height}x{width}; try {below}")
+        if max(height, width) // cell > self.transformer.max_grid:
+            raise ValueError(
+                f"{height}x{width} pixels are {height // cell}x{width // cell} tokens, "
+                f"the model's positions end at {self.transformer.max_grid}"
+            )
+        if (prompt is None) == (prompt_embeds is None):
+            raise ValueError("give either prompt or prompt_embeds" + ("" if prompt is None else ", not both"))
+        for name, text in (("prompt", prompt), ("negative_prompt", negative_prompt)):
+            if text is not None and not isinstance(text, str) and not _is_strings(text):
+                raise ValueError(f"{name} must be a string or a list of strings, got {type(text).__name__}")
+        batch = prompt_embeds.shape[0] if prompt_embeds is not None else 1 if isinstance(prompt, str) else len(prompt)
+        if batch == 0:
+            raise ValueError("prompt is an empty list; give at least one sentence")
+        if isinstance(negative_prompt, list) and len(negative_prompt) != batch:
+            raise ValueError(f"got {len(negative_prompt)} negative prompts for {batch} prompts; give one, or as many")
+        if negative_prompt is not None and negative_prompt_embeds is not None:
+            raise ValueError("give either negative_prompt or negative_prompt_embeds, not both")
+        if self.transformer.config.guidance_embeds and (negative_prompt or negative_prompt_embeds is not None):
+            raise ValueError("this model takes the guidance scale as an input and has no use for a negative prompt")
+        for name, embeds, mask in (
+            ("prompt_embeds", prompt_embeds, prompt_embeds_mask),
+            ("negative_prompt_embeds", negative_prompt_embeds, negative_prompt_embeds_mask),
+        ):
+            features = self.transformer.config.joint_attention_dim
+            if embeds is not None and (embeds.ndim != 3 or embeds.shape[2] != features or embeds.shape[0] != batch):
+                raise ValueError(f"{name} must be ({batch}, tokens, {features}), got {tuple(embeds.shape)}")
+            if mask is not None and (embeds is None or mask.shape != embeds.shape[:2]):
+                raise ValueError(f"{name}_mask must have the batch and tokens of {name}, got {tuple(mask.shape)}")
+        if guidance_scale < 0:
+            raise ValueError(f"guidance_scale must not be negative, got {guidance_scale}")
+        low, high = guidance_interval
+        if not 0.0 <= low <= high <= 1.0:
+            raise ValueError(f"guidance_interval must be 0 <= low <= high <= 1 in sigma, got {guidance_interval}")
+        if num_images_per_prompt < 1:
+            raise ValueError(f"num_images_per_prompt must be at least 1, got {num_images_per_prompt}")
+        expected = self._latent_shape(batch * num_images_per_prompt, height, width)
+        if latents is not None and tuple(latents.shape) != expected:
+            raise ValueError(f"latents must be {expected}, got {tuple(latents.shape)}")
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f"output_type must be 'pil', 'np', 'pt' or 'latent', got {output_type!r}")
+        unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
+        if unknown:
+            raise ValueError(f"callbacks may ask for {self._callback_tensor_inputs}, got {unknown}")
+
+    def _latent_shape(self, batch_size: int, height: int, width: int) -> tuple[int, int, int, int]:
+        channels = self.vae.config.latent_channels
+        return (batch_size, channels, height // self.vae_scale_factor, width // self.vae_scale_factor)
+
+    @property
+    def default_size(self) -> int:
+        """Side in pixels of a picture nobody gave a size for: the autoencoder's training size."""
+        cell = self.vae_scale_factor * self.patch_size
+        return max(int(self.vae.config.sample_size) // cell, 1) * cell
+
+    # The run
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        negative_prompt: str | list[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 28,
+        sigmas: list[float] | None = None,
+        guidance_scale: float = 4.0,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        num_images_per_prompt: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        pooled_prompt_embeds: torch.Tensor | None = None,
+        negative_pooled_prompt_embeds: torch.Tensor | None = None,
+        prompt_embeds_mask: torch.Tensor | None = None,
+        negative_prompt_embeds_mask: torch.Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+        callback_on_step_end: Callable[..., dict] | PipelineCallback | MultiPipelineCallbacks | None = None,
+        callback_on_step_end_tensor_inputs: list[str] | None = None,
+        max_sequence_length: int = 256,
+    ) -> ImgDiTPipelineOutput | tuple:
+        """Make pictures.
+
+        Args:
+            prompt: what to show; one sentence or several.
+            negative_prompt: what to steer away from; empty by default.
+            height, width: in pixels; the autoencoder's training size by default.
+            num_inference_steps: steps of the sampler.
+            sigmas: noise levels of the steps, from 1 downwards, before the scheduler's shift.
+            guidance_scale: 1 and below: no guidance. Above: `v = v_neg + scale * (v - v_neg)` (arXiv 2207.12598), both
+                computed in one batch; for guidance-distilled models an input.
+            guidance_interval: noise levels (low, high) between which guidance acts; elsewhere one prediction serves
+                (arXiv 2404.07724).
+            num_images_per_prompt: pictures for each prompt.
+            generator: source of the noise; one, or one per picture.
+            latents: starting noise (B, C, h, w), instead of drawing it.
+            prompt_embeds, pooled_prompt_embeds, prompt_embeds_mask: as `encode_prompt` returns them, and negative.
+            output_type: "pil", "np", "pt" or "latent".
+            return_dict: whether to return an `ImgDiTPipelineOutput` or a tuple.
+            joint_attention_kwargs: {"scale": LoRA scale}.
+            callback_on_step_end: called as `callback(pipe, step, timestep, tensors)`; may return changed tensors.
+            callback_on_step_end_tensor_inputs: which tensors it gets; `["latents"]` by default.
+            max_sequence_length: text tokens that are read; a longer prompt is cut with a warning.
+        """
+        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        elif callback_on_step_end_tensor_inputs is None:
+            callback_on_step_end_tensor_inputs = ["latents"]
+        height, width = height or self.default_size, width or self.default_size
+        self.check_inputs(
+            prompt, negative_prompt, height, width, guidance_scale, guidance_interval, num_images_per_prompt, latents,
+            prompt_embeds, negative_prompt_embeds, prompt_embeds_mask, negative_prompt_embeds_mask, output_type,
+            callback_on_step_end_tensor_inputs,
+        )  # fmt: skip
+        self._guidance_scale = guidance_scale
+        self._interrupt = False
+        device = self._execution_device
+
+        (
+            prompt_embeds,
+            negative_prompt_embeds,
+            pooled_prompt_embeds,
+            negative_pooled_prompt_embeds,
+            prompt_embeds_mask,
+            negative_prompt_embeds_mask,
+        ) = self.encode_prompt(
+            prompt,
+            negative_prompt,
+            self.do_classifier_free_guidance,
+            num_images_per_prompt,
+            prompt_embeds,
+            negative_prompt_embeds,
+            pooled_prompt_embeds,
+            negative_pooled_prompt_embeds,
+            prompt_embeds_mask,
+            negative_prompt_embeds_mask,
+            max_sequence_length,
+            device,
+        )
+        texts = [prompt_embeds] if negative_prompt_embeds is None else [prompt_embeds, negative_prompt_embeds]
+        text_length = max(embeds.shape[1] for embeds in texts)
+        prompt_embeds, prompt_embeds_mask = _pad(prompt_embeds, text_length), _pad(prompt_embeds_mask, text_length)
+        masks = [prompt_embeds_mask]
+        if negative_prompt_embeds is not None:
+            negative_prompt_embeds = _pad(negative_prompt_embeds, text_length)
+            masks.insert(0, _pad(negative_prompt_embeds_mask, text_length))
+        mask = torch.cat(masks)
+        padded = not bool(mask.all())  # asked once: it waits for the device
+
+        batch_size = prompt_embeds.shape[0]
+        if latents is None:
+            # Float32 whatever the model's dtype: the same seed gives the same start, and steps do not round.
+            shape = self._latent_shape(batch_size, height, width)
+            latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+        latents = latents.to(device, torch.float32)
+        size = (latents.shape[2] // self.patch_size, latents.shape[3] // self.patch_size)
+        layout = FrameLayout.build([Frame(size)], text_length)
+
+        self.scheduler.set_timesteps(
+            sigmas=linear_sigmas(num_inference_steps) if sigmas is None else sigmas,
+            mu=self.scheduler.mu(size[0] * size[1]),
+            device=device,
+        )
+        self.scheduler.set_begin_index(0)
+        timesteps = self.scheduler.timesteps
+        self._num_timesteps = len(timesteps)
+
+        with self.progress_bar(total=len(timesteps)) as progress_bar:
+            for i, t in enumerate(timesteps):
+                if self.interrupt:
+                    continue
+                self._current_timestep = t
+                low, high = guidance_interval
+                guided = self.do_classifier_free_guidance and low <= float(t) / 1000 <= high
+                embeds, pooled = prompt_embeds, pooled_prompt_embeds
+                if guided:
+                    embeds = torch.cat([negative_prompt_embeds, prompt_embeds])
+                    pooled = torch.cat([negative_pooled_prompt_embeds, pooled_prompt_embeds])
+                velocity = self._predict(
+                    latents, t, embeds, pooled, mask[-embeds.shape[0] :] if padded else None, layout,
+                    joint_attention_kwargs,
+                )  # fmt: skip
+                if guided:
+                    negative, positive = velocity.chunk(2)
+                    velocity = negative + guidance_scale * (positive - negative)
+                latents = self.scheduler.step(velocity, t, latents, return_dict=False)[0]
+
+                if callback_on_step_end is not None:
+                    tensors = {}
+                    for name in callback_on_step_end_tensor_inputs:
+                        tensors[name] = locals()[name]
+                    changed = callback_on_step_end(self, i, t, tensors) or {}
+                    latents = changed.pop("latents", latents)
+                    prompt_embeds = changed.pop("prompt_embeds", prompt_embeds)
+                    negative_prompt_embeds = changed.pop("negative_prompt_embeds", negative_prompt_embeds)
+                progress_bar.update()
+        self._current_timestep = None
+
+        images = latents if output_type == "latent" else self.decode_latents(latents, output_type)
+        self.maybe_free_model_hooks()
+        return ImgDiTPipelineOutput(images=images) if return_dict else (images,)
+
+    def _predict(
+        self,
+        latents: torch.Tensor,
+        t: torch.Tensor,
+        embeds: torch.Tensor,
+        pooled: torch.Tensor,
+        mask: torch.Tensor | None,
+        layout: FrameLayout,
+        joint_attention_kwargs: dict[str, Any] | None,
+    ) -> torch.Tensor:
+        """Velocity (k * B, C, h, w) float32 of the latents (B, C, h, w) under k * B texts, in one batch."""
+        config, dtype = self.transformer.config, self.transformer.dtype
+        copies = embeds.shape[0] // latents.shape[0]
+        tokens = pack(latents.to(dtype), self.patch_size).repeat(copies, 1, 1)
+        guidance = None
+        if config.guidance_embeds:
+            guidance = torch.full((tokens.shape[0],), self.guidance_scale, device=tokens.device)
+        # A guided and a plain step differ in batch size, so step caches keep them apart.
+        with self.transformer.cache_context("guided" if copies > 1 else "plain"):
+            (velocity,) = self.transformer(
+                hidden_states=tokens,
+                encoder_hidden_states=embeds.to(dtype),
+                pooled_projections=pooled.to(dtype),
+                timestep=(t / config.timestep_scale).expand(tokens.shape[0]),
+                guidance=guidance,
+                encoder_attention_mask=mask,
+                layout=layout,
+                joint_attention_kwargs=joint_attention_kwargs,
+                return_dict=False,
+            )
+        return unpack(velocity.float(), self.patch_size, layout.frames[0].size)
+
+    def decode_latents(self, latents: torch.Tensor, output_type: str = "pil") -> Any:
+        """Latents (B, C, h, w) to pictures."""
+        config = self.vae.config
+        latents = latents / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
+        pixels = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
+        return self.image_processor.postprocess(pixels.float(), output_type=output_type)
+
+
+def _pad(x: torch.Tensor, length: int) -> torch.Tensor:
+    """Zeros (False) behind the tokens up to a length."""
+    missing = length - x.shape[1]
+    return x if missing == 0 else torch.cat([x, x.new_zeros(x.shape[0], missing, *x.shape[2:])], dim=1)
+
+
+def _is_strings(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and all(isinstance(text, str) for text in value)
+
+
+compat.register_text_to_image("imgdit", ImgDiTPipeline)

@@ -1,0 +1,191 @@
+"""The layout: one installed package `imgdit` whose rooms lie side by side in the repository."""
+
+import ast
+import importlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+import imgdit
+
+ROOT = Path(__file__).resolve().parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+ROOMS = {folder: name for name, folder in PROJECT["tool"]["setuptools"]["package-dir"].items()}
+PACKAGES = PROJECT["tool"]["setuptools"]["packages"]
+SITE_PACKAGES = sysconfig.get_path("purelib")
+
+
+def run(*arguments: str | Path, cwd: Path, path: tuple[str | Path, ...] = (SITE_PACKAGES,)) -> str:
+    """Run this Python with dependencies but without an installed imgdit, and return what it printed.
+
+    `-S` keeps the editable install out: its `.pth` file is only read by `site`. `path` is what stands on PYTHONPATH.
+    """
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path)), "PYTHONDONTWRITEBYTECODE": "1"}
+    # The tests below start pytest themselves; options meant for this run are not meant for theirs.
+    environment = {key: value for key, value in environment.items() if not key.startswith("PYTEST_")}
+    done = subprocess.run(
+        [sys.executable, "-S", *map(str, arguments)], cwd=cwd, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, f"{' '.join(map(str, arguments))}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def assert_only_imgdit(modules: list[str]) -> None:
+    """No editable install helped, and no bare `pipelines` holds a second copy of the classes of `imgdit.pipelines`."""
+    assert not [name for name in modules if name in ROOMS.keys() - {"imgdit"} or name.startswith("__editable__")]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel, built by way of the source distribution from a copy, so that nothing is left in the checkout."""
+    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    for folder in ROOMS:
+        shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    build = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(source)]
+    done = subprocess.run(build, cwd=out, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return next(out.glob("*.whl"))
+
+
+def test_packages_are_the_folders_on_disk() -> None:
+    found = {
+        ".".join([name, *init.parent.relative_to(ROOT / folder).parts])
+        for folder, name in ROOMS.items()
+        for init in (ROOT / folder).rglob("__init__.py")
+    }
+    assert sorted(PACKAGES) == sorted(found)
+
+
+def test_every_folder_with_code_is_a_package() -> None:
+    """A folder without `__init__.py` imports from a checkout and is missing from the wheel."""
+    for folder in ROOMS:
+        for module in (ROOT / folder).rglob("*.py"):
+            assert (module.parent / "__init__.py").exists(), f"{module.parent} has no __init__.py"
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_package_imports(package: str) -> None:
+    importlib.import_module(package)
+
+
+@pytest.mark.parametrize("name", imgdit.__all__)
+def test_exported_name_resolves(name: str) -> None:
+    assert getattr(imgdit, name).__name__ == name
+    assert name in dir(imgdit)
+
+
+def test_static_exports_equal_the_lazy_ones() -> None:
+    guards = [node for node in ast.parse(Path(imgdit.__file__).read_text()).body if isinstance(node, ast.If)]
+    guard = next(node for node in guards if ast.unparse(node.test) == "TYPE_CHECKING")
+    static = {node.names[0].name: node.module for node in guard.body if isinstance(node, ast.ImportFrom)}
+    assert static == imgdit._EXPORTS
+    assert imgdit.__all__ == sorted(static)
+
+
+def test_unknown_name_is_refused_with_the_nearest() -> None:
+    with pytest.raises(AttributeError, match=r"no attribute 'MMDIT'.*'MMDiT'"):
+        imgdit.MMDIT  # noqa: B018
+
+
+def test_import_is_light_and_quick() -> None:
+    program = (
+        "import sys, time; start = time.perf_counter(); import imgdit; spent = time.perf_counter() - start\n"
+        "heavy = [m for m in ('torch', 'diffusers', 'transformers', 'peft', 'numpy', 'PIL') if m in sys.modules]\n"
+        "import json; print(json.dumps([spent, heavy]))"
+    )
+    spent, heavy = json.loads(run("-c", program, cwd=ROOT))
+    assert heavy == []
+    assert spent < 0.5  # about 10 ms on an idle machine
+
+
+def test_wheel_holds_one_package(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+    dist_info = f"imgdit-{imgdit.__version__}.dist-info"
+    assert {name.split("/")[0] for name in names} == {"imgdit", dist_info}
+    assert {"imgdit/py.typed", f"{dist_info}/licenses/LICENSE"} <= set(names)
+    expected = {
+        "/".join([*name.split("."), *file.relative_to(ROOT / folder).parts])
+        for folder, name in ROOMS.items()
+        for pattern in ("*.py", "*.yaml")
+        for file in (ROOT / folder).rglob(pattern)
+    }
+    assert {name for name in names if name.endswith((".py", ".yaml"))} == expected
+
+
+def test_wheel_works_from_a_neutral_folder(wheel: Path, tmp_path: Path) -> None:
+    site, neutral = tmp_path / "site", tmp_path / "neutral"
+    neutral.mkdir()
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(site)]
+    subprocess.run([*install, str(wheel)], cwd=neutral, check=True, capture_output=True)
+    program = (
+        "import imgdit, imgdit.pipelines, imgdit.apps, imgdit.configs, json, sys\n"
+        "print(json.dumps([[m.__file__ for m in (imgdit, imgdit.pipelines, imgdit.apps, imgdit.configs)],"
+        " list(imgdit.__path__), sorted(sys.modules)]))"
+    )
+    files, path, modules = json.loads(run("-c", program, cwd=neutral, path=(site, SITE_PACKAGES)))
+    assert all(Path(file).is_relative_to(site) for file in files)
+    assert path == [str(site / "imgdit")]
+    assert_only_imgdit(modules)
+
+
+def test_checkout_works_without_an_install() -> None:
+    program = (
+        "import imgdit.pipelines, imgdit.configs, json, sys\n"
+        "print(json.dumps([[m.__file__ for m in (imgdit, imgdit.pipelines, imgdit.configs)], sorted(sys.modules)]))"
+    )
+    files, modules = json.loads(run("-c", program, cwd=ROOT))
+    assert files == [str(ROOT / folder / "__init__.py") for folder in ("imgdit", "pipelines", "configs")]
+    assert_only_imgdit(modules)
+
+
+def test_command_line_runs_from_the_checkout() -> None:
+    assert "demo" in run("-m", "imgdit.apps.cli", "--help", cwd=ROOT)
+
+
+@pytest.mark.parametrize("mode", ["prepend", "append", "importlib"])
+def test_pytest_import_modes(mode: str, tmp_path: Path) -> None:
+    test = tmp_path / "test_trivial.py"
+    test.write_text("import imgdit.pipelines\n\n\ndef test_it():\n    assert imgdit.pipelines.__path__\n")
+    options = ["-q", "-p", "no:cacheprovider", f"--rootdir={ROOT}", "-c", ROOT / "pyproject.toml"]
+    assert "1 passed" in run("-m", "pytest", *options, f"--import-mode={mode}", test, cwd=tmp_path)
+
+
+def test_nobody_imports_a_room_by_its_bare_name() -> None:
+    bare = set(ROOMS) - {"imgdit"}
+    for folder in [*ROOMS, "tests"]:
+        for file in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(file.read_text())):
+                if isinstance(node, ast.Import):
+                    imported = {alias.name.split(".")[0] for alias in node.names}
+                elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                    imported = {str(node.module).split(".")[0]}
+                else:
+                    continue
+                assert not imported & bare, f"{file}:{node.lineno} imports {imported & bare}, write imgdit.<name>"
+
+
+def test_lock_satisfies_the_declared_ranges() -> None:
+    lines = [line for line in (ROOT / "requirements.lock").read_text().splitlines() if not line.startswith("#")]
+    locked = {}
+    for requirement in map(Requirement, lines):
+        assert re.fullmatch(r"==[\w.]+", str(requirement.specifier)), f"{requirement} is not an exact public version"
+        locked[canonicalize_name(requirement.name)] = str(requirement.specifier)[2:]
+    extras = PROJECT["project"]["optional-dependencies"]
+    declared = PROJECT["project"]["dependencies"] + PROJECT["build-system"]["requires"]
+    for requirement in map(Requirement, declared + extras["dev"] + extras["xformers"]):
+        version = locked[canonicalize_name(requirement.name)]
+        assert requirement.specifier.contains(version), f"the lock has {requirement.name} {version}, not {requirement}"
