@@ -146,7 +146,7 @@ class PackedRows:
 
 
 def packed_backend(query: torch.Tensor, backend: Any) -> bool:
-    """Whether a packed batch goes through xformers: on CUDA, when it is installed and no other backend is asked for."""
+    """Whether a packed batch goes through xformers: on CUDA, if it is installed and no other backend is asked for."""
     return (
         query.is_cuda
         and query.shape[0] == 1
@@ -167,7 +167,9 @@ def packed_attention(
 ) -> torch.Tensor:
     """All groups in one call of `kernel(query, key, value, attn_bias=…)`, xformers' by default. (1, S, H, D) each."""
     if kernel is None:
-        from xformers.ops import memory_efficient_attention as kernel
+        from xformers.ops import memory_efficient_attention
+
+        kernel = memory_efficient_attention
     if cached is not None:
         key, value = torch.cat([key, cached[0]], dim=1), torch.cat([value, cached[1]], dim=1)
     out = kernel(query[:, packed.queries], key[:, packed.keys], value[:, packed.keys], attn_bias=packed.bias)

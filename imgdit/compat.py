@@ -77,9 +77,7 @@ def dispatch_attention(
     parallel_config: Any,
 ) -> torch.Tensor:
     """diffusers' attention dispatcher. (B, S, H, D) each."""
-    return dispatch_attention_fn(
-        query, key, value, attn_mask=mask, backend=backend, parallel_config=parallel_config
-    )
+    return dispatch_attention_fn(query, key, value, attn_mask=mask, backend=backend, parallel_config=parallel_config)
 
 
 __all__ += [

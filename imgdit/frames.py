@@ -2,7 +2,7 @@
 
 A generation is a sequence of frames: the image being made, a depth map that is given, a condition that steers.
 `Frame` says what one of them is; `FrameLayout` puts them in a row behind the text and answers what the backbone asks:
-how long is each, where does each token sit, at which noise level is it held, which adapter reads it, and who sees whom.
+how long each is, where each token sits, at which noise level it is held, which adapter reads it, and who sees whom.
 
 T text tokens, N image tokens, S texts (one per scene), F frames. A *segment* is a text or a frame; segments are
 numbered texts first, then frames, and the joint sequence holds their tokens in that order.
@@ -32,7 +32,7 @@ class Frame:
     """What its tokens attend to: everything; everything but other frames that have an adapter (OminiControl's joint
     mode); only themselves (its independent mode, which makes keys and values cacheable)."""
     index: float = 0.0
-    """First position coordinate: the number of the frame (OneDiffusion), 0 where frames share a plane (OminiControl)."""
+    """First position coordinate: the frame's number (OneDiffusion), 0 where frames share a plane (OminiControl)."""
     offset: tuple[float, float] = (0.0, 0.0)
     """Rows and columns added to the grid's coordinates, in tokens."""
     scale: float = 1.0

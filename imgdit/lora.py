@@ -43,6 +43,10 @@ class LoraPlan(NamedTuple):
     """One row per frame."""
     joint_vectors: AdapterRows
     """One row per text, then one per frame."""
+    made: AdapterRows
+    """Tokens of the frames being made (the model's output)."""
+    made_vectors: AdapterRows
+    """One row per frame being made."""
 
 
 def lora_plan(layout: FrameLayout) -> LoraPlan | None:
@@ -50,7 +54,8 @@ def lora_plan(layout: FrameLayout) -> LoraPlan | None:
     if not layout.has_adapters:
         return None
     texts: list[tuple[int, str | None]] = [(n, None) for n in layout.text_lengths]
-    frames = [(n, layout.frames[i].adapter) for i, n in zip(layout.live, layout.lengths, strict=True)]
+    frames = [(n, layout.frames[i].adapter) for i, n in zip(layout.live, layout.lengths)]
+    made = [frame for i, frame in zip(layout.live, frames) if not layout.frames[i].held]
 
     def rows(segments: Sequence[tuple[int, str | None]]) -> AdapterRows:
         slices: list[tuple[slice, str | None]] = []
@@ -68,7 +73,14 @@ def lora_plan(layout: FrameLayout) -> LoraPlan | None:
         return rows([(1, adapter) for _, adapter in segments])
 
     return LoraPlan(
-        rows(texts), rows(frames), rows(texts + frames), vectors(texts), vectors(frames), vectors(texts + frames)
+        text=rows(texts),
+        image=rows(frames),
+        joint=rows(texts + frames),
+        text_vectors=vectors(texts),
+        image_vectors=vectors(frames),
+        joint_vectors=vectors(texts + frames),
+        made=rows(made),
+        made_vectors=vectors(made),
     )
 
 
@@ -79,8 +91,8 @@ def linear(module: nn.Module, x: torch.Tensor, rows: AdapterRows | None, *, shar
         module: a linear layer, wrapped by PEFT or not.
         x: (B, rows, features).
         rows: who owns which rows; `None`: the module as it is.
-        shared: the adapters nobody claims act on all rows instead of on the main rows. OminiControl switches its
-            adapters in a fixed list of modules and leaves a style LoRA acting on every token elsewhere.
+        shared: the adapters of the main rows act on all rows. OminiControl switches adapters in a fixed list of
+            modules; outside of it a style LoRA acts on every token, the conditions' too.
 
     Raises:
         ValueError: an adapter is merged into the base, or is of a kind (DoRA and the like) that cannot act on rows.
@@ -93,16 +105,11 @@ def linear(module: nn.Module, x: torch.Tensor, rows: AdapterRows | None, *, shar
             "call unfuse_lora() first, or fuse style adapters only and load the condition's adapter afterwards"
         )
     out = module.base_layer(x)
+    main = rows.main
+    if main is None:
+        main = tuple(name for name in module.active_adapters if name not in rows.claimed)
     for part, owner in rows.rows:
-        if owner is not None:
-            acting = [owner]
-        elif shared or rows.main is None:
-            acting = [name for name in module.active_adapters if name not in rows.claimed]
-        else:
-            acting = list(rows.main)
-        if shared and owner is not None:
-            acting += [name for name in module.active_adapters if name not in rows.claimed]
-        for name in acting:
+        for name in main if owner is None else (owner, *main) if shared else (owner,):
             if name not in module.lora_A:
                 continue
             if name in module.lora_variant:
@@ -117,6 +124,6 @@ def feed_forward(module: nn.Module, x: torch.Tensor, rows: AdapterRows | None) -
     """diffusers' `FeedForward` (GELU projection, dropout, projection) with adapters on rows."""
     if rows is None:
         return module(x)
-    activation, dropout, project = module.net
+    activation, dropout, project = module.net  # type: ignore[misc]
     hidden = activation.gelu(linear(activation.proj, x, rows, shared=True))
     return linear(project, dropout(hidden), rows)

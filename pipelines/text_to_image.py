@@ -35,7 +35,7 @@ class ImgDiTPipelineOutput(BaseOutput):
 
 
 def pack(latents: torch.Tensor, patch: int) -> torch.Tensor:
-    """Latents (B, C, h, w) to tokens (B, h/p * w/p, C*p*p), features in the order (C, row, column) as FLUX has them."""
+    """Latents (B, C, h, w) to tokens (B, h/p * w/p, C*p*p), features ordered (C, row, column) as FLUX has them."""
     batch, channels, height, width = latents.shape
     cells = latents.reshape(batch, channels, height // patch, patch, width // patch, patch)
     return cells.permute(0, 2, 4, 1, 3, 5).reshape(batch, -1, channels * patch * patch)
@@ -133,7 +133,7 @@ class ImgDiTPipeline(compat.DiffusionPipeline, LoraLoaderMixin):
         negative_prompt_embeds_mask: torch.Tensor | None = None,
         max_sequence_length: int = 256,
         device: torch.device | None = None,
-    ) -> tuple[torch.Tensor | None, ...]:
+    ) -> tuple[Any, ...]:
         """Sentences to what the transformer reads. Arguments that are given already are passed through.
 
         Returns:
@@ -143,17 +143,16 @@ class ImgDiTPipeline(compat.DiffusionPipeline, LoraLoaderMixin):
         """
         device = device or self._execution_device
 
-        def encode(
-            text: str | list[str], embeds: torch.Tensor | None, pooled: torch.Tensor | None, mask: torch.Tensor | None
-        ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        def encode(text: Any, embeds: Any, pooled: Any, mask: Any) -> list[torch.Tensor]:
             if embeds is None:
-                embeds, mask = self._encode_text([text] if isinstance(text, str) else text, max_sequence_length, device)
+                text = [text] if isinstance(text, str) else text
+                embeds, mask = self._encode_text(text, max_sequence_length, device)
             elif mask is None:
                 mask = torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
             if pooled is None:
                 weight = mask[..., None].to(embeds)
                 pooled = (embeds * weight).sum(1) / weight.sum(1).clamp(min=1)
-            return tuple(x.repeat_interleave(num_images_per_prompt, dim=0) for x in (embeds, pooled, mask.bool()))
+            return [x.repeat_interleave(num_images_per_prompt, dim=0) for x in (embeds, pooled, mask.bool())]
 
         embeds, pooled, mask = encode(prompt, prompt_embeds, pooled_prompt_embeds, prompt_embeds_mask)
         if not do_classifier_free_guidance:
@@ -173,7 +172,7 @@ class ImgDiTPipeline(compat.DiffusionPipeline, LoraLoaderMixin):
         tokens = self.tokenizer(
             prompt, padding="longest", truncation=True, max_length=max_sequence_length, return_tensors="pt"
         )
-        for text, ids in zip(prompt, tokens.input_ids):
+        for text in prompt:
             whole = self.tokenizer(text, truncation=False).input_ids
             if len(whole) > max_sequence_length:
                 cut = self.tokenizer.decode(whole[max_sequence_length - 1 :], skip_special_tokens=True)
@@ -216,7 +215,10 @@ class ImgDiTPipeline(compat.DiffusionPipeline, LoraLoaderMixin):
         for name, text in (("prompt", prompt), ("negative_prompt", negative_prompt)):
             if text is not None and not isinstance(text, str) and not _is_strings(text):
                 raise ValueError(f"{name} must be a string or a list of strings, got {type(text).__name__}")
-        batch = prompt_embeds.shape[0] if prompt_embeds is not None else 1 if isinstance(prompt, str) else len(prompt)
+        if prompt_embeds is not None:
+            batch = prompt_embeds.shape[0]
+        else:
+            batch = 1 if isinstance(prompt, str) else len(prompt or [])
         if batch == 0:
             raise ValueError("prompt is an empty list; give at least one sentence")
         if isinstance(negative_prompt, list) and len(negative_prompt) != batch:
@@ -326,14 +328,7 @@ class ImgDiTPipeline(compat.DiffusionPipeline, LoraLoaderMixin):
         self._interrupt = False
         device = self._execution_device
 
-        (
-            prompt_embeds,
-            negative_prompt_embeds,
-            pooled_prompt_embeds,
-            negative_pooled_prompt_embeds,
-            prompt_embeds_mask,
-            negative_prompt_embeds_mask,
-        ) = self.encode_prompt(
+        embeds, negative_embeds, pooled, negative_pooled, mask, negative_mask = self.encode_prompt(
             prompt,
             negative_prompt,
             self.do_classifier_free_guidance,
@@ -347,17 +342,16 @@ class ImgDiTPipeline(compat.DiffusionPipeline, LoraLoaderMixin):
             max_sequence_length,
             device,
         )
-        texts = [prompt_embeds] if negative_prompt_embeds is None else [prompt_embeds, negative_prompt_embeds]
-        text_length = max(embeds.shape[1] for embeds in texts)
-        prompt_embeds, prompt_embeds_mask = _pad(prompt_embeds, text_length), _pad(prompt_embeds_mask, text_length)
-        masks = [prompt_embeds_mask]
-        if negative_prompt_embeds is not None:
-            negative_prompt_embeds = _pad(negative_prompt_embeds, text_length)
-            masks.insert(0, _pad(negative_prompt_embeds_mask, text_length))
-        mask = torch.cat(masks)
+        text_length = embeds.shape[1]
+        if negative_embeds is not None:
+            text_length = max(text_length, negative_embeds.shape[1])
+            negative_embeds = _pad(negative_embeds, text_length)
+            pooled = torch.cat([negative_pooled, pooled])
+            mask = torch.cat([_pad(negative_mask, text_length), _pad(mask, text_length)])
+        embeds = _pad(embeds, text_length)
         padded = not bool(mask.all())  # asked once: it waits for the device
 
-        batch_size = prompt_embeds.shape[0]
+        batch_size = embeds.shape[0]
         if latents is None:
             # Float32 whatever the model's dtype: the same seed gives the same start, and steps do not round.
             shape = self._latent_shape(batch_size, height, width)
@@ -375,35 +369,38 @@ class ImgDiTPipeline(compat.DiffusionPipeline, LoraLoaderMixin):
         timesteps = self.scheduler.timesteps
         self._num_timesteps = len(timesteps)
 
+        # What callbacks may see and change, by the names of `_callback_tensor_inputs`.
+        state = {"latents": latents, "prompt_embeds": embeds, "negative_prompt_embeds": negative_embeds}
+        low, high = guidance_interval
         with self.progress_bar(total=len(timesteps)) as progress_bar:
             for i, t in enumerate(timesteps):
                 if self.interrupt:
                     continue
                 self._current_timestep = t
-                low, high = guidance_interval
                 guided = self.do_classifier_free_guidance and low <= float(t) / 1000 <= high
-                embeds, pooled = prompt_embeds, pooled_prompt_embeds
+                text = state["prompt_embeds"]
                 if guided:
-                    embeds = torch.cat([negative_prompt_embeds, prompt_embeds])
-                    pooled = torch.cat([negative_pooled_prompt_embeds, pooled_prompt_embeds])
+                    text = torch.cat([state["negative_prompt_embeds"], text])
+                rows = slice(-text.shape[0], None)
                 velocity = self._predict(
-                    latents, t, embeds, pooled, mask[-embeds.shape[0] :] if padded else None, layout,
+                    state["latents"],
+                    t,
+                    text,
+                    pooled[rows],
+                    mask[rows] if padded else None,
+                    layout,
                     joint_attention_kwargs,
-                )  # fmt: skip
+                )
                 if guided:
                     negative, positive = velocity.chunk(2)
                     velocity = negative + guidance_scale * (positive - negative)
-                latents = self.scheduler.step(velocity, t, latents, return_dict=False)[0]
+                (state["latents"],) = self.scheduler.step(velocity, t, state["latents"], return_dict=False)
 
                 if callback_on_step_end is not None:
-                    tensors = {}
-                    for name in callback_on_step_end_tensor_inputs:
-                        tensors[name] = locals()[name]
-                    changed = callback_on_step_end(self, i, t, tensors) or {}
-                    latents = changed.pop("latents", latents)
-                    prompt_embeds = changed.pop("prompt_embeds", prompt_embeds)
-                    negative_prompt_embeds = changed.pop("negative_prompt_embeds", negative_prompt_embeds)
+                    asked = {name: state[name] for name in callback_on_step_end_tensor_inputs}
+                    state |= callback_on_step_end(self, i, t, asked) or {}
                 progress_bar.update()
+        latents = state["latents"]
         self._current_timestep = None
 
         images = latents if output_type == "latent" else self.decode_latents(latents, output_type)

@@ -9,7 +9,24 @@ from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 from imgdit import ImgDiTPipeline, MMDiT, MultiFrameFlowMatchScheduler
 
-WORDS = "a the red green blue cube sphere cone left right of on photo sketch small large".split()
+WORDS = [
+    "a",
+    "the",
+    "red",
+    "green",
+    "blue",
+    "cube",
+    "sphere",
+    "cone",
+    "left",
+    "right",
+    "of",
+    "on",
+    "photo",
+    "sketch",
+    "small",
+    "large",
+]
 
 
 def randomize(model: torch.nn.Module, seed: int = 1, std: float = 0.05) -> torch.nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -85,16 +86,14 @@ def _pick(config: Mapping[str, Any], names: tuple[str, ...], class_name: str) ->
 
     defaults = _defaults(getattr(diffusers, class_name))
     picked = {name: config.get(name, defaults[name]) for name in names}
-    if picked.get("qk_norm", None) not in (None, "rms_norm"):
+    if picked.get("qk_norm") not in (None, "rms_norm"):
         raise ValueError(f"qk_norm={picked['qk_norm']!r} is not supported; expected 'rms_norm' or None")
     passed_on = {key: value for key, value in config.items() if key == "quantization_config"}
     return {**picked, **passed_on}
 
 
 def _defaults(cls: type) -> dict[str, Any]:
-    import inspect
-
-    return {name: p.default for name, p in inspect.signature(cls.__init__).parameters.items()}
+    return {name: p.default for name, p in inspect.signature(cls).parameters.items()}
 
 
 def from_diffusers(cls: type[MMDiT], model: ModelMixin) -> MMDiT:

@@ -4,17 +4,14 @@ Numerically it is diffusers' `FluxTransformer2DModel` (with `pos_embed_type="rop
 `"sincos"`), with their parameter names. On top of them, the image stream may consist of several frames, each with its
 own noise level, adapter and view of the others (`imgdit.frames`).
 
-The block mathematics are plain functions, `double_block` and `single_block`, over submodule names that diffusers' FLUX
-and SD3 blocks share with ours: a hook can call them with diffusers' own block.
-
-B batch, N image tokens, T text tokens, S = T + N, D width, H heads, F frames, X texts (one per scene), C channels.
+B batch, N image tokens, T text tokens, J text features, P pooled features, D width, C channels, F frames, X texts (one
+per scene of a packed batch, otherwise 1).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -24,7 +21,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.hooks.tensor_parallel import PackedRowwiseParallel
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
-from diffusers.models.attention import AttentionMixin, AttentionModuleMixin, FeedForward
+from diffusers.models.attention import AttentionMixin
 from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.embeddings import (
     CombinedTimestepGuidanceTextProjEmbeddings,
@@ -32,428 +29,19 @@ from diffusers.models.embeddings import (
     PatchEmbed,
 )
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
-from diffusers.models.normalization import (
-    AdaLayerNormContinuous,
-    AdaLayerNormZero,
-    AdaLayerNormZeroSingle,
-    SD35AdaLayerNormZeroX,
-)
+from diffusers.models.normalization import AdaLayerNormContinuous
 from diffusers.utils import apply_lora_scale
 
-from .. import compat
-from ..attention import KVCache, LayerCache, PackedRows, grouped_attention, packed_backend
-from ..frames import Frame, FrameLayout, RowGroup
-from ..lora import AdapterRows, LoraPlan, feed_forward, linear, lora_plan
+from ..attention import KVCache, PackedRows, packed_backend
+from ..frames import Frame, FrameLayout
+from ..lora import LoraPlan, linear, lora_plan
 from ..mup import MupMixin
 from . import convert
+from .blocks import BlockPlan, MMDiTBlock, MMDiTSingleBlock
+from .functional import modulate, rope_table, sincos_positions
 from .validation import check_config, check_inputs
 
-# Pure functions
-
-
-def rope_table(ids: torch.Tensor, axes_dims: Sequence[int], theta: float) -> torch.Tensor:
-    """Rotations (N, sum(axes_dims) / 2) complex64 of positions; FLUX's rule, angles in float64.
-
-    Args:
-        ids: (N, axes) positions.
-        axes_dims: features of a head that turn with each axis.
-        theta: base of the geometric row of frequencies.
-    """
-    dtype = torch.float32 if ids.device.type in ("mps", "npu") else torch.float64
-    angles = []
-    for axis, dim in enumerate(axes_dims):
-        frequency = theta ** -(torch.arange(0, dim, 2, dtype=dtype, device=ids.device) / dim)
-        angles.append(ids[:, axis].to(dtype)[:, None] * frequency)
-    angle = torch.cat(angles, dim=-1)
-    return torch.complex(angle.cos().float(), angle.sin().float())
-
-
-def apply_rope(x: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
-    """Turn neighbouring pairs of features (B, S, H, d) by the rotations (S, d/2) of `rope_table`."""
-    pairs = x.float().unflatten(-1, (-1, 2))  # (B, S, H, d/2, 2)
-    if torch.compiler.is_compiling():  # inductor generates no code for complex numbers
-        cos, sin = torch.view_as_real(rope)[:, None].unbind(-1)  # (S, 1, d/2)
-        even, odd = pairs.unbind(-1)
-        turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
-    else:  # eager: one pass; the real form costs 40 times as much on a CPU
-        turned = torch.view_as_real(torch.view_as_complex(pairs) * rope[:, None])
-    return turned.flatten(-2).to(x.dtype)
-
-
-def sincos_positions(rows: torch.Tensor, columns: torch.Tensor, dim: int) -> torch.Tensor:
-    """SD3's sine-cosine embedding (N, dim) of coordinates (N,): the column in the first half, the row in the second."""
-    frequency = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
-    angles = [coordinate.double()[:, None] * frequency for coordinate in (columns, rows)]
-    return torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)], dim=-1).float()
-
-
-def multiply_add(base: torch.Tensor, x: torch.Tensor, factor: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
-    """`base + x * factor`, each either tokens (B, N, D) or one vector per frame (B, F, D) broadcast over its tokens.
-
-    The vectors are never expanded to tokens: one frame broadcasts, equal frames fold into an axis, others go by slice.
-    """
-    if len(lengths) == 1:
-        return torch.addcmul(base, x, factor)
-    if len(set(lengths)) == 1 and lengths[0] > 1:
-        shaped = [
-            y[:, :, None] if y.shape[1] == len(lengths) else y.unflatten(1, (len(lengths), lengths[0]))
-            for y in (base, x, factor)
-        ]
-        return torch.addcmul(*shaped).flatten(1, 2)
-    parts = zip(*(_per_frame(y, lengths) for y in (base, x, factor)), strict=True)
-    return torch.cat([torch.addcmul(*part) for part in parts], dim=1)
-
-
-def _per_frame(x: torch.Tensor, lengths: Sequence[int]) -> tuple[torch.Tensor, ...]:
-    return x.split(1, dim=1) if x.shape[1] == len(lengths) != sum(lengths) else x.split(list(lengths), dim=1)
-
-
-def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
-    """adaLN: `x * (1 + scale) + shift` with one vector per frame (DiT, arXiv 2212.09748, section 3.2)."""
-    return multiply_add(shift, x, 1 + scale, lengths)
-
-
-def gated_add(x: torch.Tensor, gate: torch.Tensor, update: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
-    """`x + gate * update` with one gate per frame."""
-    return multiply_add(x, update, gate, lengths)
-
-
-# The blocks
-
-
-class BlockPlan(NamedTuple):
-    """What every block of one forward pass needs to know about the frames."""
-
-    text_lengths: tuple[int, ...]
-    frame_lengths: tuple[int, ...]
-    groups: tuple[RowGroup, ...] | None = None
-    """Who sees whom in the joint sequence; `None`: everything sees everything."""
-    image_groups: tuple[RowGroup, ...] | None = None
-    """The same for the image stream alone (second attention of SD3.5)."""
-    packed: PackedRows | None = None
-    image_packed: PackedRows | None = None
-    key_mask: torch.Tensor | None = None
-    """(B, S), False on padded text."""
-    lora: LoraPlan | None = None
-    frozen: tuple[slice, ...] = ()
-    """Rows whose keys and values a cache keeps."""
-    image_frozen: tuple[slice, ...] = ()
-
-    def adapters(self, tensor: str) -> AdapterRows | None:
-        """Adapter rows of one of `LoraPlan`'s tensors."""
-        return None if self.lora is None else getattr(self.lora, tensor)
-
-
-def _heads(attn: nn.Module, x: torch.Tensor, norm: nn.Module | None) -> torch.Tensor:
-    head_dim = attn.inner_dim // attn.heads
-    x = x.unflatten(-1, (-1, head_dim))  # (B, ·, H, d); -1 also counts the heads a tensor-parallel rank holds
-    return x if norm is None else norm(x)
-
-
-def _project(attn: nn.Module, x: torch.Tensor, rows: AdapterRows | None, shared: bool, names: Sequence[str]) -> list:
-    if getattr(attn, "fused_projections", False):
-        if rows is not None:
-            raise ValueError("adapters on frames need separate projections; call unfuse_qkv_projections() first")
-        return list((attn.to_added_qkv if shared else attn.to_qkv)(x).chunk(3, dim=-1))
-    return [linear(getattr(attn, name), x, rows, shared=shared) for name in names]
-
-
-def joint_attention(
-    attn: nn.Module,
-    hidden_states: torch.Tensor,
-    encoder_hidden_states: torch.Tensor | None,
-    image_rotary_emb: torch.Tensor | None,
-    plan: BlockPlan,
-    cache: LayerCache | None = None,
-    *,
-    stream: str = "joint",
-    backend: Any = None,
-    parallel_config: Any = None,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]:
-    """Attention over text and frames; `attn` is any module with FLUX's or SD3's submodule names.
-
-    Args:
-        hidden_states: (B, N, D), or (B, S, D) where both streams already are one sequence.
-        encoder_hidden_states: (B, T, D) or `None`.
-        image_rotary_emb: `rope_table` of the rows attended over.
-        stream: "joint", or "image" for an attention that sees no text.
-
-    Returns:
-        As many streams as were given; the text's is `None` after a block that ends its text stream.
-    """
-    two_streams = encoder_hidden_states is not None
-    rows = plan.adapters("image" if two_streams or stream == "image" else "joint")
-    q, k, v = _project(attn, hidden_states, rows, False, ("to_q", "to_k", "to_v"))
-    query, key, value = _heads(attn, q, attn.norm_q), _heads(attn, k, attn.norm_k), _heads(attn, v, None)
-    if two_streams:
-        q, k, v = _project(
-            attn, encoder_hidden_states, plan.adapters("text"), True, ("add_q_proj", "add_k_proj", "add_v_proj")
-        )
-        query = torch.cat([_heads(attn, q, attn.norm_added_q), query], dim=1)
-        key = torch.cat([_heads(attn, k, attn.norm_added_k), key], dim=1)
-        value = torch.cat([_heads(attn, v, None), value], dim=1)
-    if image_rotary_emb is not None:
-        query, key = apply_rope(query, image_rotary_emb), apply_rope(key, image_rotary_emb)
-
-    image_only = stream == "image"
-    frozen = plan.image_frozen if image_only else plan.frozen
-    cached = None if cache is None else cache.exchange("attn2" if image_only else "attn", key, value, frozen)
-    out = grouped_attention(
-        query,
-        key,
-        value,
-        plan.image_groups if image_only else plan.groups,
-        key_mask=None if image_only else plan.key_mask,
-        cached=cached,
-        packed=plan.image_packed if image_only else plan.packed,
-        backend=backend,
-        parallel_config=parallel_config,
-    )
-    out = out.flatten(2).to(query.dtype)  # (B, S, D)
-
-    if not two_streams:
-        return out if not hasattr(attn, "to_out") else attn.to_out[1](linear(attn.to_out[0], out, rows))
-    text, image = out.split([encoder_hidden_states.shape[1], hidden_states.shape[1]], dim=1)
-    image = attn.to_out[1](linear(attn.to_out[0], image, rows))
-    if attn.context_pre_only:
-        return image, None
-    return image, linear(attn.to_add_out, text, plan.adapters("text"), shared=True)
-
-
-def _attend(attn: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """Our attention goes through its processor, so hooks and step caches see it; diffusers' is a bag of weights."""
-    return attn(*args, **kwargs) if isinstance(attn, MMDiTAttention) else joint_attention(attn, *args, **kwargs)
-
-
-def double_block(
-    block: nn.Module,
-    hidden_states: torch.Tensor,
-    encoder_hidden_states: torch.Tensor,
-    temb: torch.Tensor,
-    context_temb: torch.Tensor,
-    image_rotary_emb: torch.Tensor | None,
-    plan: BlockPlan,
-    cache: LayerCache | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """One block with separate weights for text and image (SD3, arXiv 2403.03206, figure 2b).
-
-    Args:
-        block: ours, `FluxTransformerBlock` or `JointTransformerBlock`.
-        hidden_states: (B, N, D) frames.
-        encoder_hidden_states: (B, T, D) text.
-        temb: (B, F, D), context_temb: (B, X, D): conditioning vector of each frame and text.
-
-    Returns:
-        Both streams, image first.
-    """
-    frames, texts = plan.frame_lengths, plan.text_lengths
-    dual = getattr(block, "attn2", None) is not None
-    last = getattr(block, "context_pre_only", False)
-
-    emb = linear(block.norm1.linear, F.silu(temb), plan.adapters("image_vectors"))  # (B, F, 6D or 9D)
-    shift, scale, gate, shift_mlp, scale_mlp, gate_mlp, *second = emb.chunk(9 if dual else 6, dim=-1)
-    normed = block.norm1.norm(hidden_states)
-    image = modulate(normed, shift, scale, frames)
-
-    emb = linear(block.norm1_context.linear, F.silu(context_temb), plan.adapters("text_vectors"), shared=True)
-    if last:  # AdaLayerNormContinuous: the scale comes first
-        scale_text, shift_text = emb.chunk(2, dim=-1)
-    else:
-        shift_text, scale_text, gate_text, shift_text_mlp, scale_text_mlp, gate_text_mlp = emb.chunk(6, dim=-1)
-    text = modulate(block.norm1_context.norm(encoder_hidden_states), shift_text, scale_text, texts)
-
-    image, text = _attend(block.attn, image, text, image_rotary_emb, plan, cache)
-    hidden_states = gated_add(hidden_states, gate, image, frames)
-    if dual:
-        shift_2, scale_2, gate_2 = second
-        rope = None if image_rotary_emb is None else image_rotary_emb[encoder_hidden_states.shape[1] :]
-        image = modulate(normed, shift_2, scale_2, frames)
-        image = _attend(block.attn2, image, None, rope, plan, cache, stream="image")
-        hidden_states = gated_add(hidden_states, gate_2, image, frames)
-    image = modulate(block.norm2(hidden_states), shift_mlp, scale_mlp, frames)
-    image = feed_forward(block.ff, image, plan.adapters("image"))
-    hidden_states = gated_add(hidden_states, gate_mlp, image, frames)
-
-    if not last:
-        encoder_hidden_states = gated_add(encoder_hidden_states, gate_text, text, texts)
-        text = modulate(block.norm2_context(encoder_hidden_states), shift_text_mlp, scale_text_mlp, texts)
-        text = feed_forward(block.ff_context, text, plan.adapters("text"))
-        encoder_hidden_states = gated_add(encoder_hidden_states, gate_text_mlp, text, texts)
-        if encoder_hidden_states.dtype == torch.float16:
-            encoder_hidden_states = encoder_hidden_states.clip(-65504, 65504)
-    return hidden_states, encoder_hidden_states
-
-
-def single_block(
-    block: nn.Module,
-    hidden_states: torch.Tensor,
-    encoder_hidden_states: torch.Tensor,
-    temb: torch.Tensor,
-    context_temb: torch.Tensor,
-    image_rotary_emb: torch.Tensor | None,
-    plan: BlockPlan,
-    cache: LayerCache | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """One block with the same weights for text and image, attention beside the MLP (FLUX.1; ViT-22B's layout).
-
-    Arguments and result as in `double_block`; `block` is ours or `FluxSingleTransformerBlock`.
-    """
-    lengths = plan.text_lengths + plan.frame_lengths
-    joint = torch.cat([encoder_hidden_states, hidden_states], dim=1)  # (B, S, D)
-    vectors = torch.cat([context_temb, temb], dim=1)  # (B, X + F, D)
-    if context_temb is temb and plan.lora is None:  # one text and one frame at one noise level: broadcast it
-        vectors, lengths = temb, (joint.shape[1],)
-
-    emb = linear(block.norm.linear, F.silu(vectors), plan.adapters("joint_vectors"))
-    shift, scale, gate = emb.chunk(3, dim=-1)
-    normed = modulate(block.norm.norm(joint), shift, scale, lengths)
-    mlp = block.act_mlp(linear(block.proj_mlp, normed, plan.adapters("joint")))  # (B, S, 4D)
-    attended = _attend(block.attn, normed, None, image_rotary_emb, plan, cache)
-    out = linear(block.proj_out, torch.cat([attended, mlp], dim=2), plan.adapters("joint"))
-    joint = gated_add(joint, gate, out, lengths)
-    if joint.dtype == torch.float16:
-        joint = joint.clip(-65504, 65504)
-    encoder_hidden_states, hidden_states = joint.split(
-        [encoder_hidden_states.shape[1], hidden_states.shape[1]], dim=1
-    )
-    return hidden_states, encoder_hidden_states
-
-
-# The modules
-
-
-class MMDiTAttnProcessor:
-    """Runs `joint_attention` for `MMDiTAttention` on the backend that diffusers sets here."""
-
-    _attention_backend = None
-    _parallel_config = None
-
-    def __call__(
-        self,
-        attn: MMDiTAttention,
-        hidden_states: torch.Tensor,
-        encoder_hidden_states: torch.Tensor | None = None,
-        image_rotary_emb: torch.Tensor | None = None,
-        plan: BlockPlan | None = None,
-        cache: LayerCache | None = None,
-        stream: str = "joint",
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]:
-        return joint_attention(
-            attn,
-            hidden_states,
-            encoder_hidden_states,
-            image_rotary_emb,
-            plan,
-            cache,
-            stream=stream,
-            backend=self._attention_backend,
-            parallel_config=self._parallel_config,
-        )
-
-
-class MMDiTAttention(nn.Module, AttentionModuleMixin):
-    """Projections of one attention, with FLUX's names; the processor does the work."""
-
-    _default_processor_cls = MMDiTAttnProcessor
-    _available_processors = [MMDiTAttnProcessor]
-    is_cross_attention = False
-
-    def __init__(
-        self,
-        dim: int,
-        heads: int,
-        *,
-        qk_norm: bool,
-        context: bool = False,
-        context_pre_only: bool = False,
-        project_out: bool = True,
-    ):
-        super().__init__()
-        self.heads = heads
-        self.inner_dim = dim
-        self.head_dim = dim // heads
-        self.use_bias = self.added_proj_bias = True
-        self.context_pre_only = context_pre_only
-        self.to_q, self.to_k, self.to_v = (nn.Linear(dim, dim) for _ in range(3))
-        self.norm_q, self.norm_k = (self._norm(qk_norm) for _ in range(2))
-        if project_out:
-            self.to_out = nn.ModuleList([nn.Linear(dim, dim), nn.Dropout(0.0)])
-        if context:
-            self.add_q_proj, self.add_k_proj, self.add_v_proj = (nn.Linear(dim, dim) for _ in range(3))
-            self.norm_added_q, self.norm_added_k = (self._norm(qk_norm) for _ in range(2))
-            if not context_pre_only:
-                self.to_add_out = nn.Linear(dim, dim)
-        self.set_processor(self._default_processor_cls())
-
-    def _norm(self, qk_norm: bool) -> nn.Module | None:
-        return nn.RMSNorm(self.head_dim, eps=1e-6) if qk_norm else None
-
-    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        return self.processor(self, hidden_states, *args, **kwargs)
-
-
-class MMDiTBlock(nn.Module):
-    """Double-stream block; see `double_block`."""
-
-    def __init__(
-        self, dim: int, heads: int, mlp_ratio: float, *, qk_norm: bool, dual_attention: bool, context_pre_only: bool
-    ):
-        super().__init__()
-        self.context_pre_only = context_pre_only
-        self.norm1 = SD35AdaLayerNormZeroX(dim) if dual_attention else AdaLayerNormZero(dim)
-        if context_pre_only:
-            self.norm1_context = AdaLayerNormContinuous(dim, dim, elementwise_affine=False, eps=1e-6)
-        else:
-            self.norm1_context = AdaLayerNormZero(dim)
-        self.attn = MMDiTAttention(dim, heads, qk_norm=qk_norm, context=True, context_pre_only=context_pre_only)
-        self.attn2 = MMDiTAttention(dim, heads, qk_norm=qk_norm) if dual_attention else None
-        self.norm2 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
-        self.ff = FeedForward(dim, mult=mlp_ratio, activation_fn="gelu-approximate")
-        if not context_pre_only:
-            self.norm2_context = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
-            self.ff_context = FeedForward(dim, mult=mlp_ratio, activation_fn="gelu-approximate")
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        encoder_hidden_states: torch.Tensor,
-        temb: torch.Tensor,
-        context_temb: torch.Tensor,
-        image_rotary_emb: torch.Tensor | None,
-        plan: BlockPlan,
-        cache: LayerCache | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return double_block(
-            self, hidden_states, encoder_hidden_states, temb, context_temb, image_rotary_emb, plan, cache
-        )
-
-
-class MMDiTSingleBlock(nn.Module):
-    """Single-stream block; see `single_block`."""
-
-    def __init__(self, dim: int, heads: int, mlp_ratio: float, *, qk_norm: bool):
-        super().__init__()
-        mlp_dim = int(dim * mlp_ratio)
-        self.norm = AdaLayerNormZeroSingle(dim)
-        self.proj_mlp = nn.Linear(dim, mlp_dim)
-        self.act_mlp = nn.GELU(approximate="tanh")
-        self.proj_out = nn.Linear(dim + mlp_dim, dim)
-        self.proj_out._tp_packed_row_blocks = [dim, mlp_dim]  # read by PackedRowwiseParallel of `_tp_plan`
-        self.attn = MMDiTAttention(dim, heads, qk_norm=qk_norm, project_out=False)
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        encoder_hidden_states: torch.Tensor,
-        temb: torch.Tensor,
-        context_temb: torch.Tensor,
-        image_rotary_emb: torch.Tensor | None,
-        plan: BlockPlan,
-        cache: LayerCache | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return single_block(
-            self, hidden_states, encoder_hidden_states, temb, context_temb, image_rotary_emb, plan, cache
-        )
+_ONE_FRAME = FrameLayout.build([Frame((1, 1))], 1)
 
 
 class MMDiT(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, AttentionMixin, MupMixin):
@@ -652,10 +240,10 @@ class MMDiT(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, AttentionMixi
             self, hidden_states, encoder_hidden_states, pooled_projections, timestep, img_ids, txt_ids, guidance,
             joint_attention_kwargs, encoder_attention_mask, layout, cache,
         )  # fmt: skip
-        grid = hidden_states.shape[-2:] if hidden_states.ndim == 4 else None
+        grid = (hidden_states.shape[2], hidden_states.shape[3]) if hidden_states.ndim == 4 else None
         lora = None if layout is None else lora_plan(layout)
         hidden_states = self._embed(hidden_states, layout, lora)  # (B, N, D)
-        temb, context_temb = self._condition(hidden_states.dtype, timestep, guidance, pooled_projections, layout)
+        temb, context_temb = self._condition(timestep, guidance, pooled_projections, layout)
         encoder_hidden_states = linear(self.context_embedder, encoder_hidden_states, lora and lora.text, shared=True)
         text_length = encoder_hidden_states.shape[1]
         rope = self._rope(layout, img_ids, txt_ids, text_length, hidden_states.device)
@@ -677,35 +265,37 @@ class MMDiT(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, AttentionMixi
                         plan=plan,
                         cache=layer,
                     )
-        sample = self._read_out(hidden_states, temb, layout, grid)
+        sample = self._read_out(hidden_states, temb, layout, lora, grid)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
-    def _embed(
-        self, hidden_states: torch.Tensor, layout: FrameLayout | None, lora: LoraPlan | None
-    ) -> torch.Tensor:
+    def _embed(self, hidden_states: torch.Tensor, layout: FrameLayout | None, lora: LoraPlan | None) -> torch.Tensor:
         """Tokens or a latent grid to (B, N, D), positions added where they are not rotary."""
         if self.config.pos_embed_type == "rope":
             return linear(self.x_embedder, hidden_states, lora and lora.image)
         if hidden_states.ndim == 4:
             return self.pos_embed(hidden_states).contiguous()
+        assert layout is not None  # check_inputs
         project = self.pos_embed.proj  # a strided convolution is a linear layer on patches (c, row, column)
         tokens = F.linear(hidden_states, project.weight.flatten(1), project.bias)
         return tokens + self._table_positions(layout).to(tokens)
 
     def _table_positions(self, layout: FrameLayout) -> torch.Tensor:
-        """Sin-cos positions (N, D) of a layout, in the table's frame: the made frame sits in its middle, as in SD3."""
+        """Sin-cos positions (N, D) of a layout: the made frame of a scene sits in the table's middle, as in SD3."""
         side = self.config.pos_embed_max_size
-        made = next((f for f in layout.frames if not f.held), layout.frames[0])
-        rows, columns = ((layout.ids()[:, 1 + i] + (side - made.size[i]) // 2) for i in range(2))
-        inside = (rows.frac() == 0) & (columns.frac() == 0) & (torch.minimum(rows, columns) >= 0)
-        if bool((inside & (torch.maximum(rows, columns) < side)).all()):
-            return self.pos_embed.pos_embed[0, (rows * side + columns).long()]
-        step = self.pos_embed.base_size / side
-        return sincos_positions(rows * step, columns * step, self.inner_dim)
+        places = []
+        for i in layout.live:
+            scene = [f for f, s in zip(layout.frames, layout.scenes) if s == layout.scenes[i]]
+            made = next((f for f in scene if not f.held), scene[0])
+            middle = torch.tensor([(side - n) // 2 for n in made.size])
+            places.append(layout.frames[i].ids()[:, 1:] + middle)
+        place = torch.cat(places)  # (N, 2) rows and columns of the table
+        if bool(((place.frac() == 0) & (place >= 0) & (place < side)).all()):
+            return self.pos_embed.pos_embed[0, (place[:, 0] * side + place[:, 1]).long()]
+        rows, columns = (place * self.pos_embed.base_size / side).unbind(1)
+        return sincos_positions(rows, columns, self.inner_dim)
 
     def _condition(
         self,
-        dtype: torch.dtype,
         timestep: torch.Tensor,
         guidance: torch.Tensor | None,
         pooled: torch.Tensor,
@@ -724,12 +314,11 @@ class MMDiT(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, AttentionMixi
             return embedder(embed.time_proj(values.flatten()).to(pooled.dtype)).unflatten(0, values.shape)
 
         def vectors(embedder: nn.Module, values: torch.Tensor, scale: float, held: list) -> list[torch.Tensor]:
-            values = values.to(dtype) if scale != 1 else values  # as FLUX does, so that bf16 rounds alike
-            frames = layout.expand(values, held)  # (B, F)
+            frames = layout.expand(values.float(), held)  # (B, F); bf16 would round 945 to 944 and turn cos(t) round
             if len(scene) == 1 and (values.ndim == 2 or held[layout.live[0]] is None):
                 return [embedding(embedder, frames * scale)] * 2  # one text, one frame, one level
             if values.ndim == 1:
-                texts = values[None] if layout.is_packed else values[:, None]
+                texts = (values[None] if layout.is_packed else values[:, None]).float()
             else:
                 members = [[f for f, s in enumerate(scene) if s == x] for x in range(layout.num_texts)]
                 texts = torch.stack([frames[:, of].amax(1) for of in members], dim=1)
@@ -737,7 +326,7 @@ class MMDiT(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, AttentionMixi
 
         held = [None if f.sigma is None else f.sigma * 1000 / scale for f in layout.frames]
         temb, context_temb = vectors(embed.timestep_embedder, timestep, scale, held)
-        if self.config.guidance_embeds:
+        if guidance is not None:
             g, context_g = vectors(embed.guidance_embedder, guidance, 1000.0, [f.guidance for f in layout.frames])
             shared = temb is context_temb and g is context_g
             temb = temb + g
@@ -761,6 +350,7 @@ class MMDiT(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, AttentionMixi
         axes = self.config.axes_dims_rope
         if layout is not None:
             img_ids = layout.ids(device)
+        assert img_ids is not None  # check_inputs
         if txt_ids is None:
             txt_ids = torch.zeros(text_length, len(axes), device=device)
         return rope_table(torch.cat([txt_ids, img_ids]).float(), axes, self.config.rope_theta)
@@ -782,7 +372,9 @@ class MMDiT(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, AttentionMixi
         if layout is None:
             return BlockPlan((text_length,), (hidden_states.shape[1],), key_mask=key_mask)
         packed = image_packed = None
-        if layout.is_packed and packed_backend(hidden_states.unflatten(-1, (-1, self.config.attention_head_dim)), None):
+        if layout.is_packed and packed_backend(
+            hidden_states.unflatten(-1, (-1, self.config.attention_head_dim)), None
+        ):
             packed = PackedRows.build(layout.groups, layout.text_length + layout.image_length, hidden_states.device)
             if self.config.dual_attention_layers:
                 image_packed = PackedRows.build(layout.image_groups, layout.image_length, hidden_states.device)
@@ -805,6 +397,7 @@ class MMDiT(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, AttentionMixi
         hidden_states: torch.Tensor,
         temb: torch.Tensor,
         layout: FrameLayout | None,
+        lora: LoraPlan | None,
         grid: tuple[int, int] | None,
     ) -> torch.Tensor:
         """Prediction of the frames being made: tokens, or a latent grid if one came in."""
@@ -814,9 +407,12 @@ class MMDiT(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, AttentionMixi
             if len(made) < len(layout.live):
                 hidden_states = torch.cat([hidden_states[:, rows] for rows in layout.predicted], dim=1)
                 temb = temb[:, made]
-                lengths = layout.predicted_lengths
-        scale, shift = self.norm_out.linear(F.silu(temb).to(hidden_states.dtype)).chunk(2, dim=-1)
-        out = self.proj_out(modulate(self.norm_out.norm(hidden_states), shift, scale, lengths))
+            lengths = layout.predicted_lengths
+        vectors = F.silu(temb).to(hidden_states.dtype)
+        emb = linear(self.norm_out.linear, vectors, lora and lora.made_vectors, shared=True)
+        scale, shift = emb.chunk(2, dim=-1)
+        normed = modulate(self.norm_out.norm(hidden_states), shift, scale, lengths)
+        out = linear(self.proj_out, normed, lora and lora.made, shared=True)
         if self.config.pos_embed_type == "rope":
             return out
         patch = self.config.patch_size
@@ -851,17 +447,3 @@ class MMDiT(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, AttentionMixi
     def max_grid(self) -> float:
         """Rows or columns of tokens a frame may have."""
         return math.inf if self.config.pos_embed_type == "rope" else self.config.pos_embed_max_size
-
-
-_ONE_FRAME = FrameLayout.build([Frame((1, 1))], 1)
-
-
-def _skip_attention(
-    attn: MMDiTAttention, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor | None = None, *_: Any, **__: Any
-) -> Any:
-    return hidden_states if encoder_hidden_states is None else (hidden_states, encoder_hidden_states)
-
-
-compat.register_block(MMDiTBlock, hidden_states=0, encoder_hidden_states=1)
-compat.register_block(MMDiTSingleBlock, hidden_states=0, encoder_hidden_states=1)
-compat.register_attention_processor(MMDiTAttnProcessor, _skip_attention)

@@ -53,7 +53,9 @@ def check_config(config: Mapping[str, Any]) -> None:
         raise ValueError(f"sin-cos positions need a width divisible by 4, got {width} (heads * attention_head_dim)")
     wrong = [i for i in config["dual_attention_layers"] if not 0 <= i < config["num_layers"]]
     if wrong:
-        raise ValueError(f"dual_attention_layers names blocks {wrong}, but there are num_layers={config['num_layers']}")
+        raise ValueError(
+            f"dual_attention_layers names blocks {wrong}, but there are num_layers={config['num_layers']}"
+        )
     if config["context_pre_only"] and config["num_single_layers"]:
         raise ValueError(
             f"context_pre_only ends the text stream, but {config['num_single_layers']} single-stream blocks read it; "
@@ -91,10 +93,14 @@ def check_inputs(
     if hidden_states.ndim == 4 and not rotary and layout is None:
         _check_grid(model, hidden_states)
     elif hidden_states.ndim != 3:
-        expected = "(batch, tokens, channels)" + ("" if rotary else ", or (batch, channels, height, width) and no layout")
+        expected = "(batch, tokens, channels)" + (
+            "" if rotary else ", or (batch, channels, height, width) and no layout"
+        )
         raise ValueError(f"hidden_states must be {expected}, got shape {tuple(hidden_states.shape)}")
     elif layout is None and not rotary:
-        raise ValueError("a model with sin-cos positions needs a layout to place tokens; pass layout= or a latent grid")
+        raise ValueError(
+            "a model with sin-cos positions needs a layout to place tokens; pass layout= or a latent grid"
+        )
     elif hidden_states.shape[2] != model.token_channels:
         raise ValueError(
             f"hidden_states must have {model.token_channels} channels per token, got {hidden_states.shape[2]}"

@@ -1,9 +1,9 @@
 """Roles of parameters under μP, and what follows from them: initialisation and optimiser groups.
 
 m = width / base width, om = output multiplier. Widths grow by heads at a fixed head size, so attention keeps
-1 / sqrt(head size) and the forward pass needs no change: the readout's factor om / m is folded into its learning rate,
-weight decay and Adam's epsilon, which is exact (Tensor Programs V, arXiv 2203.03466, table 8 and appendix B; applied to
-diffusion transformers in arXiv 2505.15270, theorem 3.1).
+1 / sqrt(head size) and the forward pass needs no change: the readout's factor om / m is folded into its learning
+rate, weight decay and Adam's epsilon, which is exact (Tensor Programs V, arXiv 2203.03466, table 8 and appendix B;
+applied to diffusion transformers in arXiv 2505.15270, theorem 3.1).
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from collections.abc import Iterable
 from typing import Any, Literal, NamedTuple
 
 import torch
-import torch.nn as nn
 
 Role = Literal["input", "hidden", "modulation", "output", "vector", "finite"]
 
@@ -56,14 +55,14 @@ class MupMixin:
         init_weights(self, generator)
 
 
-def width_multiplier(model: MupMixin) -> float:
+def width_multiplier(model: Any) -> float:
     """m: how much wider than the base the model is; 1 under the standard parametrisation."""
     config: Any = model.config
     base = config.mup_base_width
     return 1.0 if base is None else config.num_attention_heads * config.attention_head_dim / base
 
 
-def mup_table(model: MupMixin) -> list[ParameterRule]:
+def mup_table(model: Any) -> list[ParameterRule]:
     """One rule per parameter.
 
     Raises:
@@ -85,7 +84,7 @@ def mup_table(model: MupMixin) -> list[ParameterRule]:
     return rules
 
 
-def _init_std(model: MupMixin, name: str, role: Role, parameter: torch.Tensor) -> float | None:
+def _init_std(model: Any, name: str, role: Role, parameter: torch.Tensor) -> float | None:
     if parameter.ndim == 1:
         return None if name.endswith(".weight") else 0.0
     if role == "output" or (role == "modulation" and model.config.mup_adaln_init == "zero"):
@@ -93,7 +92,7 @@ def _init_std(model: MupMixin, name: str, role: Role, parameter: torch.Tensor) -
     return 1 / math.sqrt(parameter[0].numel())
 
 
-def _role(model: MupMixin, name: str) -> Role:
+def _role(model: Any, name: str) -> Role:
     for pattern, role in model._mup_roles:
         if fnmatch.fnmatchcase(name, pattern):
             return role
@@ -107,7 +106,7 @@ def _unwrapped(name: str) -> str:
 
 
 @torch.no_grad()
-def init_weights(model: MupMixin, generator: torch.Generator | None = None) -> None:
+def init_weights(model: Any, generator: torch.Generator | None = None) -> None:
     """Initialise every parameter by its role; buffers and the sin-cos table stay.
 
     | role | weights | note |
@@ -131,7 +130,7 @@ def init_weights(model: MupMixin, generator: torch.Generator | None = None) -> N
 
 
 def param_groups(
-    model: MupMixin,
+    model: Any,
     lr: float,
     weight_decay: float = 0.0,
     *,

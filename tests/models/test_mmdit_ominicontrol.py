@@ -16,9 +16,7 @@ from imgdit import Frame, FrameLayout, KVCache, MMDiT
 FIXTURES = Path(__file__).parents[1] / "parity" / "ominicontrol"
 CASES = {case["id"]: case for case in json.loads((FIXTURES / "cases.json").read_text())["cases"]}
 FORWARD = [
-    name
-    for name, case in CASES.items()
-    if case["kind"] in ("base_forward", "transformer_forward", "training_step")
+    name for name, case in CASES.items() if case["kind"] in ("base_forward", "transformer_forward", "training_step")
 ]
 
 

@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
-from tiny import randomize
 from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
+from tiny import randomize
 
 from imgdit import Frame, FrameLayout, MMDiT
 from imgdit.pipelines.text_to_image import pack

@@ -1,0 +1,377 @@
+"""The blocks of `MMDiT`: their mathematics as plain functions, and the modules that hold their parameters.
+
+`double_block` and `single_block` use only submodule names that diffusers' FLUX and SD3 blocks share with ours (the
+names of the state dict), so a hook can call them with diffusers' own block.
+
+B batch, N image tokens, T text tokens, S = T + N, D width, H heads, d features of a head, F frames, X texts (one per
+scene).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from diffusers.models.attention import AttentionModuleMixin, FeedForward
+from diffusers.models.normalization import (
+    AdaLayerNormContinuous,
+    AdaLayerNormZero,
+    AdaLayerNormZeroSingle,
+    SD35AdaLayerNormZeroX,
+)
+
+from .. import compat
+from ..attention import LayerCache, PackedRows, grouped_attention
+from ..frames import RowGroup
+from ..lora import AdapterRows, LoraPlan, feed_forward, linear
+from .functional import apply_rope, gated_add, modulate
+
+
+class BlockPlan(NamedTuple):
+    """What every block of one forward pass needs to know about the frames."""
+
+    text_lengths: tuple[int, ...]
+    frame_lengths: tuple[int, ...]
+    groups: tuple[RowGroup, ...] | None = None
+    """Who sees whom in the joint sequence; `None`: everything sees everything."""
+    image_groups: tuple[RowGroup, ...] | None = None
+    """The same for the image stream alone (second attention of SD3.5)."""
+    packed: PackedRows | None = None
+    image_packed: PackedRows | None = None
+    key_mask: torch.Tensor | None = None
+    """(B, S), False on padded text."""
+    lora: LoraPlan | None = None
+    frozen: tuple[slice, ...] = ()
+    """Rows whose keys and values a cache keeps."""
+    image_frozen: tuple[slice, ...] = ()
+
+    def adapters(self, tensor: str) -> AdapterRows | None:
+        """Adapter rows of one of `LoraPlan`'s tensors."""
+        return None if self.lora is None else getattr(self.lora, tensor)
+
+
+def _heads(attn: Any, x: torch.Tensor, norm: nn.Module | None) -> torch.Tensor:
+    head_dim = attn.inner_dim // attn.heads
+    x = x.unflatten(-1, (-1, head_dim))  # (B, ·, H, d); -1 also counts the heads a tensor-parallel rank holds
+    return x if norm is None else norm(x)
+
+
+def _project(attn: Any, x: torch.Tensor, rows: AdapterRows | None, shared: bool, names: Sequence[str]) -> list:
+    if getattr(attn, "fused_projections", False):
+        if rows is not None:
+            raise ValueError("adapters on frames need separate projections; call unfuse_qkv_projections() first")
+        return list((attn.to_added_qkv if shared else attn.to_qkv)(x).chunk(3, dim=-1))
+    return [linear(getattr(attn, name), x, rows, shared=shared) for name in names]
+
+
+def joint_attention(
+    attn: Any,
+    hidden_states: torch.Tensor,
+    encoder_hidden_states: torch.Tensor | None,
+    image_rotary_emb: torch.Tensor | None,
+    *,
+    plan: BlockPlan,
+    cache: LayerCache | None = None,
+    stream: str = "joint",
+    backend: Any = None,
+    parallel_config: Any = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]:
+    """Attention over text and frames; `attn` is any module with FLUX's or SD3's submodule names.
+
+    Args:
+        hidden_states: (B, N, D), or (B, S, D) where both streams already are one sequence.
+        encoder_hidden_states: (B, T, D) or `None`.
+        image_rotary_emb: `rope_table` of the rows attended over.
+        stream: "joint", or "image" for an attention that sees no text.
+
+    Returns:
+        As many streams as were given; the text's is `None` after a block that ends its text stream.
+    """
+    image_only = stream == "image"
+    rows = plan.adapters("image" if encoder_hidden_states is not None or image_only else "joint")
+    q, k, v = _project(attn, hidden_states, rows, False, ("to_q", "to_k", "to_v"))
+    query, key, value = _heads(attn, q, attn.norm_q), _heads(attn, k, attn.norm_k), _heads(attn, v, None)
+    if encoder_hidden_states is not None:
+        q, k, v = _project(
+            attn, encoder_hidden_states, plan.adapters("text"), True, ("add_q_proj", "add_k_proj", "add_v_proj")
+        )
+        query = torch.cat([_heads(attn, q, attn.norm_added_q), query], dim=1)
+        key = torch.cat([_heads(attn, k, attn.norm_added_k), key], dim=1)
+        value = torch.cat([_heads(attn, v, None), value], dim=1)
+    if image_rotary_emb is not None:
+        query, key = apply_rope(query, image_rotary_emb), apply_rope(key, image_rotary_emb)
+
+    frozen = plan.image_frozen if image_only else plan.frozen
+    cached = None if cache is None else cache.exchange("attn2" if image_only else "attn", key, value, frozen)
+    out = grouped_attention(
+        query,
+        key,
+        value,
+        plan.image_groups if image_only else plan.groups,
+        key_mask=None if image_only else plan.key_mask,
+        cached=cached,
+        packed=plan.image_packed if image_only else plan.packed,
+        backend=backend,
+        parallel_config=parallel_config,
+    )
+    out = out.flatten(2).to(query.dtype)  # (B, S, D)
+
+    if encoder_hidden_states is None:
+        return out if not hasattr(attn, "to_out") else attn.to_out[1](linear(attn.to_out[0], out, rows))
+    text, image = out.split([encoder_hidden_states.shape[1], hidden_states.shape[1]], dim=1)
+    image = attn.to_out[1](linear(attn.to_out[0], image, rows))
+    if attn.context_pre_only:
+        return image, None
+    return image, linear(attn.to_add_out, text, plan.adapters("text"), shared=True)
+
+
+def _attend(attn: Any, *args: Any, **kwargs: Any) -> Any:
+    """Our attention goes through its processor, so hooks and step caches see it; diffusers' is a bag of weights."""
+    return attn(*args, **kwargs) if isinstance(attn, MMDiTAttention) else joint_attention(attn, *args, **kwargs)
+
+
+def double_block(
+    block: Any,
+    hidden_states: torch.Tensor,
+    encoder_hidden_states: torch.Tensor,
+    temb: torch.Tensor,
+    context_temb: torch.Tensor,
+    image_rotary_emb: torch.Tensor | None,
+    plan: BlockPlan,
+    cache: LayerCache | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One block with separate weights for text and image (SD3, arXiv 2403.03206, figure 2b).
+
+    Args:
+        block: ours, `FluxTransformerBlock` or `JointTransformerBlock`.
+        hidden_states: (B, N, D) frames.
+        encoder_hidden_states: (B, T, D) text.
+        temb: (B, F, D), context_temb: (B, X, D): conditioning vector of each frame and text.
+
+    Returns:
+        Both streams, image first.
+    """
+    frames, texts = plan.frame_lengths, plan.text_lengths
+    dual = getattr(block, "attn2", None) is not None
+    last = getattr(block, "context_pre_only", False)
+
+    emb = linear(block.norm1.linear, F.silu(temb), plan.adapters("image_vectors"))  # (B, F, 6D or 9D)
+    shift, scale, gate, shift_mlp, scale_mlp, gate_mlp, *second = emb.chunk(9 if dual else 6, dim=-1)
+    normed = block.norm1.norm(hidden_states)
+    image = modulate(normed, shift, scale, frames)
+
+    emb = linear(block.norm1_context.linear, F.silu(context_temb), plan.adapters("text_vectors"), shared=True)
+    if last:  # AdaLayerNormContinuous: the scale comes first
+        scale_text, shift_text = emb.chunk(2, dim=-1)
+    else:
+        shift_text, scale_text, gate_text, shift_text_mlp, scale_text_mlp, gate_text_mlp = emb.chunk(6, dim=-1)
+    text = modulate(block.norm1_context.norm(encoder_hidden_states), shift_text, scale_text, texts)
+
+    image, text = _attend(block.attn, image, text, image_rotary_emb, plan=plan, cache=cache)
+    hidden_states = gated_add(hidden_states, gate, image, frames)
+    if dual:
+        shift_2, scale_2, gate_2 = second
+        rope = None if image_rotary_emb is None else image_rotary_emb[encoder_hidden_states.shape[1] :]
+        image = modulate(normed, shift_2, scale_2, frames)
+        image = _attend(block.attn2, image, None, rope, plan=plan, cache=cache, stream="image")
+        hidden_states = gated_add(hidden_states, gate_2, image, frames)
+    image = modulate(block.norm2(hidden_states), shift_mlp, scale_mlp, frames)
+    image = feed_forward(block.ff, image, plan.adapters("image"))
+    hidden_states = gated_add(hidden_states, gate_mlp, image, frames)
+
+    if not last:
+        encoder_hidden_states = gated_add(encoder_hidden_states, gate_text, text, texts)
+        text = modulate(block.norm2_context(encoder_hidden_states), shift_text_mlp, scale_text_mlp, texts)
+        text = feed_forward(block.ff_context, text, plan.adapters("text"))
+        encoder_hidden_states = gated_add(encoder_hidden_states, gate_text_mlp, text, texts)
+        if encoder_hidden_states.dtype == torch.float16:
+            encoder_hidden_states = encoder_hidden_states.clip(-65504, 65504)
+    return hidden_states, encoder_hidden_states
+
+
+def single_block(
+    block: Any,
+    hidden_states: torch.Tensor,
+    encoder_hidden_states: torch.Tensor,
+    temb: torch.Tensor,
+    context_temb: torch.Tensor,
+    image_rotary_emb: torch.Tensor | None,
+    plan: BlockPlan,
+    cache: LayerCache | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One block with the same weights for text and image, attention beside the MLP (FLUX.1; ViT-22B's layout).
+
+    Arguments and result as in `double_block`; `block` is ours or `FluxSingleTransformerBlock`.
+    """
+    lengths = plan.text_lengths + plan.frame_lengths
+    joint = torch.cat([encoder_hidden_states, hidden_states], dim=1)  # (B, S, D)
+    vectors = torch.cat([context_temb, temb], dim=1)  # (B, X + F, D)
+    if context_temb is temb and plan.lora is None:  # one text and one frame at one noise level: broadcast it
+        vectors, lengths = temb, (joint.shape[1],)
+
+    emb = linear(block.norm.linear, F.silu(vectors), plan.adapters("joint_vectors"))
+    shift, scale, gate = emb.chunk(3, dim=-1)
+    normed = modulate(block.norm.norm(joint), shift, scale, lengths)
+    mlp = block.act_mlp(linear(block.proj_mlp, normed, plan.adapters("joint")))  # (B, S, 4D)
+    attended = _attend(block.attn, normed, None, image_rotary_emb, plan=plan, cache=cache)
+    out = linear(block.proj_out, torch.cat([attended, mlp], dim=2), plan.adapters("joint"))
+    joint = gated_add(joint, gate, out, lengths)
+    if joint.dtype == torch.float16:
+        joint = joint.clip(-65504, 65504)
+    encoder_hidden_states, hidden_states = joint.split([encoder_hidden_states.shape[1], hidden_states.shape[1]], dim=1)
+    return hidden_states, encoder_hidden_states
+
+
+class MMDiTAttnProcessor:
+    """Runs `joint_attention` for `MMDiTAttention` on the backend that diffusers sets here."""
+
+    _attention_backend = None
+    _parallel_config = None
+
+    def __call__(
+        self,
+        attn: MMDiTAttention,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        image_rotary_emb: torch.Tensor | None = None,
+        *,
+        plan: BlockPlan,
+        cache: LayerCache | None = None,
+        stream: str = "joint",
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]:
+        return joint_attention(
+            attn,
+            hidden_states,
+            encoder_hidden_states,
+            image_rotary_emb,
+            plan=plan,
+            cache=cache,
+            stream=stream,
+            backend=self._attention_backend,
+            parallel_config=self._parallel_config,
+        )
+
+
+class MMDiTAttention(nn.Module, AttentionModuleMixin):
+    """Projections of one attention, with FLUX's names; the processor does the work."""
+
+    _default_processor_cls = MMDiTAttnProcessor
+    _available_processors = [MMDiTAttnProcessor]
+    is_cross_attention = False
+    processor: Any
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        *,
+        qk_norm: bool,
+        context: bool = False,
+        context_pre_only: bool = False,
+        project_out: bool = True,
+    ):
+        super().__init__()
+        self.heads = heads
+        self.inner_dim = dim
+        self.head_dim = dim // heads
+        self.use_bias = self.added_proj_bias = True
+        self.context_pre_only = context_pre_only
+        self.to_q, self.to_k, self.to_v = (nn.Linear(dim, dim) for _ in range(3))
+        self.norm_q, self.norm_k = (self._norm(qk_norm) for _ in range(2))
+        if project_out:
+            self.to_out = nn.ModuleList([nn.Linear(dim, dim), nn.Dropout(0.0)])
+        if context:
+            self.add_q_proj, self.add_k_proj, self.add_v_proj = (nn.Linear(dim, dim) for _ in range(3))
+            self.norm_added_q, self.norm_added_k = (self._norm(qk_norm) for _ in range(2))
+            if not context_pre_only:
+                self.to_add_out = nn.Linear(dim, dim)
+        self.set_processor(MMDiTAttnProcessor())
+
+    def _norm(self, qk_norm: bool) -> nn.Module | None:
+        return nn.RMSNorm(self.head_dim, eps=1e-6) if qk_norm else None
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return self.processor(self, hidden_states, *args, **kwargs)
+
+
+class MMDiTBlock(nn.Module):
+    """Double-stream block; see `double_block`."""
+
+    def __init__(
+        self, dim: int, heads: int, mlp_ratio: float, *, qk_norm: bool, dual_attention: bool, context_pre_only: bool
+    ):
+        super().__init__()
+        self.context_pre_only = context_pre_only
+        self.norm1 = SD35AdaLayerNormZeroX(dim) if dual_attention else AdaLayerNormZero(dim)
+        if context_pre_only:
+            self.norm1_context = AdaLayerNormContinuous(dim, dim, elementwise_affine=False, eps=1e-6)
+        else:
+            self.norm1_context = AdaLayerNormZero(dim)
+        self.attn = MMDiTAttention(dim, heads, qk_norm=qk_norm, context=True, context_pre_only=context_pre_only)
+        self.attn2 = MMDiTAttention(dim, heads, qk_norm=qk_norm) if dual_attention else None
+        self.norm2 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
+        self.ff = FeedForward(dim, mult=mlp_ratio, activation_fn="gelu-approximate")
+        if not context_pre_only:
+            self.norm2_context = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
+            self.ff_context = FeedForward(dim, mult=mlp_ratio, activation_fn="gelu-approximate")
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        temb: torch.Tensor,
+        context_temb: torch.Tensor,
+        image_rotary_emb: torch.Tensor | None,
+        plan: BlockPlan,
+        cache: LayerCache | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return double_block(
+            self, hidden_states, encoder_hidden_states, temb, context_temb, image_rotary_emb, plan, cache
+        )
+
+
+class MMDiTSingleBlock(nn.Module):
+    """Single-stream block; see `single_block`."""
+
+    def __init__(self, dim: int, heads: int, mlp_ratio: float, *, qk_norm: bool):
+        super().__init__()
+        mlp_dim = int(dim * mlp_ratio)
+        self.norm = AdaLayerNormZeroSingle(dim)
+        self.proj_mlp = nn.Linear(dim, mlp_dim)
+        self.act_mlp = nn.GELU(approximate="tanh")
+        self.proj_out = nn.Linear(dim + mlp_dim, dim)
+        # Read by PackedRowwiseParallel of `_tp_plan`: two inputs of `proj_out` lie side by side.
+        self.proj_out._tp_packed_row_blocks = [dim, mlp_dim]  # type: ignore[assignment]
+        self.attn = MMDiTAttention(dim, heads, qk_norm=qk_norm, project_out=False)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        temb: torch.Tensor,
+        context_temb: torch.Tensor,
+        image_rotary_emb: torch.Tensor | None,
+        plan: BlockPlan,
+        cache: LayerCache | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return single_block(
+            self, hidden_states, encoder_hidden_states, temb, context_temb, image_rotary_emb, plan, cache
+        )
+
+
+def _skip_attention(
+    attn: MMDiTAttention,
+    hidden_states: torch.Tensor,
+    encoder_hidden_states: torch.Tensor | None = None,
+    *_: Any,
+    **__: Any,
+) -> Any:
+    return hidden_states if encoder_hidden_states is None else (hidden_states, encoder_hidden_states)
+
+
+compat.register_block(MMDiTBlock, hidden_states=0, encoder_hidden_states=1)
+compat.register_block(MMDiTSingleBlock, hidden_states=0, encoder_hidden_states=1)
+compat.register_attention_processor(MMDiTAttnProcessor, _skip_attention)

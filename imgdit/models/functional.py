@@ -1,0 +1,77 @@
+"""Pure functions of the transformers: rotary and sin-cos positions, modulation per frame.
+
+B batch, N tokens, D width, F frames, S rows, H heads, d features of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+
+def rope_table(ids: torch.Tensor, axes_dims: Sequence[int], theta: float) -> torch.Tensor:
+    """Rotations (N, sum(axes_dims) / 2) complex64 of positions; FLUX's rule, angles in float64.
+
+    Args:
+        ids: (N, axes) positions.
+        axes_dims: features of a head that turn with each axis.
+        theta: base of the geometric row of frequencies.
+    """
+    dtype = torch.float32 if ids.device.type in ("mps", "npu") else torch.float64
+    angles = []
+    for axis, dim in enumerate(axes_dims):
+        frequency = theta ** -(torch.arange(0, dim, 2, dtype=dtype, device=ids.device) / dim)
+        angles.append(ids[:, axis].to(dtype)[:, None] * frequency)
+    angle = torch.cat(angles, dim=-1)
+    return torch.complex(angle.cos().float(), angle.sin().float())
+
+
+def apply_rope(x: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
+    """Turn neighbouring pairs of features (B, S, H, d) by the rotations (S, d/2) of `rope_table`."""
+    pairs = x.float().unflatten(-1, (-1, 2))  # (B, S, H, d/2, 2)
+    if torch.compiler.is_compiling():  # inductor generates no code for complex numbers
+        cos, sin = torch.view_as_real(rope)[:, None].unbind(-1)  # (S, 1, d/2)
+        even, odd = pairs.unbind(-1)
+        turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
+    else:  # eager: one pass; the real form costs 40 times as much on a CPU
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * rope[:, None])
+    return turned.flatten(-2).to(x.dtype)
+
+
+def sincos_positions(rows: torch.Tensor, columns: torch.Tensor, dim: int) -> torch.Tensor:
+    """SD3's sine-cosine embedding (N, dim) of coordinates (N,): the column in the first half, then the row."""
+    frequency = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+    angles = [coordinate.double()[:, None] * frequency for coordinate in (columns, rows)]
+    return torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)], dim=-1).float()
+
+
+def multiply_add(base: torch.Tensor, x: torch.Tensor, factor: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+    """`base + x * factor`, each either tokens (B, N, D) or one vector per frame (B, F, D) broadcast over its tokens.
+
+    The vectors are never expanded to tokens: one frame broadcasts, equal frames fold into an axis, others go by slice.
+    """
+    if len(lengths) == 1:
+        return torch.addcmul(base, x, factor)
+    if len(set(lengths)) == 1 and lengths[0] > 1:
+        shaped = [
+            y[:, :, None] if y.shape[1] == len(lengths) else y.unflatten(1, (len(lengths), lengths[0]))
+            for y in (base, x, factor)
+        ]
+        return torch.addcmul(*shaped).flatten(1, 2)
+    parts = zip(*(_per_frame(y, lengths) for y in (base, x, factor)), strict=True)
+    return torch.cat([torch.addcmul(*part) for part in parts], dim=1)
+
+
+def _per_frame(x: torch.Tensor, lengths: Sequence[int]) -> tuple[torch.Tensor, ...]:
+    return x.split(1, dim=1) if x.shape[1] == len(lengths) != sum(lengths) else x.split(list(lengths), dim=1)
+
+
+def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+    """adaLN: `x * (1 + scale) + shift` with one vector per frame (DiT, arXiv 2212.09748, section 3.2)."""
+    return multiply_add(shift, x, 1 + scale, lengths)
+
+
+def gated_add(x: torch.Tensor, gate: torch.Tensor, update: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+    """`x + gate * update` with one gate per frame."""
+    return multiply_add(x, update, gate, lengths)
