@@ -34,7 +34,26 @@ pipeline_loading_utils.LOADABLE_CLASSES.setdefault(
 )
 
 
-class DiffusionPipeline(diffusers.DiffusionPipeline):
+class SafetensorsOnly:
+    """Loads no pickled weights: they can run code. Mixed in before diffusers' class."""
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """diffusers' `from_pretrained` with `use_safetensors=True`; all other arguments are passed on.
+
+        Raises:
+            ValueError: `use_safetensors=False` was asked for.
+            OSError: the folder holds no safetensors weights.
+        """
+        if kwargs.get("use_safetensors") is False:
+            raise ValueError(
+                "got use_safetensors=False, but pickled weights can run code; convert them to safetensors"
+            )
+        kwargs["use_safetensors"] = True
+        return super().from_pretrained(*args, **kwargs)  # type: ignore[misc]
+
+
+class DiffusionPipeline(SafetensorsOnly, diffusers.DiffusionPipeline):
     """Loads any imgdit pipeline by the class its `model_index.json` names.
 
     diffusers looks that class up in the root package of the loading class, and only if it is called like this one.

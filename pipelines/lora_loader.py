@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -36,3 +37,7 @@ class LoraLoaderMixin(AuraFlowLoraLoaderMixin):
                 "code when they are loaded. Convert the file first"
             )
         return super().lora_state_dict(source, use_safetensors=True, **kwargs)
+
+    def unfuse_lora(self, components: Sequence[str] = ("transformer",), **kwargs: Any) -> None:
+        """Take fused adapters out of the base again. (The parent's default names text encoders, and fails.)"""
+        super().unfuse_lora(components=list(components), **kwargs)

@@ -288,7 +288,7 @@ class MMDiTAttention(nn.Module, AttentionModuleMixin):
             self.norm_added_q, self.norm_added_k = (self._norm(qk_norm) for _ in range(2))
             if not context_pre_only:
                 self.to_add_out = nn.Linear(dim, dim)
-        self.set_processor(MMDiTAttnProcessor())
+        self.processor = MMDiTAttnProcessor()
 
     def _norm(self, qk_norm: bool) -> nn.Module | None:
         return nn.RMSNorm(self.head_dim, eps=1e-6) if qk_norm else None

@@ -33,6 +33,7 @@ from diffusers.models.normalization import AdaLayerNormContinuous
 from diffusers.utils import apply_lora_scale
 
 from ..attention import KVCache, PackedRows, packed_backend
+from ..compat import SafetensorsOnly
 from ..frames import Frame, FrameLayout
 from ..lora import LoraPlan, linear, lora_plan
 from ..mup import MupMixin
@@ -44,7 +45,7 @@ from .validation import check_config, check_inputs
 _ONE_FRAME = FrameLayout.build([Frame((1, 1))], 1)
 
 
-class MMDiT(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, AttentionMixin, MupMixin):
+class MMDiT(SafetensorsOnly, ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, AttentionMixin, MupMixin):
     """Multi-modal diffusion transformer over frames.
 
     Args:

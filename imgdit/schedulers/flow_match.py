@@ -40,8 +40,8 @@ def mix(data: torch.Tensor, noise: torch.Tensor, sigmas: torch.Tensor, lengths: 
     """
     if sigmas.shape != (data.shape[0], len(lengths)) or sum(lengths) != data.shape[1]:
         raise ValueError(
-            f"sigmas must be ({data.shape[0]}, {len(lengths)}) and lengths add up to {data.shape[1]} for data of "
-            f"shape {tuple(data.shape)}, got sigmas of shape {tuple(sigmas.shape)} and frames of {tuple(lengths)} tokens"
+            f"for data of shape {tuple(data.shape)} sigmas must be ({data.shape[0]}, {len(lengths)}) and lengths add "
+            f"up to {data.shape[1]}; got sigmas of shape {tuple(sigmas.shape)} and frames of {tuple(lengths)} tokens"
         )
     per_token = sigmas.repeat_interleave(torch.tensor(lengths, device=sigmas.device), dim=1)[..., None].to(data)
     return (1.0 - per_token) * data + per_token * noise
