@@ -51,9 +51,9 @@ def multiply_add(base: torch.Tensor, x: torch.Tensor, factor: torch.Tensor, leng
 
     The vectors are never expanded to tokens: one frame broadcasts, equal frames fold into an axis, others go by slice.
     """
-    if len(lengths) == 1:
+    if len(lengths) == 1 or max(lengths) == 1:
         return torch.addcmul(base, x, factor)
-    if len(set(lengths)) == 1 and lengths[0] > 1:
+    if len(set(lengths)) == 1:
         shaped = [
             y[:, :, None] if y.shape[1] == len(lengths) else y.unflatten(1, (len(lengths), lengths[0]))
             for y in (base, x, factor)
