@@ -40,12 +40,12 @@ def _timed(call: Callable[[], Any], device: torch.device) -> float:
         start = time.process_time()
         call()
         return time.process_time() - start
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
+    before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    before.record()
     call()
-    end.record()
+    after.record()
     torch.cuda.synchronize(device)
-    return start.elapsed_time(end) / 1000
+    return before.elapsed_time(after) / 1000
 
 
 def compare(

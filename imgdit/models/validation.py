@@ -86,8 +86,8 @@ def check_inputs(
     config = model.config
     if model._parallel_config is not None and (layout is not None or encoder_attention_mask is not None):
         raise ValueError(
-            "context parallelism splits one frame's tokens evenly over the ranks; a layout or a text mask would be cut "
-            "across frames. Pass img_ids and full texts, or run this model on one rank"
+            "context parallelism splits one frame's tokens evenly over the ranks; it would cut through a layout or a "
+            "text mask. Pass img_ids and full texts, or run this model on one rank"
         )
     rotary = config.pos_embed_type == "rope"
     if joint_attention_kwargs:

@@ -160,7 +160,7 @@ def test_save_and_load(pipe, load, tmp_path):
     assert type(loaded) is imgdit.ImgDiTPipeline
     loaded.set_progress_bar_config(disable=True)
     close(run(loaded), run(pipe))
-    half = load.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    half = load.from_pretrained(tmp_path, dtype=torch.bfloat16)
     half.set_progress_bar_config(disable=True)
     assert half.transformer.dtype == torch.bfloat16
     assert (run(half) - run(pipe)).norm() / run(pipe).norm() < 0.05
