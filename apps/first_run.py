@@ -171,6 +171,8 @@ def main(prompts: list[str], out: Path, steps: int, seed: int) -> Path:
         raise ValueError(f"at least 2 steps of training are needed, got {steps}")
     folder = out / "model"
     if not (folder / "model_index.json").exists():
+        # The operations are so small that a second thread mostly waits, and waits long where the core is shared.
+        torch.set_num_threads(1)
         torch.manual_seed(seed)
         pipe = build()
         train(pipe, steps, seed)

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
 
 from .frames import FrameLayout
@@ -47,6 +48,11 @@ class LoraPlan(NamedTuple):
     """Tokens of the frames being made (the model's output)."""
     made_vectors: AdapterRows
     """One row per frame being made."""
+
+
+def main_rows(length: int) -> AdapterRows:
+    """All rows of a tensor belong to nobody: every active adapter acts on them."""
+    return AdapterRows(((slice(0, length), None),), frozenset(), None)
 
 
 def lora_plan(layout: FrameLayout) -> LoraPlan | None:
@@ -88,7 +94,7 @@ def linear(module: nn.Module, x: torch.Tensor, rows: AdapterRows | None, *, shar
     """`module(x)`, with every LoRA adapter on its own rows only.
 
     Args:
-        module: a linear layer, wrapped by PEFT or not.
+        module: a linear layer, or a convolution without overlap taken as one on patches, wrapped by PEFT or not.
         x: (B, rows, features).
         rows: who owns which rows; `None`: the module as it is.
         shared: the adapters of the main rows act on all rows. OminiControl switches adapters in a fixed list of
@@ -97,14 +103,18 @@ def linear(module: nn.Module, x: torch.Tensor, rows: AdapterRows | None, *, shar
     Raises:
         ValueError: an adapter is merged into the base, or is of a kind (DoRA and the like) that cannot act on rows.
     """
-    if rows is None or not isinstance(module, LoraLayer) or module.disable_adapters:
+    if rows is None:
         return module(x)
+    if not isinstance(module, LoraLayer):
+        return _call(module, x)
+    if module.disable_adapters:
+        return _call(module.get_base_layer(), x)
     if module.merged:
         raise ValueError(
             f"the adapters {module.merged_adapters} are fused into the base weights and would act on every token; "
             "call unfuse_lora() first, or fuse style adapters only and load the condition's adapter afterwards"
         )
-    out = module.base_layer(x)
+    out = _call(module.base_layer, x)
     main = rows.main
     if main is None:
         main = tuple(name for name in module.active_adapters if name not in rows.claimed)
@@ -115,9 +125,16 @@ def linear(module: nn.Module, x: torch.Tensor, rows: AdapterRows | None, *, shar
             if name in module.lora_variant:
                 raise ValueError(f"adapter {name!r} is not a plain LoRA (DoRA or the like) and cannot act on rows")
             down, up = module.lora_A[name], module.lora_B[name]
-            delta = up(down(module.lora_dropout[name](x[:, part].to(down.weight.dtype)))) * module.scaling[name]
-            out[:, part] += delta.to(out.dtype)
+            delta = _call(up, _call(down, module.lora_dropout[name](x[:, part].to(down.weight.dtype))))
+            out[:, part] += (delta * module.scaling[name]).to(out.dtype)
     return out
+
+
+def _call(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """A layer on (B, rows, features); features of a patch are ordered (channel, row, column)."""
+    if isinstance(layer, nn.Conv2d):
+        return F.linear(x, layer.weight.flatten(1), layer.bias)
+    return layer(x)
 
 
 def feed_forward(module: nn.Module, x: torch.Tensor, rows: AdapterRows | None) -> torch.Tensor:

@@ -11,6 +11,7 @@ per scene of a packed batch, otherwise 1).
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ from diffusers.utils import apply_lora_scale
 from ..attention import KVCache, PackedRows, packed_backend
 from ..compat import SafetensorsOnly
 from ..frames import Frame, FrameLayout
-from ..lora import LoraPlan, linear, lora_plan
+from ..lora import LoraPlan, linear, lora_plan, main_rows
 from ..mup import MupMixin
 from . import convert
 from .blocks import BlockPlan, MMDiTBlock, MMDiTSingleBlock
@@ -253,19 +254,11 @@ class MMDiT(SafetensorsOnly, ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMix
         for blocks in ("transformer_blocks", "single_transformer_blocks"):
             for i, block in enumerate(getattr(self, blocks)):
                 layer = None if cache is None else cache.layer(f"{blocks}.{i}")
-                inputs = (hidden_states, encoder_hidden_states, temb, context_temb, rope, plan, layer)
                 if torch.is_grad_enabled() and self.gradient_checkpointing:
-                    hidden_states, encoder_hidden_states = self._gradient_checkpointing_func(block, *inputs)
-                else:
-                    hidden_states, encoder_hidden_states = block(
-                        hidden_states=inputs[0],
-                        encoder_hidden_states=inputs[1],
-                        temb=temb,
-                        context_temb=context_temb,
-                        image_rotary_emb=rope,
-                        plan=plan,
-                        cache=layer,
-                    )
+                    block = partial(self._gradient_checkpointing_func, block)
+                hidden_states, encoder_hidden_states = block(
+                    hidden_states, encoder_hidden_states, temb, context_temb, rope, plan, layer
+                )
         sample = self._read_out(hidden_states, temb, layout, lora, grid)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
@@ -276,8 +269,7 @@ class MMDiT(SafetensorsOnly, ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMix
         if hidden_states.ndim == 4:
             return self.pos_embed(hidden_states).contiguous()
         assert layout is not None  # check_inputs
-        project = self.pos_embed.proj  # a strided convolution is a linear layer on patches (c, row, column)
-        tokens = F.linear(hidden_states, project.weight.flatten(1), project.bias)
+        tokens = linear(self.pos_embed.proj, hidden_states, lora.image if lora else main_rows(hidden_states.shape[1]))
         return tokens + self._table_positions(layout).to(tokens)
 
     def _table_positions(self, layout: FrameLayout) -> torch.Tensor:

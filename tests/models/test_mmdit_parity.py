@@ -8,6 +8,8 @@ from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
 from tiny import randomize
 
 from imgdit import Frame, FrameLayout, MMDiT
+from imgdit.models.blocks import BlockPlan, double_block, single_block
+from imgdit.models.functional import rope_table
 from imgdit.pipelines.text_to_image import pack
 
 FLUX = {
@@ -177,3 +179,28 @@ def test_sincos_tokens_equal_the_latent_grid(name):
         inputs["hidden_states"] = pack(inputs["hidden_states"], patch)
         got = ours(**inputs, layout=layout).sample
     assert (got - expected).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize(("family", "name"), [("flux", "plain"), ("sd3", "plain"), ("sd3", "dual attention")])
+def test_block_functions_run_on_diffusers_blocks(family, name):
+    """The mathematics need only submodule names, which a hook on diffusers' own models relies on."""
+    theirs, _ = case(family, name)
+    image, text = torch.randn(2, 6, 32), torch.randn(2, 5, 32)
+    temb, ids = torch.randn(2, 32), Frame((2, 3)).ids()
+    plan = BlockPlan((5,), (6,))
+    ours_rope, their_rope = None, {}
+    if family == "flux":
+        positions = torch.cat([torch.zeros(5, 3), ids])
+        ours_rope, their_rope = (
+            rope_table(positions, (4, 6, 6), 10000),
+            {"image_rotary_emb": theirs.pos_embed(positions)},
+        )
+    blocks = [(double_block, block) for block in theirs.transformer_blocks]
+    blocks += [(single_block, block) for block in getattr(theirs, "single_transformer_blocks", [])]
+    with torch.no_grad():
+        for function, block in blocks:
+            expected_text, expected = block(hidden_states=image, encoder_hidden_states=text, temb=temb, **their_rope)
+            got, got_text = function(block, image, text, temb[:, None], temb[:, None], ours_rope, plan)
+            assert (got - expected).abs().max() <= 1e-5
+            if expected_text is not None:
+                assert (got_text - expected_text).abs().max() <= 1e-5

@@ -303,3 +303,25 @@ def test_sincos_positions_beyond_the_table_continue_it():
     assert (formula[-1] - table).abs().amax(1).min() > 0.1
     half = Frame((1, 1), 0.0, scale=2.0)  # between four cells
     assert model._table_positions(FrameLayout.build([frames[0], half], 1)).isfinite().all()
+
+
+def test_a_lora_on_the_patch_convolution_acts_on_tokens_too():
+    """A sin-cos model embeds a latent grid by a convolution and a layout's tokens by a linear layer: same adapters."""
+    model = copy.deepcopy(MODELS["sincos, dual attention"])
+    model.add_adapter(LoraConfig(r=2, target_modules=["pos_embed.proj"]), adapter_name="canny")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(generator=torch.Generator().manual_seed(0))
+    layout = FrameLayout.build([Frame((2, 3))], 3)
+    kwargs = inputs(model, layout)
+    grid = kwargs["hidden_states"].view(1, 2, 3, 4, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(1, 4, 4, 6)
+    expected = run(model, **{**kwargs, "hidden_states": grid, "layout": None})
+    expected = expected.view(1, 4, 2, 2, 3, 2).permute(0, 2, 4, 1, 3, 5).reshape(1, 6, 16)
+    torch.testing.assert_close(run(model, **kwargs), expected, **TOLERANCE)
+    owned = FrameLayout.build([Frame((2, 3), adapter="canny")], 3, main_adapters=())
+    torch.testing.assert_close(run(model, **{**kwargs, "layout": owned}), expected, **TOLERANCE)
+    unowned = FrameLayout.build([Frame((2, 3))], 3, main_adapters=())
+    plain = run(MODELS["sincos, dual attention"], **kwargs)
+    torch.testing.assert_close(run(model, **{**kwargs, "layout": unowned}), plain, **TOLERANCE)
+    assert (plain - expected).abs().max() > 1e-3
