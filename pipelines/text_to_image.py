@@ -143,7 +143,7 @@ class ImgDiTPipeline(compat.DiffusionPipeline, LoraLoaderMixin):
         """
         device = device or self._execution_device
 
-        def encode(text: Any, embeds: Any, pooled: Any, mask: Any) -> list[torch.Tensor]:
+        def encode(text: Any, embeds: Any, pooled: Any, mask: Any) -> tuple[Any, ...]:
             if embeds is None:
                 text = [text] if isinstance(text, str) else text
                 embeds, mask = self._encode_text(text, max_sequence_length, device)
@@ -152,18 +152,29 @@ class ImgDiTPipeline(compat.DiffusionPipeline, LoraLoaderMixin):
             if pooled is None:
                 weight = mask[..., None].to(embeds)
                 pooled = (embeds * weight).sum(1) / weight.sum(1).clamp(min=1)
-            return [x.repeat_interleave(num_images_per_prompt, dim=0) for x in (embeds, pooled, mask.bool())]
+            return tuple(x.repeat_interleave(num_images_per_prompt, dim=0) for x in (embeds, pooled, mask.bool()))
 
-        embeds, pooled, mask = encode(prompt, prompt_embeds, pooled_prompt_embeds, prompt_embeds_mask)
-        if not do_classifier_free_guidance:
-            return embeds, None, pooled, None, mask, None
-        negative = negative_prompt or ""
-        if negative_prompt_embeds is None and isinstance(negative, str):
-            negative = [negative] * (embeds.shape[0] // num_images_per_prompt)
-        n_embeds, n_pooled, n_mask = encode(
-            negative, negative_prompt_embeds, negative_pooled_prompt_embeds, negative_prompt_embeds_mask
+        prompt_embeds, pooled_prompt_embeds, prompt_embeds_mask = encode(
+            prompt, prompt_embeds, pooled_prompt_embeds, prompt_embeds_mask
         )
-        return embeds, n_embeds, pooled, n_pooled, mask, n_mask
+        if do_classifier_free_guidance:
+            negative = negative_prompt or ""
+            if negative_prompt_embeds is None and isinstance(negative, str):
+                negative = [negative] * (len(prompt_embeds) // num_images_per_prompt)
+            negative_prompt_embeds, negative_pooled_prompt_embeds, negative_prompt_embeds_mask = encode(
+                negative, negative_prompt_embeds, negative_pooled_prompt_embeds, negative_prompt_embeds_mask
+            )
+        else:
+            negative_prompt_embeds = negative_pooled_prompt_embeds = negative_prompt_embeds_mask = None
+        # By these names the values can be passed to `__call__`.
+        return (
+            prompt_embeds,
+            negative_prompt_embeds,
+            pooled_prompt_embeds,
+            negative_pooled_prompt_embeds,
+            prompt_embeds_mask,
+            negative_prompt_embeds_mask,
+        )
 
     def _encode_text(
         self, prompt: list[str], max_sequence_length: int, device: torch.device

@@ -78,7 +78,7 @@ def joint_attention(
     stream: str = "joint",
     backend: Any = None,
     parallel_config: Any = None,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]:
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attention over text and frames; `attn` is any module with FLUX's or SD3's submodule names.
 
     Args:
@@ -88,7 +88,7 @@ def joint_attention(
         stream: "joint", or "image" for an attention that sees no text.
 
     Returns:
-        As many streams as were given; the text's is `None` after a block that ends its text stream.
+        As many streams as were given; the text's is not projected in a block that ends its text stream.
     """
     image_only = stream == "image"
     rows = plan.adapters("image" if encoder_hidden_states is not None or image_only else "joint")
@@ -124,7 +124,7 @@ def joint_attention(
     text, image = out.split([encoder_hidden_states.shape[1], hidden_states.shape[1]], dim=1)
     image = attn.to_out[1](linear(attn.to_out[0], image, rows))
     if attn.context_pre_only:
-        return image, None
+        return image, text
     return image, linear(attn.to_add_out, text, plan.adapters("text"), shared=True)
 
 
@@ -241,7 +241,7 @@ class MMDiTAttnProcessor:
         plan: BlockPlan,
         cache: LayerCache | None = None,
         stream: str = "joint",
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]:
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         return joint_attention(
             attn,
             hidden_states,
