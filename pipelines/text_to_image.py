@@ -141,28 +141,16 @@ class ImgDiTPipeline(compat.DiffusionPipeline, LoraLoaderMixin):
             `negative_pooled_prompt_embeds`, `prompt_embeds_mask` (B, T) boolean, `negative_prompt_embeds_mask`; the
             negative ones `None` without guidance. B counts `num_images_per_prompt` pictures for each prompt.
         """
-        device = device or self._execution_device
-
-        def encode(text: Any, embeds: Any, pooled: Any, mask: Any) -> tuple[Any, ...]:
-            if embeds is None:
-                text = [text] if isinstance(text, str) else text
-                embeds, mask = self._encode_text(text, max_sequence_length, device)
-            elif mask is None:
-                mask = torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
-            if pooled is None:
-                weight = mask[..., None].to(embeds)
-                pooled = (embeds * weight).sum(1) / weight.sum(1).clamp(min=1)
-            return tuple(x.repeat_interleave(num_images_per_prompt, dim=0) for x in (embeds, pooled, mask.bool()))
-
-        prompt_embeds, pooled_prompt_embeds, prompt_embeds_mask = encode(
-            prompt, prompt_embeds, pooled_prompt_embeds, prompt_embeds_mask
+        options = (num_images_per_prompt, max_sequence_length, device or self._execution_device)
+        prompt_embeds, pooled_prompt_embeds, prompt_embeds_mask = self._encode(
+            prompt, prompt_embeds, pooled_prompt_embeds, prompt_embeds_mask, *options
         )
         if do_classifier_free_guidance:
             negative = negative_prompt or ""
             if negative_prompt_embeds is None and isinstance(negative, str):
                 negative = [negative] * (len(prompt_embeds) // num_images_per_prompt)
-            negative_prompt_embeds, negative_pooled_prompt_embeds, negative_prompt_embeds_mask = encode(
-                negative, negative_prompt_embeds, negative_pooled_prompt_embeds, negative_prompt_embeds_mask
+            negative_prompt_embeds, negative_pooled_prompt_embeds, negative_prompt_embeds_mask = self._encode(
+                negative, negative_prompt_embeds, negative_pooled_prompt_embeds, negative_prompt_embeds_mask, *options
             )
         else:
             negative_prompt_embeds = negative_pooled_prompt_embeds = negative_prompt_embeds_mask = None
@@ -175,6 +163,27 @@ class ImgDiTPipeline(compat.DiffusionPipeline, LoraLoaderMixin):
             prompt_embeds_mask,
             negative_prompt_embeds_mask,
         )
+
+    def _encode(
+        self,
+        text: Any,
+        embeds: torch.Tensor | None,
+        pooled: torch.Tensor | None,
+        mask: torch.Tensor | None,
+        copies: int,
+        max_sequence_length: int,
+        device: torch.device,
+    ) -> tuple[Any, ...]:
+        """Embeddings, pooled text and mask, each computed where it is not given, `copies` of each sample."""
+        if embeds is None:
+            embeds, mask = self._encode_text([text] if isinstance(text, str) else text, max_sequence_length, device)
+        elif mask is None:
+            mask = torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
+        assert mask is not None
+        if pooled is None:
+            weight = mask[..., None].to(embeds)
+            pooled = (embeds * weight).sum(1) / weight.sum(1).clamp(min=1)
+        return tuple(x.repeat_interleave(copies, dim=0) for x in (embeds, pooled, mask.bool()))
 
     def _encode_text(
         self, prompt: list[str], max_sequence_length: int, device: torch.device
