@@ -1,0 +1,1 @@
+"""Data: scenes with exact ground truth, their sentences, and the tasks made of them."""

@@ -1,0 +1,53 @@
+"""Scenes as pictures for an autoencoder: every look and every kind of map that a frame may hold."""
+
+from __future__ import annotations
+
+from random import Random
+
+import torch
+
+from .geometry import geometry
+from .render import render
+from .scenes import BACKGROUNDS, STYLES, Scene, is_trained, pick
+from .shading import shade
+from .tasks import from_scene
+
+# Conditions that look unlike a picture; the others (blurred, grey, with a hole) are pictures, more or less.
+MAPS = ("depth", "canny", "segmentation", "boxes", "grey", "mask")
+
+
+class ScenePictures:
+    """Endless: sample i is the pictures (looks + 1, 3, S, S) in [-1, 1] of the scene with seed `first_seed + i`.
+
+    The geometry of a scene costs more than its shading, so each is shaded in several looks, of which the model has a
+    use for every one; the last picture is one of `MAPS`.
+
+    Args:
+        first_seed: of the scenes; a whole data set lies behind every other seed.
+        split: "train" or "heldout", see `Scene.sample`.
+        looks: pictures of each scene.
+        size: pixels per side.
+    """
+
+    def __init__(self, first_seed: int = 0, split: str = "train", looks: int = 3, size: int = 128):
+        if looks < 1:
+            raise ValueError(f"looks counts the pictures of each scene and must be at least 1, got {looks}")
+        self.first_seed, self.split, self.looks, self.size = first_seed, split, looks, size
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        seed = self.first_seed + index
+        scene, rng = Scene.sample(seed, self.split), Random(seed)
+        rendering = render([scene], self.size)
+        pictures = [rendering.rgb[0]]
+        if self.looks > 1:
+            buffers = geometry([scene], self.size, oversample=2)
+            for _ in range(self.looks - 1):
+                pictures.append(shade(buffers, [_another_look(scene, rng)])[0])
+        pictures.append(from_scene(pick(rng, MAPS), scene, rng, rendering).condition)
+        return torch.stack(pictures) * 2 - 1
+
+
+def _another_look(scene: Scene, rng: Random) -> Scene:
+    """The scene in a style that its objects are trained in, before any background."""
+    styles = [s for s in STYLES if all(is_trained(thing.kind, thing.colour, s) for thing in scene.objects)]
+    return scene.with_look(style=pick(rng, styles), background=pick(rng, BACKGROUNDS))
