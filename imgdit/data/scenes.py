@@ -10,12 +10,13 @@ angles in degrees.
 
 from __future__ import annotations
 
-import difflib
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from random import Random
 from typing import Any, NamedTuple
+
+from ..naming import check_name
 
 COLOURS = ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink")
 STYLES = ("photo", "cartoon", "sketch", "neon", "mosaic", "sepia")
@@ -54,14 +55,6 @@ SOLIDS = {
 }
 """The objects. Their surfaces are in `imgdit.data.geometry`."""
 OBJECTS = tuple(SOLIDS)
-
-
-def check_name(what: str, name: str, known: Collection[str]) -> None:
-    """Raise a `ValueError` that names the nearest known spelling when `name` is not known."""
-    if name not in known:
-        close = difflib.get_close_matches(str(name), known, n=1)
-        hint = f", did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"unknown {what} {name!r}{hint} Known: {', '.join(known)}")
 
 
 @dataclass(frozen=True)

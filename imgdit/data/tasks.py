@@ -21,8 +21,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageFilter, UnidentifiedImageError
 
+from ..naming import check_name
 from .render import FAR, Rendering, render
-from .scenes import ELEVATIONS, OBJECTS, Scene, between, check_name, draw, is_trained, pick
+from .scenes import ELEVATIONS, OBJECTS, Scene, between, draw, is_trained, pick
 
 NEAR = 1.5
 """z-depth that a depth picture shows white; `FAR` is black."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 import torch.nn as nn
 
-from .validation import nearest
+from ..naming import nearest
 
 if TYPE_CHECKING:
     from diffusers import ModelMixin

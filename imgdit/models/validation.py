@@ -2,30 +2,17 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..attention import KVCache
 from ..frames import FrameLayout
+from ..naming import check_choice
 
 if TYPE_CHECKING:
     from .mmdit import MMDiT
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """`name` and its nearest known spelling, for an error message."""
-    known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"{name!r}; did you mean {close[0]!r}?" if close else f"{name!r}; known are {', '.join(known)}"
-
-
-def check_choice(field: str, value: Any, choices: Iterable[str | None]) -> None:
-    choices = list(choices)
-    if value not in choices:
-        raise ValueError(f"{field} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
 def check_config(config: Mapping[str, Any]) -> None:

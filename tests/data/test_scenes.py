@@ -103,9 +103,9 @@ def test_json_and_back():
 
 def test_bad_input_is_named():
     thing = SceneObject("cube", "red")
-    with pytest.raises(ValueError, match=r"unknown object 'cubes', did you mean 'cube'\?"):
+    with pytest.raises(ValueError, match=r"unknown object 'cubes'; did you mean 'cube'\?"):
         SceneObject("cubes", "red")
-    with pytest.raises(ValueError, match="unknown colour 'rad', did you mean 'red'"):
+    with pytest.raises(ValueError, match="unknown colour 'rad'; did you mean 'red'"):
         SceneObject("cube", "rad")
     with pytest.raises(ValueError, match="size must be in"):
         SceneObject("cube", "red", size=0.0)
@@ -125,7 +125,7 @@ def test_bad_input_is_named():
         Camera().orbit(elevation=-40.0)
     with pytest.raises(ValueError, match="distance must be positive"):
         Camera(distance=math.nan)
-    with pytest.raises(ValueError, match="unknown key of a SceneObject 'color', did you mean 'colour'"):
+    with pytest.raises(ValueError, match="unknown key of a SceneObject 'color'; did you mean 'colour'"):
         Scene.from_dict({"objects": [{"kind": "cube", "color": "red"}]})
     with pytest.raises(ValueError, match="a Scene needs the key 'objects'"):
         Scene.from_dict({"style": "photo"})

@@ -134,7 +134,7 @@ def test_heldout_scenes_have_references():
 
 
 def test_unknown_tasks_and_wrong_input_are_named(rendering, photo, tmp_path):
-    with pytest.raises(ValueError, match="unknown task 'dept', did you mean 'depth'"):
+    with pytest.raises(ValueError, match="unknown task 'dept'; did you mean 'depth'"):
         from_scene("dept", SCENE, Random(0), rendering)
     with pytest.raises(ValueError, match=r"'segmentation' needs a scene.*Photos can: canny, depth, blur"):
         from_photo("segmentation", photo)
