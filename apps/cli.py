@@ -12,7 +12,9 @@ app = typer.Typer(
     help="Controllable image generation with diffusion transformers.", no_args_is_help=True, add_completion=False
 )
 bench = typer.Typer(help="Measure this machine: speed as ratios within one run.", no_args_is_help=True)
+data = typer.Typer(help="Look at training data.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
+app.add_typer(data, name="data")
 
 
 @app.command()
@@ -27,6 +29,48 @@ def demo(
 
     try:
         path = first_run.main(prompt or list(first_run.PROMPTS), out, steps, seed)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    typer.echo(f"wrote {path}")
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="A YAML file, or the name of a packaged recipe (scenes/autoencoder).")],
+    folder: Annotated[Path | None, typer.Option(help="Where the run writes, instead of the recipe's folder.")] = None,
+    resume: Annotated[bool, typer.Option(help="Go on from the folder's latest checkpoint.")] = False,
+    stop_at: Annotated[int | None, typer.Option(min=1, help="Stop with a checkpoint after this step.")] = None,
+) -> None:
+    """Train by a recipe. Several processes: `accelerate launch -m imgdit.apps.cli train RECIPE`."""
+    from imgdit.training import load_recipe, train
+    from imgdit.training.config import build_model
+    from imgdit.training.sources import training_batches
+
+    try:
+        loaded = load_recipe(recipe)
+        if folder is not None:
+            loaded = loaded.replace(run={"folder": str(folder)})
+        batches, held_out = training_batches(loaded)
+        model = build_model(loaded)
+        result = train(loaded, model=model, batches=batches, held_out=held_out, resume=resume, stop_at=stop_at)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    typer.echo(f"step {result.step}: {result.checkpoint}")
+
+
+@data.command()
+def preview(
+    out: Annotated[Path, typer.Argument(help="Picture file to write.")] = Path("outputs/scenes.png"),
+    count: Annotated[int, typer.Option(min=1, help="Scenes to show.")] = 24,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the first.")] = 0,
+    split: Annotated[str, typer.Option(help="train, heldout or heldout_triples.")] = "train",
+    task: Annotated[str | None, typer.Option(help="Show pairs of a task, such as depth.")] = None,
+) -> None:
+    """Write a contact sheet of the procedural scenes over their captions."""
+    from imgdit.data.preview import preview
+
+    try:
+        path = preview(out, count, seed, split=split, task=task)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     typer.echo(f"wrote {path}")

@@ -1,0 +1,509 @@
+"""One plain training loop on accelerate.
+
+Mixed precision, gradient accumulation and clipping, DDP and FSDP2 are accelerate's: start the process with
+`accelerate launch` and nothing here changes. What is ours is that every draw of a step is a function of the seed and
+the micro-batch's number, so that a run that was interrupted goes on bitwise (on a CPU) as if it had not been, and two
+ranks see what one rank with twice the micro-batches sees.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import logging
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, gather_object
+from diffusers.training_utils import EMAModel
+from safetensors.torch import save_file
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
+from tqdm import tqdm
+
+from ..mup import MupMixin, param_groups
+from . import objectives
+from .checkpoint import (
+    CheckpointError,
+    check_architecture,
+    latest_checkpoint,
+    read_state,
+    read_tensors,
+    replace_text,
+    rng_state,
+    save_checkpoint,
+    set_rng_state,
+)
+from .config import OptimizerConfig, Recipe
+from .data import Batches, mixed_seed
+from .objectives import ObjectiveOutput
+
+logger = logging.getLogger(__name__)
+
+Objective = Callable[[torch.nn.Module, Any, Any, torch.Generator | None], ObjectiveOutput]
+
+# What a stream of random numbers is for; part of its seed.
+_TRAINING, _HELD_OUT = 1, 2
+
+
+class TrainingResult(NamedTuple):
+    """Where a run stands when `train` returns."""
+
+    step: int
+    """Optimiser steps done."""
+    checkpoint: Path
+    """The latest checkpoint."""
+    metrics: dict[str, float]
+    """The last line of the training metrics."""
+
+
+class NonFiniteLoss(ArithmeticError):
+    """The loss or its gradient became NaN or infinite."""
+
+
+def train(
+    recipe: Recipe,
+    *,
+    model: torch.nn.Module,
+    batches: Batches,
+    objective: Objective | None = None,
+    scheduler: Any = None,
+    held_out: Sequence[Any] = (),
+    on_sample: Callable[[int], None] | None = None,
+    resume: bool = False,
+    stop_at: int | None = None,
+) -> TrainingResult:
+    """Train until `recipe.run.steps`.
+
+    Args:
+        recipe: everything the run depends on.
+        model: with the weights to start from; parameters that are frozen stay so. Holds the trained weights
+            afterwards (the average is in the checkpoint, see `load_weights`).
+        batches: the data and its order; each batch has `to(device)`.
+        objective: `(model, scheduler, batch, generator) -> ObjectiveOutput`; `None`: the recipe's.
+        scheduler: passed to the objective.
+        held_out: batches never trained on, for the loss at fixed noise. Those with `at(sigma)` are measured at each of
+            `run.evaluate_sigmas`.
+        on_sample: called on every rank after step number `step`, while the model holds the average weights and is in
+            evaluation mode. It may draw random numbers: the training's are put back.
+        resume: go on from the folder's latest checkpoint, if there is one.
+        stop_at: stop after this step with a checkpoint, as if the time had run out; the schedule stays the recipe's.
+
+    Raises:
+        ValueError: the folder holds a run and `resume` is false, the batch does not divide, or a checkpoint does not
+            fit (`CheckpointError`).
+        NonFiniteLoss: with the name of the file that holds the batch.
+    """
+    return _Run(recipe, model, batches, objective, scheduler, held_out, on_sample, resume).train(stop_at)
+
+
+def optimizer_groups(model: torch.nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
+    """Parameter groups: μP's for a model that knows its roles, otherwise weights with and the rest without decay.
+
+    Adapters on a frozen base are not μP-scaled: their width is the rank, which does not grow with the model.
+    """
+    if isinstance(model, MupMixin) and not getattr(model, "peft_config", None):
+        return param_groups(model, config.lr, config.weight_decay, eps=config.eps)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return [{**group, "lr": config.lr, "eps": config.eps} for group in groups if group["params"]]
+
+
+class _Run:
+    """The state of a run; `train` is the loop."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        model: torch.nn.Module,
+        batches: Batches,
+        objective: Objective | None,
+        scheduler: Any,
+        held_out: Sequence[Any],
+        on_sample: Callable[[int], None] | None,
+        resume: bool,
+    ) -> None:
+        run = recipe.run
+        self.recipe, self.batches, self.scheduler = recipe, batches, scheduler
+        self.held_out, self.on_sample = held_out, on_sample
+        self.objective = objective or functools.partial(
+            getattr(objectives, recipe.objective.name), **recipe.objective.arguments
+        )
+        if not any(p.requires_grad for p in model.parameters()):
+            raise ValueError("no parameter of the model has requires_grad=True: there is nothing to train")
+        self.folder = Path(run.folder)
+        self.checkpoints = self.folder / "checkpoints"
+        found = latest_checkpoint(self.checkpoints)
+        if found is not None and not resume:
+            raise ValueError(
+                f"{self.folder} holds a run ({found.name}); pass resume=True or choose another run.folder"
+            )
+        self.accelerator = Accelerator(
+            mixed_precision=run.mixed_precision,
+            gradient_accumulation_steps=run.accumulation,
+            log_with=_trackers(run.tracker) or None,
+            project_dir=str(self.folder),
+        )
+        self.rank, self.ranks = self.accelerator.process_index, self.accelerator.num_processes
+        launched = int(os.environ.get("WORLD_SIZE", 1))
+        if launched != self.ranks:
+            raise ValueError(
+                f"{launched} processes were started, but accelerate sees {self.ranks}; start them with "
+                "`accelerate launch` (on CPUs with --cpu), which tells accelerate what they are"
+            )
+        if run.batch_size % (run.accumulation * self.ranks):
+            raise ValueError(
+                f"run.batch_size={run.batch_size} must divide by run.accumulation={run.accumulation} times "
+                f"{self.ranks} rank(s)"
+            )
+        self.size = run.batch_size // (run.accumulation * self.ranks)
+        self.step, self.samples = 0, 0
+        self.model = model.train()
+        config = recipe.optimizer
+        optimizer = torch.optim.AdamW(optimizer_groups(model, config), lr=config.lr, betas=config.betas)
+        if self.accelerator.distributed_type == DistributedType.FSDP:
+            # accelerate makes the last child with "Norm" in its class name a shard of its own, which is gathered when
+            # that child is called. MMDiT uses the child's parts instead, so it has to stay with the root; accelerate
+            # looks for no such child where this attribute names something that is no module.
+            model.base_model_prefix = "config"  # type: ignore[assignment]
+        self.wrapped, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        self.frozen = {n for n, p in self.model.named_parameters() if not p.requires_grad}
+        self.ema = None
+        if recipe.ema.decay:
+            sharded = any(isinstance(p, DTensor) for p in self.trained.values())  # have no foreach copy
+            self.ema = EMAModel(self.trained.values(), decay=recipe.ema.decay, foreach=not sharded)
+        self.generator = torch.Generator(self.accelerator.device)
+        if found is not None:
+            self._load(found)
+        # The rate is a pure function of the step: LambdaLR multiplies each group's own rate, and starts where we are.
+        for group in self.optimizer.param_groups:
+            group["initial_lr"] = group.get("initial_lr", group["lr"])
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer.optimizer, lambda step: recipe.schedule.factor(step, run.steps), last_epoch=self.step - 1
+        )
+
+    def train(self, stop_at: int | None) -> TrainingResult:
+        run, accelerator = self.recipe.run, self.accelerator
+        last = run.steps if stop_at is None else min(stop_at, run.steps)
+        self._open_logs()
+        stream = self.batches.stream(self.samples, self.size, self.rank, self.ranks)
+        quiet = not (accelerator.is_main_process and sys.stderr.isatty())
+        progress = tqdm(total=run.steps, initial=self.step, desc=self.folder.name, disable=quiet)
+        window = _Mean()
+        metrics: dict[str, float] = {}
+        try:
+            while self.step < last:
+                started = time.perf_counter()
+                rates = self.schedule.get_last_lr()
+                values = self._update(stream)
+                values["seconds"] = time.perf_counter() - started
+                window.add(values)
+                progress.update()
+                if self.step % run.log_every == 0 or self.step == last:
+                    metrics = {**window.take(), "lr": float(rates[0]), "samples": float(self.samples)}
+                    self._log(metrics)
+                    progress.set_postfix(loss=f"{metrics['loss']:.4f}")
+                if self.held_out and _due(self.step, run.evaluate_every, last):
+                    self._log(self._evaluate())
+                if self.on_sample is not None and _due(self.step, run.sample_every, last):
+                    with self._looking():
+                        self.on_sample(self.step)
+                # Last, so that a run which goes on from here repeats nothing that was written above.
+                if _due(self.step, run.checkpoint_every, last):
+                    self._save()
+        finally:
+            progress.close()
+            for tracker in accelerator.trackers:  # end_training would take the caller's process group along
+                tracker.finish()
+            # accelerate's autocast sits on the model's forward, which is the caller's again.
+            self.model = accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
+        checkpoint = latest_checkpoint(self.checkpoints)
+        assert checkpoint is not None
+        return TrainingResult(self.step, checkpoint, metrics)
+
+    def _update(self, stream: Iterator[Any]) -> dict[str, float]:
+        """One optimiser step; the means over ranks and micro-batches of what the objective reports."""
+        run, accelerator = self.recipe.run, self.accelerator
+        outputs, seen = [], []
+        for i in range(run.accumulation):
+            micro = next(stream)
+            seen.append(micro)
+            batch = micro.batch.to(accelerator.device, non_blocking=True)
+            position = self.samples + (i * self.ranks + self.rank) * self.size  # of the micro-batch's first sample
+            self.generator.manual_seed(mixed_seed(run.seed, _TRAINING, position))
+            with accelerator.accumulate(self.wrapped):
+                output = self.objective(self.wrapped, self.scheduler, batch, self.generator)
+                accelerator.backward(output.loss)
+            outputs.append({**output.metrics, "loss": output.loss.detach()})
+        parameters = self.trained.values()
+        clip = self.recipe.optimizer.clip_norm
+        norm = accelerator.clip_grad_norm_(parameters, math.inf if clip is None else clip)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        names = list(outputs[0])
+        means = torch.stack([torch.stack([o[name].float() for o in outputs]).mean() for name in names])
+        means = accelerator.reduce(means, reduction="mean")
+        values: dict[str, float] = {**dict(zip(names, means.tolist())), "grad_norm": float(norm)}
+        # Float16's loss scale makes gradients overflow now and then; the scaler skips such a step.
+        checked = ("loss",) if run.mixed_precision == "fp16" else ("loss", "grad_norm")
+        if not all(math.isfinite(values[name]) for name in checked):
+            self._refuse(values, outputs, seen)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.schedule.step()
+        if self.ema is not None:
+            self.ema.step(parameters)
+        self.step += 1
+        self.samples += run.batch_size
+        return values
+
+    def _refuse(self, values: Mapping[str, float], outputs: list[dict[str, torch.Tensor]], seen: list[Any]) -> None:
+        """Save the micro-batches whose loss is not finite (all, if only the gradient is not), and raise."""
+        bad = [m for m, o in zip(seen, outputs) if not math.isfinite(float(o["loss"]))] or seen
+        path = self.folder / f"bad-batch-step-{self.step + 1:08d}-rank-{self.rank}.safetensors"
+        tensors = {f"{i}.{k}": t.cpu() for i, m in enumerate(bad) for k, t in _tensors(m.batch)}
+        indices = [m.indices for m in bad]
+        save_file(_unshared(tensors), path, metadata={"indices": json.dumps(indices)})
+        kept = latest_checkpoint(self.checkpoints)
+        raise NonFiniteLoss(
+            f"step {self.step + 1}: loss {values['loss']}, gradient norm {values['grad_norm']}; the weights were not "
+            f"changed. The batch (samples {indices}) is in {path}. "
+            + (f"The last checkpoint is {kept}. " if kept else "There is no checkpoint yet. ")
+            + "Look at the batch; if it is sound, lower optimizer.lr or optimizer.clip_norm, or lengthen "
+            "schedule.warmup"
+        )
+
+    # Looking at the model
+
+    @contextmanager
+    def _looking(self) -> Iterator[None]:
+        """The model with its average weights, in evaluation mode; afterwards everything is as before."""
+        states = rng_state()
+        self.wrapped.eval()
+        if self.ema is not None:
+            self.ema.store(self.trained.values())
+            self.ema.copy_to(self.trained.values())
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            for module in self.wrapped.modules():
+                # FSDP2 keeps the root's gathered weights until a backward pass, which does not come here.
+                if isinstance(module, FSDPModule):
+                    module.reshard()
+            if self.ema is not None:
+                self.ema.restore(self.trained.values())
+            self.wrapped.train()
+            set_rng_state(states)
+
+    def _evaluate(self) -> dict[str, float]:
+        """Held-out loss, at fixed noise and each fixed level. Every rank computes all of it: sharded weights need
+        equally many passes everywhere."""
+        sums: dict[str, list[float]] = {}
+        with self._looking():
+            for i, batch in enumerate(self.held_out):
+                batch = batch.to(self.accelerator.device)
+                levels = self.recipe.run.evaluate_sigmas if hasattr(batch, "at") else ()
+                cases = {f"held_out_{sigma:g}": batch.at(sigma) for sigma in levels} or {"held_out": batch}
+                for name, case in cases.items():
+                    self.generator.manual_seed(mixed_seed(self.recipe.run.seed, _HELD_OUT, i))
+                    output = self.objective(self.wrapped, self.scheduler, case, self.generator)
+                    sums.setdefault(name, []).append(float(output.loss))
+        means = {name: math.fsum(losses) / len(losses) for name, losses in sums.items()}
+        return {**means, "held_out": math.fsum(means.values()) / len(means)}
+
+    # What is written
+
+    def _open_logs(self) -> None:
+        """Metrics file and trackers, without the lines of steps that will be done again."""
+        accelerator = self.accelerator
+        if accelerator.is_main_process:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            path = self.folder / "metrics.jsonl"
+            lines = path.read_text().splitlines() if path.exists() else []
+            kept = [line for line in lines if _step_of(line) <= self.step]
+            replace_text(path, "".join(f"{line}\n" for line in kept))
+        accelerator.wait_for_everyone()
+        if accelerator.log_with:
+            accelerator.init_trackers("logs", init_kwargs={"tensorboard": {"purge_step": self.step + 1}})
+
+    def _log(self, values: Mapping[str, float]) -> None:
+        if self.accelerator.is_main_process:
+            with open(self.folder / "metrics.jsonl", "a") as file:
+                file.write(json.dumps({"step": self.step, **values}) + "\n")
+        self.accelerator.log(dict(values), step=self.step)
+
+    def _save(self) -> None:
+        """Gather from all ranks, write on the first."""
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        gathered: Any = get_optimizer_state_dict(self.wrapped, self.optimizer.optimizer, options=options)
+        moments = gathered.get("state", {})  # on the first rank only
+        tensors: dict[str, dict[str, torch.Tensor]] = {
+            "model": self._weights(),
+            "optimizer": {f"{name}/{kind}": t for name, values in moments.items() for kind, t in values.items()},
+        }
+        if self.ema is not None:
+            tensors["ema"] = {n: _whole(p) for n, p in zip(self.trained, self.ema.shadow_params)}
+        states = gather_object([rng_state(f"rank{self.rank}/")])
+        tensors["rng"] = {name: state for part in states for name, state in part.items()}
+        scaler = self.accelerator.scaler
+        state = {
+            "step": self.step,
+            "samples": self.samples,
+            "ranks": self.ranks,
+            "partial": bool(self.frozen),
+            "schedule": {"step": self.schedule.last_epoch, "lr": self.schedule.get_last_lr()},
+            "ema_updates": None if self.ema is None else self.ema.optimization_step,
+            "scaler": None if scaler is None else scaler.state_dict(),
+            "recipe": self.recipe.to_dict(),
+        }
+        if self.accelerator.is_main_process:
+            save_checkpoint(self.checkpoints, self.step, tensors, state, self.recipe.run.keep)
+        self.accelerator.wait_for_everyone()
+
+    def _weights(self) -> dict[str, Any]:
+        """What was trained, and buffers, by the model's own names; on the first rank only."""
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        weights = get_model_state_dict(self.wrapped, options=options)
+        return {name: tensor for name, tensor in weights.items() if name not in self.frozen}
+
+    def _load(self, checkpoint: Path) -> None:
+        """Everything `_save` wrote; each rank reads the files."""
+        state = read_state(checkpoint)
+        if own := self._weights():
+            check_architecture(checkpoint / "model.safetensors", own)
+        for name in _changed(self.recipe.to_dict(), state["recipe"]):
+            if name.startswith("run.folder "):  # the folder may have moved
+                continue
+            logger.warning("%s: the recipe differs from the checkpoint's in %s", checkpoint, name)
+        options = StateDictOptions(full_state_dict=True, strict=False)
+        optimizer = self.optimizer.optimizer
+        moments: dict[str, Any] = {}
+        for key, tensor in read_tensors(checkpoint / "optimizer.safetensors").items():
+            name, _, kind = key.rpartition("/")
+            moments.setdefault(name, {})[kind] = tensor
+        groups = get_optimizer_state_dict(self.wrapped, optimizer, options=options)["param_groups"]
+        loaded: dict[str, Any] = {"state": moments, "param_groups": groups}
+        set_optimizer_state_dict(self.wrapped, optimizer, loaded, options=options)
+        weights: dict[str, Any] = dict(read_tensors(checkpoint / "model.safetensors"))
+        set_model_state_dict(self.wrapped, weights, options=options)
+        if self.ema is not None:
+            if "ema.safetensors" not in state["files"]:
+                raise CheckpointError(f"{checkpoint} was made without an average; set ema.decay: 0 or start anew")
+            averages = read_tensors(checkpoint / "ema.safetensors")
+            check_architecture(checkpoint / "ema.safetensors", self.trained)
+            for (name, parameter), shadow in zip(self.trained.items(), self.ema.shadow_params):
+                shadow.copy_(_like(averages[name], parameter))
+            self.ema.optimization_step = state["ema_updates"]
+        if state["scaler"] is not None and self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        states = read_tensors(checkpoint / "rng.safetensors")
+        prefix = f"rank{self.rank}/"
+        if any(name.startswith(prefix) for name in states):
+            set_rng_state(states, prefix)
+        else:  # more ranks than before
+            torch.manual_seed(mixed_seed(self.recipe.run.seed, self.rank, state["step"]))
+        self.step, self.samples = state["step"], state["samples"]
+
+
+class _Mean:
+    """Means of scalars over a window of steps."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, list[float]] = {}
+
+    def add(self, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self.values.setdefault(name, []).append(value)
+
+    def take(self) -> dict[str, float]:
+        means = {name: math.fsum(values) / len(values) for name, values in self.values.items()}
+        self.values = {}
+        return means
+
+
+def _due(step: int, every: int, last: int) -> bool:
+    return every > 0 and (step % every == 0 or step == last)
+
+
+def _trackers(tracker: str) -> list[str]:
+    if tracker == "none":
+        return []
+    if find_spec("tensorboard") is None:
+        if tracker == "tensorboard":
+            raise ImportError(
+                'run.tracker is "tensorboard", which is not installed: pip install "imgdit[tensorboard]"'
+            )
+        logger.info('no curves: tensorboard is not installed (pip install "imgdit[tensorboard]")')
+        return []
+    return ["tensorboard"]
+
+
+def _step_of(line: str) -> float:
+    """Step of a line of metrics; a line that a kill cut short counts as later than all."""
+    try:
+        return json.loads(line)["step"]
+    except ValueError:
+        return math.inf
+
+
+def _changed(new: Mapping[str, Any], old: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Names of values that differ between two recipes."""
+    names = []
+    for key in sorted(new.keys() | old.keys()):
+        a, b = new.get(key), old.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            names += _changed(a, b, f"{prefix}{key}.")
+        elif a != b:
+            names.append(f"{prefix}{key} (now {a!r}, was {b!r})")
+    return names
+
+
+def _tensors(value: Any, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    """Tensors of a batch with their places in it."""
+    if isinstance(value, torch.Tensor):
+        yield prefix or "tensor", value
+    elif dataclasses.is_dataclass(value):
+        for field in dataclasses.fields(value):
+            yield from _tensors(getattr(value, field.name), f"{prefix}.{field.name}".lstrip("."))
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _tensors(inner, f"{prefix}.{key}".lstrip("."))
+
+
+def _unshared(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Own memory for each: safetensors refuses views of one another."""
+    return {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor on the CPU, put together if it is sharded."""
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu()
+
+
+def _like(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """A tensor sharded and placed as a parameter is."""
+    tensor = tensor.to(parameter.device, parameter.dtype)
+    if isinstance(parameter, DTensor):
+        return distribute_tensor(tensor, parameter.device_mesh, parameter.placements)
+    return tensor

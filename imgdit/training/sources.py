@@ -1,0 +1,57 @@
+"""What the data of a recipe is: the name in its `data` section, and the batches that it stands for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from ..data.pictures import ScenePictures
+from ..naming import nearest
+from .config import Recipe, check_arguments
+from .data import Batches, MapDataset
+from .objectives import Pictures
+
+
+class Source(NamedTuple):
+    """One kind of data."""
+
+    dataset: Callable[..., MapDataset]
+    """Class of the data set; a recipe's `data.arguments` are its keyword arguments."""
+    collate: Callable[[list[Any]], Any]
+    """Its samples to a batch."""
+    held_out: int
+    """Samples of the held-out split that the held-out loss is measured on."""
+
+
+def collate_pictures(samples: Sequence[torch.Tensor]) -> Pictures:
+    """Samples (K, 3, S, S) to one batch of all their pictures."""
+    return Pictures(torch.cat(list(samples)))
+
+
+SOURCES = {"scene_pictures": Source(ScenePictures, collate_pictures, held_out=16)}
+
+
+def training_batches(recipe: Recipe) -> tuple[Batches, list[Any]]:
+    """The batches of a recipe, and those of its held-out loss.
+
+    Raises:
+        ValueError: no such data, or arguments that it does not take.
+    """
+    config = recipe.data
+    if config.name not in SOURCES:
+        raise ValueError(f"data.name is {nearest(config.name, SOURCES)}")
+    source = SOURCES[config.name]
+    check_arguments(source.dataset, config.arguments, "data.arguments")
+    batches = Batches(
+        source.dataset(**config.arguments),
+        source.collate,
+        seed=recipe.run.seed,
+        shuffle=config.shuffle,
+        workers=config.workers,
+    )
+    if not recipe.run.evaluate_every:
+        return batches, []
+    unseen = source.dataset(**{**config.arguments, "split": "heldout"})
+    return batches, [source.collate([unseen[i] for i in range(source.held_out)])]
