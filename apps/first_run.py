@@ -80,6 +80,7 @@ def build() -> ImgDiTPipeline:
         joint_attention_dim=64,
         pooled_projection_dim=64,
         axes_dims_rope=(8, 12, 12),
+        sample_size=SIDE // 2,
     )
     transformer.init_weights()
     return ImgDiTPipeline(MultiFrameFlowMatchScheduler(), vae, T5EncoderModel(text).eval(), tokenizer, transformer)

@@ -53,7 +53,7 @@ class ImgDiTPipeline(compat.DiffusionPipeline, LoraLoaderMixin):
 
     Args:
         scheduler: flow-matching schedule.
-        vae: an autoencoder with `encode`, `decode`, a `scaling_factor` and maybe a `shift_factor`.
+        vae: one of diffusers' autoencoders; its `scaling_factor` and `shift_factor`, if any, are applied.
         text_encoder: a T5-like encoder; its output is the text, its masked mean the pooled text.
         tokenizer: the encoder's.
         transformer: the backbone.
@@ -80,7 +80,7 @@ class ImgDiTPipeline(compat.DiffusionPipeline, LoraLoaderMixin):
         self.register_modules(
             scheduler=scheduler, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, transformer=transformer
         )
-        self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1) if vae is not None else 8
+        self.vae_scale_factor = _cell_size(vae)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor * self.patch_size)
         self._guidance_scale = 1.0
         self._current_timestep: torch.Tensor | None = None
@@ -278,9 +278,8 @@ class ImgDiTPipeline(compat.DiffusionPipeline, LoraLoaderMixin):
 
     @property
     def default_size(self) -> int:
-        """Side in pixels of a picture nobody gave a size for: the autoencoder's training size."""
-        cell = self.vae_scale_factor * self.patch_size
-        return max(int(self.vae.config.sample_size) // cell, 1) * cell
+        """Side in pixels of a picture nobody gave a size for: what the transformer was trained on."""
+        return self.transformer.config.sample_size * self.vae_scale_factor
 
     # The run
 
@@ -316,7 +315,7 @@ class ImgDiTPipeline(compat.DiffusionPipeline, LoraLoaderMixin):
         Args:
             prompt: what to show; one sentence or several.
             negative_prompt: what to steer away from; empty by default.
-            height, width: in pixels; the autoencoder's training size by default.
+            height, width: in pixels; the transformer's training size by default.
             num_inference_steps: steps of the sampler.
             sigmas: noise levels of the steps, from 1 downwards, before the scheduler's shift.
             guidance_scale: 1 and below: no guidance. Above: `v = v_neg + scale * (v - v_neg)` (arXiv 2207.12598), both
@@ -465,6 +464,14 @@ class ImgDiTPipeline(compat.DiffusionPipeline, LoraLoaderMixin):
         latents = latents / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
         pixels = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
         return self.image_processor.postprocess(pixels.float(), output_type=output_type)
+
+
+def _cell_size(vae: Any) -> int:
+    """Pixels per side of a latent cell; 8 where there is no autoencoder."""
+    if vae is None:
+        return 8
+    ratio = getattr(vae, "spatial_compression_ratio", None)  # AutoencoderDC and others tell; AutoencoderKL does not
+    return ratio if ratio is not None else 2 ** (len(vae.config.block_out_channels) - 1)
 
 
 def _pad(x: torch.Tensor, length: int) -> torch.Tensor:

@@ -49,6 +49,7 @@ def rope_config(**changes) -> dict:
         "joint_attention_dim": 32,
         "pooled_projection_dim": 32,
         "axes_dims_rope": (4, 6, 6),
+        "sample_size": 8,
         **changes,
     }
 
@@ -61,7 +62,7 @@ def sincos_config(**changes) -> dict:
         "in_channels": 4,
         "num_single_layers": 0,
         "pos_embed_type": "sincos",
-        "sample_size": 16,
+        "sample_size": 8,
         "pos_embed_max_size": 12,
         "timestep_scale": 1.0,
         **changes,

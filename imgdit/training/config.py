@@ -67,8 +67,8 @@ class RunConfig:
 class ModelConfig:
     """What is trained."""
 
-    kind: Literal["mmdit", "autoencoder"] = "mmdit"
-    """Its class, "mmdit": `imgdit.MMDiT`; "autoencoder": diffusers' `AutoencoderKL`."""
+    kind: Literal["mmdit", "autoencoder_kl", "autoencoder_dc"] = "mmdit"
+    """Its class, "mmdit": `imgdit.MMDiT`; "autoencoder_…": diffusers' `AutoencoderKL` or `AutoencoderDC`."""
     arguments: dict[str, Any] = field(default_factory=dict)
     """Arguments of its class."""
     pretrained: str | None = None
@@ -89,9 +89,9 @@ class ModelConfig:
             from ..models.mmdit import MMDiT
 
             return MMDiT
-        from diffusers import AutoencoderKL
+        from diffusers import AutoencoderDC, AutoencoderKL
 
-        return AutoencoderKL
+        return AutoencoderKL if self.kind == "autoencoder_kl" else AutoencoderDC
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from diffusers import AutoModel, AutoPipelineForText2Image
+from diffusers import AutoencoderDC, AutoModel, AutoPipelineForText2Image
 from peft import LoraConfig
 from safetensors import safe_open
 from tiny import rope_config, sincos_config, tiny_pipeline
@@ -327,6 +327,24 @@ def test_step_caches(cache):
         assert ((got[0] - plain).abs().max() > 1e-6) == changes
         pipe.transformer.disable_cache()
     assert torch.equal(run(pipe, num_inference_steps=6), plain)
+
+
+def test_an_autoencoder_of_another_kind(tmp_path):
+    """AutoencoderDC: a latent without a distribution, its own compression ratio, no shift factor."""
+    torch.manual_seed(0)
+    blocks = {"block_types": "ResBlock", "block_out_channels": (8, 8, 8), "layers_per_block": (1, 1, 1)}
+    blocks["qkv_multiscales"] = ((), (), ())
+    sides = {f"{side}_{name}": value for side in ("encoder", "decoder") for name, value in blocks.items()}
+    vae = AutoencoderDC(latent_channels=4, attention_head_dim=8, downsample_block_type="conv", **sides)
+    pipe = tiny_pipeline()
+    pipe = imgdit.ImgDiTPipeline(**{**pipe.components, "vae": vae.eval()})
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe.vae_scale_factor == 4 and pipe.default_size == 32
+    assert run(pipe, output_type="pt").shape == (1, 3, 32, 32)
+    pipe.save_pretrained(tmp_path)
+    loaded = imgdit.DiffusionPipeline.from_pretrained(tmp_path)
+    loaded.set_progress_bar_config(disable=True)
+    close(run(loaded, output_type="pt"), run(pipe, output_type="pt"))
 
 
 def test_offload_and_other_homes(pipe):

@@ -114,7 +114,7 @@ def test_model_of_a_recipe():
 
 def test_autoencoder_of_a_recipe():
     arguments = {"block_out_channels": [8], "norm_num_groups": 2, "latent_channels": 4}
-    recipe = parse(model={"kind": "autoencoder", "arguments": arguments}, objective={"name": "autoencoder"})
+    recipe = parse(model={"kind": "autoencoder_kl", "arguments": arguments}, objective={"name": "autoencoder"})
     model = build_model(recipe)
     groups = optimizer_groups(model, recipe.optimizer)
     assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))

@@ -177,7 +177,7 @@ def test_autoencoder_trains_and_resumes(tmp_path):
         def __getitem__(self, index):
             return torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(index)) * 2 - 1
 
-    made = recipe(tmp_path / "whole", model={"kind": "autoencoder"}, objective={"name": "autoencoder"})
+    made = recipe(tmp_path / "whole", model={"kind": "autoencoder_kl"}, objective={"name": "autoencoder"})
     options = {"batches": Batches(Noise(), lambda samples: Pictures(torch.stack(samples)), seed=0)}
     whole = tiny_vae()
     train(made, model=whole, held_out=[Pictures(torch.zeros(1, 3, 16, 16))], **options)

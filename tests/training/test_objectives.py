@@ -1,8 +1,10 @@
 import dataclasses
+import math
 from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusers import AutoencoderDC
 from peft import LoraConfig
 from tiny import randomize, rope_config, tiny_mmdit, tiny_vae
 from training.toy import LAYOUT, batch
@@ -235,3 +237,26 @@ def test_autoencoder_weight_and_perfection():
     plain = autoencoder(vae, None, pictures, None).metrics["pixel"]
     weighted = autoencoder(vae, None, dataclasses.replace(pictures, weight=torch.full((2, 1, 16, 16), 2.0)), None)
     torch.testing.assert_close(weighted.metrics["pixel"], 2 * plain)
+
+
+def test_autoencoder_dc_draws_its_latent():
+    """A latent without a distribution of its own counts as N(z, latent_noise²): drawn in training, z in evaluation."""
+    torch.manual_seed(0)
+    blocks = {f"{side}_{name}": value for side in ("encoder", "decoder") for name, value in (
+        ("block_types", "ResBlock"), ("block_out_channels", (8, 8)), ("layers_per_block", (1, 1)),
+        ("qkv_multiscales", ((), ())),
+    )}  # fmt: skip
+    model = AutoencoderDC(latent_channels=4, attention_head_dim=8, downsample_block_type="conv", **blocks)
+    pictures = Pictures(torch.rand(2, 3, 16, 16) * 2 - 1)
+    model.train()
+    a, b = (autoencoder(model, None, pictures, seeded(), latent_noise=0.5) for _ in range(2))
+    other = autoencoder(model, None, pictures, seeded(1), latent_noise=0.5)
+    assert a.loss == b.loss != other.loss
+    z = model.encode(pictures.pixels).latent
+    expected = 0.5 * (z.square() + 0.25 - 1 - math.log(0.25)).mean()
+    torch.testing.assert_close(a.metrics["kl"], expected.detach())
+    assert other.metrics["kl"] == a.metrics["kl"], "noise is drawn behind the latent"
+    model.eval()
+    plain = autoencoder(model, None, pictures, seeded(), latent_noise=0.5)
+    restored = model(pictures.pixels).sample
+    torch.testing.assert_close(plain.metrics["pixel"], (restored - pictures.pixels).abs().mean().detach())
