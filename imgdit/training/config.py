@@ -67,8 +67,9 @@ class RunConfig:
 class ModelConfig:
     """What is trained."""
 
-    kind: Literal["mmdit", "autoencoder_kl", "autoencoder_dc"] = "mmdit"
-    """Its class, "mmdit": `imgdit.MMDiT`; "autoencoder_…": diffusers' `AutoencoderKL` or `AutoencoderDC`."""
+    kind: Literal["mmdit", "autoencoder_kl", "autoencoder_dc", "caption_reader"] = "mmdit"
+    """Its class, "mmdit": `imgdit.MMDiT`; "autoencoder_…": diffusers' `AutoencoderKL` or `AutoencoderDC`;
+    "caption_reader": a T5 encoder that learns to understand the scenes' sentences."""
     arguments: dict[str, Any] = field(default_factory=dict)
     """Arguments of its class."""
     pretrained: str | None = None
@@ -89,6 +90,10 @@ class ModelConfig:
             from ..models.mmdit import MMDiT
 
             return MMDiT
+        if self.kind == "caption_reader":
+            from .sources import scene_reader
+
+            return scene_reader
         from diffusers import AutoencoderDC, AutoencoderKL
 
         return AutoencoderKL if self.kind == "autoencoder_kl" else AutoencoderDC

@@ -359,7 +359,7 @@ class _Run:
         gathered: Any = get_optimizer_state_dict(self.wrapped, self.optimizer.optimizer, options=options)
         moments = gathered.get("state", {})  # on the first rank only
         tensors: dict[str, dict[str, torch.Tensor]] = {
-            "model": self._weights(),
+            "model": _unshared(self._weights()),  # tied weights are in the file under each of their names
             "optimizer": {f"{name}/{kind}": t for name, values in moments.items() for kind, t in values.items()},
         }
         if self.ema is not None:
@@ -492,8 +492,16 @@ def _tensors(value: Any, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]
 
 
 def _unshared(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Own memory for each: safetensors refuses views of one another."""
-    return {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+    """Own memory for each: safetensors refuses tensors that share theirs. Those that do not are not copied."""
+    owned: dict[str, torch.Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        storage = tensor.untyped_storage().data_ptr()
+        if storage in seen or not tensor.is_contiguous():
+            tensor = tensor.clone(memory_format=torch.contiguous_format)
+        seen.add(storage)
+        owned[name] = tensor
+    return owned
 
 
 def _whole(tensor: torch.Tensor) -> torch.Tensor:

@@ -24,7 +24,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from ..frames import Frame, FrameLayout
 from ..schedulers.flow_match import MultiFrameFlowMatchScheduler, mix, velocity
 
-__all__ = ["autoencoder", "condition_lora", "flow_matching"]
+__all__ = ["autoencoder", "condition_lora", "flow_matching", "read_captions"]
 
 
 class _Movable:
@@ -98,6 +98,18 @@ class Pictures(_Movable):
     """(B, 3, H, W) in [-1, 1]."""
     weight: torch.Tensor | None = field(default=None)
     """(B, 1, H, W) weight of each pixel in the reconstruction, 1 on average; `None`: 1."""
+
+
+@dataclass(frozen=True, eq=False)
+class Sentences(_Movable):
+    """Sentences with questions about them."""
+
+    input_ids: torch.Tensor
+    """(B, T)."""
+    mask: torch.Tensor
+    """Boolean (B, T), true on real tokens."""
+    answers: torch.Tensor
+    """(B, Q) number of the right answer of each question."""
 
 
 class ObjectiveOutput(NamedTuple):
@@ -277,6 +289,26 @@ def autoencoder(
     return ObjectiveOutput(
         loss, {"pixel": pixel.detach(), "square": square.detach(), "edges": edges.detach(), "kl": kl.detach()}
     )
+
+
+def read_captions(
+    model: torch.nn.Module,
+    scheduler: MultiFrameFlowMatchScheduler | None,
+    batch: Sentences,
+    generator: torch.Generator | None,
+) -> ObjectiveOutput:
+    """Cross-entropy of a `CaptionReader`'s answers, the mean over its questions.
+
+    Args:
+        model: reader, wrapped for distributed training or not.
+        scheduler, generator: not used.
+        batch: sentences.
+    """
+    logits = model(batch.input_ids, batch.mask)
+    pairs = list(zip(logits, batch.answers.unbind(1), strict=True))
+    loss = torch.stack([F.cross_entropy(guess.float(), answer) for guess, answer in pairs]).mean()
+    right = torch.stack([guess.argmax(1) == answer for guess, answer in pairs])  # (Q, B)
+    return ObjectiveOutput(loss, {"right": right.float().mean(), "all_right": right.all(0).float().mean()})
 
 
 def _check(batch: Batch) -> None:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
+from transformers import PreTrainedTokenizerFast
 
 from ..data.pictures import ScenePictures
+from ..data.sentences import SLOTS, SceneSentences
+from ..data.words import caption_tokenizer
+from ..models.caption_reader import CaptionReader
 from ..naming import nearest
 from .config import Recipe, check_arguments
 from .data import Batches, MapDataset
-from .objectives import Pictures
+from .objectives import Pictures, Sentences
 
 
 class Source(NamedTuple):
@@ -30,7 +35,27 @@ def collate_pictures(samples: Sequence[torch.Tensor]) -> Pictures:
     return Pictures(torch.cat(list(samples)))
 
 
-SOURCES = {"scene_pictures": Source(ScenePictures, collate_pictures, held_out=16)}
+@lru_cache(maxsize=1)
+def _tokenizer() -> PreTrainedTokenizerFast:
+    return caption_tokenizer()
+
+
+def collate_sentences(samples: Sequence[tuple[str, list[int]]]) -> Sentences:
+    """Sentences and their answers to one batch, padded to the longest."""
+    tokens = _tokenizer()([sentence for sentence, _ in samples], padding="longest", return_tensors="pt")
+    answers = torch.tensor([numbers for _, numbers in samples])
+    return Sentences(tokens.input_ids, tokens.attention_mask.bool(), answers)
+
+
+def scene_reader(d_model: int = 192, num_layers: int = 3, num_heads: int = 6, d_ff: int = 512) -> CaptionReader:
+    """A reader of the scenes' sentences; arguments as of `CaptionReader`."""
+    return CaptionReader(SLOTS, len(_tokenizer()), d_model, num_layers, num_heads, d_ff)
+
+
+SOURCES = {
+    "scene_pictures": Source(ScenePictures, collate_pictures, held_out=16),
+    "scene_sentences": Source(SceneSentences, collate_sentences, held_out=512),
+}
 
 
 def training_batches(recipe: Recipe) -> tuple[Batches, list[Any]]:

@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 
 from imgdit.data.geometry import FAR, project
+from imgdit.data.pictures import ScenePictures
 from imgdit.data.render import render
 from imgdit.data.scenes import OBJECTS, Scene, is_heldout
 from imgdit.data.tasks import (
@@ -194,3 +195,12 @@ def test_depth_of_photos_by_a_model(photo, tmp_path):
     assert example.condition.min() == 0 and example.condition.max() == 1
     nearest = example.details["estimate"].flatten().argmin()
     assert example.condition[0].flatten()[nearest] == 1
+
+
+def test_pictures_for_an_autoencoder():
+    dataset = ScenePictures(looks=3, size=32)
+    pictures = dataset[5]
+    assert pictures.shape == (4, 3, 32, 32) and pictures.min() >= -1 and pictures.max() <= 1
+    assert torch.equal(pictures, ScenePictures(first_seed=3, looks=3, size=32)[2])
+    torch.testing.assert_close(pictures[0], render([Scene.sample(5)], 32).rgb[0] * 2 - 1)
+    assert not torch.equal(pictures, ScenePictures(looks=3, size=32, split="heldout")[5])

@@ -1,0 +1,46 @@
+"""The tokenizer of the scenes' sentences: a token for every word the grammar says, bytes for all others."""
+
+from __future__ import annotations
+
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from .captions import vocabulary
+
+SPECIAL = ("<pad>", "</s>", "<unk>")
+BYTES = tuple(f"<0x{value:02X}>" for value in range(256))
+
+
+def caption_tokenizer(max_length: int = 128) -> PreTrainedTokenizerFast:
+    """Lower-cased words and punctuation; a word outside `captions.vocabulary` becomes its UTF-8 bytes, so no prompt
+    fails.
+
+    Args:
+        max_length: tokens that a prompt may have.
+    """
+    names = [*SPECIAL, *BYTES, ",", *vocabulary()]
+    # Without merges the model knows only whole words (`ignore_merges` looks them up first) and falls back to bytes.
+    model = models.BPE(
+        {name: i for i, name in enumerate(names)}, [], unk_token="<unk>", byte_fallback=True, ignore_merges=True
+    )
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.WordPiece(cleanup=True)])
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        model_max_length=max_length,
+    )
+
+
+def unknown_words(tokenizer: PreTrainedTokenizerFast, prompt: str) -> list[str]:
+    """Words of a prompt that have no token of their own, in their order, each once."""
+    backend = tokenizer.backend_tokenizer
+    encoded = backend.encode(prompt)
+    parts = backend.pre_tokenizer.pre_tokenize_str(backend.normalizer.normalize_str(prompt))
+    spelled = {word for word, token in zip(encoded.word_ids, encoded.tokens) if token in BYTES}
+    return list(dict.fromkeys(parts[word][0] for word in sorted(w for w in spelled if w is not None)))
