@@ -18,6 +18,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import compat
+from ..data.words import unknown_words
 from ..frames import Frame, FrameLayout
 from ..models.mmdit import MMDiT
 from ..schedulers.flow_match import MultiFrameFlowMatchScheduler, linear_sigmas
@@ -86,6 +87,7 @@ class ImgDiTPipeline(compat.DiffusionPipeline, LoraLoaderMixin):
         self._current_timestep: torch.Tensor | None = None
         self._num_timesteps = 0
         self._interrupt = False
+        self._told: set[str] = set()  # unknown words that a warning has named
 
     # Properties that callbacks and step caches read
 
@@ -197,9 +199,17 @@ class ImgDiTPipeline(compat.DiffusionPipeline, LoraLoaderMixin):
             if len(whole) > max_sequence_length:
                 cut = self.tokenizer.decode(whole[max_sequence_length - 1 :], skip_special_tokens=True)
                 logger.warning(f"the prompt has {len(whole)} tokens, {max_sequence_length} are read; cut off: {cut!r}")
+            self._tell_unknown_words(text)
         mask = tokens.attention_mask.to(device)
         embeds = self.text_encoder(tokens.input_ids.to(device), attention_mask=mask)[0]
         return embeds.to(dtype=self.transformer.dtype if self.transformer is not None else None), mask.bool()
+
+    def _tell_unknown_words(self, prompt: str) -> None:
+        """Say, once each, which words the text encoder was never taught and reads letter by letter."""
+        new = [word for word in unknown_words(self.tokenizer, prompt) if word not in self._told]
+        if new:
+            self._told.update(new)
+            logger.warning(f"words that the model has never seen, spelled in bytes: {', '.join(new)}")
 
     # Input
 

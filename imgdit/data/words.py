@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from .captions import vocabulary
 
@@ -37,10 +37,13 @@ def caption_tokenizer(max_length: int = 128) -> PreTrainedTokenizerFast:
     )
 
 
-def unknown_words(tokenizer: PreTrainedTokenizerFast, prompt: str) -> list[str]:
-    """Words of a prompt that have no token of their own, in their order, each once."""
+def unknown_words(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[str]:
+    """Words of a prompt that a tokenizer with byte fallback spells in bytes, in their order, each once."""
+    if not isinstance(tokenizer, PreTrainedTokenizerFast) or BYTES[0] not in tokenizer.get_vocab():
+        return []
     backend = tokenizer.backend_tokenizer
     encoded = backend.encode(prompt)
-    parts = backend.pre_tokenizer.pre_tokenize_str(backend.normalizer.normalize_str(prompt))
+    normal = prompt if backend.normalizer is None else backend.normalizer.normalize_str(prompt)
+    parts = backend.pre_tokenizer.pre_tokenize_str(normal)
     spelled = {word for word, token in zip(encoded.word_ids, encoded.tokens) if token in BYTES}
     return list(dict.fromkeys(parts[word][0] for word in sorted(w for w in spelled if w is not None)))

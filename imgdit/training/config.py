@@ -91,7 +91,7 @@ class ModelConfig:
 
             return MMDiT
         if self.kind == "caption_reader":
-            from .sources import scene_reader
+            from .reader import scene_reader
 
             return scene_reader
         from diffusers import AutoencoderDC, AutoencoderKL

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
-from transformers import PreTrainedTokenizerFast
 
 from ..data.pictures import ScenePictures
-from ..data.sentences import SLOTS, SceneSentences
-from ..data.words import caption_tokenizer
-from ..models.caption_reader import CaptionReader
+from ..data.sentences import SceneSentences
 from ..naming import nearest
 from .config import Recipe, check_arguments
 from .data import Batches, MapDataset
-from .objectives import Pictures, Sentences
+from .objectives import Pictures
+from .reader import collate_sentences
 
 
 class Source(NamedTuple):
@@ -33,23 +30,6 @@ class Source(NamedTuple):
 def collate_pictures(samples: Sequence[torch.Tensor]) -> Pictures:
     """Samples (K, 3, S, S) to one batch of all their pictures."""
     return Pictures(torch.cat(list(samples)))
-
-
-@lru_cache(maxsize=1)
-def _tokenizer() -> PreTrainedTokenizerFast:
-    return caption_tokenizer()
-
-
-def collate_sentences(samples: Sequence[tuple[str, list[int]]]) -> Sentences:
-    """Sentences and their answers to one batch, padded to the longest."""
-    tokens = _tokenizer()([sentence for sentence, _ in samples], padding="longest", return_tensors="pt")
-    answers = torch.tensor([numbers for _, numbers in samples])
-    return Sentences(tokens.input_ids, tokens.attention_mask.bool(), answers)
-
-
-def scene_reader(d_model: int = 192, num_layers: int = 3, num_heads: int = 6, d_ff: int = 512) -> CaptionReader:
-    """A reader of the scenes' sentences; arguments as of `CaptionReader`."""
-    return CaptionReader(SLOTS, len(_tokenizer()), d_model, num_layers, num_heads, d_ff)
 
 
 SOURCES = {

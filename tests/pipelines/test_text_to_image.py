@@ -150,6 +150,26 @@ def test_a_cut_prompt_is_said(pipe, caplog):
     assert "the prompt has 8 tokens, 4 are read; cut off: 'on a blue sphere'" in caplog.text
 
 
+def test_unknown_words_are_said_once(caplog):
+    import logging
+
+    from transformers import T5Config, T5EncoderModel
+
+    from imgdit.data.words import caption_tokenizer
+
+    logging.getLogger("diffusers").propagate = True
+    tokenizer = caption_tokenizer()
+    config = T5Config(vocab_size=len(tokenizer), d_model=32, d_kv=8, d_ff=37, num_heads=4, num_layers=1)
+    parts = {**tiny_pipeline().components, "tokenizer": tokenizer, "text_encoder": T5EncoderModel(config).eval()}
+    pipe = imgdit.ImgDiTPipeline(**parts)
+    pipe.set_progress_bar_config(disable=True)
+    for _ in range(2):
+        run(pipe, "a red zebra left of a cube")
+    assert caplog.text.count("never seen, spelled in bytes: zebra") == 1
+    run(pipe, "a quokka")
+    assert "spelled in bytes: quokka" in caplog.text
+
+
 @pytest.mark.parametrize("load", [imgdit.ImgDiTPipeline, imgdit.DiffusionPipeline, AutoPipelineForText2Image])
 def test_save_and_load(pipe, load, tmp_path):
     pipe.save_pretrained(tmp_path)
