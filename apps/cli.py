@@ -24,7 +24,7 @@ def demo(
     steps: Annotated[int, typer.Option(help="Training steps, if the folder holds no model yet.")] = 600,
     seed: int = 0,
 ) -> None:
-    """Make a picture sheet with a tiny model, trained on the spot on coloured shapes: about a minute."""
+    """Make a picture sheet with a tiny model, trained on the spot on coloured shapes: about two minutes."""
     from . import first_run
 
     try:
