@@ -7,7 +7,7 @@ from random import Random
 import torch
 
 from .geometry import geometry
-from .render import render
+from .render import rendering
 from .scenes import BACKGROUNDS, STYLES, Scene, is_trained, pick
 from .shading import shade
 from .tasks import from_scene
@@ -37,13 +37,12 @@ class ScenePictures:
     def __getitem__(self, index: int) -> torch.Tensor:
         seed = self.first_seed + index
         scene, rng = Scene.sample(seed, self.split), Random(seed)
-        rendering = render([scene], self.size)
-        pictures = [rendering.rgb[0]]
-        if self.looks > 1:
-            buffers = geometry([scene], self.size, oversample=2)
-            for _ in range(self.looks - 1):
-                pictures.append(shade(buffers, [_another_look(scene, rng)])[0])
-        pictures.append(from_scene(pick(rng, MAPS), scene, rng, rendering).condition)
+        buffers = geometry([scene], self.size, oversample=2)
+        seen = rendering(buffers, [scene])
+        pictures = [seen.rgb[0]]
+        for _ in range(self.looks - 1):
+            pictures.append(shade(buffers, [_another_look(scene, rng)])[0])
+        pictures.append(from_scene(pick(rng, MAPS), scene, rng, seen).condition)
         return torch.stack(pictures) * 2 - 1
 
 

@@ -23,6 +23,7 @@ __all__ = [
     "intrinsics",
     "project",
     "render",
+    "rendering",
     "shade",
 ]
 
@@ -86,8 +87,19 @@ def render(scenes: Sequence[Scene], size: int = 128, device: torch.device | str 
         size: pixels per side, at least 8.
         device: where to compute, and where the result stays.
     """
-    buffers = geometry(scenes, size, device, oversample=2)
+    return rendering(geometry(scenes, size, device, oversample=2), scenes)
+
+
+@torch.no_grad()
+def rendering(buffers: GeometryBuffers, scenes: Sequence[Scene]) -> Rendering:
+    """The pictures and ground truth of scenes whose geometry is known already.
+
+    Args:
+        buffers: of `geometry`, with `oversample` 2 for soft edges.
+        scenes: B of them.
+    """
     pixels = buffers.at_pixels()
+    size, device = pixels.depth.shape[-1], pixels.depth.device
     return Rendering(
         rgb=shade(buffers, scenes),
         depth=pixels.depth,
