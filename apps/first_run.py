@@ -17,8 +17,8 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 from imgdit import DiffusionPipeline, Frame, FrameLayout, ImgDiTPipeline, MMDiT, MultiFrameFlowMatchScheduler
+from imgdit.models.functional import pack
 from imgdit.mup import param_groups
-from imgdit.pipelines.text_to_image import pack
 from imgdit.schedulers.flow_match import mix, velocity
 
 COLOURS = {"red": (220, 50, 47), "green": (60, 170, 70), "blue": (50, 100, 220), "yellow": (240, 200, 40)}

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .. import compat
 from ..data.words import unknown_words
 from ..frames import Frame, FrameLayout
+from ..models.functional import pack, unpack
 from ..models.mmdit import MMDiT
 from ..schedulers.flow_match import MultiFrameFlowMatchScheduler, linear_sigmas
 from .lora_loader import LoraLoaderMixin
@@ -33,20 +34,6 @@ class ImgDiTPipelineOutput(BaseOutput):
 
     images: list[PIL.Image.Image] | np.ndarray | torch.Tensor
     """Pictures of the output type asked for: a list, (B, H, W, 3) in [0, 1], (B, 3, H, W) in [0, 1], or latents."""
-
-
-def pack(latents: torch.Tensor, patch: int) -> torch.Tensor:
-    """Latents (B, C, h, w) to tokens (B, h/p * w/p, C*p*p), features ordered (C, row, column) as FLUX has them."""
-    batch, channels, height, width = latents.shape
-    cells = latents.reshape(batch, channels, height // patch, patch, width // patch, patch)
-    return cells.permute(0, 2, 4, 1, 3, 5).reshape(batch, -1, channels * patch * patch)
-
-
-def unpack(tokens: torch.Tensor, patch: int, size: tuple[int, int]) -> torch.Tensor:
-    """Tokens (B, rows * columns, C*p*p) to latents (B, C, rows*p, columns*p); the inverse of `pack`."""
-    rows, columns = size
-    cells = tokens.reshape(tokens.shape[0], rows, columns, -1, patch, patch)
-    return cells.permute(0, 3, 1, 4, 2, 5).reshape(tokens.shape[0], -1, rows * patch, columns * patch)
 
 
 class ImgDiTPipeline(compat.DiffusionPipeline, LoraLoaderMixin):

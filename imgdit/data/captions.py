@@ -8,9 +8,11 @@ said of nothing else (the sky is clear, not blue); everything else varies.
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from random import Random
 from typing import Any
 
+from ..naming import check_name
 from .scenes import COLOURS, OBJECTS, Scene, pick
 
 PAIRS = {
@@ -63,6 +65,24 @@ SHORT = {
 }
 """Sentences that leave the place or the style unsaid."""
 
+TASK_TOKENS = {
+    "text_to_image": "[[text2image]]",
+    "canny": "[[canny2image]]",
+    "depth": "[[depth2image]]",
+    "segmentation": "[[semanticmap2image]]",
+    "boxes": "[[boundingbox2image]]",
+    "blur": "[[deblurring]]",
+    "grey": "[[colorization]]",
+    "mask": "[[image_inpainting]]",
+    "super_resolution": "[[super_resolution]]",
+    "subject": "[[subject_driven]]",
+    "style_reference": "[[style_transfer]]",
+    "editing": "[[image_editing]]",
+    "views": "[[multiview]]",
+}
+"""What a prompt begins with to say what the frames are to each other (OneDiffusion, arXiv 2411.16318), by task. The
+inverse of a task has its token: the frames tell which is given. Those for colours, sizes and styles are ours."""
+
 
 def _noun(kind: str, colour: str) -> str:
     return f"{'an' if colour[0] in 'aeiou' else 'a'} {colour} {kind}"
@@ -75,18 +95,24 @@ def _subject(scene: Scene, rng: Random) -> str:
     return pick(rng, PAIRS["left" if scene.relation else None]).format(first=nouns[0], second=nouns[1])
 
 
-def caption(scene: Scene, rng: Random, omit: float = 0.0) -> str:
+def leave_unsaid(rng: Random, chance: float) -> tuple[str, ...]:
+    """Parts of a sentence ("place", "style") that are left unsaid, each by `chance`, as people who type do."""
+    if not 0.0 <= chance <= 1.0:
+        raise ValueError(f"a chance is in [0, 1], got {chance}")
+    return tuple(part for part in ("place", "style") if rng.random() < chance)
+
+
+def caption(scene: Scene, rng: Random, unsaid: Collection[str] = ()) -> str:
     """A sentence about a scene, in lower case without a full stop.
 
     Args:
         scene: what to tell.
         rng: chooses among the paraphrases.
-        omit: chance, for place and style each, that it is left unsaid, as people who type do.
+        unsaid: "place", "style", or both.
     """
-    if not 0.0 <= omit <= 1.0:
-        raise ValueError(f"omit is a chance in [0, 1], got {omit}")
-    unsaid = tuple(part for part in ("place", "style") if rng.random() < omit)
-    patterns = ("{subject}",) if len(unsaid) == 2 else SHORT[unsaid[0]] if unsaid else PATTERNS
+    for part in unsaid:
+        check_name("part of a sentence", part, SHORT)
+    patterns = ("{subject}",) if len(set(unsaid)) == 2 else SHORT[next(iter(unsaid))] if unsaid else PATTERNS
     subject = _subject(scene, rng)
     look = pick(rng, LOOKS[scene.style]).format(subject=subject)
     place = pick(rng, PLACES[scene.background])

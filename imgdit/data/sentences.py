@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from random import Random
 
-from .captions import caption, meaning
-from .scenes import BACKGROUNDS, COLOURS, OBJECTS, STYLES, Scene
+from .captions import TASK_TOKENS, caption, leave_unsaid, meaning
+from .scenes import BACKGROUNDS, COLOURS, OBJECTS, STYLES, Scene, pick
 
 NOTHING = "nothing"
 SLOTS = {
-    "left object": OBJECTS,
-    "left colour": COLOURS,
+    "left object": (*OBJECTS, NOTHING),
+    "left colour": (*COLOURS, NOTHING),
     "right object": (*OBJECTS, NOTHING),
     "right colour": (*COLOURS, NOTHING),
-    "style": STYLES,
-    "background": BACKGROUNDS,
+    "style": (*STYLES, NOTHING),
+    "background": (*BACKGROUNDS, NOTHING),
+    "task": (*TASK_TOKENS, NOTHING),
 }
-"""What a sentence says, and the answers there are; a single object counts as the left one."""
+"""What a prompt says, and the answers there are; a single object counts as the left one."""
+
+# Shares of the prompts: those that begin with a task's token, those that are nothing else, and those that leave the
+# place or the style unsaid.
+TASKED, BARE, UNSAID = 0.5, 0.05, 0.1
 
 
 class SceneSentences:
-    """Endless: sample i is a sentence about the scene with seed `first_seed + i` and its answers, one per slot.
+    """Endless: sample i is a prompt about the scene with seed `first_seed + i` and its answers, one per slot.
 
     Args:
         first_seed: of the scenes.
@@ -32,13 +38,26 @@ class SceneSentences:
 
     def __getitem__(self, index: int) -> tuple[str, list[int]]:
         seed = self.first_seed + index
-        scene = Scene.sample(seed, self.split)
-        return caption(scene, Random(seed)), answers(scene)
+        scene, rng = Scene.sample(seed, self.split), Random(seed)
+        bare = rng.random() < BARE
+        task = pick(rng, tuple(TASK_TOKENS)) if bare or rng.random() < TASKED else None
+        unsaid = leave_unsaid(rng, UNSAID)
+        said = "" if bare else caption(scene, rng, unsaid)
+        return prompt(said, task), answers(None if bare else scene, unsaid, task)
 
 
-def answers(scene: Scene) -> list[int]:
-    """Number of the right answer of each slot."""
-    said = meaning(scene)
-    things = [*said["objects"], {"object": NOTHING, "colour": NOTHING}][:2]
-    values = [thing[name] for thing in things for name in ("object", "colour")] + [said["style"], said["background"]]
-    return [names.index(value) for names, value in zip(SLOTS.values(), values)]
+def prompt(said: str, task: str | None = None) -> str:
+    """A sentence behind the token of a task."""
+    return " ".join(part for part in (TASK_TOKENS[task] if task else "", said) if part)
+
+
+def answers(scene: Scene | None, unsaid: Collection[str] = (), task: str | None = None) -> list[int]:
+    """Number of the right answer of each slot; no scene, no sentence."""
+    values = [NOTHING] * (len(SLOTS) - 1)
+    if scene is not None:
+        said = meaning(scene)
+        things = [*said["objects"], {"object": NOTHING, "colour": NOTHING}][:2]
+        values = [thing[name] for thing in things for name in ("object", "colour")]
+        values += [NOTHING if "style" in unsaid else said["style"]]
+        values += [NOTHING if "place" in unsaid else said["background"]]
+    return [names.index(value) for names, value in zip(SLOTS.values(), [*values, task or NOTHING], strict=True)]

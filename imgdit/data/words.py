@@ -1,11 +1,12 @@
-"""The tokenizer of the scenes' sentences: a token for every word the grammar says, bytes for all others."""
+"""The tokenizer of the scenes' sentences: a token for every word the grammar says and for every task, bytes for all
+others."""
 
 from __future__ import annotations
 
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from .captions import vocabulary
+from .captions import TASK_TOKENS, vocabulary
 
 SPECIAL = ("<pad>", "</s>", "<unk>")
 BYTES = tuple(f"<0x{value:02X}>" for value in range(256))
@@ -28,6 +29,7 @@ def caption_tokenizer(max_length: int = 128) -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.WordPiece(cleanup=True)])
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    tokenizer.add_tokens([AddedToken(token, normalized=True) for token in TASK_TOKENS.values()])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<pad>",
@@ -42,8 +44,10 @@ def unknown_words(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[str]:
     if not isinstance(tokenizer, PreTrainedTokenizerFast) or BYTES[0] not in tokenizer.get_vocab():
         return []
     backend = tokenizer.backend_tokenizer
-    encoded = backend.encode(prompt)
-    normal = prompt if backend.normalizer is None else backend.normalizer.normalize_str(prompt)
-    parts = backend.pre_tokenizer.pre_tokenize_str(normal)
-    spelled = {word for word, token in zip(encoded.word_ids, encoded.tokens) if token in BYTES}
-    return list(dict.fromkeys(parts[word][0] for word in sorted(w for w in spelled if w is not None)))
+    text = prompt if backend.normalizer is None else backend.normalizer.normalize_str(prompt)
+    encoded = backend.encode(text)
+    spans = {}
+    for word, token in zip(encoded.word_ids, encoded.tokens):
+        if token in BYTES:
+            spans.setdefault(word, encoded.word_to_chars(word))
+    return list(dict.fromkeys(text[start:end] for start, end in spans.values()))

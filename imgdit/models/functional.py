@@ -1,4 +1,4 @@
-"""Pure functions of the transformers: rotary and sin-cos positions, modulation per frame.
+"""Pure functions of the transformers: latents as tokens, rotary and sin-cos positions, modulation per frame.
 
 B batch, N tokens, D width, F frames, S rows, H heads, d features of a head.
 """
@@ -8,6 +8,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+
+
+def pack(latents: torch.Tensor, patch: int) -> torch.Tensor:
+    """Latents (B, C, h, w) to tokens (B, h/p * w/p, C*p*p), features ordered (C, row, column) as FLUX has them."""
+    batch, channels, height, width = latents.shape
+    cells = latents.reshape(batch, channels, height // patch, patch, width // patch, patch)
+    return cells.permute(0, 2, 4, 1, 3, 5).reshape(batch, -1, channels * patch * patch)
+
+
+def unpack(tokens: torch.Tensor, patch: int, size: tuple[int, int]) -> torch.Tensor:
+    """Tokens (B, rows * columns, C*p*p) to latents (B, C, rows*p, columns*p); the inverse of `pack`."""
+    rows, columns = size
+    cells = tokens.reshape(tokens.shape[0], rows, columns, -1, patch, patch)
+    return cells.permute(0, 3, 1, 4, 2, 5).reshape(tokens.shape[0], -1, rows * patch, columns * patch)
 
 
 def rope_table(ids: torch.Tensor, axes_dims: Sequence[int], theta: float) -> torch.Tensor:

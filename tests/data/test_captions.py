@@ -3,14 +3,14 @@ from random import Random
 
 import pytest
 
-from imgdit.data.captions import LOOKS, PLACES, caption, meaning, vocabulary, words
+from imgdit.data.captions import LOOKS, PLACES, caption, leave_unsaid, meaning, vocabulary, words
 from imgdit.data.scenes import BACKGROUNDS, COLOURS, OBJECTS, STYLES, Camera, Scene, SceneObject
 
 
-def sentences(count=400, omit=0.0):
+def sentences(count=400):
     for seed in range(count):
         scene = Scene.sample(seed)
-        yield scene, caption(scene, Random(seed), omit)
+        yield scene, caption(scene, Random(seed))
 
 
 def read(sentence):
@@ -68,14 +68,20 @@ def test_one_scene_has_many_sentences():
 
 
 def test_parts_can_be_left_unsaid():
-    said = [(scene, caption(scene, Random(seed), omit=0.5)) for seed, (scene, _) in enumerate(sentences(200))]
-    placed = [any(p in sentence for p in PLACES[scene.background]) for scene, sentence in said]
-    assert 0.35 < sum(placed) / len(placed) < 0.65
-    for scene, _ in said[:20]:
-        bare = caption(scene, Random(0), omit=1.0)
+    rng = Random(0)
+    shares = [leave_unsaid(rng, 0.3) for _ in range(1000)]
+    for part in ("place", "style"):
+        assert 0.25 < sum(part in unsaid for unsaid in shares) / 1000 < 0.35
+    for scene, _ in sentences(100):
+        styleless, placeless = caption(scene, rng, ["style"]), caption(scene, rng, ["place"])
+        assert scene.style not in words(styleless) and any(p in styleless for p in PLACES[scene.background])
+        assert not any(p in placeless for p in PLACES[scene.background])
+        bare = caption(scene, rng, ("place", "style"))
         assert len(read(bare)) == len(scene.objects) and scene.style not in words(bare)
-    with pytest.raises(ValueError, match=r"chance in \[0, 1\], got 2"):
-        caption(scene, Random(0), omit=2)
+    with pytest.raises(ValueError, match=r"chance is in \[0, 1\], got 2"):
+        leave_unsaid(rng, 2)
+    with pytest.raises(ValueError, match="'stile'"):
+        caption(scene, rng, ["stile"])
 
 
 def test_vocabulary_is_what_is_said():

@@ -3,9 +3,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from imgdit.data.captions import words
+from imgdit.data.captions import TASK_TOKENS, words
 from imgdit.data.scenes import Scene
-from imgdit.data.sentences import NOTHING, SLOTS, SceneSentences, answers
+from imgdit.data.sentences import NOTHING, SLOTS, SceneSentences, answers, prompt
 from imgdit.data.words import BYTES, caption_tokenizer, unknown_words
 
 TOKENIZER = caption_tokenizer()
@@ -16,7 +16,8 @@ def test_every_sentence_of_the_grammar_is_whole_words():
     for i in range(300):
         sentence, _ = dataset[i]
         tokens = TOKENIZER.convert_ids_to_tokens(TOKENIZER(sentence).input_ids)
-        assert [t for t in tokens if t.isalpha()] == words(sentence)
+        task = tokens[:1] if tokens[0] in TASK_TOKENS.values() else []
+        assert [t for t in tokens if t.isalpha()] == words(sentence.removeprefix("".join(task)))
         assert tokens[-1] == "</s>" and not set(tokens) & {*BYTES, "<unk>"}
         assert unknown_words(TOKENIZER, sentence) == []
 
@@ -55,5 +56,17 @@ def test_answers_say_what_the_scene_is(split):
         assert (said["right object"] == NOTHING) == (said["right colour"] == NOTHING) == (len(order) == 1)
         if len(order) == 2:
             assert (said["right object"], said["right colour"]) == (order[1].kind, order[1].colour)
-        assert (said["style"], said["background"]) == (scene.style, scene.background)
+        assert (said["style"], said["background"], said["task"]) == (scene.style, scene.background, NOTHING)
     assert SceneSentences(split=split)[7] == SceneSentences(first_seed=3, split=split)[4]
+
+
+def test_tasks_are_one_token_each():
+    for task, token in TASK_TOKENS.items():
+        ids = TOKENIZER(prompt("a red zebra", task)).input_ids
+        assert TOKENIZER.convert_ids_to_tokens(ids)[0] == token and len(set(ids) & {TOKENIZER.unk_token_id}) == 0
+        assert unknown_words(TOKENIZER, prompt("a red zebra", task)) == ["zebra"]
+        assert prompt("", task) == token
+    said = {slot: names[i] for (slot, names), i in zip(SLOTS.items(), answers(None, task="depth"))}
+    assert said.pop("task") == "depth" and set(said.values()) == {NOTHING}
+    unsaid = answers(Scene.sample(1), unsaid=("place",))
+    assert SLOTS["background"][unsaid[5]] == NOTHING and SLOTS["style"][unsaid[4]] == Scene.sample(1).style

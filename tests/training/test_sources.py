@@ -23,7 +23,7 @@ def test_the_held_out_batch_is_of_another_split():
     recipe = load_recipe("scenes/text_encoder")
     batches, (held_out,) = training_batches(recipe)
     first = next(batches.stream(0, 512)).batch
-    assert held_out.answers.shape == first.answers.shape == (512, 6)
+    assert held_out.answers.shape == first.answers.shape == (512, 7)
     assert not torch.equal(held_out.answers, first.answers)
 
 
