@@ -1,9 +1,9 @@
 """Cameras as pictures: rays as frames a model can be given or asked for (OneDiffusion, arXiv 2411.16318), and back.
 
-Cameras are camera-to-world matrices (V, 4, 4) with OpenCV's axes: x right, y down, z forward. Rays are told relative to
-the first camera, in its own frame turned so that x is left, y is up and z is forward: the first camera is always the
-identity, and any rigid motion or turn of the world's axes changes nothing. A focal length is in widths of the (square)
-picture: `1 / (2 * tan(field_of_view / 2))`. Lengths are in the units of the positions.
+Cameras are camera-to-world matrices (V, 4, 4) with OpenCV's axes: x right, y down, z forward. Rays are told relative
+to the first camera, in its own frame turned so that x is left, y is up and z is forward: the first camera is always
+the identity, and any rigid motion or turn of the world's axes changes nothing. A focal length is in widths of the
+(square) picture: `1 / (2 * tan(field_of_view / 2))`. Lengths are in the units of the positions.
 
 V views, n rays per row and column of a view. Everything is computed in float64 and returned as float32.
 """

@@ -1,4 +1,4 @@
-"""Recorded numbers of OneDiffusion's reference implementation; tests/parity/onediffusion/README.md has every formula."""
+"""Recorded numbers of OneDiffusion's reference; tests/parity/onediffusion/README.md has every formula."""
 
 from __future__ import annotations
 
