@@ -21,6 +21,7 @@ _EXPORTS = {
     "MMDiT": "imgdit.models.mmdit",
     "ModelMixin": "imgdit.compat",
     "MultiFrameFlowMatchScheduler": "imgdit.schedulers.flow_match",
+    "NextDiT": "imgdit.models.nextdit",
     "SchedulerMixin": "imgdit.compat",
 }
 __all__ = list(_EXPORTS)
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from imgdit.frames import Frame as Frame
     from imgdit.frames import FrameLayout as FrameLayout
     from imgdit.models.mmdit import MMDiT as MMDiT
+    from imgdit.models.nextdit import NextDiT as NextDiT
     from imgdit.pipelines.text_to_image import ImgDiTPipeline as ImgDiTPipeline
     from imgdit.pipelines.text_to_image import ImgDiTPipelineOutput as ImgDiTPipelineOutput
     from imgdit.schedulers.flow_match import MultiFrameFlowMatchScheduler as MultiFrameFlowMatchScheduler
