@@ -1,0 +1,327 @@
+"""The sparse autoencoder and its training loss.
+
+N rows (tokens), L latents, d features, n non-zeros.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+
+from .config import SAEConfig
+from .sparse import Pattern, Selection, SparseCode, above, decode, select, selected_scores
+
+UNIT_NORM_EPS = 1e-5
+
+
+class RowScale(NamedTuple):
+    """What `input_unit_norm` took from each row."""
+
+    mean: torch.Tensor
+    """(N, 1)"""
+    std: torch.Tensor
+    """(N, 1)"""
+
+
+@dataclasses.dataclass(frozen=True)
+class LossRules:
+    """Where the published losses differ from each other. The defaults are Gao et al.'s (arXiv 2406.04093)."""
+
+    aux_reversed: bool = False
+    """The dead features learn reconstruction - x instead of x - reconstruction."""
+    aux_detached: bool = True
+    """No gradient of the auxiliary loss reaches the error it explains."""
+    aux_bias: bool = False
+    """The decoder's bias is added to what the dead features say."""
+    extra_trains_encoder: bool = True
+    """Gradients of the auxiliary and the multi-top-k loss reach the encoder."""
+    returns_last: bool = False
+    """With multi-top-k, the result holds the pass with 4k features instead of the one with k."""
+
+
+CORRECT = LossRules()
+SAEURON = LossRules(aux_reversed=True, aux_detached=False, aux_bias=True, returns_last=True)
+"""The published code (cywinski/SAeUron 1a4302a)."""
+SPARSIFY = LossRules(aux_bias=True, extra_trains_encoder=False, returns_last=True)
+"""EleutherAI's sparsify, whose fused encoder gives its pre-activations no gradient."""
+
+
+class SAELoss(NamedTuple):
+    """One training pass. All errors are in the units after `input_unit_norm`."""
+
+    loss: torch.Tensor
+    """fvu + auxk_alpha * auxk_loss + multi_topk_fvu / 8."""
+    fvu: torch.Tensor
+    """Fraction of variance unexplained: squared error over squared distance to the batch's mean."""
+    auxk_loss: torch.Tensor
+    """The same for the error as explained by dead features; 0 without."""
+    multi_topk_fvu: torch.Tensor
+    """fvu of the pass with 4k features; 0 without."""
+    l2_loss: torch.Tensor
+    """Mean squared error per entry."""
+    l0: torch.Tensor
+    """Mean number of features per row that are selected and positive."""
+    positive: torch.Tensor
+    """Mean number of positive features per row before the selection (the reference logs it as l0)."""
+    explained_variance: torch.Tensor
+    """(N,) 1 - squared error over squared distance to the batch's mean, of each row."""
+    sae_out: torch.Tensor
+    """(N, d) reconstruction, in the units of the input."""
+    code: SparseCode
+    """Activations behind it."""
+
+
+class SparseAutoencoder(nn.Module):
+    """relu((x - b_dec) W_enc^T + b_enc), of which k survive, times W_dec, plus b_dec.
+
+    Files are folders with `cfg.json` and `sae.safetensors`, see `imgdit.sae.files`.
+    """
+
+    def __init__(self, config: SAEConfig, *, generator: torch.Generator | None = None) -> None:
+        """New weights: uniform encoder rows as torch's Linear, the decoder equal to them at norm 1, no biases."""
+        super().__init__()
+        self.config = config
+        self.threshold = config.threshold
+        d, latents = config.d_in, config.num_latents
+        self.encoder = nn.utils.skip_init(nn.Linear, d, latents)
+        with torch.no_grad():
+            bound = d**-0.5
+            self.encoder.weight.uniform_(-bound, bound, generator=generator)
+            self.encoder.bias.zero_()
+        self.W_dec = nn.Parameter(self.encoder.weight.detach().clone())
+        self.b_dec = nn.Parameter(torch.zeros(d))
+        if config.skip_connection:
+            self.W_skip = nn.Parameter(torch.zeros(d, d))
+        if config.normalize_decoder:
+            self.normalize_decoder()
+
+    @classmethod
+    def from_pretrained(cls, path_or_repo: str | Path, subfolder: str | None = None) -> SparseAutoencoder:
+        """Read ours, SAeUron's, sparsify's or sdxl-unbox's files, from a folder or the Hub."""
+        from .files import load_sae
+
+        return load_sae(path_or_repo, subfolder)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write `cfg.json` and `sae.safetensors`, as SAeUron's loader reads them."""
+        from .files import save_sae
+
+        save_sae(self, folder)
+
+    # The map
+
+    def normalize(self, x: torch.Tensor) -> tuple[torch.Tensor, RowScale | None]:
+        """Rows (N, d) as the weights expect them; what is needed to go back."""
+        if not self.config.input_unit_norm:
+            return x, None
+        mean = x.mean(1, keepdim=True)
+        std = x.std(1, keepdim=True) + UNIT_NORM_EPS
+        return (x - mean) / std, RowScale(mean, std)
+
+    def scores(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Pre-activations (N, L) of normalised rows (N, d)."""
+        return torch.addmm(self.encoder.bias, self._centred(x), self.encoder.weight.t(), out=out)
+
+    def _centred(self, x: torch.Tensor) -> torch.Tensor:
+        return x if self.config.transcode else x - self.b_dec
+
+    def active(self, scores: torch.Tensor) -> Pattern:
+        """Features that are active at inference."""
+        if self.threshold is not None:
+            return above(scores, self.threshold)
+        return select(scores, self.config.k, "groupmax" if self.config.activation == "groupmax" else "topk")
+
+    @torch.no_grad()
+    def encode(self, x: torch.Tensor) -> SparseCode:
+        """Code of normalised rows (N, d) at inference."""
+        scores = self.scores(x)
+        pattern = self.active(scores)
+        return SparseCode(pattern.gather(scores).relu(), pattern)
+
+    def decode(self, code: SparseCode) -> torch.Tensor:
+        """Normalised rows (N, d) of a code."""
+        return decode(code, self.W_dec) + self.b_dec
+
+    @torch.no_grad()
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Reconstruction of activations (..., d), in their units and dtype."""
+        rows, scale = self.normalize(x.reshape(-1, self.config.d_in).to(self.W_dec.dtype))
+        out = self.decode(self.encode(rows))
+        if self.config.skip_connection:
+            out = out + rows @ self.W_skip.t()
+        if scale is not None:
+            out = out * scale.std + scale.mean
+        return out.view(x.shape).to(x.dtype)
+
+    # Training
+
+    def loss(
+        self,
+        x: torch.Tensor,
+        *,
+        target: torch.Tensor | None = None,
+        dead: torch.Tensor | None = None,
+        auxk_alpha: float = 1 / 32,
+        paper_compat: bool = False,
+        rules: LossRules | None = None,
+        scores: torch.Tensor | None = None,
+    ) -> SAELoss:
+        """The training loss.
+
+        Args:
+            x: (N, d) rows, or (maps, tokens, d), which sample_topk needs.
+            target: what the output should be, for transcoders; `None`: x.
+            dead: boolean (L,), features that have not been active for long and learn the rest of the error.
+            auxk_alpha: weight of that.
+            paper_compat: SAeUron's loss with its errors (the sign of the dead features' target).
+            rules: instead of `paper_compat`, all of the differences.
+            scores: (N, L) memory to reuse.
+        """
+        rules = rules or (SAEURON if paper_compat else CORRECT)
+        config = self.config
+        tokens = x.shape[-2] if x.ndim == 3 else 1
+        if config.activation == "sample_topk" and x.ndim != 3:
+            raise ValueError(f"sample_topk selects per map: give (maps, tokens, d), got {tuple(x.shape)}")
+        x, scale = self.normalize(x.reshape(-1, config.d_in))
+        target = x if target is None else target.reshape(-1, config.d_in)
+        spread = target - target.mean(0)
+        variance = spread.square().sum()
+
+        with torch.no_grad():
+            all_scores = self.scores(x, out=scores)
+        skip = x @ self.W_skip.t() if config.skip_connection else None
+        centred = self._centred(x)
+
+        def code(k: int, how: Selection, trains_encoder: bool, hint: float | None = None) -> SparseCode:
+            pattern = select(all_scores, k, how, tokens=tokens, hint=hint)
+            parts = (centred, self.encoder.weight, self.encoder.bias)
+            if not trains_encoder:
+                parts = tuple(part.detach() for part in parts)
+            return SparseCode(selected_scores(all_scores, pattern, *parts).relu(), pattern)
+
+        def output(code: SparseCode) -> torch.Tensor:
+            out = self.decode(code)
+            return out if skip is None else out + skip
+
+        hint = None if self.threshold is None else 0.9 * self.threshold
+        chosen = code(config.k, config.activation, True, hint)
+        out = output(chosen)
+        error = out - target
+        fvu = error.square().sum() / variance
+        auxk_loss = multi_topk_fvu = fvu.new_zeros(())
+        if dead is not None and bool(dead.any()):
+            auxk_loss = self._aux_loss(all_scores, centred, error, variance, dead, tokens, rules)
+        if config.multi_topk:
+            k = min(4 * config.k, config.num_latents)
+            wide = code(k, _plain(config.activation), rules.extra_trains_encoder)
+            wide_out = output(wide)
+            multi_topk_fvu = (wide_out - target).square().sum() / variance
+            if rules.returns_last:
+                chosen, out = wide, wide_out
+        with torch.no_grad():
+            l0 = (chosen.acts > 0).sum() / len(x)
+            positive = (all_scores > 0).sum() / len(x) if paper_compat else l0.new_tensor(float("nan"))
+            explained = 1 - error.square().sum(1) / spread.square().sum(1)
+        return SAELoss(
+            loss=fvu + auxk_alpha * auxk_loss + multi_topk_fvu / 8,
+            fvu=fvu,
+            auxk_loss=auxk_loss,
+            multi_topk_fvu=multi_topk_fvu,
+            l2_loss=error.square().mean(),
+            l0=l0,
+            positive=positive,
+            explained_variance=explained,
+            sae_out=out if scale is None else out * scale.std + scale.mean,
+            code=chosen,
+        )
+
+    def _aux_loss(
+        self,
+        scores: torch.Tensor,
+        centred: torch.Tensor,
+        error: torch.Tensor,
+        variance: torch.Tensor,
+        dead: torch.Tensor,
+        tokens: int,
+        rules: LossRules,
+    ) -> torch.Tensor:
+        """How well the dead features alone explain the error, so that gradients reach them."""
+        numbers = dead.nonzero().flatten()  # only their rows are multiplied
+        half = self.config.d_in // 2  # heuristic of Gao et al., appendix B.1
+        k = min(half, len(numbers))
+        few = scores[:, numbers]
+        pattern = select(few, k, _plain(self.config.activation), tokens=tokens)
+        weight, bias = self.encoder.weight[numbers], self.encoder.bias[numbers]
+        if not rules.extra_trains_encoder:
+            weight, bias, centred = weight.detach(), bias.detach(), centred.detach()
+        acts = selected_scores(few, pattern, centred, weight, bias).relu()
+        said = decode(SparseCode(acts, pattern), self.W_dec[numbers])
+        if rules.aux_bias:
+            said = said + self.b_dec
+        if rules.aux_detached:
+            error = error.detach()
+        wanted = error if rules.aux_reversed else -error
+        return min(len(numbers) / half, 1.0) * (said - wanted).square().sum() / variance
+
+    @torch.no_grad()
+    def normalize_decoder(self) -> None:
+        """Rows of the decoder to norm 1."""
+        norm = self.W_dec.norm(dim=1, keepdim=True)
+        self.W_dec.div_(norm + torch.finfo(self.W_dec.dtype).eps)
+
+    @torch.no_grad()
+    def project_decoder_gradient(self) -> None:
+        """Take from each decoder row's gradient what would only change its norm."""
+        grad = self.W_dec.grad
+        assert grad is not None
+        grad.sub_((grad * self.W_dec).sum(1, keepdim=True) * self.W_dec)
+
+    # Other units, identity
+
+    @torch.no_grad()
+    def rescaled(self, mean: torch.Tensor, scale: float) -> SparseAutoencoder:
+        """The same map on x where this one takes (x - mean) / scale: the statistics go into the weights."""
+        new = SparseAutoencoder(self.config)
+        new.load_state_dict(self.state_dict())
+        new.threshold = self.threshold
+        new.encoder.weight.div_(scale)
+        new.W_dec.mul_(scale)
+        new.b_dec.mul_(scale).add_(mean)
+        return new
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the weights, by which a selection of features knows its SAE."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+
+def _plain(activation: Selection) -> Selection:
+    """Selection of the extra passes: groups make no sense among a part of the features or with another k."""
+    return "topk" if activation == "groupmax" else activation
+
+
+@torch.no_grad()
+def geometric_median(points: torch.Tensor, max_iter: int = 100, tol: float = 1e-5) -> torch.Tensor:
+    """Point (d,) with the smallest sum of distances to (N, d) (Weiszfeld), where a decoder's bias starts."""
+    guess = points.mean(0)
+    for _ in range(max_iter):
+        before = guess
+        # A point that equals the guess would have infinite weight; the reference gets NaN there.
+        weights = 1 / (points - guess).norm(dim=1).clamp(min=torch.finfo(points.dtype).eps)
+        guess = (weights[:, None] * points).sum(0) / weights.sum()
+        if (guess - before).norm() < tol:
+            break
+    return guess
+
+
+def auto_lr(num_latents: int) -> float:
+    """Learning rate by size: 2e-4 at 2^14 latents, falling with the square root (sparsify, SAeUron)."""
+    return 2e-4 / (num_latents / 2**14) ** 0.5
