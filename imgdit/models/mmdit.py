@@ -74,6 +74,7 @@ class MMDiT(SafetensorsOnly, ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMix
         mup_base_width: width at which learning rates were tuned (μP); `None`: standard parametrisation.
         mup_output_mult: factor of the readout (μP).
         mup_adaln_init: "zero" (adaLN-zero) or "normal" (as the μP paper's DiT).
+        mup_wd_exponent, mup_base_head_dim, mup_base_depth: see `imgdit.mup.MupSettings`.
     """
 
     _supports_gradient_checkpointing = True
@@ -112,25 +113,6 @@ class MMDiT(SafetensorsOnly, ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMix
         },
         "single_transformer_blocks.*.proj_out": PackedRowwiseParallel(),
     }
-    # First match wins; a parameter without a match is an error (imgdit.mup.roles).
-    _mup_roles = (
-        ("x_embedder.weight", "input"),
-        ("pos_embed.proj.weight", "input"),
-        ("context_embedder.weight", "input"),
-        ("time_text_embed.*_embedder.linear_1.weight", "input"),
-        ("time_text_embed.*_embedder.linear_2.weight", "hidden"),
-        ("proj_out.weight", "output"),
-        ("proj_out.bias", "finite"),
-        ("*.norm_q.weight", "finite"),
-        ("*.norm_k.weight", "finite"),
-        ("*.norm_added_q.weight", "finite"),
-        ("*.norm_added_k.weight", "finite"),
-        ("norm_out.linear.weight", "modulation"),
-        ("*.norm*.linear.weight", "modulation"),
-        ("transformer_blocks.*.weight", "hidden"),
-        ("single_transformer_blocks.*.weight", "hidden"),
-        ("*.bias", "vector"),
-    )
 
     @register_to_config
     def __init__(
@@ -158,6 +140,9 @@ class MMDiT(SafetensorsOnly, ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMix
         mup_base_width: int | None = None,
         mup_output_mult: float = 1.0,
         mup_adaln_init: str = "zero",
+        mup_wd_exponent: float = 1.0,
+        mup_base_head_dim: int | None = None,
+        mup_base_depth: int | None = None,
     ):
         super().__init__()
         check_config(self.config)

@@ -9,6 +9,7 @@ import torch
 
 from ..attention import KVCache
 from ..frames import FrameLayout
+from ..mup import check_settings, mup_settings
 from ..naming import check_choice
 
 if TYPE_CHECKING:
@@ -26,7 +27,6 @@ def check_config(config: Mapping[str, Any]) -> None:
         raise ValueError("num_layers and num_single_layers are both 0; a model needs at least one block")
     check_choice("pos_embed_type", config["pos_embed_type"], ("rope", "sincos"))
     check_choice("qk_norm", config["qk_norm"], ("rms_norm", None))
-    check_choice("mup_adaln_init", config["mup_adaln_init"], ("zero", "normal"))
     head_dim = config["attention_head_dim"]
     width = config["num_attention_heads"] * head_dim
     axes = config["axes_dims_rope"]
@@ -48,11 +48,7 @@ def check_config(config: Mapping[str, Any]) -> None:
             f"context_pre_only ends the text stream, but {config['num_single_layers']} single-stream blocks read it; "
             "set num_single_layers=0 or context_pre_only=False"
         )
-    base = config["mup_base_width"]
-    if base is not None and (base < head_dim or base % head_dim):
-        raise ValueError(
-            f"mup_base_width must be a multiple of attention_head_dim={head_dim} (widths grow by heads), got {base}"
-        )
+    check_settings(mup_settings(config), head_dim)
 
 
 def check_inputs(

@@ -1,50 +1,76 @@
-"""Roles of parameters under μP, and what follows from them: initialisation and optimiser groups.
+"""Roles of parameters under μP, and the initialisation and multipliers that follow from them.
 
-m = width / base width, om = output multiplier. Widths grow by heads at a fixed head size, so attention keeps
-1 / sqrt(head size) and the forward pass needs no change: the readout's factor om / m is folded into its learning
-rate, weight decay and Adam's epsilon, which is exact (Tensor Programs V, arXiv 2203.03466, table 8 and appendix B;
-applied to diffusion transformers in arXiv 2505.15270, theorem 3.1).
+m = width / base width, om = output multiplier. Three factors that μP puts into the forward pass are folded into the
+parameters that they multiply, so the forward pass stays the plain one and a μP checkpoint runs in any plain model:
+
+| of | factor | folded into |
+|---|---|---|
+| the readout | om / m | its weight |
+| the attention's logits | sqrt(base head dim / head dim): 1 / head dim in all | the queries' gains or projections |
+| a residual branch | base depth / depth (CompleteP, arXiv 2505.01618) | the last parameters of the branch |
+
+A parameter that holds f times its factor-free value trains exactly as that one does if Adam's learning rate is
+multiplied by f, and its weight decay and epsilon by 1 / f. (Tensor Programs V, arXiv 2203.03466, table 8 and appendix
+B; applied to diffusion transformers in arXiv 2505.15270, theorem 3.1.)
 """
 
 from __future__ import annotations
 
-import fnmatch
 import math
-from collections.abc import Iterable
-from typing import Any, Literal, NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
+from torch.distributed.tensor import DTensor, distribute_tensor
 
-Role = Literal["input", "hidden", "modulation", "output", "vector", "finite"]
+from ..naming import check_choice
+from .structure import Kind, Role, Structure, bare_model, matches, plain_name, structure_of
 
-# Wrappers put their names into a parameter's; roles are matched without them.
-_WRAPPERS = ("_orig_mod.", "module.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
-_NO_DECAY: tuple[Role, ...] = ("vector", "finite")
+
+class MupSettings(NamedTuple):
+    """The μP fields of a model's configuration, there with the prefix `mup_`."""
+
+    base_width: int | None = None
+    """Width at which learning rates were tuned; `None`: standard parametrisation."""
+    output_mult: float = 1.0
+    """Factor of the readout."""
+    adaln_init: str = "zero"
+    """Initialisation of the modulation: "zero" (adaLN-zero) or "normal" (as the μP paper's DiT)."""
+    wd_exponent: float = 1.0
+    """Weight decay of hidden matrices grows as m to this power. 1: the same decay per step at every width (`mup`'s
+    default; "independent" of the learning rate); 0.5: arXiv 2510.15262; 0: torch's AdamW, whose decay per step falls
+    with the learning rate."""
+    base_head_dim: int | None = None
+    """Head dimension at which learning rates were tuned; `None`: it does not grow."""
+    base_depth: int | None = None
+    """Blocks at which learning rates were tuned; `None`: the depth does not grow."""
 
 
 class ParameterRule(NamedTuple):
     """How one parameter is initialised and trained."""
 
     name: str
-    """Its name in the model."""
+    """Its name in the model, without those of wrappers."""
     role: Role
     """input: grows in one dimension, the outgoing; hidden and modulation: in both; output: in the incoming;
-    vector: a bias or gain of the width; finite: in none."""
+    vector: a bias or gain of the width; finite: in none; adapter: a LoRA's, left alone."""
     shape: tuple[int, ...]
     init_std: float | None
-    """Standard deviation of its normal initialisation; 0 for zeros, `None` for a gain (ones)."""
+    """Standard deviation of its normal initialisation; 0 for zeros, `None` for a gain."""
     lr_mult: float
     """Factor on the base learning rate of an Adam-like optimiser."""
     wd_mult: float
-    """Factor on the weight decay of AdamW, so that lr * decay is the same at every width."""
+    """Factor on the weight decay of AdamW."""
     eps_mult: float
     """Factor on Adam's epsilon."""
+    fold: float = 1.0
+    """Factor of the forward pass that the parameter holds; a gain starts at it. Part of the other columns."""
+    growth: float = 1.0
+    """How much its growing dimension (the incoming of two) has grown since the base; 1 if none grows."""
 
 
 class MupMixin:
-    """μP for a model that declares `_mup_roles` and has `mup_base_width`, `mup_output_mult` in its config."""
-
-    _mup_roles: tuple[tuple[str, Role], ...]
+    """μP for a model whose class `imgdit.mup.structure` knows, or that declares `_mup_structure`."""
 
     def mup_table(self) -> list[ParameterRule]:
         """One rule per parameter, in the model's order."""
@@ -55,118 +81,168 @@ class MupMixin:
         init_weights(self, generator)
 
 
+def mup_settings(config: Mapping[str, Any]) -> MupSettings:
+    """The μP fields of a configuration; a model class without them has the defaults."""
+    return MupSettings(**{name: config.get(f"mup_{name}", MupSettings._field_defaults[name]) for name in _FIELDS})
+
+
+_FIELDS = MupSettings._fields
+
+
+def configure(model: Any, **settings: Any) -> None:
+    """Write μP fields into the configuration of a model, such as one of diffusers that has none.
+
+    They are saved with it, copied with it and read back by `from_pretrained`. The forward pass and the weights stay:
+    call `init_weights` to train from scratch. On pretrained weights the learning rates are scaled as if the model had
+    been initialised under μP, so transfer is not guaranteed.
+
+    Args:
+        model: of any known class.
+        settings: fields of `MupSettings`.
+
+    Raises:
+        ValueError: a model of unknown structure, or values that do not fit it.
+    """
+    structure = structure_of(model)
+    changed = mup_settings(model.config)._replace(**settings)
+    check_settings(changed, structure.head_dim_of(model.config))
+    model.register_to_config(**{f"mup_{name}": value for name, value in changed._asdict().items()})
+
+
+def check_settings(settings: MupSettings, head_dim: int) -> None:
+    """Refuse μP fields that do not fit a model.
+
+    Raises:
+        ValueError: what was got and expected.
+    """
+    base, base_head_dim = settings.base_width, settings.base_head_dim
+    check_choice("mup_adaln_init", settings.adaln_init, ("zero", "normal"))
+    for name in ("base_head_dim", "base_depth", "output_mult"):
+        value = getattr(settings, name)
+        if value is not None and value <= 0:
+            raise ValueError(f"mup_{name} must be positive, got {value}")
+    if base is None:
+        return
+    of = "attention_head_dim" if base_head_dim is None else "mup_base_head_dim"
+    step = base_head_dim or head_dim
+    if base < step or base % step:
+        raise ValueError(
+            f"mup_base_width must be a multiple of {of}={step} (widths grow by whole heads), got {base}; the nearest "
+            f"is {max(round(base / step), 1) * step}"
+        )
+
+
 def width_multiplier(model: Any) -> float:
     """m: how much wider than the base the model is; 1 under the standard parametrisation."""
-    config: Any = model.config
-    base = config.mup_base_width
-    return 1.0 if base is None else config.num_attention_heads * config.attention_head_dim / base
+    model = bare_model(model)
+    base = mup_settings(model.config).base_width
+    return 1.0 if base is None else structure_of(model).width_of(model.config) / base
 
 
 def mup_table(model: Any) -> list[ParameterRule]:
-    """One rule per parameter.
+    """One rule per parameter, in the model's order; the multipliers are those of Adam (see `param_groups`).
 
     Raises:
-        ValueError: a parameter that no pattern of `_mup_roles` matches.
+        ValueError: a model of unknown structure, or a parameter that no pattern matches.
     """
-    m, om = width_multiplier(model), float(model.config.mup_output_mult)
+    model = bare_model(model)
+    structure, config = structure_of(model), model.config
+    settings = mup_settings(config)
+    named = [(plain_name(name), tuple(p.shape)) for name, p in model.named_parameters()]
+    queries = next((q for q in structure.queries if any(matches(name, q) for name, _ in named)), ())
+    m = width_multiplier(model)
+    head_dim = structure.head_dim_of(config)
+    head_growth = head_dim / (settings.base_head_dim or head_dim)
+    depth = structure.depth_of(config)
+    depth_growth = depth / (settings.base_depth or depth)
     rules = []
-    for name, parameter in model.named_parameters():
-        name = _unwrapped(name)
-        role = _role(model, name)
-        lr = wd = eps = 1.0
-        if role in ("hidden", "modulation"):
-            lr, wd = 1 / m, m
-        elif role == "output":
-            lr, wd, eps = om / m, m / om, m / om
+    for name, shape in named:
+        kind, std = _kind(model, structure, name)
+        if kind == "adapter":
+            rules.append(ParameterRule(name, kind, shape, None, 1.0, 1.0, 1.0))
+            continue
+        growth = _capped(structure, settings, config) if matches(name, structure.capped) else m
+        if kind in ("finite", "head"):
+            growth = head_growth if kind == "head" else 1.0
+        role: Role = kind if kind != "head" else "finite" if settings.base_head_dim is None else "vector"
+        fold = settings.output_mult / m if role == "output" else 1.0
+        if matches(name, queries):
+            fold /= math.sqrt(head_growth)
+        if matches(name, structure.branches):
+            fold /= depth_growth
+        # A branch's gradients fall with its factor (CompleteP, table 1).
+        eps = 1 / depth_growth if matches(name, structure.blocks) else 1.0
+        matrix = growth if role in ("hidden", "modulation") else 1.0
+        init = _init_std(name, role, shape, std, settings)
         rules.append(
-            ParameterRule(name, role, tuple(parameter.shape), _init_std(model, name, role, parameter), lr, wd, eps)
+            ParameterRule(
+                name,
+                role,
+                shape,
+                init_std=None if init is None else init * fold,
+                lr_mult=fold / matrix,
+                wd_mult=matrix**settings.wd_exponent / fold,
+                eps_mult=eps / fold,
+                fold=fold,
+                growth=growth,
+            )
         )
     return rules
 
 
-def _init_std(model: Any, name: str, role: Role, parameter: torch.Tensor) -> float | None:
-    if parameter.ndim == 1:
+def _kind(model: Any, structure: Structure, name: str) -> tuple[Kind, float | None]:
+    try:
+        return structure.kind(name)
+    except KeyError:
+        raise ValueError(
+            f"no μP role matches the parameter {name!r} of {type(model).__name__}; add a pattern for it to the "
+            "class's Structure (imgdit/mup/structure.py)"
+        ) from None
+
+
+def _capped(structure: Structure, settings: MupSettings, config: Mapping[str, Any]) -> float:
+    """Growth of a width that ends at the structure's cap."""
+    if settings.base_width is None:
+        return 1.0
+    return min(structure.width_of(config), structure.cap) / min(settings.base_width, structure.cap)
+
+
+def _init_std(name: str, role: Role, shape: tuple[int, ...], std: float | None, settings: MupSettings) -> float | None:
+    if len(shape) == 1:
         return None if name.endswith(".weight") else 0.0
-    if role == "output" or (role == "modulation" and model.config.mup_adaln_init == "zero"):
+    if role == "output" or (role == "modulation" and settings.adaln_init == "zero"):
         return 0.0
-    return 1 / math.sqrt(parameter[0].numel())
-
-
-def _role(model: Any, name: str) -> Role:
-    for pattern, role in model._mup_roles:
-        if fnmatch.fnmatchcase(name, pattern):
-            return role
-    raise ValueError(f"no μP role matches the parameter {name!r}; add a pattern to {type(model).__name__}._mup_roles")
-
-
-def _unwrapped(name: str) -> str:
-    for wrapper in _WRAPPERS:
-        name = name.replace(wrapper, "")
-    return name
+    return 1 / math.sqrt(math.prod(shape[1:])) if std is None else std
 
 
 @torch.no_grad()
 def init_weights(model: Any, generator: torch.Generator | None = None) -> None:
-    """Initialise every parameter by its role; buffers and the sin-cos table stay.
+    """Initialise every parameter by its role; buffers, the sin-cos table and adapters stay.
 
     | role | weights | note |
     |---|---|---|
-    | input, hidden | normal, fan_in^-1/2 | fan_in: features of one row; independent of the base width |
+    | input | normal, fan_in^-1/2 | fan_in: features of one row; 1 for a table of classes; PixArt's shifts: 0.02 |
+    | hidden | normal, fan_in^-1/2 | independent of the base width |
     | modulation | zeros, or as hidden | `mup_adaln_init`: adaLN-zero, or the μP paper's DiT |
     | output | zeros | the model predicts 0 at first |
     | vector, finite | biases zeros, gains ones | |
 
+    All of it times the rule's `fold`, which is 1 unless a head dimension or a depth grows.
+
     Args:
-        model: any model with `_mup_roles`.
+        model: of a known class; sharded (FSDP2) or not, the same generator draws the same weights.
         generator: source of the draws, on the parameters' device.
     """
     for rule, parameter in zip(mup_table(model), model.parameters(), strict=True):
+        if rule.role == "adapter":
+            continue
         if rule.init_std is None:
-            parameter.fill_(1.0)
+            parameter.fill_(rule.fold)
         elif rule.init_std == 0.0:
             parameter.zero_()
+        elif isinstance(parameter, DTensor):
+            whole = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
+            whole.normal_(0.0, rule.init_std, generator=generator)
+            parameter.copy_(distribute_tensor(whole, parameter.device_mesh, parameter.placements))
         else:
             parameter.normal_(0.0, rule.init_std, generator=generator)
-
-
-def param_groups(
-    model: Any,
-    lr: float,
-    weight_decay: float = 0.0,
-    *,
-    eps: float = 1e-8,
-    no_decay: Iterable[Role] = _NO_DECAY,
-) -> list[dict[str, Any]]:
-    """Parameter groups for an Adam-like optimiser, one per role, in a fixed order.
-
-    Args:
-        model: the model; frozen parameters are left out.
-        lr: learning rate tuned at the base width.
-        weight_decay: tuned at the base width.
-        eps: Adam's epsilon at the base width.
-        no_decay: roles without weight decay.
-
-    Returns:
-        Dicts with `params`, `lr`, `weight_decay`, `eps`, and `role`, `lr_mult`, `names` for the reader.
-    """
-    no_decay = set(no_decay)
-    groups: dict[tuple[Role, float, float, float], dict[str, Any]] = {}
-    for rule, parameter in zip(mup_table(model), model.parameters(), strict=True):
-        if not parameter.requires_grad:
-            continue
-        key = (rule.role, rule.lr_mult, rule.wd_mult, rule.eps_mult)
-        group = groups.setdefault(
-            key,
-            {
-                "params": [],
-                "names": [],
-                "role": rule.role,
-                "lr": lr * rule.lr_mult,
-                "lr_mult": rule.lr_mult,
-                "weight_decay": 0.0 if rule.role in no_decay else weight_decay * rule.wd_mult,
-                "eps": eps * rule.eps_mult,
-            },
-        )
-        group["params"].append(parameter)
-        group["names"].append(rule.name)
-    return [groups[key] for key in sorted(groups)]

@@ -1,0 +1,245 @@
+"""What μP has to know about a model class: the role of every parameter, as ordered name patterns.
+
+There is no catch-all: a parameter that no pattern matches is an error, so that a new layer is classified by a person.
+A model class outside the table declares `_mup_structure` itself.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from accelerate.utils import extract_model_from_parallel
+
+Role = Literal["input", "hidden", "modulation", "output", "vector", "finite", "adapter"]
+# What a pattern says: a role, or "head" for a gain of one head, which is finite unless heads themselves grow.
+Kind = Role | Literal["head"]
+
+# Wrappers put their names into a parameter's, PEFT the base layer's; patterns are matched without them.
+_WRAPPERS = ("_orig_mod.", "module.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "base_layer.")
+# The width of an adapter is its rank, which does not grow with the model.
+_ADAPTER = "*.lora_*"
+
+
+@dataclass(frozen=True)
+class Structure:
+    """The parameters of a model class. All patterns are `fnmatch`'s; of several, the first match counts."""
+
+    roles: tuple[tuple[str, Kind] | tuple[str, Kind, float], ...]
+    """Pattern, kind and, where it is not fan_in^-1/2, the standard deviation of the initialisation."""
+    queries: tuple[tuple[str, ...], ...]
+    """What the attention's logits are proportional to: the gains of the queries, or the projections where there are
+    no gains. The first of these sets that names any parameter counts."""
+    branches: tuple[str, ...]
+    """What the output of a residual branch is proportional to."""
+    blocks: tuple[str, ...]
+    """Parameters inside residual branches."""
+    depth: tuple[str, ...] = ("num_layers",)
+    """Config keys whose sum is the number of blocks."""
+    width: tuple[str, ...] = ("num_attention_heads", "attention_head_dim")
+    """Config keys whose product is the width; the head dimension is the last, or the width over `heads`."""
+    heads: str = "num_attention_heads"
+    """Config key of the number of heads."""
+    capped: tuple[str, ...] = ()
+    """Parameters of conditioning vectors that do not grow beyond the width `cap`."""
+    cap: int = 0
+
+    def kind(self, name: str) -> tuple[Kind, float | None]:
+        """Kind of the parameter `name`, and its declared standard deviation.
+
+        Raises:
+            KeyError: no pattern matches.
+        """
+        if fnmatch.fnmatchcase(name, _ADAPTER):
+            return "adapter", None
+        for pattern, kind, *std in self.roles:
+            if fnmatch.fnmatchcase(name, pattern):
+                return kind, std[0] if std else None
+        raise KeyError(name)
+
+    def width_of(self, config: Mapping[str, Any]) -> int:
+        """Width of a model of this configuration."""
+        width = 1
+        for key in self.width:
+            width *= config[key]
+        return width
+
+    def head_dim_of(self, config: Mapping[str, Any]) -> int:
+        """Features of an attention head."""
+        return self.width_of(config) // config[self.heads]
+
+    def depth_of(self, config: Mapping[str, Any]) -> int:
+        """Blocks on the residual stream."""
+        return sum(config[key] for key in self.depth)
+
+
+def bare_model(model: Any) -> Any:
+    """The model inside DDP or torch.compile, untouched."""
+    return extract_model_from_parallel(model, keep_fp32_wrapper=True, keep_torch_compile=False)
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name without the names of what wraps its module."""
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name
+
+
+def matches(name: str, patterns: tuple[str, ...]) -> bool:
+    """Whether any of the patterns matches."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def structure_of(model: Any) -> Structure:
+    """The declaration of a model's class.
+
+    Raises:
+        ValueError: the class is not known; names its first parameter, which would have to be classified.
+    """
+    for cls in type(model).__mro__:
+        declared = vars(cls).get("_mup_structure")
+        if declared is not None:
+            return declared
+        if cls.__name__ in STRUCTURES:
+            return STRUCTURES[cls.__name__]
+    first = next((name for name, _ in model.named_parameters()), "none")
+    raise ValueError(
+        f"μP knows the structure of {', '.join(STRUCTURES)}, not of {type(model).__name__}; the first unclassified "
+        f"parameter is {first!r}. Declare {type(model).__name__}._mup_structure = imgdit.mup.Structure(...)"
+    )
+
+
+# FLUX.1, SD3/SD3.5 and MMDiT share their names.
+_JOINT = Structure(
+    roles=(
+        ("x_embedder.weight", "input"),
+        ("pos_embed.proj.weight", "input"),
+        ("context_embedder.weight", "input"),
+        ("time_text_embed.*_embedder.linear_1.weight", "input"),
+        ("time_text_embed.*_embedder.linear_2.weight", "hidden"),
+        ("proj_out.weight", "output"),
+        ("proj_out.bias", "finite"),
+        ("*.norm_q.weight", "head"),
+        ("*.norm_k.weight", "head"),
+        ("*.norm_added_q.weight", "head"),
+        ("*.norm_added_k.weight", "head"),
+        ("norm_out.linear.weight", "modulation"),
+        ("*transformer_blocks.*.norm*.linear.weight", "modulation"),
+        ("*transformer_blocks.*.attn*.to_[qkv].weight", "hidden"),
+        ("*transformer_blocks.*.attn*.to_qkv.weight", "hidden"),
+        ("*transformer_blocks.*.attn*.to_out.0.weight", "hidden"),
+        ("transformer_blocks.*.attn.add_[qkv]_proj.weight", "hidden"),
+        ("transformer_blocks.*.attn.to_added_qkv.weight", "hidden"),
+        ("transformer_blocks.*.attn.to_add_out.weight", "hidden"),
+        ("transformer_blocks.*.ff*.net.0.proj.weight", "hidden"),
+        ("transformer_blocks.*.ff*.net.2.weight", "hidden"),
+        ("single_transformer_blocks.*.proj_mlp.weight", "hidden"),
+        ("single_transformer_blocks.*.proj_out.weight", "hidden"),
+        ("*.bias", "vector"),
+    ),
+    queries=(
+        ("*.norm_q.weight", "*.norm_added_q.weight"),
+        ("*.attn*.to_q.*", "*.attn*.add_q_proj.*"),
+    ),
+    branches=(
+        "*transformer_blocks.*.attn*.to_out.0.*",
+        "transformer_blocks.*.attn.to_add_out.*",
+        "transformer_blocks.*.ff*.net.2.*",
+        "single_transformer_blocks.*.proj_out.*",
+    ),
+    blocks=("transformer_blocks.*", "single_transformer_blocks.*"),
+    depth=("num_layers", "num_single_layers"),
+)
+_SD3 = dataclasses.replace(_JOINT, depth=("num_layers",))
+
+# DiT and PixArt-α: one stream, blocks of diffusers' `BasicTransformerBlock`.
+_BASIC_BLOCKS: tuple[tuple[str, Kind], ...] = (
+    ("transformer_blocks.*.attn[12].to_[qkv].weight", "hidden"),
+    ("transformer_blocks.*.attn[12].to_out.0.weight", "hidden"),
+    ("transformer_blocks.*.ff.net.0.proj.weight", "hidden"),
+    ("transformer_blocks.*.ff.net.2.weight", "hidden"),
+)
+_BASIC_QUERIES = (("*.attn[12].to_q.*",),)
+_BASIC_BRANCHES = ("*.attn[12].to_out.0.*", "transformer_blocks.*.ff.net.2.*")
+_DIT = Structure(
+    roles=(
+        ("pos_embed.proj.weight", "input"),
+        ("*.timestep_embedder.linear_1.weight", "input"),
+        ("*.timestep_embedder.linear_2.weight", "hidden"),
+        # A row is looked up, so its fan-in is 1.
+        ("*.class_embedder.embedding_table.weight", "input", 1.0),
+        ("proj_out_1.weight", "modulation"),
+        ("proj_out_2.weight", "output"),
+        ("proj_out_2.bias", "finite"),
+        ("transformer_blocks.*.norm1.linear.weight", "modulation"),
+        *_BASIC_BLOCKS,
+        ("*.bias", "vector"),
+    ),
+    queries=_BASIC_QUERIES,
+    branches=_BASIC_BRANCHES,
+    blocks=("transformer_blocks.*",),
+)
+_PIXART = Structure(
+    roles=(
+        ("pos_embed.proj.weight", "input"),
+        ("caption_projection.linear_1.weight", "input"),
+        ("caption_projection.linear_2.weight", "hidden"),
+        ("adaln_single.emb.*_embedder.linear_1.weight", "input"),
+        ("adaln_single.emb.*_embedder.linear_2.weight", "hidden"),
+        ("adaln_single.linear.weight", "modulation"),
+        # PixArt-α draws them with width^-1/2, which would vanish with the width; its μP version takes 0.02.
+        ("*scale_shift_table", "input", 0.02),
+        ("proj_out.weight", "output"),
+        ("proj_out.bias", "finite"),
+        *_BASIC_BLOCKS,
+        ("*.bias", "vector"),
+    ),
+    queries=_BASIC_QUERIES,
+    branches=_BASIC_BRANCHES,
+    blocks=("transformer_blocks.*",),
+)
+# The backbone of OneDiffusion. Its branches end with an RMS norm, so their size is that norm's gain. The heads of keys
+# and values grow in proportion to those of the queries.
+_NEXTDIT = Structure(
+    roles=(
+        ("x_embedder.weight", "input"),
+        ("t_embedder.mlp.0.weight", "input"),
+        ("t_embedder.mlp.2.weight", "hidden"),
+        ("y_embedder.0.weight", "finite"),
+        ("y_embedder.0.bias", "finite"),
+        ("y_embedder.1.weight", "input"),
+        ("layers.*.attention_y_norm.weight", "finite"),
+        ("layers.*.attention.w[kv]_y.weight", "input"),
+        ("layers.*.attention.w[qkvo].weight", "hidden"),
+        ("layers.*.attention.gate", "vector"),
+        ("layers.*.attention.*_norm.weight", "vector"),
+        ("layers.*.feed_forward.w[123].weight", "hidden"),
+        ("layers.*.attention_norm[12].weight", "vector"),
+        ("layers.*.ffn_norm[12].weight", "vector"),
+        ("layers.*.adaLN_modulation.1.weight", "modulation"),
+        ("final_layer.adaLN_modulation.1.weight", "modulation"),
+        ("final_layer.linear.weight", "output"),
+        ("final_layer.linear.bias", "finite"),
+        ("*.bias", "vector"),
+    ),
+    queries=(("*.q_norm.*",), ("*.attention.wq.*",)),
+    branches=("layers.*.attention_norm2.weight", "layers.*.ffn_norm2.weight"),
+    blocks=("layers.*",),
+    depth=("depth",),
+    width=("hidden_size",),
+    heads="num_heads",
+    capped=("t_embedder.*", "y_embedder.1.*", "*adaLN_modulation.1.weight"),
+    cap=1024,
+)
+
+STRUCTURES = {
+    "MMDiT": _JOINT,
+    "FluxTransformer2DModel": _JOINT,
+    "SD3Transformer2DModel": _SD3,
+    "DiTTransformer2DModel": _DIT,
+    "PixArtTransformer2DModel": _PIXART,
+    "NextDiT": _NEXTDIT,
+}

@@ -1,0 +1,178 @@
+"""Parameter groups: what they train, and that wrappers and copies keep them."""
+
+import copy
+
+import pytest
+import torch
+import torch.distributed as dist
+from peft import LoraConfig
+from tiny import rope_config, sincos_config, tiny_mmdit
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from imgdit import MMDiT
+from imgdit.mup import check_rates, configure, init_weights, mup_table, param_groups
+
+MUP = {"num_attention_heads": 4, "mup_base_width": 16, "mup_output_mult": 2.0, "mup_adaln_init": "normal"}
+
+
+def described(model):
+    return [{k: v for k, v in group.items() if k != "params"} for group in param_groups(model, 1e-2, 0.1)]
+
+
+def latents():
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"hidden_states": (2, 4, 4, 4), "encoder_hidden_states": (2, 3, 32), "pooled_projections": (2, 32)}
+    values = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    return {**values, "timestep": torch.tensor([100.0, 700.0])}, torch.randn(2, 4, 4, 4, generator=generator)
+
+
+def trained(model, groups, steps=3):
+    """The model after AdamW on one batch; its last prediction."""
+    inputs, target = latents()
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99))
+    for _ in range(steps):
+        (model(**inputs).sample - target).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model(**inputs).sample.detach()
+
+
+def with_factors(model, parts):
+    """Multiply the outputs of modules in the forward pass."""
+    for module, factor in parts:
+        module.register_forward_hook(lambda _, __, out, factor=factor: out * factor)
+    return model
+
+
+def test_folded_factors_train_as_factors_of_the_forward_pass():
+    """Attention and branches, with and without QK-norm: same predictions after three steps of AdamW with decay."""
+    for qk_norm in ("rms_norm", None):
+        config = sincos_config(num_attention_heads=2, attention_head_dim=32, qk_norm=qk_norm)
+        settings = {"mup_adaln_init": "normal", "mup_base_head_dim": 8, "mup_base_depth": 1}
+        folded = MMDiT(**config, **settings)
+        folded.init_weights(torch.Generator().manual_seed(1))
+        torch.manual_seed(2)
+        with torch.no_grad():
+            folded.proj_out.weight.normal_()  # else only the readout learns at first
+        plain = MMDiT(**config, mup_adaln_init="normal")
+        rules = {rule.name: rule for rule in mup_table(folded)}
+        own = dict(folded.named_parameters())
+        plain.load_state_dict({n: own[n] / rules[n].fold if n in own else t for n, t in folded.state_dict().items()})
+        parts = []
+        for block in plain.transformer_blocks:
+            queries = ("norm_q", "norm_added_q") if qk_norm else ("to_q", "add_q_proj")
+            parts += [(getattr(block.attn, name), 0.5) for name in queries]
+            ends = [block.attn.to_out[0], block.ff.net[2]]
+            if not block.context_pre_only:
+                ends += [block.attn.to_add_out, block.ff_context.net[2]]
+            parts += [(end, 0.5) for end in ends]
+        expected_groups = param_groups(plain, 1e-2, 0.1, no_decay=())
+        eps = {n: rule.eps_mult * rule.fold for n, rule in rules.items()}  # CompleteP's, beyond the folding
+        expected_groups = [
+            {**group, "params": [p], "eps": 1e-8 * eps[name]}
+            for group in expected_groups
+            for name, p in zip(group["names"], group["params"])
+        ]
+        expected = trained(with_factors(plain, parts), expected_groups)
+        got = trained(folded, param_groups(folded, 1e-2, 0.1, no_decay=()))
+        torch.testing.assert_close(got, expected, atol=2e-5, rtol=1e-4)
+
+
+def test_copies_and_wrappers_keep_everything():
+    model = tiny_mmdit(rope_config(**MUP))
+    expected = described(model)
+    assert described(copy.deepcopy(model)) == expected
+    assert described(torch.compile(model)) == expected
+    model.enable_gradient_checkpointing()
+    assert described(model) == expected
+    with torch.device("meta"):
+        empty = MMDiT(**rope_config(**MUP))
+    assert described(empty) == expected
+    empty.load_state_dict(model.state_dict(), assign=True)
+    assert described(empty) == expected
+    model.half()
+    assert described(model) == expected
+
+
+def test_fully_sharded(tmp_path):
+    model, whole = (tiny_mmdit(rope_config(**MUP)) for _ in range(2))
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        for part in (*model.transformer_blocks, *model.single_transformer_blocks, model):
+            fully_shard(part, mesh=mesh)
+        assert isinstance(model.proj_out.weight, DTensor)
+        assert described(model) == described(whole)
+        for each in (model, whole):
+            init_weights(each, torch.Generator().manual_seed(3))
+        for name, parameter in whole.named_parameters():
+            assert torch.equal(model.get_parameter(name).full_tensor(), parameter), name
+    finally:
+        dist.destroy_process_group()
+
+
+def test_adapters_are_left_alone():
+    model = tiny_mmdit(rope_config(**MUP))
+    expected = described(model)
+    model.requires_grad_(False)
+    model.add_adapter(LoraConfig(r=2, target_modules=["to_q", "proj_out"]))
+    (group,) = param_groups(model, 1e-2)
+    assert group["role"] == "adapter" and group["lr"] == 1e-2 and len(group["params"]) > 4
+    before = [p.clone() for p in group["params"]]
+    init_weights(model, torch.Generator().manual_seed(0))
+    assert all(torch.equal(a, b) for a, b in zip(before, group["params"]))
+    model.requires_grad_(True)
+    assert [g for g in described(model) if g["role"] != "adapter"] == expected
+
+
+def test_muon_scales_no_hidden_rate():
+    model = tiny_mmdit(rope_config(**MUP))
+    groups = param_groups(model, 1e-2, 0.1, optimizer_kind="muon")
+    muon = [group for group in groups if group.pop("use_muon", False)]
+    assert {group["role"] for group in muon} == {"hidden", "modulation"}
+    assert all(group["lr"] == 1e-2 and group["weight_decay"] == 0.1 for group in muon)
+    assert all(p.ndim == 2 for group in muon for p in group["params"])
+    rest = [group for group in groups if group not in muon]
+    adam = {group["role"]: group["lr"] for group in param_groups(model, 1e-2, 0.1)}
+    assert {group["role"]: group["lr"] for group in rest} == {
+        role: lr for role, lr in adam.items() if role not in ("hidden", "modulation")
+    }
+    torch.optim.Muon(muon, lr=1e-2), torch.optim.AdamW(rest, lr=1e-2)
+    with pytest.raises(ValueError, match="optimizer_kind must be one of 'adam', 'muon', 'sgd', got 'adamw'"):
+        param_groups(model, 1e-2, optimizer_kind="adamw")
+
+
+@pytest.mark.parametrize(
+    ("schedule", "keeps"),
+    [
+        (lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda step: 1 / (1 + step)), True),
+        (lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 10), True),
+        (lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 10, eta_min=1e-3), False),
+        (lambda o: torch.optim.lr_scheduler.OneCycleLR(o, max_lr=1e-2, total_steps=10), False),
+    ],
+)
+def test_schedulers_that_set_absolute_rates_are_refused(schedule, keeps):
+    optimizer = torch.optim.AdamW(param_groups(tiny_mmdit(rope_config(**MUP)), 1e-2))
+    scheduler = schedule(optimizer)
+    optimizer.step()
+    scheduler.step()
+    if keeps:
+        check_rates(optimizer)
+    else:
+        with pytest.raises(ValueError, match=r"lost μP's ratios: .* use one that multiplies"):
+            check_rates(optimizer)
+
+
+def test_rates_of_other_groups_cannot_be_checked():
+    with pytest.raises(ValueError, match=r"make the groups with imgdit.mup.param_groups"):
+        check_rates(torch.optim.AdamW([torch.nn.Parameter(torch.zeros(2))]))
+
+
+def test_at_the_base_width_it_is_plain_adamw():
+    model, plain = (tiny_mmdit(sincos_config(num_attention_heads=2)) for _ in range(2))
+    configure(model, base_width=32)
+    got = trained(model, param_groups(model, 1e-2, 0.1, no_decay=()))
+    expected = trained(plain, [{"params": list(plain.parameters()), "lr": 1e-2, "weight_decay": 0.1}])
+    torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-5)
