@@ -115,14 +115,15 @@ def nextdit_attention(
 
     cached = None if cache is None else cache.exchange("attn", key, value, plan.frozen)
     # Image keys serve neighbouring heads (0 0 1 1), the text's every K-th (0 1 0 1): so the weights were trained.
-    seen = [x.repeat_interleave(repeats, dim=2) for x in (key, value, *(cached or ()))]
-    stored = None if cached is None else (seen[2], seen[3])
+    key, value = (x.repeat_interleave(repeats, dim=2) for x in (key, value))
+    if cached is not None:
+        cached = (cached[0].repeat_interleave(repeats, dim=2), cached[1].repeat_interleave(repeats, dim=2))
     if plan.softcap is None:
         image = grouped_attention(
-            query, *seen[:2], plan.groups, cached=stored, backend=backend, parallel_config=parallel_config
+            query, key, value, plan.groups, cached=cached, backend=backend, parallel_config=parallel_config
         )
     else:
-        image = softcap_attention(query, *seen[:2], plan.softcap, plan.groups, cached=stored)
+        image = softcap_attention(query, key, value, plan.softcap, plan.groups, cached=cached)
 
     if not text_pairs:
         pair = [
@@ -320,7 +321,8 @@ class NextDiT(SafetensorsOnly, ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         norm_eps: of the RMS norms.
         caption_channels: features of a text token.
         qk_norm: LayerNorm on queries and keys.
-        norm_type, pred_sigma: the published configuration has them; "rms" and `False` are what there is.
+        norm_type, pred_sigma, guidance_embeds: "rms", `False` and `False` are what there is; the published
+            configuration, or MMDiT's, has a choice.
         model_max_length: of the published configuration, where nothing reads it.
         rotary_max_length: rows and columns of tokens end here.
         rotary_max_length_t: frames end here; `None`: at `rotary_max_length`.
@@ -352,6 +354,7 @@ class NextDiT(SafetensorsOnly, ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         qk_norm: bool = True,
         norm_type: str = "rms",
         pred_sigma: bool = False,
+        guidance_embeds: bool = False,
         model_max_length: int = 512,
         rotary_max_length: int = 128,
         rotary_max_length_t: int | None = None,
@@ -366,11 +369,13 @@ class NextDiT(SafetensorsOnly, ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         self.y_embedder = nn.Sequential(
             nn.LayerNorm(caption_channels, eps=1e-6), nn.Linear(caption_channels, features)
         )
-        self.layers = nn.ModuleList(NextDiTBlock(self.config, features) for _ in range(depth))
+        blocks = [NextDiTBlock(self.config, features) for _ in range(depth)]
+        self.layers = nn.ModuleList(blocks)
         self.final_layer = FinalLayer(hidden_size, features, self.token_channels)
-        for linear in (*(b.adaLN_modulation[1] for b in self.layers), self.final_layer.linear):
-            nn.init.zeros_(linear.weight)  # adaLN-zero: an untrained model adds nothing and predicts 0
-            nn.init.zeros_(linear.bias)
+        # adaLN-zero: an untrained model adds nothing and predicts 0.
+        for module in (*(block.adaLN_modulation for block in blocks), self.final_layer.linear):
+            for parameter in module.parameters():
+                nn.init.zeros_(parameter)
         self.gradient_checkpointing = False
 
     @apply_lora_scale("joint_attention_kwargs")
@@ -429,9 +434,10 @@ class NextDiT(SafetensorsOnly, ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         rope = self._rope(layout, levels, scale_factor, scale_watershed, hidden_states.device)
         plan = self._plan(layout, levels, memory, hidden_states.dtype, cache)
         hidden_states = self.x_embedder(self._channels_last(hidden_states))  # (B, N, D)
-        for i, block in enumerate(self.layers):
+        for i, module in enumerate(self.layers):
+            block: Any = module
             if torch.is_grad_enabled() and self.gradient_checkpointing:
-                block = partial(self._gradient_checkpointing_func, block)
+                block = partial(self._gradient_checkpointing_func, module)
             layer = None if cache is None else cache.layer(f"layers.{i}")
             pairs = memory.pairs(i) if keep else None
             hidden_states = block(hidden_states, memory.embeddings, temb, rope, plan, layer, pairs)

@@ -54,7 +54,8 @@ def check_config(config: Mapping[str, Any]) -> None:
     if config["num_kv_heads"] is not None and (config["num_kv_heads"] < 1 or heads % config["num_kv_heads"]):
         raise ValueError(f"num_kv_heads must divide num_heads={heads}, got {config['num_kv_heads']}")
     check_choice("norm_type", config["norm_type"], ("rms",))
-    check_choice("pred_sigma", config["pred_sigma"], (False,))
+    for field in ("pred_sigma", "guidance_embeds"):
+        check_choice(field, config[field], (False,))
     cap = config["attention_softcap"]
     if cap is not None and cap != "auto" and not (isinstance(cap, int | float) and cap > 0):
         raise ValueError(f"attention_softcap must be a positive number, 'auto' or None, got {cap!r}")
