@@ -8,7 +8,7 @@ import torch
 
 from .geometry import geometry
 from .render import rendering
-from .scenes import BACKGROUNDS, STYLES, Scene, is_trained, pick
+from .scenes import Scene, another_look, pick
 from .shading import shade
 from .tasks import from_scene
 
@@ -41,12 +41,6 @@ class ScenePictures:
         seen = rendering(buffers, [scene])
         pictures = [seen.rgb[0]]
         for _ in range(self.looks - 1):
-            pictures.append(shade(buffers, [_another_look(scene, rng)])[0])
+            pictures.append(shade(buffers, [another_look(scene, rng)])[0])
         pictures.append(from_scene(pick(rng, MAPS), scene, rng, seen).condition)
         return torch.stack(pictures) * 2 - 1
-
-
-def _another_look(scene: Scene, rng: Random) -> Scene:
-    """The scene in a style that its objects are trained in, before any background."""
-    styles = [s for s in STYLES if all(is_trained(thing.kind, thing.colour, s) for thing in scene.objects)]
-    return scene.with_look(style=pick(rng, styles), background=pick(rng, BACKGROUNDS))

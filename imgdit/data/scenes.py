@@ -307,6 +307,32 @@ def draw(
     return Scene(setting.things, camera, style, background)
 
 
+def another_look(scene: Scene, rng: Random, recolour: bool = False) -> Scene:
+    """The same geometry in a style that its objects are trained in, before any background.
+
+    Args:
+        scene: what is shown.
+        rng: where every number comes from.
+        recolour: draw colours for the objects as well.
+    """
+    things = scene.objects
+    styles = [s for s in STYLES if recolour or all(is_trained(thing.kind, thing.colour, s) for thing in things)]
+    style, background = pick(rng, styles), pick(rng, BACKGROUNDS)
+    taken: list[str] = []
+    for thing in things if recolour else ():
+        taken.append(pick(rng, [c for c in COLOURS if c not in taken and is_trained(thing.kind, c, style)]))
+    if recolour:
+        things = tuple(replace(thing, colour=colour) for thing, colour in zip(things, taken))
+    return replace(scene, objects=things, style=style, background=background)
+
+
+def another_camera(scene: Scene, rng: Random) -> Scene:
+    """The same scene from another place on the camera's sphere, 10 to 40 degrees around."""
+    camera = scene.camera
+    turn = pick(rng, (-1.0, 1.0)) * between(rng, 10.0, 40.0)
+    return scene.with_camera(camera.orbit(azimuth=turn, elevation=between(rng, *ELEVATIONS) - camera.elevation))
+
+
 def _yaw(rng: Random, kind: str, azimuth: float) -> float:
     """A turn that shows what the object is: a cube two sides, a torus its hole."""
     if kind in ("cube", "pyramid", "octahedron"):

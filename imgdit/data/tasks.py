@@ -23,7 +23,7 @@ from PIL import Image, ImageFilter, UnidentifiedImageError
 
 from ..naming import check_name
 from .render import FAR, Rendering, render
-from .scenes import ELEVATIONS, OBJECTS, Scene, between, draw, is_trained, pick
+from .scenes import OBJECTS, Scene, another_camera, between, draw, is_trained, pick
 
 NEAR = 1.5
 """z-depth that a depth picture shows white; `FAR` is black."""
@@ -260,9 +260,13 @@ def _classes(scene: Scene) -> list[int]:
     return [0, *(OBJECTS.index(thing.kind) + 1 for thing in scene.objects)]
 
 
+def scene_classes(scene: Scene, indices: torch.Tensor) -> torch.Tensor:
+    """Classes of a scene's index map: 0 ground and beyond, k the kind `OBJECTS[k - 1]`."""
+    return torch.tensor(_classes(scene), device=indices.device)[indices]
+
+
 def _scene_segmentation(given: _Given) -> tuple[torch.Tensor, dict[str, Any]]:
-    index = given.rendering.indices[0]
-    classes = torch.tensor(_classes(given.scene), device=index.device)[index]
+    classes = scene_classes(given.scene, given.rendering.indices[0])
     return segmentation_to_picture(classes), {"classes": classes}
 
 
@@ -390,14 +394,10 @@ def _scene_style_reference(given: _Given) -> tuple[torch.Tensor, dict[str, Any]]
 
 def _scene_views(given: _Given) -> tuple[torch.Tensor, dict[str, Any]]:
     """The same scene from another place on the camera's sphere, 10 to 40 degrees around."""
-    camera = given.scene.camera
-    turn = pick(given.rng, (-1.0, 1.0)) * between(given.rng, 10.0, 40.0)
-    other = given.scene.with_camera(
-        camera.orbit(azimuth=turn, elevation=between(given.rng, *ELEVATIONS) - camera.elevation)
-    )
+    other = another_camera(given.scene, given.rng)
     seen = given.render(other)
     return seen.rgb[0], {
-        "cameras": (other.camera, camera),
+        "cameras": (other.camera, given.scene.camera),
         "poses": torch.cat([seen.pose, given.rendering.pose]),
         "intrinsics": given.rendering.intrinsics,
     }

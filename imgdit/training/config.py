@@ -67,9 +67,10 @@ class RunConfig:
 class ModelConfig:
     """What is trained."""
 
-    kind: Literal["mmdit", "autoencoder_kl", "autoencoder_dc", "caption_reader"] = "mmdit"
+    kind: Literal["mmdit", "autoencoder_kl", "autoencoder_dc", "caption_reader", "scene_probe"] = "mmdit"
     """Its class, "mmdit": `imgdit.MMDiT`; "autoencoder_…": diffusers' `AutoencoderKL` or `AutoencoderDC`;
-    "caption_reader": a T5 encoder that learns to understand the scenes' sentences."""
+    "caption_reader": a T5 encoder that learns to understand the scenes' sentences; "scene_probe": a network that reads
+    their pictures."""
     arguments: dict[str, Any] = field(default_factory=dict)
     """Arguments of its class."""
     pretrained: str | None = None
@@ -94,6 +95,10 @@ class ModelConfig:
             from .reader import scene_reader
 
             return scene_reader
+        if self.kind == "scene_probe":
+            from .reader import scene_probe
+
+            return scene_probe
         from diffusers import AutoencoderDC, AutoencoderKL
 
         return AutoencoderKL if self.kind == "autoencoder_kl" else AutoencoderDC
@@ -292,6 +297,13 @@ def build_model(recipe: Recipe) -> torch.nn.Module:
     if config.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     return model.train()
+
+
+def build_scheduler(recipe: Recipe) -> Any:
+    """The `MultiFrameFlowMatchScheduler` of a recipe."""
+    from ..schedulers.flow_match import MultiFrameFlowMatchScheduler
+
+    return MultiFrameFlowMatchScheduler(**recipe.scheduler)
 
 
 def check_arguments(function: Callable[..., Any], arguments: Mapping[str, Any], where: str) -> None:

@@ -51,7 +51,7 @@ from .checkpoint import (
     save_checkpoint,
     set_rng_state,
 )
-from .config import OptimizerConfig, Recipe
+from .config import OptimizerConfig, Recipe, build_scheduler
 from .data import Batches, mixed_seed
 from .objectives import ObjectiveOutput
 
@@ -98,7 +98,7 @@ def train(
             afterwards (the average is in the checkpoint, see `load_weights`).
         batches: the data and its order; each batch has `to(device)`.
         objective: `(model, scheduler, batch, generator) -> ObjectiveOutput`; `None`: the recipe's.
-        scheduler: passed to the objective.
+        scheduler: passed to the objective; `None`: the recipe's.
         held_out: batches never trained on, for the loss at fixed noise. Those with `at(sigma)` are measured at each of
             `run.evaluate_sigmas`.
         on_sample: called on every rank after step number `step`, while the model holds the average weights and is in
@@ -144,7 +144,8 @@ class _Run:
         resume: bool,
     ) -> None:
         run = recipe.run
-        self.recipe, self.batches, self.scheduler = recipe, batches, scheduler
+        self.recipe, self.batches = recipe, batches
+        self.scheduler = build_scheduler(recipe) if scheduler is None else scheduler
         self.held_out, self.on_sample = held_out, on_sample
         self.objective = objective or functools.partial(
             getattr(objectives, recipe.objective.name), **recipe.objective.arguments

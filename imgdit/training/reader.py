@@ -1,4 +1,4 @@
-"""The scenes' text encoder in training: its tokenizer, its questions, its batches."""
+"""The scenes' text encoder and their probe in training: questions, tokenizer, batches."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from functools import lru_cache
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from ..data.readings import QUESTIONS, Sample
 from ..data.sentences import SLOTS
 from ..data.words import caption_tokenizer
 from ..models.caption_reader import CaptionReader
-from .objectives import Sentences
+from ..models.scene_probe import SceneProbe
+from .objectives import Readings, Sentences
 
 
 @lru_cache(maxsize=1)
@@ -29,3 +31,21 @@ def collate_sentences(samples: Sequence[tuple[str, list[int]]]) -> Sentences:
     tokens = _tokenizer()([sentence for sentence, _ in samples], padding="longest", return_tensors="pt")
     answers = torch.tensor([numbers for _, numbers in samples])
     return Sentences(tokens.input_ids, tokens.attention_mask.bool(), answers)
+
+
+def scene_probe(channels: tuple[int, ...] = (16, 32, 64, 96)) -> SceneProbe:
+    """A probe of the scenes' pictures; arguments as of `SceneProbe`."""
+    return SceneProbe(QUESTIONS, channels=channels)
+
+
+def collate_readings(samples: Sequence[Sample]) -> Readings:
+    """The pictures of all samples in one batch."""
+    looks = len(samples[0].pixels) - 1
+    shows = torch.tensor([True] * looks + [False]).repeat(len(samples))
+    return Readings(
+        torch.cat([sample.pixels for sample in samples]),
+        torch.cat([sample.answers for sample in samples]),
+        torch.cat([sample.depth.expand(looks + 1, -1, -1, -1) for sample in samples]),
+        torch.cat([sample.classes.expand(looks + 1, -1, -1) for sample in samples]),
+        shows,
+    )

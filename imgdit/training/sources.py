@@ -8,12 +8,14 @@ from typing import Any, NamedTuple
 import torch
 
 from ..data.pictures import ScenePictures
+from ..data.readings import SceneReadings
 from ..data.sentences import SceneSentences
 from ..naming import nearest
 from .config import Recipe, check_arguments
 from .data import Batches, MapDataset
 from .objectives import Pictures
-from .reader import collate_sentences
+from .reader import collate_readings, collate_sentences
+from .scene_frames import SceneFrames, collate_batch
 
 
 class Source(NamedTuple):
@@ -25,6 +27,8 @@ class Source(NamedTuple):
     """Its samples to a batch."""
     held_out: int
     """Samples of the held-out split that the held-out loss is measured on."""
+    whole_batches: bool = False
+    """Whether a sample is a batch already."""
 
 
 def collate_pictures(samples: Sequence[torch.Tensor]) -> Pictures:
@@ -35,6 +39,8 @@ def collate_pictures(samples: Sequence[torch.Tensor]) -> Pictures:
 SOURCES = {
     "scene_pictures": Source(ScenePictures, collate_pictures, held_out=16),
     "scene_sentences": Source(SceneSentences, collate_sentences, held_out=512),
+    "scene_readings": Source(SceneReadings, collate_readings, held_out=64),
+    "scene_frames": Source(SceneFrames, collate_batch, held_out=8, whole_batches=True),
 }
 
 
@@ -59,4 +65,6 @@ def training_batches(recipe: Recipe) -> tuple[Batches, list[Any]]:
     if not recipe.run.evaluate_every:
         return batches, []
     unseen = source.dataset(**{**config.arguments, "split": "heldout"})
-    return batches, [source.collate([unseen[i] for i in range(source.held_out)])]
+    samples = [unseen[i] for i in range(source.held_out)]
+    groups = [[sample] for sample in samples] if source.whole_batches else [samples]
+    return batches, [source.collate(group) for group in groups]

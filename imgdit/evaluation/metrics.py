@@ -1,0 +1,108 @@
+"""Metrics of pictures, depth, segmentation and shares, with intervals.
+
+B batch, H x W pixels. Metrics of batches return one number per sample, so that intervals can be computed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+
+class Interval(NamedTuple):
+    """An estimate between two bounds."""
+
+    value: float
+    low: float
+    high: float
+
+
+def wilson(successes: int, trials: int, z: float = 1.96) -> Interval:
+    """A share and its score interval (Wilson 1927), 95 % by default."""
+    if not 0 <= successes <= trials or trials < 1:
+        raise ValueError(f"a share needs 0 <= successes <= trials and a trial, got {successes} of {trials}")
+    share, square = successes / trials, z * z / trials
+    middle = (share + square / 2) / (1 + square)
+    half = z / (1 + square) * math.sqrt(share * (1 - share) / trials + square / (4 * trials))
+    return Interval(share, max(0.0, middle - half), min(1.0, middle + half))
+
+
+def bootstrap(values: Sequence[float] | torch.Tensor, rounds: int = 1000, seed: int = 0) -> Interval:
+    """A mean and its 95 % percentile interval (Efron 1979)."""
+    numbers = np.asarray(values, dtype=np.float64)
+    if numbers.ndim != 1 or not len(numbers):
+        raise ValueError(f"a mean needs a row of numbers, got shape {numbers.shape}")
+    rng = np.random.default_rng(seed)
+    means = numbers[rng.integers(len(numbers), size=(rounds, len(numbers)))].mean(1)
+    low, high = np.quantile(means, (0.025, 0.975))
+    return Interval(float(numbers.mean()), float(low), float(high))
+
+
+def abs_rel(depth: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
+    """Mean of |depth - truth| / truth, of (B, 1, H, W) each: (B,)."""
+    return ((depth - truth).abs() / truth).flatten(1).mean(1)
+
+
+def delta_1(depth: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
+    """Share of pixels whose depth is right to a factor of 1.25, (B,)."""
+    ratio = torch.maximum(depth / truth, truth / depth.clamp(min=1e-6))
+    return (ratio < 1.25).flatten(1).float().mean(1)
+
+
+def mean_iou(classes: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
+    """Intersection over union of (B, H, W) each, the mean over the classes that either shows: (B,)."""
+    scores = []
+    for made, real in zip(classes, truth, strict=True):
+        present = torch.cat([made.unique(), real.unique()]).unique()
+        overlap = [((made == c) & (real == c)).sum() / ((made == c) | (real == c)).sum() for c in present]
+        scores.append(torch.stack(overlap).mean())
+    return torch.stack(scores)
+
+
+def edge_f1(edges: torch.Tensor, truth: torch.Tensor, tolerance: int = 1) -> torch.Tensor:
+    """F-measure of boolean edges (B, 1, H, W); a pixel counts as found within `tolerance` pixels: (B,)."""
+    near = [F.max_pool2d(x.float(), 2 * tolerance + 1, stride=1, padding=tolerance) > 0 for x in (edges, truth)]
+    right, found = (edges & near[1]).flatten(1).sum(1), (truth & near[0]).flatten(1).sum(1)
+    precision = right / edges.flatten(1).sum(1).clamp(min=1)
+    recall = found / truth.flatten(1).sum(1).clamp(min=1)
+    return 2 * precision * recall / (precision + recall).clamp(min=1e-9)
+
+
+def psnr(pictures: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
+    """Peak signal-to-noise ratio in dB of pictures (B, 3, H, W) in [0, 1]: (B,)."""
+    return -10 * (pictures - truth).square().flatten(1).mean(1).clamp(min=1e-10).log10()
+
+
+def ssim(pictures: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
+    """Structural similarity of pictures (B, 3, H, W) in [0, 1] (Wang et al. 2004), Gaussian window of 11: (B,)."""
+    steps = torch.arange(11, dtype=pictures.dtype, device=pictures.device) - 5
+    line = torch.exp(-steps.square() / (2 * 1.5**2))
+    window = (line[:, None] * line)[None, None] / line.sum().square()
+    channels = pictures.shape[1]
+
+    def blur(x: torch.Tensor) -> torch.Tensor:
+        return F.conv2d(x, window.expand(channels, 1, -1, -1), groups=channels)
+
+    a, b = blur(pictures), blur(truth)
+    aa, bb, ab = blur(pictures * pictures) - a * a, blur(truth * truth) - b * b, blur(pictures * truth) - a * b
+    c1, c2 = 0.01**2, 0.03**2
+    values = (2 * a * b + c1) * (2 * ab + c2) / ((a * a + b * b + c1) * (aa + bb + c2))
+    return values.flatten(1).mean(1)
+
+
+def frechet(features: torch.Tensor, truth: torch.Tensor) -> float:
+    """Fréchet distance between the normal distributions of two sets of features (N, D) (arXiv 1706.08500)."""
+    if min(len(features), len(truth)) < 2:
+        raise ValueError(f"a distribution needs two samples or more, got {len(features)} and {len(truth)}")
+    a, b = (x.double() for x in (features, truth))
+    cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
+    # The trace of sqrt(cov_a cov_b) is that of the symmetric sqrt(cov_a) cov_b sqrt(cov_a) without its square root.
+    values, vectors = torch.linalg.eigh(cov_a)
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
+    return float((a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross)

@@ -1,0 +1,36 @@
+"""Pictures to latents and back, with any of diffusers' autoencoders.
+
+B batch, H x W pixels, C channels, h x w latent cells.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import torch
+
+
+def encode_pictures(vae: Any, pixels: torch.Tensor) -> torch.Tensor:
+    """Pictures (B, 3, H, W) in [-1, 1] to the most likely latents (B, C, h, w), scaled and shifted."""
+    encoded = vae.encode(pixels.to(vae.dtype))
+    latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latent
+    return (latents.float() - _shift(vae)) * vae.config.scaling_factor
+
+
+def decode_latents(vae: Any, latents: torch.Tensor) -> torch.Tensor:
+    """Latents (B, C, h, w) to pictures (B, 3, H, W), in [-1, 1] but for what the decoder overshoots."""
+    return vae.decode((latents / vae.config.scaling_factor + _shift(vae)).to(vae.dtype)).sample.float()
+
+
+def _shift(vae: Any) -> float:
+    return getattr(vae.config, "shift_factor", None) or 0.0
+
+
+def fingerprint(model: torch.nn.Module) -> str:
+    """A hash of a model's weights, to notice that something was computed with others."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,133 @@
+"""The chain of the scenes' recipes: autoencoder and text encoder, cached latents, backbone."""
+
+import pickle
+
+import pytest
+import torch
+
+from imgdit.data import latents
+from imgdit.data.scenes import Scene
+from imgdit.training import load_recipe, scene_frames, train
+from imgdit.training.checkpoint import CheckpointError
+from imgdit.training.config import build_model
+from imgdit.training.scene_frames import SceneFrames, latent_scale, scene_rays
+from imgdit.training.sources import training_batches
+from imgdit.training.trained import load_trained
+
+STAGES = [8, 8, 8, 16]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A folder with one-step runs of small models, and the arguments that name them."""
+    folder = tmp_path_factory.mktemp("runs")
+    small = {
+        "autoencoder": {
+            "attention_head_dim": 8,
+            "encoder_block_out_channels": STAGES,
+            "decoder_block_out_channels": STAGES,
+        },
+        "text_encoder": {"d_model": 32, "num_layers": 1, "num_heads": 2, "d_ff": 32},
+    }
+    for name, arguments in small.items():
+        recipe = load_recipe(f"scenes/{name}")
+        recipe = recipe.replace(
+            run={
+                "folder": str(folder / name),
+                "batch_size": 1,
+                "mixed_precision": "no",
+                "evaluate_every": 0,
+                "tracker": "none",
+            },
+            model={"arguments": {**recipe.model.arguments, **arguments}},
+        )
+        train(recipe, model=build_model(recipe), batches=training_batches(recipe)[0], stop_at=1)
+    patch = pytest.MonkeyPatch()
+    for module, name, value in (
+        (latents, "SHARD", 2),
+        (scene_frames, "SHARD", 2),
+        (scene_frames, "HELD_OUT", 2),
+    ):
+        patch.setattr(module, name, value)
+    yield {
+        "latents": str(folder / "latents"),
+        "scenes": 4,
+        "autoencoder": str(folder / "autoencoder"),
+        "text_encoder": str(folder / "text_encoder"),
+    }
+    patch.undo()
+
+
+def kinds(dataset, count=40):
+    found = {}
+    for i in range(count):
+        batch = dataset[i]
+        found.setdefault(len(batch.layout.frames), batch)
+    return found
+
+
+def test_every_kind_of_batch_fits_its_layout(runs):
+    dataset = SceneFrames(**runs)
+    found = kinds(dataset)
+    assert sorted(found) == [1, 2, 4]
+    for frames, batch in found.items():
+        assert batch.tokens.shape == (4096 // 64 // frames, 64 * frames, 64)
+        assert batch.text.embeddings.shape == (len(batch.tokens), batch.layout.text_length, 32)
+        assert batch.text.mask.any(1).all() and batch.empty.embeddings.shape[1] == batch.layout.text_length
+        assert batch.empty.mask.sum() == 1  # nothing but the end
+        assert torch.isfinite(batch.tokens).all()
+        assert [frame.index for frame in batch.layout.frames] == list(range(frames))
+    assert [frame.held for frame in found[4].layout.frames] == [False, True, False, False]
+    rays = found[4].tokens[:, 64:128]
+    assert torch.allclose(rays, rays[:1].expand_as(rays), atol=1e-6)  # the first camera is the identity
+    assert not torch.allclose(found[4].tokens[0, 192:], found[4].tokens[1, 192:])
+
+
+def test_a_sample_is_the_same_wherever_it_is_made(runs):
+    dataset = SceneFrames(**runs)
+    first = dataset[5]
+    again = pickle.loads(pickle.dumps(dataset))[5]
+    assert torch.equal(first.tokens, again.tokens) and torch.equal(first.text.embeddings, again.text.embeddings)
+    assert not torch.equal(first.tokens, SceneFrames(**runs, split="heldout")[5].tokens)
+
+
+def test_latents_are_scaled_to_one(runs):
+    dataset = SceneFrames(**runs)
+    cached = torch.stack(list(dataset.latents.pictures(2)))
+    assert latent_scale(runs["latents"]) == pytest.approx(1 / float(cached.std()), abs=0.006)
+
+
+def test_rays_tell_the_cameras_apart():
+    scene = Scene.sample(3)
+    other = scene.with_camera(scene.camera.orbit(azimuth=25.0))
+    rays = scene_rays([scene, other], 16)
+    assert rays.shape == (2, 16, 16, 16) and rays.abs().amax() < 4
+    assert torch.allclose(rays[0], scene_rays([other, scene], 16)[0], atol=1e-5)
+    assert (rays[0] - rays[1]).abs().mean() > 0.1
+
+
+def test_the_backbone_trains_on_what_the_other_runs_made(runs, tmp_path):
+    recipe = load_recipe("scenes/transformer")
+    size = {"num_layers": 1, "num_single_layers": 1, "num_attention_heads": 2}
+    recipe = recipe.replace(
+        run={"folder": str(tmp_path), "mixed_precision": "no", "tracker": "none", "evaluate_every": 1},
+        model={
+            "arguments": {
+                **recipe.model.arguments,
+                **size,
+                "joint_attention_dim": 32,
+                "pooled_projection_dim": 32,
+                "mup_base_width": 64,
+            }
+        },
+        data={"arguments": {**runs, "tokens": 256}},
+    )
+    batches, held_out = training_batches(recipe)
+    assert len(held_out) == 8
+    result = train(recipe, model=build_model(recipe), batches=batches, held_out=held_out, stop_at=2)
+    assert result.step == 2 and 0 < result.metrics["loss"] < 5
+
+
+def test_a_run_that_is_not_there(tmp_path):
+    with pytest.raises(CheckpointError, match="holds no checkpoint; train it first"):
+        load_trained(tmp_path)
