@@ -6,17 +6,21 @@ library "imgdit"), also from the Hub and without `trust_remote_code`.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import diffusers
 import torch
 from diffusers import ModelMixin, SchedulerMixin
+from diffusers.hooks import ModelHook
 from diffusers.hooks._helpers import (
     AttentionProcessorMetadata,
     AttentionProcessorRegistry,
     TransformerBlockMetadata,
     TransformerBlockRegistry,
 )
+from diffusers.hooks.hooks import BaseState, StateManager
 from diffusers.models.attention_dispatch import (
     AttentionBackendName,
     _AttentionBackendRegistry,
@@ -75,6 +79,52 @@ def register_attention_processor(processor: type, skip: Any) -> None:
     AttentionProcessorRegistry.register(processor, AttentionProcessorMetadata(skip_processor_output_fn=skip))
 
 
+def block_streams(block: type) -> tuple[int, int | None] | None:
+    """Places of the image and the text stream in what a block returns; `None` for a class diffusers does not list."""
+    try:
+        metadata = TransformerBlockRegistry.get(block)
+    except ValueError:
+        return None
+    return metadata.return_hidden_states_index, metadata.return_encoder_hidden_states_index
+
+
+class CallNameHook(ModelHook):
+    """A hook on a denoiser that knows the name its pipeline gave the call by `cache_context`, such as "uncond"."""
+
+    _is_stateful = True  # diffusers tells the name to stateful hooks only
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._state = StateManager(BaseState)
+
+    @property
+    def call_name(self) -> str | None:
+        return None if self._state._context is None else self._state._context.name
+
+    def reset_state(self, module: torch.nn.Module) -> torch.nn.Module:
+        self._state.reset()
+        return module
+
+
+@contextmanager
+def step_cache_set_aside(model: torch.nn.Module) -> Iterator[None]:
+    """The model without its step cache, which is enabled anew afterwards.
+
+    Hooks registered meanwhile lie under the cache's own: registered above, a change would be applied again to what a
+    cached step takes from an earlier one, and removing a hook from under the cache's would cut those off.
+    """
+    config = getattr(model, "_cache_config", None)
+    if config is None:
+        yield
+        return
+    cached: Any = model
+    cached.disable_cache()
+    try:
+        yield
+    finally:
+        cached.enable_cache(config)
+
+
 def register_text_to_image(name: str, pipeline: type) -> None:
     """Make `AutoPipelineForText2Image` know a pipeline."""
     auto_pipeline.AUTO_TEXT2IMAGE_PIPELINES_MAPPING[name] = pipeline
@@ -100,10 +150,13 @@ def dispatch_attention(
 
 
 __all__ += [
+    "CallNameHook",
     "attention_backend_name",
+    "block_streams",
     "dispatch_attention",
     "is_xformers_available",
     "register_attention_processor",
     "register_block",
     "register_text_to_image",
+    "step_cache_set_aside",
 ]

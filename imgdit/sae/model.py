@@ -199,10 +199,10 @@ class SparseAutoencoder(nn.Module):
 
         def code(k: int, how: Selection, trains_encoder: bool, hint: float | None = None) -> SparseCode:
             pattern = select(all_scores, k, how, tokens=tokens, hint=hint)
-            parts = (centred, self.encoder.weight, self.encoder.bias)
+            inputs, weight, bias = centred, self.encoder.weight, self.encoder.bias
             if not trains_encoder:
-                parts = tuple(part.detach() for part in parts)
-            return SparseCode(selected_scores(all_scores, pattern, *parts).relu(), pattern)
+                inputs, weight, bias = inputs.detach(), weight.detach(), bias.detach()
+            return SparseCode(selected_scores(all_scores, pattern, inputs, weight, bias).relu(), pattern)
 
         def output(code: SparseCode) -> torch.Tensor:
             out = self.decode(code)

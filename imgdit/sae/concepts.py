@@ -1,0 +1,262 @@
+"""Which features belong to a concept, at which timestep, and how strongly (SAeUron, arXiv 2501.18052, section 4).
+
+S timesteps, L latents, U selected features, d width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from ..training.checkpoint import read_tensors, replace_text
+from .files import write_tensors
+
+SCORE_EPS = 1e-8
+FORMAT = "imgdit-concepts-1"
+_JSON, _TENSORS = "concepts.json", "concepts.safetensors"
+_STORED = ("features", "selected", "means", "thresholds", "replacement")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ConceptStatistics:
+    """Mean activations of every feature per concept and timestep, at one hookpoint."""
+
+    timesteps: tuple[float, ...]
+    """(S,) the scheduler's, falling."""
+    means: dict[str, torch.Tensor]
+    """Per concept (S, L): mean over prompts and patches of the code."""
+    counts: dict[str, int]
+    """Prompts of each concept."""
+    inputs: dict[str, torch.Tensor]
+    """Per concept (S, d): mean activation vector."""
+
+    def others(self, concept: str, values: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Mean of `values` over the pooled prompts of all other concepts."""
+        rest = [name for name in values if name != concept]
+        total = sum(self.counts[name] for name in rest)
+        return torch.stack([values[name] * (self.counts[name] / total) for name in rest]).sum(0)
+
+    def scores(self, concept: str) -> torch.Tensor:
+        """(S, L): share of the concept's activation that falls to a feature, minus its share for other concepts."""
+        means = self.means[concept]
+        if len(self.means) == 1:
+            return means
+        others = self.others(concept, self.means)
+        return means / (means.sum(1, keepdim=True) + SCORE_EPS) - others / (others.sum(1, keepdim=True) + SCORE_EPS)
+
+    def thresholds(self) -> torch.Tensor:
+        """(S, L): unweighted mean over all concepts, above which an activation counts as meant."""
+        return torch.stack(list(self.means.values())).mean(0)
+
+
+def quantile(values: torch.Tensor, q: float) -> torch.Tensor:
+    """Linear-interpolation quantile of each row (S, L) -> (S,). torch's own refuses more than 2^24 values."""
+    size = values.shape[1]
+    place = q * (size - 1)
+    low = min(math.floor(place), size - 1)
+    largest = values.topk(size - low, dim=1).values  # few, as q is near 1
+    below, above = largest[:, -1], largest[:, max(size - low - 2, 0)]
+    return torch.lerp(below, above, place - low)
+
+
+class ConceptStep(NamedTuple):
+    """A concept's features at one timestep."""
+
+    features: torch.Tensor
+    """(m,)"""
+    means: torch.Tensor
+    """(m,) mean activation for the concept."""
+    thresholds: torch.Tensor
+    """(m,)"""
+    weights: torch.Tensor
+    """(m,) in [0, 1]: 1 where the feature is selected on both sides of the timestep."""
+    replacement: torch.Tensor
+    """(d,) mean activation vector without the concept."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ConceptSelection:
+    """The features of a concept over the timesteps; kilobytes."""
+
+    name: str
+    timesteps: tuple[float, ...]
+    """(S,) falling."""
+    features: torch.Tensor
+    """(U,) every feature that is selected at some timestep, rising."""
+    selected: torch.Tensor
+    """Boolean (S, U)."""
+    means: torch.Tensor
+    """(S, U) mean activation for the concept."""
+    thresholds: torch.Tensor
+    """(S, U) activation above which a patch counts as showing the concept."""
+    replacement: torch.Tensor
+    """(S, d) mean activation vector of the other concepts."""
+    origin: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """How it was selected: rule, prompts, seed, arguments of the pipeline."""
+
+    def at(self, timestep: float) -> ConceptStep:
+        """The selection at a timestep, linear between those it was made at, the nearest outside of them."""
+        rising = self.timesteps[::-1]
+        after = bisect_right(rising, timestep)
+        last = len(rising) - 1
+        low, high = last - max(after - 1, 0), last - min(after, last)  # places in the falling order
+        gap = self.timesteps[high] - self.timesteps[low]
+        share = (timestep - self.timesteps[low]) / gap if gap else 0.0
+        weights = torch.lerp(self.selected[low].float(), self.selected[high].float(), share)
+        kept = weights > 0
+
+        def between(values: torch.Tensor) -> torch.Tensor:
+            return torch.lerp(values[low], values[high], share)
+
+        return ConceptStep(
+            self.features[kept],
+            between(self.means)[kept],
+            between(self.thresholds)[kept],
+            weights[kept],
+            between(self.replacement),
+        )
+
+
+def select_concept(
+    statistics: ConceptStatistics,
+    concept: str,
+    *,
+    percentile: float | None = None,
+    top_n: int | None = None,
+    origin: Mapping[str, Any] | None = None,
+) -> ConceptSelection:
+    """The features that score highest for a concept at each timestep.
+
+    Args:
+        percentile: features whose score lies above this percentile, as SAeUron counts (99.999 of 20480 is one).
+        top_n: instead, so many features per timestep.
+        origin: stored with the selection.
+    """
+    if (percentile is None) == (top_n is None):
+        raise ValueError(f"give either percentile or top_n, got percentile={percentile} and top_n={top_n}")
+    if concept not in statistics.means:
+        raise ValueError(f"unknown concept {concept!r}; statistics exist for {', '.join(statistics.means)}")
+    scores = statistics.scores(concept)
+    if percentile is not None:
+        if not 0 <= percentile <= 100:
+            raise ValueError(f"percentile must be in [0, 100], got {percentile}")
+        selected = scores > quantile(scores, percentile / 100)[:, None]
+    else:
+        assert top_n is not None
+        if not 1 <= top_n <= scores.shape[1]:
+            raise ValueError(f"top_n must be in [1, {scores.shape[1]}], got {top_n}")
+        chosen = scores.topk(top_n, dim=1).indices
+        selected = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, chosen, True)
+    features = selected.any(0).nonzero().flatten()
+    rest = statistics.inputs if len(statistics.inputs) == 1 else None
+    return ConceptSelection(
+        name=concept,
+        timesteps=statistics.timesteps,
+        features=features,
+        selected=selected[:, features],
+        means=statistics.means[concept][:, features],
+        thresholds=statistics.thresholds()[:, features],
+        replacement=statistics.inputs[concept] if rest else statistics.others(concept, statistics.inputs),
+        origin={"percentile": percentile, "top_n": top_n, **(origin or {})},
+    )
+
+
+# Files
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ConceptBook:
+    """The concepts that were selected with one SAE in one model."""
+
+    sae: str
+    """Fingerprint of the SAE."""
+    model: dict[str, Any]
+    """Fingerprint of the denoiser, see `model_fingerprint`."""
+    selections: dict[str, ConceptSelection]
+
+    def with_selections(self, selections: Iterable[ConceptSelection]) -> ConceptBook:
+        """A copy with selections added or replaced."""
+        return dataclasses.replace(self, selections={**self.selections, **{s.name: s for s in selections}})
+
+    def save(self, folder: str | Path) -> None:
+        """Write `concepts.json` and `concepts.safetensors` beside the SAE."""
+        folder = Path(folder)
+        tensors = {
+            f"{name}/{part}": getattr(selection, part).contiguous()
+            for name, selection in self.selections.items()
+            for part in _STORED
+        }
+        write_tensors(tensors, folder / _TENSORS)
+        concepts = {name: {"timesteps": s.timesteps, "origin": s.origin} for name, s in self.selections.items()}
+        values = {"format": FORMAT, "sae": self.sae, "model": self.model, "concepts": concepts}
+        replace_text(folder / _JSON, json.dumps(values, indent=1))
+
+    @classmethod
+    def load(cls, folder: str | Path) -> ConceptBook | None:
+        """What `save` wrote; `None` where nothing was."""
+        folder = Path(folder)
+        if not (folder / _JSON).is_file():
+            return None
+        values = json.loads((folder / _JSON).read_text(encoding="utf-8"))
+        if values.get("format") != FORMAT:
+            raise ValueError(f"{folder / _JSON}: expected format {FORMAT!r}, got {values.get('format')!r}")
+        tensors = read_tensors(folder / _TENSORS)
+        selections = {}
+        for name, entry in values["concepts"].items():
+            missing = [part for part in _STORED if f"{name}/{part}" not in tensors]
+            if missing:
+                raise ValueError(f"{folder / _TENSORS} has no {name}/{missing[0]}")
+            parts = {part: tensors[f"{name}/{part}"] for part in _STORED}
+            selections[name] = ConceptSelection(name, tuple(entry["timesteps"]), **parts, origin=entry["origin"])
+        return cls(values["sae"], values["model"], selections)
+
+
+SKETCH = 64
+"""Weights of a model that are compared to tell it from another."""
+
+
+@torch.no_grad()
+def model_fingerprint(model: torch.nn.Module) -> dict[str, Any]:
+    """What a denoiser is recognised by: its class, its number of weights, and a few of them.
+
+    A hash of the bytes would call the same model in bfloat16 another one; adapters on top do not count.
+    """
+    parameters = {
+        name.replace(".base_layer", ""): p for name, p in model.named_parameters() if "lora_" not in name and p.ndim
+    }
+    names = sorted(parameters)
+    picked = [names[i * len(names) // SKETCH] for i in range(SKETCH)]
+    sketch = [
+        float(parameters[name].detach().flatten()[(i * 7919) % parameters[name].numel()])
+        for i, name in enumerate(picked)
+        if parameters[name].device.type != "meta"  # offloaded to disk: not there to be looked at
+    ]
+    return {
+        "class": type(model).__name__,
+        "parameters": sum(p.numel() for p in parameters.values()),
+        "sketch": sketch,
+    }
+
+
+def same_model(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two fingerprints are of the same weights, up to half precision."""
+    if (one["class"], one["parameters"]) != (other["class"], other["parameters"]):
+        return False
+    if len(one["sketch"]) != len(other["sketch"]):  # a part is offloaded
+        return True
+    return all(math.isclose(a, b, rel_tol=2**-7, abs_tol=2**-20) for a, b in zip(one["sketch"], other["sketch"]))
+
+
+def check_concepts(names: Sequence[str], known: Iterable[str]) -> None:
+    """Refuse concepts that were never selected."""
+    known = list(known)
+    for name in names:
+        if name not in known:
+            raise ValueError(f"unknown concept {name!r}; known are {', '.join(known) or 'none'}")

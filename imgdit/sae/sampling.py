@@ -1,0 +1,49 @@
+"""Running a pipeline over a list of prompts, each from its own seed."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+
+class PromptBatch(NamedTuple):
+    """Prompts that are sampled at once."""
+
+    first: int
+    """Number of its first prompt."""
+    prompts: list[Any]
+    seeds: list[int]
+
+    def run(self, pipe: Any, **call: Any) -> Any:
+        """The pipeline's output. Each picture has its own generator, so the batch size changes nothing.
+
+        Args:
+            call: arguments of the pipeline; pictures are not decoded unless `output_type` asks for it.
+        """
+        generators = [torch.Generator().manual_seed(seed) for seed in self.seeds]
+        parameters = inspect.signature(pipe.__call__).parameters
+        options = {"generator": generators, **call}
+        if "output_type" in parameters:
+            options.setdefault("output_type", "latent")
+        if "prompt" in parameters and isinstance(self.prompts[0], dict):
+            return pipe(**_stacked(self.prompts), **options)
+        # DiT's pipeline takes class labels; what a pipeline makes pictures of is its first argument.
+        return pipe(**{next(iter(parameters)): self.prompts}, **options)
+
+
+def prompt_batches(prompts: Sequence[Any], batch_size: int, seed: int, start: int = 0) -> Iterator[PromptBatch]:
+    """Batches of prompts from number `start` on; prompt i has seed + i.
+
+    Args:
+        prompts: sentences; class labels; or dictionaries of embeddings, as the pipeline takes them for one picture.
+    """
+    for first in range(start, len(prompts), batch_size):
+        lines = list(prompts[first : first + batch_size])
+        yield PromptBatch(first, lines, [seed + first + i for i in range(len(lines))])
+
+
+def _stacked(prompts: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    return {name: torch.cat([prompt[name] for prompt in prompts]) for name in prompts[0]}

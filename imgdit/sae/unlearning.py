@@ -1,0 +1,391 @@
+"""Unlearning concepts while sampling: the features of a concept are scaled, removed, or their patches replaced."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+
+from ..naming import check_choice
+from .concepts import ConceptBook, ConceptSelection, check_concepts, model_fingerprint, same_model, select_concept
+from .edits import ChosenFeatures, Edit, edit_by_decoding
+from .files import CONFIG, load_sae, local_folder, save_sae
+from .hooks import hooked, site
+from .model import SparseAutoencoder
+from .statistics import collect_statistics
+from .streams import DenoiserCall, Tokens
+
+Mode = Literal["scale", "remove", "replace"]
+Halves = Literal["both", "conditional", "unconditional"]
+
+
+class ConceptUnlearner:
+    """Sparse autoencoders of one pipeline and the concepts whose features are known.
+
+    unlearner = ConceptUnlearner.from_pretrained(folder)
+    with unlearner.attach(pipe, concepts=["neon"]):
+        pipe("a red cube in neon lights")
+    """
+
+    def __init__(self, saes: Mapping[str, SparseAutoencoder], books: Mapping[str, ConceptBook] | None = None) -> None:
+        """
+        Args:
+            saes: by hookpoint.
+            books: selections by hookpoint; none yet by default, see `learn`.
+        """
+        self.saes = dict(saes)
+        self.books = dict(books or {})
+        for hookpoint, book in self.books.items():
+            if book.sae != self.saes[hookpoint].fingerprint():
+                raise ValueError(
+                    f"the concepts at {hookpoint} were selected with another SAE (hash {book.sae[:12]}…, this one has "
+                    f"{self.saes[hookpoint].fingerprint()[:12]}…); select them anew with `learn`"
+                )
+
+    @classmethod
+    def from_pretrained(cls, path_or_repo: str | Path) -> ConceptUnlearner:
+        """Read an SAE's folder, or a folder of several, with the concepts saved beside them.
+
+        Raises:
+            ValueError: no SAE there, no hookpoint given, or concepts of another SAE.
+        """
+        folder = local_folder(path_or_repo)
+        folders = [folder] if (folder / CONFIG).is_file() else sorted(p.parent for p in folder.glob(f"*/{CONFIG}"))
+        if not folders:
+            raise ValueError(f"{folder} holds no sparse autoencoder: neither it nor a folder in it has {CONFIG}")
+        saes, books = {}, {}
+        for inner in folders:
+            sae = load_sae(inner)
+            hookpoint = sae.config.hookpoint
+            if hookpoint is None:
+                raise ValueError(f"{inner / CONFIG} names no hookpoint, and its folder is not called by one")
+            saes[hookpoint] = sae
+            book = ConceptBook.load(inner)
+            if book is not None:
+                books[hookpoint] = book
+        return cls(saes, books)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write a folder per hookpoint, each with its SAE and its concepts."""
+        for hookpoint, sae in self.saes.items():
+            named = SparseAutoencoder(dataclasses.replace(sae.config, hookpoint=hookpoint))
+            named.load_state_dict(sae.state_dict())
+            named.threshold = sae.threshold
+            save_sae(named, Path(folder) / hookpoint)
+            if hookpoint in self.books:
+                self.books[hookpoint].save(Path(folder) / hookpoint)
+
+    @property
+    def concepts(self) -> list[str]:
+        """Concepts that can be unlearned."""
+        return list(dict.fromkeys(name for book in self.books.values() for name in book.selections))
+
+    def learn(
+        self,
+        pipe: Any,
+        prompts: Mapping[str, Sequence[str]],
+        *,
+        percentile: float | None = None,
+        top_n: int | None = None,
+        seed: int = 0,
+        batch_size: int = 4,
+        **call: Any,
+    ) -> None:
+        """Select the features of concepts from pictures made for the purpose, and keep them under their names.
+
+        Args:
+            prompts: some per concept; all of them should be told apart, so give every concept of a kind at once.
+            percentile, top_n: see `select_concept`.
+            seed: of the first prompt of each concept.
+            call: arguments of the pipeline, such as `num_inference_steps` and `guidance_scale`.
+        """
+        found = collect_statistics(pipe, self.saes, prompts, seed=seed, batch_size=batch_size, **call)
+        told = {name: value for name, value in call.items() if isinstance(value, (str, int, float, bool))}
+        for hookpoint, statistics in found.items():
+            selections = [
+                select_concept(
+                    statistics,
+                    name,
+                    percentile=percentile,
+                    top_n=top_n,
+                    origin={"prompts": _told(prompts[name]), "seed": seed, "call": told},
+                )
+                for name in prompts
+            ]
+            model = model_fingerprint(_denoiser(pipe, hookpoint))
+            book = self.books.get(hookpoint) or ConceptBook(self.saes[hookpoint].fingerprint(), model, {})
+            if not same_model(book.model, model):
+                book = ConceptBook(book.sae, model, {})  # selected in another model: of no use in this one
+            self.books[hookpoint] = book.with_selections(selections)
+
+    @contextmanager
+    def attach(
+        self,
+        pipe: Any,
+        concepts: Sequence[str] | Sequence[Sequence[str]],
+        *,
+        mode: Mode = "scale",
+        multiplier: float = -1.0,
+        timesteps: tuple[float, float] = (0.0, 1000.0),
+        halves: Halves = "both",
+        hookpoints: Sequence[str] | None = None,
+        paper_compat: bool = False,
+    ) -> Iterator[None]:
+        """Unlearn concepts in every call of the pipeline while the context is open.
+
+        Args:
+            concepts: names; or a sequence of names for each request of a batch. Where two concepts share a feature,
+                the later one decides.
+            mode: "scale": an activation a becomes a * multiplier * its mean for the concept (SAeUron); "remove": it
+                becomes 0; "replace": a patch where any of the features is seen becomes the mean of the pictures
+                without the concept (arXiv 2606.31699).
+            multiplier: of "scale".
+            timesteps: range in which anything is changed.
+            halves: guidance halves that are changed.
+            hookpoints: some of those that know the concepts; `None`: all.
+            paper_compat: the reconstruction error with SAeUron's sign, as in its published runs.
+
+        Raises:
+            ValueError: an unknown concept or hookpoint, an SAE of another width or concepts of another model, before
+                anything is hooked; and while sampling, activations that are not finite.
+        """
+        requests = _requests(concepts)
+        check_choice("mode", mode, ("scale", "remove", "replace"))
+        check_choice("halves", halves, ("both", "conditional", "unconditional"))
+        if paper_compat and (mode == "replace" or len(requests) > 1):
+            raise ValueError("paper_compat is SAeUron's rule; it knows neither mode='replace' nor requests")
+        for names in requests:
+            check_concepts(names, self.concepts)
+        wanted = {name for names in requests for name in names}
+        places = list(self.books) if hookpoints is None else list(hookpoints)
+        interventions = {}
+        for hookpoint in places:
+            book = self.books.get(hookpoint)
+            if book is None:
+                raise ValueError(f"no concept was selected at {hookpoint!r}; known are {', '.join(self.books)}")
+            if not wanted & book.selections.keys():
+                continue
+            denoiser, sae = _denoiser(pipe, hookpoint), self.saes[hookpoint]
+            check_width(pipe, hookpoint, sae)
+            if not same_model(book.model, model_fingerprint(denoiser)):
+                raise ValueError(
+                    f"the concepts at {hookpoint} were selected in another model ({book.model['class']}, "
+                    f"{book.model['parameters']:,} weights); select them anew with `learn`"
+                )
+            known = [[book.selections[name] for name in names if name in book.selections] for names in requests]
+            interventions[hookpoint] = Intervention(
+                sae.to(next(denoiser.parameters()).device), known, mode, multiplier, timesteps, halves, paper_compat
+            )
+        source = {hookpoint: self.saes[hookpoint].config.source for hookpoint in interventions}
+        checks = _Finite(list(interventions.values()))
+        with hooked(pipe, interventions, source=source, after_call=checks):
+            yield
+
+
+@contextmanager
+def steer(
+    pipe: Any,
+    sae: SparseAutoencoder,
+    factors: Mapping[int, float],
+    *,
+    hookpoint: str | None = None,
+    timesteps: tuple[float, float] = (0.0, 1000.0),
+    halves: Halves = "both",
+) -> Iterator[None]:
+    """Multiply features by factors in every call of the pipeline while the context is open.
+
+    Args:
+        factors: feature -> what its activation is multiplied by.
+        hookpoint: `None`: the SAE's own.
+        timesteps, halves: see `ConceptUnlearner.attach`.
+    """
+    place = hookpoint or sae.config.hookpoint
+    if place is None:
+        raise ValueError("the SAE names no hookpoint; give one")
+    for feature in factors:
+        if not 0 <= feature < sae.config.num_latents:
+            raise ValueError(f"the SAE has features 0 to {sae.config.num_latents - 1}, got {feature}")
+    check_width(pipe, place, sae)
+    count = len(factors)
+    selection = ConceptSelection(
+        name="steered",
+        timesteps=(0.0,),
+        features=torch.tensor(list(factors), dtype=torch.long),
+        selected=torch.ones(1, count, dtype=torch.bool),
+        means=torch.tensor([list(factors.values())], dtype=torch.float32).view(1, count),
+        thresholds=torch.zeros(1, count),
+        replacement=torch.zeros(1, sae.config.d_in),
+    )
+    device = next(_denoiser(pipe, place).parameters()).device
+    intervention = Intervention(sae.to(device), [[selection]], "scale", 1.0, timesteps, halves, False)
+    with hooked(pipe, {place: intervention}, source={place: sae.config.source}, after_call=_Finite([intervention])):
+        yield
+
+
+def check_width(pipe: Any, hookpoint: str, sae: SparseAutoencoder) -> None:
+    """Refuse an SAE of another width than the weights of its module."""
+    module = site(pipe, hookpoint).module
+    widths = {p.shape[0] for p in module.parameters() if p.ndim} | {p.shape[-1] for p in module.parameters() if p.ndim}
+    if sae.config.d_in not in widths:
+        raise ValueError(
+            f"the SAE reads activations of width {sae.config.d_in}, no weight of {hookpoint} "
+            f"({type(module).__name__}) has that size; it is for another model"
+        )
+
+
+def _denoiser(pipe: Any, hookpoint: str) -> torch.nn.Module:
+    site(pipe, hookpoint)  # refuses an unknown one
+    return getattr(pipe, hookpoint.partition(".")[0])
+
+
+def _told(prompts: Sequence[Any]) -> list[Any]:
+    """Prompts as JSON takes them; of embeddings, their names."""
+    return [sorted(prompt) if isinstance(prompt, dict) else prompt for prompt in prompts]
+
+
+def _requests(concepts: Sequence[Any]) -> list[list[str]]:
+    """Names per request; one list of names is for all."""
+    if isinstance(concepts, str):
+        raise ValueError(f"concepts must be a list of names, got the text {concepts!r}; write [{concepts!r}]")
+    if all(isinstance(name, str) for name in concepts):
+        return [list(concepts)]
+    return [list(names) for names in concepts]
+
+
+class _Finite:
+    """Asks once per call of the denoiser whether what was read was finite: asking at every hook would wait for the
+    device each time."""
+
+    def __init__(self, interventions: Sequence[Intervention]) -> None:
+        self.interventions = interventions
+
+    def __call__(self, call: DenoiserCall) -> None:
+        for intervention in self.interventions:
+            if intervention.sums is not None and not bool(torch.isfinite(intervention.sums)):
+                raise ValueError(
+                    f"the activations that the SAE reads are NaN or infinite at timestep {call.timestep:g}; the model "
+                    "overflowed (try another dtype), or its weights are damaged"
+                )
+            intervention.sums = None
+
+
+class _Plan(NamedTuple):
+    """What an intervention does at one timestep."""
+
+    chosen: ChosenFeatures
+    factors: torch.Tensor
+    """(requests, m), or (m,) where there is one request."""
+    concept: torch.Tensor
+    """(requests, m): number, from 1, of the concept a feature belongs to; 0: none of the request's."""
+    replacements: torch.Tensor
+    """(requests, 1 + concepts, d): what a patch of each concept becomes; the first is not used."""
+
+
+class Intervention:
+    """What is done at one hookpoint; called by the hook."""
+
+    def __init__(
+        self,
+        sae: SparseAutoencoder,
+        requests: Sequence[Sequence[ConceptSelection]],
+        mode: Mode,
+        multiplier: float,
+        timesteps: tuple[float, float],
+        halves: Halves,
+        paper_compat: bool,
+    ) -> None:
+        self.sae, self.requests, self.mode, self.multiplier = sae, requests, mode, multiplier
+        self.timesteps, self.halves, self.paper_compat = timesteps, halves, paper_compat
+        self.plans: dict[float, _Plan | None] = {}
+        self.sums: torch.Tensor | None = None
+
+    @torch.no_grad()
+    def __call__(self, tokens: Tokens) -> torch.Tensor | None:
+        call, x = tokens.call, tokens.values
+        low, high = self.timesteps
+        if not low <= call.timestep <= high:
+            return None
+        if call.timestep not in self.plans:
+            self.plans[call.timestep] = self._plan(call.timestep)
+        plan = self.plans[call.timestep]
+        if plan is None:
+            return None
+        if x.shape[-1] != self.sae.config.d_in:
+            raise ValueError(f"the SAE reads width {self.sae.config.d_in}, the activations have {x.shape[-1]}")
+        parts = {"conditional": [call.conditional], "unconditional": [call.unconditional]}
+        changed = x
+        for rows in parts.get(self.halves, [call.conditional, call.unconditional]):
+            if rows is not None:
+                values = self._changed(x[rows], plan)
+                whole = rows == slice(0, call.batch)
+                changed = values if whole else torch.cat([changed[: rows.start], values, changed[rows.stop :]])
+        return changed
+
+    def _changed(self, x: torch.Tensor, plan: _Plan) -> torch.Tensor:
+        """Tokens (P, n, d) of one guidance half."""
+        rows = x.reshape(-1, x.shape[-1])
+        if self.paper_compat:
+            change = Edit(plan.chosen.features, plan.factors, plan.chosen.thresholds)
+            self._watch(rows)
+            return edit_by_decoding(self.sae, rows, change, error="reversed").view(x.shape)
+        factors, owner = plan.factors, torch.zeros(1, dtype=torch.long, device=x.device)
+        if len(self.requests) > 1:
+            pictures, each = x.shape[0], x.shape[0] // len(self.requests)
+            if pictures % len(self.requests):
+                raise ValueError(
+                    f"concepts were given for {len(self.requests)} requests, the batch has {pictures} picture(s)"
+                )
+            owner = torch.arange(len(self.requests), device=x.device).repeat_interleave(each * x.shape[1])
+            factors = factors[owner]
+        normalised, scale = self.sae.normalize(rows.to(self.sae.W_dec.dtype))
+        scores = plan.chosen.scores(normalised)
+        self._watch(scores)
+        acts = plan.chosen.activations(normalised, scores)
+        if self.mode != "replace":
+            return (rows + plan.chosen.delta(acts, factors, scale).to(x.dtype)).view(x.shape)
+        concept = ((acts > 0) * plan.concept[owner]).amax(1)  # (N,), the last one where several are seen
+        values = plan.replacements[owner, concept].to(x.dtype)
+        return torch.where((concept > 0)[:, None], values, rows).view(x.shape)
+
+    def _watch(self, values: torch.Tensor) -> None:
+        total = values.sum()
+        self.sums = total if self.sums is None else self.sums + total
+
+    def _plan(self, timestep: float) -> _Plan | None:
+        """Features, factors and thresholds at a timestep; `None` where nothing would change."""
+        device, dtype = self.sae.W_dec.device, self.sae.W_dec.dtype
+        merged: list[dict[int, tuple[float, float, int]]] = []
+        fills = torch.zeros(len(self.requests), 1 + max(map(len, self.requests)), self.sae.config.d_in)
+        for request, selections in enumerate(self.requests):
+            entries: dict[int, tuple[float, float, int]] = {}
+            for number, selection in enumerate(selections, start=1):
+                step = selection.at(timestep)
+                fills[request, number] = step.replacement
+                wanted = torch.zeros_like(step.means) if self.mode == "remove" else step.means * self.multiplier
+                factors = torch.lerp(torch.ones_like(wanted), wanted, step.weights)
+                for feature, factor, threshold in zip(
+                    step.features.tolist(), factors.tolist(), step.thresholds.tolist()
+                ):
+                    if factor != 1.0 or self.mode == "replace":
+                        entries[feature] = (factor, threshold, number)
+                    else:
+                        entries.pop(feature, None)
+            merged.append(entries)
+        features = list(dict.fromkeys(feature for entries in merged for feature in entries))
+        if not features:
+            return None
+        # A feature's threshold is a property of the statistics, the same for all requests.
+        thresholds = {f: threshold for entries in merged for f, (_, threshold, _) in entries.items()}
+        nothing = (1.0, 0.0, 0)
+        factors = torch.tensor([[e.get(f, nothing)[0] for f in features] for e in merged], dtype=dtype, device=device)
+        chosen = ChosenFeatures(
+            self.sae,
+            torch.tensor(features, device=device),
+            torch.tensor([thresholds[f] for f in features], dtype=dtype, device=device),
+        )
+        concept = torch.tensor([[e.get(f, nothing)[2] for f in features] for e in merged], device=device)
+        return _Plan(chosen, factors if len(merged) > 1 else factors[0], concept, fills.to(device, dtype))

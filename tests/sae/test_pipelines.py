@@ -1,0 +1,523 @@
+"""Unlearning and steering in every kind of pipeline: the identity, a change, and nothing left behind."""
+
+import dataclasses
+
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DiTPipeline,
+    DiTTransformer2DModel,
+    DPMSolverMultistepScheduler,
+    FirstBlockCacheConfig,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    HeunDiscreteScheduler,
+    PixArtAlphaPipeline,
+    PixArtTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from tiny import randomize, rope_config, sincos_config, tiny_pipeline, tiny_vae
+
+from imgdit.sae.concepts import ConceptBook, ConceptSelection, model_fingerprint
+from imgdit.sae.config import SAEConfig
+from imgdit.sae.edits import Edit, edit_by_decoding
+from imgdit.sae.hooks import find_hookpoints, hooked, site
+from imgdit.sae.model import SparseAutoencoder
+from imgdit.sae.unlearning import ConceptUnlearner, Intervention, steer
+
+WIDTH = 32
+
+
+def quiet(pipe):
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def embeds(*names, batch=2, shape=(5, 32)):
+    generator = torch.Generator().manual_seed(3)
+    shapes = {name: (shape[1],) if "pooled" in name else shape for name in names}
+    return {name: torch.randn(batch, *shapes[name], generator=generator) for name in names}
+
+
+def ours(config=None):
+    pipe = tiny_pipeline(config)
+    inputs = {"prompt": ["a red cube", "the blue sphere left"], "height": 16, "width": 24, "guidance_scale": 3.0}
+    return pipe, inputs
+
+
+def unet():
+    torch.manual_seed(0)
+    model = UNet2DConditionModel(
+        sample_size=8,
+        layers_per_block=1,
+        block_out_channels=(16, 32),
+        norm_num_groups=4,
+        cross_attention_dim=32,
+        attention_head_dim=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+    )
+    pipe = StableDiffusionPipeline(None, None, None, model, DDIMScheduler(), None, None, None, False)
+    return pipe, {**embeds("prompt_embeds", "negative_prompt_embeds"), "height": 64, "width": 96}
+
+
+def pixart():
+    torch.manual_seed(0)
+    model = PixArtTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=4,
+        out_channels=8,
+        num_layers=2,
+        cross_attention_dim=32,
+        caption_channels=32,
+        sample_size=8,
+        use_additional_conditions=False,
+    )
+    pipe = PixArtAlphaPipeline(None, None, tiny_vae(), randomize(model), DDIMScheduler())
+    masks = {f"{name}prompt_attention_mask": torch.ones(2, 5, dtype=torch.long) for name in ("", "negative_")}
+    options = {"height": 16, "width": 24, "use_resolution_binning": False, "negative_prompt": None, "prompt": None}
+    return pipe, {**embeds("prompt_embeds", "negative_prompt_embeds"), **masks, **options, "guidance_scale": 3.0}
+
+
+def dit():
+    torch.manual_seed(0)
+    model = DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=8, num_layers=2, sample_size=8,
+        num_embeds_ada_norm=1000,
+    )  # fmt: skip
+    vae = AutoencoderKL(block_out_channels=(8, 8), norm_num_groups=2)
+    pipe = DiTPipeline(randomize(model).eval(), vae, DDIMScheduler())
+    return pipe, {"class_labels": [3, 7], "guidance_scale": 3.0, "output_type": "np"}
+
+
+def sd3():
+    torch.manual_seed(0)
+    model = SD3Transformer2DModel(
+        sample_size=16, patch_size=2, in_channels=4, out_channels=4, num_layers=3, attention_head_dim=16,
+        num_attention_heads=2, joint_attention_dim=32, caption_projection_dim=32, pooled_projection_dim=32,
+        pos_embed_max_size=12, qk_norm="rms_norm", dual_attention_layers=(0,),
+    )  # fmt: skip
+    pipe = StableDiffusion3Pipeline(randomize(model), FlowMatchEulerDiscreteScheduler(), tiny_vae(), *(None,) * 6)
+    names = [f"{sign}{kind}prompt_embeds" for sign in ("", "negative_") for kind in ("", "pooled_")]
+    return pipe, {**embeds(*names), "height": 16, "width": 24, "guidance_scale": 3.0}
+
+
+def flux():
+    names = ("in_channels", "num_layers", "num_single_layers", "attention_head_dim", "num_attention_heads")
+    names += ("joint_attention_dim", "pooled_projection_dim", "axes_dims_rope")
+    torch.manual_seed(0)
+    model = randomize(FluxTransformer2DModel(**{name: rope_config()[name] for name in names}))
+    pipe = FluxPipeline(FlowMatchEulerDiscreteScheduler(), tiny_vae(), None, None, None, None, model)
+    return pipe, {**embeds("prompt_embeds", "pooled_prompt_embeds"), "height": 16, "width": 24}
+
+
+def flux_guided():
+    pipe, inputs = flux()
+    negative = embeds("negative_prompt_embeds", "negative_pooled_prompt_embeds")
+    return pipe, {**inputs, **negative, "true_cfg_scale": 3.0}
+
+
+# pipeline, hookpoint, its grid, and which half of the batch is guided (first, second, or all of it)
+PLACES = {
+    "ours": (ours, "transformer.transformer_blocks.1", (4, 6), "second"),
+    "ours, single block": (ours, "transformer.single_transformer_blocks.0", (4, 6), "second"),
+    "ours, attention": (ours, "transformer.transformer_blocks.0.attn", (4, 6), "second"),
+    "ours, single attention": (ours, "transformer.single_transformer_blocks.1.attn", (4, 6), "second"),
+    "ours, sin-cos": (lambda: ours(sincos_config()), "transformer.transformer_blocks.0.ff", (4, 6), "second"),
+    "unet": (unet, "unet.up_blocks.0.attentions.1", (4, 6), "second"),
+    "unet, tokens": (unet, "unet.up_blocks.0.attentions.0.transformer_blocks.0", (4, 6), "second"),
+    "pixart": (pixart, "transformer.transformer_blocks.1", (4, 6), "second"),
+    "dit": (dit, "transformer.transformer_blocks.0", (4, 4), "first"),
+    "sd3": (sd3, "transformer.transformer_blocks.1", (4, 6), "second"),
+    "sd3, last": (sd3, "transformer.transformer_blocks.2", (4, 6), "second"),
+    "sd3, attention": (sd3, "transformer.transformer_blocks.0.attn", (4, 6), "second"),
+    "sd3, second attention": (sd3, "transformer.transformer_blocks.0.attn2", (4, 6), "second"),
+    "flux": (flux, "transformer.transformer_blocks.0", (4, 6), "all"),
+    "flux, single block": (flux, "transformer.single_transformer_blocks.0", (4, 6), "all"),
+    "flux, attention": (flux, "transformer.transformer_blocks.1.attn", (4, 6), "all"),
+    "flux, single attention": (flux, "transformer.single_transformer_blocks.1.attn", (4, 6), "all"),
+    "flux, guided": (flux_guided, "transformer.transformer_blocks.1", (4, 6), "all"),
+}
+everywhere = pytest.mark.parametrize("place", PLACES)
+
+
+def run(pipe, inputs, steps=3):
+    options = {"output_type": "latent", **inputs}
+    with torch.no_grad():
+        images = quiet(pipe)(**options, num_inference_steps=steps, generator=torch.Generator().manual_seed(4)).images
+    return torch.as_tensor(images)
+
+
+def tiny_sae(hookpoint="transformer.transformer_blocks.1", **changes):
+    config = SAEConfig(WIDTH, 64, k=4, hookpoint=hookpoint, **changes)
+    sae = SparseAutoencoder(config, generator=torch.Generator().manual_seed(0)).requires_grad_(False)
+    return sae
+
+
+def selection(name, features, factor_means, timesteps=(1000.0, 500.0, 0.0), threshold=0.0):
+    steps, count = len(timesteps), len(features)
+    return ConceptSelection(
+        name=name,
+        timesteps=timesteps,
+        features=torch.tensor(features),
+        selected=torch.ones(steps, count, dtype=torch.bool),
+        means=torch.tensor([factor_means] * steps, dtype=torch.float32).view(steps, count),
+        thresholds=torch.full((steps, count), threshold),
+        replacement=torch.ones(steps, WIDTH),
+    )
+
+
+def unlearner_of(pipe, hookpoint, selections, sae=None):
+    sae = sae or tiny_sae(hookpoint)
+    model = getattr(pipe, hookpoint.partition(".")[0])
+    book = ConceptBook(sae.fingerprint(), model_fingerprint(model), {s.name: s for s in selections})
+    return ConceptUnlearner({hookpoint: sae}, {hookpoint: book})
+
+
+def all_features(name="everything", factor=-3.0):
+    return selection(name, list(range(64)), [factor] * 64)
+
+
+@everywhere
+def test_identity_change_removal(place):
+    make, hookpoint, _, _ = PLACES[place]
+    pipe, inputs = make()
+    plain = run(pipe, inputs)
+    unlearner = unlearner_of(pipe, hookpoint, [all_features()])
+    assert plain.isfinite().all()
+    with unlearner.attach(pipe, []):
+        assert torch.equal(run(pipe, inputs), plain)
+    with unlearner.attach(pipe, ["everything"], multiplier=-1 / 3):  # factor 1
+        assert torch.equal(run(pipe, inputs), plain)
+    with steer(pipe, tiny_sae(hookpoint), {3: 1.0}):
+        assert torch.equal(run(pipe, inputs), plain)
+    for mode in ("scale", "remove", "replace"):
+        with unlearner.attach(pipe, ["everything"], mode=mode):
+            assert not torch.equal(run(pipe, inputs), plain)
+    assert torch.equal(run(pipe, inputs), plain)
+
+
+@everywhere
+def test_what_is_read(place):
+    """The image's tokens with their grid; the guided half; the hook sees exactly what the model goes on with."""
+    make, hookpoint, grid, half = PLACES[place]
+    pipe, inputs = make()
+    seen = []
+    with hooked(pipe, {hookpoint: lambda tokens: seen.append(tokens)}):
+        plain = run(pipe, inputs)
+    assert {tokens.grids for tokens in seen} == {(grid,)}
+    assert {tokens.values.shape[1:] for tokens in seen} == {(grid[0] * grid[1], WIDTH)}
+    for tokens in seen:
+        batch = tokens.call.batch
+        expected = {"all": slice(0, batch), "first": slice(0, batch // 2), "second": slice(batch // 2, batch)}[half]
+        assert (tokens.call.conditional or tokens.call.unconditional) == expected
+        assert 0 <= tokens.call.timestep <= 1000
+    if "guided" in place:
+        assert [tokens.call.conditional is None for tokens in seen] == [False, True] * 3
+    times = [tokens.call.timestep for tokens in seen if tokens.call.conditional]
+    assert times == sorted(times, reverse=True) and len(set(times)) == 3
+    with hooked(pipe, {hookpoint: lambda tokens: tokens.values.clone()}):
+        assert torch.equal(run(pipe, inputs), plain)
+
+
+@everywhere
+def test_delta_is_encode_edit_decode(place):
+    make, hookpoint, _, _ = PLACES[place]
+    pipe, inputs = make()
+    sae = tiny_sae(hookpoint)
+    selected = selection("three", [3, 17, 40], [-2.0, 0.5, 3.0], threshold=0.05)
+    change = Edit(selected.features, selected.means[0], selected.thresholds[0])
+
+    intervention = Intervention(sae, [[selected]], "scale", 1.0, (0.0, 1000.0), "both", False)
+    calls = []
+
+    def compared(tokens):
+        rows = tokens.values.reshape(-1, WIDTH)
+        expected = edit_by_decoding(sae, rows, change).view(tokens.values.shape)
+        got = intervention(tokens)
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+        calls.append((got - tokens.values).abs().max() > 0)
+        return got
+
+    with hooked(pipe, {hookpoint: compared}):
+        run(pipe, inputs)
+    assert any(calls)
+
+
+@pytest.mark.parametrize("halves", ["conditional", "unconditional"])
+def test_one_half(halves):
+    pipe, inputs = ours()
+    hookpoint = "transformer.transformer_blocks.1"
+    seen, unlearner = [], unlearner_of(pipe, hookpoint, [all_features()])
+    with unlearner.attach(pipe, ["everything"], halves=halves):
+        with hooked(pipe, {hookpoint: lambda tokens: seen.append(tokens.values.clone())}):
+            run(pipe, inputs, steps=1)
+    with hooked(pipe, {hookpoint: lambda tokens: seen.append(tokens.values.clone())}):
+        run(pipe, inputs, steps=1)
+    changed = (seen[0] != seen[1]).flatten(1).any(1).tolist()
+    assert changed == ([False, False, True, True] if halves == "conditional" else [True, True, False, False])
+
+
+def test_each_request_its_concepts():
+    pipe, inputs = ours()
+    hookpoint = "transformer.transformer_blocks.1"
+    one, other = selection("one", [3, 5], [-3.0, -3.0]), selection("other", [5, 9], [4.0, 4.0])
+    unlearner = unlearner_of(pipe, hookpoint, [one, other])
+    results = {}
+    for names in (["one"], ["other"], []):
+        with unlearner.attach(pipe, names):
+            results[str(names)] = run(pipe, inputs)
+    with unlearner.attach(pipe, [["one"], ["other"]]):
+        mixed = run(pipe, inputs)
+    torch.testing.assert_close(mixed[0], results["['one']"][0], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(mixed[1], results["['other']"][1], atol=1e-5, rtol=1e-4)
+    with unlearner.attach(pipe, [[], ["one"]]):
+        assert torch.equal(run(pipe, inputs)[0], results["[]"][0])
+    with pytest.raises(ValueError, match="3 requests, the batch has 2"), unlearner.attach(pipe, [["one"], [], []]):
+        run(pipe, inputs)
+
+
+def test_order_of_concepts():
+    pipe, inputs = ours()
+    hookpoint = "transformer.transformer_blocks.1"
+    one, other = selection("one", list(range(32)), [-3.0] * 32), selection("other", list(range(32, 64)), [4.0] * 32)
+    shared = selection("shared", list(range(16, 48)), [2.0] * 32)
+    unlearner = unlearner_of(pipe, hookpoint, [one, other, shared])
+
+    def result(names):
+        with unlearner.attach(pipe, names):
+            return run(pipe, inputs)
+
+    torch.testing.assert_close(result(["one", "other"]), result(["other", "one"]), atol=1e-5, rtol=1e-4)
+    assert not torch.equal(result(["one", "shared"]), result(["shared", "one"]))  # the later one decides
+
+
+@pytest.mark.parametrize("make", [ours, unet, sd3])
+def test_batch_size_does_not_matter(make):
+    pipe, inputs = make()
+    hookpoint = "unet.up_blocks.0.attentions.0" if make is unet else "transformer.transformer_blocks.1"
+    unlearner = unlearner_of(pipe, hookpoint, [all_features(factor=-0.5)])
+
+    def sample(picked):
+        rows = {name: v[picked] if isinstance(v, (list, torch.Tensor)) else v for name, v in inputs.items()}
+        generators = [torch.Generator().manual_seed(i) for i in range(2)][picked]
+        with unlearner.attach(pipe, ["everything"]):
+            options = {"num_inference_steps": 3, "output_type": "latent", "generator": generators}
+            return quiet(pipe)(**rows, **options).images
+
+    both = sample(slice(0, 2))
+    torch.testing.assert_close(both, torch.cat([sample(slice(i, i + 1)) for i in range(2)]), atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("make", "scheduler"),
+    [
+        (unet, HeunDiscreteScheduler()),
+        (unet, DPMSolverMultistepScheduler()),
+        (sd3, FlowMatchHeunDiscreteScheduler()),
+    ],
+)
+def test_strength_follows_the_timestep(make, scheduler):
+    """Samplers that call twice per step, another number of steps, a second call: only the timestep decides."""
+    pipe, inputs = make()
+    pipe.scheduler = scheduler
+    hookpoint = "unet.up_blocks.0.attentions.0" if make is unet else "transformer.transformer_blocks.1"
+    rising = selection("rising", [3], [1.0], timesteps=(1000.0, 0.0))
+    rising = dataclasses.replace(rising, means=torch.tensor([[0.0], [1000.0]]))
+    unlearner = unlearner_of(pipe, hookpoint, [rising])
+    used = []
+    with unlearner.attach(pipe, ["rising"], multiplier=1.0):
+        hook = getattr(pipe, hookpoint.split(".")[0]).get_submodule(hookpoint.split(".", 1)[1])._diffusers_hook
+        intervention = next(iter(hook.hooks.values())).function
+        first = run(pipe, inputs, steps=5)
+        used = dict(intervention.plans)
+        assert torch.equal(run(pipe, inputs, steps=5), first)
+        run(pipe, inputs, steps=7)
+    for timestep, plan in used.items():
+        assert float(plan.factors[0]) == pytest.approx(1000.0 - timestep, rel=1e-4, abs=1e-3)
+
+
+def test_range_of_timesteps():
+    pipe, inputs = ours()
+    hookpoint = "transformer.transformer_blocks.1"
+    unlearner, plain = unlearner_of(pipe, hookpoint, [all_features()]), run(pipe, inputs)
+    with unlearner.attach(pipe, ["everything"], timesteps=(0.0, 1.0)):
+        assert torch.equal(run(pipe, inputs), plain)
+    with unlearner.attach(pipe, ["everything"], timesteps=(900.0, 1000.0)):
+        assert not torch.equal(run(pipe, inputs), plain)
+
+
+@pytest.mark.parametrize("first", ["cache", "unlearner"])
+def test_step_cache(first):
+    """Whichever is on first, a change is applied once, also to what a cached step takes from an earlier one."""
+    hookpoint = "transformer.transformer_blocks.1"
+    pipe, inputs = flux()
+    unlearner = unlearner_of(pipe, hookpoint, [all_features()])
+    config = FirstBlockCacheConfig(threshold=10.0)
+    pipe.transformer.enable_cache(config)
+    cached = run(pipe, inputs, steps=4)
+    pipe.transformer.disable_cache()
+
+    if first == "cache":
+        pipe.transformer.enable_cache(config)
+        with unlearner.attach(pipe, ["everything"]):
+            got = run(pipe, inputs, steps=4)
+        assert pipe.transformer.is_cache_enabled
+        torch.testing.assert_close(run(pipe, inputs, steps=4), cached)
+    else:
+        with unlearner.attach(pipe, ["everything"]):
+            pipe.transformer.enable_cache(config)
+            got = run(pipe, inputs, steps=4)
+        torch.testing.assert_close(run(pipe, inputs, steps=4), cached)
+    other, inputs = flux()
+    with unlearner_of(other, hookpoint, [all_features()]).attach(other, ["everything"]):
+        other.transformer.enable_cache(config)
+        torch.testing.assert_close(run(other, inputs, steps=4), got)
+
+
+def read(pipe, inputs, hookpoint, source):
+    seen = []
+    with hooked(pipe, {hookpoint: lambda tokens: seen.append(tokens.values)}, source={hookpoint: source}):
+        run(pipe, inputs, steps=1)
+    return seen[0]
+
+
+def test_updates():
+    """An SAE of a block's update changes output - input, whatever the input is."""
+    for make, hookpoint in (
+        (unet, "unet.up_blocks.0.attentions.0"),
+        (flux, "transformer.single_transformer_blocks.0"),
+        (ours, "transformer.transformer_blocks.1"),
+    ):
+        pipe, inputs = make()
+        sae = tiny_sae(hookpoint, source="update")
+        plain = run(pipe, inputs)
+        output, update = read(pipe, inputs, hookpoint, "output"), read(pipe, inputs, hookpoint, "update")
+        assert update.shape == output.shape
+        assert (update - output).abs().max() > 1e-3
+        with steer(pipe, sae, {3: 1.0}):
+            assert torch.equal(run(pipe, inputs), plain)
+        with steer(pipe, sae, dict.fromkeys(range(64), -2.0)):
+            assert not torch.equal(run(pipe, inputs), plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype):
+    pipe, inputs = ours()
+    unlearner = unlearner_of(pipe, "transformer.transformer_blocks.1", [all_features()])
+    pipe.transformer.to(dtype)
+    with unlearner.attach(pipe, ["everything"]):  # selected in float32, and still known to be the same model
+        assert run(pipe, inputs).isfinite().all()
+
+
+def test_hookpoints():
+    pipe, _ = flux()
+    assert find_hookpoints(pipe, ["transformer.transformer_blocks.*"]) == [
+        "transformer.transformer_blocks.0",
+        "transformer.transformer_blocks.1",
+    ]
+    assert len(find_hookpoints(pipe, ["transformer.*_blocks.*.attn"])) == 4
+    with pytest.raises(ValueError, match=r"nearest is 'transformer.transformer_blocks.1'"):
+        find_hookpoints(pipe, ["transformer.transformer_block.1"])
+    with pytest.raises(ValueError, match="text stream"):
+        site(pipe, "transformer.transformer_blocks.0.ff_context")
+
+
+# Bad input
+
+
+def hooks_of(pipe):
+    return [
+        name for m in pipe.transformer.modules() for name in getattr(m, "_diffusers_hook", m).__dict__.get("hooks", {})
+    ]
+
+
+def test_refusals_before_sampling():
+    hookpoint = "transformer.transformer_blocks.1"
+    pipe, _ = ours()
+    unlearner = unlearner_of(pipe, hookpoint, [all_features()])
+    for message, arguments, options in (
+        ("unknown concept 'neo'; known are everything", (pipe, ["neo"]), {}),
+        (r"write \['everything'\]", (pipe, "everything"), {}),
+        ("mode must be one of", (pipe, ["everything"]), {"mode": "delete"}),
+        ("halves must be one of", (pipe, ["everything"]), {"halves": "all"}),
+        ("no concept was selected at 'elsewhere'", (pipe, ["everything"]), {"hookpoints": ["elsewhere"]}),
+        ("no module is called", (unet()[0], ["everything"]), {}),
+        ("selected in another model", (ours({**rope_config(), "num_layers": 3})[0], ["everything"]), {}),
+    ):
+        with pytest.raises(ValueError, match=message), unlearner.attach(*arguments, **options):
+            raise AssertionError("not reached")
+    other = tiny_pipeline()
+    randomize(other.transformer, seed=9, std=0.5)
+    with pytest.raises(ValueError, match="selected in another model"), unlearner.attach(other, ["everything"]):
+        raise AssertionError("not reached")
+    wide = SparseAutoencoder(SAEConfig(48, 64, k=4, hookpoint=hookpoint))
+    with pytest.raises(ValueError, match="width 48"), steer(pipe, wide, {0: 2.0}):
+        raise AssertionError("not reached")
+    with pytest.raises(ValueError, match="features 0 to 63, got 64"), steer(pipe, tiny_sae(), {64: 2.0}):
+        raise AssertionError("not reached")
+    assert hooks_of(pipe) == []
+
+
+def test_another_sae(tmp_path):
+    hookpoint = "transformer.transformer_blocks.1"
+    pipe, _ = ours()
+    unlearner_of(pipe, hookpoint, [all_features()]).save_pretrained(tmp_path)
+    SparseAutoencoder(tiny_sae(hookpoint).config).save_pretrained(tmp_path / hookpoint)
+    with pytest.raises(ValueError, match="selected with another SAE"):
+        ConceptUnlearner.from_pretrained(tmp_path)
+
+
+def test_hooks_are_removed_when_sampling_raises():
+    pipe, inputs = ours()
+    unlearner = unlearner_of(pipe, "transformer.transformer_blocks.1", [all_features()])
+
+    def stop(*_):
+        raise RuntimeError("stopped")
+
+    plain = run(pipe, inputs)
+    with pytest.raises(RuntimeError, match="stopped"), unlearner.attach(pipe, ["everything"]):
+        run(pipe, {**inputs, "callback_on_step_end": stop})
+    assert hooks_of(pipe) == []
+    assert torch.equal(run(pipe, inputs), plain)
+
+
+def test_nan_activations():
+    pipe, inputs = ours()
+    unlearner = unlearner_of(pipe, "transformer.transformer_blocks.1", [all_features()])
+    with torch.no_grad():
+        pipe.transformer.transformer_blocks[0].ff.net[2].bias[0] = float("nan")
+    for mode in ("scale", "replace"):
+        with pytest.raises(ValueError, match="NaN or infinite"), unlearner.attach(pipe, ["everything"], mode=mode):
+            run(pipe, inputs)
+    assert hooks_of(pipe) == []
+
+
+def test_learn_save_load(tmp_path):
+    pipe, _ = ours()
+    hookpoint = "transformer.transformer_blocks.1"
+    unlearner = ConceptUnlearner({hookpoint: tiny_sae(hookpoint)})
+    prompts = {"cube": ["a red cube", "the blue cube"], "sphere": ["a red sphere", "the blue sphere"]}
+    options = {"num_inference_steps": 3, "height": 16, "width": 16, "guidance_scale": 3.0}
+    unlearner.learn(pipe, prompts, top_n=2, **options)
+    unlearner.save_pretrained(tmp_path)
+    again = ConceptUnlearner.from_pretrained(tmp_path)
+    assert again.concepts == ["cube", "sphere"]
+    chosen = again.books[hookpoint].selections["cube"]
+    assert chosen.selected.sum(1).tolist() == [2, 2, 2]
+    assert chosen.origin["prompts"] == prompts["cube"] and chosen.origin["call"]["num_inference_steps"] == 3
+    assert sum(f.stat().st_size for f in tmp_path.rglob("concepts.*")) < 20_000
+    for one in (again, unlearner):
+        with one.attach(pipe, ["cube"], multiplier=-5.0):
+            picture = pipe("a red cube", **options, output_type="latent", generator=torch.Generator().manual_seed(0))
+        if one is again:
+            first = picture.images
+    assert torch.equal(first, picture.images)
