@@ -22,6 +22,9 @@ _EXPORTS = {
     "ModelMixin": "imgdit.compat",
     "MultiFrameFlowMatchScheduler": "imgdit.schedulers.flow_match",
     "NextDiT": "imgdit.models.nextdit",
+    "OneDiffusionPipeline": "imgdit.pipelines.one_diffusion",
+    "OneDiffusionPipelineOutput": "imgdit.pipelines.one_diffusion",
+    "PictureFrame": "imgdit.tasks",
     "SchedulerMixin": "imgdit.compat",
 }
 __all__ = list(_EXPORTS)
@@ -40,9 +43,12 @@ if TYPE_CHECKING:
     from imgdit.frames import FrameLayout as FrameLayout
     from imgdit.models.mmdit import MMDiT as MMDiT
     from imgdit.models.nextdit import NextDiT as NextDiT
+    from imgdit.pipelines.one_diffusion import OneDiffusionPipeline as OneDiffusionPipeline
+    from imgdit.pipelines.one_diffusion import OneDiffusionPipelineOutput as OneDiffusionPipelineOutput
     from imgdit.pipelines.text_to_image import ImgDiTPipeline as ImgDiTPipeline
     from imgdit.pipelines.text_to_image import ImgDiTPipelineOutput as ImgDiTPipelineOutput
     from imgdit.schedulers.flow_match import MultiFrameFlowMatchScheduler as MultiFrameFlowMatchScheduler
+    from imgdit.tasks import PictureFrame as PictureFrame
 else:
     # Hidden from type checkers, which would otherwise accept any attribute of this package.
     def __getattr__(name: str) -> object:

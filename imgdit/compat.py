@@ -37,6 +37,9 @@ pipeline_loading_utils.LOADABLE_CLASSES.setdefault(
     "imgdit", {"ModelMixin": _SAVE_AND_LOAD, "SchedulerMixin": _SAVE_AND_LOAD}
 )
 
+# Published folders whose `model_index.json` leaves components out, by pipeline: where those are and what they are.
+_UNLISTED = {"OneDiffusionPipeline": {"transformer": ["imgdit", "NextDiT"]}}
+
 
 class SafetensorsOnly:
     """Loads no pickled weights: they can run code. Mixed in before diffusers' class."""
@@ -62,6 +65,12 @@ class DiffusionPipeline(SafetensorsOnly, diffusers.DiffusionPipeline):
 
     diffusers looks that class up in the root package of the loading class, and only if it is called like this one.
     """
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file: Any) -> dict[str, Any]:
+        """A configuration file's contents, components that it leaves out added; the loader then treats them alike."""
+        config = super()._dict_from_json_file(json_file)
+        return _UNLISTED.get(str(config.get("_class_name")), {}) | config
 
 
 def register_block(block: type, *, hidden_states: int, encoder_hidden_states: int | None) -> None:

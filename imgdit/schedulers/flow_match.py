@@ -59,7 +59,7 @@ class MultiFrameFlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
     other's folders.
     """
 
-    def mu(self, num_tokens: int) -> float | None:
+    def mu(self, num_tokens: float) -> float | None:
         """Shift parameter for `set_timesteps`, linear in the generated tokens; `None` without dynamic shifting.
 
         FLUX's rule: `base_shift` at `base_image_seq_len` tokens, `max_shift` at `max_image_seq_len`. Frames that are

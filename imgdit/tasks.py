@@ -1,0 +1,326 @@
+"""Tasks as frames: which is given, which is made, and what the prompt says of them (OneDiffusion, arXiv 2411.16318).
+
+A task is a row of frames, the picture first, and a token at the beginning of the prompt that says what the frames are
+to each other. A given frame is a condition; a frame to be made is an answer. So every task has an inverse, and all of
+its frames may be made at once.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from .data.captions import TASK_TOKENS
+from .naming import check_name, nearest
+
+COLOURS = {
+    "red": "#FF0000",
+    "lime": "#00FF00",
+    "blue": "#0000FF",
+    "yellow": "#FFFF00",
+    "magenta": "#FF00FF",
+    "cyan": "#00FFFF",
+    "orange": "#FFA500",
+    "purple": "#800080",
+    "brown": "#A52A2A",
+    "green": "#008000",
+    "pink": "#FFC0CB",
+    "teal": "#008080",
+    "darkorange": "#FF8C00",
+    "blueviolet": "#8A2BE2",
+    "darkgreen": "#006400",
+    "orangered": "#FF4500",
+    "navy": "#000080",
+    "gold": "#FFD700",
+    "turquoise": "#40E0D0",
+    "orchid": "#DA70D6",
+}
+"""The colours that OneDiffusion's segmentations and boxes are told in; any object may have any of them."""
+
+KINDS = ("image", "canny", "depth", "hed", "pose", "segmentation", "boxes", "rays")
+"""What a frame may show. Photographs of every sort, blurred or masked ones too, are images."""
+
+_MAPS = KINDS[1:-1]  # drawn over the image, pixel by pixel
+_WORDS = {"segmentation": "mask", "boxes": "boundingbox"}
+
+
+@dataclass(frozen=True, eq=False)
+class PictureFrame:
+    """One frame of a scene as a person gives it: what it shows, and whether it is given or made.
+
+    Write `PictureFrame.given(photo)` and `PictureFrame.make("depth")`.
+    """
+
+    kind: str = "image"
+    """One of `KINDS`."""
+    content: Any = None
+    """What is given: a picture (PIL, or an array H x W x 3 of bytes), or a list of them, one per prompt; latents
+    (C, h, w) or (B, C, h, w) as a tensor; for rays a camera-to-world matrix (4, 4), OpenCV's axes. `None`: to be
+    made."""
+    caption: str | None = None
+    """Its own caption, for tasks that tell frames apart by theirs (subject, identity)."""
+    legend: Mapping[str, str] | None = None
+    """Colour of each object of a segmentation or of boxes: {"cat": "cyan", "sofa": "#FFA500"}."""
+    adapter: str | None = None
+    """Name of a loaded LoRA that reads this frame and no other (OminiControl's conditions); MMDiT only."""
+    sees: Literal["all", "joint", "self"] = "all"
+    """What its tokens attend to; see `imgdit.Frame`. "self" lets a given frame be computed once per run, and needs a
+    model that was trained so."""
+    index: float | None = None
+    """First position coordinate; `None`: its number among the frames."""
+    offset: tuple[float, float] = (0.0, 0.0)
+    """Rows and columns, in tokens, added to its positions."""
+
+    def __post_init__(self) -> None:
+        check_name("kind of frame", self.kind, KINDS)
+        if self.legend is not None:
+            if self.kind not in _WORDS:
+                raise ValueError(
+                    f"a legend belongs to a segmentation or to boxes, this frame is of kind {self.kind!r}"
+                )
+            for colour in self.legend.values():
+                hex_colour(colour)
+
+    @classmethod
+    def make(cls, kind: str = "image", **options: Any) -> PictureFrame:
+        """A frame to be made."""
+        return cls(kind, **options)
+
+    @classmethod
+    def given(cls, content: Any, kind: str = "image", **options: Any) -> PictureFrame:
+        """A frame that is given."""
+        if content is None:
+            raise ValueError(f"a given frame of kind {kind!r} needs its content, got None; write PictureFrame.make()")
+        return cls(kind, content, **options)
+
+    @property
+    def is_given(self) -> bool:
+        return self.content is not None
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a task's frames are and how its prompt begins."""
+
+    name: str
+    token: str
+    condition: str
+    """Kind of the frames after the picture."""
+    frames: tuple[int, int]
+    """Fewest and most frames."""
+    about: str
+    captions: bool = False
+    """Whether the prompt always tells the frames apart by captions of their own."""
+
+
+TASKS = {
+    task.name: task
+    for task in (
+        Task("text_to_image", TASK_TOKENS["text_to_image"], "image", (1, 1), "text → picture"),
+        Task("canny", TASK_TOKENS["canny"], "canny", (2, 2), "edges, white on black ↔ picture"),
+        Task("depth", TASK_TOKENS["depth"], "depth", (2, 2), "depth, near is white ↔ picture"),
+        Task("hed", "[[hed2img]]", "hed", (2, 2), "soft edges ↔ picture"),
+        Task("pose", "[[pose2image]]", "pose", (2, 2), "stick figures ↔ picture"),
+        Task("segmentation", TASK_TOKENS["segmentation"], "segmentation", (2, 2), "a colour per object ↔ picture"),
+        Task("boxes", TASK_TOKENS["boxes"], "boxes", (2, 2), "a coloured frame per object ↔ picture"),
+        Task("blur", TASK_TOKENS["blur"], "image", (2, 2), "blurred picture → sharp one"),
+        Task("grey", TASK_TOKENS["grey"], "image", (2, 2), "grey picture → coloured one"),
+        Task("mask", TASK_TOKENS["mask"], "image", (2, 2), "picture with a hole → whole one"),
+        Task("super_resolution", TASK_TOKENS["super_resolution"], "image", (2, 2), "coarse picture → fine one"),
+        Task("editing", TASK_TOKENS["editing"], "image", (2, 2), "picture and instruction → changed picture"),
+        Task("subject", TASK_TOKENS["subject"], "image", (2, 2), "a thing elsewhere → a picture with it"),
+        Task("style_reference", TASK_TOKENS["style_reference"], "image", (2, 2), "a picture → another in its style"),
+        Task("identity", "[[faceid]]", "image", (2, 4), "1 to 3 portraits → another of the person", captions=True),
+        Task("views", TASK_TOKENS["views"], "rays", (2, 24), "pictures and their cameras, any of them given"),
+    )
+}
+"""The tasks by name. The tokens of grey, super_resolution and style_reference are ours: OneDiffusion's published
+weights have not seen them."""
+
+
+def hex_colour(colour: str) -> str:
+    """ "#RRGGBB" of a colour's name or of itself.
+
+    Raises:
+        ValueError: a name that is not in `COLOURS`.
+    """
+    if re.fullmatch(r"#[0-9a-fA-F]{6}", colour):
+        return colour.upper()
+    check_name("colour", colour, COLOURS)
+    return COLOURS[colour]
+
+
+def task_frames(
+    task: str,
+    pictures: Any = (),
+    *,
+    inverse: bool = False,
+    captions: Sequence[str] | None = None,
+    legend: Mapping[str, str] | None = None,
+    cameras: Sequence[Any] | None = None,
+) -> list[PictureFrame]:
+    """The frames of a task.
+
+    Args:
+        task: its name, of `TASKS`.
+        pictures: what is given, one or several; the references of subject and identity; the known pictures of views in
+            their order, `None` for one to be made.
+        inverse: given is the picture, made is the rest: depth of a photo.
+        captions: of the given pictures, for tasks that tell frames apart by them (subject, identity).
+        legend: of segmentation and boxes: the colour of each object.
+        cameras: of views only: a camera-to-world matrix (4, 4) per view, `None` for one to be found. `None`: all of
+            them, for as many views as pictures.
+
+    Raises:
+        ValueError: an unknown task, more or fewer pictures than it takes, or details that it has no use for.
+    """
+    check_name("task", task, TASKS)
+    it = TASKS[task]
+    given = list(pictures) if isinstance(pictures, list | tuple) else [pictures]
+    if captions is not None and task not in ("subject", "identity"):
+        raise ValueError(
+            f"captions of given pictures are for the tasks 'subject' and 'identity', got some for {task!r}"
+        )
+    if task == "views":
+        return _view_frames(given, cameras, inverse)
+    if cameras is not None:
+        raise ValueError(f"cameras are for the task 'views', got some for {task!r}")
+    fewest, most = (1, 1) if inverse else (it.frames[0] - 1, it.frames[1] - 1)
+    if not fewest <= len(given) <= most:
+        wanted = str(fewest) if fewest == most else f"{fewest} to {most}"
+        raise ValueError(f"the task {task!r} ({it.about}) takes {wanted} given picture(s), got {len(given)}")
+    if inverse:
+        if it.frames == (1, 1):
+            raise ValueError(f"the task {task!r} has one frame and so no inverse")
+        return [PictureFrame.given(given[0]), PictureFrame.make(it.condition, legend=legend)]
+    if captions is not None and len(captions) != len(given):
+        raise ValueError(f"got {len(captions)} captions for {len(given)} given pictures; give one for each")
+    told: Sequence[str | None] = captions if captions is not None else [None] * len(given)
+    conditions = [
+        PictureFrame.given(picture, it.condition, caption=caption, legend=legend)
+        for picture, caption in zip(given, told, strict=True)
+    ]
+    return [PictureFrame.make(), *conditions]
+
+
+def _view_frames(pictures: list[Any], cameras: Sequence[Any] | None, inverse: bool) -> list[PictureFrame]:
+    if inverse:
+        raise ValueError("views have no inverse; give pictures or cameras as None where they are to be made")
+    views = [None] * len(pictures) if cameras is None else list(cameras)
+    if len(pictures) > len(views):
+        raise ValueError(f"got {len(pictures)} pictures for {len(views)} cameras; give a camera, or None, per view")
+    pictures = pictures + [None] * (len(views) - len(pictures))
+    frames = []
+    for picture, camera in zip(pictures, views, strict=True):
+        frames += [PictureFrame("image", picture), PictureFrame("rays", camera)]
+    return frames
+
+
+def frames_of_mask(
+    denoise_mask: Sequence[int],
+    pictures: Sequence[Any] = (),
+    cameras: Sequence[Any] | None = None,
+    kind: str = "image",
+) -> list[PictureFrame]:
+    """Frames by the raw form: 1 is made, 0 is given; what is given fills the zeros in order.
+
+    Args:
+        denoise_mask: one number per frame.
+        pictures: for the zeros; with cameras, for the zeros at even places.
+        cameras: frames alternate between picture and rays, and these fill the zeros at odd places; `None`: no rays.
+        kind: of the frames after the first, without cameras.
+
+    Raises:
+        ValueError: as many zeros as pictures or cameras there are not; nothing is repeated.
+    """
+    if not denoise_mask or any(value not in (0, 1) for value in denoise_mask):
+        raise ValueError(f"denoise_mask has a 1 for each frame to be made and a 0 for each given, got {denoise_mask}")
+    kinds = ["image" if i == 0 or cameras is not None else kind for i in range(len(denoise_mask))]
+    if cameras is not None:
+        kinds[1::2] = ["rays"] * len(kinds[1::2])
+    frames = [PictureFrame.make(k) for k in kinds]
+    for name, contents, is_rays in (("pictures", pictures, False), ("cameras", cameras or (), True)):
+        places = [i for i, m in enumerate(denoise_mask) if m == 0 and (kinds[i] == "rays") == is_rays]
+        if len(places) != len(contents):
+            raise ValueError(
+                f"denoise_mask {list(denoise_mask)} has {len(places)} places for {name}, got {len(contents)}"
+            )
+        for place, content in zip(places, contents, strict=True):
+            frames[place] = PictureFrame.given(content, kinds[place])
+    return frames
+
+
+def infer_task(frames: Sequence[PictureFrame]) -> str | None:
+    """The task that the frames' kinds tell; `None` where they could be of several (two images, for one)."""
+    kinds = [frame.kind for frame in frames if frame.adapter is None]
+    if kinds == ["image"]:
+        return "text_to_image"
+    if "rays" in kinds:
+        return "views"
+    if len(kinds) == 2 and kinds[0] == "image" and kinds[1] in _MAPS:
+        return kinds[1]
+    return None
+
+
+def check_frames(task: str, frames: Sequence[PictureFrame]) -> None:
+    """Refuse frames that are not the task's: too many or too few, of other kinds, in another order."""
+    check_name("task", task, TASKS)
+    it = TASKS[task]
+    frames = [frame for frame in frames if frame.adapter is None]
+    kinds, (fewest, most) = [frame.kind for frame in frames], it.frames
+    if not fewest <= len(frames) <= most:
+        wanted = str(fewest) if fewest == most else f"{fewest} to {most}"
+        raise ValueError(f"the task {task!r} ({it.about}) has {wanted} frames, got {len(frames)}")
+    if task == "views":
+        if len(frames) % 2 or kinds != ["image", "rays"] * (len(frames) // 2):
+            raise ValueError(f"views are pairs of a picture and its rays, in this order; got {', '.join(kinds)}")
+    elif kinds != ["image", *[it.condition] * (len(frames) - 1)]:
+        raise ValueError(f"the task {task!r} has an image first and then {it.condition}; got {', '.join(kinds)}")
+
+
+def task_prompt(task: str | None, prompt: str, frames: Sequence[PictureFrame], item: str | None = None) -> str:
+    """The prompt as the model was taught it: the task's token, the legend or the frames' captions, the caption.
+
+    A prompt that begins with a token is taken as it is.
+
+    Args:
+        task: `None`: nothing but the prompt says it.
+        prompt: caption of the picture, or the instruction of editing.
+        frames: with their captions and legends.
+        item: what the subject is called.
+
+    Raises:
+        ValueError: an unknown token, or one of another task than the one named.
+    """
+    raw = re.match(r"\s*(\[\[\w+\]\])", prompt)
+    if raw:
+        tokens = {known.token: name for name, known in TASKS.items()}
+        if raw[1] not in tokens:
+            raise ValueError(f"unknown task token {nearest(raw[1], tokens)}")
+        if task is not None and raw[1] != TASKS[task].token:
+            raise ValueError(
+                f"the prompt begins with {raw[1]}, the token of {tokens[raw[1]]!r}, but the frames are of {task!r} "
+                f"({TASKS[task].token}); leave the token out or give other frames"
+            )
+        return prompt
+    if task is None:
+        return prompt
+    parts = [TASKS[task].token]
+    if item is not None:
+        if task != "subject":
+            raise ValueError(f"item names what the task 'subject' keeps, got item={item!r} for the task {task!r}")
+        parts.append(f"<item: {item}>")
+    for frame in frames:
+        for thing, colour in (frame.legend or {}).items():
+            code = hex_colour(colour)
+            name = next((name for name, known in COLOURS.items() if known == code), "")
+            parts.append(f"<{' '.join(filter(None, (code, name)))} {_WORDS[frame.kind]}: {thing}>")
+    if TASKS[task].captions or item is not None or any(frame.caption for frame in frames):
+        captions = [frame.caption or "" for frame in frames if frame.adapter is None]
+        captions[0] = captions[0] or prompt
+        parts += [f"[[img{i}]] {caption}".strip() for i, caption in enumerate(captions)]
+    else:
+        parts.append(prompt)
+    return " ".join(part for part in parts if part)

@@ -1,0 +1,557 @@
+"""Any frames from any frames, with `NextDiT` (OneDiffusion's published weights, arXiv 2411.16318) or `MMDiT`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import PIL.Image
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.utils import BaseOutput
+from diffusers.utils.torch_utils import randn_tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..attention import KVCache
+from ..cameras import FOCAL_LENGTH, cameras_of_rays, ray_frames, rays_of_frames, relative_rays
+from ..frames import Frame, FrameLayout
+from ..models.autoencoding import decode_latents, encode_pictures
+from ..models.functional import pack, unpack
+from ..models.mmdit import MMDiT
+from ..models.nextdit import NextDiT, TextMemory
+from ..naming import check_choice
+from ..schedulers.flow_match import MultiFrameFlowMatchScheduler, linear_sigmas
+from ..tasks import PictureFrame, task_prompt
+from .frame_pictures import bucket_size, depth_of_pictures, labels_of_pictures, picture_size, pixels_of_pictures
+from .one_diffusion_inputs import check_scene, check_texts, pictures_of, read_scene
+from .text_to_image import ImgDiTPipeline
+
+Pictures = list[PIL.Image.Image] | np.ndarray | torch.Tensor
+
+
+@dataclass
+class OneDiffusionPipelineOutput(BaseOutput):
+    """What `OneDiffusionPipeline` made. What was not asked for is `None`; P pictures, sample by sample."""
+
+    images: Pictures
+    """Frames of kind "image", of the output type asked for."""
+    latents: torch.Tensor
+    """(B, F, C, h, w) all frames, the given ones too."""
+    maps: dict[str, Pictures] | None = None
+    """Frames of the other kinds as pictures, by kind; never rays."""
+    depth: np.ndarray | None = None
+    """(P, H, W) nearness in [0, 1], 1 the nearest, of the frames of kind "depth"."""
+    labels: np.ndarray | None = None
+    """(P, H, W) number in `legend`, from 1, of what a segmentation with a legend shows; 0 is nothing."""
+    legend: dict[str, str] | None = None
+    """Colour of each object of `labels`."""
+    cameras: torch.Tensor | None = None
+    """(B, V, 4, 4) camera-to-world matrices of all views, in the frame of the first known camera; OpenCV's axes."""
+
+
+@dataclass
+class _Texts:
+    """The texts of the steps that predict for as many at a time, and what the transformer keeps of such a step."""
+
+    sources: list[torch.Tensor]
+    """What `text` was made of; callbacks may put other ones in their place."""
+    text: torch.Tensor | TextMemory
+    cache: KVCache | None
+    """Keys and values of the given frames that see only themselves."""
+
+
+class _Run(NamedTuple):
+    """What stays the same over a run."""
+
+    layout: FrameLayout
+    rest: FrameLayout
+    """The layout without what is read from a cache."""
+    pooled: torch.Tensor
+    mask: torch.Tensor | None
+    options: dict[str, Any]
+    texts: dict[bool, _Texts]
+    """By whether a step is guided."""
+
+
+class OneDiffusionPipeline(ImgDiTPipeline):
+    """Frames from frames: any frame of a scene may be given, any may be made.
+
+    Loads its own folders and the published one, whose `model_index.json` does not name the transformer.
+
+    Args:
+        scheduler: flow-matching schedule; diffusers' is replaced by ours with its configuration.
+        vae: autoencoder.
+        text_encoder, tokenizer: of the prompts.
+        transformer: `NextDiT` or `MMDiT`. With `NextDiT` the reference's rules hold: given frames stand at the
+            schedule's last noise level, their latents are drawn from the autoencoder's distribution (and noise that
+            nothing uses before them, so that seeds agree), an autoencoder's `shift_factor` is ignored, and pictures
+            that are bright all over are stretched. `MMDiT`'s given frames are the most likely latents without noise.
+    """
+
+    transformer: MMDiT | NextDiT
+
+    def __init__(
+        self,
+        scheduler: FlowMatchEulerDiscreteScheduler,
+        vae: AutoencoderKL,
+        text_encoder: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        transformer: MMDiT | NextDiT,
+    ):
+        if scheduler is not None and not isinstance(scheduler, MultiFrameFlowMatchScheduler):
+            scheduler = MultiFrameFlowMatchScheduler.from_config(scheduler.config)
+        super().__init__(scheduler, vae, text_encoder, tokenizer, transformer)
+
+    @property
+    def follows_reference(self) -> bool:
+        """Whether OneDiffusion's rules hold; see the class."""
+        return isinstance(self.transformer, NextDiT)
+
+    @property
+    def default_size(self) -> int:
+        """Side in pixels of a picture nobody gave a size for: what the transformer was trained on."""
+        if isinstance(self.transformer, NextDiT):
+            return self.transformer.config.input_size[1] * self.vae_scale_factor
+        return super().default_size
+
+    @torch.no_grad()
+    def __call__(  # type: ignore[override]
+        self,
+        prompt: str | list[str] | None = None,
+        frames: Sequence[PictureFrame] | None = None,
+        task: str | None = None,
+        images: Any = None,
+        cameras: Sequence[Any] | torch.Tensor | None = None,
+        inverse: bool = False,
+        captions: Sequence[str] | None = None,
+        legend: Mapping[str, str] | None = None,
+        item: str | None = None,
+        denoise_mask: Sequence[int] | None = None,
+        negative_prompt: str | list[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        crop: bool = True,
+        focal_length: float | torch.Tensor = FOCAL_LENGTH,
+        given_level: Literal["last", "clean"] | None = None,
+        num_inference_steps: int = 50,
+        sigmas: list[float] | None = None,
+        noise_scale: float = 1.0,
+        scale_factor: float = 1.0,
+        scale_watershed: float = 1.0,
+        guidance_scale: float = 4.0,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        num_images_per_prompt: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        pooled_prompt_embeds: torch.Tensor | None = None,
+        negative_pooled_prompt_embeds: torch.Tensor | None = None,
+        prompt_embeds_mask: torch.Tensor | None = None,
+        negative_prompt_embeds_mask: torch.Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+        callback_on_step_end: Callable[..., dict] | PipelineCallback | MultiPipelineCallbacks | None = None,
+        callback_on_step_end_tensor_inputs: list[str] | None = None,
+        max_sequence_length: int = 300,
+    ) -> OneDiffusionPipelineOutput | tuple:
+        """Make frames.
+
+        What is given and made is told in one of three ways: `frames`; or `task` with `images` and what belongs to it
+        (`imgdit.tasks.task_frames`); or, raw, a prompt that begins with a token and `denoise_mask` with `images` and
+        `cameras` (`imgdit.tasks.frames_of_mask`). With none of them a picture is made from the prompt.
+
+        Args:
+            prompt: caption of the picture, or the instruction of editing; one or several. The library puts the task's
+                token and its details before it; a prompt that begins with a token is taken as it is.
+            frames: the scene, frame by frame.
+            task: name of the task, of `imgdit.tasks.TASKS`; found by the frames' kinds where they tell.
+            images: given pictures of a task, one or several.
+            cameras: of views: a camera-to-world matrix (4, 4) each, `None` for one to be found. Positions are taken
+                as they are; `imgdit.cameras.scale_positions` puts them at the distance OneDiffusion was trained at.
+            inverse: whether the picture is given and the rest made.
+            captions: of the given pictures (subject, identity).
+            legend: colour of each object (segmentation, boxes).
+            item: what the subject is called.
+            denoise_mask: 1 for each frame to be made, 0 for each given.
+            negative_prompt: what to steer away from, as the model reads it, without a token; empty by default.
+            height, width: in pixels. By default as the given latents; for `NextDiT` the bucket of the first given
+                picture, 512 for views; otherwise the transformer's training size.
+            crop: see `pixels_of_pictures`.
+            focal_length: of the cameras, in picture widths, or intrinsics; see `imgdit.cameras.relative_rays`.
+            given_level: noise level of given frames: "last", the lowest of the schedule, as the reference; or "clean",
+                0, as the paper. `None`: "last" for `NextDiT`, "clean" for `MMDiT`.
+            num_inference_steps: steps of the sampler.
+            sigmas: noise levels of the steps, from 1 downwards, before the scheduler's shift.
+            noise_scale: factor of the generated tokens by which the schedule is shifted.
+            scale_factor, scale_watershed: see `NextDiT.forward`; for frames larger or more than it was trained on.
+            guidance_scale: 1 and below: no guidance. Above: `v = v_neg + scale * (v - v_neg)`.
+            guidance_interval: noise levels (low, high) between which guidance acts.
+            num_images_per_prompt: scenes for each prompt.
+            generator: source of every draw; one, or one per scene.
+            latents: starting noise (B, F, C, h, w) of all frames, instead of drawing it; the places of given frames
+                are not read. (B, C, h, w) will do for one frame.
+            prompt_embeds, pooled_prompt_embeds, prompt_embeds_mask: as `encode_prompt` returns them, and negative.
+            output_type: "pil", "np", "pt" or "latent".
+            return_dict: whether to return an `OneDiffusionPipelineOutput` or a tuple, `images` and `latents` first.
+            joint_attention_kwargs: {"scale": LoRA scale}.
+            callback_on_step_end: called as `callback(pipe, step, timestep, tensors)`; may return changed tensors.
+            callback_on_step_end_tensor_inputs: which tensors it gets; `["latents"]` by default.
+            max_sequence_length: text tokens that are read; a longer prompt is cut with a warning.
+
+        Raises:
+            ValueError: frames, texts or options that do not fit; nothing is repeated, dropped or guessed.
+        """
+        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        asked_tensors = callback_on_step_end_tensor_inputs or ["latents"]
+        scene, task = read_scene(prompt, frames, task, images, cameras, inverse, captions, legend, denoise_mask)
+        prompts = check_texts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
+        height, width = self._size(scene, height, width)
+        check_scene(scene, prompts, height, width, self.vae_scale_factor * self.patch_size, self.transformer)
+        scenes = prompts * num_images_per_prompt
+        self._check_options(
+            scenes, guidance_scale, guidance_interval, given_level, output_type, asked_tensors,
+            (scale_factor, scale_watershed), generator,
+        )  # fmt: skip
+        self._guidance_scale = guidance_scale
+        self._interrupt = False
+        device = self._execution_device
+
+        if prompt is not None:
+            told = [task_prompt(task, one, scene, item) for one in ([prompt] if isinstance(prompt, str) else prompt)]
+        embeds, negative_embeds, pooled, negative_pooled, mask, negative_mask = self.encode_prompt(
+            None if prompt is None else told,
+            negative_prompt,
+            self.do_classifier_free_guidance,
+            num_images_per_prompt,
+            prompt_embeds,
+            negative_prompt_embeds,
+            pooled_prompt_embeds,
+            negative_pooled_prompt_embeds,
+            prompt_embeds_mask,
+            negative_prompt_embeds_mask,
+            max_sequence_length,
+            device,
+        )
+        length = max(x.shape[1] for x in (embeds, negative_embeds) if x is not None)
+        embeds, mask = _padded(embeds, length), _padded(mask, length)
+        if negative_embeds is not None:
+            negative_embeds = _padded(negative_embeds, length)
+            pooled, mask = torch.cat([negative_pooled, pooled]), torch.cat([_padded(negative_mask, length), mask])
+        padded = not bool(mask.all())  # asked once: it waits for the device
+
+        made = [i for i, frame in enumerate(scene) if not frame.is_given]
+        cells = (height // self.vae_scale_factor, width // self.vae_scale_factor)
+        latents = self.prepare_latents(
+            scene, scenes, num_images_per_prompt, cells, generator, latents, crop, focal_length, device
+        )  # (B, F, C, h, w) float32
+        grid = (cells[0] // self.patch_size, cells[1] // self.patch_size)
+        self.scheduler.set_timesteps(
+            sigmas=linear_sigmas(num_inference_steps) if sigmas is None else sigmas,
+            mu=self.scheduler.mu(noise_scale * len(made) * grid[0] * grid[1]),
+            device=device,
+        )
+        self.scheduler.set_begin_index(0)
+        timesteps = self.scheduler.timesteps
+        self._num_timesteps = len(timesteps)
+        last = given_level == "last" or (given_level is None and self.follows_reference)
+        layout = self._layout(scene, grid, float(timesteps[-1]) / 1000 if last else 0.0, length)
+        options: dict[str, Any] = {"joint_attention_kwargs": joint_attention_kwargs}
+        if self.follows_reference:
+            options |= {"scale_factor": scale_factor, "scale_watershed": scale_watershed}
+        run = _Run(layout, layout.without_frozen(), pooled, mask if padded else None, options, {})
+
+        # What callbacks may see and change, by the names of `_callback_tensor_inputs`.
+        state = {"latents": latents, "prompt_embeds": embeds, "negative_prompt_embeds": negative_embeds}
+        low, high = guidance_interval
+        with self.progress_bar(total=len(timesteps)) as progress_bar:
+            for i, t in enumerate(timesteps):
+                if self.interrupt:
+                    continue
+                self._current_timestep = t
+                guided = self.do_classifier_free_guidance and low <= float(t) / 1000 <= high
+                velocity = self._velocity(state, t, guided, run)
+                if guided:
+                    negative, positive = velocity.chunk(2)
+                    velocity = negative + guidance_scale * (positive - negative)
+                (moved,) = self.scheduler.step(velocity, t, state["latents"][:, made], return_dict=False)
+                state["latents"] = state["latents"].clone()
+                state["latents"][:, made] = moved
+
+                if callback_on_step_end is not None:
+                    asked = {name: state[name] for name in asked_tensors}
+                    state |= callback_on_step_end(self, i, t, asked) or {}
+                progress_bar.update()
+        self._current_timestep = None
+
+        output = self._output(scene, state["latents"], output_type, focal_length)
+        self.maybe_free_model_hooks()
+        return output if return_dict else output.to_tuple()
+
+    # Input
+
+    def _size(self, scene: list[PictureFrame], height: int | None, width: int | None) -> tuple[int, int]:
+        """Height and width in pixels, where they are not both given."""
+        for frame in scene:
+            if isinstance(frame.content, torch.Tensor) and frame.kind != "rays":
+                rows, columns = (n * self.vae_scale_factor for n in frame.content.shape[-2:])
+                return height or rows, width or columns
+        default = (self.default_size, self.default_size)
+        if self.follows_reference:
+            pictures = [picture for frame in scene for picture in pictures_of(frame)]
+            if any(frame.kind == "rays" for frame in scene):
+                default = (512, 512)
+            elif pictures:
+                default = bucket_size(*picture_size(pictures[0]))
+        return height or default[0], width or default[1]
+
+    def _check_options(
+        self,
+        scenes: int,
+        guidance_scale: float,
+        guidance_interval: tuple[float, float],
+        given_level: str | None,
+        output_type: str,
+        tensors: Sequence[str],
+        scaling: tuple[float, float],
+        generator: torch.Generator | list[torch.Generator] | None,
+    ) -> None:
+        if scenes < 1:
+            raise ValueError("num_images_per_prompt must be at least 1")
+        if isinstance(generator, list) and len(generator) != scenes:
+            raise ValueError(f"got {len(generator)} generators for {scenes} scenes; give one, or one for each")
+        if guidance_scale < 0:
+            raise ValueError(f"guidance_scale must not be negative, got {guidance_scale}")
+        low, high = guidance_interval
+        if not 0.0 <= low <= high <= 1.0:
+            raise ValueError(f"guidance_interval must be 0 <= low <= high <= 1 in sigma, got {guidance_interval}")
+        check_choice("given_level", given_level, ("last", "clean", None))
+        check_choice("output_type", output_type, ("pil", "np", "pt", "latent"))
+        unknown = [name for name in tensors if name not in self._callback_tensor_inputs]
+        if unknown:
+            raise ValueError(f"callbacks may ask for {self._callback_tensor_inputs}, got {unknown}")
+        if not self.follows_reference and scaling != (1.0, 1.0):
+            raise ValueError(
+                f"scale_factor and scale_watershed change NextDiT's positions; got {scaling[0]} and {scaling[1]} for "
+                f"{type(self.transformer).__name__}"
+            )
+
+    # Latents
+
+    def prepare_latents(
+        self,
+        scene: Sequence[PictureFrame],
+        scenes: int,
+        copies: int,
+        cells: tuple[int, int],
+        generator: torch.Generator | list[torch.Generator] | None,
+        latents: torch.Tensor | None,
+        crop: bool,
+        focal_length: float | torch.Tensor,
+        device: torch.device,
+    ) -> torch.Tensor:
+        """Where the run starts: given frames as latents, noise in the places of the others.
+
+        Args:
+            scene: the frames.
+            scenes: B.
+            copies: consecutive scenes that share one prompt, and so one entry of a list of pictures.
+            cells: rows and columns of the latents.
+
+        Returns:
+            (B, F, C, h, w) float32, whatever the model's dtype: the same seed gives the same start.
+        """
+        shape = (self.vae.config.latent_channels, *cells)
+        full = (scenes, len(scene), *shape)
+        if latents is not None:
+            latents = latents[:, None] if latents.ndim == 4 else latents
+            if tuple(latents.shape) != full:
+                raise ValueError(
+                    f"latents must be {full} (scenes, frames, channels, h, w), got {tuple(latents.shape)}"
+                )
+        if isinstance(generator, list):  # scene by scene, so that each is what it would be alone
+            parts = []
+            for i, one in enumerate(generator):
+                mine = [_entry(frame, i // copies) for frame in scene]
+                noise = None if latents is None else latents[i : i + 1]
+                parts.append(self.prepare_latents(mine, 1, 1, cells, one, noise, crop, focal_length, device))
+            return torch.cat(parts)
+
+        pictures = {i: pictures_of(frame) for i, frame in enumerate(scene) if pictures_of(frame)}
+        drawn = {"generator": generator, "device": device, "dtype": torch.float32}
+        given: dict[int, torch.Tensor] = {}
+        if pictures:
+            if self.follows_reference:
+                randn_tensor((scenes, *shape), **drawn)  # the reference draws it and throws it away
+            pixels = pixels_of_pictures(
+                [picture for some in pictures.values() for picture in some],
+                cells[0] * self.vae_scale_factor,
+                cells[1] * self.vae_scale_factor,
+                crop=crop,
+                stretch_bright=self.follows_reference,
+            )
+            encoded = self._encode_pictures(pixels.to(device), drawn)
+            given = dict(zip(pictures, encoded.split([len(some) for some in pictures.values()]), strict=True))
+        noise = randn_tensor(full, **drawn) if latents is None else latents.to(device, torch.float32)
+        rays = self._ray_latents(scene, cells, focal_length)
+        start = noise.clone()
+        for i, frame in enumerate(scene):
+            if frame.is_given:
+                value = given.get(i, rays.get(i, frame.content))
+                start[:, i] = self._spread(value.to(device, torch.float32), i, full, copies)
+        return start
+
+    def _spread(self, value: torch.Tensor, place: int, full: tuple[int, ...], copies: int) -> torch.Tensor:
+        """A given frame's latents (C, h, w), (1, …), one per prompt or one per scene, as (B, C, h, w)."""
+        value = value if value.ndim == 4 else value[None]
+        prompts = full[0] // copies
+        if value.shape[1:] != full[2:] or value.shape[0] not in (1, prompts, full[0]):
+            raise ValueError(
+                f"frame {place} is given as {value.shape[0]} grids of {tuple(value.shape[1:])}, the run has {prompts} "
+                f"prompt(s) and grids of {full[2:]}; give one for all, or one per prompt"
+            )
+        return value.repeat_interleave(copies, dim=0) if value.shape[0] == prompts else value
+
+    def _encode_pictures(self, pixels: torch.Tensor, drawn: dict[str, Any]) -> torch.Tensor:
+        """Pictures (P, 3, H, W) in [-1, 1] to latents (P, C, h, w)."""
+        if not self.follows_reference:
+            return encode_pictures(self.vae, pixels)
+        posterior = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist
+        noise = randn_tensor(posterior.mean.shape, **drawn)
+        return (posterior.mean.float() + posterior.std.float() * noise) * self.vae.config.scaling_factor
+
+    def _ray_latents(
+        self, scene: Sequence[PictureFrame], cells: tuple[int, int], focal_length: float | torch.Tensor
+    ) -> dict[int, torch.Tensor]:
+        """Latents (C, h, w) of the given rays by their places; all are relative to the first of them."""
+        places = [i for i, frame in enumerate(scene) if frame.kind == "rays" and frame.is_given]
+        if not places:
+            return {}
+        matrices = torch.stack([torch.as_tensor(scene[i].content, dtype=torch.float32) for i in places])
+        return dict(zip(places, ray_frames(relative_rays(matrices, cells[0], focal_length)), strict=True))
+
+    # The run
+
+    def _layout(
+        self, scene: Sequence[PictureFrame], grid: tuple[int, int], level: float, text_length: int
+    ) -> FrameLayout:
+        frames = [
+            Frame(
+                grid,
+                sigma=level if frame.is_given else None,
+                adapter=frame.adapter,
+                sees=frame.sees,
+                index=i if frame.index is None else frame.index,
+                offset=frame.offset,
+            )
+            for i, frame in enumerate(scene)
+        ]
+        return FrameLayout.build(frames, text_length)
+
+    def _velocity(self, state: dict[str, Any], t: torch.Tensor, guided: bool, run: _Run) -> torch.Tensor:
+        """Velocity (k * B, M, C, h, w) float32 of the M frames being made, under k texts for each scene."""
+        config, dtype = self.transformer.config, self.transformer.dtype
+        sources = [state[name] for name in (["negative_prompt_embeds"] if guided else []) + ["prompt_embeds"]]
+        rows = slice(-sum(len(source) for source in sources), None)
+        mask = None if run.mask is None else run.mask[rows]
+        texts = run.texts.get(guided)
+        if texts is None or any(a is not b for a, b in zip(texts.sources, sources, strict=True)):
+            embeds = torch.cat(sources).to(dtype)
+            text = TextMemory(embeds, mask) if self.follows_reference else embeds
+            texts = run.texts[guided] = _Texts(sources, text, KVCache() if run.layout.frozen else None)
+        layout = run.layout
+        if texts.cache is not None and texts.cache.mode == "read":
+            layout = run.rest
+
+        latents = state["latents"][:, list(layout.live)].to(dtype)  # (B, F, C, h, w)
+        tokens = pack(latents.flatten(0, 1), self.patch_size).unflatten(0, latents.shape[:2]).flatten(1, 2)
+        tokens = tokens.repeat(len(sources), 1, 1)  # (k * B, N, C * p * p)
+        options = dict(run.options)
+        if config.guidance_embeds:
+            options["guidance"] = torch.full((tokens.shape[0],), self.guidance_scale, device=tokens.device)
+        # A guided and a plain step differ in batch size, so step caches keep them apart.
+        with self.transformer.cache_context("guided" if guided else "plain"):
+            (velocity,) = self.transformer(
+                hidden_states=tokens,
+                encoder_hidden_states=texts.text,
+                pooled_projections=run.pooled[rows].to(dtype),
+                timestep=(t / config.timestep_scale).expand(tokens.shape[0]),
+                encoder_attention_mask=None if isinstance(texts.text, TextMemory) else mask,
+                layout=layout,
+                cache=texts.cache,
+                return_dict=False,
+                **options,
+            )
+        if texts.cache is not None:
+            texts.cache.mode = "read"
+        made = len(layout.predicted_lengths)
+        grid = layout.frames[0].size
+        cells = unpack(velocity.float().unflatten(1, (made, -1)).flatten(0, 1), self.patch_size, grid)
+        return cells.unflatten(0, (-1, made))
+
+    # Output
+
+    def decode_latents(self, latents: torch.Tensor, output_type: str = "pil") -> Any:
+        """Latents (P, C, h, w) to pictures."""
+        if not self.follows_reference:
+            pixels = decode_latents(self.vae, latents)
+        else:
+            pixels = self.vae.decode((latents / self.vae.config.scaling_factor).to(self.vae.dtype)).sample.float()
+        return self.image_processor.postprocess(pixels, output_type=output_type)
+
+    def _output(
+        self,
+        scene: Sequence[PictureFrame],
+        latents: torch.Tensor,
+        output_type: str,
+        focal_length: float | torch.Tensor,
+    ) -> OneDiffusionPipelineOutput:
+        """Each frame that was made, as what it is."""
+        output = OneDiffusionPipelineOutput(images=[], latents=latents)
+        for kind in dict.fromkeys(frame.kind for frame in scene if not frame.is_given and frame.kind != "rays"):
+            places = [i for i, frame in enumerate(scene) if frame.kind == kind and not frame.is_given]
+            grids = latents[:, places].flatten(0, 1)  # (P, C, h, w)
+            if output_type == "latent":
+                pictures: Any = grids
+            else:
+                tensor = self.decode_latents(grids, "pt")  # (P, 3, H, W) in [0, 1]
+                pictures = self._of_type(tensor, output_type)
+                if kind == "depth":
+                    output.depth = depth_of_pictures(tensor)
+                legend = next((scene[i].legend for i in places if scene[i].legend), None)
+                if kind == "segmentation" and legend:
+                    output.labels, output.legend = labels_of_pictures(tensor, legend), dict(legend)
+            if kind == "image":
+                output.images = pictures
+            else:
+                output.maps = {**(output.maps or {}), kind: pictures}
+        views = [i for i, frame in enumerate(scene) if frame.kind == "rays"]
+        if views:
+            frames = latents[:, views].flatten(0, 1)
+            found = cameras_of_rays(rays_of_frames(frames), focal_length).camera_to_world
+            output.cameras = found.unflatten(0, (latents.shape[0], len(views)))
+        return output
+
+    def _of_type(self, pictures: torch.Tensor, output_type: str) -> Pictures:
+        if output_type == "pt":
+            return pictures
+        array = self.image_processor.pt_to_numpy(pictures)
+        return array if output_type == "np" else self.image_processor.numpy_to_pil(array)
+
+
+def _entry(frame: PictureFrame, prompt: int) -> PictureFrame:
+    """The frame as one prompt has it, where it is given as a list of pictures."""
+    if not isinstance(frame.content, list | tuple):
+        return frame
+    return replace(frame, content=frame.content[prompt if len(frame.content) > 1 else 0])
+
+
+def _padded(x: torch.Tensor, length: int) -> torch.Tensor:
+    """Zeros (False) behind the tokens up to a length."""
+    missing = length - x.shape[1]
+    return x if missing == 0 else torch.cat([x, x.new_zeros(x.shape[0], missing, *x.shape[2:])], dim=1)

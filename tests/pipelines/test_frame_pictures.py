@@ -1,0 +1,60 @@
+"""Pictures into frames, against recorded numbers, and out of them."""
+
+import numpy as np
+import pytest
+import torch
+from onediffusion_fixtures import assert_near, case, named, tensors
+from PIL import Image
+
+from imgdit.pipelines.frame_pictures import (
+    BUCKETS,
+    bucket_size,
+    depth_of_pictures,
+    labels_of_pictures,
+    pixels_of_pictures,
+)
+
+
+@pytest.mark.parametrize("name", named("preprocess"))
+def test_pixels_are_the_recorded_ones(name):
+    it = case(name)
+    options = it["options"]
+    arrays = [picture.numpy() for picture in tensors(it, "inputs").values()]
+    size = (options["height"], options["width"])
+    for pictures in (arrays, [Image.fromarray(array) for array in arrays]):
+        got = pixels_of_pictures(pictures, *size, crop=options["do_crop"], stretch_bright=True)
+        assert_near(got, tensors(it, "outputs")["pixels"], 2e-5, "pixels")
+
+
+def test_bright_pictures_stay_bright_unless_asked():
+    bright = np.full((8, 8, 3), 204, np.uint8)
+    assert torch.allclose(pixels_of_pictures([bright], 8, 8), torch.tensor(0.6), atol=1e-6)
+    assert torch.allclose(pixels_of_pictures([bright], 8, 8, stretch_bright=True), torch.tensor(0.2), atol=1e-6)
+
+
+@pytest.mark.parametrize("name", named("bucket"))
+def test_buckets_are_the_recorded_ones(name):
+    options = case(name)["options"]
+    assert {f"{round(h / w, 2)}": [h, w] for h, w in BUCKETS} == options["ratios_512"]
+    for row in options["rows"]:
+        assert bucket_size(row["image_height"], row["image_width"]) == (row["height"], row["width"])
+
+
+def test_depth_is_luminance():
+    picture = torch.zeros(1, 3, 2, 2)
+    picture[..., 0, 0] = 1.0
+    picture[:, 1, 1, 1] = 1.0
+    assert np.allclose(depth_of_pictures(picture), [[[1.0, 0.0], [0.0, 0.587]]], atol=1e-6)
+
+
+def test_labels_are_the_nearest_colours():
+    picture = torch.tensor([[0.1, 0.9, 0.0, 0.05]]).view(1, 1, 2, 2).repeat(1, 3, 1, 1)
+    picture[:, 0, 0, 1] = 0.1  # cyan
+    picture[:, :, 1, 0] = torch.tensor([0.8, 0.6, 0.1])  # orange
+    assert labels_of_pictures(picture, {"cat": "cyan", "sofa": "#FFA500"}).tolist() == [[[0, 1], [2, 0]]]
+
+
+@pytest.mark.parametrize("picture", [np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3)), np.zeros((3, 4, 4), np.uint8)])
+def test_what_is_no_picture_is_refused(picture):
+    with pytest.raises(ValueError, match=r"\(height, width, 3\) of bytes"):
+        pixels_of_pictures([picture], 4, 4)
