@@ -249,6 +249,11 @@ def load_recipe(path_or_name: str | Path) -> Recipe:
     Raises:
         ValueError: no such recipe, or a mistake in it.
     """
+    return parse_recipe(*read_yaml(path_or_name))
+
+
+def read_yaml(path_or_name: str | Path) -> tuple[Any, str]:
+    """Plain values of a recipe's file or of a packaged recipe, and what errors in them should name."""
     path = Path(path_or_name)
     source: Path | Traversable = path
     if not path.is_file():
@@ -257,10 +262,9 @@ def load_recipe(path_or_name: str | Path) -> Recipe:
             raise ValueError(f"there is no file and no packaged recipe {nearest(str(path_or_name), known)}")
         source = known[str(path_or_name)]
     try:
-        values = yaml.safe_load(source.read_text(encoding="utf-8"))
+        return yaml.safe_load(source.read_text(encoding="utf-8")), str(source)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{source} is not a YAML file: {error}") from error
-    return parse_recipe(values, str(source))
 
 
 def packaged_recipes() -> dict[str, Traversable]:
@@ -280,7 +284,12 @@ def packaged_recipes() -> dict[str, Traversable]:
 
 def parse_recipe(values: Any, source: str) -> Recipe:
     """A recipe from nested plain values; `source` is what errors name."""
-    return _section(Recipe, values, source, "")
+    return parse_as(Recipe, values, source)
+
+
+def parse_as(cls: Any, values: Any, source: str) -> Any:
+    """A dataclass like `Recipe` from nested plain values."""
+    return _section(cls, values, source, "")
 
 
 def build_model(recipe: Recipe) -> torch.nn.Module:
