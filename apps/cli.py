@@ -10,30 +10,36 @@ from typing import Annotated
 
 import typer
 
-from .commands import bench, data
+from .commands import bench, data, mup
 
 app = typer.Typer(
     help="Controllable image generation with diffusion transformers.", no_args_is_help=True, add_completion=False
 )
 app.add_typer(bench.app, name="bench")
 app.add_typer(data.app, name="data")
+app.add_typer(mup.app, name="mup")
 
 
 @app.command()
-def demo(
-    prompt: Annotated[list[str] | None, typer.Argument(help="Sentences of the words the model was taught.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder of the model and the picture.")] = Path("outputs/first-run"),
-    steps: Annotated[int, typer.Option(help="Training steps, if the folder holds no model yet.")] = 600,
-    seed: int = 0,
+def generate(
+    prompt: Annotated[list[str] | None, typer.Argument(help="Sentences; six examples if there is none.")] = None,
+    out: Annotated[Path, typer.Option(help="A file for one sentence, otherwise a folder.")] = Path("outputs/pictures"),
+    model: Annotated[str | None, typer.Option(help="Folder or Hub id; the embedded model by default.")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of the sampler.")] = 28,
+    guidance: Annotated[float, typer.Option(min=0.0, help="Guidance scale.")] = 3.0,
+    seed: Annotated[int, typer.Option(help="Of the first picture; the others count up.")] = 0,
 ) -> None:
-    """Make a picture sheet with a tiny model, trained on the spot on coloured shapes: about two minutes."""
-    from . import first_run
+    """Make pictures from sentences."""
+    from imgdit.checkpoints import SCENES
+
+    from .generate import PROMPTS
+    from .generate import generate as make
 
     try:
-        path = first_run.main(prompt or list(first_run.PROMPTS), out, steps, seed)
-    except ValueError as error:
+        files = make(prompt or PROMPTS, out, model or SCENES, steps=steps, guidance=guidance, seed=seed)
+    except (ValueError, OSError) as error:
         raise typer.BadParameter(str(error)) from error
-    typer.echo(f"wrote {path}")
+    typer.echo(f"wrote {files[-1]}")
 
 
 @app.command()
@@ -58,6 +64,26 @@ def train(
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     typer.echo(f"step {result.step}: {result.checkpoint}")
+
+
+@app.command()
+def assemble(
+    runs: Annotated[Path, typer.Argument(help="Folder of the runs of the recipes scenes/…")] = Path("outputs/scenes"),
+    out: Annotated[Path | None, typer.Option(help="Folder to write; the embedded model's by default.")] = None,
+) -> None:
+    """Put trained runs together: the pipeline folder and the probe of the embedded model, in half precision."""
+    from imgdit import checkpoints
+
+    from .weights import assemble, save_probe
+
+    try:
+        scenes, probe = (checkpoints.SCENES, checkpoints.SCENE_PROBE) if out is None else (out, None)
+        assemble(runs, scenes)
+        if probe is not None:
+            save_probe(runs / "probe", probe)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    typer.echo(f"wrote {scenes}")
 
 
 def main() -> None:

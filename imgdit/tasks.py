@@ -57,8 +57,8 @@ class PictureFrame:
     """One of `KINDS`."""
     content: Any = None
     """What is given: a picture (PIL, or an array H x W x 3 of bytes), or a list of them, one per prompt; latents
-    (C, h, w) or (B, C, h, w) as a tensor; for rays a camera-to-world matrix (4, 4), OpenCV's axes. `None`: to be
-    made."""
+    (C, h, w) or (B, C, h, w) as a tensor; for rays a camera-to-world matrix (4, 4), OpenCV's axes, or an
+    array (P, 4, 4) of one per prompt. `None`: to be made."""
     caption: str | None = None
     """Its own caption, for tasks that tell frames apart by theirs (subject, identity)."""
     legend: Mapping[str, str] | None = None

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import PIL.Image
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
+from diffusers import AutoencoderDC, AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
@@ -96,7 +96,7 @@ class OneDiffusionPipeline(ImgDiTPipeline):
     def __init__(
         self,
         scheduler: FlowMatchEulerDiscreteScheduler,
-        vae: AutoencoderKL,
+        vae: AutoencoderKL | AutoencoderDC,
         text_encoder: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         transformer: MMDiT | NextDiT,
@@ -428,12 +428,20 @@ class OneDiffusionPipeline(ImgDiTPipeline):
     def _ray_latents(
         self, scene: Sequence[PictureFrame], cells: tuple[int, int], focal_length: float | torch.Tensor
     ) -> dict[int, torch.Tensor]:
-        """Latents (C, h, w) of the given rays by their places; all are relative to the first of them."""
+        """Latents (P, C, h, w) of the given rays by their places, P one or the prompts; all are relative to the first
+        of them."""
         places = [i for i, frame in enumerate(scene) if frame.kind == "rays" and frame.is_given]
         if not places:
             return {}
-        matrices = torch.stack([torch.as_tensor(scene[i].content, dtype=torch.float32) for i in places])
-        return dict(zip(places, ray_frames(relative_rays(matrices, cells[0], focal_length)), strict=True))
+        given = [torch.as_tensor(scene[i].content, dtype=torch.float32) for i in places]
+        given = [matrices if matrices.ndim == 3 else matrices[None] for matrices in given]
+        prompts = max(len(matrices) for matrices in given)
+        if any(m.shape[1:] != (4, 4) or len(m) not in (1, prompts) for m in given):
+            shapes = ", ".join(str(tuple(m.shape)) for m in given)
+            raise ValueError(f"a camera is a matrix (4, 4), or (P, 4, 4) with one for each prompt; got {shapes}")
+        views = torch.stack([matrices.expand(prompts, 4, 4) for matrices in given], dim=1)  # (P, V, 4, 4)
+        rays = torch.stack([ray_frames(relative_rays(cameras, cells[0], focal_length)) for cameras in views])
+        return dict(zip(places, rays.unbind(1), strict=True))
 
     # The run
 
@@ -546,7 +554,9 @@ class OneDiffusionPipeline(ImgDiTPipeline):
 
 def _entry(frame: PictureFrame, prompt: int) -> PictureFrame:
     """The frame as one prompt has it, where it is given as a list of pictures."""
-    if not isinstance(frame.content, list | tuple):
+    if frame.kind == "rays" and getattr(frame.content, "ndim", 2) == 3:
+        return replace(frame, content=frame.content[prompt if len(frame.content) > 1 else 0])
+    if frame.kind == "rays" or not isinstance(frame.content, list | tuple):
         return frame
     return replace(frame, content=frame.content[prompt if len(frame.content) > 1 else 0])
 

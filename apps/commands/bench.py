@@ -3,11 +3,36 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-app = typer.Typer(help="Measure this machine: speed as ratios within one run.", no_args_is_help=True)
+app = typer.Typer(
+    help="Measure: what a model makes, and how fast (speed as ratios within one run).", no_args_is_help=True
+)
+
+
+@app.command()
+def scenes(
+    model: Annotated[Path | None, typer.Option(help="Folder of a pipeline; the embedded model by default.")] = None,
+    probe: Annotated[Path | None, typer.Option(help="Folder of a probe; the embedded one by default.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the raw numbers and the sheets.")] = Path(
+        "outputs/bench-scenes"
+    ),
+    count: Annotated[int, typer.Option(min=1, help="Pictures of each kind.")] = 100,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of the sampler.")] = 28,
+    guidance: Annotated[float, typer.Option(min=0.0, help="Guidance scale.")] = 3.0,
+) -> None:
+    """Measure a model of the scenes against exact ground truth: text, depth, edges, segmentation, views, time."""
+    from imgdit.apps import scene_bench
+    from imgdit.checkpoints import SCENE_PROBE, SCENES
+
+    scores = scene_bench.run(model or SCENES, probe or SCENE_PROBE, out, count, steps, guidance)
+    typer.echo(scene_bench.table(scores))
+    for name, values in json.loads((out / "scenes.json").read_text())["seconds"].items():
+        typer.echo(f"{name}: {min(values):.2f} to {max(values):.2f} s")
+    typer.echo(f"wrote {out}")
 
 
 @app.command()

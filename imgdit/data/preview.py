@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import textwrap
 from pathlib import Path
 from random import Random
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from .captions import caption
 from .render import render
 from .scenes import Scene
+from .sheet import contact_sheet
 from .tasks import from_scene, to_image
-
-LINES = 4
-MARGIN = 8
 
 
 def preview(
@@ -50,20 +47,7 @@ def preview(
             pictures.insert(0, condition.resize((size, size), Image.Resampling.NEAREST))
         tiles.append((pictures, caption(scene, rng)))
 
-    font = ImageFont.load_default(size=10)
-    width = size * len(tiles[0][0])
-    line = 12
-    cell = (width + MARGIN, size + LINES * line + MARGIN)
-    columns = min(columns, count)
-    sheet = Image.new("RGB", (columns * cell[0] + MARGIN, -(-count // columns) * cell[1] + MARGIN), "white")
-    pen = ImageDraw.Draw(sheet)
-    for i, (pictures, sentence) in enumerate(tiles):
-        x, y = MARGIN + i % columns * cell[0], MARGIN + i // columns * cell[1]
-        for k, picture in enumerate(pictures):
-            sheet.paste(picture, (x + k * size, y))
-        for row, text in enumerate(textwrap.wrap(sentence, max(8, round(width / 5.2)))[:LINES]):
-            pen.text((x, y + size + row * line), text, fill="black", font=font)
-
+    sheet = contact_sheet(tiles, columns)
     out = Path(out)
     path = out if out.suffix else out / "scenes.png"
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -5,7 +5,7 @@ B batch, S pixels per side, D features.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -52,7 +52,7 @@ class SceneProbe(ModelMixin, ConfigMixin):
     """A convolutional encoder whose coarsest cells are asked the questions, and a decoder for depth and segmentation.
 
     Args:
-        questions: choices of each question, by its name.
+        questions: names with their choices, in the order of the heads; a list, because JSON keeps no other order.
         classes: of the segmentation.
         channels: features at a half, a quarter, an eighth and a sixteenth of the picture's side.
         size: pixels per side the pictures are resized to.
@@ -62,7 +62,7 @@ class SceneProbe(ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(
         self,
-        questions: Mapping[str, Sequence[str]],
+        questions: Sequence[tuple[str, Sequence[str]]],
         classes: int = 9,
         channels: tuple[int, ...] = (16, 32, 64, 96),
         size: int = 128,
@@ -80,12 +80,17 @@ class SceneProbe(ModelMixin, ConfigMixin):
         self.key, self.value = nn.Linear(width, width), nn.Linear(width, width)
         self.heads = nn.ModuleList(
             nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, len(choices)))
-            for choices in questions.values()
+            for _, choices in questions
         )
         self.up = nn.ModuleList(
             nn.Sequential(nn.Conv2d(b, a, 1), _Block(a)) for a, b in reversed(list(pairwise(channels)))
         )
         self.dense = nn.Conv2d(channels[0], 4 * (1 + classes), 3, padding=1)
+
+    @property
+    def questions(self) -> dict[str, Sequence[str]]:
+        """Choices of each question, by its name."""
+        return {name: choices for name, choices in self.config.questions}
 
     def forward(self, pixels: torch.Tensor) -> Reading:
         """Read pictures (B, 3, H, W) in [-1, 1]."""
@@ -101,7 +106,7 @@ class SceneProbe(ModelMixin, ConfigMixin):
         found = weights @ self.value(cells + self.places)  # (B, questions, D)
         answers = {
             name: head(vector)
-            for name, head, vector in zip(config.questions, self.heads, found.unbind(1), strict=True)
+            for name, head, vector in zip(self.questions, self.heads, found.unbind(1), strict=True)
         }
         x = levels[-1]
         for layer, skip in zip(self.up, reversed(levels[:-1])):

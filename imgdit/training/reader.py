@@ -35,7 +35,7 @@ def collate_sentences(samples: Sequence[tuple[str, list[int]]]) -> Sentences:
 
 def scene_probe(channels: tuple[int, ...] = (16, 32, 64, 96)) -> SceneProbe:
     """A probe of the scenes' pictures; arguments as of `SceneProbe`."""
-    return SceneProbe(QUESTIONS, channels=channels)
+    return SceneProbe(tuple(QUESTIONS.items()), channels=channels)
 
 
 def collate_readings(samples: Sequence[Sample]) -> Readings:

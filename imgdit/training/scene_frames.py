@@ -24,7 +24,7 @@ from ..cameras import ray_frames, relative_rays, scale_positions
 from ..data.captions import caption, leave_unsaid
 from ..data.geometry import camera_to_world, intrinsics
 from ..data.latents import LOOKS, MAPS, SHARD, VIEWS, SceneLatents, cache_latents, scene_views
-from ..data.scenes import Scene, pick
+from ..data.scenes import Camera, Scene, pick
 from ..data.sentences import prompt
 from ..data.words import caption_tokenizer
 from ..frames import Frame, FrameLayout
@@ -145,7 +145,7 @@ class SceneFrames:
         looks = [scene_views(scene, self.split).looks[view][look] for view in order]
         said = "" if rng.random() < BARE else self._say(rng, looks[0])
         pictures = [self._latent(scene, "pictures", view, look) for view in order]
-        rays = scene_rays(looks, pictures[0].shape[-1])
+        rays = scene_rays([look.camera for look in looks], pictures[0].shape[-1])
         return _Sample([pictures[0], rays[0], pictures[1], rays[1]], prompt(said, "views"))
 
     @staticmethod
@@ -159,10 +159,14 @@ def frames_of(kind: str, size: tuple[int, int]) -> list[Frame]:
     return [Frame(size, sigma=0.0 if given else None, index=float(n)) for n, given in enumerate(held)]
 
 
-def scene_rays(scenes: Sequence[Scene], size: int) -> torch.Tensor:
-    """Ray frames (V, 16, size, size) of the scenes' cameras, relative to the first."""
-    cameras = scale_positions(camera_to_world([scene.camera for scene in scenes]))
-    return ray_frames(relative_rays(cameras, size, float(intrinsics(1)[0, 0])))
+def scene_rays(cameras: Sequence[Camera], size: int) -> torch.Tensor:
+    """Ray frames (V, 16, size, size) of scenes' cameras, relative to the first."""
+    return ray_frames(relative_rays(scene_poses(cameras), size, float(intrinsics(1)[0, 0])))
+
+
+def scene_poses(cameras: Sequence[Camera]) -> torch.Tensor:
+    """Camera-to-world matrices (V, 4, 4), their distances scaled as in training."""
+    return scale_positions(camera_to_world(cameras))
 
 
 @lru_cache(maxsize=4)

@@ -4,58 +4,22 @@ import pickle
 
 import pytest
 import torch
+from tiny_runs import small_backbone, small_cache, small_runs
 
-from imgdit.data import latents
 from imgdit.data.scenes import Scene
-from imgdit.training import load_recipe, scene_frames, train
+from imgdit.training import load_recipe, train
 from imgdit.training.checkpoint import CheckpointError
 from imgdit.training.config import build_model
 from imgdit.training.scene_frames import SceneFrames, latent_scale, scene_rays
 from imgdit.training.sources import training_batches
 from imgdit.training.trained import load_trained
 
-STAGES = [8, 8, 8, 16]
-
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A folder with one-step runs of small models, and the arguments that name them."""
-    folder = tmp_path_factory.mktemp("runs")
-    small = {
-        "autoencoder": {
-            "attention_head_dim": 8,
-            "encoder_block_out_channels": STAGES,
-            "decoder_block_out_channels": STAGES,
-        },
-        "text_encoder": {"d_model": 32, "num_layers": 1, "num_heads": 2, "d_ff": 32},
-    }
-    for name, arguments in small.items():
-        recipe = load_recipe(f"scenes/{name}")
-        recipe = recipe.replace(
-            run={
-                "folder": str(folder / name),
-                "batch_size": 1,
-                "mixed_precision": "no",
-                "evaluate_every": 0,
-                "tracker": "none",
-            },
-            model={"arguments": {**recipe.model.arguments, **arguments}},
-        )
-        train(recipe, model=build_model(recipe), batches=training_batches(recipe)[0], stop_at=1)
-    patch = pytest.MonkeyPatch()
-    for module, name, value in (
-        (latents, "SHARD", 2),
-        (scene_frames, "SHARD", 2),
-        (scene_frames, "HELD_OUT", 2),
-    ):
-        patch.setattr(module, name, value)
-    yield {
-        "latents": str(folder / "latents"),
-        "scenes": 4,
-        "autoencoder": str(folder / "autoencoder"),
-        "text_encoder": str(folder / "text_encoder"),
-    }
-    patch.undo()
+    """Arguments of `SceneFrames` that name one-step runs of small models."""
+    with small_cache():
+        yield small_runs(tmp_path_factory.mktemp("runs"))
 
 
 def kinds(dataset, count=40):
@@ -98,30 +62,17 @@ def test_latents_are_scaled_to_one(runs):
 
 
 def test_rays_tell_the_cameras_apart():
-    scene = Scene.sample(3)
-    other = scene.with_camera(scene.camera.orbit(azimuth=25.0))
-    rays = scene_rays([scene, other], 16)
+    camera = Scene.sample(3).camera
+    other = camera.orbit(azimuth=25.0)
+    rays = scene_rays([camera, other], 16)
     assert rays.shape == (2, 16, 16, 16) and rays.abs().amax() < 4
-    assert torch.allclose(rays[0], scene_rays([other, scene], 16)[0], atol=1e-5)
+    assert torch.allclose(rays[0], scene_rays([other, camera], 16)[0], atol=1e-5)
     assert (rays[0] - rays[1]).abs().mean() > 0.1
 
 
 def test_the_backbone_trains_on_what_the_other_runs_made(runs, tmp_path):
     recipe = load_recipe("scenes/transformer")
-    size = {"num_layers": 1, "num_single_layers": 1, "num_attention_heads": 2}
-    recipe = recipe.replace(
-        run={"folder": str(tmp_path), "mixed_precision": "no", "tracker": "none", "evaluate_every": 1},
-        model={
-            "arguments": {
-                **recipe.model.arguments,
-                **size,
-                "joint_attention_dim": 32,
-                "pooled_projection_dim": 32,
-                "mup_base_width": 64,
-            }
-        },
-        data={"arguments": {**runs, "tokens": 256}},
-    )
+    recipe = small_backbone(recipe, runs).replace(run={"folder": str(tmp_path), "evaluate_every": 1})
     batches, held_out = training_batches(recipe)
     assert len(held_out) == 8
     result = train(recipe, model=build_model(recipe), batches=batches, held_out=held_out, stop_at=2)

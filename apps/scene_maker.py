@@ -1,0 +1,93 @@
+"""What `imgdit bench scenes` measures: a pipeline as an `imgdit.evaluation.scenes.Maker`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from imgdit.data.geometry import intrinsics
+from imgdit.data.scenes import Camera
+from imgdit.data.tasks import to_image
+from imgdit.pipelines.one_diffusion import OneDiffusionPipeline
+from imgdit.pipelines.text_to_image import ImgDiTPipeline
+from imgdit.tasks import PictureFrame
+from imgdit.training.scene_frames import scene_poses
+
+
+class PipelineMaker:
+    """Makes what the benchmark asks for with one pipeline's components.
+
+    Every picture has its own generator, so the batch size changes nothing.
+
+    Args:
+        pipe: of a model of the scenes.
+        steps: of the sampler.
+        guidance: scale where a picture is made.
+        perception: scale where a condition is made from a picture.
+        batch: pictures at a time.
+    """
+
+    def __init__(
+        self, pipe: ImgDiTPipeline, steps: int = 28, guidance: float = 3.0, perception: float = 1.0, batch: int = 16
+    ):
+        self.text = ImgDiTPipeline(**pipe.components)
+        self.any = OneDiffusionPipeline(**pipe.components)
+        for made in (self.text, self.any):
+            made.set_progress_bar_config(disable=True)
+        self.steps, self.guidance, self.perception, self.batch = steps, guidance, perception, batch
+
+    def pictures(self, prompts: Sequence[str], seed: int) -> torch.Tensor:
+        def make(rows: range, options: dict) -> torch.Tensor:
+            return self.text([prompts[i] for i in rows], guidance_scale=self.guidance, **options).images
+
+        return self._batches("pictures", len(prompts), seed, make)
+
+    def condition(self, task: str, prompts: Sequence[str], pictures: torch.Tensor, seed: int) -> torch.Tensor:
+        def make(rows: range, options: dict) -> torch.Tensor:
+            given = PictureFrame.given(_images(pictures, rows))
+            frames = [given, PictureFrame.make(task)]
+            output = self.any([prompts[i] for i in rows], frames, guidance_scale=self.perception, **options)
+            return output.maps[task]
+
+        return self._batches(f"image → {task}", len(prompts), seed, make)
+
+    def conditioned(self, task: str, prompts: Sequence[str], conditions: torch.Tensor, seed: int) -> torch.Tensor:
+        def make(rows: range, options: dict) -> torch.Tensor:
+            frames = [PictureFrame.make(), PictureFrame.given(_images(conditions, rows), task)]
+            return self.any([prompts[i] for i in rows], frames, guidance_scale=self.guidance, **options).images
+
+        return self._batches(f"{task} → image", len(prompts), seed, make)
+
+    def views(
+        self, prompts: Sequence[str], pictures: torch.Tensor, cameras: Sequence[tuple[Camera, Camera]], seed: int
+    ) -> torch.Tensor:
+        focal_length = float(intrinsics(1)[0, 0])
+
+        def make(rows: range, options: dict) -> torch.Tensor:
+            poses = torch.stack([scene_poses(cameras[i]) for i in rows])  # (B, 2, 4, 4)
+            frames = [
+                PictureFrame.given(_images(pictures, rows)),
+                PictureFrame.given(poses[:, 0], "rays"),
+                PictureFrame.make(),
+                PictureFrame.given(poses[:, 1], "rays"),
+            ]
+            options |= {"focal_length": focal_length, "guidance_scale": self.guidance}
+            return self.any([prompts[i] for i in rows], frames, **options).images
+
+        return self._batches("views", len(prompts), seed, make)
+
+    def _batches(self, name: str, count: int, seed: int, make: Callable[[range, dict], torch.Tensor]) -> torch.Tensor:
+        made = []
+        for start in tqdm(range(0, count, self.batch), desc=name, disable=None):
+            rows = range(start, min(start + self.batch, count))
+            generators = [torch.Generator().manual_seed(seed * 1_000_003 + i) for i in rows]
+            options = {"num_inference_steps": self.steps, "generator": generators, "output_type": "pt"}
+            made.append(make(rows, options).float().cpu())
+        return torch.cat(made)
+
+
+def _images(pictures: torch.Tensor, rows: range) -> list[Image.Image]:
+    return [to_image(pictures[i]) for i in rows]

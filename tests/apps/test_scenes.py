@@ -1,0 +1,86 @@
+"""The scenes' commands from runs to pictures, with small models: assemble, generate, bench."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_runs import small_backbone, small_cache, small_runs
+from typer.testing import CliRunner
+
+from imgdit import DiffusionPipeline
+from imgdit.apps import scene_bench
+from imgdit.apps.cli import app
+from imgdit.apps.weights import assemble, save_probe
+from imgdit.models.scene_probe import SceneProbe
+from imgdit.training import load_recipe, train
+from imgdit.training.config import build_model
+from imgdit.training.scene_frames import latent_scale
+from imgdit.training.sources import training_batches
+from imgdit.training.trained import load_trained
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """Folders of the runs, of the assembled pipeline and of the probe."""
+    folder = tmp_path_factory.mktemp("scenes")
+    with small_cache():
+        recipe = small_backbone(load_recipe("scenes/transformer"), small_runs(folder))
+        recipe = recipe.replace(run={"folder": str(folder / "transformer")})
+        train(recipe, model=build_model(recipe), batches=training_batches(recipe)[0], stop_at=1)
+        assemble(folder, folder / "pipeline")
+        save_probe(folder / "probe", folder / "probe_folder")
+        yield folder
+
+
+def test_the_assembled_pipeline_is_what_was_trained(model):
+    pipe = DiffusionPipeline.from_pretrained(model / "pipeline")
+    assert pipe.vae.config.scaling_factor == latent_scale(str(model / "latents"))
+    trained = load_trained(model / "transformer").state_dict()
+    for name, tensor in pipe.transformer.state_dict().items():
+        assert tensor.dtype == torch.float32 and torch.equal(tensor, trained[name].half().float())
+    assert {p.dtype for p in pipe.text_encoder.parameters()} == {torch.float32}
+    assert sum(f.stat().st_size for f in (model / "pipeline").rglob("*.safetensors")) < 2**20
+    picture = pipe("a red cube", num_inference_steps=2).images[0]
+    assert picture.size == (128, 128)
+
+
+def test_generate_writes_files(model, tmp_path):
+    command = ["generate", "--model", str(model / "pipeline"), "--steps", "2"]
+    done = CliRunner().invoke(app, [*command, "a red cube", "--out", str(tmp_path / "one.png"), "--seed", "8"])
+    assert done.exit_code == 0, done.output
+    done = CliRunner().invoke(
+        app, [*command, "a blue cone", "a red cube", "--out", str(tmp_path / "two"), "--seed", "7"]
+    )
+    assert done.exit_code == 0, done.output
+    assert sorted(f.name for f in (tmp_path / "two").iterdir()) == ["000.png", "001.png", "sheet.png"]
+    # The second picture of a run is the first of a run with the next seed.
+    one, two = (np.asarray(Image.open(tmp_path / name), dtype=int) for name in ("one.png", "two/001.png"))
+    assert np.abs(one - two).max() <= 1
+
+
+def test_a_model_that_is_not_there_is_one_sentence(tmp_path):
+    done = CliRunner().invoke(
+        app, ["generate", "x", "--model", str(tmp_path / "none"), "--out", str(tmp_path / "o.png")]
+    )
+    assert done.exit_code == 2 and "Traceback" not in done.output and not (tmp_path / "o.png").exists()
+    done = CliRunner().invoke(app, ["assemble", str(tmp_path), "--out", str(tmp_path / "x")])
+    assert done.exit_code == 2 and "holds no checkpoint" in done.output and not (tmp_path / "x").exists()
+
+
+def test_bench_writes_every_raw_count(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(scene_bench, "seconds", lambda maker, model: {"one picture": [1.0]})
+    assert SceneProbe.from_pretrained(model / "probe_folder").questions
+    folders = ["--model", str(model / "pipeline"), "--probe", str(model / "probe_folder"), "--out", str(tmp_path)]
+    done = CliRunner().invoke(app, ["bench", "scenes", *folders, "--count", "2", "--steps", "1"])
+    assert done.exit_code == 0, done.output
+    found = json.loads((tmp_path / "scenes.json").read_text())
+    assert {s["task"] for s in found["scores"]} >= {"image → depth", "depth → image", "view → other view"}
+    for score in found["scores"]:
+        assert score["counts"] and score["met"] in (None, True, False)
+        low, high = score["estimate"][1:]
+        assert low <= score["estimate"][0] <= high
+    assert "image → depth" in done.output and "missed" in done.output
+    names = {f.name for f in tmp_path.glob("*.png")}
+    assert {"image-to-depth.png", "depth-to-image.png", "view-to-other-view.png", "failures.png"} <= names

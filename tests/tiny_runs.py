@@ -1,0 +1,59 @@
+"""One-step runs of the scenes' recipes with small models, for tests of what stands on them."""
+
+from contextlib import contextmanager
+from unittest.mock import patch
+
+from imgdit.data import latents
+from imgdit.training import load_recipe, scene_frames, train
+from imgdit.training.config import build_model
+from imgdit.training.sources import training_batches
+
+STAGES = [8, 8, 8, 16]
+SMALL = {
+    "autoencoder": {
+        "attention_head_dim": 8,
+        "encoder_block_out_channels": STAGES,
+        "decoder_block_out_channels": STAGES,
+    },
+    "text_encoder": {"d_model": 32, "num_layers": 1, "num_heads": 2, "d_ff": 32},
+    "probe": {"channels": [8, 8, 16, 16]},
+}
+QUICK = {"batch_size": 1, "mixed_precision": "no", "evaluate_every": 0, "tracker": "none"}
+
+
+def small_runs(folder):
+    """Autoencoder, text encoder and probe of one step each; the arguments of `SceneFrames` that name them."""
+    for name, arguments in SMALL.items():
+        recipe = load_recipe(f"scenes/{name}")
+        recipe = recipe.replace(
+            run={**QUICK, "folder": str(folder / name)}, model={"arguments": {**recipe.model.arguments, **arguments}}
+        )
+        train(recipe, model=build_model(recipe), batches=training_batches(recipe)[0], stop_at=1)
+    return {
+        "latents": str(folder / "latents"),
+        "scenes": 4,
+        "autoencoder": str(folder / "autoencoder"),
+        "text_encoder": str(folder / "text_encoder"),
+    }
+
+
+def small_backbone(recipe, runs):
+    """The recipe scenes/transformer with two small blocks, on small runs."""
+    size = {"num_layers": 1, "num_single_layers": 1, "num_attention_heads": 2, "mup_base_width": 64}
+    text = {"joint_attention_dim": 32, "pooled_projection_dim": 32}
+    return recipe.replace(
+        run=QUICK,
+        model={"arguments": {**recipe.model.arguments, **size, **text}},
+        data={"arguments": {**runs, "tokens": 256}},
+    )
+
+
+@contextmanager
+def small_cache():
+    """Shards of two scenes."""
+    with (
+        patch.object(latents, "SHARD", 2),
+        patch.object(scene_frames, "SHARD", 2),
+        patch.object(scene_frames, "HELD_OUT", 2),
+    ):
+        yield
