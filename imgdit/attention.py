@@ -85,6 +85,11 @@ def _attend(
     parallel_config: Any,
 ) -> torch.Tensor:
     """One dispatched attention call; the key mask in the form the backend computes rightly."""
+    if query.requires_grad and query.device.type == "cpu" and query.dtype in (torch.bfloat16, torch.float16):
+        # PyTorch's half-precision kernel for CPUs takes three times as long backwards as its float32 one.
+        with torch.autocast("cpu", enabled=False):
+            query_, key_, value_ = (x.float() for x in (query, key, value))
+            return _attend(query_, key_, value_, key_mask, backend, parallel_config).to(query.dtype)
     name = compat.attention_backend_name(backend)
     if name == "xformers" and not query.is_cuda:
         raise ValueError(
