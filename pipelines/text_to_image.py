@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderDC, AutoencoderKL
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import BaseOutput, logging
@@ -51,7 +51,7 @@ class ImgDiTPipeline(compat.DiffusionPipeline, LoraLoaderMixin):
     _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds"]
 
     scheduler: MultiFrameFlowMatchScheduler
-    vae: AutoencoderKL
+    vae: AutoencoderKL | AutoencoderDC
     text_encoder: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     transformer: MMDiT
@@ -59,7 +59,7 @@ class ImgDiTPipeline(compat.DiffusionPipeline, LoraLoaderMixin):
     def __init__(
         self,
         scheduler: MultiFrameFlowMatchScheduler,
-        vae: AutoencoderKL,
+        vae: AutoencoderKL | AutoencoderDC,
         text_encoder: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         transformer: MMDiT,
