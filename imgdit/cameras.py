@@ -80,17 +80,17 @@ def opencv_cameras(opengl: torch.Tensor) -> torch.Tensor:
 
 def scale_positions(camera_to_world: torch.Tensor, distance: float = MEETING_DISTANCE) -> torch.Tensor:
     """Cameras (V, 4, 4) moved away from or towards the first one, all by one factor, until the point nearest to all
-    optical axes is `distance` away from it. One camera alone is returned as it is.
+    optical axes is `distance` away from it. Cameras that all stand in one place are returned as they are.
 
     Raises:
         ValueError: the axes are parallel, or meet in the first camera.
     """
     _check_cameras(camera_to_world)
-    if len(camera_to_world) == 1:
-        return camera_to_world
     matrices = camera_to_world.double()
     first = matrices[0, :3, 3]
     axes, places = matrices[:, :3, 2], matrices[:, :3, 3] - first
+    if not places.any():
+        return camera_to_world
     away = torch.eye(3).to(axes) - axes[:, :, None] * axes[:, None, :]  # (V, 3, 3)
     if torch.linalg.cond(away.sum(0)) > 1e8:
         raise ValueError("the cameras' optical axes are parallel and meet nowhere; scale their positions yourself")

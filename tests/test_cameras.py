@@ -72,6 +72,12 @@ def test_scenes_cameras_come_back(size):
     assert (got[0] - torch.eye(4)).abs().max() < 1e-5
 
 
+def side_by_side():
+    matrices = torch.eye(4).repeat(2, 1, 1)
+    matrices[1, 0, 3] = 1.0
+    return matrices
+
+
 def test_positions_scale_to_where_the_axes_meet():
     first = Camera()
     scaled = cameras.scale_positions(camera_to_world([first, first.orbit(40.0)]), 1.7)
@@ -79,6 +85,8 @@ def test_positions_scale_to_where_the_axes_meet():
     assert torch.allclose(scaled[1, :3, 3] + 1.7 * scaled[1, :3, 2], aim, atol=1e-5)
     one = camera_to_world([first])
     assert torch.equal(cameras.scale_positions(one), one)
+    same = one.repeat(3, 1, 1)  # a turning camera, or the same view again: nothing to scale
+    assert torch.equal(cameras.scale_positions(same), same)
 
 
 def test_the_worlds_frame_does_not_matter():
@@ -110,7 +118,7 @@ def test_small_angles_are_told():
         (lambda: cameras.ray_frames(torch.zeros(1, 4, 4, 3)), r"\(views, n, n, 6\)"),
         (lambda: cameras.rays_of_frames(torch.zeros(1, 4, 8, 8)), r"\(views, 16, n, n\)"),
         (lambda: cameras.cameras_of_rays(torch.zeros(2, 6)), r"\(views, n, n, 6\)"),
-        (lambda: cameras.scale_positions(torch.eye(4).repeat(2, 1, 1)), "parallel"),
+        (lambda: cameras.scale_positions(side_by_side()), "parallel"),
     ],
 )
 def test_bad_input_is_refused(call, message):
