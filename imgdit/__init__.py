@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 _EXPORTS = {
+    "Condition": "imgdit.adapters.condition",
     "DiffusionPipeline": "imgdit.compat",
+    "FluxOmniControlPipeline": "imgdit.pipelines.omni_control",
     "Frame": "imgdit.frames",
     "FrameLayout": "imgdit.frames",
     "ImgDiTPipeline": "imgdit.pipelines.text_to_image",
@@ -22,10 +24,12 @@ _EXPORTS = {
     "ModelMixin": "imgdit.compat",
     "MultiFrameFlowMatchScheduler": "imgdit.schedulers.flow_match",
     "NextDiT": "imgdit.models.nextdit",
+    "OmniControl": "imgdit.adapters.omni_control",
     "OneDiffusionPipeline": "imgdit.pipelines.one_diffusion",
     "OneDiffusionPipelineOutput": "imgdit.pipelines.one_diffusion",
     "PictureFrame": "imgdit.tasks",
     "SchedulerMixin": "imgdit.compat",
+    "StableDiffusion3OmniControlPipeline": "imgdit.pipelines.omni_control",
 }
 __all__ = list(_EXPORTS)
 
@@ -35,6 +39,8 @@ if not (_here / "pipelines").exists() and (_here.parent / "pipelines" / "__init_
     __path__.append(str(_here.parent))
 
 if TYPE_CHECKING:
+    from imgdit.adapters.condition import Condition as Condition
+    from imgdit.adapters.omni_control import OmniControl as OmniControl
     from imgdit.attention import KVCache as KVCache
     from imgdit.compat import DiffusionPipeline as DiffusionPipeline
     from imgdit.compat import ModelMixin as ModelMixin
@@ -43,6 +49,10 @@ if TYPE_CHECKING:
     from imgdit.frames import FrameLayout as FrameLayout
     from imgdit.models.mmdit import MMDiT as MMDiT
     from imgdit.models.nextdit import NextDiT as NextDiT
+    from imgdit.pipelines.omni_control import FluxOmniControlPipeline as FluxOmniControlPipeline
+    from imgdit.pipelines.omni_control import (
+        StableDiffusion3OmniControlPipeline as StableDiffusion3OmniControlPipeline,
+    )
     from imgdit.pipelines.one_diffusion import OneDiffusionPipeline as OneDiffusionPipeline
     from imgdit.pipelines.one_diffusion import OneDiffusionPipelineOutput as OneDiffusionPipelineOutput
     from imgdit.pipelines.text_to_image import ImgDiTPipeline as ImgDiTPipeline

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 
 from . import compat
 from .frames import RowGroup
@@ -51,7 +52,8 @@ def grouped_attention(
     """
     if groups is None or _is_everything(groups, query.shape[1]):
         return _attend(query, key, value, key_mask, backend, parallel_config)
-    if packed is not None and key_mask is None and packed_backend(query, backend):
+    biased = any(group.bias for group in groups)
+    if packed is not None and key_mask is None and not biased and packed_backend(query, backend):
         return packed_attention(query, key, value, packed, cached=cached)
     pieces: list[tuple[int, torch.Tensor]] = []
     for group in groups:
@@ -63,17 +65,33 @@ def grouped_attention(
             values.extend(_rows(cached[1], group.cached))
             if mask is not None:
                 mask.append(mask[0].new_ones(mask[0].shape[0], sum(s.stop - s.start for s in group.cached)))
+        asked, scale = _cat(_rows(query, group.queries)), None
+        if group.bias:
+            scale = query.shape[-1] ** -0.5
+            asked, keys, values = _with_bias(asked, keys, values, group.bias)
         out = _attend(
-            _cat(_rows(query, group.queries)),
-            _cat(keys),
-            _cat(values),
-            None if mask is None else _cat(mask),
-            backend,
-            parallel_config,
-        )
+            asked, _cat(keys), _cat(values), None if mask is None else _cat(mask), backend, parallel_config, scale
+        )[..., : query.shape[-1]]
         lengths = [rows.stop - rows.start for rows in group.queries]
         pieces += zip((rows.start for rows in group.queries), out.split(lengths, dim=1), strict=True)
     return _cat([piece for _, piece in sorted(pieces, key=lambda item: item[0])])
+
+
+def _with_bias(
+    query: torch.Tensor, keys: list[torch.Tensor], values: list[torch.Tensor], bias: Sequence[float]
+) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
+    """One more feature, sqrt(D) in the query and the bias in the key: their scaled product is the bias.
+
+    So a bias that is constant over a slice of keys needs no mask, which flash and sage kernels refuse. Kernels want
+    features in multiples of 8 and as many of the values; the others are zero.
+    """
+    width = query.shape[-1]
+    query = F.pad(query, (0, 8))
+    query[..., width] = width**0.5
+    keys = [F.pad(key, (0, 8)) for key in keys]
+    for key, value in zip(keys, bias, strict=True):
+        key[..., width] = value
+    return query, keys, [F.pad(value, (0, 8)) for value in values]
 
 
 def _attend(
@@ -83,13 +101,14 @@ def _attend(
     key_mask: torch.Tensor | None,
     backend: Any,
     parallel_config: Any,
+    scale: float | None = None,
 ) -> torch.Tensor:
     """One dispatched attention call; the key mask in the form the backend computes rightly."""
     if query.requires_grad and query.device.type == "cpu" and query.dtype in (torch.bfloat16, torch.float16):
         # PyTorch's half-precision kernel for CPUs takes three times as long backwards as its float32 one.
         with torch.autocast("cpu", enabled=False):
             query_, key_, value_ = (x.float() for x in (query, key, value))
-            return _attend(query_, key_, value_, key_mask, backend, parallel_config).to(query.dtype)
+            return _attend(query_, key_, value_, key_mask, backend, parallel_config, scale).to(query.dtype)
     name = compat.attention_backend_name(backend)
     if name == "xformers" and not query.is_cuda:
         raise ValueError(
@@ -98,17 +117,17 @@ def _attend(
         )
     if key_mask is None or name in _BOOLEAN_MASK:
         mask = None if key_mask is None else key_mask[:, None, None, :]
-        return compat.dispatch_attention(query, key, value, mask, backend, parallel_config)
+        return compat.dispatch_attention(query, key, value, mask, backend, parallel_config, scale)
     if name in _ADDITIVE_MASK:
         # The kernels want rows that start at multiples of 8: allocate a little more and expand over heads and queries.
         batch, keys = key_mask.shape
         bias = query.new_zeros(batch, 1, 1, -(-keys // 8) * 8)[..., :keys]
         bias = bias.masked_fill_(~key_mask[:, None, None, :], float("-inf"))
         bias = bias.expand(batch, query.shape[2], query.shape[1], keys)
-        return compat.dispatch_attention(query, key, value, bias, backend, parallel_config)
+        return compat.dispatch_attention(query, key, value, bias, backend, parallel_config, scale)
     return torch.cat(
         [
-            compat.dispatch_attention(q[None], k[None, m], v[None, m], None, backend, parallel_config)
+            compat.dispatch_attention(q[None], k[None, m], v[None, m], None, backend, parallel_config, scale)
             for q, k, v, m in zip(query, key, value, key_mask, strict=True)
         ]
     )

@@ -13,7 +13,7 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import ModelMixin, SchedulerMixin
-from diffusers.hooks import ModelHook
+from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.hooks._helpers import (
     AttentionProcessorMetadata,
     AttentionProcessorRegistry,
@@ -28,6 +28,7 @@ from diffusers.models.attention_dispatch import (
 )
 from diffusers.pipelines import auto_pipeline, pipeline_loading_utils
 from diffusers.utils import is_xformers_available
+from diffusers.utils.torch_utils import unwrap_module
 
 __all__ = ["DiffusionPipeline", "ModelMixin", "SchedulerMixin"]
 
@@ -139,6 +140,67 @@ def register_text_to_image(name: str, pipeline: type) -> None:
     auto_pipeline.AUTO_TEXT2IMAGE_PIPELINES_MAPPING[name] = pipeline
 
 
+def insert_hook(module: torch.nn.Module, hook: ModelHook, name: str) -> None:
+    """Register a hook below those that a module has already, as if it had come first.
+
+    A hook that computes the module's result itself must lie below the caches and offloading around it; diffusers puts
+    every new hook on top.
+    """
+    registry = HookRegistry.check_if_exists_or_initialize(module)
+    if not registry._fn_refs:
+        registry.register_hook(hook, name)
+        return
+    lowest = registry._fn_refs[0]
+    outer = module.forward
+    module.forward = _below(lowest)
+    registry.register_hook(hook, name)
+    _put_below(lowest, module.forward)
+    module.forward = outer
+    registry._fn_refs.insert(0, registry._fn_refs.pop())
+    registry._hook_order.insert(0, registry._hook_order.pop())
+
+
+def remove_hook(module: torch.nn.Module, name: str) -> None:
+    """Take a hook out from among others. (diffusers' own way disconnects a hook above that has a `new_forward`.)"""
+    registry = getattr(module, "_diffusers_hook", None)
+    if registry is None or name not in registry.hooks:
+        return
+    index = registry._hook_order.index(name)
+    below = _below(registry._fn_refs[index])
+    if index + 1 == len(registry._fn_refs):
+        module.forward = below
+    else:
+        _put_below(registry._fn_refs[index + 1], below)
+    registry.hooks.pop(name).deinitalize_hook(module)
+    del registry._fn_refs[index], registry._hook_order[index]
+    if not registry.hooks:  # as if it had never been there: deepcopy and pickle see a plain module again
+        del module._diffusers_hook
+        if getattr(module.forward, "__func__", None) is type(module).forward:
+            del module.forward
+
+
+def _below(reference: Any) -> Any:
+    return reference.forward if reference.original_forward is None else reference.original_forward
+
+
+def _put_below(reference: Any, forward: Any) -> None:
+    if reference.original_forward is None:
+        reference.forward = forward
+    else:
+        reference.original_forward = forward
+
+
+def has_step_cache(block: torch.nn.Module) -> bool:
+    """Whether a block is under a cache that compares one step's tokens with another's, as FirstBlockCache does."""
+    registry = getattr(block, "_diffusers_hook", None)
+    return registry is not None and any(hook._is_stateful for hook in registry.hooks.values())
+
+
+def unwrapped(module: Any) -> Any:
+    """The module in `torch.compile`'s wrapper, if it is in one."""
+    return unwrap_module(module)
+
+
 def attention_backend_name(backend: Any) -> str:
     """Name of a backend, or of the active one for `None`."""
     if backend is None:
@@ -153,9 +215,12 @@ def dispatch_attention(
     mask: torch.Tensor | None,
     backend: Any,
     parallel_config: Any,
+    scale: float | None = None,
 ) -> torch.Tensor:
-    """diffusers' attention dispatcher. (B, S, H, D) each."""
-    return dispatch_attention_fn(query, key, value, attn_mask=mask, backend=backend, parallel_config=parallel_config)
+    """diffusers' attention dispatcher. (B, S, H, D) each; `scale` of the logits, 1 / sqrt(D) by default."""
+    return dispatch_attention_fn(
+        query, key, value, attn_mask=mask, scale=scale, backend=backend, parallel_config=parallel_config
+    )
 
 
 __all__ += [
@@ -163,9 +228,13 @@ __all__ += [
     "attention_backend_name",
     "block_streams",
     "dispatch_attention",
+    "has_step_cache",
+    "insert_hook",
     "is_xformers_available",
     "register_attention_processor",
     "register_block",
     "register_text_to_image",
+    "remove_hook",
     "step_cache_set_aside",
+    "unwrapped",
 ]

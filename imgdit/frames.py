@@ -10,6 +10,7 @@ numbered texts first, then frames, and the joint sequence holds their tokens in 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -41,6 +42,9 @@ class Frame:
     """Guidance the embedding of a guidance-distilled model is given for this frame; `None`: the run's."""
     mask: torch.Tensor | None = None
     """Boolean (rows, columns): the tokens that are present. `None`: all of them."""
+    strength: float = 1.0
+    """γ > 0: log γ is added to the attention logits between this frame and everything else (OminiControl, section
+    3.2). 1 is no bias; a frame of strength 0 is left out."""
 
     def __post_init__(self) -> None:
         rows, columns = self.size
@@ -52,6 +56,8 @@ class Frame:
             raise ValueError(f"a frame sees 'all', 'joint' or 'self', got {self.sees!r}")
         if self.scale <= 0:
             raise ValueError(f"a frame's scale must be positive, got {self.scale}")
+        if not 0.0 < self.strength < math.inf:
+            raise ValueError(f"a frame's strength must be positive, got {self.strength}; leave the frame out for 0")
         if self.mask is not None:
             if self.mask.dtype != torch.bool or tuple(self.mask.shape) != tuple(self.size):
                 raise ValueError(
@@ -98,6 +104,8 @@ class RowGroup(NamedTuple):
     """Rows of the same sequence that they see."""
     cached: tuple[slice, ...] = ()
     """Rows of the key/value cache that they see besides."""
+    bias: tuple[float, ...] = ()
+    """What is added to the logits of each slice of `keys`, then of `cached`. Empty: nothing."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -304,18 +312,23 @@ class FrameLayout:
         position = dict(zip(present, _consecutive([self._length(i) for i in present]), strict=True))
         stored = sorted(self.cached)
         place = dict(zip(stored, _consecutive([self._length(i) for i in stored]), strict=True))
-        members: dict[tuple[int, ...], list[int]] = {}
+        members: dict[tuple[tuple[int, float], ...], list[int]] = {}
         for i in present:
-            seen = tuple(j for j in segments if self.visible[i, j])
+            seen = tuple((j, self._bias(i, j)) for j in segments if self.visible[i, j])
             members.setdefault(seen, []).append(i)
-        return tuple(
-            RowGroup(
-                queries=_merge(position[i] for i in asking),
-                keys=_merge(position[j] for j in seen if j in position),
-                cached=_merge(place[j] for j in seen if j in place),
-            )
-            for seen, asking in members.items()
-        )
+        groups = []
+        for seen, asking in members.items():
+            keys, key_bias = _merge_biased((position[j], bias) for j, bias in seen if j in position)
+            cached, cached_bias = _merge_biased((place[j], bias) for j, bias in seen if j in place)
+            bias = key_bias + cached_bias
+            groups.append(RowGroup(_merge(position[i] for i in asking), keys, cached, bias if any(bias) else ()))
+        return tuple(groups)
+
+    def _bias(self, row: int, column: int) -> float:
+        """What the logits between two segments get: each frame's log strength, nothing within a segment."""
+        if row == column:
+            return 0.0
+        return sum(math.log(self.frames[i - self.num_texts].strength) for i in (row, column) if i >= self.num_texts)
 
     def frozen_rows(self, *, image_only: bool = False) -> tuple[slice, ...]:
         """Rows of the frozen frames in the joint sequence (or in the image stream), in the order a cache keeps."""
@@ -330,6 +343,15 @@ class FrameLayout:
             raise ValueError("a layout that reads from a cache has no square mask")
         lengths = torch.tensor([self._length(i) for i in range(self.num_texts + len(self.frames))])
         return self.visible.repeat_interleave(lengths, 0).repeat_interleave(lengths, 1)
+
+    def dense_bias(self) -> torch.Tensor:
+        """What is added to the logits of the whole joint sequence, (T + N, T + N), -inf where a row does not see. For
+        tests, as `dense_mask`."""
+        segments = range(self.num_texts + len(self.frames))
+        bias = torch.tensor([[self._bias(i, j) for j in segments] for i in segments])
+        lengths = torch.tensor([self._length(i) for i in segments])
+        bias = bias.repeat_interleave(lengths, 0).repeat_interleave(lengths, 1)
+        return bias.masked_fill(~self.dense_mask(), -math.inf)
 
     # Which adapter reads which rows
 
@@ -359,12 +381,19 @@ def _consecutive(lengths: Sequence[int]) -> tuple[slice, ...]:
 
 def _merge(slices: Iterable[slice]) -> tuple[slice, ...]:
     """The same rows in the same order with adjoining slices joined; empty ones vanish."""
+    return _merge_biased((rows, 0.0) for rows in slices)[0]
+
+
+def _merge_biased(pairs: Iterable[tuple[slice, float]]) -> tuple[tuple[slice, ...], tuple[float, ...]]:
+    """`_merge`, where slices adjoin only if they have the same bias; the slices, and the bias of each."""
     merged: list[slice] = []
-    for rows in slices:
+    biases: list[float] = []
+    for rows, bias in pairs:
         if rows.start == rows.stop:
             continue
-        if merged and merged[-1].stop == rows.start:
+        if merged and merged[-1].stop == rows.start and biases[-1] == bias:
             merged[-1] = slice(merged[-1].start, rows.stop)
         else:
             merged.append(rows)
-    return tuple(merged)
+            biases.append(bias)
+    return tuple(merged), tuple(biases)

@@ -7,12 +7,11 @@ Nothing is toggled, so no product is computed with scale 0 and two threads canno
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
 
 from .frames import FrameLayout
@@ -109,15 +108,13 @@ def linear(module: nn.Module, x: torch.Tensor, rows: AdapterRows | None, *, shar
         return _call(module, x)
     if module.disable_adapters:
         return _call(module.get_base_layer(), x)
-    if module.merged:
-        raise ValueError(
-            f"the adapters {module.merged_adapters} are fused into the base weights and would act on every token; "
-            "call unfuse_lora() first, or fuse style adapters only and load the condition's adapter afterwards"
-        )
+    fused = module.merged_adapters
+    refuse_fused(rows.claimed, fused)
     out = _call(module.base_layer, x)
-    main = rows.main
-    if main is None:
-        main = tuple(name for name in module.active_adapters if name not in rows.claimed)
+    main = (
+        tuple(name for name in module.active_adapters if name not in rows.claimed) if rows.main is None else rows.main
+    )
+    main = tuple(name for name in main if name not in fused)
     for part, owner in rows.rows:
         for name in main if owner is None else (owner, *main) if shared else (owner,):
             if name not in module.lora_A:
@@ -130,10 +127,21 @@ def linear(module: nn.Module, x: torch.Tensor, rows: AdapterRows | None, *, shar
     return out
 
 
+def refuse_fused(claimed: Iterable[str], fused: Sequence[str]) -> None:
+    """Refuse a condition's adapter that is part of the base weights."""
+    wrong = [name for name in claimed if name in fused]
+    if wrong:
+        raise ValueError(
+            f"adapter {wrong[0]!r} is fused into the base weights and acts on every token, not on its condition's "
+            "alone; call unfuse_lora() first, and fuse style adapters only (adapter_names=[…])"
+        )
+
+
 def _call(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """A layer on (B, rows, features); features of a patch are ordered (channel, row, column)."""
-    if isinstance(layer, nn.Conv2d):
-        return F.linear(x, layer.weight.flatten(1), layer.bias)
+    if isinstance(layer, nn.Conv2d):  # one picture per patch; called as a module, so that offloading sees it
+        patches = x.reshape(-1, layer.in_channels, *layer.kernel_size)
+        return layer(patches).reshape(*x.shape[:2], -1)
     return layer(x)
 
 

@@ -30,12 +30,16 @@ def emulated_kernel(query, key, value, attn_bias):
 
 
 @st.composite
-def layouts(draw, scenes=1):
+def layouts(draw, scenes=1, strengths=(1.0,)):
     """A layout with any visibility in which every segment sees at least itself."""
     made = []
     for _ in range(scenes):
         frames = [
-            Frame((draw(st.integers(1, 3)), draw(st.integers(1, 3))), sigma=draw(st.sampled_from([None, 0.0])))
+            Frame(
+                (draw(st.integers(1, 3)), draw(st.integers(1, 3))),
+                sigma=draw(st.sampled_from([None, 0.0])),
+                strength=draw(st.sampled_from(strengths)),
+            )
             for _ in range(draw(st.integers(1, 4)))
         ]
         size = 1 + len(frames)
@@ -54,6 +58,49 @@ def test_groups_equal_the_dense_mask(layout, batch):
     q, k, v = qkv(batch, rows_of(layout))
     got = grouped_attention(q, k, v, layout.groups)
     torch.testing.assert_close(got, dense(q, k, v, layout.dense_mask()), atol=1e-5, rtol=1e-5)
+
+
+@settings(max_examples=60, deadline=None)
+@given(layouts(strengths=(0.3, 1.0, 2.0)), st.integers(1, 3))
+def test_strength_equals_a_dense_bias(layout, batch):
+    q, k, v = qkv(batch, rows_of(layout))
+    got = grouped_attention(q, k, v, layout.groups)
+    torch.testing.assert_close(got, dense(q, k, v, layout.dense_bias()), atol=1e-5, rtol=1e-5)
+
+
+def test_strength_acts_on_cached_keys_and_beside_a_text_mask():
+    layout = FrameLayout.build(
+        [Frame((2, 2)), Frame((1, 3), sigma=0.0, adapter="a", sees="self", strength=0.4)], text_length=2
+    )
+    q, k, v = qkv(2, rows_of(layout))
+    key_mask = torch.ones(2, rows_of(layout), dtype=torch.bool)
+    key_mask[0, 1] = False
+    bias = layout.dense_bias() + torch.zeros(2, 1, 1).masked_fill(~key_mask[:, None], float("-inf"))
+    expected = dense(q, k, v, bias)
+    torch.testing.assert_close(
+        grouped_attention(q, k, v, layout.groups, key_mask=key_mask), expected, atol=1e-5, rtol=1e-5
+    )
+    got = grouped_attention(
+        q[:, :6],
+        k[:, :6],
+        v[:, :6],
+        layout.without_frozen().groups,
+        key_mask=key_mask[:, :6],
+        cached=(k[:, 6:], v[:, 6:]),
+    )
+    torch.testing.assert_close(got, expected[:, :6], atol=1e-5, rtol=1e-5)
+
+
+def test_strength_one_is_no_bias():
+    frames = [Frame((2, 2)), Frame((1, 3), sigma=0.0, adapter="a", sees="joint")]
+    layout = FrameLayout.build(frames, text_length=2)
+    assert layout.groups == ((((slice(0, 9),), (slice(0, 9),), (), ())),)
+
+
+@pytest.mark.parametrize("strength", [0.0, -1.0, float("inf"), float("nan")])
+def test_strength_must_be_positive(strength):
+    with pytest.raises(ValueError, match="strength must be positive"):
+        Frame((1, 1), strength=strength)
 
 
 @settings(max_examples=40, deadline=None)

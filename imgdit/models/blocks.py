@@ -130,7 +130,9 @@ def joint_attention(
 
 def _attend(attn: Any, *args: Any, **kwargs: Any) -> Any:
     """Our attention goes through its processor, so hooks and step caches see it; diffusers' is a bag of weights."""
-    return attn(*args, **kwargs) if isinstance(attn, MMDiTAttention) else joint_attention(attn, *args, **kwargs)
+    if isinstance(attn, MMDiTAttention):
+        return attn(*args, **kwargs)
+    return joint_attention(attn, *args, backend=getattr(attn.processor, "_attention_backend", None), **kwargs)
 
 
 def double_block(

@@ -6,8 +6,11 @@ B batch, N tokens, D width, F frames, S rows, H heads, d features of a head.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+
+from ..frames import FrameLayout
 
 
 def pack(latents: torch.Tensor, patch: int) -> torch.Tensor:
@@ -58,6 +61,27 @@ def sincos_positions(rows: torch.Tensor, columns: torch.Tensor, dim: int) -> tor
     frequency = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
     angles = [coordinate.double()[:, None] * frequency for coordinate in (columns, rows)]
     return torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)], dim=-1).float()
+
+
+def table_positions(pos_embed: Any, layout: FrameLayout) -> torch.Tensor:
+    """Sin-cos positions (N, dim) of a layout: the made frame of a scene sits in the table's middle, as in SD3.
+
+    Args:
+        pos_embed: diffusers' `PatchEmbed` with its table `pos_embed` (1, side * side, dim). Places between the table's
+            or outside of it are computed.
+    """
+    table, side = pos_embed.pos_embed, pos_embed.pos_embed_max_size
+    places = []
+    for i in layout.live:
+        scene = [f for f, s in zip(layout.frames, layout.scenes) if s == layout.scenes[i]]
+        made = next((f for f in scene if not f.held), scene[0])
+        middle = torch.tensor([(side - n) // 2 for n in made.size])
+        places.append(layout.frames[i].ids()[:, 1:] + middle)
+    place = torch.cat(places)  # (N, 2) rows and columns of the table
+    if bool(((place.frac() == 0) & (place >= 0) & (place < side)).all()):
+        return table[0, (place[:, 0] * side + place[:, 1]).long()]
+    rows, columns = (place * pos_embed.base_size / side).unbind(1)
+    return sincos_positions(rows, columns, table.shape[-1])
 
 
 def multiply_add(base: torch.Tensor, x: torch.Tensor, factor: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:

@@ -40,7 +40,7 @@ from ..lora import LoraPlan, linear, lora_plan, main_rows
 from ..mup import MupMixin
 from . import convert
 from .blocks import BlockPlan, MMDiTBlock, MMDiTSingleBlock
-from .functional import modulate, rope_table, sincos_positions
+from .functional import modulate, rope_table, table_positions
 from .validation import check_config, check_inputs
 
 _ONE_FRAME = FrameLayout.build([Frame((1, 1))], 1)
@@ -256,22 +256,7 @@ class MMDiT(SafetensorsOnly, ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMix
             return self.pos_embed(hidden_states).contiguous()
         assert layout is not None  # check_inputs
         tokens = linear(self.pos_embed.proj, hidden_states, lora.image if lora else main_rows(hidden_states.shape[1]))
-        return tokens + self._table_positions(layout).to(tokens)
-
-    def _table_positions(self, layout: FrameLayout) -> torch.Tensor:
-        """Sin-cos positions (N, D) of a layout: the made frame of a scene sits in the table's middle, as in SD3."""
-        side = self.config.pos_embed_max_size
-        places = []
-        for i in layout.live:
-            scene = [f for f, s in zip(layout.frames, layout.scenes) if s == layout.scenes[i]]
-            made = next((f for f in scene if not f.held), scene[0])
-            middle = torch.tensor([(side - n) // 2 for n in made.size])
-            places.append(layout.frames[i].ids()[:, 1:] + middle)
-        place = torch.cat(places)  # (N, 2) rows and columns of the table
-        if bool(((place.frac() == 0) & (place >= 0) & (place < side)).all()):
-            return self.pos_embed.pos_embed[0, (place[:, 0] * side + place[:, 1]).long()]
-        rows, columns = (place * self.pos_embed.base_size / side).unbind(1)
-        return sincos_positions(rows, columns, self.inner_dim)
+        return tokens + table_positions(self.pos_embed, layout).to(tokens)
 
     def _condition(
         self,

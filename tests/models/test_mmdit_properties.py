@@ -282,7 +282,7 @@ def test_a_fused_adapter_cannot_act_on_rows():
     model = with_adapters("rope")
     model.fuse_lora()
     frames = [LAYOUT.frames[0], dataclasses.replace(LAYOUT.frames[1], adapter="depth")]
-    with pytest.raises(ValueError, match="are fused into the base weights"):
+    with pytest.raises(ValueError, match="is fused into the base weights"):
         run(model, **{**inputs(model, LAYOUT), "layout": FrameLayout.build(frames, 3)})
 
 
@@ -297,12 +297,12 @@ def test_sincos_positions_beyond_the_table_continue_it():
     """One frame off the table switches all to the formula: the others stay where the table had them."""
     model = MODELS["sincos, dual attention"]
     frames = [Frame((2, 3)), Frame((2, 2), 0.0, offset=(1, 1))]
-    table = model._table_positions(FrameLayout.build(frames, 1))
-    formula = model._table_positions(FrameLayout.build([*frames, Frame((1, 1), 0.0, offset=(40, 0))], 1))
+    table = table_positions(model.pos_embed, FrameLayout.build(frames, 1))
+    formula = table_positions(model.pos_embed, FrameLayout.build([*frames, Frame((1, 1), 0.0, offset=(40, 0))], 1))
     torch.testing.assert_close(formula[:-1], table, atol=1e-6, rtol=1e-6)
     assert (formula[-1] - table).abs().amax(1).min() > 0.1
     half = Frame((1, 1), 0.0, scale=2.0)  # between four cells
-    assert model._table_positions(FrameLayout.build([frames[0], half], 1)).isfinite().all()
+    assert table_positions(model.pos_embed, FrameLayout.build([frames[0], half], 1)).isfinite().all()
 
 
 def test_a_lora_on_the_patch_convolution_acts_on_tokens_too():

@@ -1,0 +1,300 @@
+"""Conditions in any diffusers pipeline on FLUX.1 or SD3/SD3.5, whose transformer keeps its own forward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
+from diffusers.utils import logging
+from peft.tuners.lora import LoraLayer
+
+from .. import compat
+from ..lora import refuse_fused
+from ..lora_files import (
+    AdapterInfo,
+    LoadReport,
+    adapter_pairs,
+    attach_adapter,
+    loaded_adapters,
+    read_adapter,
+    write_adapter,
+)
+from ..naming import check_choice, nearest
+from .condition import Condition
+from .encoding import Encoded, cell_size, encode_conditions
+from .hooks import NAME, BlockHook, ModelInputHook, OutputHook, PatchHook, TimeHook, TokenHook
+from .pictures import to_mask
+from .run import ConditionRun, Progress, Step
+
+logger = logging.get_logger(__name__)
+
+Mode = Literal["joint", "independent"]
+
+
+class OmniControl:
+    """Lets condition tokens ride through a pipeline.
+
+        control = OmniControl(pipe)
+        control.load("Yuanshi/OminiControl", weight_name="experimental/canny.safetensors", adapter_name="canny")
+        with control.use([Condition(edges, adapter="canny")]):
+            image = pipe("a lighthouse at dusk").images[0]
+
+    Make it before a step cache is enabled or the blocks are compiled if you can; offloading may come before or after.
+    Pipelines made by `from_pipe` share the transformer, so `use` reaches them as well.
+
+    Args:
+        pipe: a diffusers pipeline whose transformer is a `FluxTransformer2DModel` or `SD3Transformer2DModel`.
+    """
+
+    def __init__(self, pipe: Any):
+        transformer = compat.unwrapped(getattr(pipe, "transformer", None))
+        if not isinstance(transformer, (FluxTransformer2DModel, SD3Transformer2DModel)):
+            raise ValueError(
+                "OmniControl needs a pipeline whose transformer is a FluxTransformer2DModel or SD3Transformer2DModel, "
+                f"got {type(pipe).__name__} with {type(transformer).__name__}"
+                + ("; ImgDiTPipeline takes conditions= itself" if type(transformer).__name__ == "MMDiT" else "")
+            )
+        self.pipe = pipe
+        self.transformer: Any = transformer
+        self.rotary = isinstance(transformer, FluxTransformer2DModel)
+        self.run: ConditionRun | None = None
+        """The conditions in use."""
+        self.step: Step | None = None
+        """The plan of the forward pass that is going on."""
+        self.full_length = 0
+        """Image tokens that the transformer gives back."""
+        self.lora_layers: list[LoraLayer] = []
+        others = [hook.control for hook in _model_hooks(transformer)]
+        self.infos: dict[str, AdapterInfo] = others[0].infos if others else {}
+        """How each adapter that `load` loaded was trained."""
+        self._name = f"{NAME}_{id(self)}"
+        compat.insert_hook(transformer, ModelInputHook(self, transformer), self._name)
+        if not others:
+            for name, block in _blocks(transformer):
+                compat.insert_hook(block, BlockHook(name, block), NAME)
+
+    # Adapters
+
+    def load(
+        self,
+        source: str | Path,
+        weight_name: str | None = None,
+        adapter_name: str | None = None,
+        *,
+        hotswap: bool = False,
+        **hub: Any,
+    ) -> LoadReport:
+        """Load a condition adapter. It acts on its conditions' tokens only: a plain run does not change.
+
+        Args:
+            source: a safetensors file, a folder, or a repository on the Hub; PEFT, ComfyUI and kohya names are read.
+            weight_name: file in the folder or repository.
+            adapter_name: what conditions call it; the file's name by default.
+            hotswap: take the place of the loaded adapter of that name without compiling again.
+            hub: options of `hf_hub_download`.
+        """
+        if self.run is not None and not hotswap:
+            raise ValueError("load adapters before use(): their layers would come under the hooks of the run")
+        file = read_adapter(source, weight_name, **hub)
+        name = adapter_name or Path(file.source).stem
+        report = attach_adapter(self.transformer, file, name, hotswap=hotswap, pipeline=self.pipe)
+        self.infos[name] = file.info
+        if report.unused:
+            logger.warning(str(report))
+        return report
+
+    def save(self, path: str | Path, adapter_name: str, info: AdapterInfo | None = None) -> Path:
+        """Write an adapter as a PEFT file with its settings in the header."""
+        info = info or self.infos.get(adapter_name)
+        return write_adapter(path, adapter_pairs(self.transformer, adapter_name), info)
+
+    def unload(self, adapter_name: str) -> None:
+        """Take an adapter off the transformer."""
+        if self.run is not None:
+            raise ValueError("unload adapters outside of use()")
+        if adapter_name not in loaded_adapters(self.transformer):
+            raise ValueError(f"there is no adapter {nearest(adapter_name, loaded_adapters(self.transformer))}")
+        self.transformer.delete_adapters(adapter_name)
+        self.infos.pop(adapter_name, None)
+        if not loaded_adapters(self.transformer):
+            self.transformer.unload_lora()
+
+    def remove(self) -> None:
+        """Take the hooks and the adapters that `load` loaded off: the pipeline is what it was."""
+        if self.run is not None:
+            raise ValueError("remove() ends what use() began; leave the `with` block first")
+        compat.remove_hook(self.transformer, self._name)
+        if _model_hooks(self.transformer):
+            return
+        for _, block in _blocks(self.transformer):
+            compat.remove_hook(block, NAME)
+        for name in [name for name in self.infos if name in loaded_adapters(self.transformer)]:
+            self.unload(name)
+
+    # Conditions
+
+    @contextmanager
+    def use(
+        self,
+        conditions: Sequence[Condition],
+        *,
+        main_adapter: str | Sequence[str] | None = None,
+        mode: Mode | None = None,
+        cache: bool | None = None,
+        image_guidance_scale: float = 1.0,
+        region: Any = None,
+        generator: torch.Generator | None = None,
+    ) -> Iterator[OmniControl]:
+        """Let conditions act in the pipeline's calls.
+
+        Args:
+            conditions: what steers; a condition of strength 0 is left out.
+            main_adapter: adapters of the text and of the picture. `None`: those active that no condition has; `()`:
+                none.
+            mode: "joint" (a condition sees text and picture) or "independent" (only itself). `None`: as each adapter
+                was trained, joint where its file does not say.
+            cache: keep keys and values of independent conditions between steps. `None`: where there are some.
+            image_guidance_scale: s in `v = v_black + s (v - v_black)`, v_black a second pass with black pictures.
+            region: tokens or pixels that are made where conditions are complements; by default all that they leave.
+            generator: draws the conditions' latents from the posterior; `None` takes its mode.
+
+        Raises:
+            ValueError: an option that does not fit, before anything runs.
+        """
+        main = (main_adapter,) if isinstance(main_adapter, str) else main_adapter
+        sees = self._check(conditions, main, mode, cache)
+        kept = [(item, view) for item, view in zip(conditions, sees) if item.strength > 0]
+        if not kept:
+            yield self
+            return
+        patch = 2 if self.rotary else self.transformer.config.patch_size
+        with torch.no_grad():
+            encoded = encode_conditions(
+                self.pipe.vae,
+                [item for item, _ in kept],
+                [view for _, view in kept],
+                patch=patch,
+                device=self.pipe._execution_device,
+                generator=generator,
+                with_empty=image_guidance_scale != 1.0,
+            )
+        channels = encoded[0].tokens.shape[2] // (1 if self.rotary else patch * patch)
+        if channels != self.transformer.config.in_channels:
+            raise ValueError(
+                f"the transformer takes tokens of {self.transformer.config.in_channels} channels, a condition's have "
+                f"{channels}: pipelines that join pictures by channels (Control, Fill) cannot take conditions"
+            )
+        independent = any(view == "self" for _, view in kept)
+        run = ConditionRun(
+            encoded,
+            None if main is None else tuple(main),
+            cached=independent if cache is None else cache,
+            image_guidance_scale=image_guidance_scale,
+            region=_region(encoded, region, patch * cell_size(self.pipe.vae)),
+            progress=self._progress,
+        )
+        self.lora_layers = [
+            layer
+            for layer in self.transformer.modules()
+            if isinstance(layer, LoraLayer) and not set(run.adapters).isdisjoint(layer.lora_A)
+        ]
+        edges = self._edges()
+        for module, hook in edges:
+            compat.insert_hook(module, hook, NAME)
+        self.run = run
+        try:
+            yield self
+        finally:
+            self.run, self.step, self.lora_layers = None, None, []
+            for module, _ in edges:
+                compat.remove_hook(module, NAME)
+
+    def _edges(self) -> list[tuple[Any, Any]]:
+        """The modules at the edges, as they are now: loading a LoRA wraps `x_embedder`."""
+        model = self.transformer
+        first = (model.x_embedder, TokenHook(self)) if self.rotary else (model.pos_embed, PatchHook(self))
+        return [first, (model.time_text_embed, TimeHook(self)), (model.norm_out, OutputHook(self))]
+
+    def _check(
+        self, conditions: Sequence[Condition], main: Sequence[str] | None, mode: Mode | None, cache: bool | None
+    ) -> list[Literal["joint", "self"]]:
+        """Refuse what cannot be right; what each condition sees."""
+        model = self.transformer
+        if self._name not in getattr(getattr(model, "_diffusers_hook", None), "hooks", {}):
+            raise ValueError("this OmniControl was removed; make a new one")
+        if self.run is not None:
+            raise ValueError("conditions are in use already; pass all of them to one use()")
+        if mode is not None:
+            check_choice("mode", mode, ("joint", "independent"))
+        loaded = loaded_adapters(model)
+        for name in [condition.adapter for condition in conditions] + list(main or ()):
+            if name not in loaded:
+                raise ValueError(f"adapter {name!r} is not loaded; loaded are: {', '.join(loaded) or 'none'}")
+        if getattr(model, "_parallel_config", None) is not None:
+            raise ValueError(
+                "context parallelism splits the sequence evenly over the ranks and would cut through a condition; run "
+                "conditions on one rank"
+            )
+        for name, processor in model.attn_processors.items():
+            if "IPAdapter" in type(processor).__name__:
+                raise ValueError(
+                    f"{name} is an IP-Adapter's ({type(processor).__name__}), which conditions would leave out; call "
+                    "unload_ip_adapter() first"
+                )
+        claimed = {condition.adapter for condition in conditions}
+        for layer in model.modules():
+            if isinstance(layer, LoraLayer):
+                refuse_fused(claimed, layer.merged_adapters)
+            elif claimed and getattr(layer, "fused_projections", False):
+                raise ValueError("adapters on tokens need separate projections; call unfuse_qkv_projections() first")
+        chosen = [mode or self._info(condition).mode or "joint" for condition in conditions]
+        if cache and "independent" not in chosen:
+            raise ValueError(
+                "cache=True keeps a condition's keys and values over the steps, but in joint mode they depend on the "
+                "picture that is made. These adapters were not trained independently; pass mode='independent' to run "
+                "them so nevertheless"
+            )
+        return ["self" if one == "independent" else "joint" for one in chosen]
+
+    def _info(self, condition: Condition) -> AdapterInfo:
+        return self.infos.get(condition.adapter) or AdapterInfo()
+
+    def _progress(self) -> Progress:
+        """Where the pipeline is, by its scheduler."""
+        scheduler = self.pipe.scheduler
+        first = scheduler.begin_index or 0
+        return Progress((scheduler.step_index or first) - first, self.pipe.num_timesteps)
+
+
+def _region(encoded: Sequence[Encoded], region: Any, side: int) -> torch.Tensor | None:
+    """The tokens (rows, columns) that are made."""
+    complements = [item for item in encoded if item.condition.complement]
+    if not complements:
+        if region is not None:
+            raise ValueError("region= is for conditions with complement=True, which show what lies around it")
+        return None
+    sizes = {item.frame.size for item in complements}
+    if len(sizes) > 1:
+        raise ValueError(f"complement conditions show one picture, got sizes of {sorted(sizes)} tokens")
+    size = complements[0].frame.size
+    known = torch.stack([item.frame.mask for item in complements if item.frame.mask is not None]).any(0)
+    made = ~known if region is None else to_mask(region, size, side)
+    if not made.any():
+        raise ValueError("the complement conditions' masks cover the whole picture: there is nothing to make")
+    return made
+
+
+def _model_hooks(model: Any) -> list[ModelInputHook]:
+    registry = getattr(model, "_diffusers_hook", None)
+    hooks = [] if registry is None else registry.hooks.values()
+    return [hook for hook in hooks if isinstance(hook, ModelInputHook)]
+
+
+def _blocks(model: Any) -> Iterator[tuple[str, Any]]:
+    for blocks in ("transformer_blocks", "single_transformer_blocks"):
+        for i, block in enumerate(getattr(model, blocks, ())):
+            yield f"{blocks}.{i}", compat.unwrapped(block)

@@ -1,0 +1,237 @@
+"""One `use` of conditions: what rides behind the image tokens in each forward pass, and the caches between passes.
+
+B batch, N image tokens, T text tokens, n condition tokens, C channels of a token, F frames, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+import torch
+from peft.tuners.lora import LoraLayer
+
+from ..attention import KVCache
+from ..frames import Frame, FrameLayout
+from ..lora import lora_plan
+from ..models.blocks import BlockPlan
+from ..models.functional import rope_table
+from .encoding import Encoded
+
+
+class Progress(NamedTuple):
+    """Where a sampler is."""
+
+    step: int
+    steps: int
+
+
+@dataclass(eq=False)
+class Step:
+    """What one forward pass needs to know. It travels to the blocks as an argument; nothing in them is switched."""
+
+    layout: FrameLayout
+    plan: BlockPlan
+    rope: torch.Tensor | None
+    """Rotations of text, image and conditions; `None` for positions that are added."""
+    tokens: torch.Tensor | None
+    """(B, n, C) condition tokens that ride along; `None`: none, or their keys and values come from a cache."""
+    cache: KVCache | None
+    kept: torch.Tensor | None = None
+    """Numbers of the image tokens that are computed; `None`: all."""
+
+    @property
+    def image_length(self) -> int:
+        return self.layout.lengths[0]
+
+    @property
+    def riders(self) -> int:
+        """Frames that ride along."""
+        return len(self.layout.lengths) - 1
+
+
+class _Entry(NamedTuple):
+    """A key/value cache and what it belongs to."""
+
+    active: tuple[int, ...]
+    empty: bool
+    weights: tuple
+    pooled: torch.Tensor
+    """Of the prompt or, in a batch, of the guidance branches; its dtype is the run's."""
+    cache: KVCache
+
+
+@dataclass(eq=False)
+class ConditionRun:
+    """The conditions of one `OmniControl.use`."""
+
+    conditions: Sequence[Encoded]
+    main_adapters: tuple[str, ...] | None
+    cached: bool
+    """Whether keys and values of conditions that see only themselves are kept between passes."""
+    image_guidance_scale: float = 1.0
+    region: torch.Tensor | None = None
+    """Boolean (rows, columns): the tokens that are made; the others are the complements'. `None`: all."""
+    progress: Callable[[], Progress] = lambda: Progress(0, 1)
+    _layouts: dict[tuple, FrameLayout] = field(default_factory=dict)
+    _plans: dict[tuple, BlockPlan] = field(default_factory=dict)
+    _tables: dict[tuple, tuple[torch.Tensor, ...]] = field(default_factory=dict)
+    _kept: tuple[torch.Tensor, torch.Tensor] | None = None
+    _caches: list[_Entry] = field(default_factory=list)
+
+    @property
+    def adapters(self) -> list[str]:
+        return list(dict.fromkeys(item.condition.adapter for item in self.conditions))
+
+    def active(self) -> tuple[int, ...]:
+        """Numbers of the conditions that act in the present step."""
+        if all((item.condition.start, item.condition.end) == (0.0, 1.0) for item in self.conditions):
+            return tuple(range(len(self.conditions)))
+        progress = self.progress()
+        return tuple(i for i, item in enumerate(self.conditions) if item.condition.acts(*progress))
+
+    def step(
+        self,
+        image: Frame,
+        text_length: int,
+        batch: int,
+        pooled: torch.Tensor,
+        ids: tuple[torch.Tensor, torch.Tensor] | None,
+        rope: tuple[Sequence[int], float] | None,
+        layers: Sequence[LoraLayer],
+        *,
+        step_cache: bool,
+        empty: bool = False,
+    ) -> Step:
+        """The plan of one forward pass.
+
+        Args:
+            image: the frame of the image tokens.
+            pooled: (B, P) pooled text, which the conditions' modulation depends on.
+            ids: positions of the text (T, 3) and of the image tokens (N, 3), for rotary models.
+            rope: `axes_dims` and `theta` of `rope_table`, for rotary models.
+            layers: LoRA layers of the conditions' adapters.
+            step_cache: a cache compares tokens over steps: the same conditions ride along in every one, and those
+                that do not act now are not seen.
+            empty: put black pictures in the conditions' place.
+        """
+        active = self.active()
+        riding = tuple(range(len(self.conditions))) if step_cache else active
+        entry = None
+        if self.cached and active and not step_cache and not torch.is_grad_enabled():
+            entry = self._entry(active, empty, pooled, layers)
+        mode = None if entry is None else entry.cache.mode
+        key = (image.size, image.mask is None, text_length, active, riding, mode)
+        if key not in self._layouts:
+            self._layouts[key] = self._layout(image, text_length, active, riding, reads=mode == "read")
+            self._plans[key] = _plan(self._layouts[key], writes=mode == "write")
+        layout, plan = self._layouts[key], self._plans[key]
+        tokens = None
+        if len(layout.live) > 1:
+            riders = [self.conditions[riding[i - 1]] for i in layout.live[1:]]
+            parts = [item.empty if empty else item.tokens for item in riders]
+            tokens = torch.cat([_per_sample(part, batch) for part in parts if part is not None], dim=1)
+        table = None if ids is None or rope is None else self._table(key, ids, layout, *rope)
+        kept = None if image.mask is None else image.mask.flatten().nonzero().flatten()
+        return Step(layout, plan, table, tokens, None if entry is None else entry.cache, kept)
+
+    def kept_ids(self, ids: torch.Tensor) -> torch.Tensor:
+        """Positions of the tokens that are made. The same tensor for the same `ids`, as a pipeline passes them."""
+        assert self.region is not None
+        if self._kept is None or self._kept[0] is not ids:
+            self._kept = (ids, ids[self.region.flatten().to(ids.device)])
+        return self._kept[1]
+
+    def known(self) -> torch.Tensor:
+        """(1, N, C) tokens of the complement conditions at their places, zero where none is."""
+        assert self.region is not None
+        complements = [item for item in self.conditions if item.condition.complement]
+        full = complements[0].tokens.new_zeros(1, self.region.numel(), complements[0].tokens.shape[2])
+        for item in complements:
+            assert item.frame.mask is not None
+            full[:, item.frame.mask.flatten()] = item.tokens[:1]
+        return full
+
+    def _layout(
+        self, image: Frame, text_length: int, active: tuple[int, ...], riding: tuple[int, ...], reads: bool
+    ) -> FrameLayout:
+        frames = [image, *(self.conditions[i].frame for i in riding)]
+        layout = FrameLayout.build(frames, text_length, main_adapters=self.main_adapters)
+        idle = [place for place, i in enumerate(riding, start=2) if i not in active]
+        if idle:
+            visible = layout.visible.clone()
+            visible[idle] = False
+            visible[:, idle] = False
+            visible[idle, idle] = True
+            layout = replace(layout, visible=visible)
+        return layout.without_frozen() if reads else layout
+
+    def _table(
+        self,
+        key: tuple,
+        ids: tuple[torch.Tensor, torch.Tensor],
+        layout: FrameLayout,
+        axes: Sequence[int],
+        theta: float,
+    ) -> torch.Tensor:
+        """Rotations of the joint sequence; computed again only when a pipeline passes other position tensors."""
+        text, image = ids
+        place = (key, id(text), id(image))
+        if place not in self._tables:
+            if len(self._tables) == _KEPT_TABLES:
+                self._tables.clear()
+            riders = [layout.frames[i].ids().to(image.device) for i in layout.live[1:]]
+            table = rope_table(torch.cat([text.float(), image.float(), *riders]), axes, theta)
+            self._tables[place] = (text, image, table)  # holding both, so that their ids stay theirs
+        return self._tables[place][2]
+
+    def _entry(
+        self,
+        active: tuple[int, ...],
+        empty: bool,
+        pooled: torch.Tensor,
+        layers: Sequence[LoraLayer],
+    ) -> _Entry:
+        """The cache that belongs to these conditions, this prompt and these weights; a new one if none does."""
+        weights = tuple(
+            (layer.scaling[name], layer.lora_A[name].weight._version, layer.lora_B[name].weight._version)
+            for name in self.adapters
+            for layer in layers
+            if name in layer.lora_A
+        )
+        for entry in self._caches:
+            if entry[:3] == (active, empty, weights) and _same(entry.pooled, pooled):
+                return entry
+        self._caches = [entry for entry in self._caches if entry.weights == weights][-_KEPT_CACHES + 1 :]
+        self._caches.append(_Entry(active, empty, weights, pooled.clone(), KVCache()))
+        return self._caches[-1]
+
+
+_KEPT_CACHES = 4  # two guidance branches, each with its black picture
+_KEPT_TABLES = 8
+
+
+def _plan(layout: FrameLayout, writes: bool) -> BlockPlan:
+    return BlockPlan(
+        layout.text_lengths,
+        layout.lengths,
+        layout.groups,
+        layout.image_groups,
+        lora=lora_plan(layout),
+        frozen=layout.frozen_rows() if writes else (),
+        image_frozen=layout.frozen_rows(image_only=True) if writes else (),
+    )
+
+
+def _per_sample(tokens: torch.Tensor, batch: int) -> torch.Tensor:
+    """Tokens (b, n, C) for B samples; guidance doubles the batch behind itself."""
+    if batch % tokens.shape[0]:
+        raise ValueError(
+            f"a condition holds {tokens.shape[0]} pictures for a batch of {batch}; give one, or one per sample"
+        )
+    return tokens.repeat(batch // tokens.shape[0], 1, 1)
+
+
+def _same(kept: torch.Tensor, new: torch.Tensor) -> bool:
+    return kept.shape == new.shape and kept.dtype == new.dtype and torch.equal(kept, new)

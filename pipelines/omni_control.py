@@ -1,0 +1,123 @@
+"""diffusers' FLUX.1 and SD3 text-to-image pipelines with a `conditions=` argument."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import FluxPipeline, StableDiffusion3Pipeline
+from diffusers.pipelines.flux import FluxPipelineOutput
+
+from .. import compat
+from ..adapters.condition import Condition
+from ..adapters.omni_control import Mode, OmniControl
+from ..lora_files import LoadReport
+
+
+class _Conditions(compat.SafetensorsOnly):
+    """What the pipelines share: an `OmniControl` of their own, made when it is first needed."""
+
+    _control: OmniControl | None = None
+
+    @property
+    def control(self) -> OmniControl:
+        """Loads, saves and removes the condition adapters of this pipeline."""
+        if self._control is None or self._control.transformer is not compat.unwrapped(self.transformer):  # type: ignore[attr-defined]
+            self._control = OmniControl(self)
+        return self._control
+
+    def load_control(
+        self, source: str | Path, weight_name: str | None = None, adapter_name: str | None = None, **options: Any
+    ) -> LoadReport:
+        """`OmniControl.load`."""
+        return self.control.load(source, weight_name, adapter_name, **options)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        *args: Any,
+        conditions: Sequence[Condition] = (),
+        main_adapter: str | Sequence[str] | None = None,
+        mode: Mode | None = None,
+        cache: bool | None = None,
+        image_guidance_scale: float = 1.0,
+        region: Any = None,
+        condition_generator: torch.Generator | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Make pictures under conditions.
+
+        Args:
+            args, kwargs: of the diffusers pipeline this one extends.
+            conditions: what steers; none gives what that pipeline gives.
+            main_adapter, mode, cache, image_guidance_scale, region: see `OmniControl.use`.
+            condition_generator: its `generator`, for the conditions' latents.
+        """
+        if not conditions:
+            return super().__call__(*args, **kwargs)  # type: ignore[misc]
+        with self.control.use(
+            conditions,
+            main_adapter=main_adapter,
+            mode=mode,
+            cache=cache,
+            image_guidance_scale=image_guidance_scale,
+            region=region,
+            generator=condition_generator,
+        ) as control:
+            return self._sample(control, *args, **kwargs)
+
+    def _sample(self, control: OmniControl, *args: Any, **kwargs: Any) -> Any:
+        return super().__call__(*args, **kwargs)  # type: ignore[misc]
+
+
+class StableDiffusion3OmniControlPipeline(_Conditions, StableDiffusion3Pipeline):
+    """`StableDiffusion3Pipeline` with conditions; made by `from_pretrained`, or by `from_pipe` of a pipeline."""
+
+
+class FluxOmniControlPipeline(_Conditions, FluxPipeline):
+    """`FluxPipeline` with conditions; made by `from_pretrained`, or by `from_pipe` of a pipeline."""
+
+    def _sample(self, control: OmniControl, *args: Any, **kwargs: Any) -> Any:
+        """Where complements show what is known, only the other tokens are sampled, and the schedule counts them."""
+        run = control.run
+        if run is None or run.region is None:
+            return super()._sample(control, *args, **kwargs)
+        if args:
+            raise ValueError("name the arguments of a call that completes a picture: pipe(prompt=…, conditions=…)")
+        output_type, return_dict = kwargs.pop("output_type", "pil"), kwargs.pop("return_dict", True)
+        rows, columns = run.region.shape
+        side = 2 * self.vae_scale_factor
+        height, width = kwargs.setdefault("height", rows * side), kwargs.setdefault("width", columns * side)
+        if (height, width) != (rows * side, columns * side):
+            raise ValueError(
+                f"got height={height} and width={width}, but the picture to complete is {rows * side}x{columns * side}"
+            )
+        latents = kwargs.pop("latents", None)
+        if latents is None:
+            prompt, embeds = kwargs.get("prompt"), kwargs.get("prompt_embeds")
+            prompts = 1 if isinstance(prompt, str) else len(prompt if prompt is not None else embeds)
+            batch = prompts * kwargs.get("num_images_per_prompt", 1)
+            latents, _ = self.prepare_latents(
+                batch,
+                self.transformer.config.in_channels // 4,
+                height,
+                width,
+                self.transformer.dtype,
+                self._execution_device,
+                kwargs.get("generator"),
+            )
+        made = run.region.flatten()
+        sampled = super()._sample(
+            control, **kwargs, latents=latents[:, made], output_type="latent", return_dict=False
+        )[0]
+        picture = run.known().to(sampled).repeat(sampled.shape[0], 1, 1)
+        picture[:, made] = sampled
+        if output_type != "latent":
+            picture = self._unpack_latents(picture, height, width, self.vae_scale_factor)
+            picture = picture / self.vae.config.scaling_factor + self.vae.config.shift_factor
+            picture = self.vae.decode(picture.to(self.vae.dtype), return_dict=False)[0]
+            picture = self.image_processor.postprocess(picture, output_type=output_type)
+            self.maybe_free_model_hooks()
+        return FluxPipelineOutput(images=picture) if return_dict else (picture,)
