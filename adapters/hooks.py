@@ -223,7 +223,7 @@ class ModelInputHook(ConditionHook):
                 f"the mask of a complement condition covers {region.shape[0]}x{region.shape[1]} tokens, the picture "
                 f"has {ids.shape[0]}; give the condition the picture's size (and no reference image to the pipeline)"
             )
-        return Frame(tuple(region.shape), mask=region), (text_ids, run.kept_ids(ids))
+        return Frame((region.shape[0], region.shape[1]), mask=region), (text_ids, run.kept_ids(ids))
 
 
 def _combine(a: Any, b: Any, function: Callable) -> Any:

@@ -96,8 +96,8 @@ class FluxOmniControlPipeline(_Conditions, FluxPipeline):
             )
         latents = kwargs.pop("latents", None)
         if latents is None:
-            prompt, embeds = kwargs.get("prompt"), kwargs.get("prompt_embeds")
-            prompts = 1 if isinstance(prompt, str) else len(prompt if prompt is not None else embeds)
+            prompt = kwargs.get("prompt")
+            prompts = 1 if isinstance(prompt, str) else len(kwargs["prompt_embeds"] if prompt is None else prompt)
             batch = prompts * kwargs.get("num_images_per_prompt", 1)
             latents, _ = self.prepare_latents(
                 batch,

@@ -11,6 +11,7 @@ from peft import LoraConfig
 from tiny import rope_config, sincos_config, tiny_mmdit
 
 from imgdit import Frame, FrameLayout, KVCache, MMDiT
+from imgdit.models.functional import table_positions
 
 MODELS = {
     "rope": tiny_mmdit(rope_config()),
