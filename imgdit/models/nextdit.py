@@ -84,6 +84,13 @@ class BlockPlan(NamedTuple):
     text_mask: torch.Tensor | None
     """(B, L), False on padding; `None`: no padding."""
     softcap: float | None
+    asking: tuple[slice, ...] | None = None
+    """Rows that ask and go on; the others are only seen. Rows of `groups`' queries and of `text_rows` count among
+    these. `None`: all rows."""
+    vectors: tuple[int, ...] = ()
+    """Condition vectors of the asking rows."""
+    asking_lengths: tuple[int, ...] = ()
+    """Asking rows that share a condition vector, one after another."""
 
 
 def nextdit_attention(
@@ -106,12 +113,17 @@ def nextdit_attention(
         image_rotary_emb: `rope_table` of the frames' tokens.
         cache: keys and values of frozen frames.
         text_pairs: the text's key and value; an empty list is filled. `None`: computed and forgotten.
+
+    Returns:
+        (B, N, D), or of the asking rows alone.
     """
     heads, repeats = attn.heads, attn.heads // attn.kv_heads
-    query = attn.split(attn.q_norm(attn.wq(hidden_states)))  # (B, N, H, d)
-    key = attn.split(attn.k_norm(attn.wk(hidden_states)))  # (B, N, K, d)
+    asking, turns = hidden_states, image_rotary_emb
+    if plan.asking is not None:
+        asking, turns = _take(hidden_states, plan.asking), _take(image_rotary_emb[None], plan.asking)[0]
+    query = apply_rope(attn.split(attn.q_norm(attn.wq(asking))), turns)  # (B, N, H, d)
+    key = apply_rope(attn.split(attn.k_norm(attn.wk(hidden_states))), image_rotary_emb)  # (B, N, K, d)
     value = attn.split(attn.wv(hidden_states))
-    query, key = apply_rope(query, image_rotary_emb), apply_rope(key, image_rotary_emb)
 
     cached = None if cache is None else cache.exchange("attn", key, value, plan.frozen)
     # Image keys serve neighbouring heads (0 0 1 1), the text's every K-th (0 1 0 1): so the weights were trained.
@@ -226,6 +238,11 @@ def _modulation(features: int, dim: int, vectors: int) -> nn.Sequential:
     return nn.Sequential(nn.SiLU(), nn.Linear(features, vectors * dim))
 
 
+def _take(x: torch.Tensor, rows: tuple[slice, ...]) -> torch.Tensor:
+    """Rows of (B, N, …), copied only where they are not one piece."""
+    return x[:, rows[0]] if len(rows) == 1 else torch.cat([x[:, r] for r in rows], dim=1)
+
+
 def _scaled(x: torch.Tensor, scale: torch.Tensor, lengths: tuple[int, ...]) -> torch.Tensor:
     """`x * (1 + scale)` with one vector per frame."""
     return multiply_add(x, x, scale, lengths)
@@ -264,15 +281,22 @@ class NextDiTBlock(nn.Module):
             encoder_hidden_states: (B, L, J).
             temb: (B, F, E) condition vector of each frame.
             image_rotary_emb, plan, cache, text_pairs: see `nextdit_attention`.
+
+        Returns:
+            (B, N, D), or the asking rows alone.
         """
         scale, gate, scale_mlp, gate_mlp = self.adaLN_modulation(temb).chunk(4, dim=-1)  # (B, F, D)
         text = encoder_hidden_states if text_pairs else self.attention_y_norm(encoder_hidden_states)
         normed = _scaled(self.attention_norm1(hidden_states), scale, plan.lengths)
         attended = self.attention(normed, text, image_rotary_emb, plan=plan, cache=cache, text_pairs=text_pairs)
-        hidden_states = gated_add(hidden_states, gate.tanh(), self.attention_norm2(attended), plan.lengths)
-        normed = _scaled(self.ffn_norm1(hidden_states), scale_mlp, plan.lengths)
+        lengths = plan.lengths
+        if plan.asking is not None:
+            hidden_states, lengths = _take(hidden_states, plan.asking), plan.asking_lengths
+            gate, scale_mlp, gate_mlp = (x[:, list(plan.vectors)] for x in (gate, scale_mlp, gate_mlp))
+        hidden_states = gated_add(hidden_states, gate.tanh(), self.attention_norm2(attended), lengths)
+        normed = _scaled(self.ffn_norm1(hidden_states), scale_mlp, lengths)
         update = self.ffn_norm2(self.feed_forward(normed))
-        return gated_add(hidden_states, gate_mlp.tanh(), update, plan.lengths)
+        return gated_add(hidden_states, gate_mlp.tanh(), update, lengths)
 
 
 class TimestepEmbedder(nn.Module):
@@ -440,8 +464,10 @@ class NextDiT(SafetensorsOnly, ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
                 block = partial(self._gradient_checkpointing_func, module)
             layer = None if cache is None else cache.layer(f"layers.{i}")
             pairs = memory.pairs(i) if keep else None
+            if i == len(self.layers) - 1:
+                plan = _ending(plan, layout)
             hidden_states = block(hidden_states, memory.embeddings, temb, rope, plan, layer, pairs)
-        sample = self._read_out(hidden_states, temb, layout, plan)
+        sample = self._read_out(hidden_states, temb, plan)
         if grid is not None:
             sample = unpack(sample.reshape(-1, layout.lengths[0], self.token_channels), self.patch, grid)
             sample = sample.unflatten(0, (-1, len(layout.frames)))
@@ -523,19 +549,11 @@ class NextDiT(SafetensorsOnly, ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
             softcap=cap,
         )
 
-    def _read_out(
-        self, hidden_states: torch.Tensor, temb: torch.Tensor, layout: FrameLayout, plan: BlockPlan
-    ) -> torch.Tensor:
-        """Prediction (B, n, C*p*p) of the frames being made, in the order of the tokens that came in."""
+    def _read_out(self, hidden_states: torch.Tensor, temb: torch.Tensor, plan: BlockPlan) -> torch.Tensor:
+        """Prediction (B, n, C*p*p) of what the last block gave, in the order of the tokens that came in."""
         lengths = plan.lengths
-        made = [n for n, i in enumerate(layout.live) if not layout.frames[i].held]
-        if len(made) < len(layout.live):
-            hidden_states = torch.cat([hidden_states[:, rows] for rows in layout.predicted], dim=1)
-            if len(lengths) == len(layout.live):
-                temb, lengths = temb[:, made], layout.predicted_lengths
-            else:
-                temb = torch.cat([temb[:, rows] for rows in layout.predicted], dim=1)
-                lengths = (1,) * temb.shape[1]
+        if plan.asking is not None:
+            temb, lengths = temb[:, list(plan.vectors)], plan.asking_lengths
         patches = self.final_layer(hidden_states, temb, lengths)  # (B, n, p * p * C)
         return patches.unflatten(-1, (-1, self.config.in_channels)).transpose(-1, -2).flatten(-2)
 
@@ -570,6 +588,32 @@ def _levels(layout: FrameLayout, timestep: torch.Tensor) -> torch.Tensor:
     if timestep.ndim == 2 and timestep.shape[1] == layout.image_length != len(layout.live):
         return timestep
     return layout.expand(timestep, [None if f.sigma is None else f.sigma * 1000 for f in layout.frames])
+
+
+def _ending(plan: BlockPlan, layout: FrameLayout) -> BlockPlan:
+    """The plan of the last block: nothing reads what becomes of the held frames, so only the others ask."""
+    made = [n for n, i in enumerate(layout.live) if not layout.frames[i].held]
+    if len(made) == len(layout.live):
+        return plan
+    places: list[tuple[slice, slice]] = []  # rows of the frames being made, before and among themselves
+    start = 0
+    for n in made:
+        places.append((layout.rows[n], slice(start, start + layout.lengths[n])))
+        start += layout.lengths[n]
+
+    def among(rows: tuple[slice, ...]) -> tuple[slice, ...]:
+        return tuple(new for old, new in places if any(r.start <= old.start < r.stop for r in rows))
+
+    groups = (group._replace(queries=among(group.queries)) for group in plan.groups)
+    tokens = [i for old, _ in places for i in range(old.start, old.stop)]
+    per_frame = len(plan.lengths) == len(layout.live)
+    return plan._replace(
+        groups=tuple(group for group in groups if group.queries),
+        text_rows=None if plan.text_rows is None else among(plan.text_rows),
+        asking=layout.predicted,
+        vectors=tuple(made if per_frame else tokens),
+        asking_lengths=layout.predicted_lengths if per_frame else (1,) * len(tokens),
+    )
 
 
 compat.register_block(NextDiTBlock, hidden_states=0, encoder_hidden_states=None)
