@@ -10,13 +10,14 @@ from typing import Annotated
 
 import typer
 
-from .commands import bench, data, mup
+from .commands import bench, convert, data, mup
 
 app = typer.Typer(
     help="Controllable image generation with diffusion transformers.", no_args_is_help=True, add_completion=False
 )
 app.add_typer(bench.app, name="bench")
 app.add_typer(data.app, name="data")
+app.add_typer(convert.app, name="convert")
 app.add_typer(mup.app, name="mup")
 
 

@@ -18,13 +18,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..naming import check_choice
 from .structure import Kind, Role, Structure, bare_model, matches, plain_name, structure_of
+
+Parametrisation = Literal["mup", "standard"]
+"""What may be compared: μP, or one learning rate for all parameters."""
 
 
 class MupSettings(NamedTuple):

@@ -11,6 +11,7 @@ from ..data.pictures import ScenePictures
 from ..data.readings import SceneReadings
 from ..data.sentences import SceneSentences
 from ..naming import nearest
+from .blobs import BlobLatents, collate_blobs
 from .config import Recipe, check_arguments
 from .data import Batches, MapDataset
 from .objectives import Pictures
@@ -37,6 +38,7 @@ def collate_pictures(samples: Sequence[torch.Tensor]) -> Pictures:
 
 
 SOURCES = {
+    "blobs": Source(BlobLatents, collate_blobs, held_out=512),
     "scene_pictures": Source(ScenePictures, collate_pictures, held_out=16),
     "scene_sentences": Source(SceneSentences, collate_sentences, held_out=512),
     "scene_readings": Source(SceneReadings, collate_readings, held_out=64),

@@ -1,0 +1,176 @@
+"""`imgdit mup`: hyper-parameters from small models for large ones."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(help="Tune small, train large: check, sweep and plan under μP.", no_args_is_help=True)
+
+_RECIPE = "A YAML file, or the name of a packaged recipe (scenes/transformer)."
+QUICK_WIDTHS, QUICK_LOG2LR, QUICK_SEEDS = (32, 64, 128), tuple(range(-9, -2)), 3
+"""The sweep of `imgdit mup transfer --quick`, for the recipe mup/transfer."""
+
+
+@app.command()
+def table(recipe: Annotated[str, typer.Argument(help=_RECIPE)]) -> None:
+    """Print the role, initialisation and multipliers of every parameter of a recipe's model."""
+    import torch
+
+    from imgdit.mup import mup_table
+    from imgdit.training import load_recipe
+    from imgdit.training.config import build_model
+
+    try:
+        with torch.device("meta"):
+            rules = mup_table(build_model(load_recipe(recipe)))
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    longest = max(len(rule.name) for rule in rules)
+    typer.echo(f"{'parameter':<{longest}}  {'role':<11}{'shape':<20}{'std':>9}{'lr':>9}{'decay':>9}{'eps':>9}")
+    for rule in rules:
+        std = "gain" if rule.init_std is None else f"{rule.init_std:.4g}"
+        multipliers = "".join(f"{value:>9.4g}" for value in (rule.lr_mult, rule.wd_mult, rule.eps_mult))
+        shape = "x".join(map(str, rule.shape))
+        typer.echo(f"{rule.name:<{longest}}  {rule.role:<11}{shape:<20}{std:>9}{multipliers}")
+
+
+@app.command("coord-check")
+def coord_check(
+    recipe: Annotated[str, typer.Argument(help=_RECIPE)] = "mup/coordinates",
+    widths: Annotated[str, typer.Option(help="Widths, separated by commas.")] = "64,128,256,512,1024",
+    steps: Annotated[int, typer.Option(min=2, help="Forward passes; an update between two.")] = 4,
+    seeds: Annotated[int, typer.Option(min=1, help="Initial weights to average over.")] = 3,
+    log2lr: Annotated[float | None, typer.Option(help="log2 of the learning rate, instead of the recipe's.")] = None,
+    tolerance: Annotated[float, typer.Option(min=0.0, help="Largest slope that passes.")] = 0.15,
+    out: Annotated[Path, typer.Option(help="Folder of coordinates.json and .png.")] = Path("outputs/mup/coordinates"),
+) -> None:
+    """Mean |activation| per module against width, under μP and the standard parametrisation, with slopes.
+
+    Exits with 1 if a slope under μP is steeper than the tolerance, so that it can stand in a CI.
+    """
+    import dataclasses
+
+    from imgdit.mup.plots import plot_coordinates
+    from imgdit.training import load_recipe
+    from imgdit.training.coordinate_check import coordinate_check
+
+    try:
+        loaded = load_recipe(recipe)
+        if log2lr is not None:
+            loaded = loaded.replace(optimizer={"lr": 2.0**log2lr})
+        checks = coordinate_check(
+            loaded,
+            _numbers(widths, int, "widths"),
+            steps=steps,
+            seeds=seeds,
+            progress=lambda line: typer.echo(line, err=True),
+        )
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    mup, standard = checks["mup"], checks["standard"]
+    longest = max(map(len, mup.means))
+    typer.echo(f"slope of log2 mean|activation| over log2 width, before the first update and in step {steps}")
+    typer.echo(f"{'':<{longest}}{'μP':>16}{'standard':>16}")
+    for ours, theirs in zip(mup.slopes(), standard.slopes()):
+        pairs = "".join(f"{_slope(s.at_start):>8}{_slope(s.at_end):>8}" for s in (ours, theirs))
+        typer.echo(f"{ours.module:<{longest}}{pairs}")
+    values = {
+        name: {**dataclasses.asdict(check), "slopes": [s._asdict() for s in check.slopes()]}
+        for name, check in checks.items()
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "coordinates.json").write_text(json.dumps(values, indent=1))
+    typer.echo(f"wrote {out / 'coordinates.json'} and {plot_coordinates(checks, out / 'coordinates.png')}")
+    if beyond := mup.beyond(tolerance):
+        worst = max(beyond, key=lambda s: abs(s.at_end or 0.0))
+        typer.echo(
+            f"{len(beyond)} of {len(mup.means)} slopes are beyond {tolerance}, the steepest {worst.at_end:.3f} of "
+            f"{worst.module}",
+            err=True,
+        )
+        raise typer.Exit(1)
+
+
+@app.command()
+def transfer(
+    recipe: Annotated[str, typer.Argument(help=_RECIPE)] = "mup/transfer",
+    widths: Annotated[str | None, typer.Option(help="Widths, separated by commas.")] = None,
+    log2lr: Annotated[str | None, typer.Option(help="log2 learning rates: -9,-8,-7 or -9:-3.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs per width and learning rate.")] = 1,
+    steps: Annotated[int | None, typer.Option(min=1, help="Steps of each run, instead of the recipe's.")] = None,
+    standard: Annotated[bool, typer.Option(help="Run the standard parametrisation beside μP.")] = True,
+    quick: Annotated[bool, typer.Option(help="The small sweep of mup/transfer: 3 widths, 7 rates, 3 seeds.")] = False,
+    jobs: Annotated[int, typer.Option(min=1, help="Processes on this machine.")] = 1,
+    target: Annotated[str | None, typer.Option(help="Recipe of the run to save trials of (scale/18b).")] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the sweep; it goes on there.")] = Path("outputs/mup/transfer"),
+) -> None:
+    """Sweep the learning rate at several widths, and suggest one.
+
+    Several GPUs or machines: `accelerate launch -m imgdit.apps.cli mup transfer …` with a shared folder; each process
+    makes its share, and the one that finishes last writes the result.
+    """
+    from imgdit.mup.plots import plot_curves
+    from imgdit.training import load_recipe
+    from imgdit.training.transfer import Sweep, analyse, run_sweep, sweep_table
+
+    if quick:
+        if widths is not None or log2lr is not None:
+            raise typer.BadParameter("--quick brings its own widths and learning rates; leave out one or the other")
+        chosen, rates, seeds = QUICK_WIDTHS, QUICK_LOG2LR, QUICK_SEEDS
+    elif widths is None or log2lr is None:
+        raise typer.BadParameter("give --widths and --log2lr, or --quick for the small sweep of mup/transfer")
+    else:
+        chosen, rates = _numbers(widths, int, "widths"), _numbers(log2lr, float, "log2lr")
+    try:
+        loaded = load_recipe(recipe)
+        if steps is not None:
+            loaded = loaded.replace(run={"steps": steps})
+        sweep = Sweep(
+            loaded, tuple(sorted(chosen)), tuple(sorted(map(float, rates))), seeds, out,
+            ("mup", "standard") if standard else ("mup",),
+        )  # fmt: skip
+        wanted = None if target is None else load_recipe(target)
+        if not run_sweep(sweep, jobs=jobs, progress=lambda line: typer.echo(line, err=True)):
+            typer.echo(f"this process is done; others still work on {out}")
+            return
+        result = analyse(sweep, wanted)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    for line in sweep_table(result.curves):
+        typer.echo(line)
+    for name, moved in result.shifts.items():
+        penalty = result.penalties[name]
+        lost = "" if penalty is None else f"; the widest loses {penalty:.1%} at the narrowest's best rate"
+        typer.echo(f"{name}: the optimum moves by {'?' if moved is None else f'{moved:+.2f}'} in log2{lost}")
+    best = next((c for c in reversed(result.curves["mup"]) if c.optimum is not None), None)
+    if best is not None and best.optimum is not None:
+        rate, low, high = (2.0**x for x in (best.optimum.log2lr, best.optimum.low, best.optimum.high))
+        typer.echo(f"suggested optimizer.lr: {rate:.4g}, within 1 % of the best from {low:.4g} to {high:.4g}")
+    whole = target or f"width {sweep.widths[-1]}"
+    typer.echo(
+        f"cost in runs of {whole}: the narrowest width's μP runs {result.proxy_share:.1%}, all runs "
+        f"{result.sweep_share:.1%}; {result.cpu_seconds:.0f} s of processor time"
+    )
+    (out / "transfer.json").write_text(json.dumps(result.to_dict(), indent=1))
+    typer.echo(f"wrote {out / 'transfer.json'} and {plot_curves(result.curves, out / 'transfer.png')}")
+
+
+def _numbers(text: str, kind: type, name: str) -> tuple:
+    """Numbers of "1,2,3" or, whole ones, of "1:3"."""
+    try:
+        if ":" in text:
+            first, last = map(int, text.split(":"))
+            return tuple(map(kind, range(first, last + 1)))
+        return tuple(kind(part) for part in text.split(","))
+    except ValueError:
+        raise typer.BadParameter(
+            f"--{name} takes numbers such as 64,128 or a range such as -9:-3, got {text!r}"
+        ) from None
+
+
+def _slope(value: float | None) -> str:
+    return "-" if value is None else f"{value:+.3f}"
