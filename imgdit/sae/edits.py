@@ -76,10 +76,16 @@ class ChosenFeatures:
             least = scores.topk(self.sae.config.k, dim=1, sorted=False).values.amin(1, keepdim=True)
         return torch.where((mine >= least) & (mine > self.thresholds), mine, 0.0)
 
-    def delta(self, acts: torch.Tensor, factors: torch.Tensor, scale: RowScale | None) -> torch.Tensor:
-        """What is added to the activations (N, d), in their units and the SAE's dtype."""
-        change = (acts * (factors - 1)) @ self.decoder
-        return change if scale is None else change * scale.std
+    def added(
+        self, x: torch.Tensor, acts: torch.Tensor, factors: torch.Tensor, scale: RowScale | None
+    ) -> torch.Tensor:
+        """Activations x (N, d), in their units and dtype, with the change that the factors make."""
+        weights = acts * (factors - 1)
+        if scale is not None:
+            weights = weights * scale.std
+        if x.dtype == self.decoder.dtype:
+            return torch.addmm(x, weights, self.decoder)
+        return x + (weights @ self.decoder).to(x.dtype)
 
 
 def edit(sae: SparseAutoencoder, x: torch.Tensor, change: Edit) -> torch.Tensor:
@@ -87,7 +93,7 @@ def edit(sae: SparseAutoencoder, x: torch.Tensor, change: Edit) -> torch.Tensor:
     chosen = ChosenFeatures(sae, change.features, change.thresholds)
     rows, scale = sae.normalize(x.to(sae.W_dec.dtype))
     acts = chosen.activations(rows, chosen.scores(rows))
-    return x + chosen.delta(acts, change.factors, scale).to(x.dtype)
+    return chosen.added(x, acts, change.factors, scale)
 
 
 @torch.no_grad()

@@ -316,17 +316,15 @@ class Intervention:
             return None
         if x.shape[-1] != self.sae.config.d_in:
             raise ValueError(f"the SAE reads width {self.sae.config.d_in}, the activations have {x.shape[-1]}")
-        parts = {"conditional": [call.conditional], "unconditional": [call.unconditional]}
-        changed = x
-        for rows in parts.get(self.halves, [call.conditional, call.unconditional]):
-            if rows is not None:
-                values = self._changed(x[rows], plan)
-                whole = rows == slice(0, call.batch)
-                changed = values if whole else torch.cat([changed[: rows.start], values, changed[rows.stop :]])
-        return changed
+        if self.halves == "both":
+            return self._changed(x, plan, 1 if None in (call.conditional, call.unconditional) else 2)
+        rows = call.conditional if self.halves == "conditional" else call.unconditional
+        if rows is None:
+            return None
+        return torch.cat([x[: rows.start], self._changed(x[rows], plan, 1), x[rows.stop :]])
 
-    def _changed(self, x: torch.Tensor, plan: _Plan) -> torch.Tensor:
-        """Tokens (P, n, d) of one guidance half."""
+    def _changed(self, x: torch.Tensor, plan: _Plan, halves: int) -> torch.Tensor:
+        """Tokens (P, n, d); P counts the pictures of each guidance half."""
         rows = x.reshape(-1, x.shape[-1])
         if self.paper_compat:
             change = Edit(plan.chosen.features, plan.factors, plan.chosen.thresholds)
@@ -334,19 +332,18 @@ class Intervention:
             return edit_by_decoding(self.sae, rows, change, error="reversed").view(x.shape)
         factors, owner = plan.factors, torch.zeros(1, dtype=torch.long, device=x.device)
         if len(self.requests) > 1:
-            pictures, each = x.shape[0], x.shape[0] // len(self.requests)
-            if pictures % len(self.requests):
-                raise ValueError(
-                    f"concepts were given for {len(self.requests)} requests, the batch has {pictures} picture(s)"
-                )
-            owner = torch.arange(len(self.requests), device=x.device).repeat_interleave(each * x.shape[1])
+            pictures, requests = x.shape[0] // halves, len(self.requests)
+            if pictures % requests:
+                raise ValueError(f"concepts were given for {requests} requests, the batch has {pictures} picture(s)")
+            each = pictures // requests * x.shape[1]
+            owner = torch.arange(requests, device=x.device).repeat_interleave(each).repeat(halves)
             factors = factors[owner]
         normalised, scale = self.sae.normalize(rows.to(self.sae.W_dec.dtype))
         scores = plan.chosen.scores(normalised)
         self._watch(scores)
         acts = plan.chosen.activations(normalised, scores)
         if self.mode != "replace":
-            return (rows + plan.chosen.delta(acts, factors, scale).to(x.dtype)).view(x.shape)
+            return plan.chosen.added(rows, acts, factors, scale).view(x.shape)
         concept = ((acts > 0) * plan.concept[owner]).amax(1)  # (N,), the last one where several are seen
         values = plan.replacements[owner, concept].to(x.dtype)
         return torch.where((concept > 0)[:, None], values, rows).view(x.shape)

@@ -1,0 +1,181 @@
+"""Recipes of `imgdit sae train`: what is recorded, what is trained on it, which concepts are selected."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+from typing import Any, Literal
+
+from ..training.config import parse_as, read_yaml
+from .training import SAETrainConfig
+
+
+@dataclass(frozen=True)
+class SAERun:
+    """How long, and what is written when."""
+
+    folder: str
+    """Folder of everything the run writes; the autoencoders are in `saes/<hookpoint>`."""
+    steps: int
+    """Training steps of each autoencoder."""
+    batch_size: int = 4096
+    """Token vectors per step."""
+    seed: int = 0
+    """Decides the pictures, the initial weights and the order of the vectors."""
+    log_every: int = 10
+    """Steps between two lines of `metrics.jsonl`."""
+    checkpoint_every: int = 500
+    """Steps between two checkpoints. The last step always writes one."""
+    keep: int = 1
+    """Checkpoints that stay."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "log_every", "checkpoint_every", "keep"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class SAEPipeline:
+    """Whose activations."""
+
+    pretrained: str
+    """Folder or Hub repository of a diffusers pipeline."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of its weights."""
+    batch_size: int = 4
+    """Pictures made at once."""
+    call: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the pipeline, as `num_inference_steps` and `guidance_scale`."""
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
+        if "generator" in self.call or "latents" in self.call:
+            raise ValueError("the noise comes from run.seed; remove generator and latents from call")
+
+
+@dataclass(frozen=True)
+class SAEData:
+    """What the pictures show, and how their activations are kept."""
+
+    prompts: tuple[str, ...] = ()
+    """Sentences."""
+    prompts_file: str | None = None
+    """A text file with a sentence per line."""
+    scene_captions: int = 0
+    """So many sentences about procedural scenes."""
+    held_out: int = 0
+    """Of the sentences, the last ones, which are not trained on: on them the picture distance with the reconstruction
+    inserted is measured in the end."""
+    shards: str | None = None
+    """Folder for the activations on disk, which are recorded once and then read; `None`: they stream through memory
+    and pictures are made as long as training goes on."""
+    buffer: int = 65_536
+    """Token vectors per hookpoint that are held in memory to be shuffled."""
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("prompts", "prompts_file", "scene_captions") if getattr(self, name)]
+        if len(given) != 1:
+            raise ValueError(f"give one of prompts, prompts_file and scene_captions, got {', '.join(given) or 'none'}")
+
+    def sentences(self, seed: int) -> list[str]:
+        """All sentences, the held-out ones last."""
+        if self.prompts_file is not None:
+            lines = Path(self.prompts_file).read_text(encoding="utf-8").splitlines()
+            found = [line.strip() for line in lines if line.strip()]
+        elif self.scene_captions:
+            found = _scene_captions(self.scene_captions, seed)
+        else:
+            found = list(self.prompts)
+        if len(found) <= self.held_out:
+            raise ValueError(f"held_out={self.held_out} leaves nothing of {len(found)} sentences to train on")
+        return found
+
+
+@dataclass(frozen=True)
+class SAEModelConfig:
+    """The autoencoders; see `SAEConfig`."""
+
+    hookpoints: tuple[str, ...]
+    """Module paths, `*` for one part; one autoencoder is trained for each."""
+    source: Literal["output", "update"] = "output"
+    """What of the module is read."""
+    expansion_factor: int = 16
+    """Features per width."""
+    num_latents: int = 0
+    """Features; 0: expansion_factor times the width."""
+    k: int = 32
+    """Features active at once."""
+    activation: Literal["topk", "batch_topk", "sample_topk", "groupmax"] = "batch_topk"
+    """How they are chosen in training."""
+    input_unit_norm: bool = False
+    """Each token is standardised."""
+    multi_topk: bool = False
+    """A second loss with 4k features."""
+    pretrained: str | None = None
+    """Folder of autoencoders by hookpoint to go on from; the sizes above are then theirs."""
+
+
+@dataclass(frozen=True)
+class SAEConcepts:
+    """Concepts that are selected when training is done."""
+
+    prompts: dict[str, Any] = field(default_factory=dict)
+    """Sentences per concept. Empty: none are selected."""
+    top_n: int | None = None
+    """Features per concept and timestep."""
+    percentile: float | None = None
+    """Instead, features whose score lies above this percentile."""
+    seed: int = 0
+    """Of the first picture of each concept."""
+
+    def __post_init__(self) -> None:
+        if self.prompts and (self.top_n is None) == (self.percentile is None):
+            raise ValueError(f"give either top_n or percentile, got {self.top_n} and {self.percentile}")
+        for name, lines in self.prompts.items():
+            if not isinstance(lines, list) or not all(isinstance(line, str) for line in lines) or not lines:
+                raise ValueError(f"prompts.{name} must be a list of sentences, got {lines!r}")
+
+
+@dataclass(frozen=True)
+class SAERecipe:
+    """A run of `imgdit sae train`."""
+
+    run: SAERun
+    pipeline: SAEPipeline
+    data: SAEData
+    sae: SAEModelConfig
+    train: SAETrainConfig = field(default_factory=SAETrainConfig)
+    concepts: SAEConcepts = field(default_factory=SAEConcepts)
+
+    def __post_init__(self) -> None:
+        if self.sae.activation == "sample_topk" and self.data.shards is None:
+            raise ValueError("sae.activation 'sample_topk' needs whole maps; set data.shards to record them")
+        if self.data.shards is None and self.data.buffer < 2 * self.run.batch_size:
+            raise ValueError(
+                f"data.buffer={self.data.buffer} must hold at least two batches of run.batch_size="
+                f"{self.run.batch_size} vectors to shuffle them"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested plain values."""
+        return dataclasses.asdict(self)
+
+
+def load_sae_recipe(path_or_name: str | Path) -> SAERecipe:
+    """Read a recipe: a YAML file, or the name of a packaged one."""
+    return parse_as(SAERecipe, *read_yaml(path_or_name))
+
+
+def _scene_captions(count: int, seed: int) -> list[str]:
+    from ..data.captions import caption
+    from ..data.scenes import draw
+
+    found = []
+    for i in range(count):
+        rng = Random(f"sae {seed} {i}")
+        found.append(caption(draw(rng), rng))
+    return found
