@@ -10,13 +10,14 @@ ROOMS := pipelines adapters apps configs
 PYTEST := OMP_NUM_THREADS=1 DIFFUSERS_ATTN_CHECKS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 -q
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lint format types stress clean
+.PHONY: help demo test check lint format types stress weights clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: $(STAMP) ## make a picture and print where it is
-	$(BIN)/imgdit demo
+# make demo PROMPT="a red cube left of a blue sphere, cartoon style"
+demo: $(STAMP) ## make pictures of PROMPT, or of six examples, and print where they are
+	$(BIN)/imgdit generate $(if $(PROMPT),"$(PROMPT)")
 
 test: lint types ## lint, format check, types and tests
 	$(PYTEST)
@@ -41,6 +42,13 @@ types: $(STAMP) ## mypy over the package in its installed layout
 
 stress: $(STAMP) ## the tests marked slow
 	$(PYTEST) -m slow
+
+# Every run goes on where it stopped; configs/scenes/ says what each costs.
+weights: $(STAMP) ## train the embedded model from nothing, or go on with it
+	for recipe in text_encoder autoencoder transformer probe; do \
+		$(BIN)/imgdit train scenes/$$recipe --resume || exit 1; \
+	done
+	$(BIN)/imgdit assemble
 
 clean: ## remove the environment, caches and build outputs
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

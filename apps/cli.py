@@ -61,7 +61,20 @@ def train(
             loaded = loaded.replace(run={"folder": str(folder)})
         batches, held_out = training_batches(loaded)
         model = build_model(loaded)
-        result = train(loaded, model=model, batches=batches, held_out=held_out, resume=resume, stop_at=stop_at)
+        draw = None
+        if loaded.data.name == "scene_frames" and loaded.run.sample_every:
+            from .training_sheet import TrainingSheet
+
+            draw = TrainingSheet(loaded, model)
+        result = train(
+            loaded,
+            model=model,
+            batches=batches,
+            held_out=held_out,
+            on_sample=draw,
+            resume=resume,
+            stop_at=stop_at,
+        )
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     typer.echo(f"step {result.step}: {result.checkpoint}")
@@ -78,10 +91,10 @@ def assemble(
     from .weights import assemble, save_probe
 
     try:
-        scenes, probe = (checkpoints.SCENES, checkpoints.SCENE_PROBE) if out is None else (out, None)
-        assemble(runs, scenes)
-        if probe is not None:
-            save_probe(runs / "probe", probe)
+        scenes = out or checkpoints.SCENES
+        assemble(runs / "transformer", scenes)
+        if out is None:
+            save_probe(runs / "probe", checkpoints.SCENE_PROBE)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     typer.echo(f"wrote {scenes}")

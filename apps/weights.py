@@ -1,41 +1,52 @@
-"""From the runs of the recipes to the folders of `imgdit.checkpoints`."""
+"""From the runs of the scenes' recipes to pipelines, and to the folders of `imgdit.checkpoints`."""
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 
-from transformers import T5EncoderModel
-
-from imgdit import ImgDiTPipeline
+from imgdit import ImgDiTPipeline, MMDiT
 from imgdit.data.words import caption_tokenizer
-from imgdit.training.config import build_scheduler, load_recipe
-from imgdit.training.scene_frames import latent_scale
-from imgdit.training.trained import load_trained
+from imgdit.training.config import Recipe, build_scheduler
+from imgdit.training.scene_frames import SceneFrames, latent_scale
+from imgdit.training.trained import load_trained, trained_recipe
 
 
-def assemble(runs: Path, out: Path, latents: Path | None = None) -> ImgDiTPipeline:
-    """Save the pipeline of the runs `runs`/{autoencoder, text_encoder, transformer} in half precision.
+def scene_pipeline(recipe: Recipe, transformer: MMDiT) -> ImgDiTPipeline:
+    """A pipeline around a transformer of the data "scene_frames", with the autoencoder and text encoder it needs.
+
+    Raises:
+        ValueError: a run that the recipe's data names has no checkpoint.
+    """
+    parameters = inspect.signature(SceneFrames).parameters
+    data = {name: parameter.default for name, parameter in parameters.items()} | recipe.data.arguments
+    vae = load_trained(data["autoencoder"])
+    vae.register_to_config(scaling_factor=latent_scale(data["latents"]))
+    return ImgDiTPipeline(
+        scheduler=build_scheduler(recipe),
+        vae=vae,
+        text_encoder=load_trained(data["text_encoder"]).encoder,
+        tokenizer=caption_tokenizer(),
+        transformer=transformer,
+    )
+
+
+def assemble(run: Path, out: Path) -> None:
+    """Save the pipeline of a transformer's run.
+
+    Half precision, but for the small text encoder: transformers would compute in whatever is stored.
 
     Args:
-        runs: folder of the runs.
+        run: folder of the run.
         out: folder of the pipeline.
-        latents: cached latents that the transformer was trained on; `runs`/latents if `None`.
 
     Raises:
         ValueError: a run has no checkpoint.
     """
-    vae = load_trained(runs / "autoencoder")
-    vae.register_to_config(scaling_factor=latent_scale(latents or runs / "latents"))
-    encoder: T5EncoderModel = load_trained(runs / "text_encoder").encoder
-    pipe = ImgDiTPipeline(
-        scheduler=build_scheduler(load_recipe("scenes/transformer")),
-        vae=vae.half(),
-        text_encoder=encoder,  # float32: transformers would compute in whatever is stored
-        tokenizer=caption_tokenizer(),
-        transformer=load_trained(runs / "transformer").half(),
-    )
+    pipe = scene_pipeline(trained_recipe(run), load_trained(run))
+    pipe.vae.half()
+    pipe.transformer.half()
     pipe.save_pretrained(out)
-    return pipe
 
 
 def save_probe(run: Path, out: Path) -> None:

@@ -1,16 +1,15 @@
-"""The model of a finished run, with the weights it learned."""
+"""What a run left: the model with the weights it learned, and the recipe."""
 
 from __future__ import annotations
 
 from pathlib import Path
-
-import torch
+from typing import Any
 
 from .checkpoint import CheckpointError, latest_checkpoint, load_weights, read_state
-from .config import build_model, parse_recipe
+from .config import Recipe, build_model, parse_recipe
 
 
-def load_trained(folder: str | Path) -> torch.nn.Module:
+def load_trained(folder: str | Path) -> Any:
     """The model of a run's latest checkpoint, the average of its weights if one was kept, ready for use.
 
     Args:
@@ -19,10 +18,25 @@ def load_trained(folder: str | Path) -> torch.nn.Module:
     Raises:
         CheckpointError: there is no complete checkpoint.
     """
+    checkpoint = _checkpoint(folder)
+    model = build_model(trained_recipe(checkpoint))
+    load_weights(model, checkpoint)
+    return model.requires_grad_(False).eval()
+
+
+def trained_recipe(folder: str | Path) -> Recipe:
+    """The recipe of a run, as its latest checkpoint holds it.
+
+    Raises:
+        CheckpointError: there is no complete checkpoint.
+    """
+    checkpoint = _checkpoint(folder)
+    return parse_recipe(read_state(checkpoint)["recipe"], str(checkpoint))
+
+
+def _checkpoint(folder: str | Path) -> Path:
     folder = Path(folder)
     checkpoint = latest_checkpoint(folder / "checkpoints") or latest_checkpoint(folder) or folder
     if not (checkpoint / "state.json").exists():
         raise CheckpointError(f"{folder} holds no checkpoint; train it first")
-    model = build_model(parse_recipe(read_state(checkpoint)["recipe"], str(checkpoint)))
-    load_weights(model, checkpoint)
-    return model.requires_grad_(False).eval()
+    return checkpoint

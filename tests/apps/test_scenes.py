@@ -12,13 +12,14 @@ from typer.testing import CliRunner
 from imgdit import DiffusionPipeline
 from imgdit.apps import scene_bench
 from imgdit.apps.cli import app
+from imgdit.apps.training_sheet import TrainingSheet
 from imgdit.apps.weights import assemble, save_probe
 from imgdit.models.scene_probe import SceneProbe
 from imgdit.training import load_recipe, train
 from imgdit.training.config import build_model
 from imgdit.training.scene_frames import latent_scale
 from imgdit.training.sources import training_batches
-from imgdit.training.trained import load_trained
+from imgdit.training.trained import load_trained, trained_recipe
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +30,7 @@ def model(tmp_path_factory):
         recipe = small_backbone(load_recipe("scenes/transformer"), small_runs(folder))
         recipe = recipe.replace(run={"folder": str(folder / "transformer")})
         train(recipe, model=build_model(recipe), batches=training_batches(recipe)[0], stop_at=1)
-        assemble(folder, folder / "pipeline")
+        assemble(folder / "transformer", folder / "pipeline")
         save_probe(folder / "probe", folder / "probe_folder")
         yield folder
 
@@ -44,6 +45,17 @@ def test_the_assembled_pipeline_is_what_was_trained(model):
     assert sum(f.stat().st_size for f in (model / "pipeline").rglob("*.safetensors")) < 2**20
     picture = pipe("a red cube", num_inference_steps=2).images[0]
     assert picture.size == (128, 128)
+
+
+def test_training_draws_sheets(model, tmp_path):
+    recipe = trained_recipe(model / "transformer").replace(run={"folder": str(tmp_path)})
+    backbone = load_trained(model / "transformer")
+    before = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
+    TrainingSheet(recipe, backbone)(20)
+    (sheet,) = (tmp_path / "samples").iterdir()
+    assert sheet.name == "step-00000020.png" and Image.open(sheet).width > 4 * 2 * 128
+    assert all(torch.equal(before[name], tensor) for name, tensor in backbone.state_dict().items())
+    assert backbone.dtype == torch.float32
 
 
 def test_generate_writes_files(model, tmp_path):
