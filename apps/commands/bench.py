@@ -97,3 +97,31 @@ def sae_speed(
                     f"{row.work:<58}{row.against:<36}{row.ours * 1e3:>7.2f} ms{row.other * 1e3:>7.2f} ms"
                     f"{row.ratio:>8.3f}{f'{row.low:.3f}-{row.high:.3f}':>16}"
                 )
+
+
+@app.command("any-speed")
+def any_speed(
+    rounds: Annotated[int, typer.Option(min=1, help="Counted pairs of runs.")] = 9,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object per line instead of a table.")] = False,
+) -> None:
+    """Time a step of NextDiT against OneDiffusion's arithmetic done the reference's way: two frames, guidance, a CPU.
+
+    Runs are interleaved; medians, the spread of the pairs and the largest difference of the results are printed.
+    """
+    import torch
+
+    from imgdit.evaluation.any_speed import any_comparisons
+
+    torch.set_num_threads(threads)
+    if not as_json:
+        typer.echo(f"torch {torch.__version__}, cpu, float32, {threads} thread(s); against the reference's way")
+        typer.echo(f"{'work':<76}{'ours':>10}{'other':>10}{'times faster':>14}{'spread':>12}{'max diff':>10}")
+    for row in any_comparisons(rounds=rounds):
+        if as_json:
+            typer.echo(json.dumps(row._asdict()))
+        else:
+            typer.echo(
+                f"{row.work:<76}{row.ours * 1e3:>7.0f} ms{row.other * 1e3:>7.0f} ms{1 / row.ratio:>14.2f}"
+                f"{f'{1 / row.high:.2f}-{1 / row.low:.2f}':>12}{row.difference:>10.1e}"
+            )
