@@ -159,6 +159,54 @@ def transfer(
     typer.echo(f"wrote {out / 'transfer.json'} and {plot_curves(result.curves, out / 'transfer.png')}")
 
 
+@app.command()
+def plan(
+    recipes: Annotated[list[str] | None, typer.Argument(help="Recipes to add up; all of scale/ by default.")] = None,
+    target_params: Annotated[float | None, typer.Option(help="Plan a target of this size, such as 5e9.")] = None,
+    trials: Annotated[int, typer.Option(min=1, help="Runs of the proxy, with --target-params.")] = 7,
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs that share weights and batch.")] = 64,
+    image_tokens: Annotated[int, typer.Option(min=1, help="Of a sample; 1024: 512x512 pixels.")] = 1024,
+    text_tokens: Annotated[int, typer.Option(min=1, help="Of a sample.")] = 256,
+    teraflops: Annotated[float, typer.Option(min=0.1, help="What a GPU reaches.")] = 400.0,
+) -> None:
+    """Parameters, memory per GPU and operations per step of recipes, or a proxy for a target; nothing is run.
+
+    The formulas are in docs/mup.md.
+    """
+    from imgdit.training import load_recipe
+    from imgdit.training.config import packaged_recipes
+    from imgdit.training.plan import plan, proxy_plan
+
+    options = {
+        "image_tokens": image_tokens, "text_tokens": text_tokens, "gpus": gpus, "flops_per_second": teraflops * 1e12,
+    }  # fmt: skip
+    try:
+        if target_params is not None:
+            if recipes and len(recipes) > 1:
+                raise typer.BadParameter("--target-params takes one recipe, whose width is changed")
+            found = proxy_plan(load_recipe((recipes or ["scale/0.18b"])[0]), target_params, trials, **options)
+            plans = [found.target, found.proxy]
+        else:
+            found = None
+            names = recipes or [name for name in packaged_recipes() if name.startswith("scale/")]
+            plans = [plan(name, load_recipe(name), **options) for name in names]
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    typer.echo(f"{'':<14}{'parameters':>16}{'width':>8}{'memory/GPU':>13}{'FLOPs/step':>13}{'days':>8}  ({gpus} GPUs)")
+    for row in sorted(plans, key=lambda row: row.cost.parameters):
+        typer.echo(
+            f"{row.name:<14}{row.cost.parameters:>16,}{row.cost.width:>8}{row.memory / 1e9:>10.1f} GB"
+            f"{row.step_flops:>13.2e}{row.days:>8.2f}"
+        )
+    if found is not None:
+        steps, whole = found.proxy_recipe.run.steps, found.target_recipe.run.steps
+        typer.echo(
+            f"tune optimizer.lr with {trials} runs of {steps:,} steps at width {found.proxy.cost.width}, then set "
+            f"mup_base_width: {found.proxy.cost.width} at width {found.target.cost.width} and train {whole:,} steps; "
+            f"all trials cost {found.share:.1%} of that run ({trials * found.proxy.days:.2f} days on {gpus} GPUs)"
+        )
+
+
 def _numbers(text: str, kind: type, name: str) -> tuple:
     """Numbers of "1,2,3" or, whole ones, of "1:3"."""
     try:

@@ -173,7 +173,7 @@ def mup_table(model: Any) -> list[ParameterRule]:
             fold /= math.sqrt(head_growth)
         if matches(name, structure.branches):
             fold /= depth_growth
-        # A branch's gradients fall with its factor (CompleteP, table 1).
+        # A branch's gradients fall with its factor (CompleteP).
         eps = 1 / depth_growth if matches(name, structure.blocks) else 1.0
         matrix = growth if role in ("hidden", "modulation") else 1.0
         init = _init_std(name, role, shape, std, settings)
