@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 _EXPORTS = {
+    "ConceptUnlearner": "imgdit.sae.unlearning",
     "Condition": "imgdit.adapters.condition",
     "DiffusionPipeline": "imgdit.compat",
     "FluxOmniControlPipeline": "imgdit.pipelines.omni_control",
@@ -29,6 +30,7 @@ _EXPORTS = {
     "OneDiffusionPipelineOutput": "imgdit.pipelines.one_diffusion",
     "PictureFrame": "imgdit.tasks",
     "SchedulerMixin": "imgdit.compat",
+    "SparseAutoencoder": "imgdit.sae.model",
     "StableDiffusion3OmniControlPipeline": "imgdit.pipelines.omni_control",
 }
 __all__ = list(_EXPORTS)
@@ -57,6 +59,8 @@ if TYPE_CHECKING:
     from imgdit.pipelines.one_diffusion import OneDiffusionPipelineOutput as OneDiffusionPipelineOutput
     from imgdit.pipelines.text_to_image import ImgDiTPipeline as ImgDiTPipeline
     from imgdit.pipelines.text_to_image import ImgDiTPipelineOutput as ImgDiTPipelineOutput
+    from imgdit.sae.model import SparseAutoencoder as SparseAutoencoder
+    from imgdit.sae.unlearning import ConceptUnlearner as ConceptUnlearner
     from imgdit.schedulers.flow_match import MultiFrameFlowMatchScheduler as MultiFrameFlowMatchScheduler
     from imgdit.tasks import PictureFrame as PictureFrame
 else:

@@ -24,13 +24,18 @@ TEXT, TOKENS, CHOSEN = 32, 256, 3
 
 
 def dense_step(sae: SparseAutoencoder, optimizer: torch.optim.Optimizer, x: torch.Tensor) -> torch.Tensor:
-    """A training step as SAeUron computes it: the code as a dense (N, L), gradients by dense products."""
+    """A training step as SAeUron computes it: the code as a dense (N, L), gradients by dense products, and the numbers
+    it logs."""
     sae.normalize_decoder()
     scores = torch.relu(sae.scores(x))
     top = scores.topk(sae.config.k, dim=1, sorted=False)
     code = torch.zeros_like(scores).scatter(1, top.indices, top.values)
     out = code @ sae.W_dec + sae.b_dec
-    fvu = (out - x).square().sum() / (x - x.mean(0)).square().sum()
+    error, spread = out - x, x - x.mean(0)
+    fvu = error.square().sum() / spread.square().sum()
+    with torch.no_grad():
+        (scores > 0).float().sum(1).mean()  # l0_loss
+        error.square().mean(), 1 - error.square().sum(1) / spread.square().sum(1)  # l2_loss, explained_variance
     fvu.backward()
     torch.nn.utils.clip_grad_norm_(sae.parameters(), 1.0)
     sae.project_decoder_gradient()

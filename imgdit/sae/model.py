@@ -189,8 +189,8 @@ class SparseAutoencoder(nn.Module):
             raise ValueError(f"sample_topk selects per map: give (maps, tokens, d), got {tuple(x.shape)}")
         x, scale = self.normalize(x.reshape(-1, config.d_in))
         target = x if target is None else target.reshape(-1, config.d_in)
-        spread = target - target.mean(0)
-        variance = spread.square().sum()
+        spread = (target - target.mean(0)).square().sum(1)  # (N,)
+        variance = spread.sum()
 
         with torch.no_grad():
             all_scores = self.scores(x, out=scores)
@@ -212,7 +212,8 @@ class SparseAutoencoder(nn.Module):
         chosen = code(config.k, config.activation, True, hint)
         out = output(chosen)
         error = out - target
-        fvu = error.square().sum() / variance
+        squared = error.square().sum(1)  # (N,)
+        fvu = squared.sum() / variance
         auxk_loss = multi_topk_fvu = fvu.new_zeros(())
         if dead is not None and bool(dead.any()):
             auxk_loss = self._aux_loss(all_scores, centred, error, variance, dead, tokens, rules)
@@ -226,13 +227,13 @@ class SparseAutoencoder(nn.Module):
         with torch.no_grad():
             l0 = (chosen.acts > 0).sum() / len(x)
             positive = (all_scores > 0).sum() / len(x) if paper_compat else l0.new_tensor(float("nan"))
-            explained = 1 - error.square().sum(1) / spread.square().sum(1)
+            explained = 1 - squared / spread
         return SAELoss(
             loss=fvu + auxk_alpha * auxk_loss + multi_topk_fvu / 8,
             fvu=fvu,
             auxk_loss=auxk_loss,
             multi_topk_fvu=multi_topk_fvu,
-            l2_loss=error.square().mean(),
+            l2_loss=squared.sum() / error.numel(),
             l0=l0,
             positive=positive,
             explained_variance=explained,

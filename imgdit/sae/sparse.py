@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -18,7 +19,8 @@ import torch.nn.functional as F
 Selection = Literal["topk", "batch_topk", "sample_topk", "groupmax"]
 
 
-class Pattern(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Pattern:
     """Where the non-zeros of a code are, row by row."""
 
     indices: torch.Tensor
@@ -26,21 +28,32 @@ class Pattern(NamedTuple):
     offsets: torch.Tensor
     """(N + 1,) first non-zero of each row, and n."""
     num_latents: int
+    per_row: int | None = None
+    """Non-zeros of each row, where all have as many."""
 
     @property
     def num_rows(self) -> int:
         return self.offsets.shape[0] - 1
 
-    @property
+    @functools.cached_property
     def rows(self) -> torch.Tensor:
         """(n,) row of each non-zero."""
-        counts = self.offsets.diff()
-        return torch.arange(self.num_rows, device=counts.device).repeat_interleave(
-            counts, output_size=self.indices.shape[0]
-        )
+        rows = torch.arange(self.num_rows, device=self.indices.device)
+        if self.per_row is not None:
+            return rows[:, None].expand(-1, self.per_row).flatten()
+        return rows.repeat_interleave(self.offsets.diff(), output_size=self.indices.shape[0])
+
+    @functools.cached_property
+    def transposed(self) -> tuple[torch.Tensor, Pattern]:
+        """Order of the non-zeros by latent, and the pattern of the transposed code. Decoder and encoder need it."""
+        order = self.indices.argsort(stable=True)
+        counts = torch.bincount(self.indices, minlength=self.num_latents)
+        return order, Pattern(self.rows[order], F.pad(counts.cumsum(0), (1, 0)), self.num_rows)
 
     def gather(self, dense: torch.Tensor) -> torch.Tensor:
         """(n,) entries of a dense (N, L)."""
+        if self.per_row is not None:
+            return dense.gather(1, self.indices.view(-1, self.per_row)).flatten()
         return dense.flatten()[self.rows * self.num_latents + self.indices]
 
 
@@ -88,7 +101,7 @@ def select(
             width = latents // k
             first = torch.arange(0, latents, width, device=scores.device)
             indices = scores.unflatten(1, (k, width)).argmax(2) + first
-        return Pattern(indices.flatten(), torch.arange(0, rows * k + 1, k, device=scores.device), latents)
+        return Pattern(indices.flatten(), torch.arange(0, rows * k + 1, k, device=scores.device), latents, k)
     if how == "batch_topk":
         chosen = _largest(scores.flatten(), min(k * rows, scores.numel()), hint)
     else:
@@ -149,9 +162,7 @@ def _weighted_sum(acts: torch.Tensor, pattern: Pattern, weight: torch.Tensor) ->
 
 def _transposed_sum(acts: torch.Tensor, pattern: Pattern, x: torch.Tensor) -> torch.Tensor:
     """(L, d): the transposed code times (N, d)."""
-    order = pattern.indices.argsort(stable=True)
-    counts = torch.bincount(pattern.indices, minlength=pattern.num_latents)
-    turned = Pattern(pattern.rows[order], F.pad(counts.cumsum(0), (1, 0)), pattern.num_rows)
+    order, turned = pattern.transposed
     return _weighted_sum(acts[order], turned, x)
 
 

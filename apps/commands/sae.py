@@ -1,0 +1,96 @@
+"""`imgdit sae`: sparse autoencoders on a pipeline's activations."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(help="Sparse autoencoders: train them, look at their features.", no_args_is_help=True)
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="A YAML file, or the name of a packaged recipe.")],
+    folder: Annotated[Path | None, typer.Option(help="Where the run writes, instead of the recipe's folder.")] = None,
+    resume: Annotated[bool, typer.Option(help="Go on from the folder's latest checkpoint.")] = False,
+    stop_at: Annotated[int | None, typer.Option(min=1, help="Stop with a checkpoint after this step.")] = None,
+) -> None:
+    """Train autoencoders on the activations of a pipeline, and select the features of concepts."""
+    import dataclasses
+
+    from imgdit.sae.recipe import load_sae_recipe
+    from imgdit.sae.run import train_saes
+
+    try:
+        loaded = load_sae_recipe(recipe)
+        if folder is not None:
+            loaded = dataclasses.replace(loaded, run=dataclasses.replace(loaded.run, folder=str(folder)))
+        result = train_saes(loaded, resume=resume, stop_at=stop_at)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    for hookpoint, values in result.metrics.items():
+        told = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+        typer.echo(f"{hookpoint}: {told}")
+    typer.echo(f"step {result.step}: {result.folder}")
+
+
+@app.command()
+def features(
+    sae: Annotated[Path, typer.Argument(help="Folder of one autoencoder.")],
+    pipeline: Annotated[str, typer.Argument(help="Folder or Hub repository of the pipeline it was trained on.")],
+    prompt: Annotated[list[str], typer.Option(help="What to make pictures of; several are better.")],
+    against: Annotated[
+        list[str] | None, typer.Option(help="Prompts without what is looked for: features are searched by contrast.")
+    ] = None,
+    feature: Annotated[list[int] | None, typer.Option(help="Show these instead of searching.")] = None,
+    count: Annotated[int, typer.Option(min=1, help="Features to show.")] = 12,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of the sampler.")] = 20,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale; the pipeline's own by default.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the first picture.")] = 0,
+    out: Annotated[Path, typer.Option(help="Folder to write.")] = Path("outputs/features"),
+) -> None:
+    """Write what features do: data, a sheet of pictures for each, and one page to open in a browser."""
+    import torch
+
+    from imgdit.compat import DiffusionPipeline
+    from imgdit.sae.features import contrast_features, heat_maps, survey_features
+    from imgdit.sae.files import load_sae
+    from imgdit.sae.report import write_report
+
+    try:
+        model = load_sae(sae)
+        pipe = DiffusionPipeline.from_pretrained(pipeline)
+        pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+        pipe.set_progress_bar_config(disable=True)
+        model.to(pipe.device)
+        call: dict[str, Any] = {"seed": seed, "num_inference_steps": steps}
+        if guidance is not None:
+            call["guidance_scale"] = guidance
+        survey = survey_features(pipe, model, prompt, **call)
+        scores = None
+        if against:
+            scores = contrast_features(pipe, model, prompt, against, **call).scores("prompts")
+        # The strongest by contrast; without one, by their mean activation.
+        ranked = (survey.means if scores is None else scores).mean(0).topk(min(count, model.config.num_latents))
+        shown = heat_maps(pipe, model, prompt, feature or ranked.indices.tolist(), output_type="pil", **call)
+        page = write_report(out, survey, shown, prompt, scores=scores, title=f"Features of {sae.name}")
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    typer.echo(f"wrote {page}")
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="Folder with sdxl-unbox's config.json and state_dict.pth.")],
+    folder: Annotated[Path, typer.Argument(help="Folder to write cfg.json and sae.safetensors to.")],
+) -> None:
+    """Make safetensors of sdxl-unbox's published pickles, once, by a reader that admits nothing but tensors."""
+    from imgdit.sae.files import convert_sdxl_unbox
+
+    try:
+        convert_sdxl_unbox(source, folder)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    typer.echo(f"wrote {folder}")

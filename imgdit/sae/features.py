@@ -1,0 +1,176 @@
+"""Looking at features: how often and when they are active, where in a picture, and which tell two sets of prompts
+apart.
+
+S timesteps, L latents, P pictures, m chosen features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from .concepts import ConceptStatistics
+from .edits import ChosenFeatures
+from .hooks import hooked
+from .model import SparseAutoencoder
+from .sampling import prompt_batches
+from .statistics import collect_statistics
+from .streams import Tokens
+
+
+class FeatureSurvey(NamedTuple):
+    """How the features of an SAE behave on a list of prompts."""
+
+    timesteps: tuple[float, ...]
+    """(S,) falling."""
+    density: torch.Tensor
+    """(L,) share of patches and timesteps on which a feature is active."""
+    means: torch.Tensor
+    """(S, L) mean activation."""
+    strongest: torch.Tensor
+    """(P, L) largest activation within a picture, over all timesteps."""
+    places: torch.Tensor
+    """(P, L) patch where that is, counted along the rows."""
+
+    def top_pictures(self, feature: int, count: int = 8) -> list[tuple[int, float, int]]:
+        """Picture, activation and patch of the strongest ones, falling."""
+        values, pictures = self.strongest[:, feature].topk(min(count, len(self.strongest)))
+        return [
+            (picture, value, int(self.places[picture, feature]))
+            for picture, value in zip(pictures.tolist(), values.tolist())
+            if value > 0
+        ]
+
+    def histogram(self, bins: int = 24) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """Numbers of features by log10 of their density: counts (bins,), edges (bins + 1,), and how many are dead."""
+        alive = self.density[self.density > 0].log10()
+        edges = torch.linspace(-6, 0, bins + 1)
+        return torch.histc(alive.clamp(-6, 0), bins, -6, 0), edges, int((self.density == 0).sum())
+
+
+class HeatMaps(NamedTuple):
+    """Where chosen features are active."""
+
+    features: tuple[int, ...]
+    maps: torch.Tensor
+    """(P, m, rows, columns) activation, mean over the timesteps."""
+    pictures: list[Any]
+    """(P,) what the pipeline returned for each prompt."""
+
+
+@torch.no_grad()
+def survey_features(
+    pipe: Any,
+    sae: SparseAutoencoder,
+    prompts: Sequence[Any],
+    *,
+    hookpoint: str | None = None,
+    seed: int = 0,
+    batch_size: int = 4,
+    **call: Any,
+) -> FeatureSurvey:
+    """Run a pipeline over prompts and note what every feature does.
+
+    Args:
+        hookpoint: `None`: the SAE's own.
+        seed: of the first prompt.
+        call: arguments of the pipeline.
+    """
+    place = _hookpoint(sae, hookpoint)
+    sums: dict[float, torch.Tensor] = {}
+    counts: dict[float, int] = {}
+    latents = sae.config.num_latents
+    active = torch.zeros(latents)
+    strongest, places = torch.zeros(len(prompts), latents), torch.zeros(len(prompts), latents, dtype=torch.long)
+    first = 0
+
+    def read(tokens: Tokens) -> None:
+        if tokens.call.conditional is None:
+            return
+        values = tokens.values[tokens.call.conditional].to(sae.W_dec)
+        for i, picture in enumerate(values):  # one at a time: a dense code of (n, L) is enough
+            rows, _ = sae.normalize(picture)
+            dense = sae.encode(rows).dense().cpu()
+            time = tokens.call.timestep
+            sums[time] = sums.get(time, 0) + dense.mean(0)
+            counts[time] = counts.get(time, 0) + 1
+            active.add_((dense > 0).float().mean(0))
+            best, where = dense.max(0)
+            better = best > strongest[first + i]
+            strongest[first + i] = torch.where(better, best, strongest[first + i])
+            places[first + i] = torch.where(better, where, places[first + i])
+
+    with hooked(pipe, {place: read}, source={place: sae.config.source}):
+        for batch in prompt_batches(prompts, batch_size, seed):
+            first = batch.first
+            batch.run(pipe, **call)
+    times = tuple(sorted(sums, reverse=True))
+    means = torch.stack([sums[time] / counts[time] for time in times])
+    return FeatureSurvey(times, active / sum(counts.values()), means, strongest, places)
+
+
+@torch.no_grad()
+def heat_maps(
+    pipe: Any,
+    sae: SparseAutoencoder,
+    prompts: Sequence[Any],
+    features: Sequence[int],
+    *,
+    hookpoint: str | None = None,
+    seed: int = 0,
+    batch_size: int = 4,
+    **call: Any,
+) -> HeatMaps:
+    """Pictures of prompts, and where in them features are active; arguments as in `survey_features`."""
+    place = _hookpoint(sae, hookpoint)
+    for feature in features:
+        if not 0 <= feature < sae.config.num_latents:
+            raise ValueError(f"the SAE has features 0 to {sae.config.num_latents - 1}, got {feature}")
+    numbers = torch.tensor(list(features), device=sae.W_dec.device)
+    chosen = ChosenFeatures(sae, numbers, torch.zeros(len(numbers), device=sae.W_dec.device))
+    maps: list[torch.Tensor] = []
+
+    def read(tokens: Tokens) -> None:
+        if tokens.call.conditional is None:
+            return
+        values = tokens.values[tokens.call.conditional].to(sae.W_dec)
+        if len(tokens.grids) != 1 or tokens.grids[0][0] * tokens.grids[0][1] != values.shape[1]:
+            raise ValueError(f"a heat map needs one whole grid of tokens, got {tokens.grids}")
+        rows, _ = sae.normalize(values.reshape(-1, values.shape[-1]))
+        acts = chosen.activations(rows, chosen.scores(rows))
+        maps.append(acts.view(len(values), *tokens.grids[0], -1).permute(0, 3, 1, 2).cpu())
+
+    found, pictures = [], []
+    with hooked(pipe, {place: read}, source={place: sae.config.source}):
+        for batch in prompt_batches(prompts, batch_size, seed):
+            maps.clear()
+            pictures += list(batch.run(pipe, **call).images)
+            found.append(torch.stack(maps).mean(0))
+    return HeatMaps(tuple(features), torch.cat(found), pictures)
+
+
+def contrast_features(
+    pipe: Any,
+    sae: SparseAutoencoder,
+    prompts: Sequence[Any],
+    against: Sequence[Any],
+    *,
+    hookpoint: str | None = None,
+    **options: Any,
+) -> ConceptStatistics:
+    """Statistics of two sets of prompts; `scores("prompts")` tells the features that the first has and the other not.
+
+    Args:
+        options: `seed`, `batch_size` and arguments of the pipeline.
+    """
+    place = _hookpoint(sae, hookpoint)
+    return collect_statistics(pipe, {place: sae}, {"prompts": prompts, "against": against}, **options)[place]
+
+
+def _hookpoint(sae: SparseAutoencoder, hookpoint: str | None) -> str:
+    place = hookpoint or sae.config.hookpoint
+    if place is None:
+        raise ValueError("the SAE names no hookpoint; give one")
+    return place
