@@ -6,13 +6,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import DiTTransformer2DModel
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from imgdit import MMDiT
 from imgdit.apps.cli import app
 from imgdit.models import convert
-from imgdit.mup import init_weights, param_groups
+from imgdit.models.published_mup import original_timesteps
+from imgdit.mup import configure, init_weights, param_groups
 from imgdit.mup.coordinates import CoordinateCheck, record, slope
 from imgdit.training import load_recipe
 from imgdit.training.coordinate_check import coordinate_check
@@ -70,6 +72,37 @@ def test_recorded_means(mode):
             runs.append(record(model, optimizer, lambda m: (m(**inputs).sample - target).square().mean(), steps=2))
         place = case["widths"].index(width)
         for theirs, ours in RECORDED.items():
+            for step in (0, 1):
+                got = np.mean([run[ours][step] for run in runs])
+                expected = case["params"][mode][theirs]["mean"][step][place]
+                assert got == pytest.approx(expected, rel=0.15, abs=1e-9), (width, theirs, step)
+
+
+@pytest.mark.parametrize("mode", ["mup", "sp_same_init"])
+def test_recorded_means_of_dit(mode):
+    case = json.loads((FIXTURES / "dit_coord.json").read_text())
+    tensors = load_file(FIXTURES / "dit_coord.safetensors")
+    modules = {"x_embedder": "pos_embed.proj", "blocks.0.adaLN_modulation": "transformer_blocks.0.norm1.linear"}
+    modules |= {"blocks.0.attn": "transformer_blocks.0.attn1", "blocks.0.mlp": "transformer_blocks.0.ff"}
+    modules |= {"blocks.0": "transformer_blocks.0", "blocks.1": "transformer_blocks.1"}
+    modules |= {"final_layer.adaLN_modulation": "proj_out_1", "final_layer.linear": "proj_out_2"}
+    x, t, y, target = (tensors[f"in.{name}"] for name in ("x", "t", "y", "target"))
+    for width in (72, 144, 288):
+        runs = []
+        for seed in range(4):
+            config = {"num_attention_heads": width // 72, "num_layers": case["depth"], "out_channels": 8}
+            config |= {"sample_size": 8, "num_embeds_ada_norm": 10}
+            model = original_timesteps(DiTTransformer2DModel(**config)).eval()
+            for block in model.transformer_blocks:  # the reference has one embedder
+                block.norm1.emb = model.transformer_blocks[0].norm1.emb
+            configure(model, base_width=case["base_width"] if mode == "mup" else None, adaln_init="normal")
+            init_weights(model, torch.Generator().manual_seed(seed))
+            optimizer = torch.optim.Adam(param_groups(model, case["lr"]), betas=(0.9, 0.999))
+            runs.append(
+                record(model, optimizer, lambda m: (m(x, t, y).sample[:, :4] - target).square().mean(), steps=2)
+            )
+        place = case["widths"].index(width)
+        for theirs, ours in modules.items():
             for step in (0, 1):
                 got = np.mean([run[ours][step] for run in runs])
                 expected = case["params"][mode][theirs]["mean"][step][place]

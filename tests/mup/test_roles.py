@@ -58,6 +58,26 @@ def test_table(case):
         assert sgd[name]["weight_decay"] == pytest.approx(decay, rel=1e-6), name
 
 
+def test_forward_pass():
+    """With the readout's factor folded into its weight, the plain model gives `mup`'s activations and output."""
+    case = json.loads((FIXTURES / "mmdit_fwd_w64_b32.json").read_text())
+    tensors = load_file(FIXTURES / "mmdit_fwd_w64_b32.safetensors")
+    model = build(case["config"], case["base_width"], mup_output_mult=case["output_mult"])
+    model.load_state_dict({k[2:]: v for k, v in tensors.items() if k.startswith("w.")})
+    fold = next(rule.fold for rule in mup_table(model) if rule.role == "output")
+    seen = {}
+    for i, block in enumerate(model.transformer_blocks):
+        block.register_forward_hook(lambda _, __, out, i=i: seen.update({f"{i}": out[0], f"{i}.context": out[1]}))
+    with torch.no_grad():
+        model.proj_out.weight.mul_(fold)
+        out = model(**{k[3:]: v for k, v in tensors.items() if k.startswith("in.")}).sample
+    torch.testing.assert_close(out, tensors["out"], atol=2e-5, rtol=0)
+    recorded = {k.removeprefix("act.transformer_blocks."): v for k, v in tensors.items() if "act.transformer" in k}
+    assert recorded
+    for name, expected in recorded.items():
+        torch.testing.assert_close(seen[name], expected, atol=2e-5, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+
+
 def test_four_training_steps():
     """AdamW on `param_groups`, with no factor in the forward pass, is `mup`'s MuAdamW on its MuReadout."""
     case = json.loads((FIXTURES / "mmdit_train_w64_b32.json").read_text())
