@@ -411,6 +411,7 @@ class NextDiT(SafetensorsOnly, ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         encoder_hidden_states: torch.Tensor | TextMemory,
         pooled_projections: torch.Tensor | None = None,
         timestep: torch.Tensor | None = None,
+        guidance: torch.Tensor | None = None,
         joint_attention_kwargs: dict[str, Any] | None = None,
         encoder_attention_mask: torch.Tensor | None = None,
         layout: FrameLayout | None = None,
@@ -429,6 +430,7 @@ class NextDiT(SafetensorsOnly, ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
             timestep: in [0, 1000] after `timestep_scale`: (B,) noise level of the frames being made; (B, F), one per
                 frame, or (B, N), one per token, which override the layout's held levels; of the latents' shape
                 (B, F, C, h, w), of which a token takes the mean.
+            guidance: MMDiT's; refused, this model has no embedding for it.
             joint_attention_kwargs: {"scale": LoRA scale}; for inference.
             encoder_attention_mask: (B, L), nonzero on real text tokens. `None`: all are.
             layout: the frames.
@@ -444,6 +446,8 @@ class NextDiT(SafetensorsOnly, ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         """
         if timestep is None:
             raise ValueError("forward needs a timestep: the noise level, in [0, 1000]")
+        if guidance is not None:
+            raise ValueError("this model has no guidance embedding; leave guidance out and guide with two predictions")
         if joint_attention_kwargs:
             raise ValueError(f"joint_attention_kwargs knows only 'scale', got {sorted(joint_attention_kwargs)}")
         if isinstance(encoder_hidden_states, TextMemory):

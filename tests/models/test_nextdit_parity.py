@@ -4,7 +4,9 @@ import pytest
 import torch
 from onediffusion_fixtures import TINY, assert_near, case, named, tensors
 
-from imgdit.models.nextdit import NextDiT
+from imgdit import Frame, FrameLayout, MultiFrameFlowMatchScheduler, NextDiT
+from imgdit.models.functional import pack
+from imgdit.training.objectives import Batch, Text, flow_matching
 
 
 def procedural_weights(shapes: dict[str, list[int]]) -> dict[str, torch.Tensor]:
@@ -117,6 +119,30 @@ def test_training_step_is_the_recorded_one(name):
             assert_near(parameters[key[5:]].grad, want[key], 2e-4, key)
     total = torch.stack([p.grad.norm() for p in parameters.values()]).norm()
     assert_near(total, want["grad_norm_total"], 2e-4, "grad_norm_total")
+
+
+@pytest.mark.parametrize("name", named("train_step"))
+def test_the_librarys_objective_has_the_recorded_loss(name):
+    it = case(name)
+    given, want = tensors(it, "inputs"), tensors(it, "outputs")
+
+    def tokens(latents):
+        return pack(latents.flatten(0, 1), 2).unflatten(0, latents.shape[:2]).flatten(1, 2)
+
+    text, mask = given["encoder_hidden_states"], given["encoder_attention_mask"].bool()
+    weight = mask[..., None].float()
+    rows, columns = (n // 2 for n in given["x0"].shape[-2:])
+    batch = Batch(
+        tokens=tokens(given["x0"]),
+        layout=FrameLayout.build([Frame((rows, columns), index=i) for i in range(2)], text.shape[1]),
+        text=Text(text, (text * weight).sum(1) / weight.sum(1), mask),
+        sigmas=given["sigma"],
+        noise=tokens(given["noise"]),
+    )
+    output = flow_matching(load(it), MultiFrameFlowMatchScheduler(), batch, None, text_dropout=0.0)
+    assert_near(output.loss, want["loss"], 5e-5, "loss")
+    for frame in range(2):
+        assert_near(output.metrics[f"frame_{frame}"], want["loss_per_frame"][:, frame].mean(), 5e-5, "frame")
 
 
 def test_published_configuration_has_the_published_tensors():

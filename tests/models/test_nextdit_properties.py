@@ -253,6 +253,7 @@ def test_unknown_configuration_keys_are_refused():
         ({"layout": layout({"sigma": 0.0}, {"sigma": 0.0})}, "nothing to predict"),
         ({"layout": layout({}, {"adapter": "canny"})}, "need MMDiT"),
         ({"joint_attention_kwargs": {"mask": 1}}, "only 'scale'"),
+        ({"guidance": torch.ones(2)}, "no guidance embedding"),
     ],
 )
 def test_inputs_that_do_not_fit_are_refused(model, scene, change, message):
