@@ -304,6 +304,8 @@ def task_prompt(task: str | None, prompt: str, frames: Sequence[PictureFrame], i
                 f"the prompt begins with {raw[1]}, the token of {tokens[raw[1]]!r}, but the frames are of {task!r} "
                 f"({TASKS[task].token}); leave the token out or give other frames"
             )
+        if item is not None or any(frame.caption for frame in frames):
+            raise ValueError("a prompt that begins with a token is read as it is; write item and captions into it")
         return prompt
     if task is None:
         return prompt

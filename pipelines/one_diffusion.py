@@ -27,7 +27,7 @@ from ..schedulers.flow_match import MultiFrameFlowMatchScheduler, linear_sigmas
 from ..tasks import PictureFrame, task_prompt
 from .frame_pictures import bucket_size, depth_of_pictures, labels_of_pictures, picture_size, pixels_of_pictures
 from .one_diffusion_inputs import check_scene, check_texts, pictures_of, read_scene
-from .text_to_image import ImgDiTPipeline
+from .text_to_image import ImgDiTPipeline, _pad
 
 Pictures = list[PIL.Image.Image] | np.ndarray | torch.Tensor
 
@@ -216,16 +216,19 @@ class OneDiffusionPipeline(ImgDiTPipeline):
         scenes = prompts * num_images_per_prompt
         self._check_options(
             scenes, guidance_scale, guidance_interval, given_level, output_type, asked_tensors,
-            (scale_factor, scale_watershed), generator,
+            noise_scale, (scale_factor, scale_watershed), generator,
         )  # fmt: skip
         self._guidance_scale = guidance_scale
         self._interrupt = False
         device = self._execution_device
 
+        told = None
         if prompt is not None:
             told = [task_prompt(task, one, scene, item) for one in ([prompt] if isinstance(prompt, str) else prompt)]
+        elif item is not None or captions is not None:
+            raise ValueError("item and captions are written into the prompt; prompt_embeds hold it already")
         embeds, negative_embeds, pooled, negative_pooled, mask, negative_mask = self.encode_prompt(
-            None if prompt is None else told,
+            told,
             negative_prompt,
             self.do_classifier_free_guidance,
             num_images_per_prompt,
@@ -239,10 +242,10 @@ class OneDiffusionPipeline(ImgDiTPipeline):
             device,
         )
         length = max(x.shape[1] for x in (embeds, negative_embeds) if x is not None)
-        embeds, mask = _padded(embeds, length), _padded(mask, length)
+        embeds, mask = _pad(embeds, length), _pad(mask, length)
         if negative_embeds is not None:
-            negative_embeds = _padded(negative_embeds, length)
-            pooled, mask = torch.cat([negative_pooled, pooled]), torch.cat([_padded(negative_mask, length), mask])
+            negative_embeds = _pad(negative_embeds, length)
+            pooled, mask = torch.cat([negative_pooled, pooled]), torch.cat([_pad(negative_mask, length), mask])
         padded = not bool(mask.all())  # asked once: it waits for the device
 
         made = [i for i, frame in enumerate(scene) if not frame.is_given]
@@ -318,6 +321,7 @@ class OneDiffusionPipeline(ImgDiTPipeline):
         given_level: str | None,
         output_type: str,
         tensors: Sequence[str],
+        noise_scale: float,
         scaling: tuple[float, float],
         generator: torch.Generator | list[torch.Generator] | None,
     ) -> None:
@@ -335,6 +339,10 @@ class OneDiffusionPipeline(ImgDiTPipeline):
         unknown = [name for name in tensors if name not in self._callback_tensor_inputs]
         if unknown:
             raise ValueError(f"callbacks may ask for {self._callback_tensor_inputs}, got {unknown}")
+        if noise_scale != 1.0 and not self.scheduler.config.use_dynamic_shifting:
+            raise ValueError(
+                f"noise_scale={noise_scale} changes a dynamic shift, this scheduler's is fixed; leave it out"
+            )
         if not self.follows_reference and scaling != (1.0, 1.0):
             raise ValueError(
                 f"scale_factor and scale_watershed change NextDiT's positions; got {scaling[0]} and {scaling[1]} for "
@@ -559,9 +567,3 @@ def _entry(frame: PictureFrame, prompt: int) -> PictureFrame:
     if frame.kind == "rays" or not isinstance(frame.content, list | tuple):
         return frame
     return replace(frame, content=frame.content[prompt if len(frame.content) > 1 else 0])
-
-
-def _padded(x: torch.Tensor, length: int) -> torch.Tensor:
-    """Zeros (False) behind the tokens up to a length."""
-    missing = length - x.shape[1]
-    return x if missing == 0 else torch.cat([x, x.new_zeros(x.shape[0], missing, *x.shape[2:])], dim=1)

@@ -99,8 +99,9 @@ def test_the_raw_form_fills_the_zeros_in_order():
 )
 def test_prompts_are_what_the_model_was_taught(task, frames, item, prompt):
     assert task_prompt(task, "a cat", frames, item) == prompt
-    assert task_prompt(task, prompt, frames) == prompt  # a raw prompt is taken as it is
-    assert task_prompt(None, "anything", frames) == "anything"
+    plain = [PictureFrame(frame.kind, frame.content) for frame in frames]
+    assert task_prompt(task, prompt, plain) == prompt  # a raw prompt is taken as it is
+    assert task_prompt(None, "anything", plain) == "anything"
 
 
 def test_an_empty_caption_leaves_the_token_alone():
@@ -147,6 +148,7 @@ def test_colours_are_the_published_twenty():
         (lambda: check_frames("views", [PictureFrame.make("rays"), PictureFrame.make()]), "in this order"),
         (lambda: task_prompt("depth", "[[depth2img]] x", ()), r"'\[\[depth2img\]\]'; did you mean"),
         (lambda: task_prompt("depth", "[[canny2image]] x", ()), "the token of 'canny', but the frames are of 'depth'"),
+        (lambda: task_prompt("subject", "[[subject_driven]] x", (), item="cat"), "write item and captions into it"),
         (lambda: task_prompt("depth", "x", (), item="cat"), "item names what the task 'subject' keeps"),
     ],
 )

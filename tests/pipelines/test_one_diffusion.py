@@ -313,6 +313,18 @@ def test_scaled_positions_are_nextdits_alone(nextdit):
         run(build("mmdit"), scale_factor=1.5)
 
 
+def test_what_would_be_ignored_is_refused(nextdit):
+    with pytest.raises(ValueError, match="prompt_embeds hold it already"):
+        run(nextdit, None, prompt_embeds=torch.zeros(1, 3, 32), task="subject", images=picture(), item="cat")
+    dynamic = nextdit.scheduler
+    try:
+        nextdit.scheduler = type(dynamic).from_config(dynamic.config, use_dynamic_shifting=False)
+        with pytest.raises(ValueError, match=r"noise_scale=0\.5 changes a dynamic shift"):
+            run(nextdit, noise_scale=0.5)
+    finally:
+        nextdit.scheduler = dynamic
+
+
 def test_sizes_follow_the_first_picture(nextdit):
     """Buckets of about 512 x 512 pixels for the published model; its training size without pictures."""
     sizes = []
