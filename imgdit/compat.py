@@ -121,7 +121,7 @@ def step_cache_set_aside(model: torch.nn.Module) -> Iterator[None]:
     """The model without its step cache, which is enabled anew afterwards.
 
     Hooks registered meanwhile lie under the cache's own: registered above, a change would be applied again to what a
-    cached step takes from an earlier one, and removing a hook from under the cache's would cut those off.
+    cached step takes from an earlier one.
     """
     config = getattr(model, "_cache_config", None)
     if config is None:

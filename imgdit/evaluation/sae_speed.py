@@ -118,13 +118,11 @@ def hook_comparisons(*, rounds: int = 15, device: torch.device | str = "cpu") ->
             chosen = intervention.plans[call.timestep]
             assert chosen is not None
             change = Edit(chosen.chosen.features, chosen.factors, chosen.chosen.thresholds)
-            yield _over_block(
-                "encode, edit, decode (as published)",
-                lambda sae=sae, change=change, rows=rows: edit_by_decoding(sae, rows, change).view(image.shape),
-                run_block,
-                rounds,
-                device,
-            )
+
+            def published(sae: SparseAutoencoder = sae, change: Edit = change) -> torch.Tensor:
+                return edit_by_decoding(sae, image.reshape(-1, WIDTH), change).view(image.shape)
+
+            yield _over_block("encode, edit, decode (as published)", published, run_block, rounds, device)
 
 
 def _over_block(

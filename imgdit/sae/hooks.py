@@ -124,15 +124,12 @@ def hooked(
     try:
         yield
     finally:
-        with ExitStack() as stack:
-            for denoiser in denoisers.values():
-                stack.enter_context(compat.step_cache_set_aside(denoiser))
-            _remove(placed)
+        _remove(placed)
 
 
 def _remove(placed: list[tuple[torch.nn.Module, str]]) -> None:
     for module, name in reversed(placed):
-        HookRegistry.check_if_exists_or_initialize(module).remove_hook(name, recurse=False)
+        compat.remove_hook(module, name)
 
 
 class _CallHook(compat.CallNameHook):

@@ -1,6 +1,7 @@
 """Unlearning and steering in every kind of pipeline: the identity, a change, and nothing left behind."""
 
 import dataclasses
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -23,8 +24,12 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
+from parity.ominicontrol_cases import CASES as OMNI
+from parity.ominicontrol_cases import lora
+from parity.ominicontrol_cases import pipeline as omni_pipeline
 from tiny import randomize, rope_config, sincos_config, tiny_pipeline, tiny_vae
 
+from imgdit import Condition, OmniControl
 from imgdit.sae.concepts import ConceptBook, ConceptSelection, model_fingerprint
 from imgdit.sae.config import SAEConfig
 from imgdit.sae.edits import Edit, edit_by_decoding
@@ -381,6 +386,50 @@ def test_step_cache(first):
     with unlearner_of(other, hookpoint, [all_features()]).attach(other, ["everything"]):
         other.transformer.enable_cache(config)
         torch.testing.assert_close(run(other, inputs, steps=4), got)
+
+
+@pytest.mark.parametrize("block", ["transformer_blocks.1", "single_transformer_blocks.0"])
+@pytest.mark.parametrize("first", ["conditions", "unlearner"])
+def test_beside_conditions(block, first):
+    """Condition tokens ride behind the picture's; they are neither read nor changed."""
+    case = next(case for case in OMNI.values() if case.get("active_adapters"))
+    pipe, hookpoint = omni_pipeline(case), f"transformer.{block}"
+    adapter = case["active_adapters"][0]
+    model = pipe.transformer
+    width, config = model.inner_dim, model.config
+    inputs = {"prompt_embeds": torch.randn(1, 5, config.joint_attention_dim), "height": 32, "width": 48}
+    inputs["pooled_prompt_embeds"] = torch.randn(1, config.pooled_projection_dim)
+    sae = SparseAutoencoder(SAEConfig(width, 64, k=4, hookpoint=hookpoint)).requires_grad_(False)
+
+    def prepared():
+        control = OmniControl(pipe)
+        control.load(lora(case, adapter), adapter_name=adapter)
+        return control
+
+    conditions = [Condition(torch.rand(3, 32, 48), adapter=adapter)]
+    control = prepared()
+    with control.use(conditions):
+        alone = run(pipe, inputs)
+    control.remove()
+    results, seen = {}, []
+    for factor in (1.0, -3.0):
+        steering = steer(pipe, sae, dict.fromkeys(range(64), factor))
+        with ExitStack() as stack:
+            if first == "unlearner":
+                stack.enter_context(steering)
+            control = prepared()
+            with ExitStack() as inner:
+                if first == "conditions":
+                    inner.enter_context(steering)
+                inner.enter_context(control.use(conditions))
+                inner.enter_context(hooked(pipe, {hookpoint: lambda tokens: seen.append(tokens)}))
+                results[factor] = run(pipe, inputs)
+        with control.use(conditions):
+            assert torch.equal(run(pipe, inputs), alone)
+        control.remove()
+    assert torch.equal(results[1.0], alone)
+    assert not torch.equal(results[-3.0], alone)
+    assert {tokens.values.shape[1] for tokens in seen} == {seen[0].grids[0][0] * seen[0].grids[0][1]}
 
 
 def read(pipe, inputs, hookpoint, source):
