@@ -9,6 +9,7 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 
 from ..frames import Frame
+from ..models.autoencoding import cell_size, encode_pictures, scale_latents
 from ..models.functional import pack
 from .condition import Condition
 from .pictures import to_pixels
@@ -66,16 +67,9 @@ def encode_conditions(
     return encoded
 
 
-def cell_size(vae: Any) -> int:
-    """Pixels per side of a latent cell."""
-    ratio = getattr(vae, "spatial_compression_ratio", None)  # AutoencoderDC and others tell; AutoencoderKL does not
-    return ratio if ratio is not None else 2 ** (len(vae.config.block_out_channels) - 1)
-
-
 def _latents(vae: Any, pixels: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
+    if generator is None:
+        return encode_pictures(vae, pixels)
     posterior = vae.encode(pixels).latent_dist
-    latents = posterior.mean
-    if generator is not None:
-        noise = randn_tensor(latents.shape, generator=generator, device=latents.device, dtype=latents.dtype)
-        latents = latents + posterior.std * noise
-    return (latents - (getattr(vae.config, "shift_factor", None) or 0.0)) * vae.config.scaling_factor
+    noise = randn_tensor(posterior.mean.shape, generator=generator, device=pixels.device, dtype=pixels.dtype)
+    return scale_latents(vae, posterior.mean + posterior.std * noise)

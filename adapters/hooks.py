@@ -181,17 +181,18 @@ class ModelInputHook(ConditionHook):
         hidden = given["hidden_states"]
         patch = 1 if rotary else module.config.patch_size
         image, ids = self._image(run, given, patch)
-        step = run.step(
+        arranged = run.arrange(
             image,
             given["encoder_hidden_states"].shape[1],
             hidden.shape[0],
             given["pooled_projections"],
-            ids,
-            (module.config.axes_dims_rope, module.pos_embed.theta) if rotary else None,
-            control.lora_layers,
             step_cache=self._step_cache(module),
             empty=empty,
         )
+        if rotary:
+            step = run.step(arranged, ids, module.config.axes_dims_rope, module.pos_embed.theta)
+        else:
+            step = run.step(arranged, None, (), 0.0)
         for name in ("controlnet_block_samples", "controlnet_single_block_samples", "block_controlnet_hidden_states"):
             if given.get(name) is not None:
                 given[name] = [_pad(sample, step) for sample in given[name]]

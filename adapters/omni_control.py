@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
 from diffusers.utils import logging
-from peft.tuners.lora import LoraLayer
 
 from .. import compat
-from ..lora import refuse_fused
 from ..lora_files import (
     AdapterInfo,
     LoadReport,
@@ -23,16 +21,13 @@ from ..lora_files import (
     read_adapter,
     write_adapter,
 )
-from ..naming import check_choice, nearest
+from ..naming import nearest
 from .condition import Condition
-from .encoding import Encoded, cell_size, encode_conditions
 from .hooks import NAME, BlockHook, ModelInputHook, OutputHook, PatchHook, TimeHook, TokenHook
-from .pictures import to_mask
+from .prepare import Mode, prepare_run
 from .run import ConditionRun, Progress, Step
 
 logger = logging.get_logger(__name__)
-
-Mode = Literal["joint", "independent"]
 
 
 class OmniControl:
@@ -67,7 +62,6 @@ class OmniControl:
         """The plan of the forward pass that is going on."""
         self.full_length = 0
         """Image tokens that the transformer gives back."""
-        self.lora_layers: list[LoraLayer] = []
         others = [hook.control for hook in _model_hooks(transformer)]
         self.infos: dict[str, AdapterInfo] = others[0].infos if others else {}
         """How each adapter that `load` loaded was trained."""
@@ -165,43 +159,30 @@ class OmniControl:
         Raises:
             ValueError: an option that does not fit, before anything runs.
         """
-        main = (main_adapter,) if isinstance(main_adapter, str) else main_adapter
-        sees = self._check(conditions, main, mode, cache)
-        kept = [(item, view) for item, view in zip(conditions, sees) if item.strength > 0]
-        if not kept:
+        if self._name not in getattr(getattr(self.transformer, "_diffusers_hook", None), "hooks", {}):
+            raise ValueError("this OmniControl was removed; make a new one")
+        if any(hook.control.run is not None for hook in _model_hooks(self.transformer)):
+            raise ValueError("conditions are in use already; pass all of them to one use()")
+        config = self.transformer.config
+        patch = 2 if self.rotary else config.patch_size
+        run = prepare_run(
+            self.pipe,
+            self.transformer,
+            self.infos,
+            conditions,
+            patch=patch,
+            channels=config.in_channels if self.rotary else config.in_channels * patch**2,
+            progress=self._progress,
+            main_adapter=main_adapter,
+            mode=mode,
+            cache=cache,
+            image_guidance_scale=image_guidance_scale,
+            region=region,
+            generator=generator,
+        )
+        if run is None:
             yield self
             return
-        patch = 2 if self.rotary else self.transformer.config.patch_size
-        with torch.no_grad():
-            encoded = encode_conditions(
-                self.pipe.vae,
-                [item for item, _ in kept],
-                [view for _, view in kept],
-                patch=patch,
-                device=self.pipe._execution_device,
-                generator=generator,
-                with_empty=image_guidance_scale != 1.0,
-            )
-        channels = encoded[0].tokens.shape[2] // (1 if self.rotary else patch * patch)
-        if channels != self.transformer.config.in_channels:
-            raise ValueError(
-                f"the transformer takes tokens of {self.transformer.config.in_channels} channels, a condition's have "
-                f"{channels}: pipelines that join pictures by channels (Control, Fill) cannot take conditions"
-            )
-        independent = any(view == "self" for _, view in kept)
-        run = ConditionRun(
-            encoded,
-            None if main is None else tuple(main),
-            cached=independent if cache is None else cache,
-            image_guidance_scale=image_guidance_scale,
-            region=_region(encoded, region, patch * cell_size(self.pipe.vae)),
-            progress=self._progress,
-        )
-        self.lora_layers = [
-            layer
-            for layer in self.transformer.modules()
-            if isinstance(layer, LoraLayer) and not set(run.adapters).isdisjoint(layer.lora_A)
-        ]
         edges = self._edges()
         for module, hook in edges:
             compat.insert_hook(module, hook, NAME)
@@ -209,7 +190,7 @@ class OmniControl:
         try:
             yield self
         finally:
-            self.run, self.step, self.lora_layers = None, None, []
+            self.run = self.step = None
             for module, _ in edges:
                 compat.remove_hook(module, NAME)
 
@@ -219,73 +200,11 @@ class OmniControl:
         first = (model.x_embedder, TokenHook(self)) if self.rotary else (model.pos_embed, PatchHook(self))
         return [first, (model.time_text_embed, TimeHook(self)), (model.norm_out, OutputHook(self))]
 
-    def _check(
-        self, conditions: Sequence[Condition], main: Sequence[str] | None, mode: Mode | None, cache: bool | None
-    ) -> list[Literal["joint", "self"]]:
-        """Refuse what cannot be right; what each condition sees."""
-        model = self.transformer
-        if self._name not in getattr(getattr(model, "_diffusers_hook", None), "hooks", {}):
-            raise ValueError("this OmniControl was removed; make a new one")
-        if self.run is not None:
-            raise ValueError("conditions are in use already; pass all of them to one use()")
-        if mode is not None:
-            check_choice("mode", mode, ("joint", "independent"))
-        loaded = loaded_adapters(model)
-        for name in [condition.adapter for condition in conditions] + list(main or ()):
-            if name not in loaded:
-                raise ValueError(f"adapter {name!r} is not loaded; loaded are: {', '.join(loaded) or 'none'}")
-        if getattr(model, "_parallel_config", None) is not None:
-            raise ValueError(
-                "context parallelism splits the sequence evenly over the ranks and would cut through a condition; run "
-                "conditions on one rank"
-            )
-        for name, processor in model.attn_processors.items():
-            if "IPAdapter" in type(processor).__name__:
-                raise ValueError(
-                    f"{name} is an IP-Adapter's ({type(processor).__name__}), which conditions would leave out; call "
-                    "unload_ip_adapter() first"
-                )
-        claimed = {condition.adapter for condition in conditions}
-        for layer in model.modules():
-            if isinstance(layer, LoraLayer):
-                refuse_fused(claimed, layer.merged_adapters)
-            elif claimed and getattr(layer, "fused_projections", False):
-                raise ValueError("adapters on tokens need separate projections; call unfuse_qkv_projections() first")
-        chosen = [mode or self._info(condition).mode or "joint" for condition in conditions]
-        if cache and "independent" not in chosen:
-            raise ValueError(
-                "cache=True keeps a condition's keys and values over the steps, but in joint mode they depend on the "
-                "picture that is made. These adapters were not trained independently; pass mode='independent' to run "
-                "them so nevertheless"
-            )
-        return ["self" if one == "independent" else "joint" for one in chosen]
-
-    def _info(self, condition: Condition) -> AdapterInfo:
-        return self.infos.get(condition.adapter) or AdapterInfo()
-
     def _progress(self) -> Progress:
         """Where the pipeline is, by its scheduler."""
         scheduler = self.pipe.scheduler
         first = scheduler.begin_index or 0
         return Progress((scheduler.step_index or first) - first, self.pipe.num_timesteps)
-
-
-def _region(encoded: Sequence[Encoded], region: Any, side: int) -> torch.Tensor | None:
-    """The tokens (rows, columns) that are made."""
-    complements = [item for item in encoded if item.condition.complement]
-    if not complements:
-        if region is not None:
-            raise ValueError("region= is for conditions with complement=True, which show what lies around it")
-        return None
-    sizes = {item.frame.size for item in complements}
-    if len(sizes) > 1:
-        raise ValueError(f"complement conditions show one picture, got sizes of {sorted(sizes)} tokens")
-    size = complements[0].frame.size
-    known = torch.stack([item.frame.mask for item in complements if item.frame.mask is not None]).any(0)
-    made = ~known if region is None else to_mask(region, size, side)
-    if not made.any():
-        raise ValueError("the complement conditions' masks cover the whole picture: there is nothing to make")
-    return made
 
 
 def _model_hooks(model: Any) -> list[ModelInputHook]:

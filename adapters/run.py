@@ -51,6 +51,17 @@ class Step:
         return len(self.layout.lengths) - 1
 
 
+class Arranged(NamedTuple):
+    """What rides along in one forward pass."""
+
+    key: tuple
+    """Equal for passes of equal layout."""
+    layout: FrameLayout
+    tokens: torch.Tensor | None
+    """(B, n, C) behind the image tokens."""
+    cache: KVCache | None
+
+
 class _Entry(NamedTuple):
     """A key/value cache and what it belongs to."""
 
@@ -70,6 +81,8 @@ class ConditionRun:
     main_adapters: tuple[str, ...] | None
     cached: bool
     """Whether keys and values of conditions that see only themselves are kept between passes."""
+    lora_layers: Sequence[LoraLayer]
+    """The layers that have an adapter of the conditions."""
     image_guidance_scale: float = 1.0
     region: torch.Tensor | None = None
     """Boolean (rows, columns): the tokens that are made; the others are the complements'. `None`: all."""
@@ -91,50 +104,65 @@ class ConditionRun:
         progress = self.progress()
         return tuple(i for i, item in enumerate(self.conditions) if item.condition.acts(*progress))
 
-    def step(
+    def arrange(
         self,
         image: Frame,
         text_length: int,
         batch: int,
         pooled: torch.Tensor,
-        ids: tuple[torch.Tensor, torch.Tensor] | None,
-        rope: tuple[Sequence[int], float] | None,
-        layers: Sequence[LoraLayer],
         *,
         step_cache: bool,
         empty: bool = False,
-    ) -> Step:
-        """The plan of one forward pass.
+    ) -> Arranged:
+        """What rides along in one forward pass.
 
         Args:
             image: the frame of the image tokens.
             pooled: (B, P) pooled text, which the conditions' modulation depends on.
-            ids: positions of the text (T, 3) and of the image tokens (N, 3), for rotary models.
-            rope: `axes_dims` and `theta` of `rope_table`, for rotary models.
-            layers: LoRA layers of the conditions' adapters.
             step_cache: a cache compares tokens over steps: the same conditions ride along in every one, and those
                 that do not act now are not seen.
             empty: put black pictures in the conditions' place.
         """
         active = self.active()
         riding = tuple(range(len(self.conditions))) if step_cache else active
-        entry = None
+        cache = None
         if self.cached and active and not step_cache and not torch.is_grad_enabled():
-            entry = self._entry(active, empty, pooled, layers)
-        mode = None if entry is None else entry.cache.mode
+            cache = self._cache(active, empty, pooled)
+        mode = None if cache is None else cache.mode
         key = (image.size, image.mask is None, text_length, active, riding, mode)
         if key not in self._layouts:
             self._layouts[key] = self._layout(image, text_length, active, riding, reads=mode == "read")
-            self._plans[key] = _plan(self._layouts[key], writes=mode == "write")
-        layout, plan = self._layouts[key], self._plans[key]
-        tokens = None
+        layout, tokens = self._layouts[key], None
         if len(layout.live) > 1:
             riders = [self.conditions[riding[i - 1]] for i in layout.live[1:]]
             parts = [item.empty if empty else item.tokens for item in riders]
             tokens = torch.cat([_per_sample(part, batch) for part in parts if part is not None], dim=1)
-        table = None if ids is None or rope is None else self._table(key, ids, layout, *rope)
-        kept = None if image.mask is None else image.mask.flatten().nonzero().flatten()
-        return Step(layout, plan, table, tokens, None if entry is None else entry.cache, kept)
+        return Arranged(key, layout, tokens, cache)
+
+    def step(
+        self,
+        arranged: Arranged,
+        ids: tuple[torch.Tensor, torch.Tensor] | None,
+        axes: Sequence[int],
+        theta: float,
+    ) -> Step:
+        """The plan of a pass for a hooked transformer.
+
+        Args:
+            ids: positions of the text (T, 3) and of the image tokens (N, 3); `None`: positions are added.
+            axes, theta: of `rope_table`.
+        """
+        key, layout, tokens, cache = arranged
+        if key not in self._plans:
+            self._plans[key] = _plan(layout, writes=cache is not None and cache.mode == "write")
+        table = None if ids is None else self._table(key, ids, layout, axes, theta)
+        mask = layout.frames[0].mask
+        kept = None if mask is None else mask.flatten().nonzero().flatten()
+        return Step(layout, self._plans[key], table, tokens, cache, kept)
+
+    def forget(self) -> None:
+        """Drop the kept keys and values; the next pass computes them."""
+        self._caches.clear()
 
     def kept_ids(self, ids: torch.Tensor) -> torch.Tensor:
         """Positions of the tokens that are made. The same tensor for the same `ids`, as a pipeline passes them."""
@@ -186,26 +214,20 @@ class ConditionRun:
             self._tables[place] = (text, image, table)  # holding both, so that their ids stay theirs
         return self._tables[place][2]
 
-    def _entry(
-        self,
-        active: tuple[int, ...],
-        empty: bool,
-        pooled: torch.Tensor,
-        layers: Sequence[LoraLayer],
-    ) -> _Entry:
+    def _cache(self, active: tuple[int, ...], empty: bool, pooled: torch.Tensor) -> KVCache:
         """The cache that belongs to these conditions, this prompt and these weights; a new one if none does."""
         weights = tuple(
             (layer.scaling[name], layer.lora_A[name].weight._version, layer.lora_B[name].weight._version)
             for name in self.adapters
-            for layer in layers
+            for layer in self.lora_layers
             if name in layer.lora_A
         )
         for entry in self._caches:
             if entry[:3] == (active, empty, weights) and _same(entry.pooled, pooled):
-                return entry
+                return entry.cache
         self._caches = [entry for entry in self._caches if entry.weights == weights][-_KEPT_CACHES + 1 :]
         self._caches.append(_Entry(active, empty, weights, pooled.clone(), KVCache()))
-        return self._caches[-1]
+        return self._caches[-1].cache
 
 
 _KEPT_CACHES = 4  # two guidance branches, each with its black picture

@@ -12,7 +12,8 @@ from diffusers.pipelines.flux import FluxPipelineOutput
 
 from .. import compat
 from ..adapters.condition import Condition
-from ..adapters.omni_control import Mode, OmniControl
+from ..adapters.omni_control import OmniControl
+from ..adapters.prepare import Mode
 from ..lora_files import LoadReport
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,8 +19,13 @@ from diffusers.utils.torch_utils import randn_tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import compat
+from ..adapters.condition import Condition
+from ..adapters.prepare import Mode, prepare_run
+from ..adapters.run import ConditionRun, Progress
 from ..data.words import unknown_words
 from ..frames import Frame, FrameLayout
+from ..lora_files import AdapterInfo, LoadReport, attach_adapter, read_adapter
+from ..models.autoencoding import cell_size
 from ..models.functional import pack, unpack
 from ..models.mmdit import MMDiT
 from ..schedulers.flow_match import MultiFrameFlowMatchScheduler, linear_sigmas
@@ -68,12 +74,14 @@ class ImgDiTPipeline(compat.DiffusionPipeline, LoraLoaderMixin):
         self.register_modules(
             scheduler=scheduler, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, transformer=transformer
         )
-        self.vae_scale_factor = _cell_size(vae)
+        self.vae_scale_factor = cell_size(vae)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor * self.patch_size)
         self._guidance_scale = 1.0
         self._current_timestep: torch.Tensor | None = None
         self._num_timesteps = 0
         self._interrupt = False
+        self._infos: dict[str, AdapterInfo] = {}  # how condition adapters were trained
+        self._progress = Progress(0, 1)
         self._told: set[str] = set()  # unknown words that a warning has named
 
     # Properties that callbacks and step caches read
@@ -105,6 +113,26 @@ class ImgDiTPipeline(compat.DiffusionPipeline, LoraLoaderMixin):
         if self.transformer is None or self.vae is None:
             return 2
         return math.isqrt(self.transformer.token_channels // self.vae.config.latent_channels)
+
+    # Conditions
+
+    def load_control(
+        self,
+        source: str | Path,
+        weight_name: str | None = None,
+        adapter_name: str | None = None,
+        *,
+        hotswap: bool = False,
+        **hub: Any,
+    ) -> LoadReport:
+        """Load a condition adapter, which acts on the tokens of its conditions only; see `OmniControl.load`."""
+        file = read_adapter(source, weight_name, **hub)
+        name = adapter_name or Path(file.source).stem
+        report = attach_adapter(self.transformer, file, name, hotswap=hotswap, pipeline=self)
+        self._infos[name] = file.info
+        if report.unused:
+            logger.warning(str(report))
+        return report
 
     # Text
 
@@ -306,6 +334,13 @@ class ImgDiTPipeline(compat.DiffusionPipeline, LoraLoaderMixin):
         callback_on_step_end: Callable[..., dict] | PipelineCallback | MultiPipelineCallbacks | None = None,
         callback_on_step_end_tensor_inputs: list[str] | None = None,
         max_sequence_length: int = 256,
+        conditions: Sequence[Condition] = (),
+        main_adapter: str | Sequence[str] | None = None,
+        mode: Mode | None = None,
+        cache: bool | None = None,
+        image_guidance_scale: float = 1.0,
+        region: Any = None,
+        condition_generator: torch.Generator | None = None,
     ) -> ImgDiTPipelineOutput | tuple:
         """Make pictures.
 
@@ -329,6 +364,9 @@ class ImgDiTPipeline(compat.DiffusionPipeline, LoraLoaderMixin):
             callback_on_step_end: called as `callback(pipe, step, timestep, tensors)`; may return changed tensors.
             callback_on_step_end_tensor_inputs: which tensors it gets; `["latents"]` by default.
             max_sequence_length: text tokens that are read; a longer prompt is cut with a warning.
+            conditions: pictures that steer, each through its loaded adapter.
+            main_adapter, mode, cache, image_guidance_scale, region: see `OmniControl.use`.
+            condition_generator: draws the conditions' latents from the posterior; `None` takes its mode.
         """
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
@@ -340,6 +378,12 @@ class ImgDiTPipeline(compat.DiffusionPipeline, LoraLoaderMixin):
             prompt_embeds, negative_prompt_embeds, prompt_embeds_mask, negative_prompt_embeds_mask, output_type,
             callback_on_step_end_tensor_inputs,
         )  # fmt: skip
+        run = prepare_run(
+            self, self.transformer, self._infos, conditions,
+            patch=self.patch_size, channels=self.transformer.token_channels, progress=lambda: self._progress,
+            main_adapter=main_adapter, mode=mode, cache=cache, image_guidance_scale=image_guidance_scale,
+            region=region, generator=condition_generator,
+        ) if conditions else None  # fmt: skip
         self._guidance_scale = guidance_scale
         self._interrupt = False
         device = self._execution_device
@@ -374,11 +418,11 @@ class ImgDiTPipeline(compat.DiffusionPipeline, LoraLoaderMixin):
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         latents = latents.to(device, torch.float32)
         size = (latents.shape[2] // self.patch_size, latents.shape[3] // self.patch_size)
-        layout = FrameLayout.build([Frame(size)], text_length)
+        image = Frame(size, mask=None if run is None else run.region)
 
         self.scheduler.set_timesteps(
             sigmas=linear_sigmas(num_inference_steps) if sigmas is None else sigmas,
-            mu=self.scheduler.mu(size[0] * size[1]),
+            mu=self.scheduler.mu(image.length),
             device=device,
         )
         self.scheduler.set_begin_index(0)
@@ -392,7 +436,7 @@ class ImgDiTPipeline(compat.DiffusionPipeline, LoraLoaderMixin):
             for i, t in enumerate(timesteps):
                 if self.interrupt:
                     continue
-                self._current_timestep = t
+                self._current_timestep, self._progress = t, Progress(i, len(timesteps))
                 guided = self.do_classifier_free_guidance and low <= float(t) / 1000 <= high
                 text = state["prompt_embeds"]
                 if guided:
@@ -404,7 +448,8 @@ class ImgDiTPipeline(compat.DiffusionPipeline, LoraLoaderMixin):
                     text,
                     pooled[rows],
                     mask[rows] if padded else None,
-                    layout,
+                    image,
+                    run,
                     joint_attention_kwargs,
                 )
                 if guided:
@@ -416,7 +461,7 @@ class ImgDiTPipeline(compat.DiffusionPipeline, LoraLoaderMixin):
                     asked = {name: state[name] for name in callback_on_step_end_tensor_inputs}
                     state |= callback_on_step_end(self, i, t, asked) or {}
                 progress_bar.update()
-        latents = state["latents"]
+        latents = state["latents"] if run is None else self._complete(state["latents"], image, run)
         self._current_timestep = None
 
         images = latents if output_type == "latent" else self.decode_latents(latents, output_type)
@@ -430,30 +475,60 @@ class ImgDiTPipeline(compat.DiffusionPipeline, LoraLoaderMixin):
         embeds: torch.Tensor,
         pooled: torch.Tensor,
         mask: torch.Tensor | None,
-        layout: FrameLayout,
+        image: Frame,
+        run: ConditionRun | None,
         joint_attention_kwargs: dict[str, Any] | None,
     ) -> torch.Tensor:
         """Velocity (k * B, C, h, w) float32 of the latents (B, C, h, w) under k * B texts, in one batch."""
         config, dtype = self.transformer.config, self.transformer.dtype
         copies = embeds.shape[0] // latents.shape[0]
         tokens = pack(latents.to(dtype), self.patch_size).repeat(copies, 1, 1)
+        if image.mask is not None:
+            tokens = tokens[:, image.mask.flatten()]
         guidance = None
         if config.guidance_embeds:
             guidance = torch.full((tokens.shape[0],), self.guidance_scale, device=tokens.device)
-        # A guided and a plain step differ in batch size, so step caches keep them apart.
-        with self.transformer.cache_context("guided" if copies > 1 else "plain"):
-            (velocity,) = self.transformer(
-                hidden_states=tokens,
-                encoder_hidden_states=embeds.to(dtype),
-                pooled_projections=pooled.to(dtype),
-                timestep=(t / config.timestep_scale).expand(tokens.shape[0]),
-                guidance=guidance,
-                encoder_attention_mask=mask,
-                layout=layout,
-                joint_attention_kwargs=joint_attention_kwargs,
-                return_dict=False,
-            )
-        return unpack(velocity.float(), self.patch_size, layout.frames[0].size)
+        step_cache = getattr(self.transformer, "is_cache_enabled", False)
+
+        def velocity(empty: bool) -> torch.Tensor:
+            layout, cache, joined = FrameLayout.build([image], embeds.shape[1]), None, tokens
+            if run is not None:
+                _, layout, riders, cache = run.arrange(
+                    image, embeds.shape[1], len(tokens), pooled, step_cache=step_cache, empty=empty
+                )
+                joined = tokens if riders is None else torch.cat([tokens, riders.to(tokens)], dim=1)
+            # Calls that differ in batch or content, which step caches must keep apart.
+            name = ("guided" if copies > 1 else "plain") + (" empty" if empty else "")
+            with self.transformer.cache_context(name):
+                (out,) = self.transformer(
+                    hidden_states=joined,
+                    encoder_hidden_states=embeds.to(dtype),
+                    pooled_projections=pooled.to(dtype),
+                    timestep=(t / config.timestep_scale).expand(len(tokens)),
+                    guidance=guidance,
+                    encoder_attention_mask=mask,
+                    layout=layout,
+                    cache=cache,
+                    joint_attention_kwargs=joint_attention_kwargs,
+                    return_dict=False,
+                )
+            if cache is not None:
+                cache.mode = "read"
+            return out.float()
+
+        out = velocity(empty=False)
+        if run is not None and run.image_guidance_scale != 1.0:
+            black = velocity(empty=True)
+            out = black + run.image_guidance_scale * (out - black)
+        return unpack(_spread(out, image), self.patch_size, image.size)
+
+    def _complete(self, latents: torch.Tensor, image: Frame, run: ConditionRun) -> torch.Tensor:
+        """The latents with what complement conditions know in its place."""
+        if image.mask is None:
+            return latents
+        known = unpack(run.known().to(latents), self.patch_size, image.size)
+        made = image.mask.repeat_interleave(self.patch_size, 0).repeat_interleave(self.patch_size, 1)
+        return torch.where(made.to(latents.device), latents, known)
 
     def decode_latents(self, latents: torch.Tensor, output_type: str = "pil") -> Any:
         """Latents (B, C, h, w) to pictures."""
@@ -463,12 +538,13 @@ class ImgDiTPipeline(compat.DiffusionPipeline, LoraLoaderMixin):
         return self.image_processor.postprocess(pixels.float(), output_type=output_type)
 
 
-def _cell_size(vae: Any) -> int:
-    """Pixels per side of a latent cell; 8 where there is no autoencoder."""
-    if vae is None:
-        return 8
-    ratio = getattr(vae, "spatial_compression_ratio", None)  # AutoencoderDC and others tell; AutoencoderKL does not
-    return ratio if ratio is not None else 2 ** (len(vae.config.block_out_channels) - 1)
+def _spread(tokens: torch.Tensor, image: Frame) -> torch.Tensor:
+    """Tokens (B, n, C) of a masked frame at their places of the whole, zeros between them."""
+    if image.mask is None:
+        return tokens
+    whole = tokens.new_zeros(tokens.shape[0], image.mask.numel(), tokens.shape[2])
+    whole[:, image.mask.flatten()] = tokens
+    return whole
 
 
 def _pad(x: torch.Tensor, length: int) -> torch.Tensor:

@@ -105,8 +105,7 @@ class SceneProbe(ModelMixin, ConfigMixin):
         weights = (self.asked @ keys.transpose(1, 2) / keys.shape[-1] ** 0.5).softmax(-1)  # (B, questions, cells)
         found = weights @ self.value(cells + self.places)  # (B, questions, D)
         answers = {
-            name: head(vector)
-            for name, head, vector in zip(self.questions, self.heads, found.unbind(1), strict=True)
+            name: head(vector) for name, head, vector in zip(self.questions, self.heads, found.unbind(1), strict=True)
         }
         x = levels[-1]
         for layer, skip in zip(self.up, reversed(levels[:-1])):

@@ -1,0 +1,142 @@
+"""From what a person asks for to a `ConditionRun`: everything is checked before anything runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from peft.tuners.lora import LoraLayer
+
+from ..lora import refuse_fused
+from ..lora_files import AdapterInfo, loaded_adapters
+from ..models.autoencoding import cell_size
+from ..naming import check_choice
+from .condition import Condition
+from .encoding import Encoded, encode_conditions
+from .pictures import to_mask
+from .run import ConditionRun, Progress
+
+Mode = Literal["joint", "independent"]
+
+
+def prepare_run(
+    pipe: Any,
+    model: Any,
+    infos: Mapping[str, AdapterInfo],
+    conditions: Sequence[Condition],
+    *,
+    patch: int,
+    channels: int,
+    progress: Callable[[], Progress],
+    main_adapter: str | Sequence[str] | None = None,
+    mode: Mode | None = None,
+    cache: bool | None = None,
+    image_guidance_scale: float = 1.0,
+    region: Any = None,
+    generator: torch.Generator | None = None,
+) -> ConditionRun | None:
+    """Check the conditions and encode them; `None` if none of them has a strength.
+
+    Args:
+        pipe: has the autoencoder.
+        model: its transformer.
+        infos: how each adapter was trained.
+        patch: latent cells per side of a token; `channels`: of a token.
+        progress: tells where the sampler is.
+
+    The others are those of `OmniControl.use`.
+    """
+    main = (main_adapter,) if isinstance(main_adapter, str) else main_adapter
+    modes = _check(model, infos, conditions, main, mode, cache)
+    kept = [(item, one) for item, one in zip(conditions, modes) if item.strength > 0]
+    if not kept:
+        return None
+    with torch.no_grad():
+        encoded = encode_conditions(
+            pipe.vae,
+            [item for item, _ in kept],
+            ["self" if one == "independent" else "joint" for _, one in kept],
+            patch=patch,
+            device=pipe._execution_device,
+            generator=generator,
+            with_empty=image_guidance_scale != 1.0,
+        )
+    got = encoded[0].tokens.shape[2]
+    if got != channels:
+        raise ValueError(
+            f"the transformer takes tokens of {channels} channels, a condition's have {got}: pipelines that join "
+            "pictures by channels (Control, Fill) cannot take conditions"
+        )
+    return ConditionRun(
+        encoded,
+        None if main is None else tuple(main),
+        cached=any(one == "independent" for _, one in kept) if cache is None else cache,
+        lora_layers=[
+            layer
+            for layer in model.modules()
+            if isinstance(layer, LoraLayer) and any(item.adapter in layer.lora_A for item, _ in kept)
+        ],
+        image_guidance_scale=image_guidance_scale,
+        region=_region(encoded, region, patch * cell_size(pipe.vae)),
+        progress=progress,
+    )
+
+
+def _check(
+    model: Any,
+    infos: Mapping[str, AdapterInfo],
+    conditions: Sequence[Condition],
+    main: Sequence[str] | None,
+    mode: Mode | None,
+    cache: bool | None,
+) -> list[str]:
+    """Refuse what cannot be right; the mode of each condition."""
+    if mode is not None:
+        check_choice("mode", mode, ("joint", "independent"))
+    loaded = loaded_adapters(model)
+    for name in [condition.adapter for condition in conditions] + list(main or ()):
+        if name not in loaded:
+            raise ValueError(f"adapter {name!r} is not loaded; loaded are: {', '.join(loaded) or 'none'}")
+    if getattr(model, "_parallel_config", None) is not None:
+        raise ValueError(
+            "context parallelism splits the sequence evenly over the ranks and would cut through a condition; run "
+            "conditions on one rank"
+        )
+    for name, processor in model.attn_processors.items():
+        if "IPAdapter" in type(processor).__name__:
+            raise ValueError(
+                f"{name} is an IP-Adapter's ({type(processor).__name__}), which conditions would leave out; call "
+                "unload_ip_adapter() first"
+            )
+    claimed = {condition.adapter for condition in conditions}
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer):
+            refuse_fused(claimed, layer.merged_adapters)
+        elif claimed and getattr(layer, "fused_projections", False):
+            raise ValueError("adapters on tokens need separate projections; call unfuse_qkv_projections() first")
+    chosen = [mode or (infos.get(item.adapter) or AdapterInfo()).mode or "joint" for item in conditions]
+    if cache and "independent" not in chosen:
+        raise ValueError(
+            "cache=True keeps a condition's keys and values over the steps, but in joint mode they depend on the "
+            "picture that is made. These adapters were not trained independently; pass mode='independent' to run "
+            "them so nevertheless"
+        )
+    return chosen
+
+
+def _region(encoded: Sequence[Encoded], region: Any, side: int) -> torch.Tensor | None:
+    """The tokens (rows, columns) that are made; `side` pixels each."""
+    complements = [item for item in encoded if item.condition.complement]
+    if not complements:
+        if region is not None:
+            raise ValueError("region= is for conditions with complement=True, which show what lies around it")
+        return None
+    sizes = {item.frame.size for item in complements}
+    if len(sizes) > 1:
+        raise ValueError(f"complement conditions show one picture, got sizes of {sorted(sizes)} tokens")
+    known = torch.stack([item.frame.mask for item in complements if item.frame.mask is not None]).any(0)
+    made = ~known if region is None else to_mask(region, complements[0].frame.size, side)
+    if not made.any():
+        raise ValueError("the complement conditions' masks cover the whole picture: there is nothing to make")
+    return made

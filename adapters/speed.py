@@ -1,0 +1,114 @@
+"""What conditions cost, against the same model without them: ratios within one run, and the share of GEMM's peak."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from peft import LoraConfig
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..evaluation.speed import HEAD_DIM, HEADS, SIDE, TEXT, compare, gemm_peak
+from ..frames import Frame
+from ..lora_files import activate
+from .condition import Condition
+from .omni_control import OmniControl
+
+OMINICONTROL_TARGETS = (
+    r"x_embedder|transformer_blocks\.\d+\.(norm1\.linear|attn\.to_[qkv]|attn\.to_out\.0|ff\.net\.2)"
+    r"|single_transformer_blocks\.\d+\.(norm\.linear|proj_mlp|proj_out|attn\.to_[qkv])"
+)
+"""Modules of OminiControl's published adapters, as the regular expression that PEFT takes."""
+
+
+class Cost(NamedTuple):
+    """One row of the table."""
+
+    work: str
+    seconds: float
+    """Median of one step."""
+    ratio: float
+    """Median of the pairwise ratios to a step without conditions and without LoRA."""
+    low: float
+    high: float
+    share: float
+    """Floating-point operations per second over GEMM's peak in the same run."""
+
+
+def condition_costs(
+    *, rounds: int = 9, rank: int = 4, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> Iterator[Cost]:
+    """Steps of a medium FLUX (4 double, 8 single blocks, width 768; 256 image and 64 text tokens, 256 a condition)."""
+    torch.manual_seed(0)
+    plain = FluxTransformer2DModel(
+        in_channels=64,
+        num_layers=4,
+        num_single_layers=8,
+        attention_head_dim=HEAD_DIM,
+        num_attention_heads=HEADS,
+        joint_attention_dim=512,
+        pooled_projection_dim=256,
+        axes_dims_rope=(16, 24, 24),
+    )
+    plain = plain.to(device, dtype).eval()
+    model = copy.deepcopy(plain)
+    for name in ("first", "second"):
+        model.add_adapter(LoraConfig(r=rank, target_modules=OMINICONTROL_TARGETS, init_lora_weights=False), name)
+    activate(model, [])
+    control = OmniControl(FluxPipeline(FlowMatchEulerDiscreteScheduler(), _vae(), None, None, None, None, model))
+    inputs = {
+        "hidden_states": torch.randn(1, SIDE * SIDE, 64, device=device, dtype=dtype),
+        "encoder_hidden_states": torch.randn(1, TEXT, 512, device=device, dtype=dtype),
+        "pooled_projections": torch.randn(1, 256, device=device, dtype=dtype),
+        "timestep": torch.full((1,), 0.5, device=device, dtype=dtype),
+        "img_ids": Frame((SIDE, SIDE)).ids().to(device),
+        "txt_ids": torch.zeros(TEXT, 3, device=device),
+    }
+    picture = torch.rand(3, SIDE * 16, SIDE * 16)
+    first, second = Condition(picture, "first"), Condition(picture, "second", position="subject")
+    peak = gemm_peak(device=device, dtype=dtype)
+
+    def row(work: str, call: Callable[[], torch.Tensor]) -> Cost:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            call()
+        result = compare(work, "no condition", call, lambda: plain(**inputs).sample, rounds=rounds, device=device)
+        share = counter.get_total_flops() / result.ours / peak
+        return Cost(work, result.ours, result.ratio, result.low, result.high, share)
+
+    def step() -> torch.Tensor:
+        return model(**inputs).sample
+
+    def first_step() -> torch.Tensor:
+        assert control.run is not None
+        control.run.forget()
+        return step()
+
+    yield row("no condition, no LoRA", lambda: plain(**inputs).sample)
+    yield row("no condition, 2 LoRA loaded", step)
+    uses: list[tuple[str, list[Condition], dict[str, Any], Callable[[], torch.Tensor]]] = [
+        ("1 condition, joint", [first], {}, step),
+        ("2 conditions, joint", [first, second], {}, step),
+        ("1 condition, independent, first step", [first], {"mode": "independent"}, first_step),
+        ("1 condition, independent, cached steps", [first], {"mode": "independent"}, step),
+        ("2 conditions, independent, cached steps", [first, second], {"mode": "independent"}, step),
+    ]
+    for work, conditions, options, call in uses:
+        with control.use(conditions, **options):
+            with torch.no_grad():
+                call()
+            yield row(work, call)
+
+
+def _vae() -> AutoencoderKL:
+    """A small autoencoder of FLUX's latent shape; it is not timed."""
+    return AutoencoderKL(
+        block_out_channels=(8, 8, 8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        latent_channels=16,
+        norm_num_groups=2,
+        shift_factor=0.0,
+    ).eval()
