@@ -69,12 +69,12 @@ def condition_costs(
     }
     picture = torch.rand(3, SIDE * 16, SIDE * 16)
     first, second = Condition(picture, "first"), Condition(picture, "second", position="subject")
-    peak = gemm_peak(device=device, dtype=dtype)
 
     def row(work: str, call: Callable[[], torch.Tensor]) -> Cost:
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             call()
         result = compare(work, "no condition", call, lambda: plain(**inputs).sample, rounds=rounds, device=device)
+        peak = gemm_peak(device=device, dtype=dtype)  # in the row's own minute: the machine's speed drifts
         share = counter.get_total_flops() / result.ours / peak
         return Cost(work, result.ours, result.ratio, result.low, result.high, share)
 

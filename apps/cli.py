@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from .commands import bench, convert, data, mup, sae
+from .commands import bench, convert, data, lora, mup, sae
 
 app = typer.Typer(
     help="Controllable image generation with diffusion transformers.", no_args_is_help=True, add_completion=False
@@ -18,6 +18,7 @@ app = typer.Typer(
 app.add_typer(bench.app, name="bench")
 app.add_typer(data.app, name="data")
 app.add_typer(convert.app, name="convert")
+app.add_typer(lora.app, name="lora")
 app.add_typer(mup.app, name="mup")
 app.add_typer(sae.app, name="sae")
 

@@ -125,3 +125,26 @@ def any_speed(
                 f"{row.work:<76}{row.ours * 1e3:>7.0f} ms{row.other * 1e3:>7.0f} ms{1 / row.ratio:>14.2f}"
                 f"{f'{1 / row.high:.2f}-{1 / row.low:.2f}':>12}{row.difference:>10.1e}"
             )
+
+
+@app.command("control-speed")
+def control_speed(
+    rounds: Annotated[int, typer.Option(min=1, help="Counted pairs of steps.")] = 9,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+) -> None:
+    """Time steps under conditions against steps without, on a medium FLUX, and their share of the GEMM peak."""
+    import torch
+
+    from imgdit.adapters.speed import condition_costs
+
+    torch.set_num_threads(threads)
+    element = getattr(torch, dtype, None)
+    if not isinstance(element, torch.dtype):
+        raise typer.BadParameter(f"dtype must be float32, bfloat16 or float16, got {dtype!r}")
+    typer.echo(f"torch {torch.__version__}, {device}, {dtype}, {threads} thread(s)")
+    typer.echo(f"{'work':<42}{'step':>10}{'ratio':>8}{'spread':>16}{'of peak':>9}")
+    for row in condition_costs(rounds=rounds, device=device, dtype=element):
+        spread = f"{row.low:.3f}-{row.high:.3f}"
+        typer.echo(f"{row.work:<42}{row.seconds * 1e3:>7.0f} ms{row.ratio:>8.3f}{spread:>16}{row.share:>8.0%}")

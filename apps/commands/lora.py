@@ -1,0 +1,60 @@
+"""`imgdit lora`: what is in a LoRA file, and the same file by other names."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(help="Look into LoRA files and convert them.", no_args_is_help=True)
+
+
+@app.command()
+def inspect(file: Annotated[Path, typer.Argument(help="A .safetensors file: PEFT, ComfyUI or kohya names.")]) -> None:
+    """Print a LoRA file's names, ranks, modules and settings."""
+    from imgdit.lora_files import read_adapter
+
+    try:
+        adapter = read_adapter(file)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    tensors = [tensor for pair in adapter.pairs.values() for tensor in pair]
+    kinds = Counter(_kind(name) for name in adapter.pairs)
+    typer.echo(f"{file.name}: {adapter.dialect} names, {len(adapter.pairs)} modules")
+    typer.echo(f"  rank {', '.join(map(str, adapter.ranks))}, {sum(t.numel() for t in tensors):,} numbers")
+    typer.echo(f"  stored as {', '.join(sorted({str(t.dtype).removeprefix('torch.') for t in tensors}))}")
+    for kind, count in kinds.items():
+        typer.echo(f"  {count:>4} x {kind}")
+    for name, value in asdict(adapter.info).items():
+        if value is not None:
+            typer.echo(f"  {name}: {value}")
+    for key in adapter.unused:
+        typer.echo(f"  not a LoRA of the transformer: {key}")
+
+
+@app.command()
+def convert(
+    file: Annotated[Path, typer.Argument(help="A .safetensors file: PEFT, ComfyUI or kohya names.")],
+    to: Annotated[str, typer.Option("--to", help="peft (diffusers) or comfyui (FLUX's own names).")],
+    out: Annotated[Path | None, typer.Option(help="File to write; beside the source by default.")] = None,
+) -> None:
+    """Write a LoRA file by other names; its settings stay in the header."""
+    from imgdit.lora_files import read_adapter, write_adapter
+
+    out = out or file.with_name(f"{file.stem}.{to}.safetensors")
+    try:
+        adapter = read_adapter(file)
+        path = write_adapter(out, adapter.pairs, adapter.info, dialect=to)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    typer.echo(f"wrote {path}: {len(adapter.pairs)} modules, {adapter.dialect} names to {to}")
+    for key in adapter.unused:
+        typer.echo(f"  left out, not a LoRA of the transformer: {key}")
+
+
+def _kind(name: str) -> str:
+    """A module's name with its block's number as a star."""
+    return ".".join("*" if part.isdigit() and i == 1 else part for i, part in enumerate(name.split(".")))

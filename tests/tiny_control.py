@@ -1,0 +1,96 @@
+"""Tiny diffusers pipelines with LoRA files to put on them."""
+
+import re
+
+import torch
+from diffusers import (
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
+from tiny import randomize, rope_config, tiny_vae
+
+from imgdit.adapters.speed import OMINICONTROL_TARGETS
+from imgdit.lora_dialects import LoraPair
+from imgdit.lora_files import AdapterInfo, write_adapter
+
+SIZE = 16
+"""Pixels per side: 4x4 tokens of 4 pixels."""
+
+
+def flux(**changes) -> FluxPipeline:
+    torch.manual_seed(0)
+    names = ("in_channels", "num_layers", "num_single_layers", "attention_head_dim", "num_attention_heads")
+    names += ("joint_attention_dim", "pooled_projection_dim", "axes_dims_rope")
+    config = {name: rope_config()[name] for name in names} | changes
+    transformer = randomize(FluxTransformer2DModel(**config)).eval()
+    return quiet(FluxPipeline(FlowMatchEulerDiscreteScheduler(), tiny_vae(), None, None, None, None, transformer))
+
+
+def sd3(dual=(0,)) -> StableDiffusion3Pipeline:
+    torch.manual_seed(0)
+    transformer = SD3Transformer2DModel(
+        sample_size=16,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=3,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        caption_projection_dim=32,
+        pooled_projection_dim=32,
+        pos_embed_max_size=12,
+        qk_norm="rms_norm",
+        dual_attention_layers=dual,
+    )
+    transformer = randomize(transformer).eval()
+    return quiet(
+        StableDiffusion3Pipeline(transformer, FlowMatchEulerDiscreteScheduler(shift=3.0), tiny_vae(), *(None,) * 6)
+    )
+
+
+def quiet(pipe):
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def text(pipe, seed=3) -> dict:
+    """Embeddings of one prompt, and what a call needs besides."""
+    generator = torch.Generator().manual_seed(seed)
+    names = [""] if isinstance(pipe, FluxPipeline) or "Flux" in type(pipe).__name__ else ["", "negative_"]
+    embeds = {}
+    for name in names:
+        embeds[f"{name}prompt_embeds"] = torch.randn(1, 5, 32, generator=generator)
+        embeds[f"{name}pooled_prompt_embeds"] = torch.randn(1, 32, generator=generator)
+    return embeds | {"height": SIZE, "width": SIZE, "num_inference_steps": 3, "output_type": "latent"}
+
+
+def make(pipe, seed=5, **changes) -> torch.Tensor:
+    """Latents of a call."""
+    arguments = text(pipe) | changes
+    return pipe(**arguments, generator=torch.Generator().manual_seed(seed), return_dict=False)[0]
+
+
+def picture(seed=0, size=SIZE) -> torch.Tensor:
+    return torch.rand(3, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+def lora_file(path, transformer, targets=OMINICONTROL_TARGETS, rank=2, seed=0, info=None, std=0.3):
+    """A random LoRA file for the modules that match a pattern."""
+    generator = torch.Generator().manual_seed(seed)
+    pairs = {}
+    for name, module in transformer.named_modules():
+        module = module.get_base_layer() if hasattr(module, "get_base_layer") else module
+        if re.fullmatch(targets, name) and isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)):
+            out, *inner = module.weight.shape
+            down = torch.randn(rank, *inner, generator=generator) * std
+            up = torch.randn(out, rank, *[1] * (len(inner) - 1), generator=generator) * std
+            pairs[name] = LoraPair(down, up)
+    return write_adapter(path, pairs, info or AdapterInfo(task="test"))
+
+
+SD3_TARGETS = r"pos_embed\.proj|transformer_blocks\.\d+\.(norm1\.linear|attn2?\.to_[qkv]|attn\.to_out\.0|ff\.net\.2)"
+STYLE_TARGETS = r"x_embedder|.*attn\.(to_q|add_k_proj)|.*ff\.net\.0\.proj|.*proj_mlp"
