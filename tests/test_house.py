@@ -153,7 +153,7 @@ def test_checkout_works_without_an_install() -> None:
 
 
 def test_command_line_runs_from_the_checkout() -> None:
-    assert "demo" in run("-m", "imgdit.apps.cli", "--help", cwd=ROOT)
+    assert "generate" in run("-m", "imgdit.apps.cli", "--help", cwd=ROOT)
 
 
 @pytest.mark.parametrize("mode", ["prepend", "append", "importlib"])
