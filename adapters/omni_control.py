@@ -97,6 +97,8 @@ class OmniControl:
         name = adapter_name or Path(file.source).stem
         report = attach_adapter(self.transformer, file, name, hotswap=hotswap, pipeline=self.pipe)
         self.infos[name] = file.info
+        if self.run is not None:  # a compiled model's weights are swapped without a trace
+            self.run.forget()
         if report.unused:
             logger.warning(str(report))
         return report

@@ -217,7 +217,7 @@ class ConditionRun:
     def _cache(self, active: tuple[int, ...], empty: bool, pooled: torch.Tensor) -> KVCache:
         """The cache that belongs to these conditions, this prompt and these weights; a new one if none does."""
         weights = tuple(
-            (layer.scaling[name], layer.lora_A[name].weight._version, layer.lora_B[name].weight._version)
+            (layer.scaling[name], *_state(layer.lora_A[name].weight), *_state(layer.lora_B[name].weight))
             for name in self.adapters
             for layer in self.lora_layers
             if name in layer.lora_A
@@ -253,6 +253,11 @@ def _per_sample(tokens: torch.Tensor, batch: int) -> torch.Tensor:
             f"a condition holds {tokens.shape[0]} pictures for a batch of {batch}; give one, or one per sample"
         )
     return tokens.repeat(batch // tokens.shape[0], 1, 1)
+
+
+def _state(weight: torch.Tensor) -> tuple[int, int]:
+    """What changes when a weight is written (its version) or given other memory (hot-swapping)."""
+    return weight._version, weight.data_ptr()
 
 
 def _same(kept: torch.Tensor, new: torch.Tensor) -> bool:
