@@ -114,5 +114,5 @@ def _of_size(recipe: Recipe, parameters: float, base: int) -> Recipe:
     head_dim = cost.width // recipe.model.arguments["num_attention_heads"]
     guess = cost.width * math.sqrt(parameters / cost.parameters)
     heads = max(round(guess / head_dim), 2)
-    near = [at_width(recipe, h * head_dim, "mup", base) for h in range(max(heads - 2, 2), heads + 3)]
+    near = [at_width(recipe, h * head_dim, "mup", base) for h in range(max(heads - 1, 2), heads + 2)]
     return min(near, key=lambda r: abs(recipe_cost(r, 1, 1).parameters - parameters))

@@ -120,7 +120,8 @@ def test_small_check_and_command(tmp_path):
     standard = {s["module"]: s["at_end"] for s in values["standard"]["slopes"]}
     assert standard["output"] >= 0.4
     assert (tmp_path / "coordinates.png").stat().st_size > 10_000
-    done = CliRunner().invoke(app, [*arguments, "--tolerance", "0.0001"])
+    shorter = [*arguments, "--widths", "64,128", "--steps", "2", "--tolerance", "0.0001"]
+    done = CliRunner().invoke(app, shorter)
     assert done.exit_code == 1 and "slopes are beyond 0.0001, the steepest" in done.output
 
 
