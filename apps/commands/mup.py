@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -177,7 +177,7 @@ def plan(
     from imgdit.training.config import packaged_recipes
     from imgdit.training.plan import plan, proxy_plan
 
-    options = {
+    options: dict[str, Any] = {
         "image_tokens": image_tokens, "text_tokens": text_tokens, "gpus": gpus, "flops_per_second": teraflops * 1e12,
     }  # fmt: skip
     try:

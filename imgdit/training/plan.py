@@ -76,7 +76,8 @@ def recipe_cost(recipe: Recipe, image_tokens: int, text_tokens: int) -> ModelCos
     if recipe.model.kind != "mmdit":
         raise ValueError(f"costs are known for model.kind 'mmdit', got {recipe.model.kind!r}")
     with torch.device("meta"):
-        return model_cost(build_model(recipe), image_tokens, text_tokens)
+        model: Any = build_model(recipe)
+    return model_cost(model, image_tokens, text_tokens)
 
 
 def proxy_plan(recipe: Recipe, target_params: float, trials: int, **options: Any) -> ProxyPlan:
