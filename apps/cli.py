@@ -87,14 +87,16 @@ def assemble(
     runs: Annotated[Path, typer.Argument(help="Folder of the runs of the recipes scenes/…")] = Path("outputs/scenes"),
     out: Annotated[Path | None, typer.Option(help="Folder to write; the embedded model's by default.")] = None,
 ) -> None:
-    """Put trained runs together: the pipeline folder and the probe of the embedded model, in half precision."""
+    """Put trained runs together: the pipeline, the condition adapters and the probe of the embedded model."""
     from imgdit import checkpoints
 
-    from .weights import assemble, save_probe
+    from .weights import assemble, save_adapter, save_probe
 
     try:
         scenes = out or checkpoints.SCENES
         assemble(runs / "transformer", scenes)
+        for run in sorted(runs.glob("control_*")):
+            save_adapter(run, scenes / "adapters" / f"{run.name.removeprefix('control_')}.safetensors")
         if out is None:
             save_probe(runs / "probe", checkpoints.SCENE_PROBE)
     except ValueError as error:

@@ -41,9 +41,10 @@ def _shift(vae: Any) -> float:
 
 
 def fingerprint(model: torch.nn.Module) -> str:
-    """A hash of a model's weights, to notice that something was computed with others."""
+    """A hash of a model's weights, to notice that something was computed with others. Weights that were saved in half
+    precision have the same."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
-        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+        digest.update(tensor.detach().cpu().half().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -20,6 +20,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import torch
 import yaml
 
+from ..checkpoints import SCENES
 from ..naming import nearest
 
 
@@ -74,7 +75,10 @@ class ModelConfig:
     arguments: dict[str, Any] = field(default_factory=dict)
     """Arguments of its class."""
     pretrained: str | None = None
-    """Folder or Hub repository to start from; `arguments` must then be empty."""
+    """Folder or Hub repository to start from, "embedded" for the one that comes along; `arguments` must then be
+    empty."""
+    subfolder: str = ""
+    """Folder of the model within `pretrained`, as pipelines have them ("transformer")."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
 
@@ -102,6 +106,36 @@ class ModelConfig:
         from diffusers import AutoencoderDC, AutoencoderKL
 
         return AutoencoderKL if self.kind == "autoencoder_kl" else AutoencoderDC
+
+
+OMINICONTROL_TARGETS = (
+    r"x_embedder",
+    r"transformer_blocks\.\d+\.(norm1\.linear|attn\.to_[qkv]|attn\.to_out\.0|ff\.net\.2)",
+    r"single_transformer_blocks\.\d+\.(norm\.linear|attn\.to_[qkv]|proj_mlp|proj_out)",
+)
+"""Layers that OminiControl's published LoRAs change: none of the text's."""
+
+
+ADAPTER = "trained"
+"""Name of a recipe's LoRA while it is trained; its file has none."""
+EMBEDDED = "embedded"
+"""What `model.pretrained` calls the model that comes along."""
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """A LoRA that is trained on a frozen model."""
+
+    rank: int = 0
+    """Its rank; 0: no LoRA, the model itself is trained."""
+    alpha: float | None = None
+    """Its scale times its rank; `None`: the rank."""
+    targets: tuple[str, ...] = OMINICONTROL_TARGETS
+    """Regular expressions of whole module names."""
+
+    def __post_init__(self) -> None:
+        _require(self.rank >= 0, "rank", "0 or more", self.rank)
+        _require(self.alpha is None or self.alpha > 0, "alpha", "positive or null", self.alpha)
 
 
 @dataclass(frozen=True)
@@ -211,6 +245,7 @@ class Recipe:
 
     run: RunConfig
     model: ModelConfig = field(default_factory=ModelConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
@@ -296,16 +331,32 @@ def build_model(recipe: Recipe) -> torch.nn.Module:
     """The model of a recipe, new weights drawn from `run.seed` or loaded; ready to train."""
     config = recipe.model
     if config.pretrained is not None:
-        model = config.model_class.from_pretrained(config.pretrained)
+        folder = SCENES if config.pretrained == EMBEDDED else config.pretrained
+        model = config.model_class.from_pretrained(folder, subfolder=config.subfolder or None)
     else:
         with torch.random.fork_rng():
             torch.manual_seed(recipe.run.seed)
             model = config.model_class(**config.arguments)
         if hasattr(model, "init_weights"):
             model.init_weights(torch.Generator().manual_seed(recipe.run.seed))
+    if recipe.adapter.rank:
+        _add_adapter(model, recipe.adapter, recipe.run.seed)
     if config.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     return model.train()
+
+
+def _add_adapter(model: Any, config: AdapterConfig, seed: int) -> None:
+    """Freeze a model and put a LoRA on it, called `ADAPTER`, that changes nothing yet."""
+    from peft import LoraConfig
+
+    model.requires_grad_(False)
+    pattern = "|".join(f"(?:{target})" for target in config.targets)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model.add_adapter(
+            LoraConfig(r=config.rank, lora_alpha=config.alpha or config.rank, target_modules=pattern), ADAPTER
+        )
 
 
 def build_scheduler(recipe: Recipe) -> Any:

@@ -60,6 +60,10 @@ class Text(_Movable):
     mask: torch.Tensor | None = None
     """Boolean (B, T), true on real tokens; `None`: all are."""
 
+    def rows(self, rows: slice) -> Text:
+        """Some of the samples' text."""
+        return self._map(lambda value: value[rows])
+
 
 @dataclass(frozen=True, eq=False)
 class Batch(_Movable):

@@ -48,16 +48,69 @@ HELD_OUT = 2 * SHARD
 """Scenes of the held-out split."""
 
 
-class _Sample(NamedTuple):
+class Sample(NamedTuple):
+    """One scene's frames, before they are a batch."""
+
     latents: list[torch.Tensor]
     """Frames (C, h, w)."""
     prompt: str
+    """The sentence behind its task's token."""
 
 
-class SceneFrames:
+class CachedScenes:
+    """Cached latents of scenes and what reads their sentences; what is missing of the cache is made first.
+
+    Args:
+        vae: that the latents are made by.
+        text_encoder, tokenizer: of the sentences.
+        latents: folder of the cache, see `data.latents`.
+        scenes: of the split, from seed 0 on.
+        split: "train" or "heldout".
+    """
+
+    def __init__(self, vae: Any, text_encoder: Any, tokenizer: Any, latents: str, scenes: int, split: str):
+        scenes = HELD_OUT if split == "heldout" else scenes
+        cache_latents(vae, latents, scenes, split, device="cuda" if torch.cuda.is_available() else "cpu")
+        self.latents = SceneLatents(latents, split, fingerprint(vae.cpu()))
+        self.scenes, self.split = scenes, split
+        self.scale = latent_scale(latents)
+        self.text_encoder, self.tokenizer = text_encoder, tokenizer
+        cells = self.latents.read(0, "pictures", 0, 0).shape[1:]
+        self.size = (cells[0] // PATCH, cells[1] // PATCH)
+
+    def encode(self, prompts: Sequence[str]) -> tuple[Text, Text]:
+        """Text of the prompts, and the empty one of the same length."""
+        tokens = self.tokenizer([*prompts, ""], padding="longest", return_tensors="pt")
+        mask = tokens.attention_mask.bool()
+        with torch.no_grad():
+            embeddings = self.text_encoder(tokens.input_ids, attention_mask=tokens.attention_mask)[0]
+        weight = mask[..., None].to(embeddings)
+        pooled = (embeddings * weight).sum(1) / weight.sum(1)
+        whole = Text(embeddings, pooled, mask)
+        return whole.rows(slice(None, -1)), whole.rows(slice(-1, None))
+
+    def batch(self, samples: Sequence[Sample], frames: Sequence[Frame]) -> Batch:
+        """Samples of the same frames as one batch."""
+        text, empty = self.encode([sample.prompt for sample in samples])
+        tokens = [pack(torch.stack(grids), PATCH) for grids in zip(*(sample.latents for sample in samples))]
+        return Batch(torch.cat(tokens, dim=1), FrameLayout.build(frames, text.embeddings.shape[1]), text, empty)
+
+    def latent(self, scene: int, name: str, *place: int) -> torch.Tensor:
+        """Scaled latents (C, h, w), see `SceneLatents.read`."""
+        return self.latents.read(scene, name, *place) * self.scale
+
+    def draw(self, rng: Random) -> tuple[int, int, int]:
+        """A scene, a view and a look."""
+        return pick(rng, range(self.scenes)), pick(rng, range(VIEWS)), pick(rng, range(LOOKS))
+
+    @staticmethod
+    def say(rng: Random, scene: Scene) -> str:
+        """A sentence, perhaps without the place or the style."""
+        return caption(scene, rng, leave_unsaid(rng, UNSAID))
+
+
+class SceneFrames(CachedScenes):
     """Endless: sample i is a `Batch`, the same for the same i.
-
-    What is missing of the cached latents is made first.
 
     Args:
         latents: folder of the cache, see `data.latents`.
@@ -76,81 +129,48 @@ class SceneFrames:
         tokens: int = 4096,
         split: str = "train",
     ):
-        wanted = HELD_OUT if split == "heldout" else scenes
-        vae = load_trained(autoencoder)
-        cache_latents(vae, latents, wanted, split, device="cuda" if torch.cuda.is_available() else "cpu")
-        self.latents = SceneLatents(latents, split, fingerprint(vae.cpu()))
-        self.scenes, self.split, self.tokens = wanted, split, tokens
-        self.scale = latent_scale(latents)
-        self.text_encoder = load_trained(text_encoder).encoder
-        self.tokenizer = caption_tokenizer()
+        reader = load_trained(text_encoder)
+        super().__init__(load_trained(autoencoder), reader.encoder, caption_tokenizer(), latents, scenes, split)
+        self.tokens = tokens
 
     def __getitem__(self, index: int) -> Batch:
         rng = Random(mixed_seed(index, 0))
         kind = _choose(rng, SHARES)
-        latents = self.latents.read(0, "pictures", 0, 0)
-        size = (latents.shape[1] // PATCH, latents.shape[2] // PATCH)
-        count = max(1, self.tokens // (FRAMES[kind] * size[0] * size[1]))
+        count = max(1, self.tokens // (FRAMES[kind] * self.size[0] * self.size[1]))
         make = {"pictures": self._picture, "pairs": self._pair, "views": self._views}[kind]
-        samples = [make(rng) for _ in range(count)]
-        text, empty = self.encode([sample.prompt for sample in samples])
-        tokens = [pack(torch.stack(frames), PATCH) for frames in zip(*(sample.latents for sample in samples))]
-        layout = FrameLayout.build(frames_of(kind, size), text.embeddings.shape[1])
-        return Batch(torch.cat(tokens, dim=1), layout, text, empty)
+        return self.batch([make(rng) for _ in range(count)], frames_of(kind, self.size))
 
-    def encode(self, prompts: Sequence[str]) -> tuple[Text, Text]:
-        """Text of the prompts, and the empty one of the same length."""
-        tokens = self.tokenizer([*prompts, ""], padding="longest", return_tensors="pt")
-        mask = tokens.attention_mask.bool()
-        with torch.no_grad():
-            embeddings = self.text_encoder(tokens.input_ids, attention_mask=tokens.attention_mask)[0]
-        weight = mask[..., None].to(embeddings)
-        pooled = (embeddings * weight).sum(1) / weight.sum(1)
-        whole = Text(embeddings, pooled, mask)
-        return whole._map(lambda x: x[:-1]), whole._map(lambda x: x[-1:])
-
-    def _latent(self, scene: int, name: str, *place: int) -> torch.Tensor:
-        return self.latents.read(scene, name, *place) * self.scale
-
-    def _draw(self, rng: Random) -> tuple[int, int, int]:
-        """A scene, a view and a look."""
-        return pick(rng, range(self.scenes)), pick(rng, range(VIEWS)), pick(rng, range(LOOKS))
-
-    def _picture(self, rng: Random) -> _Sample:
-        scene, view, look = self._draw(rng)
-        said = self._say(rng, scene_views(scene, self.split).looks[view][look])
+    def _picture(self, rng: Random) -> Sample:
+        scene, view, look = self.draw(rng)
+        said = self.say(rng, scene_views(scene, self.split).looks[view][look])
         task = "text_to_image" if rng.random() < MARKED else None
-        return _Sample([self._latent(scene, "pictures", view, look)], prompt(said, task))
+        return Sample([self.latent(scene, "pictures", view, look)], prompt(said, task))
 
-    def _pair(self, rng: Random) -> _Sample:
-        scene, view, look = self._draw(rng)
+    def _pair(self, rng: Random) -> Sample:
+        scene, view, look = self.draw(rng)
         drawn = scene_views(scene, self.split)
         task = _choose(rng, PAIRS)
         if task == "editing":  # the same view in another look
-            given = self._latent(scene, "pictures", view, pick(rng, [n for n in range(LOOKS) if n != look]))
+            given = self.latent(scene, "pictures", view, pick(rng, [n for n in range(LOOKS) if n != look]))
         elif task == "subject":  # the same objects elsewhere: only the first two looks share their colours
             look = pick(rng, (0, 1))
-            given = self._latent(scene, "pictures", 1 - view, 1 - look)
+            given = self.latent(scene, "pictures", 1 - view, 1 - look)
         elif task == "other":
             task, look = drawn.others[view], 0
-            given = self._latent(scene, "others", view)
+            given = self.latent(scene, "others", view)
         else:
-            given = self._latent(scene, "maps", view, MAPS.index(task))
-        said = "" if rng.random() < BARE else self._say(rng, drawn.looks[view][look])
-        return _Sample([self._latent(scene, "pictures", view, look), given], prompt(said, task))
+            given = self.latent(scene, "maps", view, MAPS.index(task))
+        said = "" if rng.random() < BARE else self.say(rng, drawn.looks[view][look])
+        return Sample([self.latent(scene, "pictures", view, look), given], prompt(said, task))
 
-    def _views(self, rng: Random) -> _Sample:
-        scene, first, look = self._draw(rng)
+    def _views(self, rng: Random) -> Sample:
+        scene, first, look = self.draw(rng)
         order = (first, 1 - first)
         looks = [scene_views(scene, self.split).looks[view][look] for view in order]
-        said = "" if rng.random() < BARE else self._say(rng, looks[0])
-        pictures = [self._latent(scene, "pictures", view, look) for view in order]
+        said = "" if rng.random() < BARE else self.say(rng, looks[0])
+        pictures = [self.latent(scene, "pictures", view, look) for view in order]
         rays = scene_rays([look.camera for look in looks], pictures[0].shape[-1])
-        return _Sample([pictures[0], rays[0], pictures[1], rays[1]], prompt(said, "views"))
-
-    @staticmethod
-    def _say(rng: Random, scene: Scene) -> str:
-        return caption(scene, rng, leave_unsaid(rng, UNSAID))
+        return Sample([pictures[0], rays[0], pictures[1], rays[1]], prompt(said, "views"))
 
 
 def frames_of(kind: str, size: tuple[int, int]) -> list[Frame]:

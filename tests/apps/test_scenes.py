@@ -6,17 +6,18 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_runs import small_backbone, small_cache, small_runs
+from tiny_runs import QUICK, small_backbone, small_cache, small_runs
 from typer.testing import CliRunner
 
 from imgdit import DiffusionPipeline
+from imgdit.adapters.condition import Condition
 from imgdit.apps import scene_bench
 from imgdit.apps.cli import app
 from imgdit.apps.training_sheet import TrainingSheet
-from imgdit.apps.weights import assemble, save_probe
+from imgdit.apps.weights import assemble, save_adapter, save_probe
 from imgdit.models.scene_probe import SceneProbe
 from imgdit.training import load_recipe, train
-from imgdit.training.config import build_model
+from imgdit.training.config import build_model, packaged_recipes
 from imgdit.training.scene_frames import latent_scale
 from imgdit.training.sources import training_batches
 from imgdit.training.trained import load_trained, trained_recipe
@@ -56,6 +57,46 @@ def test_training_draws_sheets(model, tmp_path):
     assert sheet.name == "step-00000020.png" and Image.open(sheet).width > 4 * 2 * 128
     assert all(torch.equal(before[name], tensor) for name, tensor in backbone.state_dict().items())
     assert backbone.dtype == torch.float32
+
+
+CONTROLS = [name for name in sorted(packaged_recipes()) if name.startswith("scenes/control_")]
+
+
+@pytest.mark.parametrize("name", CONTROLS)
+def test_condition_recipes_train_adapters_that_load(name, model, tmp_path):
+    recipe = load_recipe(name)
+    data = {"model": str(model / "pipeline"), "latents": str(model / "latents"), "scenes": 16, "samples": 2}
+    recipe = recipe.replace(
+        run={**QUICK, "folder": str(tmp_path / "run")},
+        model={"pretrained": str(model / "pipeline")},
+        data={"arguments": {**recipe.data.arguments, **data}},
+    )
+    backbone = build_model(recipe)
+    base = {n: p.clone() for n, p in backbone.named_parameters() if not p.requires_grad}
+    result = train(recipe, model=backbone, batches=training_batches(recipe)[0], stop_at=2)
+    assert result.step == 2 and all(torch.equal(base[n], p) for n, p in backbone.named_parameters() if n in base)
+    assert max(f.stat().st_size for f in result.checkpoint.iterdir()) < 2**19  # the frozen model is not in it
+
+    save_adapter(tmp_path / "run", tmp_path / "adapter.safetensors")
+    pipe = DiffusionPipeline.from_pretrained(model / "pipeline")
+    with torch.no_grad():  # after one step the gates of attention are still shut
+        for parameter in pipe.transformer.parameters():
+            parameter += 0.02
+    report = pipe.load_control(tmp_path / "adapter.safetensors", adapter_name="it")
+    assert not report.unused and report.info.task == recipe.data.arguments["task"]
+    assert (report.info.mode, report.info.position) == tuple(recipe.data.arguments[k] for k in ("mode", "position"))
+    condition = Condition(Image.new("RGB", (128, 128), "white"), "it", position=report.info.position)
+    options = {"num_inference_steps": 2, "output_type": "pt"}
+    given, plain = (
+        pipe("a red cube", conditions=c, generator=torch.Generator().manual_seed(0), **options).images
+        for c in ([condition], None)
+    )
+    assert not torch.equal(given, plain)
+
+
+def test_only_adapters_are_saved_as_adapters(model, tmp_path):
+    with pytest.raises(ValueError, match="trained no condition adapter"):
+        save_adapter(model / "transformer", tmp_path / "x.safetensors")
 
 
 def test_generate_writes_files(model, tmp_path):
