@@ -1,4 +1,4 @@
-"""`imgdit bench scenes`: the table, the raw numbers and the sheets."""
+"""`imgdit bench scenes` and `bench any`: the tables, the raw numbers and the sheets."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import torch
 from imgdit import DiffusionPipeline
 from imgdit.data.sheet import contact_sheet
 from imgdit.data.tasks import to_image
+from imgdit.evaluation.any_tasks import drawing_scores, pose_scores, reference_scores, restoration_scores
 from imgdit.evaluation.scenes import Score, condition_scores, probe_scores, text_scores, view_scores
 from imgdit.models.scene_probe import SceneProbe
 
@@ -45,17 +46,34 @@ def run(model: Path, probe_folder: Path, out: Path, count: int, steps: int, guid
     scores += text_scores(maker, probe, count, kept.__setitem__)
     scores += condition_scores(maker, probe, count, kept.__setitem__)
     scores += view_scores(maker, count, kept.__setitem__)
-    times = seconds(maker, model)
-    plain = {
-        "model": str(model),
-        "steps": steps,
-        "guidance": guidance,
-        "scores": [asdict(score) for score in scores],
-        "seconds": times,
-    }
-    (out / "scenes.json").write_text(json.dumps(plain, indent=1, ensure_ascii=False))
+    settings = {"model": str(model), "steps": steps, "guidance": guidance}
+    write(out / "scenes.json", scores, {**settings, "seconds": seconds(maker, model)})
     sheets(kept, out)
     return scores
+
+
+def run_any(model: Path, probe_folder: Path, out: Path, count: int, steps: int, guidance: float) -> list[Score]:
+    """Measure the any-to-any tasks; `out` gets any.json and the sheets. Arguments as of `run`."""
+    out.mkdir(parents=True, exist_ok=True)
+    pipe = DiffusionPipeline.from_pretrained(model).to("cuda" if torch.cuda.is_available() else "cpu")
+    probe = SceneProbe.from_pretrained(probe_folder).eval()
+    maker = PipelineMaker(pipe, steps, guidance)
+    kept: dict[str, Any] = {}
+    scores = restoration_scores(maker, count, kept.__setitem__)
+    scores += drawing_scores(maker, probe, count, kept.__setitem__)
+    scores += reference_scores(maker, probe, count, kept.__setitem__)
+    scores += condition_scores(maker, probe, count, kept.__setitem__)
+    scores += view_scores(maker, count, kept.__setitem__)
+    scores += pose_scores(maker, count)
+    write(out / "any.json", scores, {"model": str(model), "steps": steps, "guidance": guidance})
+    sheets(kept, out)
+    return scores
+
+
+def write(path: Path, scores: list[Score], settings: dict[str, Any]) -> None:
+    """The scores with every raw count, as JSON."""
+    plain = {**settings, "scores": [asdict(score) for score in scores]}
+    path.write_text(json.dumps(plain, indent=1, ensure_ascii=False))
 
 
 def seconds(maker: PipelineMaker, model: Path, rounds: int = 3) -> dict[str, list[float]]:

@@ -1,4 +1,4 @@
-"""What `imgdit bench scenes` measures: a pipeline as an `imgdit.evaluation.scenes.Maker`."""
+"""What `imgdit bench scenes` and `bench any` measure: a pipeline as an `imgdit.evaluation.any_tasks.AnyMaker`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from imgdit.data.scenes import Camera
 from imgdit.data.tasks import to_image
 from imgdit.pipelines.one_diffusion import OneDiffusionPipeline
 from imgdit.pipelines.text_to_image import ImgDiTPipeline
-from imgdit.tasks import PictureFrame
+from imgdit.tasks import TASKS, PictureFrame
 from imgdit.training.scene_frames import scene_poses
 
 
@@ -56,8 +56,9 @@ class PipelineMaker:
 
     def conditioned(self, task: str, prompts: Sequence[str], conditions: torch.Tensor, seed: int) -> torch.Tensor:
         def make(rows: range, options: dict) -> torch.Tensor:
-            frames = [PictureFrame.make(), PictureFrame.given(_images(conditions, rows), task)]
-            return self.any([prompts[i] for i in rows], frames, guidance_scale=self.guidance, **options).images
+            frames = [PictureFrame.make(), PictureFrame.given(_images(conditions, rows), TASKS[task].condition)]
+            options |= {"task": task, "guidance_scale": self.guidance}
+            return self.any([prompts[i] for i in rows], frames, **options).images
 
         return self._batches(f"{task} → image", len(prompts), seed, make)
 
@@ -78,6 +79,19 @@ class PipelineMaker:
             return self.any([prompts[i] for i in rows], frames, **options).images
 
         return self._batches("views", len(prompts), seed, make)
+
+    def poses(self, prompts: Sequence[str], first: torch.Tensor, second: torch.Tensor, seed: int) -> torch.Tensor:
+        def make(rows: range, options: dict) -> torch.Tensor:
+            frames = [
+                PictureFrame.given(_images(first, rows)),
+                PictureFrame.given(torch.eye(4), "rays"),
+                PictureFrame.given(_images(second, rows)),
+                PictureFrame.make("rays"),
+            ]
+            options |= {"focal_length": float(intrinsics(1)[0, 0]), "guidance_scale": self.perception}
+            return self.any([prompts[i] for i in rows], frames, **options).cameras[:, 1]
+
+        return self._batches("cameras", len(prompts), seed, make)
 
     def _batches(self, name: str, count: int, seed: int, make: Callable[[range, dict], torch.Tensor]) -> torch.Tensor:
         made = []

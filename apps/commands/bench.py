@@ -35,6 +35,24 @@ def scenes(
     typer.echo(f"wrote {out}")
 
 
+@app.command("any")
+def any_tasks(
+    model: Annotated[Path | None, typer.Option(help="Folder of a pipeline; the embedded model by default.")] = None,
+    probe: Annotated[Path | None, typer.Option(help="Folder of a probe; the embedded one by default.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the raw numbers and the sheets.")] = Path("outputs/bench-any"),
+    count: Annotated[int, typer.Option(min=1, help="Pictures of each kind.")] = 50,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of the sampler.")] = 28,
+    guidance: Annotated[float, typer.Option(min=0.0, help="Guidance scale.")] = 3.0,
+) -> None:
+    """Measure the any-to-any tasks of a model of the scenes: restoring, maps, editing, subjects, views, cameras."""
+    from imgdit.apps import scene_bench
+    from imgdit.checkpoints import SCENE_PROBE, SCENES
+
+    scores = scene_bench.run_any(model or SCENES, probe or SCENE_PROBE, out, count, steps, guidance)
+    typer.echo(scene_bench.table(scores))
+    typer.echo(f"wrote {out}")
+
+
 @app.command()
 def forward(
     rounds: Annotated[int, typer.Option(min=1, help="Counted pairs of runs.")] = 9,

@@ -72,10 +72,23 @@ def held_out(count: int, split: str = "heldout", objects: int | None = None, fir
     return Held(scenes, [caption(scene, Random(first_seed + i)) for i, scene in enumerate(scenes)], render(scenes))
 
 
-def read(probe: SceneProbe, pictures: torch.Tensor, batch: int = 64) -> tuple[list[dict[str, str]], torch.Tensor, Any]:
-    """What a probe sees: the answers by name, depth (N, 1, S, S) and features (N, D)."""
+class Seen(NamedTuple):
+    """What a probe sees in N pictures."""
+
+    answers: list[dict[str, str]]
+    """By question."""
+    depth: torch.Tensor
+    """(N, 1, S, S)."""
+    classes: torch.Tensor
+    """(N, S, S) segmentation."""
+    features: torch.Tensor
+    """(N, D)."""
+
+
+def read(probe: SceneProbe, pictures: torch.Tensor, batch: int = 64) -> Seen:
+    """Ask a probe about pictures."""
     said: list[dict[str, str]] = []
-    depths, features = [], []
+    depths, classes, features = [], [], []
     with torch.no_grad():
         for part in pictures.split(batch):
             reading = probe(part * 2 - 1)
@@ -84,8 +97,9 @@ def read(probe: SceneProbe, pictures: torch.Tensor, batch: int = 64) -> tuple[li
                 {name: probe.questions[name][numbers[i]] for name, numbers in chosen.items()} for i in range(len(part))
             ]
             depths.append(reading.depth)
+            classes.append(reading.segmentation.argmax(1))
             features.append(reading.features)
-    return said, torch.cat(depths), torch.cat(features)
+    return Seen(said, torch.cat(depths), torch.cat(classes), torch.cat(features))
 
 
 def expected(scene: Scene) -> dict[str, str]:
@@ -98,16 +112,18 @@ def expected(scene: Scene) -> dict[str, str]:
     return values
 
 
-def _share(task: str, metric: str, right: Sequence[bool], bar: float | None, **counts: Any) -> Score:
+def share_score(task: str, metric: str, right: Sequence[bool], bar: float | None = None) -> Score:
+    """A share of pictures, with Wilson's interval."""
     estimate = wilson(sum(right), len(right))
     met = None if bar is None else estimate.value >= bar
     text = "" if bar is None else f"≥ {bar:.0%}"
-    return Score(task, metric, estimate, text, met, {"right": sum(right), "of": len(right), **counts})
+    return Score(task, metric, estimate, text, met, {"right": sum(right), "of": len(right)})
 
 
-def _mean(
+def mean_score(
     task: str, metric: str, values: torch.Tensor, at_most: float | None = None, at_least: float | None = None
 ) -> Score:
+    """A mean over pictures, with a bootstrap interval."""
     estimate = bootstrap(values.tolist())
     bar, met = "", None
     if at_most is not None:
@@ -120,7 +136,7 @@ def _mean(
 def text_scores(maker: Maker, probe: SceneProbe, count: int, keep: Callable[[str, Any], None]) -> list[Score]:
     """Text to image: what the probe reads against what was asked."""
     scores = []
-    real = read(probe, held_out(count, objects=1).rendering.rgb)[2]
+    real = read(probe, held_out(count, objects=1).rendering.rgb).features
     for name, split, objects, bar in (
         ("one object", "heldout", 1, 0.95),
         ("held-out triples", "heldout_triples", 1, 0.9),
@@ -128,7 +144,7 @@ def text_scores(maker: Maker, probe: SceneProbe, count: int, keep: Callable[[str
     ):
         held = held_out(count, split, objects)
         pictures = maker.pictures(held.prompts, seed=0)
-        said, _, features = read(probe, pictures)
+        said, _, _, features = read(probe, pictures)
         truth = [expected(scene) for scene in held.scenes]
         wrong = [i for i, (a, b) in enumerate(zip(said, truth)) if a != b]
         keep(f"text, {name}", (held.prompts, pictures, wrong))
@@ -140,18 +156,18 @@ def text_scores(maker: Maker, probe: SceneProbe, count: int, keep: Callable[[str
         if objects == 1:
             # A single object is the probe's left one; a second one where none was asked for is a mistake.
             scores += [
-                _share(task, "object right", right("left object", "right object"), bar),
-                _share(task, "colour right", right("left colour"), bar),
-                _share(task, "style right", right("style"), bar),
+                share_score(task, "object right", right("left object", "right object"), bar),
+                share_score(task, "colour right", right("left colour"), bar),
+                share_score(task, "style right", right("style"), bar),
             ]
         else:
             both = ("left object", "left colour", "right object", "right colour")
             scores += [
-                _share(task, "both objects right, each at its side", right(*both), 0.8),
-                _share(task, "both kinds right", right("left object", "right object"), None),
-                _share(task, "style right", right("style"), None),
+                share_score(task, "both objects right, each at its side", right(*both), 0.8),
+                share_score(task, "both kinds right", right("left object", "right object")),
+                share_score(task, "style right", right("style")),
             ]
-        scores.append(_share(task, "background right", right("background"), None))
+        scores.append(share_score(task, "background right", right("background")))
         if name == "one object":
             distance = frechet(features, real)
             scores.append(
@@ -177,25 +193,29 @@ def condition_scores(maker: Maker, probe: SceneProbe, count: int, keep: Callable
         keep(f"image → {task}", (held.prompts, torch.stack([rgb, pictures], 1), []))
     depth = picture_to_depth(made["depth"])
     scores = [
-        _mean("image → depth", "AbsRel", abs_rel(depth, truth.depth), at_most=0.06),
-        _mean("image → depth", "δ1", delta_1(depth, truth.depth)),
-        _mean(
+        mean_score("image → depth", "AbsRel", abs_rel(depth, truth.depth), at_most=0.06),
+        mean_score("image → depth", "δ1", delta_1(depth, truth.depth)),
+        mean_score(
             "image → segmentation",
             "mIoU",
             mean_iou(picture_to_segmentation(made["segmentation"]), classes),
             at_least=0.85,
         ),
-        _mean("image → edges", "F1 within a pixel", edge_f1(made["canny"].mean(1, keepdim=True) > 0.5, truth.edges)),
+        mean_score(
+            "image → edges", "F1 within a pixel", edge_f1(made["canny"].mean(1, keepdim=True) > 0.5, truth.edges)
+        ),
     ]
     given = depth_to_picture(truth.depth)
     controlled = maker.conditioned("depth", held.prompts, given, seed=0)
     keep("depth → image", (held.prompts, torch.stack([given, controlled], 1), []))
     free = maker.pictures(held.prompts, seed=0)
-    with_depth, without = (abs_rel(read(probe, pictures)[1], truth.depth) for pictures in (controlled, free))
+    with_depth, without = (abs_rel(read(probe, pictures).depth, truth.depth) for pictures in (controlled, free))
     scores += [
-        _mean("depth → image", "AbsRel of the made picture's depth", with_depth),
-        _mean("the same prompts without depth", "AbsRel of the made picture's depth", without),
-        _mean("depth → image", "AbsRel as a share of that without depth", with_depth / without.mean(), at_most=0.5),
+        mean_score("depth → image", "AbsRel of the made picture's depth", with_depth),
+        mean_score("the same prompts without depth", "AbsRel of the made picture's depth", without),
+        mean_score(
+            "depth → image", "AbsRel as a share of that without depth", with_depth / without.mean(), at_most=0.5
+        ),
     ]
     return scores
 
@@ -210,19 +230,19 @@ def view_scores(maker: Maker, count: int, keep: Callable[[str, Any], None]) -> l
     keep("view → other view", (held.prompts, torch.stack([given, truth, made], 1), []))
     gain = psnr(made, truth) - psnr(given, truth)
     return [
-        _mean("view → other view", "PSNR in dB", psnr(made, truth)),
-        _mean("view → other view", "PSNR over copying the given view, dB", gain, at_least=3.0),
-        _mean("view → other view", "SSIM", ssim(made, truth)),
+        mean_score("view → other view", "PSNR in dB", psnr(made, truth)),
+        mean_score("view → other view", "PSNR over copying the given view, dB", gain, at_least=3.0),
+        mean_score("view → other view", "SSIM", ssim(made, truth)),
     ]
 
 
 def probe_scores(probe: SceneProbe, count: int) -> list[Score]:
     """The probe itself on renders it never saw."""
     held = held_out(count)
-    said, depth, _ = read(probe, held.rendering.rgb)
+    said, depth, _, _ = read(probe, held.rendering.rgb)
     truth = [expected(scene) for scene in held.scenes]
     scores = [
-        _share("probe on renders", f"{name} right", [a[name] == b[name] for a, b in zip(said, truth)], 0.99)
+        share_score("probe on renders", f"{name} right", [a[name] == b[name] for a, b in zip(said, truth)], 0.99)
         for name in probe.questions
     ]
-    return [*scores, _mean("probe on renders", "AbsRel of depth", abs_rel(depth, held.rendering.depth))]
+    return [*scores, mean_score("probe on renders", "AbsRel of depth", abs_rel(depth, held.rendering.depth))]

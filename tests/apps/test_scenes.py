@@ -15,6 +15,7 @@ from imgdit.apps import scene_bench
 from imgdit.apps.cli import app
 from imgdit.apps.training_sheet import TrainingSheet
 from imgdit.apps.weights import assemble, save_adapter, save_probe
+from imgdit.evaluation.any_tasks import DRAWN
 from imgdit.models.scene_probe import SceneProbe
 from imgdit.training import load_recipe, train
 from imgdit.training.config import build_model, packaged_recipes
@@ -137,3 +138,12 @@ def test_bench_writes_every_raw_count(model, tmp_path, monkeypatch):
     assert "image → depth" in done.output and "missed" in done.output
     names = {f.name for f in tmp_path.glob("*.png")}
     assert {"image-to-depth.png", "depth-to-image.png", "view-to-other-view.png", "failures.png"} <= names
+
+
+def test_bench_any_measures_every_task(model, tmp_path):
+    folders = ["--model", str(model / "pipeline"), "--probe", str(model / "probe_folder"), "--out", str(tmp_path)]
+    done = CliRunner().invoke(app, ["bench", "any", *folders, "--count", "2", "--steps", "1"])
+    assert done.exit_code == 0, done.output
+    tasks = {score["task"] for score in json.loads((tmp_path / "any.json").read_text())["scores"]}
+    assert tasks >= {f"{task} → image" for task in ("blur", "super_resolution", "grey", "mask", *DRAWN)}
+    assert tasks >= {"image → boxes", "editing", "subject", "view → other view", "two pictures → camera"}

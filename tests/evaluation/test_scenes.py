@@ -3,10 +3,13 @@
 import pytest
 import torch
 
+from imgdit.cameras import rotation_error
+from imgdit.data.geometry import camera_to_world
 from imgdit.data.readings import QUESTIONS
 from imgdit.data.render import render
 from imgdit.data.scenes import Scene
 from imgdit.data.tasks import from_scene
+from imgdit.evaluation.any_tasks import relative_pose
 from imgdit.evaluation.scenes import condition_scores, expected, held_out, text_scores, view_scores
 from imgdit.models.scene_probe import Reading
 
@@ -117,3 +120,12 @@ def test_held_out_scenes_are_fixed_and_true_to_their_prompts():
     again = held_out(2)
     assert again.prompts == held_out(2).prompts
     assert [s.to_dict() for s in again.scenes] == [Scene.sample(100_000 + i, "heldout").to_dict() for i in range(2)]
+
+
+def test_relative_poses_are_told_in_the_first_cameras_frame():
+    camera = Scene.sample(3).camera
+    other = camera.orbit(azimuth=30.0)
+    pose = relative_pose(camera, other)
+    assert rotation_error(torch.eye(3), pose).item() == pytest.approx(30.0, abs=1e-4)
+    assert torch.allclose(relative_pose(other, camera) @ pose, torch.eye(4), atol=1e-5)
+    assert torch.allclose(camera_to_world([camera])[0] @ pose, camera_to_world([other])[0], atol=1e-5)
