@@ -1,4 +1,4 @@
-"""`imgdit bench scenes` and `bench any`: the tables, the raw numbers and the sheets."""
+"""`imgdit bench scenes`, `any` and `control`: the tables, the raw numbers and the sheets."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from imgdit import DiffusionPipeline
 from imgdit.data.sheet import contact_sheet
 from imgdit.data.tasks import to_image
 from imgdit.evaluation.any_tasks import drawing_scores, pose_scores, reference_scores, restoration_scores
+from imgdit.evaluation.control import control_scores, subject_scores
 from imgdit.evaluation.scenes import Score, condition_scores, probe_scores, text_scores, view_scores
 from imgdit.models.scene_probe import SceneProbe
 
@@ -66,6 +67,30 @@ def run_any(model: Path, probe_folder: Path, out: Path, count: int, steps: int, 
     scores += view_scores(maker, count, kept.__setitem__)
     scores += pose_scores(maker, count)
     write(out / "any.json", scores, {"model": str(model), "steps": steps, "guidance": guidance})
+    sheets(kept, out)
+    return scores
+
+
+def run_control(
+    model: Path, adapters: Path, probe_folder: Path, out: Path, count: int, steps: int, guidance: float
+) -> list[Score]:
+    """Measure the condition adapters of a folder; `out` gets control.json and the sheets. Others as of `run`.
+
+    Raises:
+        ValueError: an adapter that is measured is not there.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    pipe = DiffusionPipeline.from_pretrained(model).to("cuda" if torch.cuda.is_available() else "cpu")
+    probe = SceneProbe.from_pretrained(probe_folder).eval()
+    maker = PipelineMaker(pipe, steps, guidance)
+    names = maker.load_controls(adapters)
+    missing = [name for name in ("depth", "canny", "inpainting", "subject") if name not in names]
+    if missing:
+        raise ValueError(f"{adapters} holds {', '.join(names)}; the benchmark needs {', '.join(missing)} as well")
+    kept: dict[str, Any] = {}
+    scores = control_scores(maker, probe, count, kept.__setitem__)
+    scores += subject_scores(maker, probe, count, kept.__setitem__)
+    write(out / "control.json", scores, {"model": str(model), "steps": steps, "guidance": guidance})
     sheets(kept, out)
     return scores
 

@@ -1,13 +1,16 @@
-"""What `imgdit bench scenes` and `bench any` measure: a pipeline as an `imgdit.evaluation.any_tasks.AnyMaker`."""
+"""What `imgdit bench scenes`, `any` and `control` measure: a pipeline as an `imgdit.evaluation.any_tasks.AnyMaker`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
 from tqdm import tqdm
 
+from imgdit.adapters.condition import Condition
 from imgdit.data.geometry import intrinsics
 from imgdit.data.scenes import Camera
 from imgdit.data.tasks import to_image
@@ -37,7 +40,21 @@ class PipelineMaker:
         self.any = OneDiffusionPipeline(**pipe.components)
         for made in (self.text, self.any):
             made.set_progress_bar_config(disable=True)
+        self.positions: dict[str, Any] = {}  # of loaded condition adapters
         self.steps, self.guidance, self.perception, self.batch = steps, guidance, perception, batch
+
+    def load_controls(self, folder: Path) -> list[str]:
+        """Load every condition adapter of a folder; their names.
+
+        Raises:
+            ValueError: there is none.
+        """
+        files = sorted(folder.glob("*.safetensors"))
+        if not files:
+            raise ValueError(f"{folder} holds no adapter; train some: imgdit train scenes/control_depth")
+        for file in files:
+            self.positions[file.stem] = self.text.load_control(file, adapter_name=file.stem).info.position or "aligned"
+        return list(self.positions)
 
     def pictures(self, prompts: Sequence[str], seed: int) -> torch.Tensor:
         def make(rows: range, options: dict) -> torch.Tensor:
@@ -79,6 +96,17 @@ class PipelineMaker:
             return self.any([prompts[i] for i in rows], frames, **options).images
 
         return self._batches("views", len(prompts), seed, make)
+
+    def controlled(self, prompts: Sequence[str], conditions: Mapping[str, torch.Tensor], seed: int) -> torch.Tensor:
+        def make(rows: range, options: dict) -> torch.Tensor:
+            given = [
+                Condition(pictures[rows.start : rows.stop], name, position=self.positions[name])
+                for name, pictures in conditions.items()
+            ]
+            options |= {"guidance_scale": self.guidance, "conditions": given}
+            return self.text([prompts[i] for i in rows], **options).images
+
+        return self._batches(" + ".join(conditions) or "no condition", len(prompts), seed, make)
 
     def poses(self, prompts: Sequence[str], first: torch.Tensor, second: torch.Tensor, seed: int) -> torch.Tensor:
         def make(rows: range, options: dict) -> torch.Tensor:

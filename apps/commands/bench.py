@@ -54,6 +54,32 @@ def any_tasks(
 
 
 @app.command()
+def control(
+    model: Annotated[Path | None, typer.Option(help="Folder of a pipeline; the embedded model by default.")] = None,
+    adapters: Annotated[Path | None, typer.Option(help="Folder of the adapters; the model's by default.")] = None,
+    probe: Annotated[Path | None, typer.Option(help="Folder of a probe; the embedded one by default.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the raw numbers and the sheets.")] = Path(
+        "outputs/bench-control"
+    ),
+    count: Annotated[int, typer.Option(min=1, help="Pictures of each kind.")] = 200,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of the sampler.")] = 28,
+    guidance: Annotated[float, typer.Option(min=0.0, help="Guidance scale.")] = 3.0,
+) -> None:
+    """Measure condition adapters on scenes: are depth, edges, hole and subject obeyed, and the sentence still?"""
+    from imgdit.apps import scene_bench
+    from imgdit.checkpoints import SCENE_PROBE, SCENES
+
+    model = model or SCENES
+    try:
+        folder = adapters or model / "adapters"
+        scores = scene_bench.run_control(model, folder, probe or SCENE_PROBE, out, count, steps, guidance)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    typer.echo(scene_bench.table(scores))
+    typer.echo(f"wrote {out}")
+
+
+@app.command()
 def forward(
     rounds: Annotated[int, typer.Option(min=1, help="Counted pairs of runs.")] = 9,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,

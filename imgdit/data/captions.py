@@ -62,8 +62,9 @@ PATTERNS = (
 SHORT = {
     "place": ("{subject}, {style} style", "{subject} in {style} style", "{look}"),
     "style": ("{subject} {place}",),
+    "subject": ("{style} style, {place}", "{place}, {style} style", "{place} in {style} style"),
 }
-"""Sentences that leave the place or the style unsaid."""
+"""Sentences that leave the place, the style or the objects unsaid; the last for pictures of a given subject."""
 
 TASK_TOKENS = {
     "text_to_image": "[[text2image]]",
@@ -108,10 +109,12 @@ def caption(scene: Scene, rng: Random, unsaid: Collection[str] = ()) -> str:
     Args:
         scene: what to tell.
         rng: chooses among the paraphrases.
-        unsaid: "place", "style", or both.
+        unsaid: "place", "style", or both; or "subject" alone.
     """
     for part in unsaid:
         check_name("part of a sentence", part, SHORT)
+    if "subject" in unsaid and len(set(unsaid)) > 1:
+        raise ValueError(f"a sentence without its subject needs place and style, got unsaid={tuple(unsaid)}")
     patterns = ("{subject}",) if len(set(unsaid)) == 2 else SHORT[next(iter(unsaid))] if unsaid else PATTERNS
     subject = _subject(scene, rng)
     look = pick(rng, LOOKS[scene.style]).format(subject=subject)

@@ -12,6 +12,7 @@ from diffusers import AutoencoderDC
 from transformers import AutoTokenizer, T5EncoderModel
 
 from ..checkpoints import SCENES
+from ..data.captions import caption
 from ..data.latents import LOOKS, MAPS, OTHERS, VIEWS, scene_views
 from ..data.scenes import STYLES, pick
 from ..frames import Frame
@@ -25,6 +26,9 @@ from .scene_frames import PATCH, CachedScenes, Sample
 
 TASKS = (*MAPS, *OTHERS, "subject", "style_reference")
 """What a condition may be, by the names of `data.tasks`."""
+
+NAMELESS = 0.5
+"""Share of the sentences about a given subject that do not say what it is."""
 
 
 class SceneConditions(CachedScenes):
@@ -94,7 +98,11 @@ class SceneConditions(CachedScenes):
         else:
             style = scene_views(scene, self.split).looks[view][look].style
             condition = self.latent(*pick(rng, self._styled[style]))
-        said = self.say(rng, scene_views(scene, self.split).looks[view][look])
+        shown = scene_views(scene, self.split).looks[view][look]
+        if self.task == "subject" and rng.random() < NAMELESS:
+            said = caption(shown, rng, ["subject"])
+        else:
+            said = self.say(rng, shown)
         return Sample([self.latent(scene, "pictures", view, look), condition], said)
 
     @cached_property

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig
 from PIL import Image
 from tiny_runs import QUICK, small_backbone, small_cache, small_runs
 from typer.testing import CliRunner
@@ -16,6 +17,7 @@ from imgdit.apps.cli import app
 from imgdit.apps.training_sheet import TrainingSheet
 from imgdit.apps.weights import assemble, save_adapter, save_probe
 from imgdit.evaluation.any_tasks import DRAWN
+from imgdit.lora_files import AdapterInfo, adapter_pairs, write_adapter
 from imgdit.models.scene_probe import SceneProbe
 from imgdit.training import load_recipe, train
 from imgdit.training.config import build_model, packaged_recipes
@@ -147,3 +149,28 @@ def test_bench_any_measures_every_task(model, tmp_path):
     tasks = {score["task"] for score in json.loads((tmp_path / "any.json").read_text())["scores"]}
     assert tasks >= {f"{task} → image" for task in ("blur", "super_resolution", "grey", "mask", *DRAWN)}
     assert tasks >= {"image → boxes", "editing", "subject", "view → other view", "two pictures → camera"}
+
+
+def test_bench_control_measures_the_adapters(model, tmp_path):
+    pipe = DiffusionPipeline.from_pretrained(model / "pipeline")
+    pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"]), "any")
+    for name in ("depth", "canny", "inpainting", "subject"):
+        position = "subject" if name == "subject" else "aligned"
+        info = AdapterInfo(task=name, mode="independent", position=position)
+        write_adapter(tmp_path / "adapters" / f"{name}.safetensors", adapter_pairs(pipe.transformer, "any"), info)
+    folders = ["--model", model / "pipeline", "--probe", model / "probe_folder", "--adapters", tmp_path / "adapters"]
+    command = ["bench", "control", *map(str, folders), "--out", str(tmp_path / "out"), "--count", "2", "--steps", "1"]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+    scores = json.loads((tmp_path / "out" / "control.json").read_text())["scores"]
+    assert {score["task"] for score in scores} == {
+        "no condition",
+        "depth",
+        "canny",
+        "inpainting",
+        "depth + canny",
+        "subject",
+    }
+    (tmp_path / "adapters" / "canny.safetensors").unlink()
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 2 and "needs canny as well" in done.output

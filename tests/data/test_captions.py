@@ -78,8 +78,13 @@ def test_parts_can_be_left_unsaid():
         assert not any(p in placeless for p in PLACES[scene.background])
         bare = caption(scene, rng, ("place", "style"))
         assert len(read(bare)) == len(scene.objects) and scene.style not in words(bare)
+        nameless = caption(scene, rng, ["subject"])
+        assert not read(nameless) and scene.style in words(nameless)
+        assert any(p in nameless for p in PLACES[scene.background])
     with pytest.raises(ValueError, match=r"chance is in \[0, 1\], got 2"):
         leave_unsaid(rng, 2)
+    with pytest.raises(ValueError, match="needs place and style"):
+        caption(scene, rng, ["subject", "style"])
     with pytest.raises(ValueError, match="'stile'"):
         caption(scene, rng, ["stile"])
 
