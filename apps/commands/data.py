@@ -3,26 +3,106 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-app = typer.Typer(help="Look at training data.", no_args_is_help=True)
+if TYPE_CHECKING:
+    from imgdit.data.own import Rows
+
+app = typer.Typer(help="Look at training data, check and convert it.", no_args_is_help=True)
+
+Source = Annotated[str, typer.Argument(help="Folder with metadata.jsonl, shards, or what `datasets` loads.")]
+Ignore = Annotated[list[str] | None, typer.Option(help="A column that means nothing here.")]
+Rename = Annotated[list[str] | None, typer.Option(help="text=caption: the column `caption` is the text.")]
 
 
 @app.command()
 def preview(
     out: Annotated[Path, typer.Argument(help="Picture file to write.")] = Path("outputs/scenes.png"),
-    count: Annotated[int, typer.Option(min=1, help="Scenes to show.")] = 24,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the first.")] = 0,
-    split: Annotated[str, typer.Option(help="train, heldout or heldout_triples.")] = "train",
-    task: Annotated[str | None, typer.Option(help="Show pairs of a task, such as depth.")] = None,
+    source: Annotated[str | None, typer.Option(help="Your data; the procedural scenes by default.")] = None,
+    count: Annotated[int, typer.Option(min=1, help="Pictures to show.")] = 24,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the first scene, or of the draw.")] = 0,
+    split: Annotated[str, typer.Option(help="Scenes: train, heldout or heldout_triples.")] = "train",
+    task: Annotated[str | None, typer.Option(help="Scenes: show pairs of a task, such as depth.")] = None,
+    ignore: Ignore = None,
+    rename: Rename = None,
 ) -> None:
-    """Write a contact sheet of the procedural scenes over their captions."""
+    """Write a contact sheet of data over its captions."""
+    from imgdit.data.own.preview import draw_sheet
     from imgdit.data.preview import preview
 
     try:
-        path = preview(out, count, seed, split=split, task=task)
-    except ValueError as error:
+        if source is None:
+            path = preview(out, count, seed, split=split, task=task)
+        else:
+            path = draw_sheet(_rows(source, ignore, rename, split), out, count, seed)
+    except (ValueError, OSError) as error:
         raise typer.BadParameter(str(error)) from error
     typer.echo(f"wrote {path}")
+
+
+@app.command()
+def check(
+    source: Source,
+    min_side: Annotated[int, typer.Option(min=1, help="Pixels of a picture's shorter side, at least.")] = 256,
+    max_broken: Annotated[float, typer.Option(min=0, max=1, help="Share of unusable rows that is no failure.")] = 0.0,
+    out: Annotated[Path | None, typer.Option(help="Folder for check.txt and sheet.png.")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Threads that decode.")] = 4,
+    split: Annotated[str, typer.Option(help="Of a `datasets` data set.")] = "train",
+    ignore: Ignore = None,
+    rename: Rename = None,
+) -> None:
+    """Read everything once and list what is wrong, file by file. Exit code 1 if too much is."""
+    from imgdit.data.own.linter import check
+    from imgdit.data.own.preview import draw_sheet
+
+    try:
+        rows = _rows(source, ignore, rename, split)
+        report = check(rows, min_side=min_side, workers=workers)
+        lines = [
+            f"{kind}: {p.name}: {p.kind}: {p.message}"
+            for kind, found in (("problem", report.problems), ("warning", report.warnings))
+            for p in found
+        ]
+        typer.echo("\n".join([*lines, str(report)]))
+        if out is not None:
+            if report.rows:
+                draw_sheet(rows, out / "sheet.png")
+            out.mkdir(parents=True, exist_ok=True)
+            (out / "check.txt").write_text("\n".join([*lines, str(report)]) + "\n", encoding="utf-8")
+    except (ValueError, OSError) as error:
+        raise typer.BadParameter(str(error)) from error
+    if len(report.problems) > max_broken * (report.rows + len(report.problems)):
+        raise typer.Exit(1)
+
+
+@app.command()
+def convert(
+    source: Source,
+    out: Annotated[Path, typer.Argument(help="New folder.")],
+    to: Annotated[str, typer.Option(help="shards or folder.")] = "shards",
+    shard_mb: Annotated[int, typer.Option(min=1, help="Megabytes of a shard, about.")] = 256,
+    skip_broken: Annotated[bool, typer.Option(help="Leave rows out that the source cannot give.")] = False,
+    split: Annotated[str, typer.Option(help="Of a `datasets` data set.")] = "train",
+    ignore: Ignore = None,
+    rename: Rename = None,
+) -> None:
+    """Write data in another form: a folder as shards, or shards and `datasets` as a folder."""
+    from imgdit.data.own.convert import convert
+    from imgdit.naming import check_choice
+
+    try:
+        check_choice("to", to, ("shards", "folder"))
+        rows = _rows(source, ignore, rename, split)
+        convert(rows, out, shards=to == "shards", skip_broken=skip_broken, shard_size=shard_mb << 20)
+    except (ValueError, OSError) as error:
+        raise typer.BadParameter(str(error)) from error
+    typer.echo(f"wrote {len(rows.rows):,} rows to {out}")
+
+
+def _rows(source: str, ignore: list[str] | None, rename: list[str] | None, split: str) -> Rows:
+    from imgdit.data.own.rows import Columns, open_rows
+
+    renamed = dict(pair.partition("=")[::2] for pair in rename or [])
+    return open_rows(source, Columns(renamed, tuple(ignore or ())), split)

@@ -1,0 +1,34 @@
+"""A contact sheet of people's own data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from random import Random
+
+from ..sheet import contact_sheet
+from .buckets import fit
+from .opening import open_picture
+from .rows import Rows
+
+
+def draw_sheet(rows: Rows, out: Path, count: int = 24, seed: int = 0, size: int = 128, columns: int = 6) -> Path:
+    """A contact sheet of rows drawn by lot: conditions and frames beside the picture, over a caption.
+
+    Raises:
+        ValueError: none of the rows that were drawn can be read.
+    """
+    tiles = []
+    for row in Random(seed).sample(rows.rows, len(rows.rows)):
+        if len(tiles) == count:
+            break
+        try:
+            blobs = [*row.conditions.values(), row.picture, *row.frames]
+            pictures = [fit(open_picture(blob.read()).picture, (size, size)) for blob in blobs]
+        except (ValueError, OSError):
+            continue  # `check` names them
+        tiles.append((pictures, row.captions[0] if row.captions else "(no caption)"))
+    if not tiles:
+        raise ValueError(f"{rows.source} has no picture that can be read; `imgdit data check` says why")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    contact_sheet(tiles, columns, size, title=f"{rows.source}: {len(rows.rows):,} rows").save(out)
+    return out

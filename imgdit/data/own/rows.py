@@ -1,0 +1,209 @@
+"""Rows: pictures with their captions, whatever they are stored in.
+
+A row has a picture and, if its source says so, captions, condition pictures, further frames, cameras. The names are
+those of the `datasets` library's imagefolder convention, see `folders`; `shards` and `hub` have the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+from ...naming import nearest
+from ..tasks import TASKS
+
+CONDITIONS = (*TASKS, "hed", "pose", "condition")
+"""Names that a column of condition pictures may have: the tasks, and "condition" for anything else."""
+PICTURE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
+"""Of files that count as pictures, in lower case."""
+
+
+class Blob(Protocol):
+    """An encoded picture that is not read yet."""
+
+    @property
+    def stamp(self) -> str:
+        """Changes when the content does, and costs no reading."""
+
+    def read(self) -> bytes:
+        """The encoded picture."""
+
+
+@dataclass(frozen=True)
+class FileBlob:
+    """A file, or a part of one."""
+
+    path: Path
+    offset: int = 0
+    size: int = -1
+    """Bytes; -1: to the end."""
+
+    @property
+    def stamp(self) -> str:
+        state = self.path.stat()
+        return f"{self.path.resolve()}:{state.st_size}:{state.st_mtime_ns}:{self.offset}:{self.size}"
+
+    def read(self) -> bytes:
+        with open(self.path, "rb") as file:
+            file.seek(self.offset)
+            return file.read(self.size)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One picture and what belongs to it."""
+
+    name: str
+    """Its place in the source: a file's name, a key in a shard, a number."""
+    picture: Blob
+    captions: tuple[str, ...] = ()
+    """Any number; one of them is drawn whenever the row is trained on."""
+    conditions: Mapping[str, Blob] = field(default_factory=dict)
+    """By names of `CONDITIONS`."""
+    frames: tuple[Blob, ...] = ()
+    """Further pictures of the same, such as other views."""
+    cameras: torch.Tensor | None = None
+    """Camera-to-world matrices (1 + frames, 4, 4), the picture's first; OpenCV's axes."""
+    focal_length: float | None = None
+    """Of all cameras, in picture widths."""
+
+
+class Problem(NamedTuple):
+    """Something that is wrong with a row, or with a file of many."""
+
+    name: str
+    kind: str
+    """A word or two to count by: "broken", "too small", "caption", "duplicate", …"""
+    message: str
+
+
+class Rows(NamedTuple):
+    """What a source holds."""
+
+    rows: list[Row]
+    problems: list[Problem]
+    """Of rows that cannot be given. A problem of kind "shard" stands for any number of them."""
+    source: str
+
+
+@dataclass(frozen=True)
+class Columns:
+    """What a source's columns are called, and which are left alone."""
+
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    """Our name -> the source's: {"text": "caption"}."""
+    ignored: tuple[str, ...] = ()
+    """Columns that mean nothing here."""
+
+    def ours(self, source: str, found: Iterable[str], known: Sequence[str]) -> dict[str, str]:
+        """Our name -> the source's, of the columns that are there.
+
+        Raises:
+            ValueError: a column that is neither known nor ignored, or one that should be there and is not.
+        """
+        found = list(found)
+        for name, theirs in self.renamed.items():
+            if name not in known:
+                raise ValueError(f"columns renames {nearest(name, known)}")
+            if theirs not in found:
+                raise ValueError(f"{source} has no column {nearest(theirs, found)}")
+        back = {theirs: name for name, theirs in self.renamed.items()}
+        for theirs in found:
+            if theirs not in back and theirs not in known and theirs not in self.ignored:
+                raise ValueError(
+                    f"{source} has an unknown column {nearest(theirs, known)} "
+                    f"Rename it, or leave it out with ignore: [{theirs}]"
+                )
+        return {back.get(theirs, theirs): theirs for theirs in found if theirs not in self.ignored or theirs in back}
+
+
+def open_rows(path: str | Path, columns: Columns | None = None, split: str = "train") -> Rows:
+    """Rows of any source; no picture is read.
+
+    Args:
+        path: a folder with `metadata.jsonl`; a folder, a file or a pattern of webdataset shards
+            ("pictures-{000..007}.tar"); otherwise what `datasets.load_dataset` takes: a folder or an id on the Hub.
+        columns: for sources that name theirs otherwise.
+        split: of a `datasets` data set that has several.
+
+    Raises:
+        ValueError: nothing is there, or an unknown column.
+    """
+    from .folders import METADATA, folder_rows
+    from .hub import hub_rows
+    from .shards import shard_files, shard_rows
+
+    columns = columns or Columns()
+    if (Path(path) / METADATA).is_file():
+        return folder_rows(Path(path), columns)
+    if files := shard_files(str(path)):
+        return shard_rows(files, columns, str(path))
+    return hub_rows(str(path), columns, split)
+
+
+def make_row(
+    name: str,
+    values: Mapping[str, Any],
+    picture: Blob,
+    conditions: Mapping[str, Blob],
+    frames: Sequence[Blob],
+) -> Row | Problem:
+    """A row, after its text and cameras were checked.
+
+    Args:
+        values: `text`, `cameras` and `focal_length`, as they were found.
+    """
+    text = values.get("text")
+    captions = (text,) if isinstance(text, str) else () if text is None else tuple(text) if _is_list(text) else None
+    if captions is None or not all(isinstance(caption, str) for caption in captions):
+        return Problem(name, "caption", f"text must be a sentence or a list of them, got {text!r}"[:200])
+    if captions and not all(caption.strip() for caption in captions):
+        return Problem(name, "caption", "text is empty; leave the column out for pictures without a caption")
+    cameras = values.get("cameras")
+    poses = None
+    if cameras is not None:
+        try:
+            poses = torch.tensor(cameras, dtype=torch.float32)
+        except (TypeError, ValueError) as error:
+            return Problem(name, "cameras", f"cameras must be 4x4 matrices of numbers: {error}")
+        if tuple(poses.shape) != (1 + len(frames), 4, 4):
+            wanted = f"a 4x4 matrix for the picture and each of its {len(frames)} frames"
+            return Problem(name, "cameras", f"cameras must be {wanted}, got shape {tuple(poses.shape)}")
+    focal = values.get("focal_length")
+    if focal is not None and (not isinstance(focal, (int, float)) or not focal > 0):
+        return Problem(name, "cameras", f"focal_length must be positive, in picture widths, got {focal!r}")
+    return Row(name, picture, captions, dict(conditions), tuple(frames), poses, focal)
+
+
+def gather(source: str, found: Iterable[Row | Problem], rename: Callable[[str], str] = str) -> Rows:
+    """Rows and problems apart; a name that comes again is a problem.
+
+    Args:
+        rename: a name as messages should say it.
+    """
+    rows: dict[str, Row] = {}
+    problems: list[Problem] = []
+    for one in found:
+        if isinstance(one, Problem):
+            problems.append(one)
+        elif one.name in rows:
+            problems.append(Problem(one.name, "duplicate", f"{rename(one.name)} is there twice; the first one counts"))
+        else:
+            rows[one.name] = one
+    if not rows and not problems:
+        raise ValueError(f"{source} holds no picture")
+    return Rows(list(rows.values()), problems, source)
+
+
+def content_hash(data: bytes) -> str:
+    """A name for content."""
+    return hashlib.sha256(data).hexdigest()[:32]
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) > 0
