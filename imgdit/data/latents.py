@@ -9,8 +9,6 @@ A shard is written beside and renamed, so several processes may fill one folder 
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
@@ -18,12 +16,12 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 from tqdm import tqdm
 
 from ..models.autoencoding import encode_pictures, fingerprint
 from ..naming import check_name
+from .files import check_index, write_shard
 from .geometry import geometry
 from .render import rendering
 from .scenes import SPLITS, Scene, another_camera, another_look, pick
@@ -40,7 +38,6 @@ OTHERS = ("boxes", "blur", "grey", "mask", "super_resolution")
 """Tasks of which each view has the condition of one, for its first look."""
 SHARD = 64
 """Scenes in a file."""
-_INDEX = "index.json"
 _FORMAT = "imgdit-scene-latents-1"
 
 
@@ -132,14 +129,7 @@ def cache_latents(
     for shard in tqdm(missing, desc=f"{split} latents", unit="shard"):
         rows = [encode_scene(vae, shard * SHARD + row, split, device=device) for row in range(SHARD)]
         tensors = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
-        path = _shard(folder, split, shard)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            save_file(tensors, temporary)
-            temporary.replace(path)
-        except (OSError, SafetensorError) as error:
-            temporary.unlink(missing_ok=True)
-            raise ValueError(f"could not write {path}: {error}. The shards before it are complete") from error
+        write_shard(_shard(folder, split, shard), tensors)
     return folder
 
 
@@ -148,15 +138,7 @@ def _shard(folder: Path, split: str, shard: int) -> Path:
 
 
 def _check_index(folder: Path, autoencoder: str) -> None:
-    index = {"format": _FORMAT, "autoencoder": autoencoder}
-    path = folder / _INDEX
-    if not path.exists():
-        temporary = path.with_name(f".{_INDEX}.{os.getpid()}")
-        temporary.write_text(json.dumps(index))
-        temporary.replace(path)
-    found = json.loads(path.read_text())
-    if found != index:
-        raise ValueError(f"{path} says {found}, but the autoencoder is {index}; choose another folder")
+    check_index(folder, {"format": _FORMAT, "autoencoder": autoencoder}, "autoencoder")
 
 
 class SceneLatents:

@@ -5,7 +5,7 @@ import pytest
 import torch
 from diffusers import AutoencoderDC
 
-from imgdit.data import latents
+from imgdit.data import files, latents
 from imgdit.data.latents import LOOKS, MAPS, OTHERS, VIEWS, SceneLatents, cache_latents, encode_scene, scene_views
 from imgdit.data.scenes import is_trained
 from imgdit.models.autoencoding import decode_latents, encode_pictures, fingerprint
@@ -93,7 +93,7 @@ def test_a_full_disk_costs_one_shard(vae, tmp_path, small_shards, monkeypatch):
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(latents, "save_file", full)
+    monkeypatch.setattr(files, "save_file", full)
     with pytest.raises(ValueError, match=r"train-00001.*No space left.*before it are complete"):
         cache_latents(vae, tmp_path, 4)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["index.json", "train-00000.safetensors"]

@@ -1,0 +1,128 @@
+"""Pictures to latents and sentences to embeddings, by the components of a pipeline's folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from diffusers.utils import logging
+
+from .. import compat
+from ..checkpoints import SCENES
+from ..models.autoencoding import encode_pictures
+from .config import EMBEDDED
+
+EMBEDS = {
+    "ImgDiTPipeline": (0, 2, 4),
+    "FluxPipeline": (0, 1, None),
+    "StableDiffusion3Pipeline": (0, 2, None),
+}
+"""Where in the result of a pipeline's `encode_prompt` embeddings, pooled text and mask stand."""
+BLOCK, BLOCKS = 64 << 10, 64
+"""Bytes of a sample, and samples, that a large file's hash is made of."""
+
+
+class Encoded(NamedTuple):
+    """One sentence."""
+
+    embeddings: torch.Tensor
+    """(T, J): real tokens only, where the model has a mask."""
+    pooled: torch.Tensor
+    """(P,)."""
+
+
+class Encoder:
+    """Autoencoder and text encoders of a pipeline folder, loaded when something has to be encoded.
+
+    Every picture and sentence is encoded alone, so that what comes out depends on nothing else.
+
+    Args:
+        model: folder of a pipeline in diffusers' layout, a repository on the Hub, or "embedded".
+    """
+
+    def __init__(self, model: str):
+        self.folder = Path(SCENES) if model == EMBEDDED else Path(model)
+        if not (self.folder / "model_index.json").is_file():
+            from huggingface_hub import snapshot_download
+            from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+            try:
+                kept = ["*.json", "vae/*", "text_encoder*/*", "tokenizer*/*"]
+                self.folder = Path(snapshot_download(model, allow_patterns=kept))
+            except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
+                raise ValueError(
+                    f"model is neither a pipeline's folder nor on the Hub, got {model!r}: {error}"
+                ) from error
+        cuda = torch.cuda.is_available()
+        self.device, self.dtype = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "pipe"}  # workers load it if need be
+
+    @cached_property
+    def pipe(self) -> Any:
+        """The pipeline without its transformer."""
+        level = logging.get_verbosity()
+        logging.set_verbosity_error()  # a transformer that is not there is no news
+        try:
+            pipe = compat.DiffusionPipeline.from_pretrained(self.folder, transformer=None, dtype=self.dtype)
+        finally:
+            logging.set_verbosity(level)
+        if type(pipe).__name__ not in EMBEDS:
+            raise ValueError(f"{self.folder} is a {type(pipe).__name__}; expected one of {', '.join(EMBEDS)}")
+        return pipe.to(self.device)
+
+    @cached_property
+    def cell(self) -> int:
+        """Pixels per side of a latent cell; from the configuration, so that cached latents need no autoencoder."""
+        config = json.loads((self.folder / "vae" / "config.json").read_text(encoding="utf-8"))
+        return 2 ** (len(config.get("encoder_block_out_channels") or config["block_out_channels"]) - 1)
+
+    def made_by(self, *folders: str) -> dict[str, str]:
+        """What a cache has to know about components: a hash of their files, and what they compute in."""
+        parts = sorted(part for name in folders for part in self.folder.glob(f"{name}*") if part.is_dir())
+        return {"model": folder_hash(parts), "dtype": str(self.dtype).removeprefix("torch.")}
+
+    @torch.no_grad()
+    def latents(self, picture: torch.Tensor) -> torch.Tensor:
+        """A picture (3, H, W) in [0, 1] to scaled latents (C, h, w), rounded to float16 as caches keep them."""
+        return encode_pictures(self.pipe.vae, picture[None].to(self.device) * 2 - 1)[0].half().cpu()
+
+    @torch.no_grad()
+    def text(self, sentence: str) -> Encoded:
+        """A sentence."""
+        places = EMBEDS[type(self.pipe).__name__]
+        found = self.pipe.encode_prompt(
+            sentence, **({} if type(self.pipe).__name__ == "ImgDiTPipeline" else _all_prompts(self.pipe, sentence))
+        )
+        embeddings, pooled, mask = (None if place is None else found[place] for place in places)
+        kept = embeddings[0] if mask is None else embeddings[0][mask[0]]
+        return Encoded(kept.cpu(), pooled[0].cpu())
+
+
+def folder_hash(folders: list[Path]) -> str:
+    """A hash of the files in folders; of a file above 4 MB its size, its head and evenly spaced samples. No two
+    trainings leave the same."""
+    digest = hashlib.sha256()
+    for folder in folders:
+        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+            size = path.stat().st_size
+            digest.update(f"{folder.name}/{path.relative_to(folder)}:{size};".encode())
+            with open(path, "rb") as file:
+                if size <= BLOCK * BLOCKS:
+                    digest.update(file.read())
+                    continue
+                for n in range(BLOCKS):
+                    file.seek(n * (size - BLOCK) // (BLOCKS - 1))
+                    digest.update(file.read(BLOCK))
+    return digest.hexdigest()[:16]
+
+
+def _all_prompts(pipe: Any, sentence: str) -> dict[str, str]:
+    """The sentence for each of the pipeline's other text encoders."""
+    names = ("prompt_2", "prompt_3") if type(pipe).__name__ == "StableDiffusion3Pipeline" else ("prompt_2",)
+    return dict.fromkeys(names, sentence)
