@@ -10,7 +10,8 @@ from typing import Annotated
 
 import typer
 
-from .commands import bench, convert, data, lora, mup, sae
+from .commands import bench, convert, data, lora, mup, pictures, sae
+from .commands.doctor import doctor
 
 app = typer.Typer(
     help="Controllable image generation with diffusion transformers.", no_args_is_help=True, add_completion=False
@@ -23,26 +24,11 @@ app.add_typer(mup.app, name="mup")
 app.add_typer(sae.app, name="sae")
 
 
-@app.command()
-def generate(
-    prompt: Annotated[list[str] | None, typer.Argument(help="Sentences; six examples if there is none.")] = None,
-    out: Annotated[Path, typer.Option(help="A file for one sentence, otherwise a folder.")] = Path("outputs/pictures"),
-    model: Annotated[str | None, typer.Option(help="Folder or Hub id; the embedded model by default.")] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Steps of the sampler.")] = 28,
-    guidance: Annotated[float, typer.Option(min=0.0, help="Guidance scale.")] = 3.0,
-    seed: Annotated[int, typer.Option(help="Of the first picture; the others count up.")] = 0,
-) -> None:
-    """Make pictures from sentences."""
-    from imgdit.checkpoints import SCENES
-
-    from .generate import PROMPTS
-    from .generate import generate as make
-
-    try:
-        files = make(prompt or PROMPTS, out, model or SCENES, steps=steps, guidance=guidance, seed=seed)
-    except (ValueError, OSError) as error:
-        raise typer.BadParameter(str(error)) from error
-    typer.echo(f"wrote {files[-1]}")
+app.command()(pictures.generate)
+app.command()(pictures.control)
+app.command("any")(pictures.any_to_any)
+app.command()(pictures.unlearn)
+app.command()(doctor)
 
 
 @app.command()

@@ -1,15 +1,22 @@
-"""Pictures from sentences, as files."""
+"""From lists of requests to folders of pictures: read, plan, make what is missing."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import re
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
-import torch
 from PIL import Image
 
-from imgdit import DiffusionPipeline
 from imgdit.data.sheet import contact_sheet
+from imgdit.naming import check_name
+
+from .request import Control, Origin, Request, open_picture, read_origin, write_png
 
 PROMPTS = (
     "a photo of a red cube on a wooden floor",
@@ -20,53 +27,192 @@ PROMPTS = (
     "a pink octahedron left of a cyan capsule in a grey studio, photo style",
 )
 """What `imgdit generate` shows if nothing is asked for."""
+LINE_KEYS = (
+    "prompt", "negative_prompt", "seed", "steps", "guidance", "height", "width", "control", "name", "num_images",
+)  # fmt: skip
+"""What a JSON line may say; without `prompt` nothing."""
 
 
-def generate(
-    prompts: Sequence[str],
-    out: Path,
-    model: str | Path,
-    *,
-    steps: int = 28,
-    guidance: float = 3.0,
-    seed: int = 0,
-    size: int | None = None,
-) -> list[Path]:
-    """Write a picture per sentence, and a sheet of all of them where there are several.
+class Line(NamedTuple):
+    """What one sentence, or one line of a file, asks for."""
+
+    request: Request
+    name: str | None = None
+    """Of its file, without the ending."""
+    num_images: int | None = None
+    own_seed: bool = False
+    """Whether it says its seed."""
+
+
+class Job(NamedTuple):
+    """A picture to be made, and its file."""
+
+    request: Request
+    file: Path
+
+
+class Result(NamedTuple):
+    """A file that answers a request."""
+
+    file: Path
+    request: Request
+    """With its defaults filled in."""
+    seconds: float
+    """That it took; 0 if it was there already."""
+    made: bool
+    """Whether it was made now."""
+
+
+def read_lines(file: str | Path, base: Request) -> Iterator[Line]:
+    """Lines of a file of sentences or of JSON objects.
 
     Args:
-        prompts: sentences.
-        out: a file for one sentence, otherwise a folder.
-        model: folder or Hub repository of a pipeline.
-        steps: of the sampler.
-        guidance: scale.
-        seed: of the first picture; the others count up, so that each can be made again alone.
-        size: pixels per side; what the model was trained at if `None`.
+        file: one sentence or JSON object a line, told apart by each line's first letter; "-" for what is piped in.
+            Empty lines are passed over.
+        base: what the lines do not say.
 
-    Returns:
-        The files, the sheet last.
+    Raises:
+        ValueError: a line that says what no request has; its number is told.
     """
-    pipe = DiffusionPipeline.from_pretrained(model)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    pipe.to(device).set_progress_bar_config(desc="sampling", disable=None)
-    generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
-    pictures: list[Image.Image] = pipe(
-        list(prompts),
-        num_inference_steps=steps,
-        guidance_scale=guidance,
-        height=size,
-        width=size,
-        generator=generators,
-    ).images
-    if len(pictures) == 1 and out.suffix:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        pictures[0].save(out)
-        return [out]
-    out.mkdir(parents=True, exist_ok=True)
-    files = [out / f"{i:03d}.png" for i in range(len(pictures))]
-    for picture, file in zip(pictures, files):
-        picture.save(file)
-    if len(pictures) > 1:
-        files.append(out / "sheet.png")
-        contact_sheet([([picture], prompt) for picture, prompt in zip(pictures, prompts)]).save(files[-1])
-    return files
+    if str(file) == "-":
+        text, folder = sys.stdin.read(), Path()
+    else:
+        try:
+            text, folder = Path(file).read_text(encoding="utf-8"), Path(file).parent
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file} is no text in UTF-8: {error}") from error
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            if line.lstrip().startswith("{"):
+                yield _line(json.loads(line), base, folder)
+            else:
+                yield Line(replace(base, prompt=line.strip()))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{file}, line {number}: {error}") from error
+
+
+def _line(values: Mapping[str, Any], base: Request, folder: Path) -> Line:
+    for key in values:
+        check_name("key", key, LINE_KEYS)
+    if not isinstance(values.get("prompt"), str):
+        raise ValueError(f'expected "prompt": "a sentence", got {values.get("prompt")!r}')
+    said = {key: value for key, value in values.items() if key not in ("control", "name", "num_images")}
+    for key, value in said.items():
+        expected: Any = str if key in ("prompt", "negative_prompt") else (int, float) if key == "guidance" else int
+        if not isinstance(value, expected) or isinstance(value, bool):
+            raise ValueError(f"{key} cannot be {value!r}")
+    if "control" in values:
+        said["controls"] = tuple(
+            Control(kind, open_picture(folder / file)) for kind, file in values["control"].items()
+        )
+    name, count = values.get("name"), values.get("num_images")
+    if name is not None and not re.fullmatch(r"[\w][\w .-]*", str(name)):
+        raise ValueError(f"name is a file name of letters, digits, spaces, dots and dashes, got {name!r}")
+    if count is not None and (not isinstance(count, int) or count < 1):
+        raise ValueError(f"num_images must be a whole number from 1, got {count!r}")
+    return Line(replace(base, **said), name, count, "seed" in values)
+
+
+def plan(lines: Iterable[Line], out: Path, num_images: int = 1) -> tuple[list[Job], Path | None]:
+    """Every picture and its file, and the file of the sheet of all; `None` for a single picture.
+
+    Seeds count up over the pictures, or from a line's own seed over its pictures, so each can be made again alone.
+
+    Args:
+        out: a file for one picture, otherwise a folder.
+        num_images: of each line that does not say.
+
+    Raises:
+        ValueError: two pictures of one name, or a file for several.
+    """
+    jobs: list[Job] = []
+    for line in lines:
+        count = line.num_images or num_images
+        for k in range(count):
+            stem = f"{len(jobs):03d}" if line.name is None else line.name if count == 1 else f"{line.name}-{k}"
+            seed = line.request.seed + (k if line.own_seed else len(jobs))
+            jobs.append(Job(replace(line.request, seed=seed), out / f"{stem}.png"))
+    if not jobs:
+        raise ValueError("there is no sentence to make a picture of")
+    names = [job.file.name for job in jobs]
+    for name in names:
+        if names.count(name) > 1 or name == "sheet.png":
+            raise ValueError(f"two pictures would be called {name}; give each line a name of its own")
+    if len(jobs) == 1 and out.suffix:
+        return [Job(jobs[0].request, out)], None
+    if out.suffix.lower() == ".png":
+        raise ValueError(f"{len(jobs)} pictures need a folder, got the file {out}; leave out {out.suffix}")
+    return jobs, out / "sheet.png" if len(jobs) > 1 else None
+
+
+def missing(jobs: Sequence[Job], model: str, overwrite: bool = False) -> list[Job]:
+    """The jobs whose files are not there yet.
+
+    Raises:
+        ValueError: a file is there and answers another request, or would be no PNG.
+    """
+    left = []
+    for job in jobs:
+        if job.file.suffix.lower() != ".png":
+            raise ValueError(f"pictures are PNG files, which tell how they were made; got {job.file}, name it ….png")
+        if overwrite or not job.file.exists():
+            left.append(job)
+            continue
+        origin = read_origin(job.file)
+        if origin is None or origin.asked != job.request.digest(model):
+            raise ValueError(f"{job.file} is there and shows something else; take another folder, or --overwrite")
+    return left
+
+
+def run(
+    studio: Callable[[], Any],
+    model: str,
+    jobs: Sequence[Job],
+    *,
+    overwrite: bool = False,
+    bar: Callable[[Sequence[Job]], Iterable[Job]] = iter,
+) -> Iterator[Result]:
+    """Make what is missing, one picture at a time, so that each repeats bit for bit alone; results in order of the
+    jobs that are there already, then as they are made.
+
+    Args:
+        studio: gives the `Studio`; not called if nothing is missing.
+        model: its name, kept in the files.
+        bar: shows how the work goes on.
+    """
+    left = missing(jobs, model, overwrite)
+    for job in jobs:
+        if not any(job is one for one in left):
+            yield Result(job.file, job.request, 0.0, False)
+    if not left:
+        return
+    maker = studio()
+    for job in bar(left):
+        start = time.perf_counter()
+        made = maker.make(job.request)
+        origin = Origin(made.request, maker.places, job.request.digest(model), 0, maker.made_with)
+        for i, picture in enumerate(made.pictures):
+            write_png(picture, output_file(job.file, i), replace(origin, output=i))
+        yield Result(job.file, made.request, time.perf_counter() - start, True)
+
+
+def output_file(file: Path, output: int) -> Path:
+    """File of a request's first or further picture: `view.png`, `view-2.png`, …"""
+    return file if output == 0 else file.with_name(f"{file.stem}-{output + 1}{file.suffix}")
+
+
+def write_sheet(results: Sequence[Result], file: Path) -> None:
+    """All pictures over their sentences, those that steered them at their left."""
+    tiles = []
+    for result in sorted(results, key=lambda r: r.file):
+        picture = open_picture(result.file)
+        given = [control.picture.resize(picture.size) for control in result.request.controls]
+        tiles.append(([*given, picture], result.request.prompt))
+    contact_sheet(tiles).save(file)
+
+
+def same_pixels(one: Image.Image, other: Image.Image) -> bool:
+    """Whether two pictures are the same bit for bit."""
+    return one.mode == other.mode and one.size == other.size and one.tobytes() == other.tobytes()

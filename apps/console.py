@@ -1,0 +1,37 @@
+"""How commands talk: bars only where somebody looks on, one sentence for what a person can put right."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import typer
+
+
+@contextmanager
+def one_sentence() -> Iterator[None]:
+    """What a person can put right ends the command with exit code 2 and a sentence; anything else is a traceback."""
+    try:
+        yield
+    except (ValueError, OSError, ImportError) as error:
+        raise typer.BadParameter(" ".join(str(error).split())) from error
+
+
+def calm() -> None:
+    """Keep libraries from talking of what does not concern a picture, and their bars out of files and pipes.
+
+    Called before diffusers is imported, which tells of optional packages at once.
+    """
+    logging.getLogger("xformers").setLevel(logging.ERROR)  # it has no kernels for CPUs, which are not asked for
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        from diffusers.utils import logging as diffusers_logging
+        from huggingface_hub.utils import disable_progress_bars
+
+        transformers_logging.disable_progress_bar()
+        diffusers_logging.disable_progress_bar()
+        disable_progress_bars()

@@ -1,0 +1,388 @@
+"""One loaded model, and every way to make pictures with it: text, conditions, frames, unlearning, steering."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import diffusers
+import torch
+from PIL import Image
+
+import imgdit
+from imgdit import compat
+from imgdit.adapters.condition import Condition
+from imgdit.cameras import FOCAL_LENGTH, orbit_cameras, scale_positions
+from imgdit.data.geometry import intrinsics
+from imgdit.data.scenes import Camera
+from imgdit.lora_files import AdapterInfo, read_adapter
+from imgdit.models.nextdit import NextDiT
+from imgdit.naming import nearest
+from imgdit.pipelines.omni_control import FluxOmniControlPipeline, StableDiffusion3OmniControlPipeline
+from imgdit.pipelines.one_diffusion import OneDiffusionPipeline
+from imgdit.pipelines.text_to_image import ImgDiTPipeline
+from imgdit.sae.concepts import model_fingerprint
+from imgdit.sae.files import CONFIG
+from imgdit.sae.unlearning import ConceptUnlearner, steer
+from imgdit.tasks import TASKS, PictureFrame, infer_task
+from imgdit.training.scene_frames import scene_poses
+
+from .request import AskedFrame, Control, Request, fitted
+
+ADAPTERS, SAE = "adapters", "sae"
+"""Folders, inside a pipeline's, of condition adapters (`NAME.safetensors`) and of sparse autoencoders."""
+WITH_CONDITIONS = {
+    "FluxPipeline": FluxOmniControlPipeline,
+    "StableDiffusion3Pipeline": StableDiffusion3OmniControlPipeline,
+}
+"""diffusers' pipelines that take conditions as ours, by the name in `model_index.json`."""
+
+Watch = Callable[[int, int, Callable[[], Image.Image] | None], bool]
+"""Called after each step with its number from 1, their count and what draws the picture so far, if anything does;
+`False` stops."""
+
+
+class Stopped(Exception):
+    """The watcher of a request stopped it."""
+
+
+class Made(NamedTuple):
+    """What a request led to."""
+
+    pictures: list[Image.Image]
+    """One, or one for each frame that was asked for."""
+    kinds: list[str]
+    """Of each."""
+    request: Request
+    """With its defaults filled in and its pictures as they were used: made again, it gives the same bits."""
+
+
+def load_pipeline(source: str | Path) -> Any:
+    """Any pipeline that imgdit or diffusers knows; FLUX.1 and SD3 pipelines with `conditions=`.
+
+    Args:
+        source: folder or Hub repository. Pickled weights are refused.
+    """
+    name = str(diffusers.DiffusionPipeline.load_config(source).get("_class_name"))
+    loader: Any = WITH_CONDITIONS.get(name)
+    if loader is None:
+        loader = compat.DiffusionPipeline if name in imgdit.__all__ else diffusers.DiffusionPipeline
+    return loader.from_pretrained(source, use_safetensors=True)
+
+
+class Studio:
+    """A pipeline, and what lies beside it.
+
+    Args:
+        source: folder or Hub repository of a pipeline.
+        adapters: folder of condition adapters; the pipeline folder's own by default.
+        sae: folder of sparse autoencoders; the pipeline folder's own by default.
+        device: CUDA where there is one by default.
+    """
+
+    def __init__(
+        self,
+        source: str | Path,
+        *,
+        adapters: Path | None = None,
+        sae: Path | None = None,
+        device: str | None = None,
+    ):
+        self.places = {
+            "model": str(source),
+            "adapters": None if adapters is None else str(adapters),
+            "sae": None if sae is None else str(sae),
+        }
+        self.pipe = load_pipeline(source)
+        self.pipe.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.adapter_folder = adapters or Path(source) / ADAPTERS
+        self.sae_folder = sae or Path(source) / SAE
+        self.any: OneDiffusionPipeline | None = None
+        if isinstance(self.pipe, ImgDiTPipeline):
+            self.any = OneDiffusionPipeline(**self.pipe.components)
+            if not isinstance(self.pipe.transformer, NextDiT):
+                self.pipe = ImgDiTPipeline(**self.pipe.components)
+        self._loaded: dict[str, AdapterInfo] = {}
+
+    def quiet(self, disable: bool | None = True) -> None:
+        """Switch the sampler's bars off; `None`: where nobody looks on."""
+        for pipe in filter(None, (self.pipe, self.any)):
+            pipe.set_progress_bar_config(desc="sampling", disable=disable)
+
+    # What is there
+
+    @cached_property
+    def adapters(self) -> dict[str, Path]:
+        """Files of condition adapters by name."""
+        return {file.stem: file for file in sorted(self.adapter_folder.glob("*.safetensors"))}
+
+    @cached_property
+    def _adapter_of(self) -> dict[str, str]:
+        """Adapter by what its condition shows, as its header tells."""
+        return {task: name for name, file in self.adapters.items() if (task := read_adapter(file).info.task)}
+
+    @property
+    def tasks(self) -> list[str]:
+        """Tasks of frames that the model can be asked for."""
+        if self.any is None:
+            return []
+        taught = self.any.tokenizer.get_vocab()
+        reads_any_token = isinstance(self.any.transformer, NextDiT)
+        return [name for name, task in TASKS.items() if reads_any_token or task.token in taught]
+
+    @property
+    def controls(self) -> list[str]:
+        """Kinds of pictures that can steer, through an adapter or as a given frame."""
+        framed = [name for name in self.tasks if TASKS[name].frames == (2, 2)]
+        return list(dict.fromkeys([*self._adapter_of, *self.adapters, *framed]))
+
+    def adapter_for(self, kind: str) -> str | None:
+        """Name of the adapter that reads a kind of picture."""
+        return kind if kind in self.adapters else self._adapter_of.get(kind)
+
+    @cached_property
+    def unlearner(self) -> ConceptUnlearner:
+        """The sparse autoencoders and their concepts.
+
+        Raises:
+            ValueError: there are none.
+        """
+        if not self.has_sae:
+            raise ValueError(
+                f"there is no sparse autoencoder in {self.sae_folder}; train one with `imgdit sae train RECIPE`, or "
+                "name its folder"
+            )
+        return ConceptUnlearner.from_pretrained(self.sae_folder)
+
+    @property
+    def has_sae(self) -> bool:
+        """Whether there is an autoencoder to unlearn and steer with."""
+        return self.sae_folder.is_dir() and any(self.sae_folder.rglob(CONFIG))
+
+    @property
+    def default_size(self) -> int | None:
+        """Pixels per side of a picture nobody gave a size for; `None` where it depends on the picture given."""
+        if isinstance(self.pipe, OneDiffusionPipeline):
+            return None
+        if isinstance(self.pipe, ImgDiTPipeline):
+            return self.pipe.default_size
+        cells = getattr(self.pipe, "default_sample_size", None)
+        return None if cells is None else cells * self.pipe.vae_scale_factor
+
+    @cached_property
+    def made_with(self) -> dict[str, Any]:
+        """What the last bits of a picture depend on besides the request."""
+        denoiser = getattr(self.pipe, "transformer", None) or self.pipe.unet
+        sketch = json.dumps(model_fingerprint(denoiser), sort_keys=True)
+        return {
+            "imgdit": imgdit.__version__,
+            "diffusers": diffusers.__version__,
+            "torch": torch.__version__,
+            "device": str(self.pipe.device),
+            "dtype": str(denoiser.dtype).removeprefix("torch."),
+            "threads": torch.get_num_threads(),
+            "weights": hashlib.sha256(sketch.encode()).hexdigest()[:16],
+        }
+
+    # Making
+
+    def settled(self, request: Request) -> Request:
+        """The request with its defaults filled in and its pictures at the size they are used at."""
+        height, width = request.height or self.default_size, request.width or self.default_size
+        guidance = request.guidance
+        if guidance is None:
+            only_maps = request.frames and all(f.kind != "image" or f.picture is not None for f in request.frames)
+            guidance = 1.0 if only_maps else 3.0
+        controls = tuple(
+            replace(control, picture=fitted(control.picture, control.kind, height, width))
+            for control in request.controls
+        )
+        frames = tuple(
+            frame
+            if frame.picture is None
+            else replace(frame, picture=fitted(frame.picture, frame.kind, height, width))
+            for frame in request.frames
+        )
+        return replace(request, height=height, width=width, guidance=guidance, controls=controls, frames=frames)
+
+    @torch.no_grad()
+    def make(self, request: Request, watch: Watch | None = None) -> Made:
+        """Make what is asked for.
+
+        Raises:
+            ValueError: something that the model cannot do, in a sentence.
+            Stopped: `watch` said so.
+        """
+        request = self.settled(request)
+        frames = request.frames
+        if request.controls and self._as_frames(request.controls):
+            frames = (AskedFrame(), AskedFrame(request.controls[0].kind, request.controls[0].picture))
+        with ExitStack() as hooks:
+            call: dict[str, Any] = {
+                "prompt": request.prompt,
+                "num_inference_steps": request.steps,
+                "guidance_scale": request.guidance,
+                "height": request.height,
+                "width": request.width,
+                "generator": torch.Generator().manual_seed(request.seed),
+            }
+            if request.negative_prompt:
+                call["negative_prompt"] = request.negative_prompt
+            pipe: Any = self.pipe
+            if frames:
+                pipe = self.any
+                task = request.task or (request.controls[0].kind if request.controls else None)
+                call |= self._frames(frames, task)
+            elif request.controls:
+                call["conditions"] = [self._condition(control) for control in request.controls]
+            hooks.enter_context(self._edited(pipe, request))
+            first = next((i for i, frame in enumerate(frames) if frame.picture is None and frame.kind != "rays"), 0)
+            watcher = None if watch is None else _Watcher(watch, first)
+            if watcher is not None:
+                call["callback_on_step_end"] = watcher
+            output = pipe(**call)
+            if watcher is not None and watcher.stopped:
+                raise Stopped
+        pictures, kinds = self._pictures(output, frames)
+        size = pictures[0]
+        return Made(pictures, kinds, replace(request, height=size.height, width=size.width))
+
+    @contextmanager
+    def _edited(self, pipe: Any, request: Request) -> Iterator[None]:
+        """Concepts unlearned and features steered while the context is open."""
+        with ExitStack() as hooks:
+            if request.concepts:
+                mode: Any = request.mode
+                hooks.enter_context(
+                    self.unlearner.attach(pipe, list(request.concepts), mode=mode, multiplier=request.multiplier)
+                )
+            if request.features:
+                sae = next(iter(self.unlearner.saes.values()))
+                hooks.enter_context(steer(pipe, sae, dict(request.features)))
+            yield
+
+    def _as_frames(self, controls: tuple[Control, ...]) -> bool:
+        """Whether the only control is a frame that the model was taught to read."""
+        without = [control for control in controls if self.adapter_for(control.kind) is None]
+        for control in without:
+            if control.kind not in self.controls:
+                raise ValueError(
+                    f"nothing reads a control of kind {nearest(control.kind, self.controls)} "
+                    f"(adapters are looked for in {self.adapter_folder})"
+                )
+        if without and len(controls) > 1:
+            raise ValueError(
+                f"there is no adapter for {without[0].kind!r} in {self.adapter_folder}; without one it can only be "
+                "used alone, as a given frame"
+            )
+        if without and (without[0].strength, without[0].start, without[0].end) != (1.0, 0.0, 1.0):
+            raise ValueError(
+                f"strength, start and end belong to adapters, and there is none for {without[0].kind!r} in "
+                f"{self.adapter_folder}; leave them out"
+            )
+        return bool(without)
+
+    def _condition(self, control: Control) -> Condition:
+        if not hasattr(self.pipe, "load_control"):
+            raise ValueError(
+                f"{type(self.pipe).__name__} takes no conditions; expected a FLUX.1, SD3 or imgdit pipeline"
+            )
+        name = self.adapter_for(control.kind)
+        assert name is not None
+        if name not in self._loaded:
+            self.pipe.load_control(self.adapters[name], adapter_name=name)
+            self._loaded[name] = read_adapter(self.adapters[name]).info
+        info = self._loaded[name]
+        position: Any = info.position or "aligned"
+        return Condition(
+            control.picture,
+            name,
+            position=position,
+            scale=info.scale or 1.0,
+            strength=control.strength,
+            start=control.start,
+            end=control.end,
+        )
+
+    def _frames(self, frames: tuple[AskedFrame, ...], task: str | None) -> dict[str, Any]:
+        """Arguments of the any-to-any pipeline."""
+        if self.any is None:
+            raise ValueError(
+                f"{type(self.pipe).__name__} makes pictures from text and conditions; for any-to-any take the "
+                "embedded model or a OneDiffusion folder"
+            )
+        cameras = [frame.camera for frame in frames if frame.camera is not None]
+        focal, matrices = self._cameras(cameras) if cameras else (FOCAL_LENGTH, torch.empty(0))
+        rows = iter(matrices)
+        asked = []
+        for frame in frames:
+            kind = TASKS[frame.kind].condition if frame.kind in TASKS else frame.kind
+            content = next(rows) if frame.camera is not None else frame.picture
+            asked.append(PictureFrame.make(kind) if content is None else PictureFrame.given(content, kind))
+        pair = next((f.kind for f in frames if f.kind in TASKS and TASKS[f.kind].condition == "image"), None)
+        return {"frames": asked, "task": task or pair or infer_task(asked), "focal_length": focal}
+
+    def _cameras(self, cameras: list[tuple[float, float]]) -> tuple[float, torch.Tensor]:
+        """Focal length in picture widths and camera-to-world matrices (V, 4, 4), as the model was taught them."""
+        assert self.any is not None
+        if isinstance(self.any.transformer, NextDiT):
+            azimuths, elevations = zip(*cameras)
+            return FOCAL_LENGTH, scale_positions(orbit_cameras(azimuths, elevations))
+        poses = scene_poses([Camera(azimuth=azimuth, elevation=elevation) for azimuth, elevation in cameras])
+        return float(intrinsics(1)[0, 0]), poses
+
+    def _pictures(self, output: Any, frames: tuple[AskedFrame, ...]) -> tuple[list[Image.Image], list[str]]:
+        """Pictures of the frames that were made, in their order."""
+        if not frames:
+            return list(output.images), ["image"]
+        kinds = [
+            "image" if frame.kind == "image" else TASKS[frame.kind].condition
+            for frame in frames
+            if frame.picture is None and frame.kind != "rays"
+        ]
+        queues = {"image": iter(output.images)} | {kind: iter(maps) for kind, maps in (output.maps or {}).items()}
+        return [next(queues[kind]) for kind in kinds], kinds
+
+
+class _Watcher:
+    """A pipeline's callback that tells a `Watch` and stops when it says so.
+
+    Args:
+        watch: is told.
+        frame: number of the frame that is drawn.
+    """
+
+    def __init__(self, watch: Watch, frame: int):
+        self.watch, self.frame, self.stopped = watch, frame, False
+        self.before: torch.Tensor | None = None
+
+    def __call__(self, pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        latents = tensors["latents"]
+        draw = None
+        if isinstance(pipe, ImgDiTPipeline):
+            latents = latents[:, self.frame] if latents.ndim == 5 else latents  # (B, C, h, w)
+            before = self.before
+
+            def draw() -> Image.Image:
+                return _clean(pipe, step, latents, before)
+
+        if not self.watch(step + 1, pipe.num_timesteps, draw):
+            self.stopped = pipe._interrupt = True
+        self.before = latents
+        return {}
+
+
+@torch.no_grad()
+def _clean(pipe: ImgDiTPipeline, step: int, latents: torch.Tensor, before: torch.Tensor | None) -> Image.Image:
+    """The picture that a step aimed at: from where it came, on to noise level 0."""
+    if before is not None:
+        sigmas = pipe.scheduler.sigmas
+        gone, left = float(sigmas[step] - sigmas[step + 1]), float(sigmas[step + 1])
+        latents = latents - left / gone * (before - latents)
+    return pipe.decode_latents(latents)[0]

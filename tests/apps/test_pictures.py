@@ -1,0 +1,237 @@
+"""The commands that make pictures: folders, controls, frames, and a picture again from what it tells."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FluxPipeline
+from PIL import Image
+from tiny import tiny_text_encoder, tiny_tokenizer
+from tiny_control import flux, lora_file, sd3
+from tiny_runs import small_backbone, small_cache, small_runs
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from typer.testing import CliRunner
+
+from imgdit.apps import studio
+from imgdit.apps.cli import app
+from imgdit.apps.frames import frame_row
+from imgdit.apps.generate import same_pixels
+from imgdit.apps.request import Control, Request, open_picture, read_origin, write_png
+from imgdit.apps.weights import assemble
+from imgdit.lora_files import AdapterInfo
+from imgdit.training import load_recipe, train
+from imgdit.training.config import build_model
+from imgdit.training.sources import training_batches
+
+QUICK = ["--steps", "2"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """Folder of a pipeline with a random adapter for depth."""
+    folder = tmp_path_factory.mktemp("pictures")
+    with small_cache():
+        recipe = small_backbone(load_recipe("scenes/transformer"), small_runs(folder))
+        recipe = recipe.replace(run={"folder": str(folder / "transformer")})
+        train(recipe, model=build_model(recipe), batches=training_batches(recipe)[0], stop_at=1)
+        assemble(folder / "transformer", folder / "pipeline")
+    pipe = studio.load_pipeline(folder / "pipeline")
+    (folder / "pipeline/adapters").mkdir()
+    info = AdapterInfo(task="depth", mode="independent")
+    lora_file(folder / "pipeline/adapters/near.safetensors", pipe.transformer, r".*attn\.to_[qkv]", info=info)
+    return folder / "pipeline"
+
+
+def run(*command):
+    return CliRunner().invoke(app, [str(part) for part in command])
+
+
+def photo(path, size=(128, 128)):
+    Image.effect_noise(size, 80).convert("RGB").save(path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("command", "given"),
+    [
+        (["generate", "a red cube", "--negative", "blue", "--size", "64x96"], []),
+        (["generate", "a red cube", "--control"], ["depth"]),
+        (["control", "a red cube", "--strength", "0.5", "--end", "0.6", "--with"], ["depth"]),
+        (["any", "--make", "canny", "--given"], ["image"]),
+        (["any", "a cone", "--given"], ["blur"]),
+        (["any", "--camera", "0,24", "--camera", "30,24", "--given"], ["image"]),
+    ],
+    ids=lambda value: " ".join(value[:2]) if len(value) > 1 else "".join(value),
+)
+def test_a_picture_repeats_bitwise_from_itself(model, tmp_path, command, given):
+    file = photo(tmp_path / "given.png", (200, 150))
+    done = run(*command, *(f"{kind}={file}" for kind in given), "--model", model, "--out", tmp_path / "a.png", *QUICK)
+    assert done.exit_code == 0, done.output
+    file.unlink()  # the picture carries what it was made from
+    done = run("generate", "--like", tmp_path / "a.png", "--out", tmp_path / "b.png", "--json")
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["same"] is True
+    assert same_pixels(open_picture(tmp_path / "a.png"), open_picture(tmp_path / "b.png"))
+
+
+def test_another_machine_is_told(model, tmp_path, monkeypatch):
+    assert run("generate", "a cone", "--model", model, "--out", tmp_path / "a.png", *QUICK).exit_code == 0
+    picture, origin = Image.open(tmp_path / "a.png"), read_origin(tmp_path / "a.png")
+    changed = Image.fromarray(255 - np.asarray(picture))
+    origin.made_with["torch"] = "0.1"
+    write_png(changed, tmp_path / "a.png", origin)
+    done = run("generate", "--like", tmp_path / "a.png", "--out", tmp_path / "b.png")
+    assert done.exit_code == 1 and "torch was 0.1" in done.output
+
+
+def test_a_folder_goes_on_where_it_stopped(model, tmp_path):
+    lines = tmp_path / "prompts.jsonl"
+    photo(tmp_path / "depth.png")
+    wanted = [
+        "a red cube",
+        json.dumps({"prompt": "a cone", "seed": 9, "name": "cone", "num_images": 2}),
+        json.dumps({"prompt": "a torus", "control": {"depth": "depth.png"}, "steps": 1}),
+    ]
+    lines.write_text("\n\n".join(wanted))
+    command = ["generate", "--prompts", lines, "--out", tmp_path / "out", "--model", model, "--json", *QUICK]
+    done = run(*command)
+    assert done.exit_code == 0, done.output
+    told = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [(line["seed"], line["made"]) for line in told] == [(0, True), (9, True), (10, True), (3, True)]
+    names = {file.name for file in (tmp_path / "out").iterdir()}
+    assert names == {"000.png", "cone-0.png", "cone-1.png", "003.png", "sheet.png"}
+    (tmp_path / "out/cone-1.png").unlink()
+    again = [json.loads(line) for line in run(*command).stdout.splitlines()]
+    assert [line["seed"] for line in again if line["made"]] == [10]
+    done = run(*command[:-1], "3")
+    assert done.exit_code == 2 and "--overwrite" in done.output
+
+
+def test_what_is_done_loads_no_model(model, tmp_path, monkeypatch):
+    command = ["generate", "a cone", "--model", model, "--out", tmp_path / "a.png", *QUICK]
+    assert run(*command).exit_code == 0
+    monkeypatch.setattr(studio, "load_pipeline", None)
+    done = run(*command)
+    assert done.exit_code == 0 and "found" in done.output
+
+
+@pytest.mark.parametrize(
+    ("command", "sentence"),
+    [
+        (["generate", "x", "--out", "a.jpg"], "PNG"),
+        (["generate", "x", "y", "--out", "a.png"], "folder"),
+        (["generate", "x", "--size", "12x"], "WIDTHxHEIGHT"),
+        (["generate", "x", "--control", "depth"], "KIND=FILE"),
+        (["generate", "x", "--control", "depth=none.png"], "no picture"),
+        (["generate", "x", "--control", "deepth=p.png", "--out", "b.png"], "did you mean 'depth'"),
+        (["generate", "--like", "p.png"], "does not tell"),
+        (["generate", "--like", "p.png", "--prompts", "x"], "leave out"),
+        (["generate", "--prompts", "bad.jsonl"], "line 1"),
+        (["control", "x", "--with", "canny=p.png", "--strength", "2", "--out", "b.png"], "belong to adapters"),
+        (["control", "x", "--with", "canny=p.png", "--with", "depth=p.png", "--out", "b.png"], "alone"),
+        (["any", "--given", "image=p.png", "--camera", "a,b"], "AZIMUTH"),
+        (["any", "--given", "image=p.png", "--make", "image"], "call one of two"),
+        (["unlearn", "x", "--concept", "neon", "--out", "b.png"], "no sparse autoencoder"),
+    ],
+)
+def test_mistakes_are_one_sentence(model, tmp_path, monkeypatch, command, sentence):
+    monkeypatch.chdir(tmp_path)
+    photo(tmp_path / "p.png")
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "x", "sead": 3}')
+    done = run(*command, *([] if "--like" in command else ["--model", model]))
+    assert done.exit_code == 2 and "Traceback" not in done.output
+    assert sentence in " ".join(done.output.replace("│", " ").split())
+    assert not list(tmp_path.glob("[ab].*g"))
+
+
+def test_find_writes_the_condition(model, tmp_path):
+    file = photo(tmp_path / "p.png")
+    done = run(
+        *["control", "a cone", "--find", "--with", f"grey={file}", "--model", model],
+        *["--out", tmp_path / "a.png", *QUICK],
+    )
+    assert done.exit_code == 0, done.output
+    red, green, blue = open_picture(tmp_path / "a-grey.png").split()
+    assert same_pixels(red, green) and same_pixels(red, blue)
+
+
+def clip(width, kind):
+    torch.manual_seed(0)
+    sizes = {
+        "hidden_size": width,
+        "projection_dim": width,
+        "intermediate_size": 8,
+        "num_attention_heads": 2,
+        "num_hidden_layers": 2,
+    }
+    return kind(CLIPTextConfig(vocab_size=32, max_position_embeddings=77, eos_token_id=1, **sizes))
+
+
+def with_texts(pipe):
+    """A tiny pipeline with its tiny text encoders."""
+    words = {"tokenizer": tiny_tokenizer(), "text_encoder_2": tiny_text_encoder(), "tokenizer_2": tiny_tokenizer()}
+    if isinstance(pipe, FluxPipeline):
+        words["text_encoder"] = clip(32, CLIPTextModel)
+    else:
+        words |= {"text_encoder_3": words["text_encoder_2"], "tokenizer_3": words["tokenizer_2"]}
+        words |= {name: clip(16, CLIPTextModelWithProjection) for name in ("text_encoder", "text_encoder_2")}
+    pipe.register_modules(**words)
+    return pipe
+
+
+@pytest.mark.parametrize("make", [flux, sd3])
+def test_flux_and_sd3_folders_make_pictures_under_conditions(make, tmp_path):
+    pipe = with_texts(make())
+    pipe.save_pretrained(tmp_path / "model")
+    targets = r".*attn\.to_[qkv]"
+    lora_file(tmp_path / "model/adapters/canny.safetensors", pipe.transformer, targets, info=AdapterInfo(task="canny"))
+    file = photo(tmp_path / "edges.png", (16, 16))
+    command = ["generate", "a cube", "--model", tmp_path / "model", "--size", "16", *QUICK]
+    for name, more in (("plain", []), ("control", ["--control", f"canny={file}"])):
+        done = run(*command, *more, "--out", tmp_path / f"{name}.png")
+        assert done.exit_code == 0, done.output
+        assert run("generate", "--like", tmp_path / f"{name}.png", "--out", tmp_path / "b.png").exit_code == 0
+    assert not same_pixels(open_picture(tmp_path / "plain.png"), open_picture(tmp_path / "control.png"))
+    done = run("any", "--make", "depth", "--given", f"image={file}", *command[2:], "--out", tmp_path / "c.png")
+    assert done.exit_code == 2 and "any-to-any" in done.output
+
+
+def test_watching_previews_and_stops(model):
+    one = studio.Studio(model)
+    one.quiet()
+    seen = []
+
+    def watch(step, steps, draw):
+        seen.append((step, steps, draw().size))
+        return step < 2
+
+    with pytest.raises(studio.Stopped):
+        one.make(Request("a cone", steps=4), watch)
+    assert seen == [(1, 4, (128, 128)), (2, 4, (128, 128))]
+    assert one.make(Request("a cone", steps=1)).pictures
+
+
+def test_a_request_survives_the_file(tmp_path):
+    picture = Image.effect_noise((8, 8), 50).convert("RGB")
+    request = Request("ü 🙂", seed=2**62, controls=(Control("depth", picture, 0.5),), features=((3, 2.0),))
+    again = Request.from_dict(json.loads(json.dumps(request.to_dict())))
+    assert again.to_dict() == request.to_dict() and same_pixels(again.controls[0].picture, picture)
+    with pytest.raises(ValueError, match="did you mean 'seed'"):
+        Request.from_dict({"sed": 1})
+    with pytest.raises(ValueError, match="damaged"):
+        Request.from_dict({"controls": [{"kind": "depth", "picture": "AAAA"}]})
+
+
+def test_rows_of_frames_begin_with_the_picture():
+    picture = Image.new("RGB", (4, 4))
+    kinds = [frame.kind for frame in frame_row([("depth", picture)], [])]
+    assert kinds == ["image", "depth"]
+    assert [f.kind for f in frame_row([], ["depth", "image"])] == ["image", "depth"]
+
+
+def test_doctor_finds_this_machine():
+    done = run("doctor", "--json")
+    found = json.loads(done.stdout)
+    assert found["core"]["torch"] and "native" in found["attention"]["cpu"]
+    assert (done.exit_code == 0) == (not found["problems"])
