@@ -96,7 +96,6 @@ def edit(sae: SparseAutoencoder, x: torch.Tensor, change: Edit) -> torch.Tensor:
     return chosen.added(x, acts, change.factors, scale)
 
 
-@torch.no_grad()
 def edit_by_decoding(
     sae: SparseAutoencoder,
     x: torch.Tensor,

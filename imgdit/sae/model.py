@@ -136,11 +136,10 @@ class SparseAutoencoder(nn.Module):
             return above(scores, self.threshold)
         return select(scores, self.config.k, "groupmax" if self.config.activation == "groupmax" else "topk")
 
-    @torch.no_grad()
     def encode(self, x: torch.Tensor) -> SparseCode:
         """Code of normalised rows (N, d) at inference."""
         scores = self.scores(x)
-        pattern = self.active(scores)
+        pattern = self.active(scores.detach())
         return SparseCode(pattern.gather(scores).relu(), pattern)
 
     def decode(self, code: SparseCode) -> torch.Tensor:

@@ -125,6 +125,8 @@ class SAEConcepts:
 
     prompts: dict[str, Any] = field(default_factory=dict)
     """Sentences per concept. Empty: none are selected."""
+    scene_labels: int = 0
+    """Instead, so many sentences for each style and each object of the procedural scenes."""
     top_n: int | None = None
     """Features per concept and timestep."""
     percentile: float | None = None
@@ -133,11 +135,21 @@ class SAEConcepts:
     """Of the first picture of each concept."""
 
     def __post_init__(self) -> None:
-        if self.prompts and (self.top_n is None) == (self.percentile is None):
+        if self.prompts and self.scene_labels:
+            raise ValueError("give either prompts or scene_labels, not both")
+        if (self.prompts or self.scene_labels) and (self.top_n is None) == (self.percentile is None):
             raise ValueError(f"give either top_n or percentile, got {self.top_n} and {self.percentile}")
         for name, lines in self.prompts.items():
             if not isinstance(lines, list) or not all(isinstance(line, str) for line in lines) or not lines:
                 raise ValueError(f"prompts.{name} must be a list of sentences, got {lines!r}")
+
+    def kinds(self) -> list[dict[str, list[str]]]:
+        """Sentences per concept; concepts are told apart within each of the groups."""
+        if self.scene_labels:
+            from ..data.labels import LABELS, label_sentences
+
+            return [label_sentences(self.scene_labels, self.seed, kind) for kind in LABELS]
+        return [self.prompts] if self.prompts else []
 
 
 @dataclass(frozen=True)

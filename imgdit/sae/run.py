@@ -126,10 +126,10 @@ class _Run:
                     metrics.setdefault(hookpoint, {})["picture_distance"] = distance
                     self._log(hookpoint, {"picture_distance": distance})
             concepts = self.recipe.concepts
-            if concepts.prompts:
+            for prompts in concepts.kinds():
                 unlearner.learn(
                     self.pipe,
-                    concepts.prompts,
+                    prompts,
                     top_n=concepts.top_n,
                     percentile=concepts.percentile,
                     seed=concepts.seed,

@@ -303,7 +303,6 @@ class Intervention:
         self.plans: dict[float, _Plan | None] = {}
         self.sums: torch.Tensor | None = None
 
-    @torch.no_grad()
     def __call__(self, tokens: Tokens) -> torch.Tensor | None:
         call, x = tokens.call, tokens.values
         low, high = self.timesteps
@@ -349,9 +348,10 @@ class Intervention:
         return torch.where((concept > 0)[:, None], values, rows).view(x.shape)
 
     def _watch(self, values: torch.Tensor) -> None:
-        total = values.sum()
+        total = values.detach().sum()
         self.sums = total if self.sums is None else self.sums + total
 
+    @torch.no_grad()
     def _plan(self, timestep: float) -> _Plan | None:
         """Features, factors and thresholds at a timestep; `None` where nothing would change."""
         device, dtype = self.sae.W_dec.device, self.sae.W_dec.dtype

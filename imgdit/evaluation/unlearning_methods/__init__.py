@@ -1,0 +1,1 @@
+"""Ways to unlearn concepts, all with one interface, to be compared in one table."""
