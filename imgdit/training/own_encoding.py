@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import diffusers
 import torch
 from diffusers.utils import logging
 
@@ -22,6 +23,12 @@ EMBEDS = {
     "StableDiffusion3Pipeline": (0, 2, None),
 }
 """Where in the result of a pipeline's `encode_prompt` embeddings, pooled text and mask stand."""
+OTHERS = {
+    "ImgDiTPipeline": (),
+    "FluxPipeline": ("prompt_2",),
+    "StableDiffusion3Pipeline": ("prompt_2", "prompt_3"),
+}
+"""What the sentences for a pipeline's further text encoders are called."""
 BLOCK, BLOCKS = 64 << 10, 64
 """Bytes of a sample, and samples, that a large file's hash is made of."""
 
@@ -57,6 +64,11 @@ class Encoder:
                 raise ValueError(
                     f"model is neither a pipeline's folder nor on the Hub, got {model!r}: {error}"
                 ) from error
+        index = json.loads((self.folder / "model_index.json").read_text(encoding="utf-8"))
+        self.name = index["_class_name"]
+        """Class of the pipeline."""
+        if self.name not in EMBEDS:
+            raise ValueError(f"{self.folder} is of a {self.name}; expected one of {', '.join(EMBEDS)}")
         cuda = torch.cuda.is_available()
         self.device, self.dtype = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)
 
@@ -66,14 +78,13 @@ class Encoder:
     @cached_property
     def pipe(self) -> Any:
         """The pipeline without its transformer."""
+        owner = compat.DiffusionPipeline if self.name == "ImgDiTPipeline" else diffusers.DiffusionPipeline
         level = logging.get_verbosity()
         logging.set_verbosity_error()  # a transformer that is not there is no news
         try:
-            pipe = compat.DiffusionPipeline.from_pretrained(self.folder, transformer=None, dtype=self.dtype)
+            pipe = owner.from_pretrained(self.folder, transformer=None, dtype=self.dtype)
         finally:
             logging.set_verbosity(level)
-        if type(pipe).__name__ not in EMBEDS:
-            raise ValueError(f"{self.folder} is a {type(pipe).__name__}; expected one of {', '.join(EMBEDS)}")
         return pipe.to(self.device)
 
     @cached_property
@@ -95,13 +106,10 @@ class Encoder:
     @torch.no_grad()
     def text(self, sentence: str) -> Encoded:
         """A sentence."""
-        places = EMBEDS[type(self.pipe).__name__]
-        found = self.pipe.encode_prompt(
-            sentence, **({} if type(self.pipe).__name__ == "ImgDiTPipeline" else _all_prompts(self.pipe, sentence))
-        )
-        embeddings, pooled, mask = (None if place is None else found[place] for place in places)
-        kept = embeddings[0] if mask is None else embeddings[0][mask[0]]
-        return Encoded(kept.cpu(), pooled[0].cpu())
+        places, others = EMBEDS[self.name], OTHERS[self.name]
+        found = self.pipe.encode_prompt(sentence, **dict.fromkeys(others, sentence))
+        embeddings, pooled = (found[place][0].cpu() for place in places[:2])
+        return Encoded(embeddings if places[2] is None else embeddings[found[places[2]][0].cpu()], pooled)
 
 
 def folder_hash(folders: list[Path]) -> str:

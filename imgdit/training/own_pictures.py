@@ -235,7 +235,7 @@ class OwnPictures:
 
         blobs = {"picture": row.picture, **{str(n): row.frames[n] for n in range(self.views - 1)}}
         wanted = [(tensor_key("picture", found.hashes[name], size), shown(blob)) for name, blob in blobs.items()]
-        if self.condition in row.conditions:
+        if self.condition is not None and self.condition in row.conditions:
             sharp = self.condition in SHARP
             key = tensor_key("condition", found.hashes[self.condition], size, sharp)
             wanted.append((key, shown(row.conditions[self.condition], sharp)))

@@ -83,7 +83,7 @@ def _rows(table: Any, ours: dict[str, str]) -> Iterator[Row | Problem]:
         if not present["image"][number]:
             yield Problem(str(number), "missing", f"row {number} has no picture")
             continue
-        values = {name: said[number][ours[name]] for name in words} if said is not None else {}
+        values: dict[str, Any] = {name: said[number][ours[name]] for name in words} if said is not None else {}
         conditions = {
             name: CellBlob(table, number, ours[name])
             for name, there in present.items()

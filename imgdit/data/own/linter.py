@@ -38,7 +38,8 @@ def inspect_row(row: Row, min_side: int) -> Inspection:
         min_side: pixels that the shorter side must have.
     """
     hashes: dict[str, str] = {}
-    size, notes = (0, 0), set()
+    size = (0, 0)
+    notes: set[str] = set()
     parts: dict[str, Blob] = {"picture": row.picture, **row.conditions}
     parts |= {str(n): frame for n, frame in enumerate(row.frames)}
     for name, blob in parts.items():

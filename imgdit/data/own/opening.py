@@ -32,7 +32,7 @@ def open_picture(data: bytes) -> Opened:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            picture = Image.open(io.BytesIO(data))
+            picture: Image.Image = Image.open(io.BytesIO(data))
         if getattr(picture, "is_animated", False):
             notes.append("animated")
         picture.load()

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from random import Random
 
+from PIL import Image
+
 from ..sheet import contact_sheet
 from .buckets import fit
 from .opening import open_picture
@@ -17,7 +19,7 @@ def draw_sheet(rows: Rows, out: Path, count: int = 24, seed: int = 0, size: int 
     Raises:
         ValueError: none of the rows that were drawn can be read.
     """
-    tiles = []
+    tiles: list[tuple[list[Image.Image], str]] = []
     for row in Random(seed).sample(rows.rows, len(rows.rows)):
         if len(tiles) == count:
             break
