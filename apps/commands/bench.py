@@ -80,6 +80,73 @@ def control(
 
 
 @app.command()
+def unlearn(
+    model: Annotated[Path | None, typer.Option(help="Folder of a pipeline; the embedded model by default.")] = None,
+    probe: Annotated[Path | None, typer.Option(help="Folder of a probe; the embedded one by default.")] = None,
+    saes: Annotated[Path, typer.Option(help="Folder of the autoencoders (`imgdit sae train scenes/sae`).")] = Path(
+        "outputs/scenes/sae/saes"
+    ),
+    out: Annotated[Path, typer.Option(help="Folder of the raw numbers and the pictures; a run goes on there.")] = Path(
+        "outputs/bench-unlearn"
+    ),
+    quick: Annotated[bool, typer.Option(help="Four targets, five methods, two seeds, 12 steps.")] = False,
+    methods: Annotated[str | None, typer.Option(help="Names with commas between them.")] = None,
+    targets: Annotated[str | None, typer.Option(help="Styles and objects with commas between them.")] = None,
+    seeds: Annotated[int | None, typer.Option(help="Pictures of each style with each object.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps of the sampler.")] = None,
+    sentences: Annotated[int | None, typer.Option(help="For each label, that methods learn from.")] = None,
+    tune: Annotated[bool | None, typer.Option(help="Choose each method's settings on other seeds first.")] = None,
+    together: Annotated[int | None, typer.Option(help="Seeds for several labels at once; 0: none.")] = None,
+    attack: Annotated[int | None, typer.Option(help="Attacked prompts of each of four targets; 0: none.")] = None,
+) -> None:
+    """Compare ways to unlearn styles and objects: what is gone, what is kept, what it costs."""
+    import dataclasses
+    from typing import Any
+
+    from imgdit.apps import unlearn_bench
+    from imgdit.checkpoints import SCENE_PROBE, SCENES
+
+    changed: dict[str, Any] = {
+        "methods": methods and tuple(methods.split(",")),
+        "targets": targets and tuple(targets.split(",")),
+        "seeds": seeds,
+        "steps": steps,
+        "sentences": sentences,
+        "tune": tune,
+        "together": together,
+        "attack": attack,
+    }
+    plan = unlearn_bench.QUICK if quick else unlearn_bench.UnlearnPlan()
+    try:
+        plan = dataclasses.replace(plan, **{name: value for name, value in changed.items() if value is not None})
+        result = unlearn_bench.run(model or SCENES, probe or SCENE_PROBE, saes, out, plan)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    typer.echo(unlearn_bench.table(result))
+    typer.echo(f"wrote {out}/unlearn.json")
+
+
+@app.command("unlearn-canvas")
+def unlearn_canvas(
+    folder: Annotated[Path, typer.Argument(help="A folder per target with <style>_<object>_seed<number>.jpg.")],
+    style_classifier: Annotated[str, typer.Option(help="Folder or Hub repository of a transformers classifier.")],
+    object_classifier: Annotated[str, typer.Option(help="The same for objects.")],
+    out: Annotated[Path | None, typer.Option(help="File of the raw counts.")] = None,
+) -> None:
+    """Score pictures in UnlearnCanvas' own layout with given classifiers."""
+    from imgdit.apps import canvas_scores
+
+    try:
+        result = canvas_scores.run(folder, style_classifier, object_classifier)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    typer.echo(canvas_scores.table(result))
+    if out is not None:
+        out.write_text(json.dumps(result, indent=1, ensure_ascii=False))
+        typer.echo(f"wrote {out}")
+
+
+@app.command()
 def forward(
     rounds: Annotated[int, typer.Option(min=1, help="Counted pairs of runs.")] = 9,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,

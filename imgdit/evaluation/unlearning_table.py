@@ -96,7 +96,7 @@ def bootstrap_means(
     found: dict[str, list[np.ndarray]] = {}
     for target, pictures in seen.items():
         found.setdefault(domains[target], []).append(_draws(target, domains[target], pictures, weights))
-    return {domain: np.nanmean(np.stack(values), axis=0) for domain, values in found.items()}
+    return {domain: _mean(values) for domain, values in found.items()}
 
 
 def _draws(target: str, domain: str, seen: Sequence[Seen], weights: np.ndarray) -> np.ndarray:
@@ -105,8 +105,8 @@ def _draws(target: str, domain: str, seen: Sequence[Seen], weights: np.ndarray) 
     named = np.array([s.cell.expected(domain) == target for s in seen])
     own = _accuracy_draws(seen, domain, weights)
     across = _accuracy_draws(seen, other, weights * ~named)
-    retained = np.stack([values for label, values in own.items() if label != target])
-    return np.stack([1 - own[target], np.nanmean(retained, 0), np.nanmean(np.stack([*across.values()]), 0)], axis=1)
+    retained = [values for label, values in own.items() if label != target]
+    return np.stack([1 - own[target], _mean(retained), _mean(list(across.values()))], axis=1)
 
 
 def _accuracy_draws(seen: Sequence[Seen], domain: str, weights: np.ndarray) -> dict[str, np.ndarray]:
@@ -119,6 +119,13 @@ def _accuracy_draws(seen: Sequence[Seen], domain: str, weights: np.ndarray) -> d
             mine = labels == label
             found[label] = (weights @ (right & mine)) / (weights @ mine)
     return found
+
+
+def _mean(values: Sequence[np.ndarray]) -> np.ndarray:
+    """Mean of those that are numbers, as few draws miss all pictures of a label."""
+    stacked = np.stack(values)
+    with np.errstate(invalid="ignore"):
+        return np.nansum(stacked, axis=0) / np.isfinite(stacked).sum(axis=0)
 
 
 def interval(values: np.ndarray, estimate: float) -> Interval:

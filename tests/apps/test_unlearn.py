@@ -1,0 +1,171 @@
+"""The unlearning benchmark from a pipeline's folder to its table, with tiny models; resuming; pictures of others."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from tiny import tiny_pipeline
+from transformers import T5Config, T5EncoderModel, ViTConfig, ViTForImageClassification, ViTImageProcessor
+from typer.testing import CliRunner
+
+from imgdit.apps import unlearn_bench
+from imgdit.apps.cli import app
+from imgdit.apps.unlearn_pictures import Studio
+from imgdit.data.readings import QUESTIONS
+from imgdit.data.words import caption_tokenizer
+from imgdit.evaluation.unlearning_methods.catalogue import METHODS
+from imgdit.evaluation.unlearning_pictures import cells
+from imgdit.models.scene_probe import SceneProbe
+from imgdit.sae.config import SAEConfig
+from imgdit.sae.model import SparseAutoencoder
+from imgdit.sae.unlearning import ConceptUnlearner
+
+HOOKPOINT = "transformer.single_transformer_blocks.0"
+STYLES, OBJECTS = ("photo", "neon"), ("cube", "cone")
+COUNTS = ["--targets", "neon,cube", "--seeds", "2", "--steps", "2", "--sentences", "2"]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A pipeline, a probe and an autoencoder, as options of the command."""
+    folder = tmp_path_factory.mktemp("unlearn")
+    torch.manual_seed(0)
+    pipe, tokenizer = tiny_pipeline(), caption_tokenizer()
+    size = {"d_model": 32, "d_kv": 8, "d_ff": 37, "num_heads": 4, "num_layers": 1, "dropout_rate": 0.0}
+    text_encoder = T5EncoderModel(T5Config(vocab_size=len(tokenizer), **size)).eval()
+    pipe.register_modules(tokenizer=tokenizer, text_encoder=text_encoder)
+    pipe.save_pretrained(folder / "pipeline")
+    questions = [(name, list(choices)) for name, choices in QUESTIONS.items()]
+    SceneProbe(questions, channels=(8, 8, 16, 16), size=32).save_pretrained(folder / "probe")
+    sae = SparseAutoencoder(SAEConfig(32, 64, k=8), generator=torch.Generator().manual_seed(0))
+    ConceptUnlearner({HOOKPOINT: sae}).save_pretrained(folder / "saes")
+    return ["--model", folder / "pipeline", "--probe", folder / "probe", "--saes", folder / "saes"]
+
+
+@pytest.fixture(autouse=True)
+def few_cells(monkeypatch):
+    monkeypatch.setattr(unlearn_bench, "cells", lambda seeds: cells(seeds, STYLES, OBJECTS))
+    monkeypatch.setattr(unlearn_bench, "SEQUENCE", ("neon", "cube"))
+    monkeypatch.setattr(unlearn_bench, "FEW_TARGETS", ("neon", "cube"))
+    quick = METHODS["finetune"]._replace(grid=({"steps": 2}, {"steps": 1}))
+    monkeypatch.setitem(METHODS, "finetune", quick)
+
+
+def said(done):
+    return " ".join(done.output.replace("│", "").split())
+
+
+def bench(folders, out, *options):
+    done = CliRunner().invoke(app, ["bench", "unlearn", *map(str, folders), "--out", str(out), *COUNTS, *options])
+    return done, json.loads((out / "unlearn.json").read_text()) if done.exit_code == 0 else None
+
+
+def test_every_method_and_every_count(folders, tmp_path):
+    done, result = bench(folders, tmp_path, "--tune", "--together", "1", "--attack", "1")
+    assert done.exit_code == 0, done.output
+    assert list(result["methods"]) == list(METHODS)
+    plain = result["methods"]["none"]
+    assert plain["pixel_change"] == plain["feature_change"] == 0 and plain["time_ratio"] == 1
+    for name, row in result["methods"].items():
+        assert set(row["targets"]) == {"neon", "cube"} and row["artefacts"]["of"] == 2 * 8
+        assert row["mean"]["low"] <= row["mean"]["value"] <= row["mean"]["high"]
+        six = [row["means"][domain][score]["value"] for domain in row["means"] for score in ("UA", "IRA", "CRA")]
+        assert row["minimum"] == min(six) and row["mean"]["value"] == pytest.approx(sum(six) / 6)
+        assert name == "none" or (row["pixel_change"] > 0 and row["time_ratio"] > 0)
+        for target, rows in result["pictures"][name].items():
+            neon = [style for cell, style, *_ in rows if cell.startswith("neon_")]
+            if target == "neon":
+                assert row["targets"]["neon"]["UA"] == 1 - neon.count("neon") / len(neon)
+    assert {name: len(found) for name, found in result["tuning"].items()} == {
+        name: len(method.grid) for name, method in METHODS.items() if len(method.grid) > 1
+    }
+    assert all(len(rows) == 2 for rows in result["together"].values())
+    assert all(row["of"] == 2 for row in result["attack"].values())
+    for part in ("style UA", "mean (95 %)", "ours, replace", "several at once", "under attack"):
+        assert part in done.output
+
+
+def test_a_run_goes_on_where_it_stopped(folders, tmp_path, monkeypatch):
+    options = ("--methods", "negative,scale", "--together", "0", "--attack", "0")
+    _, first = bench(folders, tmp_path, *options)
+    files = {file: file.read_bytes() for file in tmp_path.rglob("*.png")}
+    assert len(files) == 8 * (1 + 2 * 2)
+    made, make = [], Studio._make
+
+    def watched(studio, folder, unlearned, missing, attack):
+        made.extend(cell.name for cell in missing)
+        make(studio, folder, unlearned, missing, attack)
+
+    monkeypatch.setattr(Studio, "_make", watched)
+    lost = next(file for file in files if "scale" in file.parts)
+    lost.unlink()
+    _, second = bench(folders, tmp_path, *options)
+    assert made == [lost.stem] and lost.read_bytes() == files[lost]
+    assert second["pictures"] == first["pictures"]
+    _, third = bench(folders, tmp_path, *options)
+    assert made == [lost.stem] and third["methods"]["negative"] == second["methods"]["negative"]
+    # Other settings make other pictures, and leave these.
+    bench(folders, tmp_path, *options, "--steps", "1")
+    assert len(made) == 1 + len(files) and all(file.is_file() for file in files)
+
+
+def test_pictures_of_others(folders, tmp_path):
+    _, result = bench(folders, tmp_path / "run", "--methods", "scale", "--together", "0", "--attack", "0")
+    canvas = tmp_path / "canvas"
+    for folder in (tmp_path / "run" / "pictures" / "scale").iterdir():
+        shutil.copytree(folder, canvas / folder.name.split("-")[0])
+    probe = str(folders[3])
+    classifiers = ["--style-classifier", probe, "--object-classifier", probe]
+    command = ["bench", "unlearn-canvas", str(canvas), *classifiers, "--out", str(tmp_path / "scores.json")]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+    found = json.loads((tmp_path / "scores.json").read_text())
+    assert found["styles"] == sorted(STYLES) and found["objects"] == sorted(OBJECTS) and len(found["seeds"]) == 2
+    for target, row in result["methods"]["scale"]["targets"].items():
+        assert found["targets"][target]["unlearned"] == row["UA"]
+        assert found["targets"][target]["retained"] == row["IRA"]
+        assert found["targets"][target]["cross"] == pytest.approx(row["CRA"])
+    assert "mean of style targets" in done.output
+    next((canvas / "neon").glob("*.png")).unlink()
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 2 and "lacks 1 of 8 pictures" in said(done)
+
+
+def test_classifiers_of_transformers(folders, tmp_path):
+    """Labels are those that the model names."""
+    for domain, labels in (("style", STYLES), ("object", OBJECTS)):
+        size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+        config = ViTConfig(**size, image_size=32, patch_size=16, id2label=dict(enumerate(labels)))
+        ViTForImageClassification(config).save_pretrained(tmp_path / domain)
+        ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / domain)
+    bench(folders, tmp_path / "run", "--methods", "negative", "--together", "0", "--attack", "0")
+    for folder in (tmp_path / "run" / "pictures" / "negative").iterdir():
+        shutil.copytree(folder, tmp_path / "canvas" / folder.name.split("-")[0])
+    options = [f"--{domain}-classifier={tmp_path / domain}" for domain in ("style", "object")]
+    done = CliRunner().invoke(app, ["bench", "unlearn-canvas", str(tmp_path / "canvas"), *options])
+    assert done.exit_code == 0, done.output
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--methods", "scael"], "unknown method 'scael'; did you mean 'scale'"),
+        (["--targets", "neno"], "unknown style or object 'neno'; did you mean 'neon'"),
+        (["--seeds", "0"], "seeds must be at least 1, got 0"),
+        (["--saes", "nowhere"], "there is no folder nowhere of autoencoders; train them"),
+    ],
+)
+def test_mistakes(folders, tmp_path, options, message):
+    done, _ = bench(folders, tmp_path, *options)
+    assert done.exit_code == 2 and message in said(done)
+
+
+def test_folders_that_are_no_canvas(tmp_path):
+    (tmp_path / "neon").mkdir()
+    for name, message in (("", "holds no pictures"), ("neon.png", "is not called")):
+        if name:
+            (tmp_path / "neon" / name).touch()
+        options = ["--style-classifier", "x", "--object-classifier", "x"]
+        done = CliRunner().invoke(app, ["bench", "unlearn-canvas", str(tmp_path), *options])
+        assert done.exit_code == 2 and message in said(done)
