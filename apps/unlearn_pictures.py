@@ -24,7 +24,7 @@ from imgdit.evaluation.prompt_attack import attack_prompt
 from imgdit.evaluation.speed import compare
 from imgdit.evaluation.unlearning_methods.catalogue import METHODS
 from imgdit.evaluation.unlearning_methods.material import Material, Unlearned
-from imgdit.evaluation.unlearning_pictures import Cell, Seen, find_picture
+from imgdit.evaluation.unlearning_pictures import Cell, Seen, cells, find_picture
 from imgdit.models.scene_probe import SceneProbe
 from imgdit.training.checkpoint import replace_text
 
@@ -96,6 +96,8 @@ class Studio:
         learned = {name: list(lines) for kind in material.prompts.values() for name, lines in kind.items()}
         self.model = weights_digest(pipe.transformer, pipe.vae, pipe.text_encoder)
         self.lessons = digest(saes, learned, dict(material.call), material.seed)
+        # A cell's sentence and noise are functions of its name: some stand for the functions.
+        self.asked = digest([[cell.prompt, cell.noise] for cell in cells([0])])
 
     def album(
         self,
@@ -120,7 +122,7 @@ class Studio:
         lessons = None if method == "none" else self.lessons
         key = {
             "model": self.model, "method": method, "settings": settings, "concepts": list(concepts),
-            "lessons": lessons, "call": self.call, "attack": attack,
+            "lessons": lessons, "asked": self.asked, "call": self.call, "attack": attack,
         }  # fmt: skip
         folder = self.folder / method / f"{'+'.join(concepts) or 'all'}-{digest(key)}"
         folder.mkdir(parents=True, exist_ok=True)
@@ -141,39 +143,39 @@ class Studio:
         size = 1 if attack else self.batch
         name = "/".join(folder.parts[-2:])
         for first in tqdm(range(0, len(missing), size), desc=name, disable=None):
-            cells = missing[first : first + size]
-            inputs: dict[str, Any] = {"prompt": [cell.prompt for cell in cells]}
+            group = missing[first : first + size]
+            inputs: dict[str, Any] = {"prompt": [cell.prompt for cell in group]}
             if attack:
                 # What the attack aims at is the picture that the unmodified model makes of the prompt.
-                latents = self._sample(cells, inputs, output_type="latent")
+                latents = self._sample(group, inputs, output_type="latent")
             with unlearned.attach(self.pipe) as call:
                 if attack:
-                    inputs = dict(attack_prompt(self.pipe, cells[0].prompt, latents, seed=cells[0].noise))
-                pictures = self._sample(cells, {**inputs, **call})
-            for cell, picture in zip(cells, pictures):
+                    inputs = dict(attack_prompt(self.pipe, group[0].prompt, latents, seed=group[0].noise))
+                pictures = self._sample(group, {**inputs, **call})
+            for cell, picture in zip(group, pictures):
                 file = folder / f"{cell.name}.png"
                 temporary = file.with_suffix(".new")
                 to_image(picture).save(temporary, format="PNG")
                 temporary.replace(file)
 
     def _sample(
-        self, cells: Sequence[Cell], inputs: Mapping[str, Any], output_type: str = "pt", **call: Any
+        self, group: Sequence[Cell], inputs: Mapping[str, Any], output_type: str = "pt", **call: Any
     ) -> torch.Tensor:
-        generators = [torch.Generator().manual_seed(cell.noise) for cell in cells]
+        generators = [torch.Generator().manual_seed(cell.noise) for cell in group]
         options = {**self.call, **inputs, **call}
         return self.pipe(generator=generators, output_type=output_type, **options).images
 
     def _time_ratio(self, unlearned: Unlearned, wanted: Sequence[Cell]) -> float:
         """What a call costs over the same call of the unmodified model."""
-        cells = wanted[: self.batch]
-        inputs = {"prompt": [cell.prompt for cell in cells]}
+        group = wanted[: self.batch]
+        inputs = {"prompt": [cell.prompt for cell in group]}
 
         def changed() -> torch.Tensor:
             with unlearned.attach(self.pipe) as call:
-                return self._sample(cells, {**inputs, **call}, "latent", num_inference_steps=TIMED_STEPS)
+                return self._sample(group, {**inputs, **call}, "latent", num_inference_steps=TIMED_STEPS)
 
         def plain() -> torch.Tensor:
-            return self._sample(cells, inputs, "latent", num_inference_steps=TIMED_STEPS)
+            return self._sample(group, inputs, "latent", num_inference_steps=TIMED_STEPS)
 
         device = self.pipe.transformer.device
         return compare("a call", "unmodified", changed, plain, rounds=TIMED_ROUNDS, device=device).ratio
@@ -198,8 +200,8 @@ class Eyes:
         return [Look(Seen(cell, row[0], row[1]), row[2], row[3]) for cell, row in rows]
 
     @torch.no_grad()
-    def _look(self, folder: Path, cells: Sequence[Cell], plain: Path) -> dict[str, Any]:
-        made, before = _pictures(folder, cells), _pictures(plain, cells)
+    def _look(self, folder: Path, group: Sequence[Cell], plain: Path) -> dict[str, Any]:
+        made, before = _pictures(folder, group), _pictures(plain, group)
         reading, original = self.probe(made * 2 - 1), self.probe(before * 2 - 1)
         pixels = (made - before).square().flatten(1).mean(1).sqrt().tolist()
         features = (1 - F.cosine_similarity(reading.features, original.features)).tolist()
@@ -207,10 +209,10 @@ class Eyes:
             [self.probe.questions[question][n] for n in reading.answers[question].argmax(1).tolist()]
             for question in QUESTIONS.values()
         ]
-        rows = zip(cells, *called, pixels, features)
+        rows = zip(group, *called, pixels, features)
         return {cell.name: [style, kind, round(p, 5), round(f, 5)] for cell, style, kind, p, f in rows}
 
 
-def _pictures(folder: Path, cells: Sequence[Cell]) -> torch.Tensor:
+def _pictures(folder: Path, group: Sequence[Cell]) -> torch.Tensor:
     """(N, 3, S, S) in [0, 1]."""
-    return torch.stack([to_tensor(Image.open(folder / f"{cell.name}.png")) for cell in cells])
+    return torch.stack([to_tensor(Image.open(folder / f"{cell.name}.png")) for cell in group])
