@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from .commands import bench, convert, data, lora, mup, pictures, sae
+from .commands.demo import demo
 from .commands.doctor import doctor
 
 app = typer.Typer(
@@ -28,6 +29,7 @@ app.command()(pictures.generate)
 app.command()(pictures.control)
 app.command("any")(pictures.any_to_any)
 app.command()(pictures.unlearn)
+app.command()(demo)
 app.command()(doctor)
 
 

@@ -1,0 +1,42 @@
+"""`imgdit demo`: the library in the browser."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..console import calm, one_sentence
+
+
+def demo(
+    model: Annotated[str | None, typer.Option(help="Folder or Hub id; the embedded model by default.")] = None,
+    adapters: Annotated[
+        Path | None, typer.Option(help="Folder of condition adapters, the only one that is read; MODEL/adapters.")
+    ] = None,
+    sae: Annotated[Path | None, typer.Option(help="Folder of the sparse autoencoders; MODEL/sae by default.")] = None,
+    mup: Annotated[Path, typer.Option(help="Folder that `imgdit mup` wrote to.")] = Path("outputs/mup"),
+    host: Annotated[str, typer.Option(help="Address to listen at; 127.0.0.1 is this machine alone.")] = "127.0.0.1",
+    port: Annotated[int | None, typer.Option(help="A free one from 7860 on by default.")] = None,
+    mcp: Annotated[bool, typer.Option("--mcp", help="Offer every tab to programs as tools (MCP).")] = False,
+) -> None:
+    """Open the demo: make, control, unlearn and look, in a browser. Ctrl-C ends it."""
+    with one_sentence():
+        calm()
+        try:
+            import gradio
+        except ImportError as error:
+            raise ImportError("the demo needs gradio; install it with: pip install 'imgdit[demo]'") from error
+        from imgdit.checkpoints import SCENES
+
+        from ..demo.app import serve
+        from ..studio import Studio
+
+        studio = Studio(model or SCENES, adapters=adapters, sae=sae)
+        page, address, holder = serve(studio, results=mup, host=host, port=port, mcp=mcp)
+    typer.echo(f"imgdit is at {address} (gradio {gradio.__version__}); Ctrl-C ends it")
+    try:
+        page.block_thread()
+    finally:
+        holder.close()

@@ -1,0 +1,1 @@
+"""The demo in the browser: one tab per file; `app` puts them together."""

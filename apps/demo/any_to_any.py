@@ -1,0 +1,174 @@
+"""Tab: a row of frames, each given or to be made, and another view of a picture."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import gradio as gr
+from PIL import Image
+
+from imgdit.tasks import TASKS
+
+from ..request import AskedFrame, Request
+from . import limits, widgets
+from .holder import DEVICE, Holder
+
+GIVEN, MADE = "given", "to be made"
+TURN, RISE = 45.0, 15.0
+"""Degrees that the other camera may be away; views were taught up to 40 around."""
+ELEVATION = 24.0
+"""Of the camera of a given picture, in degrees: the middle of what the scenes are seen from."""
+
+
+def build(holder: Holder) -> None:
+    """Lay the tab out."""
+    studio = holder.studio
+    pairs = [name for name in studio.tasks if TASKS[name].frames == (2, 2)]
+    if not pairs:
+        gr.Markdown(
+            "This model makes pictures from text and conditions only; any-to-any needs the embedded model or a "
+            "OneDiffusion folder."
+        )
+    with gr.Row():
+        with gr.Column(min_width=240):
+            picture_is = gr.Radio([GIVEN, MADE], value=GIVEN, label="The picture is")
+            picture = widgets.upload("Picture", height=220)
+            gr.Examples([[file] for file in holder.examples], [picture], label="Examples")
+        with gr.Column(min_width=240):
+            kind = gr.Dropdown(pairs, value="depth" if "depth" in pairs else None, label="The other frame is a")
+            other_is = gr.Radio([GIVEN, MADE], value=MADE, label="It is")
+            other = widgets.upload("Other frame", height=160)
+        with gr.Column(min_width=240):
+            prompt = widgets.prompt_box(label="Caption, or the instruction of editing (may be empty)")
+            sampled = widgets.sampling()
+            make, stop = widgets.buttons("Make frames")
+    status = widgets.status()
+    frames = gr.Gallery(label="Frames that were made", columns=2, height=300, format="png", interactive=False)
+
+    @limits.refusing
+    def any_to_any(
+        prompt: str, picture_is: str, picture: Image.Image | None, kind: str, other_is: str, other: Image.Image | None,
+        steps: int, guidance: float, seed: int, person: gr.Request,
+    ) -> Iterator[tuple[list[tuple[str, str]], str]]:  # fmt: skip
+        """Make frames from others: depth of a picture, a picture of depth, both from text.
+
+        Args:
+            prompt: caption of the picture, or the instruction of editing; may be empty.
+            picture_is: "given" or "to be made".
+            picture: if it is given.
+            kind: what the other frame is: depth, canny, segmentation, boxes, blur, …
+            other_is: "given" or "to be made".
+            other: if it is given.
+            steps: of the sampler.
+            guidance: scale where a picture is made; maps of a given picture are made without.
+            seed: of the noise.
+
+        Returns:
+            PNG files of the frames that were made with their kinds, and how far it is.
+        """
+        limits.choice(kind, "the other frame", pairs)
+        asked = []
+        for name, what, is_given, content in (
+            ("image", "the picture", picture_is, picture),
+            (kind, f"the {kind}", other_is, other),
+        ):
+            if limits.choice(is_given, what, (GIVEN, MADE)) == GIVEN and content is None:
+                raise limits.Refused(f"{what} is given, but there is no picture; upload one, or let it be made")
+            asked.append(AskedFrame(name, content if is_given == GIVEN else None))
+        base = widgets.read_sampling(steps, guidance, seed)
+        if asked[0].picture is not None and TASKS[kind].condition != "image":
+            base["guidance"] = None
+        kinds = [frame.kind for frame in asked if frame.picture is None]
+        yield from _shown(holder, Request(limits.text(prompt), frames=tuple(asked), **base), kinds, person)
+
+    make.click(
+        any_to_any, [prompt, picture_is, picture, kind, other_is, other, *sampled], [frames, status],
+        api_name="any_to_any", trigger_mode="once", **DEVICE,
+    )  # fmt: skip
+    stop.click(holder.stop, None, status, queue=False, api_visibility="private")
+    if "views" in studio.tasks:
+        gr.Markdown("### Another view")
+        _views(holder)
+
+
+def _views(holder: Holder) -> None:
+    with gr.Row():
+        with gr.Column(min_width=240):
+            picture = widgets.upload("Picture seen from the front", height=220)
+            gr.Examples([[file] for file in holder.examples], [picture], label="Examples")
+        with gr.Column(min_width=240):
+            turn = gr.Slider(-TURN, TURN, 25, step=1, label="Turn (degrees around)")
+            rise = gr.Slider(-RISE, RISE, 0, step=1, label="Rise (degrees up)")
+            dial = gr.HTML(_dial(25, 0), label="Camera")
+        with gr.Column(min_width=240):
+            prompt = widgets.prompt_box(label="Caption (may be empty)")
+            sampled = widgets.sampling()
+            make, stop = widgets.buttons("Show view")
+            status = widgets.status()
+    views = gr.Gallery(label="The other view", columns=2, height=300, format="png", interactive=False)
+
+    @limits.refusing
+    def other_view(
+        prompt: str, picture: Image.Image | None, turn: float, rise: float,
+        steps: int, guidance: float, seed: int, person: gr.Request,
+    ) -> Iterator[tuple[list[tuple[str, str]], str]]:  # fmt: skip
+        """Make a picture from another camera.
+
+        Args:
+            prompt: caption; may be empty.
+            picture: as the first camera sees it.
+            turn: degrees that the other camera is around.
+            rise: degrees that it is higher.
+            steps: of the sampler.
+            guidance: scale.
+            seed: of the noise.
+
+        Returns:
+            PNG file of the view, and how far it is.
+        """
+        if picture is None:
+            raise limits.Refused("there is no picture to look at from elsewhere; upload one")
+        around = float(limits.number(turn, "the turn", -TURN, TURN))
+        higher = float(limits.number(rise, "the rise", -RISE, RISE))
+        frames = (
+            AskedFrame("image", picture),
+            AskedFrame("rays", camera=(0.0, ELEVATION)),
+            AskedFrame("image"),
+            AskedFrame("rays", camera=(around, ELEVATION + higher)),
+        )
+        request = Request(limits.text(prompt), frames=frames, **widgets.read_sampling(steps, guidance, seed))
+        yield from _shown(holder, request, [f"{around:g}° around, {higher:g}° up"], person)
+
+    make.click(
+        other_view, [prompt, picture, turn, rise, *sampled], [views, status],
+        api_name="other_view", trigger_mode="once", **DEVICE,
+    )  # fmt: skip
+    stop.click(holder.stop, None, status, queue=False, api_visibility="private")
+    for slider in (turn, rise):
+        slider.input(_dial, [turn, rise], dial, queue=False, api_visibility="private", show_progress="hidden")
+
+
+def _shown(
+    holder: Holder, request: Request, captions: list[str], person: gr.Request
+) -> Iterator[tuple[list[tuple[str, str]], str]]:
+    for shown in holder.make([request], person):
+        yield list(zip(shown.files, captions)), shown.status
+
+
+def _dial(turn: Any, rise: Any) -> str:
+    """Where the two cameras stand, seen from above, as SVG."""
+    around, up = (float(value) if isinstance(value, (int, float)) else 0.0 for value in (turn, rise))
+
+    def at(degrees: float, radius: float) -> tuple[float, float]:
+        return 60 + radius * math.sin(math.radians(degrees)), 60 + radius * math.cos(math.radians(degrees))
+
+    (x, y), (first_x, first_y) = at(around, 42), at(0, 42)
+    return f"""<svg viewBox="0 0 120 120" width="140" role="img"
+ aria-label="Cameras from above: the other one {around:g} degrees around, {up:g} up">
+<circle cx="60" cy="60" r="42" fill="none" stroke="currentColor" stroke-opacity="0.3"/>
+<rect x="54" y="54" width="12" height="12" fill="currentColor" fill-opacity="0.5"/>
+<circle cx="{first_x:.1f}" cy="{first_y:.1f}" r="5" fill="none" stroke="currentColor"/>
+<line x1="{x:.1f}" y1="{y:.1f}" x2="60" y2="60" stroke="#f97316" stroke-dasharray="3 3"/>
+<circle cx="{x:.1f}" cy="{y:.1f}" r="{6 + up / 5:.1f}" fill="#f97316"/></svg>"""

@@ -1,0 +1,177 @@
+"""The demo's model: loaded once, used by one request at a time, stopped by whoever asked for it."""
+
+from __future__ import annotations
+
+import queue
+import shutil
+import tempfile
+import threading
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from PIL import Image
+
+from imgdit.data.render import render
+from imgdit.data.scenes import Scene
+from imgdit.data.tasks import to_image
+
+from ..generate import output_file
+from ..request import Origin, Request, write_png
+from ..studio import Made, Stopped, Studio
+from .limits import LIMITS
+
+DEVICE: dict[str, Any] = {"concurrency_id": "device", "concurrency_limit": 1}
+"""Of every event that computes: first come, first served, one at a time."""
+PREVIEWS = 8
+"""Pictures shown while one is made."""
+EXAMPLES = 4
+"""Pictures to try the tabs with."""
+
+
+@dataclass
+class Shown:
+    """What a person sees while requests are worked on."""
+
+    status: str
+    preview: Image.Image | None = None
+    files: list[str] = field(default_factory=list)
+    """Finished pictures."""
+
+
+class Holder:
+    """The loaded model of the demo.
+
+    Args:
+        studio: the model.
+        folder: where results are written; a temporary one by default. Nothing outside it is written.
+    """
+
+    def __init__(self, studio: Studio, folder: Path | None = None):
+        self.studio = studio
+        self.folder = folder or Path(tempfile.mkdtemp(prefix="imgdit-demo-"))
+        self._running: dict[str, threading.Event] = {}
+        self._device = threading.Lock()
+        studio.quiet()
+
+    def close(self) -> None:
+        """Delete what was written."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def stop(self, request: gr.Request) -> str:
+        """End what a person's window has running."""
+        event = self._running.get(str(request.session_hash))
+        if event is None:
+            return "Nothing of yours is running."
+        event.set()
+        return "Stopping after this step."
+
+    @contextmanager
+    def busy(self, request: gr.Request | None) -> Iterator[threading.Event]:
+        """Hold the device; the event is set when the person asks to stop."""
+        session, event = str(getattr(request, "session_hash", None)), threading.Event()
+        with self._device:
+            self._running[session] = event
+            try:
+                yield event
+            finally:
+                self._running.pop(session, None)
+
+    def make(self, requests: Sequence[Request], person: gr.Request | None) -> Iterator[Shown]:
+        """Work through requests, and show how far they are; the last thing shown has all files."""
+        files: list[str] = []
+        with self.busy(person) as stop:
+            for i, request in enumerate(requests):
+                label = f"picture {i + 1} of {len(requests)}, " if len(requests) > 1 else ""
+                for event in self._stream(request, stop):
+                    if isinstance(event, Made):
+                        files += self._save(event, request)
+                        break
+                    step, steps, preview = event
+                    yield Shown(f"{label}step {step} of {steps}", preview, list(files))
+                else:
+                    yield Shown("Stopped.", None, files)
+                    return
+        yield Shown("Done.", None, files)
+
+    def _stream(self, request: Request, stop: threading.Event) -> Iterator[Any]:
+        """(step, steps, picture or `None`) after each step, then `Made`; nothing more after a stop.
+
+        The work is done in a thread of its own, because a pipeline calls back and a web page is fed from a loop.
+        """
+        events: queue.Queue[Any] = queue.Queue()
+        left = threading.Event()  # nobody listens any more
+
+        def watch(step: int, steps: int, draw: Any) -> bool:
+            every = max(1, steps // PREVIEWS)
+            events.put((step, steps, draw() if draw is not None and step % every == 0 and step < steps else None))
+            return not (stop.is_set() or left.is_set())
+
+        def work() -> None:
+            try:
+                events.put(self.studio.make(request, watch))
+            except Stopped:
+                events.put(None)
+            except Exception as error:
+                events.put(error)
+
+        worker = threading.Thread(target=work, daemon=True)
+        worker.start()
+        try:
+            while (event := events.get()) is not None:
+                if isinstance(event, Exception):
+                    raise event
+                yield event
+                if isinstance(event, Made):
+                    return
+        finally:  # also when the window was closed: the next request must find the device free
+            left.set()
+            worker.join()
+
+    def _save(self, made: Made, asked: Request) -> list[str]:
+        """Files of the pictures, each able to be made again by `imgdit generate --like`."""
+        file = self.new_file()
+        studio = self.studio
+        origin = Origin(made.request, studio.places, asked.digest(str(studio.places["model"])), 0, studio.made_with)
+        files = [output_file(file, i) for i in range(len(made.pictures))]
+        for i, picture in enumerate(made.pictures):
+            write_png(picture, files[i], replace(origin, output=i))
+        return [str(file) for file in files]
+
+    def new_file(self) -> Path:
+        """Where the next file goes."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return self.folder / f"{uuid.uuid4().hex}.png"
+
+    @cached_property
+    def examples(self) -> list[str]:
+        """Files of pictures to try the tabs with: scenes that were held out of training."""
+        files = []
+        for i in range(EXAMPLES):
+            scene = render([Scene.sample(i, "heldout")], self.studio.default_size or 512)
+            files.append(self.keep(to_image(scene.rgb[0])))
+        return files
+
+    @cached_property
+    def sae_place(self) -> str:
+        """Where the sparse autoencoders are looked for, as strangers may know it."""
+        return "/".join(self.studio.sae_folder.parts[-2:])
+
+    @property
+    def sides(self) -> tuple[int, int, int]:
+        """Smallest and largest side in pixels of a picture that may be asked for, and what it is a multiple of."""
+        pipe, side = self.studio.pipe, self.studio.default_size or 512
+        cell = pipe.vae_scale_factor * getattr(pipe, "patch_size", 2)
+        step = cell if isinstance(cell, int) and cell >= 8 else 16
+        return 4 * step, max(LIMITS.side, side), step
+
+    def keep(self, picture: Image.Image) -> str:
+        """File of a picture that is no answer to a request: a preview, a condition, a heat map."""
+        file = self.new_file()
+        picture.save(file)
+        return str(file)

@@ -1,0 +1,138 @@
+"""What the demo lets a stranger ask for, and how a refusal reaches them: one sentence, the traceback in the log."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import gradio as gr
+from PIL import Image, UnidentifiedImageError
+
+from ..request import open_picture
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bounds of one request and of the queue."""
+
+    upload_mib: int = 10
+    pixels: int = 4096 * 4096
+    """Of an uploaded picture, asked of its header before anything is unpacked."""
+    prompt: int = 500
+    """Letters."""
+    steps: int = 50
+    side: int = 256
+    """Pixels of a picture that is made."""
+    batch: int = 4
+    guidance: float = 15.0
+    queue: int = 16
+    """Requests that wait; more are refused at once."""
+    kept_seconds: int = 3600
+    """After which files of uploads and results are deleted."""
+
+
+LIMITS = Limits()
+
+
+class Refused(ValueError):
+    """A request that is outside of the limits."""
+
+
+def text(value: Any, what: str = "the prompt", longest: int = LIMITS.prompt) -> str:
+    """A sentence."""
+    value = "" if value is None else value
+    if not isinstance(value, str):
+        raise Refused(f"{what} must be a text, got {type(value).__name__}")
+    if len(value) > longest:
+        raise Refused(f"{what} may have {longest} letters, got {len(value)}; shorten it")
+    return value.strip()
+
+
+def number(value: Any, what: str, low: float, high: float) -> float:
+    """A finite number within bounds."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
+        raise Refused(f"{what} must be a number, got {str(value)[:40]!r}")
+    if not low <= value <= high:
+        raise Refused(f"{what} must be from {low:g} to {high:g}, got {value!r:.40}")
+    return value
+
+
+def whole(value: Any, what: str, low: int, high: int) -> int:
+    """A whole number within bounds."""
+    checked = number(value, what, low, high)
+    if checked != int(checked):
+        raise Refused(f"{what} must be a whole number, got {checked:g}")
+    return int(checked)
+
+
+def choice(value: Any, what: str, choices: Any) -> str:
+    """One of some names."""
+    if value not in list(choices):
+        raise Refused(f"{what} must be one of {', '.join(choices) or 'none here'}; got {str(value)[:40]!r}")
+    return value
+
+
+def picture(path: str | None, what: str = "the picture") -> Image.Image | None:
+    """An uploaded file as a picture in RGB, its size looked at first; `None` if there is none."""
+    if not path:
+        return None
+    try:
+        with Image.open(path) as header:
+            width, height = header.size
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise Refused(f"{what} cannot be read; give a PNG, JPEG or WebP file") from error
+    check_size(width, height, what)
+    try:
+        return open_picture(path).convert("RGB")
+    except (ValueError, OSError, SyntaxError, MemoryError) as error:
+        raise Refused(f"{what} is damaged; give a PNG, JPEG or WebP file") from error
+
+
+def check_size(width: int, height: int, what: str = "the picture") -> None:
+    """Refuse a picture that would take too much memory, or has nothing in it."""
+    if min(width, height) < 8:
+        raise Refused(f"{what} must have at least 8 pixels per side, got {width}x{height}")
+    if width * height > LIMITS.pixels:
+        millions = LIMITS.pixels / 1e6
+        raise Refused(f"{what} may have {millions:.0f} million pixels, got {width}x{height}; make it smaller")
+
+
+def refusing(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A handler whose errors reach the person as one sentence and the log as a traceback."""
+
+    def told(error: Exception) -> gr.Error:
+        if isinstance(error, (Refused, ValueError, ImportError)):
+            logger.info("refused: %s", error)
+            return gr.Error(" ".join(str(error).split())[:400], print_exception=False)
+        logger.exception("a request failed")
+        return gr.Error("Something went wrong here; the log of the server tells what.", print_exception=False)
+
+    if inspect.isgeneratorfunction(function):
+
+        @functools.wraps(function)
+        def stream(*args: Any, **kwargs: Any) -> Iterator[Any]:
+            try:
+                yield from function(*args, **kwargs)
+            except gr.Error:
+                raise
+            except Exception as error:
+                raise told(error) from error
+
+        return stream
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except gr.Error:
+            raise
+        except Exception as error:
+            raise told(error) from error
+
+    return call

@@ -1,0 +1,97 @@
+"""Tab: what μP does to activations and to the best learning rate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import gradio as gr
+
+from imgdit.mup.coordinates import CoordinateCheck
+from imgdit.training import load_recipe
+
+from . import limits
+from .holder import DEVICE, Holder
+
+WIDTHS = (64, 96, 128, 192, 256)
+"""That the check may be run at here: multiples of its head dimension that take seconds on a laptop."""
+PLOTS = {
+    "coordinates/coordinates.png": "imgdit mup coord-check",
+    "transfer/transfer.png": "imgdit mup transfer --quick",
+}
+"""Pictures in the folder of the results, and the commands that make them."""
+
+
+def build(holder: Holder, results: Path) -> None:
+    """Lay the tab out.
+
+    Args:
+        results: folder that `imgdit mup …` wrote to.
+    """
+    gr.Markdown(
+        "Under μP activations, and with them the best learning rate, do not move with the width. The check trains a "
+        "small backbone for a few steps at each width and draws mean |activation|: level lines on the left, rising "
+        "ones on the right."
+    )
+    with gr.Row():
+        with gr.Column(min_width=240):
+            widths = gr.CheckboxGroup(list(WIDTHS), value=[64, 128, 192], label="Widths")
+            steps = gr.Slider(2, 6, 3, step=1, label="Steps")
+            run = gr.Button("Check", variant="primary")
+            table = gr.Dataframe(headers=["module", "μP", "standard"], label="Slopes at the last step", max_height=260)
+        with gr.Column(min_width=280):
+            plot = gr.Image(label="Coordinate check", interactive=False, format="png")
+    recorded = gr.Gallery(_recorded(results), label="Recorded results", columns=2, height=320, interactive=False)
+    refresh = gr.Button("Look for results again", size="sm")
+    told = gr.Markdown(_missing(results))
+
+    @limits.refusing
+    def coordinate_check(widths: list[int], steps: int, person: gr.Request) -> tuple[str, list[list[str]]]:
+        """Run the coordinate check.
+
+        Args:
+            widths: at least two of 64, 96, 128, 192, 256.
+            steps: forward passes, with an update between two.
+
+        Returns:
+            the plot, and per module the slopes under μP and under the standard parametrisation.
+        """
+        from imgdit.mup.plots import plot_coordinates
+        from imgdit.training.coordinate_check import coordinate_check as check
+
+        chosen = sorted({limits.whole(width, "a width", WIDTHS[0], WIDTHS[-1]) for width in widths or ()})
+        if len(chosen) < 2 or not set(chosen) <= set(WIDTHS):
+            raise limits.Refused(f"choose at least two widths of {', '.join(map(str, WIDTHS))}, got {chosen}")
+        number = limits.whole(steps, "steps", 2, 6)
+        with holder.busy(person):
+            found = check(load_recipe("mup/coordinates"), chosen, steps=number, seeds=1)
+        holder.folder.mkdir(parents=True, exist_ok=True)
+        path = plot_coordinates(found, holder.new_file())
+        return str(path), _slopes(found["mup"], found["standard"])
+
+    @limits.refusing
+    def recorded_plots() -> tuple[list[tuple[str, str]], str]:
+        """The plots that `imgdit mup` wrote: coordinate check and learning-rate transfer.
+
+        Returns:
+            files with the commands that made them, and what is missing.
+        """
+        return _recorded(results), _missing(results)
+
+    run.click(coordinate_check, [widths, steps], [plot, table], api_name="coordinate_check", **DEVICE)
+    refresh.click(recorded_plots, None, [recorded, told], api_name="recorded_plots", queue=False)
+
+
+def _recorded(results: Path) -> list[tuple[str, str]]:
+    return [(str(results / name), command) for name, command in PLOTS.items() if (results / name).is_file()]
+
+
+def _missing(results: Path) -> str:
+    missing = [f"`{command}` makes {name}" for name, command in PLOTS.items() if not (results / name).is_file()]
+    return f"Not in `{results}` yet: {'; '.join(missing)}." if missing else ""
+
+
+def _slopes(mup: CoordinateCheck, standard: CoordinateCheck) -> list[list[str]]:
+    return [
+        [ours.module, *("" if s.at_end is None else f"{s.at_end:+.2f}" for s in (ours, theirs))]
+        for ours, theirs in zip(mup.slopes(), standard.slopes())
+    ]
