@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
     from imgdit.data.own import Rows
 
-app = typer.Typer(help="Look at training data, check and convert it.", no_args_is_help=True)
+app = typer.Typer(help="Look at training data, check, convert and make it.", no_args_is_help=True)
 
 Source = Annotated[str, typer.Argument(help="Folder with metadata.jsonl, shards, or what `datasets` loads.")]
+Engine = Annotated[str, typer.Option(help="local, or ray: several processes or machines.")]
+Workers = Annotated[int, typer.Option(min=1, help="Of the engine ray.")]
 Ignore = Annotated[list[str] | None, typer.Option(help="A column that means nothing here.")]
 Rename = Annotated[list[str] | None, typer.Option(help="text=caption: the column `caption` is the text.")]
 
@@ -99,6 +101,86 @@ def convert(
     except (ValueError, OSError) as error:
         raise typer.BadParameter(str(error)) from error
     typer.echo(f"wrote {len(rows.rows):,} rows to {out}")
+
+
+@app.command()
+def generate(
+    prompts: Annotated[Path, typer.Argument(help="Text file with a sentence per line.")],
+    out: Annotated[Path, typer.Argument(help="Folder; can be trained on afterwards.")],
+    model: Annotated[str | None, typer.Option(help="Folder or Hub id; the embedded model by default.")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of the sampler.")] = 28,
+    guidance: Annotated[float, typer.Option(min=0.0, help="Guidance scale.")] = 3.0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the first picture; the others count up.")] = 0,
+    batch: Annotated[int, typer.Option(min=1, help="Pictures at a time.")] = 8,
+    engine: Engine = "local",
+    workers: Workers = 1,
+) -> None:
+    """Make a picture per line, however many; start it again to go on where it stopped."""
+    from imgdit.apps.bulk_jobs import generate_all
+    from imgdit.checkpoints import SCENES
+
+    try:
+        said = [line.strip() for line in prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
+        options = {"num_inference_steps": steps, "guidance_scale": guidance}
+        done = generate_all(
+            said, out, str(model or SCENES), options=options, seed=seed, batch=batch, engine=engine, workers=workers
+        )
+        made = sum(item["count"] for item in done)
+    except (ValueError, OSError, ImportError) as error:
+        raise typer.BadParameter(str(error)) from error
+    typer.echo(f"made {made:,} of {len(said):,} pictures in {out}; the others were there")
+
+
+@app.command()
+def cache(
+    recipe: Annotated[str, typer.Argument(help="A recipe on the data own_pictures.")],
+    engine: Engine = "local",
+    workers: Workers = 1,
+) -> None:
+    """Compute the latents and text that a recipe's training reads; start it again to go on."""
+    from imgdit.apps.bulk_jobs import cache_all
+    from imgdit.training import load_recipe
+
+    try:
+        rows = sum(item["count"] for item in cache_all(load_recipe(recipe), engine=engine, workers=workers))
+    except (ValueError, OSError, ImportError) as error:
+        raise typer.BadParameter(str(error)) from error
+    typer.echo(f"{rows:,} rows are cached")
+
+
+@app.command()
+def subjects(
+    out: Annotated[Path, typer.Argument(help="Folder; can be trained on afterwards.")],
+    count: Annotated[int, typer.Option(min=1, help="Pairs to make.")] = 100,
+    threshold: Annotated[float, typer.Option(min=0, max=1, help="Pairs that score less are not kept.")] = 0.5,
+    seed: Annotated[int, typer.Option(min=0, help="Of the first pair; the others count up.")] = 0,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of the sampler.")] = 20,
+    model: Annotated[str | None, typer.Option(help="Another pipeline; draws both pictures as halves of one.")] = None,
+    names: Annotated[Path | None, typer.Option(help="With --model: file with a thing per line.")] = None,
+    scorer: Annotated[str | None, typer.Option(help="With --model: image encoder that compares the halves.")] = None,
+    size: Annotated[int, typer.Option(min=1, help="With --model: pixels per side of a half.")] = 512,
+) -> None:
+    """Make pairs of pictures of the same thing, score them and keep the good ones."""
+    from imgdit.apps import subject_pairs
+    from imgdit.data.own.subjects import make_subjects
+
+    make: Any
+    score: Any
+    try:
+        if model is None:
+            ideas = subject_pairs.scene_ideas(count, seed)
+            make, score = subject_pairs.ScenePairs(steps=steps), subject_pairs.ProbeScore()
+        elif names is None or scorer is None:
+            raise ValueError("--model needs --names, a file with a thing per line, and --scorer, an image encoder")
+        else:
+            things = [line.strip() for line in names.read_text(encoding="utf-8").splitlines() if line.strip()]
+            ideas = subject_pairs.named_ideas(things, count)
+            make = subject_pairs.Diptychs(model, size, num_inference_steps=steps)
+            score = subject_pairs.FeatureScore(scorer)
+        report = make_subjects(ideas, make, score, out, threshold=threshold, seed=seed)
+    except (ValueError, OSError) as error:
+        raise typer.BadParameter(str(error)) from error
+    typer.echo(f"kept {report.kept} of {report.made} pairs in {out}")
 
 
 def _rows(source: str, ignore: list[str] | None, rename: list[str] | None, split: str) -> Rows:

@@ -45,6 +45,7 @@ class TensorCache:
         self._known: set[str] = set()
         self._open: dict[str, Any] = {}
         self._added: dict[str, torch.Tensor] = {}
+        self._waiting = 0  # bytes that were added
         self.refresh()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -69,7 +70,8 @@ class TensorCache:
     def add(self, key: str, tensor: torch.Tensor) -> None:
         """Keep a tensor; it is on the disk after `flush`, or when enough came together."""
         self._added[key] = tensor.detach().cpu().contiguous().clone()
-        if sum(t.numel() * t.element_size() for t in self._added.values()) >= self.shard_bytes:
+        self._waiting += self._added[key].nbytes
+        if self._waiting >= self.shard_bytes:
             self.flush()
 
     def flush(self) -> None:
@@ -83,7 +85,7 @@ class TensorCache:
             write_shard(self.folder / name, self._added)
             self._places |= dict.fromkeys(self._added, name)
             self._known.add(name)
-            self._added = {}
+            self._added, self._waiting = {}, 0
 
     def refresh(self) -> None:
         """See what other processes have written."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -81,6 +81,7 @@ class OwnPictures:
         held_out: share of the rows that is kept for the held-out loss; which ones, their content decides.
         seed: of the order and the captions.
         source_split: of a `datasets` data set.
+        ahead: whether the caches are filled before the first batch; otherwise as rows are used.
         split: "train" or "heldout".
 
     Raises:
@@ -111,6 +112,7 @@ class OwnPictures:
         held_out: float = 0.0,
         seed: int = 0,
         source_split: str = "train",
+        ahead: bool = True,
         split: str = "train",
     ):
         if not path:
@@ -168,7 +170,8 @@ class OwnPictures:
         if cache is not None:
             self.latent_cache = TensorCache(Path(cache) / "latents", self.encoder.made_by("vae"))
             self.text_cache = TensorCache(Path(cache) / "text", self.encoder.made_by("text_encoder", "tokenizer"))
-            self.fill()
+            if ahead:
+                self.fill_all()
 
     # Which rows stand where
 
@@ -202,24 +205,37 @@ class OwnPictures:
 
     # Caches
 
-    def fill(self) -> None:
+    def fill_all(self) -> None:
         """Compute what the caches lack. Several processes on a machine take turns: the first does the work."""
         assert self.latent_cache is not None and self.text_cache is not None
-        missing = [picture for picture in self.pictures if self._missing(picture)]
-        sentences = {s for p in self.pictures for s in self._sentences(p.row)} | {""}
-        unread = sorted(s for s in sentences if tensor_key(s, "pooled") not in self.text_cache)
-        if missing:
-            with self.latent_cache.filling():
-                for picture in tqdm([p for p in missing if self._missing(p)], desc="latents", disable=None):
-                    self._frames(picture)
-        if unread:
-            with self.text_cache.filling():
-                for sentence in tqdm(unread, desc="text", disable=None):
-                    self._encoded(sentence)
-        if self.condition is not None and self.mode != "frame":
-            with self.latent_cache.filling():
-                for size in self.buckets:
-                    self._black(size)
+        numbers = range(len(self.pictures))
+        if self._lacking(numbers):
+            with self.latent_cache.filling(), self.text_cache.filling():
+                self.fill(tqdm(self._lacking(numbers), desc="caching", unit="row", disable=None))
+
+    def fill(self, numbers: Iterable[int]) -> None:
+        """Compute what the caches lack of some rows. Several processes may do so at once."""
+        assert self.latent_cache is not None and self.text_cache is not None
+        for number in numbers:
+            picture = self.pictures[number]
+            self._frames(picture)
+            if self.condition is not None and self.mode != "frame":
+                self._black(picture.bucket)
+            for sentence in self._sentences(picture.row):
+                self._encoded(sentence)
+        self._encoded("")
+        self.latent_cache.flush()
+        self.text_cache.flush()
+
+    def _lacking(self, numbers: Iterable[int]) -> list[int]:
+        """Rows of which something is not cached."""
+        assert self.latent_cache is not None and self.text_cache is not None
+        return [
+            number
+            for number in numbers
+            if self._missing(self.pictures[number])
+            or any(tensor_key(s, "pooled") not in self.text_cache for s in self._sentences(self.pictures[number].row))
+        ]
 
     def _missing(self, picture: _Picture) -> bool:
         assert self.latent_cache is not None
@@ -344,6 +360,17 @@ class OwnPictures:
                     f"{path}: row {number}, {picture.row.name}, has no condition {self.condition!r} and no "
                     f"preprocessor is named that would compute it; preprocessors are {able}"
                 )
+
+
+def collate_own(samples: Sequence[Batch]) -> Batch:
+    """The only sample, which is a batch already."""
+    if len(samples) != 1:
+        raise ValueError(
+            f"each sample of own_pictures is a whole batch, and a step asks for {len(samples)} at once: set "
+            "run.batch_size to run.accumulation times the number of processes; how many pictures that are, "
+            "data.arguments.samples says"
+        )
+    return samples[0]
 
 
 def _share(content: str) -> float:

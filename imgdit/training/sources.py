@@ -15,7 +15,7 @@ from .blobs import BlobLatents, collate_blobs
 from .config import Recipe, check_arguments
 from .data import Batches, MapDataset
 from .objectives import Pictures
-from .own_pictures import OwnPictures
+from .own_pictures import OwnPictures, collate_own
 from .reader import collate_readings, collate_sentences
 from .scene_conditions import SceneConditions
 from .scene_frames import SceneFrames, collate_batch
@@ -45,7 +45,7 @@ SOURCES = {
     "scene_sentences": Source(SceneSentences, collate_sentences, held_out=512),
     "scene_readings": Source(SceneReadings, collate_readings, held_out=64),
     "scene_frames": Source(SceneFrames, collate_batch, held_out=8, whole_batches=True),
-    "own_pictures": Source(OwnPictures, collate_batch, held_out=8, whole_batches=True),
+    "own_pictures": Source(OwnPictures, collate_own, held_out=8, whole_batches=True),
     "scene_conditions": Source(SceneConditions, collate_batch, held_out=4, whole_batches=True),
 }
 

@@ -224,6 +224,12 @@ def test_a_cache_of_another_model_is_refused(tmp_path, data, model):
     assert len(OwnPictures(data, model, str(tmp_path / "cache"), **BASE).latent_cache) == 10
 
 
+def test_a_step_takes_whole_batches(tmp_path, data, model):
+    made = recipe(tmp_path, data, model, cache=None).replace(run={"batch_size": 2})
+    with pytest.raises(ValueError, match=r"asks for 2 at once: set run.batch_size to run.accumulation times"):
+        train(made, model=build_model(made), batches=training_batches(made)[0])
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

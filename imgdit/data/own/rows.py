@@ -7,6 +7,7 @@ those of the `datasets` library's imagefolder convention, see `folders`; `shards
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,7 +47,7 @@ class FileBlob:
     @property
     def stamp(self) -> str:
         state = self.path.stat()
-        return f"{self.path.resolve()}:{state.st_size}:{state.st_mtime_ns}:{self.offset}:{self.size}"
+        return f"{os.path.abspath(self.path)}:{state.st_size}:{state.st_mtime_ns}:{self.offset}:{self.size}"
 
     def read(self) -> bytes:
         with open(self.path, "rb") as file:
