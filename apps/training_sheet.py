@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 from random import Random
+from typing import Any
 
 from accelerate import PartialState
 
-from imgdit import MMDiT
 from imgdit.data.scenes import another_camera
 from imgdit.data.sheet import contact_sheet
 from imgdit.data.tasks import depth_to_picture, to_image
@@ -27,10 +27,10 @@ class TrainingSheet:
 
     Args:
         recipe: of the run.
-        model: that is being trained.
+        model: the `MMDiT` that is being trained.
     """
 
-    def __init__(self, recipe: Recipe, model: MMDiT):
+    def __init__(self, recipe: Recipe, model: Any):
         self.maker = PipelineMaker(scene_pipeline(recipe, model), STEPS)
         self.held = held_out(PICTURES, first_seed=0)
         self.cameras = [(s.camera, another_camera(s, Random(i)).camera) for i, s in enumerate(self.held.scenes)]

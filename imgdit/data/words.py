@@ -46,7 +46,7 @@ def unknown_words(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[str]:
     backend = tokenizer.backend_tokenizer
     text = prompt if backend.normalizer is None else backend.normalizer.normalize_str(prompt)
     encoded = backend.encode(text)
-    spans = {}
+    spans: dict[int, tuple[int, int]] = {}
     for word, token in zip(encoded.word_ids, encoded.tokens):
         if token in BYTES:
             spans.setdefault(word, encoded.word_to_chars(word))
