@@ -129,8 +129,22 @@ def build(holder: Holder) -> None:
             sampled = widgets.sampling()
             make, stop = widgets.buttons("Steer")
             with gr.Row():
-                plain = gr.Image(label="As it is", interactive=False, height=200, min_width=120, format="png")
-                steered = gr.Image(label="Steered", interactive=False, height=200, min_width=120, format="png")
+                plain = gr.Image(
+                    label="As it is",
+                    interactive=False,
+                    height=200,
+                    min_width=120,
+                    format="png",
+                    buttons=["download", "fullscreen"],
+                )
+                steered = gr.Image(
+                    label="Steered",
+                    interactive=False,
+                    height=200,
+                    min_width=120,
+                    format="png",
+                    buttons=["download", "fullscreen"],
+                )
     status = widgets.status()
     pictures = gr.Gallery(label="Where the feature is strongest", columns=3, height=320, interactive=False)
 

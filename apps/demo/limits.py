@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import io
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -78,19 +79,26 @@ def choice(value: Any, what: str, choices: Any) -> str:
     return value
 
 
-def picture(path: str | None, what: str = "the picture") -> Image.Image | None:
-    """An uploaded file as a picture in RGB, its size looked at first; `None` if there is none."""
-    if not path:
+def picture(source: str | bytes | None, what: str = "the picture", mode: str = "RGB") -> Image.Image | None:
+    """An uploaded file, or what was in it, as a picture; its size is looked at first. `None` if there is none."""
+    if not source:
         return None
+
+    def file() -> Any:
+        return io.BytesIO(source) if isinstance(source, bytes) else source
+
     try:
-        with Image.open(path) as header:
+        with Image.open(file()) as header:
             width, height = header.size
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        millions = LIMITS.pixels / 1e6
+        raise Refused(f"{what} may have {millions:.0f} million pixels; make it smaller") from error
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
         raise Refused(f"{what} cannot be read; give a PNG, JPEG or WebP file") from error
     check_size(width, height, what)
     try:
-        return open_picture(path).convert("RGB")
-    except (ValueError, OSError, SyntaxError, MemoryError) as error:
+        return open_picture(file()).convert(mode)
+    except (ValueError, OSError, SyntaxError, MemoryError, Image.DecompressionBombWarning) as error:
         raise Refused(f"{what} is damaged; give a PNG, JPEG or WebP file") from error
 
 

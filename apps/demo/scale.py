@@ -39,7 +39,9 @@ def build(holder: Holder, results: Path) -> None:
             run = gr.Button("Check", variant="primary")
             table = gr.Dataframe(headers=["module", "μP", "standard"], label="Slopes at the last step", max_height=260)
         with gr.Column(min_width=280):
-            plot = gr.Image(label="Coordinate check", interactive=False, format="png")
+            plot = gr.Image(
+                label="Coordinate check", interactive=False, format="png", buttons=["download", "fullscreen"]
+            )
     recorded = gr.Gallery(_recorded(results), label="Recorded results", columns=2, height=320, interactive=False)
     refresh = gr.Button("Look for results again", size="sm")
     told = gr.Markdown(_missing(results))

@@ -39,9 +39,29 @@ def build(holder: Holder) -> None:
             status = widgets.status()
         with gr.Column(min_width=280):
             with gr.Row():
-                plain = gr.Image(label="As it is", interactive=False, height=220, min_width=120, format="png")
-                without = gr.Image(label="Unlearned", interactive=False, height=220, min_width=120, format="png")
-            heat = gr.Image(label="Where the concepts are seen", interactive=False, height=220, format="png")
+                plain = gr.Image(
+                    label="As it is",
+                    interactive=False,
+                    height=220,
+                    min_width=120,
+                    format="png",
+                    buttons=["download", "fullscreen"],
+                )
+                without = gr.Image(
+                    label="Unlearned",
+                    interactive=False,
+                    height=220,
+                    min_width=120,
+                    format="png",
+                    buttons=["download", "fullscreen"],
+                )
+            heat = gr.Image(
+                label="Where the concepts are seen",
+                interactive=False,
+                height=220,
+                format="png",
+                buttons=["download", "fullscreen"],
+            )
 
     @limits.refusing
     def unlearn(

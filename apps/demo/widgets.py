@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import gradio as gr
@@ -52,30 +53,40 @@ def canvas(label: str, side: int, height: int) -> gr.ImageEditor:
         layers=False,
         canvas_size=(side, side),
     )
-    unpacked = box.preprocess
 
     def preprocess(payload: Any) -> Drawing | None:
-        if payload is None:
-            return None
-        for file in filter(None, [payload.background, payload.composite, *payload.layers]):
-            limits.picture(file.path, "the drawing")
-        return _drawing(unpacked(payload))
+        # A browser sends the parts beside the request, a program within it. gradio's own reading would unpack them
+        # before their size is looked at, and put what is drawn on nothing on white.
+        sent = payload if payload is None or payload.id is None else box.blob_storage.get(payload.id)
+        return None if sent is None else _drawing(sent)
 
     box.preprocess = limits.refusing(preprocess)  # type: ignore[method-assign]
     return box
 
 
-def _drawing(read: Any) -> Drawing | None:
-    if read is None or read["composite"] is None:
-        return None
-    composite = _flat(read["composite"])
-    drawn = Image.new("L", composite.size)
-    for layer in read["layers"] or []:
-        drawn.paste(255, mask=layer.convert("RGBA").getchannel("A").resize(composite.size).point(_any))
-    if drawn.getbbox() is None and _is_empty(read["background"]):
-        return None
-    below = None if _is_empty(read["background"]) else _flat(read["background"]).resize(composite.size)
-    return Drawing(composite, below, drawn)
+def _drawing(sent: Any) -> Drawing | None:
+    background, composite, *layers = (
+        limits.picture(getattr(part, "path", part), "the drawing", "RGBA")
+        for part in (sent.background, sent.composite, *(sent.layers or ()))
+    )
+    below = None if _is_empty(background) else background
+    strokes = [layer for layer in layers if layer is not None and not _is_empty(layer)]
+    if below is None and not strokes:
+        return None if composite is None or _is_empty(composite) else _drawn_on(composite, [])._replace(below=None)
+    first = below if below is not None else Image.new("RGBA", strokes[0].size, "black")
+    drawing = _drawn_on(first, strokes)
+    return drawing if below is not None else drawing._replace(below=None)
+
+
+def _drawn_on(below: Image.Image, strokes: Sequence[Image.Image]) -> Drawing:
+    """All in RGBA. What is transparent becomes black, as maps have nothing where nothing was drawn."""
+    below = Image.alpha_composite(Image.new("RGBA", below.size, "black"), below)
+    picture, drawn = below, Image.new("L", below.size)
+    for stroke in strokes:
+        stroke = stroke.resize(below.size)
+        picture = Image.alpha_composite(picture, stroke)
+        drawn.paste(255, mask=stroke.getchannel("A").point(_any))
+    return Drawing(picture.convert("RGB"), below.convert("RGB"), drawn)
 
 
 def _any(alpha: int) -> int:
@@ -83,13 +94,7 @@ def _any(alpha: int) -> int:
 
 
 def _is_empty(picture: Image.Image | None) -> bool:
-    return picture is None or picture.convert("RGBA").getchannel("A").getbbox() is None
-
-
-def _flat(picture: Image.Image) -> Image.Image:
-    """On black, as maps have nothing where nothing was drawn."""
-    picture = picture.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", picture.size, "black"), picture).convert("RGB")
+    return picture is None or picture.getchannel("A").getbbox() is None
 
 
 class Sampling(NamedTuple):
@@ -98,6 +103,13 @@ class Sampling(NamedTuple):
     steps: gr.Slider
     guidance: gr.Slider
     seed: gr.Number
+
+
+def result(label: str, height: int | None = None) -> gr.Image:
+    """A picture that was made; it can be downloaded and enlarged, and is sent nowhere."""
+    return gr.Image(
+        label=label, height=height, min_width=120, interactive=False, format="png", buttons=["download", "fullscreen"]
+    )
 
 
 def prompt_box(value: str = "", label: str = "Prompt", lines: int = 2) -> gr.Textbox:

@@ -8,11 +8,12 @@ import struct
 import zlib
 
 import pytest
+from gradio.components.image_editor import EditorData, EditorDataBlobs
 from gradio_client import Client, handle_file
 from PIL import Image
 from tiny_runs import small_backbone, small_cache, small_runs
 
-from imgdit.apps.demo import app, features, limits
+from imgdit.apps.demo import app, features, limits, widgets
 from imgdit.apps.generate import same_pixels
 from imgdit.apps.request import open_picture, read_origin
 from imgdit.apps.studio import Studio
@@ -197,38 +198,66 @@ def hostile_values():
         {"path": "/etc/passwd"},
     ]
     names = ["prompt", "negative", "width", "height", "steps", "guidance", "seed", "count"]
-    texts = {"prompt", "negative"}
     while True:
         name, value = rng.choice(names), rng.choice(odd)
-        fine = isinstance(value, str) and len(value) <= limits.LIMITS.prompt and name in texts
-        if not fine and not (value is None and name in texts) and not (name == "guidance" and value == 1.5):
+        if name in ("prompt", "negative"):  # a text box makes a text of whatever comes
+            fine = not isinstance(value, str) or len(value) <= limits.LIMITS.prompt
+        else:
+            fine = name in ("guidance", "seed") and value in (1.5, True)  # the seed is rounded
+        if not fine:
             yield {name: value}
 
 
 @pytest.mark.slow
 def test_hostile_inputs_leave_the_server_serving(demo, client, photo, tmp_path):
     told = []
+
+    def refused(call, given):
+        try:
+            call()
+        except Exception as error:
+            told.append(str(error))
+        else:
+            pytest.fail(f"was taken: {str(given)[:80]}")
+
     for file in hostile_files(tmp_path, photo):
-        with pytest.raises(Exception) as error:
-            client.predict(prompt="", picture=handle_file(file), turn=0, rise=0, **SAMPLING, api_name="/other_view")
-        told.append(str(error.value))
+        said = {"prompt": "", "picture": handle_file(file), "turn": 0, "rise": 0, **SAMPLING}
+        refused(lambda said=said: client.predict(**said, api_name="/other_view"), file)
     values = hostile_values()
     for _ in range(100):
-        with pytest.raises(Exception) as error:
-            create(client, **next(values))
-        told.append(str(error.value))
+        given = next(values)
+        refused(lambda given=given: create(client, **given), given)
     for i in range(30):
         kind = ["../../x", "depth\0", "🙂", "x" * 5000, None, 7][i % 6]
-        with pytest.raises(Exception) as error:
-            client.predict(
-                prompt="", picture_is="given", picture=None, kind=kind, other_is="given", other=None, **SAMPLING,
-                api_name="/any_to_any",
-            )  # fmt: skip
-        told.append(str(error.value))
+        said = {"prompt": "", "picture_is": "given", "picture": None, "kind": kind, "other_is": "given", "other": None}
+        refused(lambda said=said: client.predict(**said, **SAMPLING, api_name="/any_to_any"), kind)
     assert len(told) == 200
     assert not [text for text in told if "Traceback" in text or "log of the server" in text]
     assert create(client)[2] == "Done."
     assert {file.suffix for file in demo[1].folder.iterdir()} <= {".png"}
+
+
+@pytest.mark.parametrize(
+    ("background", "stroke", "seen", "hole"),
+    [((9, 8, 7, 255), None, (9, 8, 7), 0), (None, (255,) * 4, (255,) * 3, 255), (None, None, None, 0)],
+    ids=["a photo", "drawn on nothing", "nothing"],
+)
+def test_a_canvas_is_read_as_a_browser_sends_it(tmp_path, background, stroke, seen, hole):
+    """Parts of their own, and no composite where nothing was drawn."""
+
+    def part(name, colour):
+        Image.new("RGBA", (16, 16), colour or (0, 0, 0, 0)).save(tmp_path / name)
+        return (tmp_path / name).read_bytes()
+
+    sent = EditorDataBlobs(background=part("b.png", background), layers=[part("l.png", stroke)], composite=None)
+    box = widgets.canvas("Draw", 64, 100)
+    box.blob_storage["1"] = sent
+    read = box.preprocess(EditorData(background=None, layers=[], composite=None, id="1"))
+    if seen is None:
+        assert read is None
+        return
+    assert read.picture.getpixel((3, 3)) == seen and read.drawn.getpixel((3, 3)) == hole
+    assert (read.below is not None) == (background is not None)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, True, "7", None, 10**400])
