@@ -22,7 +22,7 @@ PROMPTS = (
     "a photo of a red cube on a wooden floor",
     "a cartoon of a blue torus under a clear sky",
     "a green pyramid at night, neon style",
-    "a mosaic of a yellow sphere and a purple cone at sunset",
+    "a mosaic of a yellow sphere left of a purple cone at sunset",
     "a pencil sketch of an orange cylinder on a checkered floor",
     "a pink octahedron left of a cyan capsule in a grey studio, photo style",
 )
