@@ -9,16 +9,14 @@ from typing import Any
 
 import torch
 from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
-from diffusers.utils import logging
 
 from .. import compat
 from ..lora_files import (
     AdapterInfo,
     LoadReport,
     adapter_pairs,
-    attach_adapter,
+    load_adapter,
     loaded_adapters,
-    read_adapter,
     write_adapter,
 )
 from ..naming import nearest
@@ -26,8 +24,6 @@ from .condition import Condition
 from .hooks import NAME, BlockHook, ModelInputHook, OutputHook, PatchHook, TimeHook, TokenHook
 from .prepare import Mode, prepare_run
 from .run import ConditionRun, Progress, Step
-
-logger = logging.get_logger(__name__)
 
 
 class OmniControl:
@@ -93,14 +89,10 @@ class OmniControl:
         """
         if self.run is not None and not hotswap:
             raise ValueError("load adapters before use(): their layers would come under the hooks of the run")
-        file = read_adapter(source, weight_name, **hub)
-        name = adapter_name or Path(file.source).stem
-        report = attach_adapter(self.transformer, file, name, hotswap=hotswap, pipeline=self.pipe)
-        self.infos[name] = file.info
+        report = load_adapter(self.pipe, source, weight_name, adapter_name, hotswap=hotswap, **hub)
+        self.infos[report.adapter] = report.info
         if self.run is not None:  # a compiled model's weights are swapped without a trace
             self.run.forget()
-        if report.unused:
-            logger.warning(str(report))
         return report
 
     def save(self, path: str | Path, adapter_name: str, info: AdapterInfo | None = None) -> Path:

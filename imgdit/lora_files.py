@@ -18,12 +18,15 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn as nn
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
+from diffusers.utils import logging
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from .lora_dialects import LoraPair, from_diffusers, to_diffusers
 from .naming import nearest
+
+logger = logging.get_logger(__name__)
 
 _INFO_KEY = "imgdit"
 
@@ -204,6 +207,25 @@ def attach_adapter(
     activate(model, before)
     near = tuple((key, _nearest_module(key, shapes)) for key in unused)
     return LoadReport(adapter, file.dialect, tuple(pairs), near, file.ranks, file.info)
+
+
+def load_adapter(
+    pipe: Any,
+    source: str | Path,
+    weight_name: str | None = None,
+    adapter_name: str | None = None,
+    *,
+    hotswap: bool = False,
+    **hub: Any,
+) -> LoadReport:
+    """`read_adapter`, then `attach_adapter` to a pipeline's transformer, by the file's name unless another is given;
+    what of the file was not used is logged."""
+    file = read_adapter(source, weight_name, **hub)
+    name = adapter_name or Path(file.source).stem
+    report = attach_adapter(pipe.transformer, file, name, hotswap=hotswap, pipeline=pipe)
+    if report.unused:
+        logger.warning(str(report))
+    return report
 
 
 def active_adapters(model: nn.Module) -> list[str]:

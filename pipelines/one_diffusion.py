@@ -27,7 +27,8 @@ from ..schedulers.flow_match import MultiFrameFlowMatchScheduler, linear_sigmas
 from ..tasks import PictureFrame, task_prompt
 from .frame_pictures import bucket_size, depth_of_pictures, labels_of_pictures, picture_size, pixels_of_pictures
 from .one_diffusion_inputs import check_scene, check_texts, pictures_of, read_scene
-from .text_to_image import ImgDiTPipeline, _pad
+from .text_to_image import ImgDiTPipeline
+from .texts import join_halves
 
 Pictures = list[PIL.Image.Image] | np.ndarray | torch.Tensor
 
@@ -227,7 +228,7 @@ class OneDiffusionPipeline(ImgDiTPipeline):
             told = [task_prompt(task, one, scene, item) for one in ([prompt] if isinstance(prompt, str) else prompt)]
         elif item is not None or captions is not None:
             raise ValueError("item and captions are written into the prompt; prompt_embeds hold it already")
-        embeds, negative_embeds, pooled, negative_pooled, mask, negative_mask = self.encode_prompt(
+        halves = self.encode_prompt(
             told,
             negative_prompt,
             self.do_classifier_free_guidance,
@@ -241,12 +242,7 @@ class OneDiffusionPipeline(ImgDiTPipeline):
             max_sequence_length,
             device,
         )
-        length = max(x.shape[1] for x in (embeds, negative_embeds) if x is not None)
-        embeds, mask = _pad(embeds, length), _pad(mask, length)
-        if negative_embeds is not None:
-            negative_embeds = _pad(negative_embeds, length)
-            pooled, mask = torch.cat([negative_pooled, pooled]), torch.cat([_pad(negative_mask, length), mask])
-        padded = not bool(mask.all())  # asked once: it waits for the device
+        embeds, negative_embeds, pooled, mask = join_halves(*halves)
 
         made = [i for i, frame in enumerate(scene) if not frame.is_given]
         cells = (height // self.vae_scale_factor, width // self.vae_scale_factor)
@@ -263,11 +259,11 @@ class OneDiffusionPipeline(ImgDiTPipeline):
         timesteps = self.scheduler.timesteps
         self._num_timesteps = len(timesteps)
         last = given_level == "last" or (given_level is None and self.follows_reference)
-        layout = self._layout(scene, grid, float(timesteps[-1]) / 1000 if last else 0.0, length)
+        layout = self._layout(scene, grid, float(timesteps[-1]) / 1000 if last else 0.0, embeds.shape[1])
         options: dict[str, Any] = {"joint_attention_kwargs": joint_attention_kwargs}
         if self.follows_reference:
             options |= {"scale_factor": scale_factor, "scale_watershed": scale_watershed}
-        run = _Run(layout, layout.without_frozen(), pooled, mask if padded else None, options, {})
+        run = _Run(layout, layout.without_frozen(), pooled, mask, options, {})
 
         # What callbacks may see and change, by the names of `_callback_tensor_inputs`.
         state = {"latents": latents, "prompt_embeds": embeds, "negative_prompt_embeds": negative_embeds}
@@ -329,16 +325,8 @@ class OneDiffusionPipeline(ImgDiTPipeline):
             raise ValueError("num_images_per_prompt must be at least 1")
         if isinstance(generator, list) and len(generator) != scenes:
             raise ValueError(f"got {len(generator)} generators for {scenes} scenes; give one, or one for each")
-        if guidance_scale < 0:
-            raise ValueError(f"guidance_scale must not be negative, got {guidance_scale}")
-        low, high = guidance_interval
-        if not 0.0 <= low <= high <= 1.0:
-            raise ValueError(f"guidance_interval must be 0 <= low <= high <= 1 in sigma, got {guidance_interval}")
+        self._check_sampling(guidance_scale, guidance_interval, output_type, tensors)
         check_choice("given_level", given_level, ("last", "clean", None))
-        check_choice("output_type", output_type, ("pil", "np", "pt", "latent"))
-        unknown = [name for name in tensors if name not in self._callback_tensor_inputs]
-        if unknown:
-            raise ValueError(f"callbacks may ask for {self._callback_tensor_inputs}, got {unknown}")
         if noise_scale != 1.0 and not self.scheduler.config.use_dynamic_shifting:
             raise ValueError(
                 f"noise_scale={noise_scale} changes a dynamic shift, this scheduler's is fixed; leave it out"

@@ -24,12 +24,14 @@ from ..adapters.prepare import Mode, prepare_run
 from ..adapters.run import ConditionRun, Progress
 from ..data.words import unknown_words
 from ..frames import Frame, FrameLayout
-from ..lora_files import AdapterInfo, LoadReport, attach_adapter, read_adapter
+from ..lora_files import AdapterInfo, LoadReport, load_adapter
 from ..models.autoencoding import cell_size
 from ..models.functional import pack, unpack
 from ..models.mmdit import MMDiT
+from ..naming import check_choice
 from ..schedulers.flow_match import MultiFrameFlowMatchScheduler, linear_sigmas
 from .lora_loader import LoraLoaderMixin
+from .texts import join_halves
 
 logger = logging.get_logger(__name__)
 
@@ -126,12 +128,8 @@ class ImgDiTPipeline(compat.DiffusionPipeline, LoraLoaderMixin):
         **hub: Any,
     ) -> LoadReport:
         """Load a condition adapter, which acts on the tokens of its conditions only; see `OmniControl.load`."""
-        file = read_adapter(source, weight_name, **hub)
-        name = adapter_name or Path(file.source).stem
-        report = attach_adapter(self.transformer, file, name, hotswap=hotswap, pipeline=self)
-        self._infos[name] = file.info
-        if report.unused:
-            logger.warning(str(report))
+        report = load_adapter(self, source, weight_name, adapter_name, hotswap=hotswap, **hub)
+        self._infos[report.adapter] = report.info
         return report
 
     # Text
@@ -281,19 +279,24 @@ class ImgDiTPipeline(compat.DiffusionPipeline, LoraLoaderMixin):
                 raise ValueError(f"{name} must be ({batch}, tokens, {features}), got {tuple(embeds.shape)}")
             if mask is not None and (embeds is None or mask.shape != embeds.shape[:2]):
                 raise ValueError(f"{name}_mask must have the batch and tokens of {name}, got {tuple(mask.shape)}")
-        if guidance_scale < 0:
-            raise ValueError(f"guidance_scale must not be negative, got {guidance_scale}")
-        low, high = guidance_interval
-        if not 0.0 <= low <= high <= 1.0:
-            raise ValueError(f"guidance_interval must be 0 <= low <= high <= 1 in sigma, got {guidance_interval}")
+        self._check_sampling(guidance_scale, guidance_interval, output_type, callback_on_step_end_tensor_inputs)
         if num_images_per_prompt < 1:
             raise ValueError(f"num_images_per_prompt must be at least 1, got {num_images_per_prompt}")
         expected = self._latent_shape(batch * num_images_per_prompt, height, width)
         if latents is not None and tuple(latents.shape) != expected:
             raise ValueError(f"latents must be {expected}, got {tuple(latents.shape)}")
-        if output_type not in ("pil", "np", "pt", "latent"):
-            raise ValueError(f"output_type must be 'pil', 'np', 'pt' or 'latent', got {output_type!r}")
-        unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
+
+    def _check_sampling(
+        self, guidance_scale: float, guidance_interval: tuple[float, float], output_type: str, tensors: Sequence[str]
+    ) -> None:
+        """Refuse options of a run that no model could serve."""
+        if guidance_scale < 0:
+            raise ValueError(f"guidance_scale must not be negative, got {guidance_scale}")
+        low, high = guidance_interval
+        if not 0.0 <= low <= high <= 1.0:
+            raise ValueError(f"guidance_interval must be 0 <= low <= high <= 1 in sigma, got {guidance_interval}")
+        check_choice("output_type", output_type, ("pil", "np", "pt", "latent"))
+        unknown = [name for name in tensors if name not in self._callback_tensor_inputs]
         if unknown:
             raise ValueError(f"callbacks may ask for {self._callback_tensor_inputs}, got {unknown}")
 
@@ -388,7 +391,7 @@ class ImgDiTPipeline(compat.DiffusionPipeline, LoraLoaderMixin):
         self._interrupt = False
         device = self._execution_device
 
-        embeds, negative_embeds, pooled, negative_pooled, mask, negative_mask = self.encode_prompt(
+        halves = self.encode_prompt(
             prompt,
             negative_prompt,
             self.do_classifier_free_guidance,
@@ -402,14 +405,7 @@ class ImgDiTPipeline(compat.DiffusionPipeline, LoraLoaderMixin):
             max_sequence_length,
             device,
         )
-        text_length = embeds.shape[1]
-        if negative_embeds is not None:
-            text_length = max(text_length, negative_embeds.shape[1])
-            negative_embeds = _pad(negative_embeds, text_length)
-            pooled = torch.cat([negative_pooled, pooled])
-            mask = torch.cat([_pad(negative_mask, text_length), _pad(mask, text_length)])
-        embeds = _pad(embeds, text_length)
-        padded = not bool(mask.all())  # asked once: it waits for the device
+        embeds, negative_embeds, pooled, mask = join_halves(*halves)
 
         batch_size = embeds.shape[0]
         if latents is None:
@@ -447,7 +443,7 @@ class ImgDiTPipeline(compat.DiffusionPipeline, LoraLoaderMixin):
                     t,
                     text,
                     pooled[rows],
-                    mask[rows] if padded else None,
+                    None if mask is None else mask[rows],
                     image,
                     run,
                     joint_attention_kwargs,
@@ -545,12 +541,6 @@ def _spread(tokens: torch.Tensor, image: Frame) -> torch.Tensor:
     whole = tokens.new_zeros(tokens.shape[0], image.mask.numel(), tokens.shape[2])
     whole[:, image.mask.flatten()] = tokens
     return whole
-
-
-def _pad(x: torch.Tensor, length: int) -> torch.Tensor:
-    """Zeros (False) behind the tokens up to a length."""
-    missing = length - x.shape[1]
-    return x if missing == 0 else torch.cat([x, x.new_zeros(x.shape[0], missing, *x.shape[2:])], dim=1)
 
 
 def _is_strings(value: Any) -> bool:

@@ -391,7 +391,7 @@ def test_offload_and_other_homes(pipe):
         ({"num_images_per_prompt": 0}, "at least 1"),
         ({"num_inference_steps": 0}, "at least 1, got 0"),
         ({"latents": torch.zeros(1, 4, 4, 4)}, r"latents must be \(1, 4, 8, 8\), got \(1, 4, 4, 4\)"),
-        ({"output_type": "jpeg"}, "'pil', 'np', 'pt' or 'latent', got 'jpeg'"),
+        ({"output_type": "jpeg"}, "output_type must be one of 'pil', 'np', 'pt', 'latent', got 'jpeg'"),
         ({"callback_on_step_end_tensor_inputs": ["noise"]}, r"callbacks may ask for .*, got \['noise'\]"),
         ({"joint_attention_kwargs": {"scales": 1}}, r"knows only 'scale', got \['scales'\]"),
     ],
