@@ -25,8 +25,6 @@ from .scene_maker import PipelineMaker
 
 SHEET = 64
 """Pictures on a sheet."""
-PICTURE_SECONDS, PROCESS_SECONDS = 4.0, 10.0
-"""What one picture and one whole process may take on two CPU cores."""
 
 
 def run(model: Path, probe_folder: Path, out: Path, count: int, steps: int, guidance: float) -> list[Score]:
@@ -38,10 +36,7 @@ def run(model: Path, probe_folder: Path, out: Path, count: int, steps: int, guid
         count: pictures of each kind.
         steps, guidance: of the sampler.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    pipe = DiffusionPipeline.from_pretrained(model).to("cuda" if torch.cuda.is_available() else "cpu")
-    probe = SceneProbe.from_pretrained(probe_folder).eval()
-    maker = PipelineMaker(pipe, steps, guidance)
+    maker, probe = _load(model, probe_folder, steps, guidance)
     kept: dict[str, Any] = {}
     scores = probe_scores(probe, 5 * count)
     scores += text_scores(maker, probe, count, kept.__setitem__)
@@ -55,10 +50,7 @@ def run(model: Path, probe_folder: Path, out: Path, count: int, steps: int, guid
 
 def run_any(model: Path, probe_folder: Path, out: Path, count: int, steps: int, guidance: float) -> list[Score]:
     """Measure the any-to-any tasks; `out` gets any.json and the sheets. Arguments as of `run`."""
-    out.mkdir(parents=True, exist_ok=True)
-    pipe = DiffusionPipeline.from_pretrained(model).to("cuda" if torch.cuda.is_available() else "cpu")
-    probe = SceneProbe.from_pretrained(probe_folder).eval()
-    maker = PipelineMaker(pipe, steps, guidance)
+    maker, probe = _load(model, probe_folder, steps, guidance)
     kept: dict[str, Any] = {}
     scores = restoration_scores(maker, count, kept.__setitem__)
     scores += drawing_scores(maker, probe, count, kept.__setitem__)
@@ -79,10 +71,7 @@ def run_control(
     Raises:
         ValueError: an adapter that is measured is not there.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    pipe = DiffusionPipeline.from_pretrained(model).to("cuda" if torch.cuda.is_available() else "cpu")
-    probe = SceneProbe.from_pretrained(probe_folder).eval()
-    maker = PipelineMaker(pipe, steps, guidance)
+    maker, probe = _load(model, probe_folder, steps, guidance)
     names = maker.load_controls(adapters)
     missing = [name for name in ("depth", "canny", "inpainting", "subject") if name not in names]
     if missing:
@@ -95,8 +84,14 @@ def run_control(
     return scores
 
 
+def _load(model: Path, probe: Path, steps: int, guidance: float) -> tuple[PipelineMaker, SceneProbe]:
+    pipe = DiffusionPipeline.from_pretrained(model).to("cuda" if torch.cuda.is_available() else "cpu")
+    return PipelineMaker(pipe, steps, guidance), SceneProbe.from_pretrained(probe).eval()
+
+
 def write(path: Path, scores: list[Score], settings: dict[str, Any]) -> None:
     """The scores with every raw count, as JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     plain = {**settings, "scores": [asdict(score) for score in scores]}
     path.write_text(json.dumps(plain, indent=1, ensure_ascii=False))
 

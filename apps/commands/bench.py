@@ -8,21 +8,28 @@ from typing import Annotated
 
 import typer
 
+from . import speed
+
 app = typer.Typer(
     help="Measure: what a model makes, and how fast (speed as ratios within one run).", no_args_is_help=True
 )
 
+Model = Annotated[Path | None, typer.Option(help="Folder of a pipeline; the embedded model by default.")]
+Probe = Annotated[Path | None, typer.Option(help="Folder of a probe; the embedded one by default.")]
+Sheets = Annotated[Path, typer.Option(help="Folder of the raw numbers and the sheets.")]
+Count = Annotated[int, typer.Option(min=1, help="Pictures of each kind.")]
+Steps = Annotated[int, typer.Option(min=1, help="Steps of the sampler.")]
+Guidance = Annotated[float, typer.Option(min=0.0, help="Guidance scale.")]
+
 
 @app.command()
 def scenes(
-    model: Annotated[Path | None, typer.Option(help="Folder of a pipeline; the embedded model by default.")] = None,
-    probe: Annotated[Path | None, typer.Option(help="Folder of a probe; the embedded one by default.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder of the raw numbers and the sheets.")] = Path(
-        "outputs/bench-scenes"
-    ),
-    count: Annotated[int, typer.Option(min=1, help="Pictures of each kind.")] = 100,
-    steps: Annotated[int, typer.Option(min=1, help="Steps of the sampler.")] = 28,
-    guidance: Annotated[float, typer.Option(min=0.0, help="Guidance scale.")] = 3.0,
+    model: Model = None,
+    probe: Probe = None,
+    out: Sheets = Path("outputs/bench-scenes"),
+    count: Count = 100,
+    steps: Steps = 28,
+    guidance: Guidance = 3.0,
 ) -> None:
     """Measure a model of the scenes against exact ground truth: text, depth, edges, segmentation, views, time."""
     from imgdit.apps import scene_bench
@@ -37,12 +44,12 @@ def scenes(
 
 @app.command("any")
 def any_tasks(
-    model: Annotated[Path | None, typer.Option(help="Folder of a pipeline; the embedded model by default.")] = None,
-    probe: Annotated[Path | None, typer.Option(help="Folder of a probe; the embedded one by default.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder of the raw numbers and the sheets.")] = Path("outputs/bench-any"),
-    count: Annotated[int, typer.Option(min=1, help="Pictures of each kind.")] = 50,
-    steps: Annotated[int, typer.Option(min=1, help="Steps of the sampler.")] = 28,
-    guidance: Annotated[float, typer.Option(min=0.0, help="Guidance scale.")] = 3.0,
+    model: Model = None,
+    probe: Probe = None,
+    out: Sheets = Path("outputs/bench-any"),
+    count: Count = 50,
+    steps: Steps = 28,
+    guidance: Guidance = 3.0,
 ) -> None:
     """Measure the any-to-any tasks of a model of the scenes: restoring, maps, editing, subjects, views, cameras."""
     from imgdit.apps import scene_bench
@@ -55,15 +62,13 @@ def any_tasks(
 
 @app.command()
 def control(
-    model: Annotated[Path | None, typer.Option(help="Folder of a pipeline; the embedded model by default.")] = None,
+    model: Model = None,
     adapters: Annotated[Path | None, typer.Option(help="Folder of the adapters; the model's by default.")] = None,
-    probe: Annotated[Path | None, typer.Option(help="Folder of a probe; the embedded one by default.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder of the raw numbers and the sheets.")] = Path(
-        "outputs/bench-control"
-    ),
-    count: Annotated[int, typer.Option(min=1, help="Pictures of each kind.")] = 200,
-    steps: Annotated[int, typer.Option(min=1, help="Steps of the sampler.")] = 28,
-    guidance: Annotated[float, typer.Option(min=0.0, help="Guidance scale.")] = 3.0,
+    probe: Probe = None,
+    out: Sheets = Path("outputs/bench-control"),
+    count: Count = 200,
+    steps: Steps = 28,
+    guidance: Guidance = 3.0,
 ) -> None:
     """Measure condition adapters on scenes: are depth, edges, hole and subject obeyed, and the sentence still?"""
     from imgdit.apps import scene_bench
@@ -81,8 +86,8 @@ def control(
 
 @app.command()
 def unlearn(
-    model: Annotated[Path | None, typer.Option(help="Folder of a pipeline; the embedded model by default.")] = None,
-    probe: Annotated[Path | None, typer.Option(help="Folder of a probe; the embedded one by default.")] = None,
+    model: Model = None,
+    probe: Probe = None,
     saes: Annotated[Path, typer.Option(help="Folder of the autoencoders (`imgdit sae train scenes/sae`).")] = Path(
         "outputs/scenes/sae/saes"
     ),
@@ -146,116 +151,4 @@ def unlearn_canvas(
         typer.echo(f"wrote {out}")
 
 
-@app.command()
-def forward(
-    rounds: Annotated[int, typer.Option(min=1, help="Counted pairs of runs.")] = 9,
-    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object per line instead of a table.")] = False,
-) -> None:
-    """Time MMDiT's forward pass against diffusers' FLUX and SD3 transformers, and its modulation per frame.
-
-    Ratios below 1 mean that ours is faster. Runs are interleaved; medians and the spread of the pairs are printed.
-    """
-    import torch
-
-    from imgdit.evaluation import speed
-
-    torch.set_num_threads(threads)
-    element = getattr(torch, dtype, None)
-    if not isinstance(element, torch.dtype):
-        raise typer.BadParameter(f"dtype must be float32, bfloat16 or float16, got {dtype!r}")
-    if not as_json:
-        peak = speed.gemm_peak(device=device, dtype=element)
-        typer.echo(f"torch {torch.__version__}, {device}, {dtype}, {threads} thread(s); GEMM {peak / 1e9:.0f} GFLOP/s")
-        typer.echo(f"{'work':<44}{'against':<26}{'ours':>9}{'other':>9}{'ratio':>8}{'spread':>16}{'max diff':>10}")
-    for row in speed.forward_comparisons(rounds=rounds, device=device, dtype=element):
-        if as_json:
-            typer.echo(json.dumps(row._asdict()))
-        else:
-            typer.echo(
-                f"{row.work:<44}{row.against:<26}{row.ours * 1e3:>6.1f} ms{row.other * 1e3:>6.1f} ms{row.ratio:>8.3f}"
-                f"{f'{row.low:.3f}-{row.high:.3f}':>16}{row.difference:>10.1e}"
-            )
-
-
-@app.command("sae-speed")
-def sae_speed(
-    rounds: Annotated[int, typer.Option(min=1, help="Counted pairs of runs.")] = 9,
-    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object per line instead of a table.")] = False,
-) -> None:
-    """Time an SAE's training step against dense arithmetic, and its hooks against the block they sit on.
-
-    A ratio of 0.2 is five times as fast; of a hook, a fifth of the block's own time. Runs are interleaved.
-    """
-    import torch
-
-    from imgdit.evaluation import sae_speed as bench
-
-    torch.set_num_threads(threads)
-    if not as_json:
-        typer.echo(f"torch {torch.__version__}, {device}, float32, {threads} thread(s)")
-        typer.echo(f"{'work':<58}{'against':<36}{'ours':>10}{'other':>10}{'ratio':>8}{'spread':>16}")
-    for rows in ([bench.training_comparison(rounds=rounds, device=device)], bench.hook_comparisons(device=device)):
-        for row in rows:
-            if as_json:
-                typer.echo(json.dumps({k: None if v != v else v for k, v in row._asdict().items()}))
-            else:
-                typer.echo(
-                    f"{row.work:<58}{row.against:<36}{row.ours * 1e3:>7.2f} ms{row.other * 1e3:>7.2f} ms"
-                    f"{row.ratio:>8.3f}{f'{row.low:.3f}-{row.high:.3f}':>16}"
-                )
-
-
-@app.command("any-speed")
-def any_speed(
-    rounds: Annotated[int, typer.Option(min=1, help="Counted pairs of runs.")] = 9,
-    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object per line instead of a table.")] = False,
-) -> None:
-    """Time a step of NextDiT against OneDiffusion's arithmetic done the reference's way: two frames, guidance, a CPU.
-
-    Runs are interleaved; medians, the spread of the pairs and the largest difference of the results are printed.
-    """
-    import torch
-
-    from imgdit.evaluation.any_speed import any_comparisons
-
-    torch.set_num_threads(threads)
-    if not as_json:
-        typer.echo(f"torch {torch.__version__}, cpu, float32, {threads} thread(s); against the reference's way")
-        typer.echo(f"{'work':<76}{'ours':>10}{'other':>10}{'times faster':>14}{'spread':>12}{'max diff':>10}")
-    for row in any_comparisons(rounds=rounds):
-        if as_json:
-            typer.echo(json.dumps(row._asdict()))
-        else:
-            typer.echo(
-                f"{row.work:<76}{row.ours * 1e3:>7.0f} ms{row.other * 1e3:>7.0f} ms{1 / row.ratio:>14.2f}"
-                f"{f'{1 / row.high:.2f}-{1 / row.low:.2f}':>12}{row.difference:>10.1e}"
-            )
-
-
-@app.command("control-speed")
-def control_speed(
-    rounds: Annotated[int, typer.Option(min=1, help="Counted pairs of steps.")] = 9,
-    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-) -> None:
-    """Time steps under conditions against steps without, on a medium FLUX, and their share of the GEMM peak."""
-    import torch
-
-    from imgdit.adapters.speed import condition_costs
-
-    torch.set_num_threads(threads)
-    element = getattr(torch, dtype, None)
-    if not isinstance(element, torch.dtype):
-        raise typer.BadParameter(f"dtype must be float32, bfloat16 or float16, got {dtype!r}")
-    typer.echo(f"torch {torch.__version__}, {device}, {dtype}, {threads} thread(s)")
-    typer.echo(f"{'work':<42}{'step':>10}{'ratio':>8}{'spread':>16}{'of peak':>9}")
-    for row in condition_costs(rounds=rounds, device=device, dtype=element):
-        spread = f"{row.low:.3f}-{row.high:.3f}"
-        typer.echo(f"{row.work:<42}{row.seconds * 1e3:>7.0f} ms{row.ratio:>8.3f}{spread:>16}{row.share:>8.0%}")
+app.add_typer(speed.app)
