@@ -1,19 +1,14 @@
 """Costs on paper: against torch's own counter, and the recipes of scale/."""
 
-import json
-from importlib.resources import files
-
 import pytest
 import torch
-from accelerate.commands.config.config_args import load_config_from_file
 from tiny import rope_config, sincos_config, tiny_mmdit
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
-from imgdit import Frame, MMDiT
+from imgdit import Frame
 from imgdit.apps.cli import app
-from imgdit.models.blocks import MMDiTBlock, MMDiTSingleBlock
 from imgdit.mup.cost import model_cost
 from imgdit.training import load_recipe
 from imgdit.training.config import build_model, packaged_recipes
@@ -60,15 +55,6 @@ def test_scale_recipes_differ_in_width_alone():
 
     recipes = [rest(load_recipe(name)) for name in SCALE.values()]
     assert all(recipe == recipes[0] for recipe in recipes) and len(recipes) >= 5
-
-
-def test_accelerate_reads_the_fsdp2_settings(tmp_path):
-    text = (files("imgdit.configs") / "scale/fsdp2.json").read_text()
-    (tmp_path / "fsdp2.json").write_text(text)
-    settings = load_config_from_file(str(tmp_path / "fsdp2.json"))
-    assert settings.distributed_type == "FSDP" and settings.fsdp_config["fsdp_version"] == 2
-    wrapped = json.loads(text)["fsdp_config"]["fsdp_transformer_layer_cls_to_wrap"].split(",")
-    assert wrapped == [MMDiTBlock.__name__, MMDiTSingleBlock.__name__] == MMDiT._no_split_modules
 
 
 def test_a_proxy_for_a_target():
