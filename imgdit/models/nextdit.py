@@ -29,6 +29,7 @@ from .. import compat
 from ..attention import KVCache, LayerCache, grouped_attention
 from ..compat import SafetensorsOnly
 from ..frames import Frame, FrameLayout, RowGroup
+from ..mup import MupMixin
 from .functional import apply_rope, gated_add, multiply_add, pack, rope_table, unpack
 from .nextdit_validation import check_config, check_tokens, read_config
 from .softcap import softcap_attention
@@ -330,7 +331,7 @@ class FinalLayer(nn.Module):
         return self.linear(_scaled(normed, self.adaLN_modulation(temb), lengths))
 
 
-class NextDiT(SafetensorsOnly, ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, AttentionMixin):
+class NextDiT(SafetensorsOnly, ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, AttentionMixin, MupMixin):
     """OneDiffusion's diffusion transformer over frames.
 
     Args:
@@ -355,6 +356,11 @@ class NextDiT(SafetensorsOnly, ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         attention_softcap: largest absolute logit of the attention among frames. "auto": 30 in half precision and none
             in float32, as the reference computes; a number: in every dtype; `None`: none.
         timestep_scale: what the `timestep` given to `forward` is multiplied by to lie in [0, 1000].
+        mup_base_width: `hidden_size` at which learning rates were tuned (μP), with keys and values grouped in the same
+            proportion; `None`: standard parametrisation.
+        mup_output_mult: factor of the readout (μP).
+        mup_adaln_init: "zero" (adaLN-zero) or "normal" (as the μP paper's DiT).
+        mup_wd_exponent, mup_base_head_dim, mup_base_depth: see `imgdit.mup.MupSettings`.
     """
 
     _supports_gradient_checkpointing = True
@@ -386,6 +392,12 @@ class NextDiT(SafetensorsOnly, ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         rotary_max_length_t: int | None = None,
         attention_softcap: float | str | None = "auto",
         timestep_scale: float = 1.0,
+        mup_base_width: int | None = None,
+        mup_output_mult: float = 1.0,
+        mup_adaln_init: str = "zero",
+        mup_wd_exponent: float = 1.0,
+        mup_base_head_dim: int | None = None,
+        mup_base_depth: int | None = None,
     ):
         super().__init__()
         check_config(self.config)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..frames import FrameLayout
+from ..mup import check_settings, mup_settings
 from ..naming import check_choice, nearest
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ def check_config(config: Mapping[str, Any]) -> None:
     cap = config["attention_softcap"]
     if cap is not None and cap != "auto" and not (isinstance(cap, int | float) and cap > 0):
         raise ValueError(f"attention_softcap must be a positive number, 'auto' or None, got {cap!r}")
+    check_settings(mup_settings(config), hidden // heads, "hidden_size / num_heads")
 
 
 def check_tokens(

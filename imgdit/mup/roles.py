@@ -108,12 +108,17 @@ def configure(model: Any, **settings: Any) -> None:
     """
     structure = structure_of(model)
     changed = mup_settings(model.config)._replace(**settings)
-    check_settings(changed, structure.head_dim_of(model.config))
+    check_settings(changed, structure.head_dim_of(model.config), structure.head_dim_name)
     model.register_to_config(**{f"mup_{name}": value for name, value in changed._asdict().items()})
 
 
-def check_settings(settings: MupSettings, head_dim: int) -> None:
+def check_settings(settings: MupSettings, head_dim: int, head_dim_name: str = "attention_head_dim") -> None:
     """Refuse μP fields that do not fit a model.
+
+    Args:
+        settings: the fields.
+        head_dim: features of an attention head.
+        head_dim_name: what its configuration calls that.
 
     Raises:
         ValueError: what was got and expected.
@@ -126,7 +131,7 @@ def check_settings(settings: MupSettings, head_dim: int) -> None:
             raise ValueError(f"mup_{name} must be positive, got {value}")
     if base is None:
         return
-    of = "attention_head_dim" if base_head_dim is None else "mup_base_head_dim"
+    of = head_dim_name if base_head_dim is None else "mup_base_head_dim"
     step = base_head_dim or head_dim
     if base < step or base % step:
         raise ValueError(
@@ -165,9 +170,10 @@ def mup_table(model: Any) -> list[ParameterRule]:
             rules.append(ParameterRule(name, kind, shape, None, 1.0, 1.0, 1.0))
             continue
         growth = _capped(structure, settings, config) if matches(name, structure.capped) else m
-        if kind in ("finite", "head"):
-            growth = head_growth if kind == "head" else 1.0
-        role: Role = kind if kind != "head" else "finite" if settings.base_head_dim is None else "vector"
+        growth = {"finite": 1.0, "head": head_growth, "heads": m / head_growth}.get(kind, growth)
+        role: Role = "vector" if kind in ("head", "heads") else kind
+        if kind == "head" and settings.base_head_dim is None:
+            role = "finite"
         fold = settings.output_mult / m if role == "output" else 1.0
         if matches(name, queries):
             fold /= math.sqrt(head_growth)

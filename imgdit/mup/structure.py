@@ -15,8 +15,9 @@ from typing import Any, Literal
 from accelerate.utils import extract_model_from_parallel
 
 Role = Literal["input", "hidden", "modulation", "output", "vector", "finite", "adapter"]
-# What a pattern says: a role, or "head" for a gain of one head, which is finite unless heads themselves grow.
-Kind = Role | Literal["head"]
+# What a pattern says: a role; "head" for a gain of one head, which is finite unless heads themselves grow; or "heads"
+# for a vector with one entry per head, which grows with their number.
+Kind = Role | Literal["head", "heads"]
 
 # Wrappers put their names into a parameter's, PEFT the base layer's; patterns are matched without them.
 _WRAPPERS = ("_orig_mod.", "module.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "base_layer.")
@@ -43,6 +44,8 @@ class Structure:
     """Config keys whose product is the width; the head dimension is the last, or the width over `heads`."""
     heads: str = "num_attention_heads"
     """Config key of the number of heads."""
+    kv_heads: str = ""
+    """Config key of the number of heads of keys and values, where that is another; it grows in the same proportion."""
     capped: tuple[str, ...] = ()
     """Parameters of conditioning vectors that do not grow beyond the width `cap`."""
     cap: int = 0
@@ -70,6 +73,11 @@ class Structure:
     def head_dim_of(self, config: Mapping[str, Any]) -> int:
         """Features of an attention head."""
         return self.width_of(config) // config[self.heads]
+
+    @property
+    def head_dim_name(self) -> str:
+        """What a configuration calls the features of an attention head."""
+        return self.width[-1] if len(self.width) > 1 else f"{self.width[0]} / {self.heads}"
 
     def depth_of(self, config: Mapping[str, Any]) -> int:
         """Blocks on the residual stream."""
@@ -201,8 +209,7 @@ _PIXART = Structure(
     branches=_BASIC_BRANCHES,
     blocks=("transformer_blocks.*",),
 )
-# The backbone of OneDiffusion. Its branches end with an RMS norm, so their size is that norm's gain. The heads of keys
-# and values grow in proportion to those of the queries.
+# The backbone of OneDiffusion. Its branches end with an RMS norm, so their size is that norm's gain.
 _NEXTDIT = Structure(
     roles=(
         ("x_embedder.weight", "input"),
@@ -214,7 +221,7 @@ _NEXTDIT = Structure(
         ("layers.*.attention_y_norm.weight", "finite"),
         ("layers.*.attention.w[kv]_y.weight", "input"),
         ("layers.*.attention.w[qkvo].weight", "hidden"),
-        ("layers.*.attention.gate", "vector"),
+        ("layers.*.attention.gate", "heads"),
         ("layers.*.attention.*_norm.weight", "vector"),
         ("layers.*.feed_forward.w[123].weight", "hidden"),
         ("layers.*.attention_norm[12].weight", "vector"),
@@ -231,6 +238,7 @@ _NEXTDIT = Structure(
     depth=("depth",),
     width=("hidden_size",),
     heads="num_heads",
+    kv_heads="num_kv_heads",
     capped=("t_embedder.*", "y_embedder.1.*", "*adaLN_modulation.1.weight"),
     cap=1024,
 )

@@ -68,10 +68,10 @@ class RunConfig:
 class ModelConfig:
     """What is trained."""
 
-    kind: Literal["mmdit", "autoencoder_kl", "autoencoder_dc", "caption_reader", "scene_probe"] = "mmdit"
-    """Its class, "mmdit": `imgdit.MMDiT`; "autoencoder_…": diffusers' `AutoencoderKL` or `AutoencoderDC`;
-    "caption_reader": a T5 encoder that learns to understand the scenes' sentences; "scene_probe": a network that reads
-    their pictures."""
+    kind: Literal["mmdit", "nextdit", "autoencoder_kl", "autoencoder_dc", "caption_reader", "scene_probe"] = "mmdit"
+    """Its class, "mmdit": `imgdit.MMDiT`; "nextdit": `imgdit.NextDiT`; "autoencoder_…": diffusers' `AutoencoderKL` or
+    `AutoencoderDC`; "caption_reader": a T5 encoder that learns to understand the scenes' sentences; "scene_probe": a network
+    that reads their pictures."""
     arguments: dict[str, Any] = field(default_factory=dict)
     """Arguments of its class."""
     pretrained: str | None = None
@@ -95,6 +95,10 @@ class ModelConfig:
             from ..models.mmdit import MMDiT
 
             return MMDiT
+        if self.kind == "nextdit":
+            from ..models.nextdit import NextDiT
+
+            return NextDiT
         if self.kind == "caption_reader":
             from .reader import scene_reader
 

@@ -33,6 +33,14 @@ def at_width(recipe: Recipe, width: int, parametrisation: Parametrisation, base_
     changed = {**recipe.model.arguments, structure.heads: width // head_dim}
     if len(structure.width) == 1:
         changed[structure.width[0]] = width
+    if structure.kv_heads and (groups := arguments[structure.kv_heads]) is not None:
+        grown = groups * width // head_dim
+        if grown % arguments[structure.heads]:
+            raise ValueError(
+                f"width {width} has {width // head_dim} heads, which cannot share keys and values as "
+                f"{arguments[structure.heads]} heads share {groups}; set {structure.kv_heads}: null"
+            )
+        changed[structure.kv_heads] = grown // arguments[structure.heads]
     for name in [name for name in changed if name.startswith("mup_base_")]:
         del changed[name]
     if parametrisation == "mup":
@@ -52,7 +60,7 @@ def _structure(recipe: Recipe) -> Structure:
     if name not in STRUCTURES or "mup_base_width" not in _parameters(recipe):
         raise ValueError(
             f"model.kind {model.kind!r} has no μP parametrisation, so its width cannot be compared; give a recipe "
-            "of a transformer backbone (mmdit)"
+            "of a transformer backbone (mmdit, nextdit)"
         )
     if model.pretrained is not None:
         raise ValueError(

@@ -157,3 +157,22 @@ def test_a_recipe_at_another_width():
     assert plain["num_attention_heads"] == 8 and "mup_base_width" not in plain
     with pytest.raises(ValueError, match="has one width; give a recipe that trains from scratch"):
         at_width(recipe.replace(model={"arguments": {}, "pretrained": "folder"}), 128, "mup", 32)
+
+
+NEXTDIT = {
+    "hidden_size": 48, "num_heads": 4, "num_kv_heads": 2, "depth": 2, "in_channels": 4, "patch_size": [1, 2, 2],
+    "caption_channels": 32, "multiple_of": 8, "mup_base_width": 48, "mup_adaln_init": "normal",
+}  # fmt: skip
+
+
+def test_nextdit_at_other_widths():
+    """Heads of keys and values grow with the queries'; the coordinate check sees what μP does for it."""
+    recipe = load_recipe("mup/coordinates").replace(model={"kind": "nextdit", "arguments": NEXTDIT})
+    wide = at_width(recipe, 192, "mup", 48).model.arguments
+    assert (wide["hidden_size"], wide["num_heads"], wide["num_kv_heads"]) == (192, 16, 8)
+    with pytest.raises(ValueError, match="3 heads, which cannot share keys and values as 4 heads share 2"):
+        at_width(recipe, 36, "mup", 48)
+    checks = coordinate_check(recipe, [48, 96, 192], seeds=2)
+    slopes = {name: {s.module: s.at_end for s in check.slopes()} for name, check in checks.items()}
+    assert max(abs(value) for value in slopes["mup"].values() if value is not None) <= 0.15
+    assert slopes["standard"]["output"] >= 0.4

@@ -6,12 +6,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from peft import LoraConfig
-from tiny import rope_config, sincos_config, tiny_mmdit
+from tiny import randomize, rope_config, sincos_config, tiny_mmdit
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from imgdit import MMDiT
+from imgdit import MMDiT, NextDiT
 from imgdit.mup import check_rates, configure, init_weights, mup_table, param_groups
 
 MUP = {"num_attention_heads": 4, "mup_base_width": 16, "mup_output_mult": 2.0, "mup_adaln_init": "normal"}
@@ -78,6 +78,47 @@ def test_folded_factors_train_as_factors_of_the_forward_pass():
         expected = trained(with_factors(plain, parts), expected_groups)
         got = trained(folded, param_groups(folded, 1e-2, 0.1, no_decay=()))
         torch.testing.assert_close(got, expected, atol=2e-5, rtol=1e-4)
+
+
+def test_folded_factors_of_nextdit_train_as_factors_of_the_forward_pass():
+    """Queries and branches, as above; `mup_output_mult` at the readout."""
+    config = {"hidden_size": 48, "num_heads": 2, "num_kv_heads": 1, "depth": 2, "in_channels": 4, "multiple_of": 8}
+    config |= {"caption_channels": 32, "mup_adaln_init": "normal"}
+    folded = NextDiT(**config, mup_base_width=24, mup_base_head_dim=12, mup_base_depth=1, mup_output_mult=3.0)
+    folded.init_weights(torch.Generator().manual_seed(1))
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for part in (folded.final_layer.linear.weight, *(layer.attention.gate for layer in folded.layers)):
+            part.normal_()
+    rules = {rule.name: rule for rule in mup_table(folded)}
+    plain = NextDiT(**config, mup_base_width=24)
+    plain.load_state_dict({name: p / rules[name].fold for name, p in folded.state_dict().items()})
+    groups = [
+        {**group, "params": [p], "eps": 1e-8 * rules[name].eps_mult * rules[name].fold}
+        for group in param_groups(plain, 1e-2, 0.1, no_decay=())
+        for name, p in zip(group["names"], group["params"])
+    ]
+    for group in groups:  # the readout's factor is in the forward pass, so its rate is the base's
+        if group["role"] == "output":
+            group["lr"], group["weight_decay"] = 1e-2, 0.1
+    parts = [(layer.attention.q_norm, 0.5**0.5) for layer in plain.layers]
+    parts += [(norm, 0.5) for layer in plain.layers for norm in (layer.attention_norm2, layer.ffn_norm2)]
+    readout = plain.final_layer.linear
+    weight = rules["final_layer.linear.weight"].fold
+    readout.forward = lambda x: torch.nn.functional.linear(x, readout.weight * weight, readout.bias)
+    expected = trained(with_factors(plain, parts), groups)
+    got = trained(folded, param_groups(folded, 1e-2, 0.1, no_decay=()))
+    torch.testing.assert_close(got, expected, atol=2e-5, rtol=1e-4)
+
+
+def test_mup_changes_no_forward_pass_of_nextdit():
+    config = {"hidden_size": 48, "num_heads": 4, "num_kv_heads": 2, "depth": 1, "in_channels": 4, "multiple_of": 8}
+    config |= {"caption_channels": 32}
+    plain, scaled = randomize(NextDiT(**config)), NextDiT(**config, mup_base_width=24, mup_output_mult=2.0)
+    scaled.load_state_dict(plain.state_dict())
+    with torch.no_grad():
+        assert torch.equal(plain(**latents()[0]).sample, scaled(**latents()[0]).sample)
+    assert [rule.name for rule in scaled.mup_table()] == [name for name, _ in plain.named_parameters()]
 
 
 def test_copies_and_wrappers_keep_everything():

@@ -5,7 +5,7 @@ import pytest
 import torch
 from tiny import rope_config, sincos_config
 
-from imgdit import MMDiT
+from imgdit import MMDiT, NextDiT
 from imgdit.mup import Structure, configure, init_weights, mup_table, param_groups
 from imgdit.mup.structure import STRUCTURES
 
@@ -35,9 +35,8 @@ def pixart(heads, **changes):
 
 
 def nextdit(heads, **changes):
-    model_class = pytest.importorskip("imgdit.models.nextdit").NextDiT
     config = {"in_channels": 4, "depth": 2, "caption_channels": 20, "multiple_of": 4, "num_kv_heads": heads, **changes}
-    return model_class(hidden_size=heads * 12, num_heads=heads, **config)
+    return NextDiT(**{"hidden_size": heads * 12, "num_heads": heads, **config})
 
 
 CLASSES = {
@@ -72,20 +71,23 @@ def test_a_role_is_what_grows(name):
             assert "table" in rule.name
 
 
-@pytest.mark.parametrize("name", [name for name in CLASSES if name != "NextDiT"])
+@pytest.mark.parametrize("name", CLASSES)
 def test_growing_heads(name):
     """The gains of single heads become vectors; the queries hold the attention's factor."""
-    narrow, wide = (on_meta(BY_HEAD_DIM[name], head_dim) for head_dim in (16, 32))
-    configure(wide, base_width=3 * 16, base_head_dim=16)
+    base = 12 if name == "NextDiT" else 16
+    narrow, wide = (on_meta(BY_HEAD_DIM[name], head_dim) for head_dim in (base, 2 * base))
+    configure(wide, base_width=3 * base, base_head_dim=base)
     queries = set()
     for rule, a, b in zip(mup_table(wide), narrow.parameters(), wide.parameters(), strict=True):
         grows = tuple(x != y for x, y in zip(a.shape, b.shape))
-        assert (rule.role == "finite") == (not any(grows)), rule.name
+        if not rule.name.endswith(".gate"):  # one entry per head
+            assert (rule.role == "finite") == (not any(grows)), rule.name
         assert rule.growth == (2.0 if any(grows) else 1.0), rule.name
         if rule.fold == pytest.approx(0.5**0.5):
             queries.add(rule.name.rsplit(".", 2)[-2])
             assert rule.lr_mult == pytest.approx(rule.fold / (2 if rule.role == "hidden" else 1))
-    assert queries == ({"to_q"} if name in ("DiT", "PixArt") else {"norm_q", "norm_added_q"})
+    expected = {"DiT": {"to_q"}, "PixArt": {"to_q"}, "NextDiT": {"q_norm"}}
+    assert queries == expected.get(name, {"norm_q", "norm_added_q"})
 
 
 BY_HEAD_DIM = {
@@ -99,6 +101,7 @@ BY_HEAD_DIM = {
     "Flux": lambda d: flux(3, attention_head_dim=d, axes_dims_rope=(d // 2, d // 4, d // 4)),
     "DiT": lambda d: diffusers.DiTTransformer2DModel(num_attention_heads=3, **{**DIT, "attention_head_dim": d}),
     "PixArt": lambda d: pixart(3, attention_head_dim=d),
+    "NextDiT": lambda d: nextdit(3, hidden_size=3 * d),
 }
 
 
@@ -124,10 +127,10 @@ def test_conditioning_of_nextdit_stops_growing():
     assert rules["layers.0.attention.wq.weight"].lr_mult == pytest.approx(768 / 1536)
 
 
-@pytest.mark.parametrize("name", [name for name in CLASSES if name != "NextDiT"])
+@pytest.mark.parametrize("name", CLASSES)
 def test_settings_are_saved_copied_and_initialised(name, tmp_path):
     model = CLASSES[name](6)
-    configure(model, base_width=32, output_mult=2.0, adaln_init="normal", wd_exponent=0.5)
+    configure(model, base_width=24 if name == "NextDiT" else 32, output_mult=2.0, adaln_init="normal", wd_exponent=0.5)
     init_weights(model, torch.Generator().manual_seed(0))
     for rule, parameter in zip(mup_table(model), model.parameters(), strict=True):
         std = 0.0 if parameter.numel() < 2 else float(parameter.detach().std())
@@ -142,8 +145,7 @@ def test_settings_are_saved_copied_and_initialised(name, tmp_path):
 
 
 def test_every_table_is_used():
-    known = {type(on_meta(build, 3)).__name__ for name, build in CLASSES.items() if name != "NextDiT"}
-    assert known | {"NextDiT"} == STRUCTURES.keys()
+    assert {type(on_meta(build, 3)).__name__ for build in CLASSES.values()} == STRUCTURES.keys()
 
 
 @pytest.mark.parametrize(
