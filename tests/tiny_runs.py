@@ -3,6 +3,7 @@
 from contextlib import contextmanager
 from unittest.mock import patch
 
+from imgdit.apps.weights import assemble
 from imgdit.data import latents
 from imgdit.training import load_recipe, scene_frames, train
 from imgdit.training.config import build_model
@@ -57,3 +58,14 @@ def small_cache():
         patch.object(scene_frames, "HELD_OUT", 2),
     ):
         yield
+
+
+def small_pipeline(folder):
+    """Folder `pipeline` in a folder: assembled from one-step runs, which stay there. Whoever trains on with the runs'
+    latents is within `small_cache` as well."""
+    with small_cache():
+        recipe = small_backbone(load_recipe("scenes/transformer"), small_runs(folder))
+        recipe = recipe.replace(run={"folder": str(folder / "transformer")})
+        train(recipe, model=build_model(recipe), batches=training_batches(recipe)[0], stop_at=1)
+        assemble(folder / "transformer", folder / "pipeline")
+    return folder / "pipeline"

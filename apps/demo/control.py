@@ -52,13 +52,7 @@ def build(holder: Holder) -> gr.ImageEditor:
             sampled = widgets.sampling()
             make, stop = widgets.buttons("Control")
         with gr.Column(min_width=280):
-            condition = gr.Image(
-                label="Condition, as the model reads it",
-                interactive=False,
-                height=220,
-                format="png",
-                buttons=["download", "fullscreen"],
-            )
+            condition = widgets.result("Condition, as the model reads it", height=220)
             slider = gr.ImageSlider(label="Before and after", interactive=False, max_height=520, format="png")
             status = widgets.status()
             file = gr.File(label="PNG that tells how it was made", interactive=False, height=90)

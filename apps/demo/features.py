@@ -129,22 +129,8 @@ def build(holder: Holder) -> None:
             sampled = widgets.sampling()
             make, stop = widgets.buttons("Steer")
             with gr.Row():
-                plain = gr.Image(
-                    label="As it is",
-                    interactive=False,
-                    height=200,
-                    min_width=120,
-                    format="png",
-                    buttons=["download", "fullscreen"],
-                )
-                steered = gr.Image(
-                    label="Steered",
-                    interactive=False,
-                    height=200,
-                    min_width=120,
-                    format="png",
-                    buttons=["download", "fullscreen"],
-                )
+                plain = widgets.result("As it is", height=200)
+                steered = widgets.result("Steered", height=200)
     status = widgets.status()
     pictures = gr.Gallery(label="Where the feature is strongest", columns=3, height=320, interactive=False)
 

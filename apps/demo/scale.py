@@ -9,7 +9,7 @@ import gradio as gr
 from imgdit.mup.coordinates import CoordinateCheck
 from imgdit.training import load_recipe
 
-from . import limits
+from . import limits, widgets
 from .holder import DEVICE, Holder
 
 WIDTHS = (64, 96, 128, 192, 256)
@@ -39,9 +39,7 @@ def build(holder: Holder, results: Path) -> None:
             run = gr.Button("Check", variant="primary")
             table = gr.Dataframe(headers=["module", "μP", "standard"], label="Slopes at the last step", max_height=260)
         with gr.Column(min_width=280):
-            plot = gr.Image(
-                label="Coordinate check", interactive=False, format="png", buttons=["download", "fullscreen"]
-            )
+            plot = widgets.result("Coordinate check")
     recorded = gr.Gallery(_recorded(results), label="Recorded results", columns=2, height=320, interactive=False)
     refresh = gr.Button("Look for results again", size="sm")
     told = gr.Markdown(_missing(results))

@@ -39,29 +39,9 @@ def build(holder: Holder) -> None:
             status = widgets.status()
         with gr.Column(min_width=280):
             with gr.Row():
-                plain = gr.Image(
-                    label="As it is",
-                    interactive=False,
-                    height=220,
-                    min_width=120,
-                    format="png",
-                    buttons=["download", "fullscreen"],
-                )
-                without = gr.Image(
-                    label="Unlearned",
-                    interactive=False,
-                    height=220,
-                    min_width=120,
-                    format="png",
-                    buttons=["download", "fullscreen"],
-                )
-            heat = gr.Image(
-                label="Where the concepts are seen",
-                interactive=False,
-                height=220,
-                format="png",
-                buttons=["download", "fullscreen"],
-            )
+                plain = widgets.result("As it is", height=220)
+                without = widgets.result("Unlearned", height=220)
+            heat = widgets.result("Where the concepts are seen", height=220)
 
     @limits.refusing
     def unlearn(

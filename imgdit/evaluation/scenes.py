@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from random import Random
 from typing import Any, NamedTuple, Protocol
 
@@ -66,6 +67,7 @@ class Held(NamedTuple):
     rendering: Rendering
 
 
+@lru_cache(maxsize=8)  # every task of a benchmark asks for the same ones
 def held_out(count: int, split: str = "heldout", objects: int | None = None, first_seed: int = 100_000) -> Held:
     """Scenes of the held-out splits, from seeds that no held-out loss is measured on."""
     scenes = [Scene.sample(first_seed + i, split, objects) for i in range(count)]

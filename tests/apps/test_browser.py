@@ -5,14 +5,10 @@ import shutil
 
 import pytest
 from PIL import Image
-from tiny_runs import small_backbone, small_cache, small_runs
+from tiny_runs import small_pipeline
 
 from imgdit.apps.demo import app
 from imgdit.apps.studio import Studio
-from imgdit.apps.weights import assemble
-from imgdit.training import load_recipe, train
-from imgdit.training.config import build_model
-from imgdit.training.sources import training_batches
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = [
@@ -28,12 +24,7 @@ PATIENCE = 60_000
 @pytest.fixture(scope="module")
 def address(tmp_path_factory):
     folder = tmp_path_factory.mktemp("browser")
-    with small_cache():
-        recipe = small_backbone(load_recipe("scenes/transformer"), small_runs(folder))
-        recipe = recipe.replace(run={"folder": str(folder / "transformer")})
-        train(recipe, model=build_model(recipe), batches=training_batches(recipe)[0], stop_at=1)
-        assemble(folder / "transformer", folder / "model")
-    page, address, holder = app.serve(Studio(folder / "model"), results=folder / "mup")
+    page, address, holder = app.serve(Studio(small_pipeline(folder)), results=folder / "mup")
     yield address
     page.close(verbose=False)
     holder.close()

@@ -11,19 +11,15 @@ import pytest
 from gradio.components.image_editor import EditorData, EditorDataBlobs
 from gradio_client import Client, handle_file
 from PIL import Image
-from tiny_runs import small_backbone, small_cache, small_runs
+from tiny_runs import small_pipeline
 
 from imgdit.apps.demo import app, features, limits, widgets
 from imgdit.apps.generate import same_pixels
 from imgdit.apps.request import open_picture, read_origin
 from imgdit.apps.studio import Studio
-from imgdit.apps.weights import assemble
 from imgdit.sae.config import SAEConfig
 from imgdit.sae.model import SparseAutoencoder
 from imgdit.sae.unlearning import ConceptUnlearner
-from imgdit.training import load_recipe, train
-from imgdit.training.config import build_model
-from imgdit.training.sources import training_batches
 
 SAMPLING = {"steps": 2, "guidance": 1.0, "seed": 3}
 
@@ -32,19 +28,15 @@ SAMPLING = {"steps": 2, "guidance": 1.0, "seed": 3}
 def demo(tmp_path_factory):
     """Address of a running demo, its model, and a folder to write in."""
     folder = tmp_path_factory.mktemp("demo")
-    with small_cache():
-        recipe = small_backbone(load_recipe("scenes/transformer"), small_runs(folder))
-        recipe = recipe.replace(run={"folder": str(folder / "transformer")})
-        train(recipe, model=build_model(recipe), batches=training_batches(recipe)[0], stop_at=1)
-        assemble(folder / "transformer", folder / "model")
-    studio = Studio(folder / "model")
+    model = small_pipeline(folder)
+    studio = Studio(model)
     studio.quiet()
     width = studio.pipe.transformer.inner_dim
     sae = SparseAutoencoder(SAEConfig(width, 32, 4, hookpoint="transformer.transformer_blocks.0"))
     learner = ConceptUnlearner({"transformer.transformer_blocks.0": sae})
     learner.learn(studio.pipe, {"neon": ["a neon cube"], "photo": ["a photo"]}, top_n=2, num_inference_steps=1)
-    learner.save_pretrained(folder / "model/sae")
-    page, address, holder = app.serve(Studio(folder / "model"), results=folder / "mup")
+    learner.save_pretrained(model / "sae")
+    page, address, holder = app.serve(Studio(model), results=folder / "mup")
     yield address, holder, folder
     page.close(verbose=False)
     holder.close()

@@ -9,7 +9,7 @@ from diffusers import FluxPipeline
 from PIL import Image
 from tiny import tiny_text_encoder, tiny_tokenizer
 from tiny_control import flux, lora_file, sd3
-from tiny_runs import small_backbone, small_cache, small_runs
+from tiny_runs import small_pipeline
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 from typer.testing import CliRunner
 
@@ -18,11 +18,7 @@ from imgdit.apps.cli import app
 from imgdit.apps.frames import frame_row
 from imgdit.apps.generate import same_pixels
 from imgdit.apps.request import Control, Request, open_picture, read_origin, write_png
-from imgdit.apps.weights import assemble
 from imgdit.lora_files import AdapterInfo
-from imgdit.training import load_recipe, train
-from imgdit.training.config import build_model
-from imgdit.training.sources import training_batches
 
 QUICK = ["--steps", "2"]
 
@@ -31,12 +27,8 @@ QUICK = ["--steps", "2"]
 def model(tmp_path_factory):
     """Folder of a pipeline with a random adapter for depth."""
     folder = tmp_path_factory.mktemp("pictures")
-    with small_cache():
-        recipe = small_backbone(load_recipe("scenes/transformer"), small_runs(folder))
-        recipe = recipe.replace(run={"folder": str(folder / "transformer")})
-        train(recipe, model=build_model(recipe), batches=training_batches(recipe)[0], stop_at=1)
-        assemble(folder / "transformer", folder / "pipeline")
-    pipe = studio.load_pipeline(folder / "pipeline")
+    made = small_pipeline(folder)
+    pipe = studio.load_pipeline(made)
     (folder / "pipeline/adapters").mkdir()
     info = AdapterInfo(task="depth", mode="independent")
     lora_file(folder / "pipeline/adapters/near.safetensors", pipe.transformer, r".*attn\.to_[qkv]", info=info)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig
 from PIL import Image
-from tiny_runs import QUICK, small_backbone, small_cache, small_runs
+from tiny_runs import QUICK, small_cache, small_pipeline
 from typer.testing import CliRunner
 
 from imgdit import DiffusionPipeline
@@ -15,7 +15,7 @@ from imgdit.adapters.condition import Condition
 from imgdit.apps import scene_bench
 from imgdit.apps.cli import app
 from imgdit.apps.training_sheet import TrainingSheet
-from imgdit.apps.weights import assemble, save_adapter, save_probe
+from imgdit.apps.weights import save_adapter, save_probe
 from imgdit.evaluation.any_tasks import DRAWN
 from imgdit.lora_files import AdapterInfo, adapter_pairs, write_adapter
 from imgdit.models.scene_probe import SceneProbe
@@ -30,11 +30,8 @@ from imgdit.training.trained import load_trained, trained_recipe
 def model(tmp_path_factory):
     """Folders of the runs, of the assembled pipeline and of the probe."""
     folder = tmp_path_factory.mktemp("scenes")
+    small_pipeline(folder)
     with small_cache():
-        recipe = small_backbone(load_recipe("scenes/transformer"), small_runs(folder))
-        recipe = recipe.replace(run={"folder": str(folder / "transformer")})
-        train(recipe, model=build_model(recipe), batches=training_batches(recipe)[0], stop_at=1)
-        assemble(folder / "transformer", folder / "pipeline")
         save_probe(folder / "probe", folder / "probe_folder")
         yield folder
 
