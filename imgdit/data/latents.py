@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from ..models.autoencoding import encode_pictures, fingerprint
@@ -171,10 +171,21 @@ class SceneLatents:
         return {**self.__dict__, "_open": {}}  # open files do not travel to worker processes
 
     def read(self, scene: int, name: str, *place: int) -> torch.Tensor:
-        """Latents (C, h, w) float32: ("pictures", view, look), ("maps", view, map) or ("others", view)."""
+        """Latents (C, h, w) float32: ("pictures", view, look), ("maps", view, map) or ("others", view).
+
+        Raises:
+            ValueError: a shard that was there is gone, or damaged.
+        """
         shard, row = divmod(scene, SHARD)
         if shard not in self._open:
-            self._open[shard] = safe_open(_shard(self.folder, self.split, shard), framework="pt")
+            path = _shard(self.folder, self.split, shard)
+            try:
+                self._open[shard] = safe_open(path, framework="pt")
+            except (OSError, SafetensorError) as error:
+                raise ValueError(
+                    f"{path} cannot be read, though it was there before: {error}. Bring it back or make it again, and "
+                    "resume"
+                ) from error
         return self._open[shard].get_slice(name)[(row, *place)].float()
 
     def pictures(self, scenes: int) -> Iterator[torch.Tensor]:

@@ -111,7 +111,9 @@ class TensorCache:
             try:
                 self._open[name] = safe_open(path, framework="pt")
             except (SafetensorError, OSError) as error:
-                raise ValueError(f"{path} is damaged ({error}); delete it, what it held is made again") from error
+                raise ValueError(
+                    f"{path} is damaged or gone ({error}); delete it if it is there, what it held is made again"
+                ) from error
         return self._open[name]
 
 

@@ -17,6 +17,7 @@ import torch
 
 from ..training.checkpoint import latest_checkpoint, read_state, read_tensors, replace_text, save_checkpoint
 from ..training.data import DataOrder, mixed_seed
+from ..training.only_writer import only_writer
 from .activations import RecordedActivations, ShuffleBuffer, record_activations, stream_activations
 from .config import SAEConfig
 from .files import load_sae
@@ -62,9 +63,11 @@ def train_saes(
         stop_at: stop with a checkpoint after this step.
 
     Raises:
-        ValueError: the folder holds a run and `resume` is false, or something of the recipe does not fit the pipeline.
+        ValueError: the folder holds a run and `resume` is false, another process writes it, or something of the recipe
+            does not fit the pipeline.
     """
-    return _Run(recipe, load_pipeline(recipe) if pipe is None else pipe, resume).train(stop_at)
+    with only_writer(recipe.run.folder):
+        return _Run(recipe, load_pipeline(recipe) if pipe is None else pipe, resume).train(stop_at)
 
 
 class _Run:

@@ -7,6 +7,7 @@ the batch size, the number of ranks, the number of workers, or where the run was
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence, Sized
+from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -107,6 +108,25 @@ class Batches:
             generator=torch.Generator().manual_seed(mixed_seed(self.order.seed, start)),
         )
         return iter(loader)
+
+
+@contextmanager
+def lost_worker() -> Iterator[None]:
+    """Say what to do when a process that prepares samples dies. torch raises that from a signal handler, so it can
+    come anywhere in the training process.
+
+    Raises:
+        RuntimeError: a worker was killed.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker (pid"):
+            raise
+        raise RuntimeError(
+            f"a data worker is gone: {error}. The checkpoints are whole: resume goes on from the latest. If the "
+            "machine ran out of memory, lower data.workers or run.batch_size"
+        ) from error
 
 
 class _Indexed:

@@ -17,7 +17,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -52,8 +52,9 @@ from .checkpoint import (
     set_rng_state,
 )
 from .config import OptimizerConfig, Recipe, build_scheduler
-from .data import Batches, mixed_seed
+from .data import Batches, lost_worker, mixed_seed
 from .objectives import ObjectiveOutput
+from .only_writer import only_writer
 
 logger = logging.getLogger(__name__)
 
@@ -107,11 +108,14 @@ def train(
         stop_at: stop after this step with a checkpoint, as if the time had run out; the schedule stays the recipe's.
 
     Raises:
-        ValueError: the folder holds a run and `resume` is false, the batch does not divide, or a checkpoint does not
-            fit (`CheckpointError`).
+        ValueError: the folder holds a run and `resume` is false, another process writes it, the batch does not divide,
+            or a checkpoint does not fit (`CheckpointError`).
         NonFiniteLoss: with the name of the file that holds the batch.
+        RuntimeError: a data worker was killed.
     """
-    return _Run(recipe, model, batches, objective, scheduler, held_out, on_sample, resume).train(stop_at)
+    first = os.environ.get("RANK", "0") == "0"  # the only rank that writes
+    with only_writer(recipe.run.folder) if first else nullcontext(), lost_worker():
+        return _Run(recipe, model, batches, objective, scheduler, held_out, on_sample, resume).train(stop_at)
 
 
 def optimizer_groups(model: torch.nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
