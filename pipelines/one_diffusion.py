@@ -30,6 +30,9 @@ from .one_diffusion_inputs import check_scene, check_texts, pictures_of, read_sc
 from .text_to_image import ImgDiTPipeline
 from .texts import join_halves
 
+PUBLISHED_SIZE = 512
+"""Side in pixels at which the published weights make anything but pictures from text."""
+
 Pictures = list[PIL.Image.Image] | np.ndarray | torch.Tensor
 
 
@@ -180,8 +183,8 @@ class OneDiffusionPipeline(ImgDiTPipeline):
             item: what the subject is called.
             denoise_mask: 1 for each frame to be made, 0 for each given.
             negative_prompt: what to steer away from, as the model reads it, without a token; empty by default.
-            height, width: in pixels. By default as the given latents; for `NextDiT` the bucket of the first given
-                picture, 512 for views; otherwise the transformer's training size.
+            height, width: in pixels. By default as the given latents; for a `NextDiT` as large as the published one
+                the bucket of the first given picture, 512 for views; otherwise the transformer's training size.
             crop: see `pixels_of_pictures`.
             focal_length: of the cameras, in picture widths, or intrinsics; see `imgdit.cameras.relative_rays`.
             given_level: noise level of given frames: "last", the lowest of the schedule, as the reference; or "clean",
@@ -301,10 +304,10 @@ class OneDiffusionPipeline(ImgDiTPipeline):
                 rows, columns = (n * self.vae_scale_factor for n in frame.content.shape[-2:])
                 return height or rows, width or columns
         default = (self.default_size, self.default_size)
-        if self.follows_reference:
+        if self.follows_reference and min(default) >= PUBLISHED_SIZE:  # one that was trained on less has its own size
             pictures = [picture for frame in scene for picture in pictures_of(frame)]
             if any(frame.kind == "rays" for frame in scene):
-                default = (512, 512)
+                default = (PUBLISHED_SIZE, PUBLISHED_SIZE)
             elif pictures:
                 default = bucket_size(*picture_size(pictures[0]))
         return height or default[0], width or default[1]
@@ -415,7 +418,7 @@ class OneDiffusionPipeline(ImgDiTPipeline):
 
     def _encode_pictures(self, pixels: torch.Tensor, drawn: dict[str, Any]) -> torch.Tensor:
         """Pictures (P, 3, H, W) in [-1, 1] to latents (P, C, h, w)."""
-        if not self.follows_reference:
+        if not self.follows_reference or isinstance(self.vae, AutoencoderDC):  # which has no distribution to draw from
             return encode_pictures(self.vae, pixels)
         posterior = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist
         noise = randn_tensor(posterior.mean.shape, **drawn)

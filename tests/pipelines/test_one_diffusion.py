@@ -325,8 +325,17 @@ def test_what_would_be_ignored_is_refused(nextdit):
         nextdit.scheduler = dynamic
 
 
-def test_sizes_follow_the_first_picture(nextdit):
-    """Buckets of about 512 x 512 pixels for the published model; its training size without pictures."""
+@pytest.mark.parametrize(
+    ("trained", "expected"),
+    [
+        ((1, 96, 96), [(48, 84), (64, 64), (96, 96), (6, 4)]),  # published: buckets of about 512 x 512 pixels
+        ((1, 8, 8), [(8, 8), (8, 8), (8, 8), (6, 4)]),
+    ],
+)
+def test_sizes_follow_the_first_picture(trained, expected):
+    """In cells of 8 pixels; a model of smaller pictures has its own size for everything but latents."""
+    pipe = build("nextdit")
+    pipe.transformer.register_to_config(input_size=trained)
     sizes = []
 
     class Enough(Exception):
@@ -336,16 +345,13 @@ def test_sizes_follow_the_first_picture(nextdit):
         sizes.append(cells)
         raise Enough
 
-    nextdit.prepare_latents = stop
-    try:
-        for options in (
-            {"task": "depth", "images": picture(size=(720, 1280))},
-            {"task": "views", "cameras": list(CAMERAS)},
-            {},
-            {"frames": [PictureFrame.make(), PictureFrame.given(torch.zeros(16, 6, 4), "depth")]},
-        ):
-            with pytest.raises(Enough):
-                nextdit("a cat", **options)
-    finally:
-        del nextdit.prepare_latents
-    assert sizes == [(48, 84), (64, 64), (8, 8), (6, 4)]
+    pipe.prepare_latents = stop
+    for options in (
+        {"task": "depth", "images": picture(size=(720, 1280))},
+        {"task": "views", "cameras": list(CAMERAS)},
+        {},
+        {"frames": [PictureFrame.make(), PictureFrame.given(torch.zeros(16, 6, 4), "depth")]},
+    ):
+        with pytest.raises(Enough):
+            pipe("a cat", **options)
+    assert sizes == expected
