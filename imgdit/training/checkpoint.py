@@ -5,6 +5,7 @@
         model.safetensors              trained parameters and buffers, by name
         ema.safetensors                their running average, by the same names
         optimizer.safetensors          "<parameter>/<moment>"
+        model/, ema/, optimizer/       the same, as far as tensors are sharded (`imgdit.training.shards`)
         rng.safetensors                "rank<r>/<source>", states of the random number generators
         state.json                     step, samples seen, schedule, recipe, sizes of the files
 
@@ -19,7 +20,7 @@ import os
 import random
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+
+from .shards import ShardError, read_shards, shard_shapes, write_shards
 
 FORMAT = "imgdit-checkpoint-1"
 _STATE = "state.json"
@@ -38,12 +41,61 @@ class CheckpointError(ValueError):
     """A checkpoint cannot be written or read; the message names the file."""
 
 
+def begin_checkpoint(folder: str | Path, step: int, parts: Sequence[str] = ()) -> Path:
+    """The hidden folder in which the checkpoint of a step is written, made anew. One process only.
+
+    Args:
+        folder: of all checkpoints of the run.
+        step: optimiser steps done.
+        parts: those that get folders for shards.
+
+    Raises:
+        CheckpointError: there is one of this step, or the disk refuses.
+    """
+    folder = Path(folder)
+    name = f"step-{step:08d}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for leftover in folder.glob(f"{_TEMPORARY}*"):  # of a writer that was killed
+            shutil.rmtree(leftover)
+        if latest_checkpoint(folder) == folder / name:
+            raise CheckpointError(
+                f"{folder / name} is the latest checkpoint already; a second one of step {step} cannot be written"
+            )
+        temporary = folder / f"{_TEMPORARY}{name}"
+        temporary.mkdir()
+        for part in parts:
+            (temporary / part).mkdir()
+    except OSError as error:
+        raise _unwritten(folder, name, error) from error
+    return temporary
+
+
+def save_sharded(temporary: Path, tensors: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
+    """Write every process's part of sharded tensors into what `begin_checkpoint` made. All processes together.
+
+    Args:
+        temporary: the folder.
+        tensors: part -> sharded tensors by name.
+
+    Raises:
+        CheckpointError: on every process, if one could not write.
+    """
+    try:
+        for part, group in tensors.items():
+            write_shards(temporary / part, group)
+    except ShardError as error:
+        raise _unwritten(temporary.parent, temporary.name.removeprefix(_TEMPORARY), error) from error
+
+
 def save_checkpoint(
     folder: str | Path,
     step: int,
     tensors: Mapping[str, Mapping[str, torch.Tensor]],
     state: Mapping[str, Any],
     keep: int,
+    *,
+    begun: Path | None = None,
 ) -> Path:
     """Write a checkpoint, make it the latest, delete all but the newest `keep`. One process only.
 
@@ -53,29 +105,22 @@ def save_checkpoint(
         tensors: file name without ending -> tensors by name.
         state: JSON values.
         keep: checkpoints that stay.
+        begun: what `begin_checkpoint` made, where shards have been written already.
 
     Raises:
         CheckpointError: the disk is full or refuses. What was there before is as it was.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    for leftover in folder.glob(f"{_TEMPORARY}*"):  # of a writer that was killed
-        shutil.rmtree(leftover)
-    name = f"step-{step:08d}"
-    final, temporary = folder / name, folder / f"{_TEMPORARY}{name}"
-    if latest_checkpoint(folder) == final:
-        raise CheckpointError(
-            f"{final} is the latest checkpoint already; a second one of step {step} cannot be written"
-        )
+    folder, name = Path(folder), f"step-{step:08d}"
+    final = folder / name
+    temporary = begin_checkpoint(folder, step) if begun is None else begun
     needed = sum(t.numel() * t.element_size() for group in tensors.values() for t in group.values())
     try:
-        temporary.mkdir()
-        sizes = {}
         for file, group in tensors.items():
             path = temporary / f"{file}.safetensors"
             save_file({key: t.contiguous() for key, t in group.items()}, path, metadata={"format": "pt"})
             _sync(path)
-            sizes[path.name] = path.stat().st_size
+        files = sorted(path for path in temporary.rglob("*.safetensors"))
+        sizes = {path.relative_to(temporary).as_posix(): path.stat().st_size for path in files}
         _write_text(temporary / _STATE, json.dumps({"format": FORMAT, **state, "files": sizes}, indent=1))
         _sync(temporary)
         if final.exists():  # complete, but its writer was killed before it became the latest
@@ -84,19 +129,25 @@ def save_checkpoint(
         _sync(folder)
         replace_text(folder / _LATEST, name)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        free = shutil.disk_usage(folder).free
-        before = latest_checkpoint(folder)
-        raise CheckpointError(
-            f"could not write {final}: {error}. It needs {needed:,} bytes, {free:,} are free at {folder}. "
-            + (f"The last complete checkpoint is {before}; " if before else "There is no earlier checkpoint; ")
-            + "make room and resume"
-        ) from error
+        raise _unwritten(folder, name, error, needed) from error
     complete = sorted(path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name))
     for old in complete[:-keep]:
         if old != final:
             shutil.rmtree(old)
     return final
+
+
+def _unwritten(folder: Path, name: str, error: Exception, needed: int | None = None) -> CheckpointError:
+    """Take away what a failed write left, and say what to do."""
+    shutil.rmtree(folder / f"{_TEMPORARY}{name}", ignore_errors=True)
+    before = latest_checkpoint(folder)
+    return CheckpointError(
+        f"could not write {folder / name}: {error}. "
+        + ("" if needed is None else f"It needs {needed:,} bytes, ")
+        + f"{shutil.disk_usage(folder).free:,} are free at {folder}. "
+        + (f"The last complete checkpoint is {before}; " if before else "There is no earlier checkpoint; ")
+        + "make room and resume"
+    )
 
 
 def latest_checkpoint(folder: str | Path) -> Path | None:
@@ -141,15 +192,28 @@ def read_state(checkpoint: str | Path) -> dict[str, Any]:
 
 
 def read_tensors(path: str | Path) -> dict[str, torch.Tensor]:
-    """The tensors of one file, on the CPU.
+    """The tensors of one file, and of the shards in the folder of its name, whole and on the CPU.
 
     Raises:
-        CheckpointError: the file is truncated or not safetensors.
+        CheckpointError: a file is truncated or not safetensors.
     """
+    try:
+        return {**read_files(path), **read_shards(shards_of(path))}
+    except ShardError as error:
+        raise CheckpointError(f"{shards_of(path)} cannot be read: {error}") from error
+
+
+def read_files(path: str | Path) -> dict[str, torch.Tensor]:
+    """The tensors of one file alone."""
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} cannot be read as safetensors: {error}") from error
+
+
+def shards_of(path: str | Path) -> Path:
+    """Folder of the shards that belong to a file."""
+    return Path(path).with_suffix("")
 
 
 def check_architecture(path: str | Path, expected: Mapping[str, torch.Tensor]) -> None:
@@ -158,22 +222,25 @@ def check_architecture(path: str | Path, expected: Mapping[str, torch.Tensor]) -
     Raises:
         CheckpointError: names the first key that is missing, too much, or of another shape or dtype.
     """
+    found: dict[str, tuple[tuple[int, ...], Any]] = {}
     try:
         with safe_open(path, framework="pt") as file:
-            keys = set(file.keys())
-            for key, tensor in expected.items():
-                if key not in keys:
-                    raise CheckpointError(f"{path} is of another model: it has no {key!r}")
+            for key in file.keys():  # noqa: SIM118 - it is no mapping
                 part = file.get_slice(key)
-                shape, dtype = tuple(part.get_shape()), _DTYPES.get(part.get_dtype(), part.get_dtype())
-                if shape != tuple(tensor.shape) or dtype != tensor.dtype:
-                    raise CheckpointError(
-                        f"{path} is of another model: {key!r} is {shape} {dtype} there, "
-                        f"expected {tuple(tensor.shape)} {tensor.dtype}"
-                    )
+                found[key] = (tuple(part.get_shape()), _DTYPES.get(part.get_dtype(), part.get_dtype()))
+        found |= shard_shapes(shards_of(path))
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} cannot be read as safetensors: {error}") from error
-    extra = sorted(keys - expected.keys())
+    for key, tensor in expected.items():
+        if key not in found:
+            raise CheckpointError(f"{path} is of another model: it has no {key!r}")
+        shape, dtype = found[key]
+        if shape != tuple(tensor.shape) or dtype != tensor.dtype:
+            raise CheckpointError(
+                f"{path} is of another model: {key!r} is {shape} {dtype} there, "
+                f"expected {tuple(tensor.shape)} {tensor.dtype}"
+            )
+    extra = sorted(found.keys() - expected.keys())
     if extra:
         raise CheckpointError(f"{path} is of another model: this one has no {extra[0]!r}")
 

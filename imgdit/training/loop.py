@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, gather_object
+from accelerate.utils import DistributedType, broadcast_object_list, gather_object
 from diffusers.training_utils import EMAModel
 from safetensors.torch import save_file
 from torch.distributed.checkpoint.state_dict import (
@@ -42,19 +42,24 @@ from ..mup import MupMixin, param_groups
 from . import objectives
 from .checkpoint import (
     CheckpointError,
+    begin_checkpoint,
     check_architecture,
     latest_checkpoint,
+    read_files,
     read_state,
     read_tensors,
     replace_text,
     rng_state,
     save_checkpoint,
+    save_sharded,
     set_rng_state,
+    shards_of,
 )
 from .config import OptimizerConfig, Recipe, build_scheduler
 from .data import Batches, lost_worker, mixed_seed
 from .objectives import ObjectiveOutput
 from .only_writer import only_writer
+from .shards import ShardError, load_shards, require_shards
 
 logger = logging.getLogger(__name__)
 
@@ -182,6 +187,7 @@ class _Run:
                 f"{self.ranks} rank(s)"
             )
         self.size = run.batch_size // (run.accumulation * self.ranks)
+        self.sharded = _writes_shards(self.accelerator)
         self.step, self.samples = 0, 0
         self.model = model.train()
         config = recipe.optimizer
@@ -359,16 +365,16 @@ class _Run:
         self.accelerator.log(dict(values), step=self.step)
 
     def _save(self) -> None:
-        """Gather from all ranks, write on the first."""
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        gathered: Any = get_optimizer_state_dict(self.wrapped, self.optimizer.optimizer, options=options)
-        moments = gathered.get("state", {})  # on the first rank only
-        tensors: dict[str, dict[str, torch.Tensor]] = {
-            "model": _unshared(self._weights()),  # tied weights are in the file under each of their names
-            "optimizer": {f"{name}/{kind}": t for name, values in moments.items() for kind, t in values.items()},
-        }
+        """Each rank writes what it holds of sharded tensors; the rest is gathered and written by the first."""
+        parts = {"model": self._weights(), "optimizer": self._moments()}
         if self.ema is not None:
-            tensors["ema"] = {n: _whole(p) for n, p in zip(self.trained, self.ema.shadow_params)}
+            averages = zip(self.trained, self.ema.shadow_params)
+            parts["ema"] = {n: p if self.sharded else _whole(p) for n, p in averages}
+        shards = {part: {n: t for n, t in found.items() if isinstance(t, DTensor)} for part, found in parts.items()}
+        # Tied weights are in the file under each of their names.
+        tensors = {
+            part: _unshared({n: t for n, t in found.items() if n not in shards[part]}) for part, found in parts.items()
+        }
         states = gather_object([rng_state(f"rank{self.rank}/")])
         tensors["rng"] = {name: state for part in states for name, state in part.items()}
         scaler = self.accelerator.scaler
@@ -382,43 +388,54 @@ class _Run:
             "scaler": None if scaler is None else scaler.state_dict(),
             "recipe": self.recipe.to_dict(),
         }
+        begun = None
+        if self.sharded:
+            paths = [begin_checkpoint(self.checkpoints, self.step, tuple(shards)) if self.rank == 0 else None]
+            (begun,) = broadcast_object_list(paths)
+            assert begun is not None
+            save_sharded(begun, shards)
         if self.accelerator.is_main_process:
-            save_checkpoint(self.checkpoints, self.step, tensors, state, self.recipe.run.keep)
+            save_checkpoint(self.checkpoints, self.step, tensors, state, self.recipe.run.keep, begun=begun)
         self.accelerator.wait_for_everyone()
 
+    def _options(self) -> StateDictOptions:
+        return StateDictOptions(full_state_dict=not self.sharded, cpu_offload=not self.sharded)
+
     def _weights(self) -> dict[str, Any]:
-        """What was trained, and buffers, by the model's own names; on the first rank only."""
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        weights = get_model_state_dict(self.wrapped, options=options)
+        """What was trained, and buffers, by the model's own names; each rank's part, or all on the first rank."""
+        weights = get_model_state_dict(self.wrapped, options=self._options())
         return {name: tensor for name, tensor in weights.items() if name not in self.frozen}
+
+    def _moments(self) -> dict[str, torch.Tensor]:
+        """State of the optimiser as "<parameter>/<moment>"; each rank's part, or all on the first rank."""
+        found: Any = get_optimizer_state_dict(self.wrapped, self.optimizer.optimizer, options=self._options())
+        # An optimiser may count its steps by a number.
+        return {
+            f"{name}/{kind}": torch.as_tensor(value)
+            for name, values in found.get("state", {}).items()
+            for kind, value in values.items()
+        }
 
     def _load(self, checkpoint: Path) -> None:
         """Everything `_save` wrote; each rank reads the files."""
         state = read_state(checkpoint)
-        if own := self._weights():
-            check_architecture(checkpoint / "model.safetensors", own)
+        own = {n: t for n, t in get_model_state_dict(self.wrapped).items() if n not in self.frozen}
+        check_architecture(checkpoint / "model.safetensors", own)
         for name in _changed(self.recipe.to_dict(), state["recipe"]):
             if name.startswith("run.folder "):  # the folder may have moved
                 continue
             logger.warning("%s: the recipe differs from the checkpoint's in %s", checkpoint, name)
-        options = StateDictOptions(full_state_dict=True, strict=False)
-        optimizer = self.optimizer.optimizer
-        moments: dict[str, Any] = {}
-        for key, tensor in read_tensors(checkpoint / "optimizer.safetensors").items():
-            name, _, kind = key.rpartition("/")
-            moments.setdefault(name, {})[kind] = tensor
-        groups = get_optimizer_state_dict(self.wrapped, optimizer, options=options)["param_groups"]
-        loaded: dict[str, Any] = {"state": moments, "param_groups": groups}
-        set_optimizer_state_dict(self.wrapped, optimizer, loaded, options=options)
-        weights: dict[str, Any] = dict(read_tensors(checkpoint / "model.safetensors"))
-        set_model_state_dict(self.wrapped, weights, options=options)
+        self._load_moments(checkpoint / "optimizer.safetensors")
+        set_model_state_dict(
+            self.wrapped, _fitted(checkpoint / "model.safetensors", own), options=StateDictOptions(strict=False)
+        )
         if self.ema is not None:
             if "ema.safetensors" not in state["files"]:
                 raise CheckpointError(f"{checkpoint} was made without an average; set ema.decay: 0 or start anew")
-            averages = read_tensors(checkpoint / "ema.safetensors")
             check_architecture(checkpoint / "ema.safetensors", self.trained)
-            for (name, parameter), shadow in zip(self.trained.items(), self.ema.shadow_params):
-                shadow.copy_(_like(averages[name], parameter))
+            averages = _fitted(checkpoint / "ema.safetensors", self.trained)
+            for name, shadow in zip(self.trained, self.ema.shadow_params):
+                shadow.copy_(averages[name])
             self.ema.optimization_step = state["ema_updates"]
         if state["scaler"] is not None and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
@@ -429,6 +446,20 @@ class _Run:
         else:  # more ranks than before
             torch.manual_seed(mixed_seed(self.recipe.run.seed, self.rank, state["step"]))
         self.step, self.samples = state["step"], state["samples"]
+
+    def _load_moments(self, path: Path) -> None:
+        """Put the optimiser's state back, sharded as the weights are now."""
+        optimizer = self.optimizer.optimizer
+        made: Any = get_optimizer_state_dict(self.wrapped, optimizer)  # brings the state into being
+        values = {f"{name}/{kind}": value for name, kinds in made["state"].items() for kind, value in kinds.items()}
+        like = {key: torch.as_tensor(value) for key, value in values.items()}
+        check_architecture(path, like)
+        moments: dict[str, Any] = {}
+        for key, tensor in _fitted(path, like).items():
+            name, _, kind = key.rpartition("/")
+            moments.setdefault(name, {})[kind] = tensor if torch.is_tensor(values[key]) else tensor.item()
+        loaded: dict[str, Any] = {"state": moments, "param_groups": made["param_groups"]}
+        set_optimizer_state_dict(self.wrapped, optimizer, loaded)
 
 
 class _Mean:
@@ -449,6 +480,34 @@ class _Mean:
 
 def _due(step: int, every: int, last: int) -> bool:
     return every > 0 and (step % every == 0 or step == last)
+
+
+def _writes_shards(accelerator: Accelerator) -> bool:
+    """Whether the launch asks that each rank writes its own part of the checkpoints.
+
+    Raises:
+        ImportError: PyTorch is too old for that.
+    """
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if accelerator.distributed_type != DistributedType.FSDP or plugin is None:
+        return False
+    kind = plugin.state_dict_type
+    if getattr(kind, "name", kind) != "SHARDED_STATE_DICT":
+        return False
+    require_shards()
+    return True
+
+
+def _fitted(path: Path, like: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """Tensors of a part of a checkpoint, sharded and placed as those of the same names in `like`."""
+    tensors = {name: _like(tensor, like[name]) for name, tensor in read_files(path).items()}
+    shards = {name: torch.empty_like(like[name]) for name in like.keys() - tensors.keys()}
+    if shards:
+        try:
+            load_shards(shards_of(path), shards)
+        except ShardError as error:
+            raise CheckpointError(f"{shards_of(path)} cannot be read: {error}") from error
+    return tensors | shards
 
 
 def _trackers(tracker: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""A part of a run, as one process or by torchrun on two CPU ranks: it goes on where the part before it stopped."""
+"""A part of a run, as one process or on two CPU ranks: it goes on where the part before it stopped."""
 
 import sys
 from pathlib import Path

@@ -13,11 +13,20 @@ from tiny import rope_config, tiny_pipeline
 from tiny_pictures import write_folder
 
 from imgdit import MMDiT
-from imgdit.training.checkpoint import latest_checkpoint, read_state
+from imgdit.training.checkpoint import latest_checkpoint, read_state, read_tensors
 
 HERE = Path(__file__).parent
 CONFIGS = files("imgdit.configs") / "accelerate"
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+
+
+def launch(folder, name):
+    """`accelerate launch` with a packaged configuration, but two processes on a CPU."""
+    folder.mkdir(exist_ok=True)
+    settings = json.loads((CONFIGS / name).read_text())
+    path = folder / name
+    path.write_text(json.dumps({**settings, "use_cpu": True, "num_processes": 2}))
+    return ("-m", "accelerate.commands.launch", "--config_file", path)
 
 
 def run(*command):
@@ -34,33 +43,43 @@ def losses(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-def test_a_checkpoint_moves_from_two_to_one_to_two(tmp_path, kind):
-    """20 steps of one process; and of two, then one, then two, at the same global batch."""
+@pytest.mark.parametrize(("kind", "launched"), [("ddp", False), ("fsdp2", False), ("fsdp2", True)])
+def test_a_checkpoint_moves_from_two_to_one_to_two(tmp_path, kind, launched):
+    """20 steps of one process; and of two, then one, then two, at the same global batch. The packaged configuration
+    of FSDP2 writes shards."""
     one, moved = tmp_path / "one", tmp_path / "moved"
     program = HERE / "moving_ranks.py"
+    launcher = launch(tmp_path / "settings", "fsdp2.json") if launched else TORCHRUN
     run(program, one, 2, "one", 20)
     for stop_at, ranks in ((7, 2), (13, 1), (20, 2)):
         if ranks == 2:
-            run(*TORCHRUN, program, moved, 1, kind, stop_at)
+            run(*launcher, program, moved, 1, kind, stop_at)
         else:
             run(program, moved, 2, "one", stop_at)
-        assert read_state(latest_checkpoint(moved / "checkpoints"))["ranks"] == ranks
+        checkpoint = latest_checkpoint(moved / "checkpoints")
+        state = read_state(checkpoint)
+        assert state["ranks"] == ranks
+        shards = [name for name in state["files"] if name.startswith("model/")]
+        assert len(shards) == (2 if launched and ranks == 2 else 0)
+        if shards:  # no rank wrote the whole
+            whole = sum(tensor.nbytes for tensor in read_tensors(checkpoint / "model.safetensors").values())
+            assert max(state["files"][name] for name in shards) < 0.6 * whole
     assert len(losses(one)) == len(losses(moved)) == 20
     assert max(abs(a - b) for a, b in zip(losses(one), losses(moved))) < 1e-5
 
 
 @pytest.mark.slow
 def test_two_processes_train_on_own_pictures_as_one_does(tmp_path):
+    """`accelerate launch` with the packaged configuration of DDP, against one process."""
     write_folder(tmp_path / "data", 10)
     tiny_pipeline().save_pretrained(tmp_path / "model")
     arguments = {"path": str(tmp_path / "data"), "model": str(tmp_path / "model"), "base": 16, "samples": 2}
     recipe = {
-        "run": {"steps": 3, "batch_size": 2, "log_every": 1, "tracker": "none"},
+        "run": {"steps": 20, "batch_size": 2, "log_every": 1, "tracker": "none"},
         "model": {"arguments": rope_config(num_layers=1, num_single_layers=1, axes_dims_rope=[4, 6, 6])},
         "optimizer": {"eps": 1e-4},
     }
-    for name, accumulation, launcher in (("one", 2, ()), ("two", 1, TORCHRUN)):
+    for name, accumulation, launcher in (("one", 2, ()), ("two", 1, launch(tmp_path / "settings", "ddp.json"))):
         made = recipe | {
             "data": {"name": "own_pictures", "arguments": {**arguments, "cache": str(tmp_path / name / "c")}}
         }
@@ -68,7 +87,7 @@ def test_two_processes_train_on_own_pictures_as_one_does(tmp_path):
         path = tmp_path / f"{name}.yaml"
         path.write_text(json.dumps(made))
         run(*launcher, "-m", "imgdit.apps.cli", "train", path)
-    assert len(losses(tmp_path / "one")) == 3
+    assert len(losses(tmp_path / "one")) == 20
     assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "two"), abs=1e-5)
 
 

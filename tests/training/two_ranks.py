@@ -1,6 +1,7 @@
 """Run by torchrun on two CPU ranks, or as one process: a few steps, stopped and resumed half-way, whose metrics and
 weights the test compares."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -16,9 +17,15 @@ def fully_sharded(**options):
     """The accelerator of an FSDP2 launch. accelerate offers it on GPUs only, although torch shards on CPUs too."""
     accelerator = Accelerator(**options)
     accelerator.state._shared_state["distributed_type"] = DistributedType.FSDP
-    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
-        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", reshard_after_forward=True
-    )
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":  # `accelerate launch` said how
+        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
+    else:
+        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2,
+            auto_wrap_policy="transformer_based_wrap",
+            reshard_after_forward=True,
+            state_dict_type="FULL_STATE_DICT",
+        )
     return accelerator
 
 
