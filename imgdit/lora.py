@@ -14,6 +14,7 @@ import torch
 import torch.nn as nn
 from peft.tuners.lora import LoraLayer
 
+from . import kernels
 from .frames import FrameLayout
 
 
@@ -102,10 +103,12 @@ def linear(module: nn.Module, x: torch.Tensor, rows: AdapterRows | None, *, shar
     Raises:
         ValueError: an adapter is merged into the base, or is of a kind (DoRA and the like) that cannot act on rows.
     """
-    if rows is None:
-        return module(x)
     if not isinstance(module, LoraLayer):
         return _call(module, x)
+    if rows is None:
+        if not _acts_on_rows(module):
+            return module(x)
+        rows = main_rows(x.shape[1])
     if module.disable_adapters:
         return _call(module.get_base_layer(), x)
     fused = module.merged_adapters
@@ -127,6 +130,11 @@ def linear(module: nn.Module, x: torch.Tensor, rows: AdapterRows | None, *, shar
     return out
 
 
+def _acts_on_rows(module: LoraLayer) -> bool:
+    """Whether PEFT's own forward would compute what `linear` does: inference with plain, unmerged adapters."""
+    return not (torch.is_grad_enabled() or module.merged_adapters or module.lora_variant) and kernels.is_plain(module)
+
+
 def refuse_fused(claimed: Iterable[str], fused: Sequence[str]) -> None:
     """Refuse a condition's adapter that is part of the base weights."""
     wrong = [name for name in claimed if name in fused]
@@ -142,12 +150,12 @@ def _call(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
     if isinstance(layer, nn.Conv2d):  # one picture per patch; called as a module, so that offloading sees it
         patches = x.reshape(-1, layer.in_channels, *layer.kernel_size)
         return layer(patches).reshape(*x.shape[:2], -1)
-    return layer(x)
+    return kernels.linear(layer, x)
 
 
 def feed_forward(module: nn.Module, x: torch.Tensor, rows: AdapterRows | None) -> torch.Tensor:
     """diffusers' `FeedForward` (GELU projection, dropout, projection) with adapters on rows."""
-    if rows is None:
+    if rows is None and not all(kernels.is_plain(part) for part in (module, *module.net)):
         return module(x)
     activation, dropout, project = module.net  # type: ignore[misc]
     hidden = activation.gelu(linear(activation.proj, x, rows, shared=True))

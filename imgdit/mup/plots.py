@@ -4,21 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from ..plotting import panels, save_figure
 from .coordinates import CoordinateCheck
 from .optimum import Curve
 from .roles import Parametrisation
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 TITLES: dict[Parametrisation, str] = {"mup": "μP", "standard": "standard parametrisation"}
 
 
 def plot_coordinates(checks: Mapping[Parametrisation, CoordinateCheck], path: str | Path) -> Path:
     """Mean |activation| against width at the last step, a line per module; a panel per parametrisation."""
-    figure, axes = _panels(len(checks))
+    figure, axes = panels(len(checks))
     for axis, (name, check) in zip(axes, checks.items()):
         for module, steps in check.means.items():
             output = module == "output"
@@ -28,12 +26,12 @@ def plot_coordinates(checks: Mapping[Parametrisation, CoordinateCheck], path: st
         axis.set(xscale="log", yscale="log")
         axis.set_xticks(check.widths, labels=map(str, check.widths), minor=False)
         axis.legend()
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def plot_curves(curves: Mapping[Parametrisation, list[Curve]], path: str | Path) -> Path:
     """Loss against learning rate, a line per width, its optimum marked; a panel per parametrisation."""
-    figure, axes = _panels(len(curves))
+    figure, axes = panels(len(curves))
     for axis, (name, lines) in zip(axes, curves.items()):
         for curve in lines:
             (line,) = axis.plot(curve.log2lr, curve.loss, marker=".", label=f"width {curve.width}")
@@ -41,20 +39,4 @@ def plot_curves(curves: Mapping[Parametrisation, list[Curve]], path: str | Path)
                 axis.plot(curve.optimum.log2lr, curve.optimum.loss, marker="*", markersize=14, color=line.get_color())
         axis.set(title=TITLES[name], xlabel="log2 learning rate", ylabel="held-out loss", yscale="log")
         axis.legend()
-    return _save(figure, path)
-
-
-def _panels(count: int) -> tuple[Figure, list[Any]]:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError('pictures need matplotlib: pip install "imgdit[plots]"') from error
-    figure = Figure(figsize=(5.5 * count, 4.2), layout="constrained")
-    return figure, list(figure.subplots(1, count, sharey=True, squeeze=False)[0])
-
-
-def _save(figure: Figure, path: str | Path) -> Path:
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-    return path
+    return save_figure(figure, path)

@@ -1,0 +1,77 @@
+"""Which kernel multiplies float32 matrices on a CPU.
+
+PyTorch hands them to MKL, whose kernels for other makers' processors use AVX2 where the processor has AVX-512; oneDNN,
+which the same PyTorch carries, uses what is there. On a Zen 5 core it takes 0.47 times as long (docs/log.md).
+
+`torch.backends.mkldnn.enabled = False` leaves everything to MKL, bit for bit what the layers compute alone.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch.utils.flop_counter import register_flop_formula
+
+SMALLEST = 2**22
+"""Multiplications from which oneDNN's longer way to its kernel pays (84 x 256 x 256: 0.083 ms against MKL's 0.107)."""
+_FEWEST_ROWS = 16  # with fewer, reading the weights takes the time and both are alike
+
+
+@functools.cache
+def onednn_is_faster() -> bool:
+    """Whether this is a processor with AVX-512 on which MKL takes its AVX2 way. Told by its maker, never by timing:
+    the same machine always gives the same bits."""
+    if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):
+        return False
+    if torch.backends.cpu.get_cpu_capability() != "AVX512" or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return False
+    described = Path("/proc/cpuinfo")
+    text = described.read_text() if described.exists() else platform.processor()
+    return "GenuineIntel" not in text
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether calling a module runs its class' `forward` and nothing besides: no hook, no offloading, no compiler."""
+    if torch.compiler.is_compiling():
+        return False
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return "forward" not in module.__dict__ and not any(hooks)
+
+
+def linear(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """`layer(x)` for tokens (B, rows, features), by oneDNN where that is faster: inference in float32 on a CPU."""
+    if type(layer) is nn.Linear and is_plain(layer) and _fits(layer.weight, x):
+        return torch.ops.mkldnn._linear_pointwise(x.contiguous(), layer.weight, layer.bias, "none", [], "")
+    return layer(x)
+
+
+def _fits(weight: torch.Tensor, x: torch.Tensor) -> bool:
+    rows = x.numel() // weight.shape[1]
+    return (
+        x.device.type == "cpu"
+        and x.dtype == weight.dtype == torch.float32
+        and rows >= _FEWEST_ROWS
+        and rows * weight.numel() >= SMALLEST
+        and type(x) is torch.Tensor
+        and type(weight) is nn.Parameter  # no DTensor, no quantised weight
+        and weight.is_contiguous()
+        and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
+        and torch.backends.mkldnn.enabled
+        and not torch.is_autocast_enabled("cpu")
+        and onednn_is_faster()
+    )
+
+
+def _flops(x: tuple[int, ...], weight: tuple[int, ...], *args: Any, **kwargs: Any) -> int:
+    """Of one product, for `FlopCounterMode`, which does not know oneDNN's."""
+    return 2 * math.prod(x) * weight[0]
+
+
+if hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    register_flop_formula(torch.ops.mkldnn._linear_pointwise)(_flops)

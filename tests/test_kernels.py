@@ -1,0 +1,82 @@
+"""The faster kernel for float32 matrices: the same products, and only where nothing else is asked of a layer."""
+
+import pytest
+import torch
+import torch.nn as nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from imgdit import kernels
+
+needs_onednn = pytest.mark.skipif(not kernels.onednn_is_faster(), reason="this processor is left to MKL")
+
+
+@pytest.fixture
+def layer():
+    torch.manual_seed(0)
+    return nn.Linear(256, 512).requires_grad_(False)
+
+
+@pytest.fixture
+def x():
+    return torch.randn(2, 32, 256, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """How often the layer itself was called."""
+    counted = []
+    forward = nn.Linear.forward
+    monkeypatch.setattr(nn.Linear, "forward", lambda self, x: counted.append(1) or forward(self, x))
+    return counted
+
+
+@needs_onednn
+def test_the_same_product_by_another_kernel(layer, x, calls):
+    for given in (x, x[:, 5:], x.transpose(0, 1)):
+        torch.testing.assert_close(kernels.linear(layer, given), nn.functional.linear(given, layer.weight, layer.bias))
+    assert not calls
+    with FlopCounterMode(display=False) as counter:
+        kernels.linear(layer, x)
+    assert counter.get_total_flops() == 2 * 64 * 256 * 512
+
+
+@needs_onednn
+def test_switched_off_it_is_the_layer_bit_for_bit(layer, x, monkeypatch):
+    other = kernels.linear(layer, x)
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
+    assert torch.equal(kernels.linear(layer, x), layer(x))
+    assert not torch.equal(other, layer(x)), "both kernels are one: nothing was chosen"
+
+
+def hooked(layer):
+    layer.register_forward_hook(lambda module, args, output: output + 1)
+
+
+def offloaded(layer):
+    plain = layer.forward
+    layer.forward = lambda x: plain(x) + 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [hooked, offloaded, lambda layer: layer.requires_grad_(True), lambda layer: layer.double()],
+    ids=["hook", "offloading", "training", "another dtype"],
+)
+def test_everything_else_is_left_to_the_layer(change, layer, x, calls):
+    change(layer)
+    given = x.to(layer.weight.dtype)
+    assert torch.equal(kernels.linear(layer, given), layer(given))
+    assert len(calls) == 2
+
+
+def test_half_precision_and_small_products_too(layer, x, calls):
+    kernels.linear(layer, x[:, :4])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert kernels.linear(layer, x).dtype == torch.bfloat16
+    assert len(calls) == 2
+
+
+def test_gradients_flow_to_the_input(layer, x):
+    given = x.requires_grad_(True)
+    kernels.linear(layer, given).sum().backward()
+    torch.testing.assert_close(given.grad[0, 0], layer.weight.sum(0))
