@@ -127,15 +127,9 @@ def convert_dit(
     Raises:
         ValueError: weights of another structure; names the first one that does not fit.
     """
-    width, channels, patch = _patches(weights)
+    width = _width(weights)
     config = {
-        "num_attention_heads": _heads(width, head_dim),
-        "attention_head_dim": head_dim,
-        "in_channels": channels,
-        "out_channels": len(_get(weights, "final_layer.linear.bias")) // patch**2,
-        "num_layers": _blocks(weights),
-        "patch_size": patch,
-        "sample_size": _side(weights) * patch,
+        **_shape_config(weights, head_dim),
         # With dropout of classes the table has one row more.
         "num_embeds_ada_norm": len(_get(weights, "y_embedder.embedding_table.weight")) - 1,
         "norm_eps": 1e-6,
@@ -153,15 +147,9 @@ def convert_pixart(
     output_mult: float = 1.0,
 ) -> PixArtTransformer2DModel:
     """PixArt-α-μP as diffusers' PixArt; arguments and errors as in `convert_dit`."""
-    width, channels, patch = _patches(weights)
+    width = _width(weights)
     config = {
-        "num_attention_heads": _heads(width, head_dim),
-        "attention_head_dim": head_dim,
-        "in_channels": channels,
-        "out_channels": len(_get(weights, "final_layer.linear.bias")) // patch**2,
-        "num_layers": _blocks(weights),
-        "patch_size": patch,
-        "sample_size": _side(weights) * patch,
+        **_shape_config(weights, head_dim),
         "cross_attention_dim": width,
         "caption_channels": _get(weights, "y_embedder.y_proj.fc1.weight").shape[1],
         "interpolation_scale": _positions_scale(weights, width, (1.0, 0.5, 2.0)),
@@ -243,10 +231,22 @@ def _get(weights: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
     return weights[name]
 
 
-def _patches(weights: Mapping[str, torch.Tensor]) -> tuple[int, int, int]:
-    """Width, channels and patch size."""
+def _width(weights: Mapping[str, torch.Tensor]) -> int:
+    return len(_get(weights, "x_embedder.proj.weight"))
+
+
+def _shape_config(weights: Mapping[str, torch.Tensor], head_dim: int) -> dict[str, Any]:
+    """What the configurations of both models call alike."""
     width, channels, patch, _ = _get(weights, "x_embedder.proj.weight").shape
-    return width, channels, patch
+    return {
+        "num_attention_heads": _heads(width, head_dim),
+        "attention_head_dim": head_dim,
+        "in_channels": channels,
+        "out_channels": len(_get(weights, "final_layer.linear.bias")) // patch**2,
+        "num_layers": _blocks(weights),
+        "patch_size": patch,
+        "sample_size": _side(weights) * patch,
+    }
 
 
 def _heads(width: int, head_dim: int) -> int:
