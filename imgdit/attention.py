@@ -52,7 +52,7 @@ def grouped_attention(
     """
     if groups is None or _is_everything(groups, query.shape[1]):
         return _attend(query, key, value, key_mask, backend, parallel_config)
-    biased = any(group.bias for group in groups)
+    biased = any(group.bias is not None for group in groups)
     if packed is not None and key_mask is None and not biased and packed_backend(query, backend):
         return packed_attention(query, key, value, packed, cached=cached)
     pieces: list[tuple[int, torch.Tensor]] = []
@@ -66,7 +66,7 @@ def grouped_attention(
             if mask is not None:
                 mask.append(mask[0].new_ones(mask[0].shape[0], sum(s.stop - s.start for s in group.cached)))
         asked, scale = _cat(_rows(query, group.queries)), None
-        if group.bias:
+        if group.bias is not None:
             scale = query.shape[-1] ** -0.5
             asked, keys, values = _with_bias(asked, keys, values, group.bias)
         out = _attend(
@@ -78,7 +78,7 @@ def grouped_attention(
 
 
 def _with_bias(
-    query: torch.Tensor, keys: list[torch.Tensor], values: list[torch.Tensor], bias: Sequence[float]
+    query: torch.Tensor, keys: list[torch.Tensor], values: list[torch.Tensor], bias: torch.Tensor
 ) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
     """One more feature, sqrt(D) in the query and the bias in the key: their scaled product is the bias.
 

@@ -104,8 +104,9 @@ class RowGroup(NamedTuple):
     """Rows of the same sequence that they see."""
     cached: tuple[slice, ...] = ()
     """Rows of the key/value cache that they see besides."""
-    bias: tuple[float, ...] = ()
-    """What is added to the logits of each slice of `keys`, then of `cached`. Empty: nothing."""
+    bias: torch.Tensor | None = None
+    """What is added to the logits of each slice of `keys`, then of `cached`; on the CPU. `None`: nothing. A tensor,
+    because compiled blocks take a number for a constant: each strength would compile them anew."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -320,8 +321,9 @@ class FrameLayout:
         for seen, asking in members.items():
             keys, key_bias = _merge_biased((position[j], bias) for j, bias in seen if j in position)
             cached, cached_bias = _merge_biased((place[j], bias) for j, bias in seen if j in place)
-            bias = key_bias + cached_bias
-            groups.append(RowGroup(_merge(position[i] for i in asking), keys, cached, bias if any(bias) else ()))
+            values = key_bias + cached_bias
+            bias = torch.tensor(values, device="cpu") if any(values) else None
+            groups.append(RowGroup(_merge(position[i] for i in asking), keys, cached, bias))
         return tuple(groups)
 
     def _bias(self, row: int, column: int) -> float:
