@@ -14,6 +14,8 @@ EXTRAS = {
     "xformers": "xformers",
     "vision": "opencv-python-headless",
     "data": "webdataset",
+    "ray": "ray",
+    "quantized": "torchao",
     "tensorboard": "tensorboard",
     "plots": "matplotlib",
 }

@@ -23,8 +23,10 @@ from .roles import mup_table
 if TYPE_CHECKING:
     from ..models.mmdit import MMDiT
 
-_STATE_BYTES, _AVERAGE_BYTES = 4 + 4 + 8, 4
-_GATHERED_BYTES = 2 * 2 + 4
+WEIGHT_BYTES, GRADIENT_BYTES, MOMENT_BYTES, AVERAGE_BYTES = 4, 4, 8, 4
+"""Per trained parameter."""
+GATHERED_BYTES = 2 * 2 + 4
+"""Per parameter of the largest block."""
 _ACTIVATION_BYTES, _CHECKPOINT_BYTES = 34, 2
 # Parts of names of matrices that see the text alone.
 _TEXT = ("context_embedder.", ".add_", ".to_add_out.", ".to_added_qkv.", ".ff_context.")
@@ -48,13 +50,14 @@ class ModelCost(NamedTuple):
         return (4 if checkpointing else 3) * self.forward_flops * batch_size
 
     def memory(self, gpus: int, micro_batch: int, *, checkpointing: bool, average: bool) -> float:
-        """Bytes per GPU under FSDP2."""
-        state = (_STATE_BYTES + (_AVERAGE_BYTES if average else 0)) * self.parameters / gpus
+        """Bytes per GPU under FSDP2. `imgdit.training.memory` counts activations instead, for one recipe and batch."""
+        per_parameter = WEIGHT_BYTES + GRADIENT_BYTES + MOMENT_BYTES + (AVERAGE_BYTES if average else 0)
+        state = per_parameter * self.parameters / gpus
         rows = micro_batch * self.tokens * self.width
         kept = (
             _CHECKPOINT_BYTES * self.blocks + _ACTIVATION_BYTES if checkpointing else _ACTIVATION_BYTES * self.blocks
         )
-        return state + _GATHERED_BYTES * self.largest_block + kept * rows
+        return state + GATHERED_BYTES * self.largest_block + kept * rows
 
 
 def model_cost(model: MMDiT, image_tokens: int, text_tokens: int) -> ModelCost:

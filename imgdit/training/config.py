@@ -22,6 +22,7 @@ import yaml
 
 from ..checkpoints import SCENES
 from ..naming import nearest
+from .quantized import load_options, quantize_rows
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,11 @@ class ModelConfig:
     """Folder of the model within `pretrained`, as pipelines have them ("transformer")."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    quantize: Literal["none", "int8", "torchao_int8", "bnb_int8", "bnb_nf4"] = "none"
+    """What the weights under an adapter are rounded to, see `imgdit.training.quantized`. The adapter is used on the
+    unquantised model as well."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """What the other weights under an adapter are kept in. Trained weights are always float32."""
 
     def __post_init__(self) -> None:
         if self.pretrained is not None and self.arguments:
@@ -163,6 +169,9 @@ class DataConfig:
 class OptimizerConfig:
     """AdamW."""
 
+    kind: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = "adamw"
+    """How its moments are kept: float32, or 8 bits by bitsandbytes; "paged": they move to the machine's memory while
+    the GPU's is full."""
     lr: float = 1e-3
     """Learning rate; under μP at the base width."""
     betas: tuple[float, float] = (0.9, 0.99)
@@ -264,6 +273,17 @@ class Recipe:
                 f"schedule.warmup={self.schedule.warmup} and schedule.decay={self.schedule.decay} take longer than "
                 f"run.steps={self.run.steps}"
             )
+        frozen = self.model.quantize != "none" or self.model.dtype != "float32"
+        if frozen and (not self.adapter.rank or self.model.pretrained is None):
+            raise ValueError(
+                f"model.quantize={self.model.quantize!r} and model.dtype={self.model.dtype!r} are for frozen weights "
+                "under an adapter; set adapter.rank and model.pretrained, or leave them out to train the model itself"
+            )
+        if self.model.dtype == "bfloat16" and self.run.mixed_precision != "bf16":
+            raise ValueError(
+                "model.dtype 'bfloat16' goes with run.mixed_precision 'bf16', which computes in it; got "
+                f"{self.run.mixed_precision!r}"
+            )
         if self.scheduler:
             from ..schedulers.flow_match import MultiFrameFlowMatchScheduler
 
@@ -332,11 +352,20 @@ def parse_as(cls: Any, values: Any, source: str) -> Any:
 
 
 def build_model(recipe: Recipe) -> torch.nn.Module:
-    """The model of a recipe, new weights drawn from `run.seed` or loaded; ready to train."""
+    """The model of a recipe, new weights drawn from `run.seed` or loaded; ready to train.
+
+    Raises:
+        ImportError: what `model.quantize` names is not installed.
+    """
     config = recipe.model
     if config.pretrained is not None:
-        folder = SCENES if config.pretrained == EMBEDDED else config.pretrained
-        model = config.model_class.from_pretrained(folder, subfolder=config.subfolder or None)
+        dtype = getattr(torch, config.dtype)
+        model = config.model_class.from_pretrained(
+            pretrained_folder(config), subfolder=config.subfolder or None, dtype=dtype,
+            **load_options(config.quantize, dtype),
+        )  # fmt: skip
+        if config.quantize == "int8":
+            quantize_rows(model)
     else:
         with torch.random.fork_rng():
             torch.manual_seed(recipe.run.seed)
@@ -344,14 +373,21 @@ def build_model(recipe: Recipe) -> torch.nn.Module:
         if hasattr(model, "init_weights"):
             model.init_weights(torch.Generator().manual_seed(recipe.run.seed))
     if recipe.adapter.rank:
-        _add_adapter(model, recipe.adapter, recipe.run.seed)
+        add_adapter(model, recipe.adapter, recipe.run.seed)
     if config.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     return model.train()
 
 
-def _add_adapter(model: Any, config: AdapterConfig, seed: int) -> None:
+def pretrained_folder(config: ModelConfig) -> str | Path:
+    """Where a model's weights come from."""
+    assert config.pretrained is not None
+    return SCENES if config.pretrained == EMBEDDED else config.pretrained
+
+
+def add_adapter(model: Any, config: AdapterConfig, seed: int) -> None:
     """Freeze a model and put a LoRA on it, called `ADAPTER`, that changes nothing yet."""
+    from diffusers.training_utils import cast_training_params
     from peft import LoraConfig
 
     model.requires_grad_(False)
@@ -361,6 +397,7 @@ def _add_adapter(model: Any, config: AdapterConfig, seed: int) -> None:
         model.add_adapter(
             LoraConfig(r=config.rank, lora_alpha=config.alpha or config.rank, target_modules=pattern), ADAPTER
         )
+    cast_training_params(model)  # PEFT makes an adapter of what its layer is made of
 
 
 def build_scheduler(recipe: Recipe) -> Any:

@@ -59,6 +59,7 @@ from .config import OptimizerConfig, Recipe, build_scheduler
 from .data import Batches, lost_worker, mixed_seed
 from .objectives import ObjectiveOutput
 from .only_writer import only_writer
+from .optimizers import build_optimizer
 from .shards import ShardError, load_shards, require_shards
 
 logger = logging.getLogger(__name__)
@@ -191,7 +192,8 @@ class _Run:
         self.step, self.samples = 0, 0
         self.model = model.train()
         config = recipe.optimizer
-        optimizer = torch.optim.AdamW(optimizer_groups(model, config), lr=config.lr, betas=config.betas)
+        self._check_sharding()
+        optimizer = build_optimizer(optimizer_groups(model, config), config)
         if self.accelerator.distributed_type == DistributedType.FSDP:
             # accelerate makes the last child with "Norm" in its class name a shard of its own, which is gathered when
             # that child is called. MMDiT uses the child's parts instead, so it has to stay with the root; accelerate
@@ -213,6 +215,17 @@ class _Run:
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer.optimizer, lambda step: recipe.schedule.factor(step, run.steps), last_epoch=self.step - 1
         )
+
+    def _check_sharding(self) -> None:
+        """Refuse what FSDP2 cannot shard."""
+        recipe = self.recipe
+        odd = {"model.quantize": recipe.model.quantize, "optimizer.kind": recipe.optimizer.kind}
+        for name, value in odd.items():
+            if self.accelerator.distributed_type == DistributedType.FSDP and value not in ("none", "adamw"):
+                raise ValueError(
+                    f"{name}={value!r} does not go with FSDP2, whose shards need weights and moments of "
+                    "one type; start with configs/accelerate/ddp.json"
+                )
 
     def train(self, stop_at: int | None) -> TrainingResult:
         run, accelerator = self.recipe.run, self.accelerator

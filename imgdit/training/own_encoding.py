@@ -87,6 +87,11 @@ class Encoder:
             logging.set_verbosity(level)
         return pipe.to(self.device)
 
+    def unload(self) -> None:
+        """Free the pipeline's memory, for what is trained; it is loaded again if something has to be encoded."""
+        if self.__dict__.pop("pipe", None) is not None and self.device == "cuda":
+            torch.cuda.empty_cache()
+
     @cached_property
     def cell(self) -> int:
         """Pixels per side of a latent cell; from the configuration, so that cached latents need no autoencoder."""

@@ -212,6 +212,7 @@ class OwnPictures:
         if self._lacking(numbers):
             with self.latent_cache.filling(), self.text_cache.filling():
                 self.fill(tqdm(self._lacking(numbers), desc="caching", unit="row", disable=None))
+        self.encoder.unload()
 
     def fill(self, numbers: Iterable[int]) -> None:
         """Compute what the caches lack of some rows. Several processes may do so at once."""

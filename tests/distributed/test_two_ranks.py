@@ -15,5 +15,10 @@ def test_two_ranks_equal_one_process():
         timeout=300,
     )
     assert done.returncode == 0, done.stdout + done.stderr[-4000:]
-    for what in ("context parallel forward", "context parallel gradients", "tensor parallel forward, sincos"):
+    for what in (
+        "context parallel forward",
+        "context parallel gradients",
+        "one picture",
+        "tensor parallel forward, sincos",
+    ):
         assert what in done.stdout
