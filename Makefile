@@ -10,7 +10,7 @@ ROOMS := pipelines adapters apps configs
 PYTEST := OMP_NUM_THREADS=1 DIFFUSERS_ATTN_CHECKS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 -q
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lint format types stress weights clean
+.PHONY: help demo test check lint format types stress weights docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -49,6 +49,11 @@ weights: $(STAMP) ## train the embedded model from nothing, or go on with it
 		$(BIN)/imgdit train scenes/$$recipe --resume || exit 1; \
 	done
 	$(BIN)/imgdit assemble
+
+# MUP=1 makes the two plots of μP as well, ten minutes of processor time.
+docs: $(STAMP) ## make the pictures, numbers and API page of docs/
+	$(BIN)/imgdit docs api
+	$(BIN)/imgdit docs pictures $(if $(MUP),--mup)
 
 clean: ## remove the environment, caches and build outputs
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

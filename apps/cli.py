@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from .commands import bench, convert, data, lora, mup, pictures, sae
+from .commands import bench, convert, data, docs, lora, mup, pictures, sae
 from .commands.demo import demo
 from .commands.doctor import doctor
 
@@ -20,6 +20,7 @@ app = typer.Typer(
 app.add_typer(bench.app, name="bench")
 app.add_typer(data.app, name="data")
 app.add_typer(convert.app, name="convert")
+app.add_typer(docs.app, name="docs")
 app.add_typer(lora.app, name="lora")
 app.add_typer(mup.app, name="mup")
 app.add_typer(sae.app, name="sae")

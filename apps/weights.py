@@ -11,6 +11,7 @@ from imgdit.data.words import caption_tokenizer
 from imgdit.lora_dialects import LoraPair
 from imgdit.lora_files import AdapterInfo, adapter_pairs, write_adapter
 from imgdit.training.config import ADAPTER, Recipe, build_scheduler
+from imgdit.training.own_pictures import OwnPictures
 from imgdit.training.scene_conditions import SceneConditions
 from imgdit.training.scene_frames import SceneFrames, latent_scale
 from imgdit.training.trained import load_trained, trained_recipe
@@ -53,28 +54,48 @@ def assemble(run: Path, out: Path) -> None:
 
 
 def save_adapter(run: Path, out: Path) -> None:
-    """Save the condition adapter of a run as a LoRA file, in half precision.
+    """Save the LoRA of a run as a file, in half precision, with what its user has to repeat.
+
+    Args:
+        run: folder of a run on the data "scene_conditions", "scene_frames" or "own_pictures".
+        out: file.
 
     Raises:
         ValueError: the run has no checkpoint, or trained no adapter.
     """
     recipe = trained_recipe(run)
-    if not recipe.adapter.rank or recipe.data.name != "scene_conditions":
-        raise ValueError(f"{run} trained no condition adapter: expected adapter.rank and the data scene_conditions")
-    data = _arguments(SceneConditions, recipe)
+    if not recipe.adapter.rank or recipe.data.name not in _ADAPTED:
+        raise ValueError(f"{run} trained no adapter: expected adapter.rank and data {' or '.join(_ADAPTED)}")
     pairs = {
         name: LoraPair(pair.down.half(), pair.up.half())
         for name, pair in adapter_pairs(load_trained(run), ADAPTER).items()
     }
-    info = AdapterInfo(
-        base_model=recipe.model.pretrained,
-        task=data["task"],
-        position=data["position"],
-        scale=1.0,
-        mode=data["mode"],
-        licence="Apache-2.0",
-    )
-    write_adapter(out, pairs, info)
+    write_adapter(out, pairs, _info(recipe))
+
+
+_ADAPTED: dict[str, Any] = {
+    "scene_conditions": SceneConditions,
+    "scene_frames": SceneFrames,
+    "own_pictures": OwnPictures,
+}
+
+
+def _info(recipe: Recipe) -> AdapterInfo:
+    """How a recipe's adapter is trained: on a condition's tokens (OminiControl), or on those of all frames."""
+    data = _arguments(_ADAPTED[recipe.data.name], recipe)
+    own = recipe.data.name == "own_pictures"
+    shared: dict[str, Any] = {
+        "base_model": recipe.model.pretrained,
+        "size": data["base"] if own else None,
+        "licence": None if own else "Apache-2.0",  # of people's own pictures nothing is known
+    }
+    if recipe.data.name == "scene_frames":
+        tasks = [*data["pairs"]] if [*data["shares"]] == ["pairs"] else []
+        return AdapterInfo(task=tasks[0] if len(tasks) == 1 else None, **shared)
+    task = data["condition"] if own else data["task"]
+    if data["mode"] == "frame":
+        return AdapterInfo(task=task, **shared)
+    return AdapterInfo(task=task, position=data["position"], scale=1.0, mode=data["mode"], **shared)
 
 
 def _arguments(dataset: Any, recipe: Recipe) -> dict[str, Any]:

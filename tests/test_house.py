@@ -10,12 +10,14 @@ import subprocess
 import sys
 import sysconfig
 import tomllib
+import venv
 import zipfile
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from PIL import Image
 
 import imgdit
 
@@ -47,17 +49,33 @@ def assert_only_imgdit(modules: list[str]) -> None:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel, built by way of the source distribution from a copy, so that nothing is left in the checkout."""
-    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of what is packaged, so that building leaves nothing in the checkout."""
+    source = tmp_path_factory.mktemp("source")
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     for folder in ROOMS:
         shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    build = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(source)]
-    done = subprocess.run(build, cwd=out, capture_output=True, text=True)
+    return source
+
+
+@pytest.fixture(scope="module")
+def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel, built by way of the source distribution."""
+    return build(source, tmp_path_factory.mktemp("wheel"))
+
+
+def build(source: Path, out: Path, *options: str) -> Path:
+    """Build in this environment, and return the wheel."""
+    command = [sys.executable, "-m", "build", "--no-isolation", *options, "--outdir", str(out), str(source)]
+    done = subprocess.run(command, cwd=out, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return next(out.glob("*.whl"))
+
+
+def names_in(wheel: Path) -> list[str]:
+    with zipfile.ZipFile(wheel) as archive:
+        return archive.namelist()
 
 
 def test_packages_are_the_folders_on_disk() -> None:
@@ -111,34 +129,63 @@ def test_import_is_light_and_quick() -> None:
     assert spent < 0.5  # about 10 ms on an idle machine
 
 
-def test_wheel_holds_one_package(wheel: Path) -> None:
-    with zipfile.ZipFile(wheel) as archive:
-        names = archive.namelist()
+def test_wheel_holds_one_package(source: Path, wheel: Path) -> None:
+    names = names_in(wheel)
     dist_info = f"imgdit-{imgdit.__version__}.dist-info"
     assert {name.split("/")[0] for name in names} == {"imgdit", dist_info}
     assert {"imgdit/py.typed", f"{dist_info}/licenses/LICENSE"} <= set(names)
+    packaged = (".py", ".yaml", ".json", ".safetensors")
     expected = {
-        "/".join([*name.split("."), *file.relative_to(ROOT / folder).parts])
+        "/".join([*name.split("."), *file.relative_to(source / folder).parts])
         for folder, name in ROOMS.items()
-        for pattern in ("*.py", "*.yaml")
-        for file in (ROOT / folder).rglob(pattern)
+        for file in (source / folder).rglob("*")
+        if file.suffix in packaged
     }
-    assert {name for name in names if name.endswith((".py", ".yaml"))} == expected
+    assert {name for name in names if name.endswith(packaged) and not name.startswith(dist_info)} == expected
 
 
-def test_wheel_works_from_a_neutral_folder(wheel: Path, tmp_path: Path) -> None:
-    site, neutral = tmp_path / "site", tmp_path / "neutral"
+@pytest.mark.slow
+def test_wheel_does_not_depend_on_the_way_it_was_built(source: Path, wheel: Path, tmp_path: Path) -> None:
+    """From the source distribution, and from the folder."""
+    assert sorted(names_in(wheel)) == sorted(names_in(build(source, tmp_path, "--wheel")))
+
+
+@pytest.mark.slow
+def test_wheel_makes_a_picture_in_a_fresh_environment(wheel: Path, tmp_path: Path) -> None:
+    """With this environment's dependencies, from a folder of nobody's, and with nothing of the checkout."""
+    fresh, neutral = tmp_path / "fresh", tmp_path / "neutral"
     neutral.mkdir()
-    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(site)]
-    subprocess.run([*install, str(wheel)], cwd=neutral, check=True, capture_output=True)
+    venv.create(fresh, with_pip=False)
+    python = fresh / "bin" / "python"
+    site = Path(sysconfig.get_path("purelib", "venv", {"base": str(fresh), "platbase": str(fresh)}))
+    # Of a folder that a .pth file names, other .pth files (the editable install) are not read.
+    (site / "dependencies.pth").write_text(SITE_PACKAGES)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+
+    def call(*command: str | Path) -> str:
+        done = subprocess.run(
+            list(map(str, command)), cwd=neutral, env=environment, capture_output=True, text=True, timeout=600
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    call(sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps", "--no-index", wheel)
+    call(fresh / "bin" / "imgdit", "generate", "a red cube", "--steps", "2", "--out", "red.png")
+    with Image.open(neutral / "red.png") as picture:
+        assert picture.size == (128, 128)
+        assert json.loads(picture.info["imgdit"])["places"]["model"].startswith(str(site))
     program = (
         "import imgdit, imgdit.pipelines, imgdit.apps, imgdit.configs, json, sys\n"
-        "print(json.dumps([[m.__file__ for m in (imgdit, imgdit.pipelines, imgdit.apps, imgdit.configs)],"
-        " list(imgdit.__path__), sorted(sys.modules)]))"
+        "from importlib.resources import files\n"
+        "from imgdit.checkpoints import SCENE_PROBE, SCENES\n"
+        "found = [m.__file__ for m in (imgdit, imgdit.pipelines, imgdit.apps, imgdit.configs)]\n"
+        "found += [str(files('imgdit') / 'py.typed'), str(files('imgdit.configs') / 'scenes/transformer.yaml')]\n"
+        "found += [str(SCENES / 'transformer/config.json'), str(SCENE_PROBE / 'config.json')]\n"
+        "print(json.dumps([found, list(imgdit.__path__), sys.path, sorted(sys.modules)]))"
     )
-    files, path, modules = json.loads(run("-c", program, cwd=neutral, path=(site, SITE_PACKAGES)))
-    assert all(Path(file).is_relative_to(site) for file in files)
-    assert path == [str(site / "imgdit")]
+    files, package, path, modules = json.loads(call(python, "-c", program))
+    assert all(Path(file).is_relative_to(site) and Path(file).is_file() for file in files)
+    assert package == [str(site / "imgdit")] and str(ROOT) not in path
     assert_only_imgdit(modules)
 
 

@@ -10,7 +10,8 @@ from diffusers import (
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
-from tiny import randomize, rope_config, tiny_vae
+from tiny import randomize, rope_config, tiny_text_encoder, tiny_tokenizer, tiny_vae
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from imgdit.adapters.speed import OMINICONTROL_TARGETS
 from imgdit.lora_dialects import LoraPair
@@ -55,6 +56,30 @@ def sd3(dual=(0,)) -> StableDiffusion3Pipeline:
 def quiet(pipe):
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def with_texts(pipe):
+    """The pipeline with tiny text encoders, so that its folder makes pictures from sentences."""
+    words = {"tokenizer": tiny_tokenizer(), "text_encoder_2": tiny_text_encoder(), "tokenizer_2": tiny_tokenizer()}
+    if isinstance(pipe, FluxPipeline):
+        words["text_encoder"] = _clip(32, CLIPTextModel)
+    else:
+        words |= {"text_encoder_3": words["text_encoder_2"], "tokenizer_3": words["tokenizer_2"]}
+        words |= {name: _clip(16, CLIPTextModelWithProjection) for name in ("text_encoder", "text_encoder_2")}
+    pipe.register_modules(**words)
+    return pipe
+
+
+def _clip(width, kind):
+    torch.manual_seed(0)
+    sizes = {
+        "hidden_size": width,
+        "projection_dim": width,
+        "intermediate_size": 8,
+        "num_attention_heads": 2,
+        "num_hidden_layers": 2,
+    }
+    return kind(CLIPTextConfig(vocab_size=32, max_position_embeddings=77, eos_token_id=1, **sizes))
 
 
 def text(pipe, seed=3) -> dict:

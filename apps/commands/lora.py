@@ -1,4 +1,4 @@
-"""`imgdit lora`: what is in a LoRA file, and the same file by other names."""
+"""`imgdit lora`: what is in a LoRA file, the same file by other names, and the file of a run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(help="Look into LoRA files and convert them.", no_args_is_help=True)
+app = typer.Typer(help="Look into LoRA files, convert and make them.", no_args_is_help=True)
 
 
 @app.command()
@@ -53,6 +53,21 @@ def convert(
     typer.echo(f"wrote {path}: {len(adapter.pairs)} modules, {adapter.dialect} names to {to}")
     for key in adapter.unused:
         typer.echo(f"  left out, not a LoRA of the transformer: {key}")
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="Folder of a run that trained a condition adapter.")],
+    out: Annotated[Path, typer.Argument(help="A .safetensors file to write.")],
+) -> None:
+    """Write the adapter of a run's latest checkpoint as a LoRA file, with how it was trained in its header."""
+    from ..weights import save_adapter
+
+    try:
+        save_adapter(run, out)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    typer.echo(f"wrote {out}")
 
 
 def _kind(name: str) -> str:

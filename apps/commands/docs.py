@@ -1,0 +1,46 @@
+"""`imgdit docs`: what of docs/ is made by commands."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..console import calm, one_sentence
+
+app = typer.Typer(help="Make the parts of docs/ that are made by commands.", no_args_is_help=True)
+
+
+@app.command()
+def api(
+    out: Annotated[Path, typer.Argument(help="File to write.")] = Path("docs/api.md"),
+) -> None:
+    """Write the API page from the docstrings."""
+    from ..api_page import api_page
+
+    out.write_text(api_page(), encoding="utf-8")
+    typer.echo(f"wrote {out}")
+
+
+@app.command()
+def pictures(
+    out: Annotated[Path, typer.Argument(help="Folder; the sheets go into its folder `pictures`.")] = Path("docs"),
+    model: Annotated[Path | None, typer.Option(help="Folder of a pipeline; the embedded model by default.")] = None,
+    count: Annotated[int, typer.Option(min=2, help="Pictures of each kind of the benchmark.")] = 48,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of the sampler.")] = 20,
+    mup: Annotated[bool, typer.Option(help="The plots of μP too: ten minutes of processor time.")] = False,
+    work: Annotated[Path, typer.Option(help="Folder of the sweep of --mup.")] = Path("outputs/docs"),
+) -> None:
+    """Make the pictures of the documentation, and the numbers of the benchmark whose sheets are among them."""
+    with one_sentence():
+        calm()
+        from imgdit.checkpoints import SCENES
+
+        from ..docs_pictures import make_mup_plots, make_pictures
+
+        for file in make_pictures(out, model=model or SCENES, count=count, steps=steps):
+            typer.echo(f"wrote {file}")
+        if mup:
+            for file in make_mup_plots(out, work):
+                typer.echo(f"wrote {file}")

@@ -1,0 +1,132 @@
+"""The pictures and numbers of docs/, made by the embedded model or a folder like it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from PIL import Image
+
+from imgdit.checkpoints import SCENE_PROBE, SCENES
+from imgdit.data.sheet import contact_sheet
+
+from . import scene_bench
+from .commands import mup
+from .generate import PROMPTS
+from .prepare import condition_of
+from .request import AskedFrame, Control, Request
+from .studio import Studio
+
+QUALITY = 90
+"""Of JPEG files: the large sheets, whose pixels nobody counts."""
+STRENGTHS = (0.0, 0.5, 1.0)
+UNLEARNED = ("neon", "sketch", "mosaic", "cube", "sphere", "cone")
+"""Concepts of the sheet, as far as the sparse autoencoder knows them."""
+TURNS = (-60.0, -30.0, 0.0, 30.0, 60.0)
+"""Degrees between the given picture's camera and the others'."""
+
+
+def make_pictures(out: Path, *, model: Path = SCENES, count: int = 48, steps: int = 20) -> Iterator[Path]:
+    """Make the sheets and the benchmark's numbers; each file as it is written.
+
+    Args:
+        out: folder; the sheets go into its `pictures`.
+        model: folder of a pipeline of the scenes. Sheets that need adapters or a sparse autoencoder are made where
+            its folder has them.
+        count: pictures of each kind of the benchmark.
+        steps: of the sampler.
+    """
+    pictures = out / "pictures"
+    pictures.mkdir(parents=True, exist_ok=True)
+    studio = Studio(model)
+    studio.quiet()
+    made = [studio.make(Request(text, seed=i, steps=steps)).pictures[0] for i, text in enumerate(PROMPTS)]
+    yield _save(contact_sheet([([picture], text) for picture, text in zip(made, PROMPTS)]), pictures / "generate.png")
+    yield _save(_any_sheet(studio, made[:3], steps), pictures / "any.png")
+    yield _save(_views_sheet(studio, made[0], steps), pictures / "views.png")
+    if studio.adapter_for("depth") is not None:
+        yield _save(_control_sheet(studio, made[0], steps), pictures / "control.png")
+    if studio.has_sae:
+        yield _save(_unlearn_sheet(studio, steps), pictures / "unlearn.png")
+    yield from _benchmark(out, model, count, steps)
+
+
+def make_mup_plots(out: Path, work: Path) -> Iterator[Path]:
+    """The plots of μP: ten minutes of processor time.
+
+    Args:
+        out: folder of the plots.
+        work: folder of the sweep, which goes on there.
+    """
+    mup.coord_check(out=work / "coordinates")
+    yield Path(shutil.copy(work / "coordinates/coordinates.png", out / "mup-coordinates.png"))
+    mup.transfer(quick=True, out=work / "transfer")
+    yield Path(shutil.copy(work / "transfer/transfer.png", out / "mup-transfer.png"))
+
+
+def _benchmark(out: Path, model: Path, count: int, steps: int) -> Iterator[Path]:
+    """The numbers of `imgdit bench scenes` and its sheets, as JPEG."""
+    work = out / "bench"
+    scene_bench.run(model, SCENE_PROBE, work, count, steps, 3.0)
+    numbers = json.loads((work / "scenes.json").read_text())
+    numbers["model"] = "embedded" if model == SCENES else model.name  # where this checkout lies is nobody's business
+    (out / "bench-scenes.json").write_text(json.dumps(numbers, indent=1, ensure_ascii=False))
+    yield out / "bench-scenes.json"
+    for sheet in sorted(work.glob("*.png")):
+        yield _save(Image.open(sheet), out / "pictures" / f"{sheet.stem}.jpg")
+    shutil.rmtree(work)
+
+
+def _any_sheet(studio: Studio, pictures: list[Image.Image], steps: int) -> Image.Image:
+    """Each picture, what is found in it, and another picture of its depth."""
+    tiles = []
+    for picture, text in zip(pictures, PROMPTS):
+        found = {
+            kind: studio.make(Request(frames=(AskedFrame(picture=picture), AskedFrame(kind)), steps=steps)).pictures[0]
+            for kind in ("depth", "canny", "segmentation")
+        }
+        frames = (AskedFrame(), AskedFrame("depth", found["depth"]))
+        again = studio.make(Request(text, seed=100, steps=steps, frames=frames)).pictures[0]
+        tiles.append(([picture, *found.values(), again], f"{text}: depth, edges, segmentation; depth to picture"))
+    return contact_sheet(tiles, columns=1)
+
+
+def _views_sheet(studio: Studio, picture: Image.Image, steps: int) -> Image.Image:
+    """A picture, and the same scene from around it."""
+    made = []
+    for turn in TURNS:
+        cameras = (AskedFrame("rays", camera=(0.0, 24.0)), AskedFrame("rays", camera=(turn, 24.0)))
+        frames = (AskedFrame(picture=picture), cameras[0], AskedFrame(), cameras[1])
+        made.append(studio.make(Request(PROMPTS[0], steps=steps, frames=frames)).pictures[0])
+    told = ", ".join(f"{turn:+.0f}" for turn in TURNS)
+    return contact_sheet([([picture, *made], f"given; made from cameras turned by {told} degrees")], columns=1)
+
+
+def _control_sheet(studio: Studio, picture: Image.Image, steps: int) -> Image.Image:
+    """A depth map, and pictures that follow it more and more."""
+    depth = condition_of(studio, "depth", picture)
+    tiles = []
+    for i, text in enumerate(PROMPTS[1:4]):
+        controls = [Control("depth", depth, strength) for strength in STRENGTHS]
+        made = [studio.make(Request(text, seed=i, steps=steps, controls=(c,))).pictures[0] for c in controls]
+        tiles.append(([depth, *made], f"{text}: depth; strength {', '.join(map(str, STRENGTHS))}"))
+    return contact_sheet(tiles, columns=1)
+
+
+def _unlearn_sheet(studio: Studio, steps: int) -> Image.Image:
+    """Pictures of concepts, and the same noise without them."""
+    tiles = []
+    for concept in (name for name in UNLEARNED if name in studio.unlearner.concepts):
+        text = f"a {concept} on a wooden floor" if concept in UNLEARNED[3:] else f"a red cube, {concept} style"
+        plain, without = (
+            studio.make(Request(text, steps=steps, concepts=concepts)).pictures[0] for concepts in ((), (concept,))
+        )
+        tiles.append(([plain, without], f"{text}; without {concept}"))
+    return contact_sheet(tiles, columns=3)
+
+
+def _save(picture: Image.Image, file: Path) -> Path:
+    picture.convert("RGB").save(file, quality=QUALITY)
+    return file

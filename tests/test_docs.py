@@ -1,0 +1,233 @@
+"""README.md and docs/: every block runs, every command that a sentence names exists, every link leads somewhere."""
+
+import json
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+import typer
+import yaml
+from onediffusion_fixtures import TINY
+from PIL import Image
+from tiny_control import flux, lora_file, with_texts
+from tiny_pictures import write_folder
+from typer.testing import CliRunner
+
+import imgdit
+from imgdit.apps import scene_bench
+from imgdit.apps.api_page import api_page
+from imgdit.apps.cli import app
+from imgdit.checkpoints import SCENES
+from imgdit.lora_files import AdapterInfo
+from imgdit.sae.config import SAEConfig
+from imgdit.sae.model import SparseAutoencoder
+from imgdit.sae.unlearning import ConceptUnlearner
+from imgdit.training.config import parse_recipe
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = {page.relative_to(ROOT).as_posix(): page.read_text() for page in [ROOT / "README.md", *ROOT.glob("docs/*.md")]}
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
+
+SMALLER = {
+    r"num_inference_steps=\d+": "num_inference_steps=2",
+    r"\b(height|width)=512": r"\1=16",
+    r'\.to\("cuda"\)': '.to("cpu")',
+}
+"""What is changed in Python blocks, so that they take seconds and need no GPU."""
+OPTIONS = {
+    "generate": ["--steps", "2"],
+    "control": ["--steps", "2"],
+    "any": ["--steps", "2"],
+    "unlearn": ["--steps", "2"],
+    "sae features": ["--steps", "2", "--count", "1"],
+}
+"""What is added to commands, for the same."""
+NOT_RUN = {
+    "imgdit train scenes/": "hours; tests/apps/test_scenes.py runs these recipes with small models",
+    "imgdit sae train": "an hour; tests/sae/test_run.py trains small ones",
+    "imgdit assemble": "needs those runs; tests/apps/test_scenes.py",
+    "imgdit demo": "ends with Ctrl-C; tests/apps/test_demo.py serves it",
+    "imgdit bench scenes": "minutes; tests/apps/test_scenes.py",
+    "imgdit bench unlearn": "minutes to hours; tests/apps/test_unlearn.py",
+    "imgdit mup coord-check scale/": "a model of 188 M parameters; tests/mup/test_coordinates.py",
+    "imgdit mup transfer": "hours; tests/mup/test_transfer.py",
+    "accelerate launch": "several processes; tests/training/test_more_machines.py",
+    "make ": "installs and checks everything; the targets must exist",
+}
+"""Beginnings of commands that are parsed but not run, and why."""
+LISTINGS = {"text": "a listing of files", "": "nothing: every block names its language"}
+"""Languages of blocks that are no program."""
+UNTOUCHED = {"docs/api.md": "signatures, compared as a whole below"}
+"""Pages whose blocks are not programs."""
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    """What the pages load from the Hub, as tiny folders."""
+    folder = tmp_path_factory.mktemp("hub")
+    pipe = with_texts(flux())
+    pipe.save_pretrained(folder / "flux")
+    for name in ("experimental/canny", "omini/subject_512", "my_edges"):
+        lora_file(folder / f"omini/{name}.safetensors", pipe.transformer)
+    return {
+        "black-forest-labs/FLUX.1-dev": folder / "flux",
+        "Yuanshi/OminiControl": folder / "omini",
+        "lehduong/OneDiffusion": TINY,
+    }
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """An adapter and a sparse autoencoder of the embedded model that know nothing."""
+    folder = tmp_path_factory.mktemp("trained")
+    pipe = imgdit.DiffusionPipeline.from_pretrained(SCENES)
+    info = AdapterInfo(task="depth", mode="independent")
+    lora_file(folder / "depth.safetensors", pipe.transformer, r".*attn\.to_[qkv]", info=info)
+    place = "transformer.single_transformer_blocks.2"
+    unlearner = ConceptUnlearner({place: SparseAutoencoder(SAEConfig(256, 32, 4, hookpoint=place))})
+    unlearner.learn(pipe, {"neon": ["a neon cube"], "photo": ["a photo"]}, top_n=2, num_inference_steps=1)
+    unlearner.save_pretrained(folder / "saes")
+    return folder
+
+
+@pytest.fixture
+def desk(tmp_path, trained, hub, monkeypatch):
+    """A folder with the files that the pages speak of."""
+    for name in ("edges", "map", "thing"):
+        Image.effect_noise((128, 128), 80).convert("RGB").save(tmp_path / f"{name}.png")
+    write_folder(tmp_path / "pictures", 8, size=(128, 128), conditions=True)
+    lines = tmp_path / "pictures/metadata.jsonl"
+    lines.write_text(lines.read_text().replace("grey_file_name", "canny_file_name"))  # OpenCV may not be there
+    shutil.copy(trained / "depth.safetensors", tmp_path)
+    shutil.copytree(trained / "saes", tmp_path / "outputs/scenes/sae/saes")
+    (tmp_path / "outputs/own").mkdir()
+    shutil.copy(hub["Yuanshi/OminiControl"] / "my_edges.safetensors", tmp_path / "outputs/own")
+    (tmp_path / "prompts.jsonl").write_text('a red cube\n{"prompt": "a cone", "control": {"canny": "edges.png"}}\n')
+    (tmp_path / "imgdit").symlink_to(ROOT / "imgdit")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("page", sorted(PAGES.keys() - UNTOUCHED.keys()))
+def test_blocks_run(page, desk, hub):
+    names = {"__name__": page}
+    for language, code in BLOCK.findall(PAGES[page]):
+        if language == "python":
+            exec(compile(_small(code, hub), f"{page}: {code[:40]!r}", "exec"), names)
+        elif language == "sh":
+            for number, line in enumerate(code.replace("\\\n", " ").splitlines(), start=1):
+                if words := shlex.split(line, comments=True):
+                    _command(words, number)
+        elif language == "yaml":
+            assert parse_recipe(yaml.safe_load(code), page).run.steps
+        elif language == "json":
+            assert all(isinstance(json.loads(line), dict) for line in code.splitlines())
+        else:
+            assert LISTINGS[language].startswith("a listing"), f"{page} has a block of no language:\n{code}"
+
+
+def _small(code, hub):
+    for name, folder in hub.items():
+        code = code.replace(f'"{name}"', repr(str(folder)))
+    for pattern, instead in SMALLER.items():
+        code = re.sub(pattern, instead, code)
+    return code
+
+
+def _command(words, number):
+    """Parse a command against the real one, and run it unless `NOT_RUN` says why not."""
+    reason = next((why for start, why in NOT_RUN.items() if " ".join(words).startswith(start)), None)
+    if words[0] == "make":
+        assert re.search(rf"^{words[1]}:.*##", (ROOT / "Makefile").read_text(), re.M), words
+        return
+    if words[0] == "accelerate":
+        assert (ROOT / words[words.index("--config_file") + 1]).is_file(), words
+        words = ["imgdit", *words[words.index("imgdit.apps.cli") + 1 :]]
+    assert words[0] == "imgdit", f"who runs {words[0]}?"
+    path, command, rest = _resolved(words[1:])
+    command.make_context(path, list(rest))  # refuses unknown options, missing arguments and values of another type
+    if reason is None:
+        more = ["--stop-at", str(number)] if path == "train" else OPTIONS.get(path, [])
+        done = CliRunner().invoke(app, [*words[1:], *more])
+        assert done.exit_code == 0, f"{shlex.join(words)}\n{done.output}{done.exception!r}"
+
+
+def _resolved(words):
+    """The command that words name, its name, and the words after it."""
+    command, rest, path = typer.main.get_command(app), list(words), []
+    while hasattr(command, "commands") and rest and not rest[0].startswith("-"):
+        assert rest[0] in command.commands, f"there is no command imgdit {' '.join([*path, rest[0]])}"
+        path.append(rest.pop(0))
+        command = command.commands[path[-1]]
+    return " ".join(path), command, rest
+
+
+@pytest.mark.parametrize("page", sorted(PAGES.keys() - UNTOUCHED.keys()))
+def test_commands_in_sentences_exist(page):
+    for said in re.findall(r"`(imgdit [^`]*)`", BLOCK.sub("", PAGES[page])):
+        _, command, rest = _resolved([word for word in said.split()[1:] if word != "…"])
+        known = {"--help", *(option for one in command.params for option in [*one.opts, *one.secondary_opts])}
+        assert {word for word in rest if word.startswith("--")} <= known, said
+
+
+@pytest.mark.parametrize("page", sorted(PAGES))
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)]+)\)", PAGES[page]):
+        if re.match(r"https?:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (ROOT / page).parent / path if path else ROOT / page
+        assert file.exists(), f"{page} links to {target}"
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", BLOCK.sub("", file.read_text()), re.M)
+            anchors = [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
+            assert anchor in anchors, f"{page} links to {target}, which has {anchors}"
+
+
+def test_every_room_of_the_readme_is_there():
+    (tree,) = (code for language, code in BLOCK.findall(PAGES["README.md"]) if language == "text")
+    rooms = [line.split()[0] for line in tree.splitlines()]
+    assert all((ROOT / room).is_dir() for room in rooms)
+    packages = {f"{init.parent.name}/" for init in ROOT.glob("*/__init__.py")}
+    assert packages | {"tests/", "docs/"} == set(rooms)
+
+
+def test_every_page_is_in_the_readme():
+    linked = set(re.findall(r"\]\((docs/[\w-]+\.md)\)", PAGES["README.md"]))
+    assert linked == PAGES.keys() - {"README.md"}
+
+
+def test_the_api_page_is_up_to_date():
+    page = api_page()
+    if PAGES["docs/api.md"] != page:  # a diff of it would be thousands of lines
+        pytest.fail("docs/api.md is not what the docstrings say; run: imgdit docs api")
+    assert all(f"`{name}`" in page and f"#### {name}\n" in page for name in imgdit.__all__)
+
+
+def test_versions_agree():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == imgdit.__version__
+    assert f"## [{imgdit.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
+    papers = {reference["identifiers"][0]["value"].removeprefix("arXiv:") for reference in citation["references"]}
+    assert papers == set(re.findall(r"\[(\d{4}\.\d{5})\]", PAGES["README.md"].split("## Try it")[0]))
+
+
+def test_the_pictures_are_made_by_one_command(trained, tmp_path, monkeypatch):
+    model = tmp_path / "model"
+    shutil.copytree(SCENES, model, symlinks=True, ignore=shutil.ignore_patterns("adapters", "sae"))
+    (model / "adapters").mkdir()
+    shutil.copy(trained / "depth.safetensors", model / "adapters")
+    shutil.copytree(trained / "saes", model / "sae")
+    monkeypatch.setattr(scene_bench, "seconds", lambda *_: {})  # starts processes
+    done = CliRunner().invoke(
+        app, ["docs", "pictures", str(tmp_path / "docs"), "--model", str(model), "--count", "2", "--steps", "1"]
+    )
+    assert done.exit_code == 0, done.output + repr(done.exception)
+    made = {file.name for file in (tmp_path / "docs/pictures").iterdir()}
+    assert {"generate.png", "any.png", "views.png", "control.png", "unlearn.png", "text-one-object.jpg"} <= made
+    shown = {name for text in PAGES.values() for name in re.findall(r"\((?:docs/)?pictures/([\w.-]+)\)", text)}
+    assert shown - {"failures.jpg"} <= made  # one picture of each kind may show no mistake
+    numbers = json.loads((tmp_path / "docs/bench-scenes.json").read_text())
+    assert numbers["model"] == "model" and not (tmp_path / "docs/bench").exists()
