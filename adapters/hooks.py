@@ -167,7 +167,19 @@ class ModelInputHook(ConditionHook):
         return out
 
     def _step_cache(self, module: Any) -> bool:
-        return compat.has_step_cache(next(iter(module.transformer_blocks)))
+        """Whether the model is under a cache of whole blocks.
+
+        Raises:
+            ValueError: it is under one of attentions, which conditions compute themselves.
+        """
+        blocks = (*module.transformer_blocks, *getattr(module, "single_transformer_blocks", ()))
+        if any(compat.has_step_cache(block.attn) for block in blocks):
+            raise ValueError(
+                "TaylorSeer and PyramidAttentionBroadcast keep what attention modules return, and under conditions "
+                "those are not called: nothing would be saved. Call disable_cache() and enable FirstBlockCache or "
+                "MagCache, or convert the model by MMDiT.from_diffusers and use ImgDiTPipeline"
+            )
+        return compat.has_step_cache(blocks[0])
 
     def _pass(self, module: Any, run: ConditionRun, given: dict[str, Any], *, empty: bool) -> Any:
         control = self.control

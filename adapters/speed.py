@@ -7,13 +7,12 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline
 from peft import LoraConfig
-from torch.utils.flop_counter import FlopCounterMode
 
-from ..evaluation.speed import HEAD_DIM, HEADS, SIDE, TEXT, compare, gemm_peak
-from ..frames import Frame
+from ..evaluation.speed import SIDE, compare, flops_of, gemm_peak, medium_flux
 from ..lora_files import activate
+from ..models.mmdit import MMDiT
 from .condition import Condition
 from .omni_control import OmniControl
 
@@ -28,10 +27,14 @@ class Cost(NamedTuple):
     """One row of the table."""
 
     work: str
+    against: str
+    """The same weights without conditions and without LoRA, run by the same kernels."""
     seconds: float
     """Median of one step."""
+    other: float
+    """The same of `against`."""
     ratio: float
-    """Median of the pairwise ratios to a step without conditions and without LoRA."""
+    """Median of the pairwise ratios."""
     low: float
     high: float
     share: float
@@ -42,41 +45,22 @@ def condition_costs(
     *, rounds: int = 9, rank: int = 4, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> Iterator[Cost]:
     """Steps of a medium FLUX (4 double, 8 single blocks, width 768; 256 image and 64 text tokens, 256 a condition)."""
-    torch.manual_seed(0)
-    plain = FluxTransformer2DModel(
-        in_channels=64,
-        num_layers=4,
-        num_single_layers=8,
-        attention_head_dim=HEAD_DIM,
-        num_attention_heads=HEADS,
-        joint_attention_dim=512,
-        pooled_projection_dim=256,
-        axes_dims_rope=(16, 24, 24),
-    )
-    plain = plain.to(device, dtype).eval()
+    plain, inputs = medium_flux(device, dtype)
+    blocks = MMDiT.from_diffusers(plain)  # conditions run through its block functions
     model = copy.deepcopy(plain)
     for name in ("first", "second"):
         model.add_adapter(LoraConfig(r=rank, target_modules=OMINICONTROL_TARGETS, init_lora_weights=False), name)
     activate(model, [])
     control = OmniControl(FluxPipeline(FlowMatchEulerDiscreteScheduler(), _vae(), None, None, None, None, model))
-    inputs = {
-        "hidden_states": torch.randn(1, SIDE * SIDE, 64, device=device, dtype=dtype),
-        "encoder_hidden_states": torch.randn(1, TEXT, 512, device=device, dtype=dtype),
-        "pooled_projections": torch.randn(1, 256, device=device, dtype=dtype),
-        "timestep": torch.full((1,), 0.5, device=device, dtype=dtype),
-        "img_ids": Frame((SIDE, SIDE)).ids().to(device),
-        "txt_ids": torch.zeros(TEXT, 3, device=device),
-    }
     picture = torch.rand(3, SIDE * 16, SIDE * 16)
     first, second = Condition(picture, "first"), Condition(picture, "second", position="subject")
 
-    def row(work: str, call: Callable[[], torch.Tensor]) -> Cost:
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            call()
-        result = compare(work, "no condition", call, lambda: plain(**inputs).sample, rounds=rounds, device=device)
+    def row(work: str, call: Callable[[], torch.Tensor], other: Any) -> Cost:
+        against = type(other).__name__
+        result = compare(work, against, call, lambda: other(**inputs).sample, rounds=rounds, device=device)
         peak = gemm_peak(device=device, dtype=dtype)  # in the row's own minute: the machine's speed drifts
-        share = counter.get_total_flops() / result.ours / peak
-        return Cost(work, result.ours, result.ratio, result.low, result.high, share)
+        share = flops_of(call) / result.ours / peak
+        return Cost(work, against, result.ours, result.other, result.ratio, result.low, result.high, share)
 
     def step() -> torch.Tensor:
         return model(**inputs).sample
@@ -86,8 +70,8 @@ def condition_costs(
         control.run.forget()
         return step()
 
-    yield row("no condition, no LoRA", lambda: plain(**inputs).sample)
-    yield row("no condition, 2 LoRA loaded", step)
+    yield row("no condition, no LoRA", lambda: plain(**inputs).sample, plain)
+    yield row("no condition, 2 LoRA loaded", step, plain)
     uses: list[tuple[str, list[Condition], dict[str, Any], Callable[[], torch.Tensor]]] = [
         ("1 condition, joint", [first], {}, step),
         ("2 conditions, joint", [first, second], {}, step),
@@ -99,7 +83,7 @@ def condition_costs(
         with control.use(conditions, **options):
             with torch.no_grad():
                 call()
-            yield row(work, call)
+            yield row(work, call, blocks)
 
 
 def _vae() -> AutoencoderKL:

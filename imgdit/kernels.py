@@ -62,7 +62,7 @@ def _fits(weight: torch.Tensor, x: torch.Tensor) -> bool:
         and type(weight) is nn.Parameter  # no DTensor, no quantised weight
         and weight.is_contiguous()
         and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
-        and torch.backends.mkldnn.enabled
+        and bool(torch.backends.mkldnn.enabled)
         and not torch.is_autocast_enabled("cpu")
         and onednn_is_faster()
     )

@@ -155,7 +155,8 @@ def _call(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 def feed_forward(module: nn.Module, x: torch.Tensor, rows: AdapterRows | None) -> torch.Tensor:
     """diffusers' `FeedForward` (GELU projection, dropout, projection) with adapters on rows."""
-    if rows is None and not all(kernels.is_plain(part) for part in (module, *module.net)):
+    parts: Sequence[nn.Module] = module.net  # type: ignore[assignment]
+    if rows is None and not all(kernels.is_plain(part) for part in (module, *parts)):
         return module(x)
     activation, dropout, project = module.net  # type: ignore[misc]
     hidden = activation.gelu(linear(activation.proj, x, rows, shared=True))

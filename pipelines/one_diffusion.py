@@ -470,7 +470,9 @@ class OneDiffusionPipeline(ImgDiTPipeline):
         if texts is None or any(a is not b for a, b in zip(texts.sources, sources, strict=True)):
             embeds = torch.cat(sources).to(dtype)
             text = TextMemory(embeds, mask) if self.follows_reference else embeds
-            texts = run.texts[guided] = _Texts(sources, text, KVCache() if run.layout.frozen else None)
+            # A step cache compares tokens over steps, so the same frames are in every one.
+            keeps = run.layout.frozen and not getattr(self.transformer, "is_cache_enabled", False)
+            texts = run.texts[guided] = _Texts(sources, text, KVCache() if keeps else None)
         layout = run.layout
         if texts.cache is not None and texts.cache.mode == "read":
             layout = run.rest

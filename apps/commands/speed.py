@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Literal
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import typer
+
+from imgdit.naming import check_name
 
 app = typer.Typer()
 
@@ -35,7 +39,9 @@ def forward(
     torch.set_num_threads(threads)
     if not as_json:
         peak = speed.gemm_peak(device=device, dtype=getattr(torch, dtype))
-        typer.echo(f"torch {torch.__version__}, {device}, {dtype}, {threads} thread(s); GEMM {peak / 1e9:.0f} GFLOP/s")
+        typer.echo(
+            f"torch {torch.__version__}, {device}, {dtype}, {threads} thread(s); torch.mm {peak / 1e9:.0f} GFLOP/s"
+        )
         typer.echo(f"{'work':<44}{'against':<26}{'ours':>9}{'other':>9}{'ratio':>8}{'spread':>16}{'max diff':>10}")
     for row in speed.forward_comparisons(rounds=rounds, device=device, dtype=getattr(torch, dtype)):
         if as_json:
@@ -123,3 +129,140 @@ def control_speed(
     for row in condition_costs(rounds=rounds, device=device, dtype=getattr(torch, dtype)):
         spread = f"{row.low:.3f}-{row.high:.3f}"
         typer.echo(f"{row.work:<42}{row.seconds * 1e3:>7.0f} ms{row.ratio:>8.3f}{spread:>16}{row.share:>8.0%}")
+
+
+def _chosen(option: str, names: str, known: Iterable[str]) -> list[str]:
+    """Names with commas between them, of those that are known."""
+    chosen = names.split(",")
+    for name in chosen:
+        try:
+            check_name("row", name, known)
+        except ValueError as error:
+            raise typer.BadParameter(f"{option}: {error}") from error
+    return chosen
+
+
+@app.command("speed")
+def all_speed(
+    only: Annotated[str | None, typer.Option(help="Groups of rows with commas between them; all by default.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Counted pairs of runs.")] = 5,
+    threads: Threads = 1,
+    out: Annotated[Path, typer.Option(help="File of the raw numbers.")] = Path("outputs/bench-speed.json"),
+) -> None:
+    """Time everything against what one would use instead, beside what it must reach: one table, on a CPU.
+
+    Groups: forward, conditions, frames, packing, picture, sae, training, start. Process time, interleaved pairs.
+    """
+    import torch
+
+    from imgdit.apps import speed_bench as bench
+
+    groups = list(bench.GROUPS) if only is None else _chosen("--only", only, bench.GROUPS)
+    torch.set_num_threads(threads)
+    about = bench.machine()
+    typer.echo(", ".join(f"{name} {value}" for name, value in about.items()) + "\n\n" + bench.HEAD)
+    rows = []
+    for row in bench.run(groups, rounds):
+        rows.append(row)
+        typer.echo(bench.line(row))
+        bench.write(out, rows, about)
+    typer.echo(f"\nwrote {out}")
+
+
+@app.command()
+def caches(
+    model: Annotated[Path | None, typer.Option(help="Folder of a pipeline; the embedded model by default.")] = None,
+    count: Annotated[int, typer.Option(min=1, help="Pictures.")] = 8,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of the sampler.")] = 28,
+    rounds: Annotated[int, typer.Option(min=1, help="Counted pairs of runs.")] = 3,
+    threads: Threads = 1,
+) -> None:
+    """What diffusers' step caches save, and how far their pictures are from those without: held-out scenes."""
+    import torch
+
+    from imgdit.apps import picture_speed as bench
+    from imgdit.checkpoints import SCENES
+
+    torch.set_num_threads(threads)
+    typer.echo("| cache | time | spread | PSNR | SSIM |\n|---|---|---|---|---|")
+    for row in bench.cache_table(bench.load(model or SCENES), count=count, steps=steps, rounds=rounds):
+        spread = f"{row.low:.2f} - {row.high:.2f}"
+        typer.echo(f"| {row.cache} | {row.ratio:.2f} x | {spread} | {row.psnr:.1f} dB | {row.ssim:.3f} |")
+
+
+@app.command()
+def growth(
+    out: Annotated[Path, typer.Option(help="Folder of growth.json and growth.png.")] = Path("outputs/bench-growth"),
+    rounds: Annotated[int, typer.Option(min=1, help="Counted steps of each size.")] = 3,
+    threads: Threads = 1,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    tiny: Annotated[bool, typer.Option(help="The two smallest sizes of each axis.")] = False,
+) -> None:
+    """How time and memory of a step grow with tokens, frames, conditions, batch and width, beside the formulas.
+
+    An exponent of at most 1 says: no faster than the formula.
+    """
+    import torch
+
+    from imgdit.evaluation import growth as bench
+
+    torch.set_num_threads(threads)
+    points = []
+    sizes = bench.TINY if tiny else bench.AXES
+    for point in bench.measure(sizes, rounds=rounds, device=device, dtype=getattr(torch, dtype)):
+        points.append(point)
+        typer.echo(
+            f"{point.work:<14}{point.axis:<12}{point.value:>6}{point.seconds * 1e3:>10.1f} ms"
+            f"{point.flops / 1e9:>9.2f} GFLOP{point.memory / 2**20:>9.1f} MiB"
+        )
+    found = bench.growth(points)
+    typer.echo(
+        "\n| work | axis | time over FLOP, exponent | memory over tokens x width, exponent |\n|---|---|---|---|"
+    )
+    for line in found:
+        typer.echo(f"| {line.work} | {line.axis} | {line.time:.2f} | {line.memory:.2f} |")
+    out.mkdir(parents=True, exist_ok=True)
+    raw = {"points": [point._asdict() for point in points], "exponents": [line._asdict() for line in found]}
+    (out / "growth.json").write_text(json.dumps(raw, indent=1))
+    typer.echo(f"wrote {out / 'growth.json'} and {bench.plot(points, out / 'growth.png')}")
+
+
+@app.command("large-speed")
+def large_speed(
+    device: Device = "cuda",
+    dtype: Dtype = "bfloat16",
+    backends: Annotated[str, typer.Option(help="Of attention, diffusers' names.")] = "native,flash,xformers",
+    variants: Annotated[str, typer.Option(help="Of eager, compiled and CUDA graphs.")] = "eager,compiled,CUDA graphs",
+    compiler: Annotated[str, typer.Option(help="Backend of torch.compile.")] = "inductor",
+    rounds: Rounds = 9,
+    tiny: Annotated[bool, typer.Option(help="A tiny model, to see that everything runs.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Time a 1.4 B MMDiT at 1024 x 1024 on a GPU: 0, 1 and 2 conditions, attention backends, compilers."""
+    import torch
+
+    from imgdit.adapters import large_speed as bench
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise typer.BadParameter("this machine has no CUDA device; --device cpu --tiny shows that the command runs")
+    chosen: Any = _chosen("--variants", variants, ("eager", "compiled", "CUDA graphs"))
+    if not as_json:
+        typer.echo("| work | variant | attention | step | against | ratio | spread | TFLOP/s | of peak | recompiled |")
+        typer.echo("|---|---|---|---|---|---|---|---|---|---|")
+    for row in bench.large_costs(
+        bench.TINY if tiny else bench.LARGE,
+        device=device,
+        dtype=getattr(torch, dtype),
+        backends=backends.split(","),
+        variants=chosen,
+        compiler=compiler,
+        rounds=rounds,
+    ):
+        spread = f"{row.low:.3f} - {row.high:.3f}"
+        typer.echo(
+            json.dumps(row._asdict())
+            if as_json
+            else f"| {row.work} | {row.variant} | {row.backend} | {row.seconds * 1e3:.1f} ms | {row.against} "
+            f"| {row.ratio:.3f} | {spread} | {row.flops / 1e12:.1f} | {row.share:.0%} | {row.recompiled} |"
+        )

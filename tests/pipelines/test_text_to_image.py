@@ -9,6 +9,7 @@ from diffusers import AutoencoderDC, AutoModel, AutoPipelineForText2Image
 from peft import LoraConfig
 from safetensors import safe_open
 from tiny import rope_config, sincos_config, tiny_pipeline
+from tiny_caches import STEP_CACHES
 
 import imgdit
 from imgdit.pipelines.text_to_image import pack, unpack
@@ -304,41 +305,11 @@ def test_pickled_model_weights_are_refused(pipe, tmp_path):
         imgdit.DiffusionPipeline.from_pretrained(tmp_path / "pipe")
 
 
-@pytest.mark.parametrize("cache", ["first block", "taylor", "mag", "pyramid"])
+@pytest.mark.parametrize("cache", STEP_CACHES)
 def test_step_caches(cache):
     """With nothing skipped they change nothing; with something they do; removed, all is bitwise as before."""
-    from diffusers import (
-        FirstBlockCacheConfig,
-        MagCacheConfig,
-        PyramidAttentionBroadcastConfig,
-        TaylorSeerCacheConfig,
-    )
-
     pipe = tiny_pipeline()
-
-    def step():
-        return pipe.current_timestep
-
-    configs = {
-        "first block": [FirstBlockCacheConfig(0.0), FirstBlockCacheConfig(10.0)],
-        "taylor": [
-            TaylorSeerCacheConfig(cache_interval=100, disable_cache_before_step=100),
-            TaylorSeerCacheConfig(cache_interval=3, disable_cache_before_step=2, max_order=1),
-        ],
-        "mag": [
-            MagCacheConfig(threshold=0.0, num_inference_steps=6, mag_ratios=[1.0] * 6, retention_ratio=0.99),
-            MagCacheConfig(threshold=1.0, num_inference_steps=6, mag_ratios=[0.9] * 6, retention_ratio=0.2),
-        ],
-        "pyramid": [
-            PyramidAttentionBroadcastConfig(
-                spatial_attention_block_skip_range=r,
-                spatial_attention_timestep_skip_range=(0, 2000),
-                current_timestep_callback=step,
-                spatial_attention_block_identifiers=("transformer_blocks", "single_transformer_blocks"),
-            )
-            for r in (1, 2)
-        ],
-    }[cache]
+    configs = STEP_CACHES[cache](pipe)
     plain = run(pipe, num_inference_steps=6)
     for config, changes in zip(configs, (False, True)):
         pipe.transformer.enable_cache(config)
