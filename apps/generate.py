@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 import time
@@ -15,6 +14,7 @@ from PIL import Image
 
 from imgdit.data.sheet import contact_sheet
 from imgdit.naming import check_name
+from imgdit.untrusted import inside, parse_object
 
 from .request import Control, Origin, Request, open_picture, read_origin, write_png
 
@@ -31,6 +31,8 @@ LINE_KEYS = (
     "prompt", "negative_prompt", "seed", "steps", "guidance", "height", "width", "control", "name", "num_images",
 )  # fmt: skip
 """What a JSON line may say; without `prompt` nothing."""
+MOST = 100_000
+"""Pictures of one line."""
 
 
 class Line(NamedTuple):
@@ -68,14 +70,14 @@ def read_lines(file: str | Path, base: Request) -> Iterator[Line]:
 
     Args:
         file: one sentence or JSON object a line, told apart by each line's first letter; "-" for what is piped in.
-            Empty lines are passed over.
+            Empty lines are passed over. A file's lines name pictures in its folder; what is piped in may name any.
         base: what the lines do not say.
 
     Raises:
         ValueError: a line that says what no request has; its number is told.
     """
     if str(file) == "-":
-        text, folder = sys.stdin.read(), Path()
+        text, folder = sys.stdin.read(), None
     else:
         try:
             text, folder = Path(file).read_text(encoding="utf-8"), Path(file).parent
@@ -86,14 +88,14 @@ def read_lines(file: str | Path, base: Request) -> Iterator[Line]:
             continue
         try:
             if line.lstrip().startswith("{"):
-                yield _line(json.loads(line), base, folder)
+                yield _line(parse_object(line, "the line"), base, folder)
             else:
                 yield Line(replace(base, prompt=line.strip()))
         except (ValueError, TypeError) as error:
             raise ValueError(f"{file}, line {number}: {error}") from error
 
 
-def _line(values: Mapping[str, Any], base: Request, folder: Path) -> Line:
+def _line(values: Mapping[str, Any], base: Request, folder: Path | None) -> Line:
     for key in values:
         check_name("key", key, LINE_KEYS)
     if not isinstance(values.get("prompt"), str):
@@ -105,14 +107,21 @@ def _line(values: Mapping[str, Any], base: Request, folder: Path) -> Line:
             raise ValueError(f"{key} cannot be {value!r}")
     if "control" in values:
         said["controls"] = tuple(
-            Control(kind, open_picture(folder / file)) for kind, file in values["control"].items()
+            Control(kind, open_picture(file if folder is None else inside(folder, file)))
+            for kind, file in _controls(values["control"])
         )
     name, count = values.get("name"), values.get("num_images")
     if name is not None and not re.fullmatch(r"[\w][\w .-]*", str(name)):
         raise ValueError(f"name is a file name of letters, digits, spaces, dots and dashes, got {name!r}")
-    if count is not None and (not isinstance(count, int) or count < 1):
-        raise ValueError(f"num_images must be a whole number from 1, got {count!r}")
+    if count is not None and (type(count) is not int or not 1 <= count <= MOST):
+        raise ValueError(f"num_images must be a whole number from 1 to {MOST}, got {count!r}")
     return Line(replace(base, **said), name, count, "seed" in values)
+
+
+def _controls(values: Any) -> Iterable[tuple[str, str]]:
+    if not isinstance(values, dict) or not all(isinstance(file, str) for file in values.values()):
+        raise ValueError(f"control must name a file for each kind, as {{'depth': 'depth.png'}}; got {values!r:.80}")
+    return values.items()
 
 
 def plan(lines: Iterable[Line], out: Path, num_images: int = 1) -> tuple[list[Job], Path | None]:

@@ -63,6 +63,10 @@ class LoraPair(NamedTuple):
     """B: (out, rank, ...)"""
 
 
+class LoraShapeError(ValueError):
+    """Tensors that cannot be a LoRA; names the module."""
+
+
 class Renamed(NamedTuple):
     """A file's tensors under diffusers' names."""
 
@@ -86,6 +90,9 @@ def to_diffusers(tensors: Mapping[str, torch.Tensor], scales: Mapping[str, float
     Args:
         tensors: as in the file.
         scales: factor of each module, from a file's PEFT configuration; `alpha` keys of the file take its place.
+
+    Raises:
+        LoraShapeError: a pair whose shapes do not fit each other, or the layer that its name says.
     """
     found: dict[str, dict[str, torch.Tensor]] = {}
     keys: dict[str, list[str]] = {}
@@ -105,7 +112,7 @@ def to_diffusers(tensors: Mapping[str, torch.Tensor], scales: Mapping[str, float
         if "down" not in parts or "up" not in parts:
             unused += keys[module]
             continue
-        down, up = parts["down"], parts["up"]
+        down, up = _checked(module, parts)
         factor = float(parts["alpha"]) / down.shape[0] if "alpha" in parts else (scales or {}).get(module, 1.0)
         pairs |= _split(module, LoraPair(down, up if factor == 1.0 else up * factor))
     return Renamed(pairs, dialect, tuple(sorted(unused)))
@@ -124,6 +131,21 @@ def from_diffusers(pairs: Mapping[str, LoraPair], dialect: str) -> dict[str, tor
         native, parts = _native(name)
         fused[native] = _fuse([left.pop(part, None) for part in parts], parts)
     return _named("diffusion_model.", fused)
+
+
+def _checked(module: str, parts: Mapping[str, torch.Tensor]) -> LoraPair:
+    """A pair that fits, in a type that can be computed with."""
+    down, up = parts["down"], parts["up"]
+    if not (down.is_floating_point() and up.is_floating_point()):
+        raise LoraShapeError(f"{module} has {down.dtype} and {up.dtype}; expected floating-point numbers")
+    if down.ndim < 2 or up.ndim != down.ndim or up.shape[1] != down.shape[0] or not (down.numel() and up.numel()):
+        raise LoraShapeError(
+            f"{module} is {tuple(down.shape)} and {tuple(up.shape)}; expected (rank, in, …) and (out, rank, …)"
+        )
+    if "alpha" in parts and parts["alpha"].numel() != 1:
+        raise LoraShapeError(f"the alpha of {module} has shape {tuple(parts['alpha'].shape)}; expected one number")
+    small = torch.bfloat16  # which holds every 8-bit float, and has the operations that those lack
+    return LoraPair(*(t.to(small) if t.itemsize == 1 else t for t in (down, up)))
 
 
 def _named(prefix: str, pairs: Mapping[str, LoraPair]) -> dict[str, torch.Tensor]:
@@ -159,7 +181,10 @@ def _split(module: str, pair: LoraPair) -> dict[str, LoraPair]:
         up = torch.cat(pair.up.chunk(2)[::-1]) if parts[0] == _SWAPPED else pair.up
         return {prefix + parts[0]: LoraPair(pair.down, up)}
     width = pair.down.shape[1]
-    rows = [width] * 3 + [pair.up.shape[0] - 3 * width] * (len(parts) - 3)
+    rest = pair.up.shape[0] - 3 * width
+    if rest < 0 or (rest > 0) != (len(parts) > 3):
+        raise LoraShapeError(f"{module} has {pair.up.shape[0]} rows, which are no {', '.join(parts)} of width {width}")
+    rows = [width] * 3 + [rest] * (len(parts) - 3)
     split = {}
     for part, up in zip(parts, pair.up.split(rows)):
         used = up.any(dim=0)  # a LoRA of another part has nothing here

@@ -23,8 +23,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from .lora_dialects import LoraPair, from_diffusers, to_diffusers
+from .lora_dialects import LoraPair, LoraShapeError, from_diffusers, to_diffusers
 from .naming import nearest
+from .untrusted import parse_object
 
 logger = logging.get_logger(__name__)
 
@@ -112,15 +113,18 @@ def read_adapter(source: str | Path, weight_name: str | None = None, **hub: Any)
             f"{path} holds {odd!r}: DoRA, LoKr and LoHa change whole weights and cannot act on one condition's "
             "tokens; expected a plain LoRA (lora_A and lora_B, or lora_down and lora_up)"
         )
-    config = json.loads(header.get(LORA_ADAPTER_METADATA_KEY, "null")) or {}
-    renamed = to_diffusers(tensors, _scales(config, tensors))
+    config = parse_object(header.get(LORA_ADAPTER_METADATA_KEY, "{}"), f"{path}: its PEFT configuration")
+    try:
+        renamed = to_diffusers(tensors, _scales(config, tensors, str(path)))
+    except LoraShapeError as error:
+        raise ValueError(f"{path} is damaged or no plain LoRA: {error}") from error
     if not renamed.pairs:
         first = next(iter(tensors), "nothing")
         raise ValueError(
             f"{path} holds no LoRA of a transformer: expected keys like 'transformer.<module>.lora_A.weight', "
             f"'diffusion_model.…' or 'lora_unet_…', got {first!r}"
         )
-    return AdapterFile(renamed.pairs, renamed.dialect, renamed.unused, _read_info(header), str(path))
+    return AdapterFile(renamed.pairs, renamed.dialect, renamed.unused, _read_info(header, str(path)), str(path))
 
 
 def write_adapter(
@@ -276,7 +280,7 @@ def _refuse_pickle(name: str) -> None:
         )
 
 
-def _scales(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> dict[str, float]:
+def _scales(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], source: str) -> dict[str, float]:
     """alpha / rank of each module by the PEFT configuration in a file's header; empty without one."""
     config = {key.removeprefix("transformer."): value for key, value in config.items()}
     if "lora_alpha" not in config:
@@ -285,24 +289,53 @@ def _scales(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> d
         raise ValueError(
             "a DoRA changes whole weights and cannot act on one condition's tokens; expected a plain LoRA"
         )
+    patterns = _check_peft_config(config, source)
     scales = {}
     for key, tensor in tensors.items():
         if key.startswith("transformer.") and key.endswith(".lora_A.weight"):
             name = key.removeprefix("transformer.").removesuffix(".lora_A.weight")
-            patterns = config.get("alpha_pattern") or {}
             matching = (p for p in patterns if re.match(rf"(.*\.)?({p.removeprefix('^')})$", name))
             alpha = patterns.get(next(matching, ""), config["lora_alpha"])
-            rank = tensor.shape[0]
+            rank = max(tensor.shape[0], 1) if tensor.ndim else 1
             scales[name] = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
     return scales
 
 
-def _read_info(header: Mapping[str, str]) -> AdapterInfo:
-    values = json.loads(header.get(_INFO_KEY, "{}"))
-    known = {field.name for field in fields(AdapterInfo)}
-    if isinstance(values.get("position"), list):
-        values["position"] = tuple(values["position"])
-    return AdapterInfo(**{key: value for key, value in values.items() if key in known})
+_PATTERN = re.compile(r"(?:[\w.^$|()-]|\\[.d]|\\d\+)*")
+"""Module names and what PEFT's patterns have of regular expressions; nothing that takes exponential time to match."""
+
+
+def _check_peft_config(config: Mapping[str, Any], source: str) -> dict[str, float]:
+    """The alphas of a configuration by pattern."""
+    patterns = config.get("alpha_pattern") or {}
+    alphas = {"lora_alpha": config["lora_alpha"], **(patterns if isinstance(patterns, dict) else {"": patterns})}
+    for name, alpha in alphas.items():
+        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not abs(alpha) < 1e9:
+            raise ValueError(
+                f"{source}: its PEFT configuration has the alpha {alpha!r:.60} of {name!r:.60}; expected a number"
+            )
+        try:
+            sound = _PATTERN.fullmatch(name) and re.compile(f"({name.removeprefix('^')})$")
+        except re.error:
+            sound = None
+        if not sound:
+            raise ValueError(f"{source}: alpha_pattern has {name!r:.60}; expected names of modules")
+    return patterns
+
+
+def _read_info(header: Mapping[str, str], source: str) -> AdapterInfo:
+    found = parse_object(header.get(_INFO_KEY, "{}"), f"{source}: what it says of its training")
+    values = {field.name: found[field.name] for field in fields(AdapterInfo) if found.get(field.name) is not None}
+    numbers = {"scale": (int, float), "size": int}
+    for name, value in values.items():
+        pair = (
+            name == "position" and isinstance(value, list) and [type(v) in (int, float) for v in value] == [True, True]
+        )
+        if pair:
+            values[name] = tuple(value)
+        elif isinstance(value, bool) or not isinstance(value, numbers.get(name, str)):
+            raise ValueError(f"{source}: its {name} cannot be {value!r:.60}; write the file again by write_adapter")
+    return AdapterInfo(**values)
 
 
 def _shapes(model: nn.Module) -> dict[str, tuple[int, int]]:

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import torch
 
 from ..training.checkpoint import read_tensors, replace_text
+from ..untrusted import parse_object
+from .config import SAEConfig
 from .files import write_tensors
 
 SCORE_EPS = 1e-8
@@ -204,18 +206,61 @@ class ConceptBook:
         folder = Path(folder)
         if not (folder / _JSON).is_file():
             return None
-        values = json.loads((folder / _JSON).read_text(encoding="utf-8"))
+        values = parse_object((folder / _JSON).read_bytes(), str(folder / _JSON))
         if values.get("format") != FORMAT:
             raise ValueError(f"{folder / _JSON}: expected format {FORMAT!r}, got {values.get('format')!r}")
         tensors = read_tensors(folder / _TENSORS)
+        expected = {"sae": str, "model": dict, "concepts": dict}
+        for name, kind in expected.items():
+            if not isinstance(values.get(name), kind):
+                raise ValueError(f"{folder / _JSON}: {name} must be {kind.__name__}, got {values.get(name)!r:.60}")
+        known = values["model"]
+        sketch = known.get("sketch")
+        numbers = isinstance(sketch, list) and all(type(value) in (int, float) for value in sketch)
+        if not numbers or not {"class", "parameters"} <= known.keys():
+            raise ValueError(f"{folder / _JSON}: model must have class, parameters and sketch, got {known!r:.80}")
         selections = {}
         for name, entry in values["concepts"].items():
             missing = [part for part in _STORED if f"{name}/{part}" not in tensors]
             if missing:
                 raise ValueError(f"{folder / _TENSORS} has no {name}/{missing[0]}")
             parts = {part: tensors[f"{name}/{part}"] for part in _STORED}
-            selections[name] = ConceptSelection(name, tuple(entry["timesteps"]), **parts, origin=entry["origin"])
+            timesteps = _timesteps(entry, f"{folder / _JSON}: {name}")
+            _check_shapes(parts, len(timesteps), f"{folder / _TENSORS}: {name}")
+            selections[name] = ConceptSelection(name, timesteps, **parts, origin=entry.get("origin") or {})
         return cls(values["sae"], values["model"], selections)
+
+
+def _timesteps(entry: Any, where: str) -> tuple[float, ...]:
+    found = entry.get("timesteps") if isinstance(entry, dict) else None
+    numbers = isinstance(found, list) and all(type(t) in (int, float) and math.isfinite(t) for t in found)
+    if not numbers or not found or found != sorted(set(found), reverse=True):
+        raise ValueError(f"{where}: timesteps must be falling numbers, got {found!r:.80}")
+    return tuple(found)
+
+
+def _check_shapes(parts: Mapping[str, torch.Tensor], steps: int, where: str) -> None:
+    features, replacement = parts["features"], parts["replacement"]
+    if features.ndim != 1 or features.dtype != torch.int64 or (features < 0).any():
+        raise ValueError(f"{where}/features must be numbers of features, got {features.dtype} {tuple(features.shape)}")
+    for name in ("selected", "means", "thresholds"):
+        if tuple(parts[name].shape) != (steps, len(features)):
+            expected = (steps, len(features))
+            raise ValueError(
+                f"{where}/{name} must be {expected} (timesteps, features), got {tuple(parts[name].shape)}"
+            )
+    if replacement.ndim != 2 or len(replacement) != steps:
+        raise ValueError(f"{where}/replacement must have a row per timestep, got {tuple(replacement.shape)}")
+
+
+def check_fit(selection: ConceptSelection, config: SAEConfig, what: str) -> None:
+    """Refuse a selection of features that an SAE has not, or of another width."""
+    largest = int(selection.features.max()) if len(selection.features) else -1
+    if largest >= config.num_latents or selection.replacement.shape[1] != config.d_in:
+        raise ValueError(
+            f"{what} is of another SAE: it has feature {largest} and width {selection.replacement.shape[1]}, this SAE "
+            f"has {config.num_latents} features and width {config.d_in}"
+        )
 
 
 SKETCH = 64

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ..naming import check_choice
+from ..training.config import parse_as
 
 _ACTIVATIONS = ("topk", "batch_topk", "sample_topk", "groupmax")
 
@@ -70,9 +71,13 @@ class SAEConfig:
                 raise ValueError(f"cfg.json has no {name!r}; it holds {', '.join(sorted(values))}")
         known = {f.name for f in dataclasses.fields(cls)}
         fields = {name: value for name, value in values.items() if name in known}
-        fields["num_latents"] = values.get("num_latents") or values["d_in"] * values["expansion_factor"]
+        if not fields.get("num_latents"):
+            sizes = values["d_in"], values.get("expansion_factor")
+            if not all(type(size) is int for size in sizes):
+                raise ValueError(f"cfg.json: d_in and expansion_factor must be whole numbers, got {sizes}")
+            fields["num_latents"] = sizes[0] * sizes[1]
         if values.get("batch_topk"):
             fields["activation"] = "batch_topk"
         elif values.get("sample_topk"):
             fields["activation"] = "sample_topk"
-        return cls(**fields)
+        return parse_as(cls, fields, "cfg.json")

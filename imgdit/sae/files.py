@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ..training.checkpoint import replace_text
+from ..untrusted import parse_object
 from .config import SAEConfig
 from .model import SparseAutoencoder
 
@@ -67,6 +68,8 @@ def load_sae(path_or_repo: str | Path, subfolder: str | None = None) -> SparseAu
         raise ValueError(f"{folder} holds no sparse autoencoder: it has no {CONFIG}{hint}")
     if config.hookpoint is None and "." in folder.name:  # SAeUron and sparsify call the folder by its hookpoint
         config = dataclasses.replace(config, hookpoint=folder.name)
+    # Before anything of these sizes is made.
+    _check_tensors(folder, tensors, {"encoder.weight": (config.num_latents, config.d_in)}, complete=False)
     with torch.random.fork_rng(devices=[]):
         sae = SparseAutoencoder(config)
     _check_tensors(folder, tensors, {name: tuple(t.shape) for name, t in sae.state_dict().items()})
@@ -126,13 +129,7 @@ def _from_unbox(values: dict[str, Any], tensors: dict[str, torch.Tensor]) -> tup
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold an object, got {type(values).__name__}")
-    return values
+    return parse_object(path.read_bytes(), str(path))
 
 
 def _read_weights(folder: Path, name: str) -> dict[str, torch.Tensor]:
@@ -150,7 +147,10 @@ def _read_weights(folder: Path, name: str) -> dict[str, torch.Tensor]:
         raise ValueError(f"{folder / name} is damaged or no safetensors file: {error}") from error
 
 
-def _check_tensors(folder: Path, tensors: dict[str, torch.Tensor], expected: dict[str, tuple[int, ...]]) -> None:
+def _check_tensors(
+    folder: Path, tensors: dict[str, torch.Tensor], expected: dict[str, tuple[int, ...]], complete: bool = True
+) -> None:
+    """Refuse tensors that are not of the expected shapes, or not `complete` all that there are."""
     for name, shape in expected.items():
         if name not in tensors:
             raise ValueError(f"the weights in {folder} have no {name!r}; they hold {', '.join(sorted(tensors))}")
@@ -159,5 +159,5 @@ def _check_tensors(folder: Path, tensors: dict[str, torch.Tensor], expected: dic
                 f"{folder}: {name} must be {shape} by its configuration, got {tuple(tensors[name].shape)}"
             )
     extra = sorted(tensors.keys() - expected.keys())
-    if extra:
+    if extra and complete:
         raise ValueError(f"the weights in {folder} hold {extra[0]!r}, which no configuration of ours has")

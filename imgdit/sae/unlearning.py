@@ -11,7 +11,15 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from ..naming import check_choice
-from .concepts import ConceptBook, ConceptSelection, check_concepts, model_fingerprint, same_model, select_concept
+from .concepts import (
+    ConceptBook,
+    ConceptSelection,
+    check_concepts,
+    check_fit,
+    model_fingerprint,
+    same_model,
+    select_concept,
+)
 from .edits import ChosenFeatures, Edit, edit_by_decoding
 from .files import CONFIG, load_sae, local_folder, save_sae
 from .hooks import hooked, site
@@ -45,6 +53,8 @@ class ConceptUnlearner:
                     f"the concepts at {hookpoint} were selected with another SAE (hash {book.sae[:12]}…, this one has "
                     f"{self.saes[hookpoint].fingerprint()[:12]}…); select them anew with `learn`"
                 )
+            for name, selection in book.selections.items():
+                check_fit(selection, self.saes[hookpoint].config, f"the concept {name!r} at {hookpoint}")
 
     @classmethod
     def from_pretrained(cls, path_or_repo: str | Path) -> ConceptUnlearner:

@@ -19,6 +19,7 @@ import json
 import os
 import random
 import re
+import reprlib
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -29,6 +30,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
+from ..untrusted import inside, parse_json
 from .shards import ShardError, read_shards, shard_shapes, write_shards
 
 FORMAT = "imgdit-checkpoint-1"
@@ -166,24 +168,46 @@ def latest_checkpoint(folder: str | Path) -> Path | None:
     return path
 
 
-def read_state(checkpoint: str | Path) -> dict[str, Any]:
+_KINDS = {
+    "step": int,
+    "samples": int,
+    "partial": bool,
+    "recipe": dict,
+    "files": dict,
+    "ema_updates": (int, type(None)),
+}
+
+
+def read_state(checkpoint: str | Path, needs: Sequence[str] = ()) -> dict[str, Any]:
     """The JSON part, after checking that every file is there at its full size.
+
+    Args:
+        needs: entries that it must have.
 
     Raises:
         CheckpointError: something is missing, truncated, or not from imgdit.
     """
     path = Path(checkpoint) / _STATE
     try:
-        state = json.loads(path.read_text(encoding="utf-8"))
+        state = parse_json(path.read_bytes(), str(path))
     except FileNotFoundError as error:
         raise CheckpointError(f"{checkpoint} is not a checkpoint: it has no {_STATE}") from error
     except ValueError as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from error
+        raise CheckpointError(str(error)) from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         got = state.get("format") if isinstance(state, dict) else type(state).__name__
         raise CheckpointError(f"{path} is not a checkpoint of this version: expected format {FORMAT!r}, got {got!r}")
+    for name in ("files", "step", *needs):
+        kind = _KINDS.get(name, object)
+        if name not in state or not isinstance(state[name], kind) or (kind is int and not 0 <= state[name] < 2**63):
+            raise CheckpointError(f"{path} is damaged: {name!r} is {reprlib.repr(state.get(name))}")
     for name, size in state["files"].items():
-        file = path.parent / name
+        try:
+            file = inside(path.parent, name)
+        except ValueError as error:
+            raise CheckpointError(f"{path} is damaged: {error}") from error
+        if type(size) is not int:
+            raise CheckpointError(f"{path} is damaged: the size of {name!r} is {reprlib.repr(size)}")
         if not file.is_file():
             raise CheckpointError(f"{file} is missing")
         if file.stat().st_size != size:
@@ -216,11 +240,11 @@ def shards_of(path: str | Path) -> Path:
     return Path(path).with_suffix("")
 
 
-def check_architecture(path: str | Path, expected: Mapping[str, torch.Tensor]) -> None:
-    """Refuse a weights file that is not of this model.
+def read_shapes(path: str | Path) -> dict[str, tuple[tuple[int, ...], Any]]:
+    """Shape and type of every tensor of a file and of its shards, by name; no tensor is read.
 
     Raises:
-        CheckpointError: names the first key that is missing, too much, or of another shape or dtype.
+        CheckpointError: the file is truncated or not safetensors.
     """
     found: dict[str, tuple[tuple[int, ...], Any]] = {}
     try:
@@ -231,6 +255,16 @@ def check_architecture(path: str | Path, expected: Mapping[str, torch.Tensor]) -
         found |= shard_shapes(shards_of(path))
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} cannot be read as safetensors: {error}") from error
+    return found
+
+
+def check_architecture(path: str | Path, expected: Mapping[str, torch.Tensor]) -> None:
+    """Refuse a weights file that is not of this model.
+
+    Raises:
+        CheckpointError: names the first key that is missing, too much, or of another shape or dtype.
+    """
+    found = read_shapes(path)
     for key, tensor in expected.items():
         if key not in found:
             raise CheckpointError(f"{path} is of another model: it has no {key!r}")
@@ -261,7 +295,7 @@ def load_weights(model: torch.nn.Module, checkpoint: str | Path, *, ema: bool = 
     checkpoint = Path(checkpoint)
     if not (checkpoint / _STATE).exists():
         checkpoint = latest_checkpoint(checkpoint) or checkpoint
-    state, own = read_state(checkpoint), model.state_dict()
+    state, own = read_state(checkpoint, ("partial",)), model.state_dict()
     trained = read_tensors(checkpoint / "model.safetensors")
     # What was frozen in training is not in the file and keeps its base weights.
     expected = {key: tensor for key, tensor in own.items() if key in trained or not state["partial"]}
@@ -292,14 +326,21 @@ def rng_state(prefix: str = "") -> dict[str, torch.Tensor]:
 
 
 def set_rng_state(states: Mapping[str, torch.Tensor], prefix: str = "") -> None:
-    """Undo `rng_state`. A GPU that was not there is left as it is."""
-    torch.set_rng_state(states[f"{prefix}torch"])
-    position, has_gauss, gauss = states[f"{prefix}numpy_rest"].tolist()
-    keys = states[f"{prefix}numpy"].numpy().astype(np.uint32)
-    np.random.set_state(("MT19937", keys, int(position), int(has_gauss), gauss))
-    spare = states[f"{prefix}python_rest"].item()
-    words = tuple(states[f"{prefix}python"].tolist())
-    random.setstate((3, words, None if spare != spare else spare))
+    """Undo `rng_state`. A GPU that was not there is left as it is.
+
+    Raises:
+        CheckpointError: these are no states of generators.
+    """
+    try:
+        torch.set_rng_state(states[f"{prefix}torch"])
+        position, has_gauss, gauss = states[f"{prefix}numpy_rest"].tolist()
+        keys = states[f"{prefix}numpy"].numpy().astype(np.uint32)
+        np.random.set_state(("MT19937", keys, int(position), int(has_gauss), gauss))
+        spare = states[f"{prefix}python_rest"].item()
+        words = tuple(states[f"{prefix}python"].tolist())
+        random.setstate((3, words, None if spare != spare else spare))
+    except (KeyError, ValueError, TypeError, RuntimeError, OverflowError) as error:
+        raise CheckpointError(f"the states of the random generators are damaged: {error!r}") from error
     for i in range(torch.cuda.device_count()):
         if f"{prefix}cuda{i}" in states:
             torch.cuda.set_rng_state(states[f"{prefix}cuda{i}"], i)

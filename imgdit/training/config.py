@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
+import reprlib
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -322,7 +323,8 @@ def read_yaml(path_or_name: str | Path) -> tuple[Any, str]:
         source = known[str(path_or_name)]
     try:
         return yaml.safe_load(source.read_text(encoding="utf-8")), str(source)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, AttributeError, RecursionError) as error:
+        # The last three come from dates that are none, tags on the wrong values, and lists in lists without end.
         raise ValueError(f"{source} is not a YAML file: {error}") from error
 
 
@@ -478,7 +480,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
             return tuple(_convert(inner[0], part, f"{where}[{i}]") for i, part in enumerate(value))
         if len(inner) == len(value):
             return tuple(_convert(t, part, f"{where}[{i}]") for i, (t, part) in enumerate(zip(inner, value)))
-        raise ValueError(f"{where} must have {len(inner)} entries, got {len(value)}: {value!r}")
+        raise ValueError(f"{where} must have {len(inner)} entries, got {len(value)}: {reprlib.repr(value)}")
     elif hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
         return float(value)
     elif hint in (int, str, bool) and type(value) is hint:
@@ -510,7 +512,8 @@ def _type_name(hint: Any) -> str:
 
 
 def _named(value: Any) -> str:
-    return "nothing" if value is None else f"{type(value).__name__} {value!r}"
+    # A few lines of YAML whose aliases name each other are gigabytes when they are written out, so not all is.
+    return "nothing" if value is None else f"{type(value).__name__} {reprlib.repr(value)}"
 
 
 def _plain(value: Any) -> Any:

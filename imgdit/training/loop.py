@@ -431,7 +431,7 @@ class _Run:
 
     def _load(self, checkpoint: Path) -> None:
         """Everything `_save` wrote; each rank reads the files."""
-        state = read_state(checkpoint)
+        state = read_state(checkpoint, ("samples", "recipe", "ema_updates", "scaler"))
         own = {n: t for n, t in get_model_state_dict(self.wrapped).items() if n not in self.frozen}
         check_architecture(checkpoint / "model.safetensors", own)
         for name in _changed(self.recipe.to_dict(), state["recipe"]):

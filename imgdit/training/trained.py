@@ -5,7 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import CheckpointError, latest_checkpoint, load_weights, read_state
+import torch
+
+from .checkpoint import (
+    CheckpointError,
+    check_architecture,
+    latest_checkpoint,
+    load_weights,
+    read_shapes,
+    read_state,
+)
 from .config import Recipe, build_model, parse_recipe
 
 
@@ -19,7 +28,9 @@ def load_trained(folder: str | Path) -> Any:
         CheckpointError: there is no complete checkpoint.
     """
     checkpoint = _checkpoint(folder)
-    model = build_model(trained_recipe(checkpoint))
+    recipe = trained_recipe(checkpoint)
+    _check_size(recipe, checkpoint)
+    model = build_model(recipe)
     load_weights(model, checkpoint)
     return model.requires_grad_(False).eval()
 
@@ -31,7 +42,7 @@ def trained_recipe(folder: str | Path) -> Recipe:
         CheckpointError: there is no complete checkpoint.
     """
     checkpoint = _checkpoint(folder)
-    return parse_recipe(read_state(checkpoint)["recipe"], str(checkpoint))
+    return parse_recipe(read_state(checkpoint, ("recipe",))["recipe"], str(checkpoint))
 
 
 def _checkpoint(folder: str | Path) -> Path:
@@ -40,3 +51,25 @@ def _checkpoint(folder: str | Path) -> Path:
     if not (checkpoint / "state.json").exists():
         raise CheckpointError(f"{folder} holds no checkpoint; train it first")
     return checkpoint
+
+
+def _check_size(recipe: Recipe, checkpoint: Path) -> None:
+    """Refuse a model that these weights are not of before anything of its size is made."""
+    config, weights = recipe.model, checkpoint / "model.safetensors"
+    if config.pretrained is not None or recipe.adapter.rank:
+        return  # its sizes are those of another folder
+    tensors = read_shapes(weights)
+    for name, value in config.arguments.items():
+        counts = value if isinstance(value, (list, tuple)) else [value]
+        if "layers" in name and any(isinstance(count, int) and count > len(tensors) for count in counts):
+            raise CheckpointError(
+                f"{checkpoint}: its recipe has {name}={value}, its weights are {len(tensors)} tensors"
+            )
+    try:
+        with torch.device("meta"):
+            own = build_model(recipe).state_dict()
+        if read_state(checkpoint, ("partial",))["partial"]:
+            own = {name: tensor for name, tensor in own.items() if name in tensors}
+        check_architecture(weights, own)
+    except (RuntimeError, TypeError) as error:  # sizes that are no 64-bit numbers, or whose product is none
+        raise CheckpointError(f"{checkpoint}: its recipe is of no model that can be made: {error}") from error

@@ -7,11 +7,12 @@
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ...untrusted import climbs, parse_json
 from .rows import CONDITIONS, Columns, FileBlob, Problem, Row, Rows, gather, make_row
 
 METADATA = "metadata.jsonl"
@@ -34,7 +35,7 @@ def _lines(path: Path) -> Iterator[tuple[int, Any]]:
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         if line.strip():
             try:
-                yield number, json.loads(line)
+                yield number, parse_json(line, "the line")
             except ValueError as error:
                 yield number, error
 
@@ -42,15 +43,19 @@ def _lines(path: Path) -> Iterator[tuple[int, Any]]:
 def _row(folder: Path, number: int, line: Any, ours: Mapping[str, str]) -> Row | Problem:
     place = f"{METADATA}:{number}"
     if not isinstance(line, dict):
-        return Problem(place, "metadata", f"the line is no JSON object: {line}")
+        return Problem(place, "metadata", f"the line is no JSON object: {line!s:.200}")
     values = {name: line[theirs] for name, theirs in ours.items() if line.get(theirs) is not None}
     name = values.get("file_name")
     if not isinstance(name, str):
         return Problem(place, "metadata", f"file_name must name a file, got {name!r}")
     files = {key.removesuffix(FILE): value for key, value in values.items() if key.endswith(FILE)}
     frames = values.get("frames_file_names", [])
+    if not isinstance(frames, list):
+        return Problem(name, "metadata", f"{METADATA}:{number}: frames_file_names must be a list, got {frames!r:.200}")
     for file in (name, *files.values(), *frames):
-        if not isinstance(file, str) or not (folder / file).is_file():
-            return Problem(name, "missing", f"{METADATA}:{number} names {file!r}, which is not in {folder}")
+        if isinstance(file, str) and climbs(file):
+            return Problem(name, "outside", f"{METADATA}:{number} names {file!r:.200}, which leads out of {folder}")
+        if not isinstance(file, str) or not os.path.isfile(folder / file):
+            return Problem(name, "missing", f"{METADATA}:{number} names {file!r:.200}, which is not in {folder}")
     conditions = {task: FileBlob(folder / file) for task, file in files.items()}
     return make_row(name, values, FileBlob(folder / name), conditions, [FileBlob(folder / file) for file in frames])

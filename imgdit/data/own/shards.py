@@ -12,7 +12,6 @@ is read once, afterwards every member is a piece of the file.
 from __future__ import annotations
 
 import io
-import json
 import re
 import tarfile
 from collections.abc import Iterable, Iterator
@@ -22,6 +21,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ...naming import nearest
+from ...untrusted import climbs, parse_json
 from .rows import CONDITIONS, PICTURE_ENDINGS, Columns, FileBlob, Problem, Row, Rows, gather, make_row
 
 KNOWN = ("text", "cameras", "focal_length")
@@ -126,12 +126,14 @@ def _split(name: str) -> tuple[str, str]:
 
 
 def _row(path: Path, key: str, parts: dict[str, FileBlob], columns: Columns) -> Row | Problem:
+    if climbs(key):
+        return Problem(key, "outside", f"{path}: {key!r:.200} leads out of the shard; expected a name from its top")
     values: dict[str, Any] = {}
     if "json" in parts:
         try:
-            found = json.loads(parts.pop("json").read())
+            found = parse_json(parts.pop("json").read(), f"{key}.json")
         except ValueError as error:
-            return Problem(key, "metadata", f"{path}: {key}.json is no JSON: {error}")
+            return Problem(key, "metadata", f"{path}: {error}")
         if not isinstance(found, dict):
             return Problem(key, "metadata", f"{path}: {key}.json must be an object, got {type(found).__name__}")
         ours = columns.ours(f"{path}: {key}.json", (name for name in found if name not in _OWN), KNOWN)

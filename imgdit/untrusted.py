@@ -1,0 +1,47 @@
+"""What files of others say: JSON that may be anything, and names that may point anywhere."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+
+def parse_json(text: str | bytes, source: str) -> Any:
+    """A JSON value.
+
+    Args:
+        source: file, for the message.
+
+    Raises:
+        ValueError: it is no JSON, not UTF-8, or nested without end.
+    """
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{source} is damaged, expected JSON: {error}") from error
+
+
+def parse_object(text: str | bytes, source: str) -> dict[str, Any]:
+    """A JSON object, see `parse_json`."""
+    values = parse_json(text, source)
+    if not isinstance(values, dict):
+        raise ValueError(f"{source} must hold an object, got {type(values).__name__}")
+    return values
+
+
+def inside(folder: Path, name: str) -> Path:
+    """The file of a folder that a list of its files names. Links in the folder are the owner's own and are followed.
+
+    Raises:
+        ValueError: the name leads out of the folder.
+    """
+    if climbs(name):
+        raise ValueError(f"{name!r} leads out of {folder}; expected a file in it, named from there")
+    return folder / name
+
+
+def climbs(name: str) -> bool:
+    """Whether a file's name leads out of the folder that it is named from."""
+    path = PurePosixPath(name)
+    return path.is_absolute() or ".." in path.parts
