@@ -214,6 +214,7 @@ def test_versions_agree():
     assert papers == set(re.findall(r"\[(\d{4}\.\d{5})\]", PAGES["README.md"].split("## Try it")[0]))
 
 
+@pytest.mark.slow
 def test_the_pictures_are_made_by_one_command(trained, tmp_path, monkeypatch):
     model = tmp_path / "model"
     shutil.copytree(SCENES, model, symlinks=True, ignore=shutil.ignore_patterns("adapters", "sae"))

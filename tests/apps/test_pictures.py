@@ -4,13 +4,9 @@ import json
 
 import numpy as np
 import pytest
-import torch
-from diffusers import FluxPipeline
 from PIL import Image
-from tiny import tiny_text_encoder, tiny_tokenizer
-from tiny_control import flux, lora_file, sd3
+from tiny_control import flux, lora_file, sd3, with_texts
 from tiny_runs import small_pipeline
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 from typer.testing import CliRunner
 
 from imgdit.apps import studio
@@ -146,30 +142,6 @@ def test_find_writes_the_condition(model, tmp_path):
     assert done.exit_code == 0, done.output
     red, green, blue = open_picture(tmp_path / "a-grey.png").split()
     assert same_pixels(red, green) and same_pixels(red, blue)
-
-
-def clip(width, kind):
-    torch.manual_seed(0)
-    sizes = {
-        "hidden_size": width,
-        "projection_dim": width,
-        "intermediate_size": 8,
-        "num_attention_heads": 2,
-        "num_hidden_layers": 2,
-    }
-    return kind(CLIPTextConfig(vocab_size=32, max_position_embeddings=77, eos_token_id=1, **sizes))
-
-
-def with_texts(pipe):
-    """A tiny pipeline with its tiny text encoders."""
-    words = {"tokenizer": tiny_tokenizer(), "text_encoder_2": tiny_text_encoder(), "tokenizer_2": tiny_tokenizer()}
-    if isinstance(pipe, FluxPipeline):
-        words["text_encoder"] = clip(32, CLIPTextModel)
-    else:
-        words |= {"text_encoder_3": words["text_encoder_2"], "tokenizer_3": words["tokenizer_2"]}
-        words |= {name: clip(16, CLIPTextModelWithProjection) for name in ("text_encoder", "text_encoder_2")}
-    pipe.register_modules(**words)
-    return pipe
 
 
 @pytest.mark.parametrize("make", [flux, sd3])
