@@ -1,4 +1,5 @@
-"""Workers of `imgdit.bulk`: pictures from a file of prompts, and latents of people's own pictures."""
+"""Workers of `imgdit.bulk`: pictures from a file of prompts, latents of people's own pictures, activations, and labels
+of pictures."""
 
 from __future__ import annotations
 
@@ -14,11 +15,15 @@ from imgdit import DiffusionPipeline
 from imgdit.bulk import run_bulk
 from imgdit.data.files import check_index, write_text
 from imgdit.data.own.folders import METADATA
-from imgdit.training.config import Recipe
+from imgdit.sae.recipe import SAERecipe
+from imgdit.sae.run import activation_recorder, load_pipeline
+from imgdit.training.config import Recipe, parse_as
 from imgdit.training.own_pictures import OwnPictures
 
+from .picture_labels import classifier
+
 CHUNK = 64
-"""Rows that a worker encodes before it writes them."""
+"""Rows that a worker encodes, and pictures that it labels, before it writes them."""
 
 
 class GeneratePictures:
@@ -130,3 +135,90 @@ def cache_all(recipe: Recipe, **engine: Any) -> Iterator[dict[str, Any]]:
         for first in range(0, len(data.pictures), CHUNK)
     ]
     yield from run_bulk(items, CacheRows, {"arguments": dict(recipe.data.arguments)}, **engine)
+
+
+class CollectActivations:
+    """Records the activations of one batch of prompts.
+
+    Args:
+        recipe: of `imgdit sae train`, as plain values.
+    """
+
+    def __init__(self, recipe: dict[str, Any]):
+        made = parse_as(SAERecipe, recipe, "the recipe")
+        self.recorder = activation_recorder(made, load_pipeline(made))
+
+    def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
+        return {**self.recorder.record(item["number"]), "process": os.getpid()}
+
+
+def collect_all(recipe: SAERecipe, **engine: Any) -> Iterator[dict[str, Any]]:
+    """Record everything that the training of a recipe reads, into its `data.shards`.
+
+    Args:
+        recipe: of `imgdit sae train`.
+        engine: see `run_bulk`.
+
+    Raises:
+        ValueError: the recipe keeps nothing on disk, or the folder holds a recording of something else.
+    """
+    recorder = activation_recorder(recipe, load_pipeline(recipe))
+    items = [{"number": number} for number in recorder.missing()]
+    recorder.pipe = None  # the workers have their own
+    for shard in run_bulk(items, CollectActivations, {"recipe": recipe.to_dict()}, **engine):
+        recorder.note({name: shard[name] for name in ("file", "prompts", "maps")})
+        yield shard
+
+
+class LabelPictures:
+    """Says what one chunk of pictures shows.
+
+    Args:
+        classifiers: what is told apart -> classifier of it, see `classifier`.
+        out: folder of what was said.
+    """
+
+    def __init__(self, classifiers: dict[str, str], out: str):
+        self.classify = {domain: classifier(source, domain) for domain, source in classifiers.items()}
+        self.out = Path(out)
+
+    def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
+        files = [Path(name) for name in item["files"]]
+        labels = {domain: list(classify(files)) for domain, classify in self.classify.items()}
+        write_text(self.out / item["chunk"], json.dumps({"files": list(item["files"]), "labels": labels}))
+        return {"count": len(files), "process": os.getpid()}
+
+
+def label_all(
+    files: Sequence[Path], classifiers: dict[str, str], out: Path, **engine: Any
+) -> dict[str, dict[Path, str]]:
+    """Labels of pictures; what is written in the folder already is not asked again.
+
+    Args:
+        files: pictures, in an order that is the same every time.
+        classifiers: what is told apart ("style", "object") -> folder or Hub repository of its classifier.
+        out: folder of what was said.
+        engine: see `run_bulk`.
+
+    Returns:
+        For each of `classifiers`, the label of each file.
+
+    Raises:
+        ValueError: the folder holds labels of other pictures or by other classifiers.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    names = [str(file.resolve()) for file in files]
+    stamps = [[name, os.stat(name).st_size, os.stat(name).st_mtime_ns] for name in names]
+    check_index(out, {"classifiers": dict(classifiers), "files": stamps}, "job")
+    chunks = {f"{first:08d}.json": names[first : first + CHUNK] for first in range(0, len(names), CHUNK)}
+    items = [{"chunk": chunk, "files": part} for chunk, part in chunks.items() if not (out / chunk).exists()]
+    arguments = {"classifiers": dict(classifiers), "out": str(out.resolve())}
+    for _ in run_bulk(items, LabelPictures, arguments, **engine):
+        pass
+    found: dict[str, dict[Path, str]] = {domain: {} for domain in classifiers}
+    places = dict(zip(names, files, strict=True))
+    for chunk in chunks:
+        said = json.loads((out / chunk).read_text(encoding="utf-8"))
+        for domain, labels in said["labels"].items():
+            found[domain] |= dict(zip((places[name] for name in said["files"]), labels, strict=True))
+    return found

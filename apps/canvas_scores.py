@@ -9,14 +9,23 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from imgdit.evaluation.unlearning_pictures import ENDINGS, Cell, cells, read_folder
+from imgdit.evaluation.unlearning_pictures import ENDINGS, Cell, Classify, cells, read_folder
 from imgdit.evaluation.unlearning_table import TargetScores, domain_means, score_pictures
 
+from .bulk_jobs import label_all
 from .picture_labels import classifier
 
 
-def run(folder: Path, style_classifier: str, object_classifier: str) -> dict[str, Any]:
+def run(
+    folder: Path, style_classifier: str, object_classifier: str, labels: Path | None = None, **engine: Any
+) -> dict[str, Any]:
     """Scores of every target that has a folder.
+
+    Args:
+        folder: of the pictures.
+        style_classifier, object_classifier: see `classifier`.
+        labels: folder that keeps what the classifiers said; `None`: nothing is kept.
+        engine: with `labels`, see `imgdit.bulk.run_bulk`.
 
     Raises:
         ValueError: no folder of a style or object, or one that lacks pictures.
@@ -28,7 +37,7 @@ def run(folder: Path, style_classifier: str, object_classifier: str) -> dict[str
     every = [cell for found in names.values() for cell in found]
     styles, objects, seeds = (sorted(set(values)) for values in zip(*every))
     wanted = cells(seeds, styles, objects)
-    style, thing = classifier(style_classifier, "style"), classifier(object_classifier, "object")
+    style, thing = _classifiers(targets, style_classifier, object_classifier, labels, engine)
     scores = []
     for inner in targets:
         if inner.name not in (*styles, *objects):
@@ -42,6 +51,18 @@ def run(folder: Path, style_classifier: str, object_classifier: str) -> dict[str
         "targets": {s.target: _target(s) for s in scores},
         "means": {domain: mean._asdict() for domain, mean in domain_means(scores).items()},
     }
+
+
+def _classifiers(
+    targets: list[Path], style: str, thing: str, labels: Path | None, engine: dict[str, Any]
+) -> list[Classify]:
+    """Of styles and of objects: what is asked as it comes, or what a job has asked about all pictures."""
+    sources = {"style": style, "object": thing}
+    if labels is None:
+        return [classifier(source, domain) for domain, source in sources.items()]
+    files = [file for inner in targets for file in sorted(inner.iterdir()) if file.suffix in ENDINGS]
+    said = label_all(files, sources, labels, **engine)
+    return [lambda asked, known=known: [known[file] for file in asked] for known in said.values()]  # type: ignore[misc]
 
 
 def _cells(folder: Path) -> list[Cell]:

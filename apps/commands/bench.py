@@ -137,13 +137,18 @@ def unlearn_canvas(
     style_classifier: Annotated[str, typer.Option(help="Folder or Hub repository of a transformers classifier.")],
     object_classifier: Annotated[str, typer.Option(help="The same for objects.")],
     out: Annotated[Path | None, typer.Option(help="File of the raw counts.")] = None,
+    labels: Annotated[Path | None, typer.Option(help="Folder that keeps what the classifiers said, to go on.")] = None,
+    engine: Annotated[str, typer.Option(help="With --labels: local, or ray for several processes.")] = "local",
+    workers: Annotated[int, typer.Option(min=1, help="Of the engine ray.")] = 1,
 ) -> None:
     """Score pictures in UnlearnCanvas' own layout with given classifiers."""
     from imgdit.apps import canvas_scores
 
     try:
-        result = canvas_scores.run(folder, style_classifier, object_classifier)
-    except ValueError as error:
+        if labels is None and engine != "local":
+            raise ValueError(f"--engine {engine} needs --labels, a folder for what the workers find")
+        result = canvas_scores.run(folder, style_classifier, object_classifier, labels, engine=engine, workers=workers)
+    except (ValueError, ImportError) as error:
         raise typer.BadParameter(str(error)) from error
     typer.echo(canvas_scores.table(result))
     if out is not None:

@@ -6,7 +6,7 @@ On disk:
     <folder>/<hookpoint>/shard-00000.safetensors values (maps, n, d), timesteps (maps), prompts (maps)
 
 A map is one picture at one timestep. A shard holds the maps of one batch of prompts and enters the index when it is
-complete, so a recording that was interrupted goes on at the next batch.
+complete, so a recording that was interrupted goes on with what is missing.
 """
 
 from __future__ import annotations
@@ -166,59 +166,78 @@ class ShuffleBuffer:
         self.generator.set_state(state["generator"])
 
 
-def record_activations(
-    pipe: Any,
-    prompts: Sequence[Any],
-    hookpoints: Sequence[str],
-    folder: str | Path,
-    *,
-    source: Literal["output", "update"] = "output",
-    batch_size: int = 4,
-    seed: int = 0,
-    dtype: torch.dtype = torch.float32,
-    **call: Any,
-) -> None:
-    """Write activations of all hookpoints in one pass; goes on where an earlier recording stopped.
+class ActivationRecorder:
+    """Writes the activations of all hookpoints, a shard for each batch of prompts; shards may be made in any order, by
+    any number of processes.
 
-    Arguments as in `stream_activations`.
-
-    Raises:
-        ValueError: the folder holds a recording of something else.
+    Arguments as in `stream_activations`, and:
+        folder: of the recording.
     """
-    folder = Path(folder)
-    told = {name: value for name, value in call.items() if isinstance(value, (str, int, float, bool))}
-    about = {
-        "format": FORMAT,
-        "hookpoints": list(hookpoints),
-        "source": source,
-        "batch_size": batch_size,
-        "seed": seed,
-        "dtype": str(dtype).removeprefix("torch."),
-        "call": told,
-        "model": {
-            name: model_fingerprint(getattr(pipe, name)) for name in sorted({h.partition(".")[0] for h in hookpoints})
-        },
-    }
-    index: dict[str, Any] = {**about, "shards": []}
-    if (folder / _INDEX).is_file():
-        index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
-        for key, value in about.items():
+
+    def __init__(
+        self,
+        pipe: Any,
+        prompts: Sequence[Any],
+        hookpoints: Sequence[str],
+        folder: str | Path,
+        *,
+        source: Literal["output", "update"] = "output",
+        batch_size: int = 4,
+        seed: int = 0,
+        dtype: torch.dtype = torch.float32,
+        **call: Any,
+    ) -> None:
+        self.pipe, self.prompts, self.hookpoints, self.folder = pipe, prompts, list(hookpoints), Path(folder)
+        self.batch_size = batch_size
+        self.options: dict[str, Any] = {
+            "source": source,
+            "batch_size": batch_size,
+            "seed": seed,
+            "dtype": dtype,
+            **call,
+        }
+        told = {name: value for name, value in call.items() if isinstance(value, (str, int, float, bool))}
+        self.about: dict[str, Any] = {
+            "format": FORMAT,
+            "hookpoints": self.hookpoints,
+            "source": source,
+            "batch_size": batch_size,
+            "seed": seed,
+            "dtype": str(dtype).removeprefix("torch."),
+            "call": told,
+            "model": {
+                name: model_fingerprint(getattr(pipe, name))
+                for name in sorted({h.partition(".")[0] for h in hookpoints})
+            },
+        }
+
+    def missing(self) -> list[int]:
+        """Numbers of the batches that are not recorded yet.
+
+        Raises:
+            ValueError: the folder holds a recording of something else.
+        """
+        index = self._index()
+        for key, value in self.about.items():
             if index.get(key) != value:
                 raise ValueError(
-                    f"{folder} holds a recording with {key}={index.get(key)!r}, this one has {value!r}; "
+                    f"{self.folder} holds a recording with {key}={index.get(key)!r}, this one has {value!r}; "
                     "choose another folder"
                 )
-    done = sum(shard["prompts"] for shard in index["shards"])
-    for hookpoint in hookpoints:
-        (folder / hookpoint).mkdir(parents=True, exist_ok=True)
-    stream = stream_activations(
-        pipe, prompts, hookpoints, source=source, batch_size=batch_size, seed=seed, start=done, dtype=dtype, **call
-    )
-    for recording in stream:
-        name = f"shard-{len(index['shards']):05d}.safetensors"
+        # A last batch that was cut short by fewer prompts is made again when there are more.
+        done = {shard["file"] for shard in index["shards"] if shard["prompts"] == self._size(_number(shard))}
+        count = -(-len(self.prompts) // self.batch_size)
+        return [number for number in range(count) if _shard(number) not in done]
+
+    def record(self, number: int) -> dict[str, Any]:
+        """Make and write one batch's shard; what the index says about it."""
+        stream = stream_activations(
+            self.pipe, self.prompts, self.hookpoints, start=number * self.batch_size, **self.options
+        )
+        recording = next(stream)
         numbers = torch.arange(recording.first, recording.first + recording.prompts)
         count = 0
-        for hookpoint in hookpoints:
+        for hookpoint in self.hookpoints:
             maps = [found for found in recording.maps if found.hookpoint == hookpoint]
             tensors = {
                 "values": torch.cat([found.values for found in maps]),
@@ -226,9 +245,49 @@ def record_activations(
                 "prompts": numbers.repeat(len(maps)),
             }
             count = len(tensors["values"])
-            write_tensors(tensors, folder / hookpoint / name)
-        index["shards"].append({"file": name, "prompts": recording.prompts, "maps": count})
-        replace_text(folder / _INDEX, json.dumps(index, indent=1))
+            (self.folder / hookpoint).mkdir(parents=True, exist_ok=True)
+            write_tensors(tensors, self.folder / hookpoint / _shard(number))
+        return {"file": _shard(number), "prompts": recording.prompts, "maps": count}
+
+    def record_all(self) -> None:
+        """Make what is missing, here and one after the other."""
+        for number in self.missing():
+            self.note(self.record(number))
+
+    def note(self, shard: dict[str, Any]) -> None:
+        """Enter a shard into the index. One process only."""
+        index = self._index()
+        others = [known for known in index["shards"] if known["file"] != shard["file"]]
+        index["shards"] = sorted([*others, shard], key=_number)
+        replace_text(self.folder / _INDEX, json.dumps(index, indent=1))
+
+    def _index(self) -> dict[str, Any]:
+        path = self.folder / _INDEX
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {**self.about, "shards": []}
+
+    def _size(self, number: int) -> int:
+        return min(self.batch_size, len(self.prompts) - number * self.batch_size)
+
+
+def _shard(number: int) -> str:
+    return f"shard-{number:05d}.safetensors"
+
+
+def _number(shard: Mapping[str, Any]) -> int:
+    return int(shard["file"].removeprefix("shard-").partition(".")[0])
+
+
+def record_activations(
+    pipe: Any, prompts: Sequence[Any], hookpoints: Sequence[str], folder: str | Path, **options: Any
+) -> None:
+    """Write activations of all hookpoints in one pass; goes on where an earlier recording stopped.
+
+    Arguments as in `ActivationRecorder`.
+
+    Raises:
+        ValueError: the folder holds a recording of something else.
+    """
+    ActivationRecorder(pipe, prompts, hookpoints, folder, **options).record_all()
 
 
 class RecordedActivations:

@@ -18,7 +18,7 @@ import torch
 from ..training.checkpoint import latest_checkpoint, read_state, read_tensors, replace_text, save_checkpoint
 from ..training.data import DataOrder, mixed_seed
 from ..training.only_writer import only_writer
-from .activations import RecordedActivations, ShuffleBuffer, record_activations, stream_activations
+from .activations import ActivationRecorder, RecordedActivations, ShuffleBuffer, stream_activations
 from .config import SAEConfig
 from .files import load_sae
 from .hooks import find_hookpoints, hooked
@@ -70,6 +70,33 @@ def train_saes(
         return _Run(recipe, load_pipeline(recipe) if pipe is None else pipe, resume).train(stop_at)
 
 
+def activation_recorder(recipe: SAERecipe, pipe: Any) -> ActivationRecorder:
+    """What writes the activations that a recipe is trained on into its `data.shards`.
+
+    Raises:
+        ValueError: the recipe keeps no activations on disk, or a hookpoint is unknown.
+    """
+    if recipe.data.shards is None:
+        raise ValueError("data.shards is not set: the recipe keeps no activations on disk")
+    return ActivationRecorder(
+        pipe,
+        _sentences(recipe)[0],
+        find_hookpoints(pipe, recipe.sae.hookpoints),
+        recipe.data.shards,
+        source=recipe.sae.source,
+        batch_size=recipe.pipeline.batch_size,
+        seed=mixed_seed(recipe.run.seed, 2, 0),
+        **recipe.pipeline.call,
+    )
+
+
+def _sentences(recipe: SAERecipe) -> tuple[list[str], list[str]]:
+    """Those to train on, and those held out."""
+    sentences = recipe.data.sentences(recipe.run.seed)
+    count = len(sentences) - recipe.data.held_out
+    return sentences[:count], sentences[count:]
+
+
 class _Run:
     def __init__(self, recipe: SAERecipe, pipe: Any, resume: bool) -> None:
         self.recipe, self.pipe = recipe, pipe
@@ -79,15 +106,13 @@ class _Run:
         if found is not None and not resume:
             raise ValueError(f"{self.folder} holds a run ({found.name}); resume it or choose another run.folder")
         self.hookpoints = find_hookpoints(pipe, recipe.sae.hookpoints)
-        sentences = recipe.data.sentences(recipe.run.seed)
-        count = len(sentences) - recipe.data.held_out
-        self.prompts, self.held_out = sentences[:count], sentences[count:]
+        self.prompts, self.held_out = _sentences(recipe)
         self.step = 0
         self.data: _Streamed | _Recorded
         if recipe.data.shards is None:
             self.data = _Streamed(recipe, pipe, self.hookpoints, self.prompts)
         else:
-            self.data = _Recorded(recipe, pipe, self.hookpoints, self.prompts)
+            self.data = _Recorded(recipe, pipe, self.hookpoints)
         self.trainings = {hookpoint: self._new(hookpoint) for hookpoint in self.hookpoints}
         if found is not None:
             self._load(found)
@@ -252,14 +277,10 @@ class _Streamed:
 class _Recorded:
     """Maps on disk, recorded first if they are not there; each epoch in a new order."""
 
-    def __init__(self, recipe: SAERecipe, pipe: Any, hookpoints: Sequence[str], prompts: Sequence[str]) -> None:
-        assert recipe.data.shards is not None
-        folder, options = Path(recipe.data.shards), recipe.pipeline
-        record_activations(
-            pipe, prompts, hookpoints, folder, source=recipe.sae.source, batch_size=options.batch_size,
-            seed=mixed_seed(recipe.run.seed, 2, 0), **options.call,
-        )  # fmt: skip
-        self.maps = {hookpoint: RecordedActivations(folder, hookpoint) for hookpoint in hookpoints}
+    def __init__(self, recipe: SAERecipe, pipe: Any, hookpoints: Sequence[str]) -> None:
+        recorder = activation_recorder(recipe, pipe)
+        recorder.record_all()
+        self.maps = {hookpoint: RecordedActivations(recorder.folder, hookpoint) for hookpoint in hookpoints}
         first = self.maps[hookpoints[0]]
         self.order = DataOrder(len(first), recipe.run.seed)
         tokens = first[0].shape[0]

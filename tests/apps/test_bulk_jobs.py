@@ -1,5 +1,6 @@
 """Bulk work in this process and on a local Ray."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -7,15 +8,22 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from tiny import rope_config, tiny_pipeline
-from tiny_pictures import write_folder
+from tiny_pictures import picture, write_folder
 
-from imgdit.apps.bulk_jobs import GeneratePictures, cache_all, generate_all
+from imgdit.apps import bulk_jobs
+from imgdit.apps.bulk_jobs import GeneratePictures, cache_all, collect_all, generate_all, label_all
+from imgdit.apps.picture_labels import classifier
 from imgdit.bulk import run_bulk
 from imgdit.data.own.rows import open_rows
-from imgdit.training.config import parse_recipe
+from imgdit.sae.activations import RecordedActivations
+from imgdit.sae.recipe import SAERecipe
+from imgdit.sae.run import activation_recorder, load_pipeline
+from imgdit.training.config import parse_as, parse_recipe
 from imgdit.training.own_pictures import OwnPictures
+from imgdit.training.reader import scene_probe
 
 QUICK = {"num_inference_steps": 1, "guidance_scale": 1.0, "height": 16, "width": 16}
 
@@ -85,6 +93,91 @@ def test_caching_as_a_job_is_what_training_does(tmp_path, model):
     assert sorted((tmp_path / "job" / "latents").iterdir()) == files  # nothing was missing
     plain = OwnPictures(**{**recipe.data.arguments, "cache": None})
     assert all((data[i].tokens == plain[i].tokens).all() for i in range(5))
+
+
+HOOKPOINTS = ["transformer.transformer_blocks.1", "transformer.single_transformer_blocks.0"]
+
+
+def sae_recipe(folder, model, count):
+    """Activations of `count` prompts, two at a time, into `folder`."""
+    values = {
+        "run": {"folder": "unused", "steps": 1, "batch_size": 32},
+        "pipeline": {"pretrained": model, "batch_size": 2, "call": QUICK},
+        "data": {"prompts": prompts(count), "shards": str(folder)},
+        "sae": {"hookpoints": HOOKPOINTS, "num_latents": 64, "k": 4},
+    }
+    return parse_as(SAERecipe, values, "the recipe")
+
+
+def shards(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(Path(folder).glob("*/shard-*"))}
+
+
+def test_activations_are_collected_as_training_records_them(tmp_path, model):
+    """Stopped and begun again; an autoencoder's training then finds everything."""
+    job = collect_all(sae_recipe(tmp_path / "job", model, 7))
+    next(job)
+    job.close()
+    assert len(RecordedActivations(tmp_path / "job", HOOKPOINTS[0])) == 2
+    assert [item["prompts"] for item in collect_all(sae_recipe(tmp_path / "job", model, 7))] == [2, 2, 1]
+    recipe = sae_recipe(tmp_path / "plain", model, 7)
+    activation_recorder(recipe, load_pipeline(recipe)).record_all()
+    assert shards(tmp_path / "job") == shards(tmp_path / "plain") and len(shards(tmp_path / "job")) == 2 * 4
+    for name in ("job", "plain"):
+        assert len(RecordedActivations(tmp_path / name, HOOKPOINTS[1])) == 7
+    assert (tmp_path / "job" / "index.json").read_text() == (tmp_path / "plain" / "index.json").read_text()
+    with pytest.raises(ValueError, match=r"data\.shards is not set"):
+        next(collect_all(dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, shards=None))))
+
+
+@pytest.fixture(scope="module")
+def classifiers(tmp_path_factory):
+    """A probe of random weights, asked for two labels."""
+    folder = tmp_path_factory.mktemp("probe")
+    torch.manual_seed(0)
+    scene_probe(channels=(8, 8, 16, 16)).save_pretrained(folder)
+    return {"style": str(folder), "object": str(folder)}
+
+
+def write_pictures(folder, count):
+    folder.mkdir()
+    for i in range(count):
+        picture(i, (32, 32)).resize((128, 128)).save(folder / f"{i:04d}.png")
+    return sorted(folder.iterdir())
+
+
+def test_labels_are_kept(tmp_path, classifiers, monkeypatch):
+    files = write_pictures(tmp_path / "pictures", 5)
+    monkeypatch.setattr(bulk_jobs, "CHUNK", 2)
+    found = label_all(files, classifiers, tmp_path / "labels")
+    for domain, source in classifiers.items():
+        assert list(found[domain].values()) == list(classifier(source, domain)(files))
+    lost = tmp_path / "labels" / "00000002.json"
+    before = {path: path.stat().st_mtime_ns for path in lost.parent.iterdir()}
+    lost.unlink()
+    assert label_all(files, classifiers, tmp_path / "labels") == found
+    assert [path for path in before if path.stat().st_mtime_ns != before[path]] == [lost]
+    files[0].write_bytes(files[1].read_bytes())
+    with pytest.raises(ValueError, match="but the job is"):
+        label_all(files, classifiers, tmp_path / "labels")
+
+
+@pytest.mark.slow
+def test_ray_collects_and_labels_as_this_process_does(tmp_path, model, classifiers):
+    """Two workers, one of them killed in the middle of the collecting."""
+    pytest.importorskip("ray")
+    list(collect_all(sae_recipe(tmp_path / "local", model, 60)))
+    processes = []
+    for item in collect_all(sae_recipe(tmp_path / "ray", model, 60), engine="ray", workers=2):
+        processes.append(item["process"])
+        if len(processes) == 10:
+            os.kill(item["process"], signal.SIGKILL)
+    assert len(set(processes)) == 3
+    assert shards(tmp_path / "ray") == shards(tmp_path / "local")
+    assert (tmp_path / "ray" / "index.json").read_text() == (tmp_path / "local" / "index.json").read_text()
+    files = write_pictures(tmp_path / "pictures", 150)
+    said = label_all(files, classifiers, tmp_path / "labels", engine="ray", workers=2)
+    assert said == label_all(files, classifiers, tmp_path / "here")
 
 
 @pytest.mark.slow
