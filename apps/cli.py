@@ -72,6 +72,21 @@ def train(
 
 
 @app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="Folder of a run that trained a whole backbone.")],
+    out: Annotated[Path, typer.Argument(help="Folder of the pipeline to write.")],
+) -> None:
+    """Write the pipeline of a run's latest checkpoint. For runs that trained a LoRA: `imgdit lora export`."""
+    from .run_pipeline import run_pipeline
+
+    try:
+        run_pipeline(run).save_pretrained(out)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    typer.echo(f"wrote {out}")
+
+
+@app.command()
 def assemble(
     runs: Annotated[Path, typer.Argument(help="Folder of the runs of the recipes scenes/…")] = Path("outputs/scenes"),
     out: Annotated[Path | None, typer.Option(help="Folder to write; the embedded model's by default.")] = None,

@@ -36,8 +36,9 @@ class PipelineMaker:
     def __init__(
         self, pipe: ImgDiTPipeline, steps: int = 28, guidance: float = 3.0, perception: float = 1.0, batch: int = 16
     ):
-        self.text: Any = ImgDiTPipeline(**pipe.components)  # what a call returns depends on its arguments
         self.any: Any = OneDiffusionPipeline(**pipe.components)
+        # What a call returns depends on its arguments. OneDiffusion's own backbone has no other pipeline.
+        self.text: Any = self.any if self.any.follows_reference else ImgDiTPipeline(**pipe.components)
         for made in (self.text, self.any):
             made.set_progress_bar_config(disable=True)
         self.positions: dict[str, Any] = {}  # of loaded condition adapters

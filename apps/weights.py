@@ -6,33 +6,33 @@ import inspect
 from pathlib import Path
 from typing import Any
 
-from imgdit import ImgDiTPipeline, MMDiT
+from imgdit import ImgDiTPipeline, MMDiT, NextDiT, OneDiffusionPipeline
 from imgdit.data.words import caption_tokenizer
 from imgdit.lora_dialects import LoraPair
 from imgdit.lora_files import AdapterInfo, adapter_pairs, write_adapter
 from imgdit.training.config import ADAPTER, Recipe, build_scheduler
 from imgdit.training.own_pictures import OwnPictures
 from imgdit.training.scene_conditions import SceneConditions
-from imgdit.training.scene_frames import SceneFrames, latent_scale
+from imgdit.training.scene_frames import SceneFrames, latent_scale, scene_components
 from imgdit.training.trained import load_trained, trained_recipe
 
 
-def scene_pipeline(recipe: Recipe, transformer: MMDiT) -> ImgDiTPipeline:
-    """A pipeline around a transformer of the data "scene_frames", with the autoencoder and text encoder it needs.
+def scene_pipeline(recipe: Recipe, transformer: MMDiT | NextDiT) -> ImgDiTPipeline:
+    """A pipeline around a transformer of the data "scene_frames", with the autoencoder and text encoder it needs; for
+    `NextDiT` an `OneDiffusionPipeline`.
 
     Raises:
         ValueError: a run that the recipe's data names has no checkpoint.
     """
     data = _arguments(SceneFrames, recipe)
-    vae = load_trained(data["autoencoder"])
-    vae.register_to_config(scaling_factor=latent_scale(data["latents"]))
-    return ImgDiTPipeline(
-        scheduler=build_scheduler(recipe),
-        vae=vae,
-        text_encoder=load_trained(data["text_encoder"]).encoder,
-        tokenizer=caption_tokenizer(),
-        transformer=transformer,
-    )
+    if data["model"] is None:
+        vae, text_encoder = load_trained(data["autoencoder"]), load_trained(data["text_encoder"]).encoder
+        vae.register_to_config(scaling_factor=latent_scale(data["latents"]))
+        tokenizer: Any = caption_tokenizer()
+    else:
+        vae, text_encoder, tokenizer = scene_components(data["model"])
+    owner: Any = OneDiffusionPipeline if isinstance(transformer, NextDiT) else ImgDiTPipeline
+    return owner(build_scheduler(recipe), vae, text_encoder, tokenizer, transformer)
 
 
 def assemble(run: Path, out: Path) -> None:

@@ -100,13 +100,18 @@ def transfer(
     recipe: Annotated[str, typer.Argument(help=_RECIPE)] = "mup/transfer",
     widths: Annotated[str | None, typer.Option(help="Widths, separated by commas.")] = None,
     log2lr: Annotated[str | None, typer.Option(help="log2 learning rates: -9,-8,-7 or -9:-3.")] = None,
+    standard_log2lr: Annotated[
+        str | None, typer.Option(help="Those of the standard parametrisation, whose best falls with the width.")
+    ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Runs per width and learning rate.")] = 1,
     steps: Annotated[int | None, typer.Option(min=1, help="Steps of each run, instead of the recipe's.")] = None,
     standard: Annotated[bool, typer.Option(help="Run the standard parametrisation beside μP.")] = True,
     quick: Annotated[bool, typer.Option(help="The small sweep of mup/transfer: 3 widths, 7 rates, 3 seeds.")] = False,
     jobs: Annotated[int, typer.Option(min=1, help="Processes on this machine.")] = 1,
     target: Annotated[str | None, typer.Option(help="Recipe of the run to save trials of (scale/18b).")] = None,
-    out: Annotated[Path, typer.Option(help="Folder of the sweep; it goes on there.")] = Path("outputs/mup/transfer"),
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the sweep, instead of the recipe's; it goes on there.")
+    ] = None,
 ) -> None:
     """Sweep the learning rate at several widths, and suggest one.
 
@@ -115,23 +120,25 @@ def transfer(
     """
     from imgdit.mup.plots import plot_curves
     from imgdit.training import load_recipe
-    from imgdit.training.transfer import Sweep, analyse, run_sweep, sweep_table
+    from imgdit.training.transfer import Sweep, analyse, run_sweep, sweep_table, transfer_lines
 
     if quick:
-        if widths is not None or log2lr is not None:
+        if widths is not None or log2lr is not None or standard_log2lr is not None:
             raise typer.BadParameter("--quick brings its own widths and learning rates; leave out one or the other")
         chosen, rates, seeds = QUICK_WIDTHS, QUICK_LOG2LR, QUICK_SEEDS
     elif widths is None or log2lr is None:
         raise typer.BadParameter("give --widths and --log2lr, or --quick for the small sweep of mup/transfer")
     else:
         chosen, rates = _numbers(widths, int, "widths"), _numbers(log2lr, float, "log2lr")
+    own = None if standard_log2lr is None else _numbers(standard_log2lr, float, "standard-log2lr")
     try:
         loaded = load_recipe(recipe)
         if steps is not None:
             loaded = loaded.replace(run={"steps": steps})
+        out = Path(loaded.run.folder) if out is None else out
         sweep = Sweep(
             loaded, tuple(sorted(chosen)), tuple(sorted(map(float, rates))), seeds, out,
-            ("mup", "standard") if standard else ("mup",),
+            ("mup", "standard") if standard else ("mup",), None if own is None else tuple(sorted(own)),
         )  # fmt: skip
         wanted = None if target is None else load_recipe(target)
         if not run_sweep(sweep, jobs=jobs, progress=lambda line: typer.echo(line, err=True)):
@@ -142,10 +149,8 @@ def transfer(
         raise typer.BadParameter(str(error)) from error
     for line in sweep_table(result.curves):
         typer.echo(line)
-    for name, moved in result.shifts.items():
-        penalty = result.penalties[name]
-        lost = "" if penalty is None else f"; the widest loses {penalty:.1%} at the narrowest's best rate"
-        typer.echo(f"{name}: the optimum moves by {'?' if moved is None else f'{moved:+.2f}'} in log2{lost}")
+    for line in transfer_lines(result):
+        typer.echo(line)
     best = next((c for c in reversed(result.curves["mup"]) if c.optimum is not None), None)
     if best is not None and best.optimum is not None:
         rate, low, high = (2.0**x for x in (best.optimum.log2lr, best.optimum.low, best.optimum.high))

@@ -38,6 +38,8 @@ OTHERS = ("boxes", "blur", "grey", "mask", "super_resolution")
 """Tasks of which each view has the condition of one, for its first look."""
 SHARD = 64
 """Scenes in a file."""
+SIZE = 128
+"""Pixels per side, unless asked for otherwise."""
 _FORMAT = "imgdit-scene-latents-1"
 
 
@@ -63,7 +65,7 @@ def scene_views(seed: int, split: str = "train") -> SceneViews:
 
 @torch.no_grad()
 def encode_scene(
-    vae: Any, seed: int, split: str = "train", size: int = 128, device: torch.device | str = "cpu"
+    vae: Any, seed: int, split: str = "train", size: int = SIZE, device: torch.device | str = "cpu"
 ) -> dict[str, torch.Tensor]:
     """The latents of a seed, float16, by the names and shapes of a shard's row.
 
@@ -100,6 +102,7 @@ def cache_latents(
     scenes: int,
     split: str = "train",
     *,
+    size: int = SIZE,
     part: tuple[int, int] = (1, 1),
     device: torch.device | str = "cpu",
 ) -> Path:
@@ -110,11 +113,12 @@ def cache_latents(
         folder: of the shards.
         scenes: how many, from seed 0 on; whole shards are written.
         split: "train" or "heldout", see `Scene.sample`.
+        size: pixels per side.
         part: (k, n): every nth shard, from the kth on; so n processes share the work.
         device: where to render and encode.
 
     Raises:
-        ValueError: the folder holds latents of another autoencoder, or the disk is full; what is there stays.
+        ValueError: the folder holds latents of another autoencoder or size, or the disk is full; what is there stays.
     """
     check_name("split", split, SPLITS)
     number, of = part
@@ -123,11 +127,11 @@ def cache_latents(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     vae = vae.to(device, memory_format=torch.channels_last).eval()
-    _check_index(folder, fingerprint(vae))
+    _check_index(folder, fingerprint(vae), size)
     shards = range(number - 1, -(-scenes // SHARD), of)
     missing = [shard for shard in shards if not _shard(folder, split, shard).exists()]
     for shard in tqdm(missing, desc=f"{split} latents", unit="shard"):
-        rows = [encode_scene(vae, shard * SHARD + row, split, device=device) for row in range(SHARD)]
+        rows = [encode_scene(vae, shard * SHARD + row, split, size, device) for row in range(SHARD)]
         tensors = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
         write_shard(_shard(folder, split, shard), tensors)
     return folder
@@ -137,8 +141,11 @@ def _shard(folder: Path, split: str, shard: int) -> Path:
     return folder / f"{split}-{shard:05d}.safetensors"
 
 
-def _check_index(folder: Path, autoencoder: str) -> None:
-    check_index(folder, {"format": _FORMAT, "autoencoder": autoencoder}, "autoencoder")
+def _check_index(folder: Path, autoencoder: str, size: int) -> None:
+    made_by: dict[str, Any] = {"format": _FORMAT, "autoencoder": autoencoder}
+    if size != SIZE:  # left out otherwise, so that older caches stay valid
+        made_by["size"] = size
+    check_index(folder, made_by, "autoencoder")
 
 
 class SceneLatents:
@@ -147,13 +154,14 @@ class SceneLatents:
     Args:
         folder: of `cache_latents`.
         split: as there.
-        autoencoder: `fingerprint` of the autoencoder that they must be from; `None`: any.
+        autoencoder: `fingerprint` of the autoencoder that they must be from; `None`: any, of any size.
+        size: pixels per side that they must be of.
 
     Raises:
-        ValueError: nothing is cached there, or of another autoencoder.
+        ValueError: nothing is cached there, or of another autoencoder or size.
     """
 
-    def __init__(self, folder: str | Path, split: str = "train", autoencoder: str | None = None):
+    def __init__(self, folder: str | Path, split: str = "train", autoencoder: str | None = None, size: int = SIZE):
         self.folder, self.split = Path(folder), split
         shards = sorted(self.folder.glob(f"{split}-*.safetensors"))
         # Shards of a later part may be there already; what counts is the row without a gap.
@@ -161,7 +169,7 @@ class SceneLatents:
         if not self.shards:
             raise ValueError(f"{self.folder} holds no cached latents of the split {split!r}; make them first")
         if autoencoder is not None:
-            _check_index(self.folder, autoencoder)
+            _check_index(self.folder, autoencoder, size)
         self._open: dict[int, Any] = {}
 
     def __len__(self) -> int:

@@ -168,6 +168,19 @@ def latest_checkpoint(folder: str | Path) -> Path | None:
     return path
 
 
+def find_checkpoint(folder: str | Path) -> Path:
+    """The latest checkpoint of a run, of a folder of checkpoints, or the one checkpoint that the folder is.
+
+    Raises:
+        CheckpointError: there is no complete checkpoint.
+    """
+    folder = Path(folder)
+    checkpoint = latest_checkpoint(folder / "checkpoints") or latest_checkpoint(folder) or folder
+    if not (checkpoint / _STATE).exists():
+        raise CheckpointError(f"{folder} holds no checkpoint; train it first")
+    return checkpoint
+
+
 _KINDS = {
     "step": int,
     "samples": int,

@@ -23,6 +23,7 @@ import yaml
 
 from ..checkpoints import SCENES
 from ..naming import nearest
+from .checkpoint import find_checkpoint, load_weights
 from .quantized import load_options, quantize_rows
 
 
@@ -72,8 +73,8 @@ class ModelConfig:
 
     kind: Literal["mmdit", "nextdit", "autoencoder_kl", "autoencoder_dc", "caption_reader", "scene_probe"] = "mmdit"
     """Its class, "mmdit": `imgdit.MMDiT`; "nextdit": `imgdit.NextDiT`; "autoencoder_…": diffusers' `AutoencoderKL` or
-    `AutoencoderDC`; "caption_reader": a T5 encoder that learns to understand the scenes' sentences; "scene_probe": a network
-    that reads their pictures."""
+    `AutoencoderDC`; "caption_reader": a T5 encoder that learns to understand the scenes' sentences; "scene_probe": a
+    network that reads their pictures."""
     arguments: dict[str, Any] = field(default_factory=dict)
     """Arguments of its class."""
     pretrained: str | None = None
@@ -81,6 +82,9 @@ class ModelConfig:
     empty."""
     subfolder: str = ""
     """Folder of the model within `pretrained`, as pipelines have them ("transformer")."""
+    start_from: str | None = None
+    """Folder of a run, such as an earlier stage, whose weights (the average, if it kept one) to start from instead of
+    new ones; `arguments` must be of the same architecture."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     quantize: Literal["none", "int8", "torchao_int8", "bnb_int8", "bnb_nf4"] = "none"
@@ -90,6 +94,10 @@ class ModelConfig:
     """What the other weights under an adapter are kept in. Trained weights are always float32."""
 
     def __post_init__(self) -> None:
+        if self.pretrained is not None and self.start_from is not None:
+            raise ValueError(
+                f"weights come from pretrained or from start_from, got {self.pretrained!r} and {self.start_from!r}"
+            )
         if self.pretrained is not None and self.arguments:
             raise ValueError(f"pretrained brings its own configuration; remove arguments, got {dict(self.arguments)}")
         if self.arguments:
@@ -357,6 +365,7 @@ def build_model(recipe: Recipe) -> torch.nn.Module:
     """The model of a recipe, new weights drawn from `run.seed` or loaded; ready to train.
 
     Raises:
+        CheckpointError: the run to start from has no checkpoint, or one of another architecture.
         ImportError: what `model.quantize` names is not installed.
     """
     config = recipe.model
@@ -374,6 +383,8 @@ def build_model(recipe: Recipe) -> torch.nn.Module:
             model = config.model_class(**config.arguments)
         if hasattr(model, "init_weights"):
             model.init_weights(torch.Generator().manual_seed(recipe.run.seed))
+        if config.start_from is not None and not any(p.is_meta for p in model.parameters()):
+            load_weights(model, find_checkpoint(config.start_from))
     if recipe.adapter.rank:
         add_adapter(model, recipe.adapter, recipe.run.seed)
     if config.gradient_checkpointing:

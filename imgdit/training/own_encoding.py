@@ -19,12 +19,14 @@ from .config import EMBEDDED
 
 EMBEDS = {
     "ImgDiTPipeline": (0, 2, 4),
+    "OneDiffusionPipeline": (0, 2, 4),
     "FluxPipeline": (0, 1, None),
     "StableDiffusion3Pipeline": (0, 2, None),
 }
 """Where in the result of a pipeline's `encode_prompt` embeddings, pooled text and mask stand."""
 OTHERS = {
     "ImgDiTPipeline": (),
+    "OneDiffusionPipeline": (),
     "FluxPipeline": ("prompt_2",),
     "StableDiffusion3Pipeline": ("prompt_2", "prompt_3"),
 }
@@ -75,22 +77,35 @@ class Encoder:
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "pipe"}  # workers load it if need be
 
-    @cached_property
-    def pipe(self) -> Any:
-        """The pipeline without its transformer."""
-        owner = compat.DiffusionPipeline if self.name == "ImgDiTPipeline" else diffusers.DiffusionPipeline
+    def load(self, **options: Any) -> Any:
+        """The pipeline without its transformer; `options` of its `from_pretrained`."""
+        own = self.name in ("ImgDiTPipeline", "OneDiffusionPipeline")
+        owner = compat.DiffusionPipeline if own else diffusers.DiffusionPipeline
         level = logging.get_verbosity()
         logging.set_verbosity_error()  # a transformer that is not there is no news
         try:
-            pipe = owner.from_pretrained(self.folder, transformer=None, dtype=self.dtype)
+            return owner.from_pretrained(self.folder, transformer=None, **options)
         finally:
             logging.set_verbosity(level)
+
+    @cached_property
+    def pipe(self) -> Any:
+        """The pipeline without its transformer, as it encodes."""
+        pipe = self.load(dtype=self.dtype)
+        if self._transformer == "NextDiT":  # as OneDiffusion's reference, which ignores it
+            pipe.vae.register_to_config(shift_factor=None)
         return pipe.to(self.device)
 
     def unload(self) -> None:
         """Free the pipeline's memory, for what is trained; it is loaded again if something has to be encoded."""
         if self.__dict__.pop("pipe", None) is not None and self.device == "cuda":
             torch.cuda.empty_cache()
+
+    @property
+    def _transformer(self) -> str:
+        """Class of the transformer; empty where the folder has none."""
+        config = self.folder / "transformer" / "config.json"
+        return json.loads(config.read_text(encoding="utf-8"))["_class_name"] if config.exists() else ""
 
     @cached_property
     def cell(self) -> int:
@@ -133,9 +148,3 @@ def folder_hash(folders: list[Path]) -> str:
                     file.seek(n * (size - BLOCK) // (BLOCKS - 1))
                     digest.update(file.read(BLOCK))
     return digest.hexdigest()[:16]
-
-
-def _all_prompts(pipe: Any, sentence: str) -> dict[str, str]:
-    """The sentence for each of the pipeline's other text encoders."""
-    names = ("prompt_2", "prompt_3") if type(pipe).__name__ == "StableDiffusion3Pipeline" else ("prompt_2",)
-    return dict.fromkeys(names, sentence)

@@ -73,7 +73,8 @@ class OwnPictures:
         mode: what reads the condition. "frame": the model itself, as a second frame (OneDiffusion); "independent" or
             "joint": an adapter (OminiControl), and the condition sees only itself, or everything.
         position: "aligned": on the picture; "subject": to its left; of conditions that an adapter reads.
-        task_token: whether sentences begin with the token of the condition's task, as the embedded model's do.
+        task_token: whether sentences begin with the token of their frames' task, as the embedded model's do: the
+            condition's, that of views where there are cameras, or that of text to image.
         views: pictures of a sample: the row's own and its further frames.
         cameras: whether each view is followed by a frame of its camera's rays; needs `ratio: 1`.
         columns: our name -> the source's: {"text": "caption"}.
@@ -128,15 +129,16 @@ class OwnPictures:
         check_choice("split", split, ("train", "heldout"))
         if condition is not None:
             check_name("condition", condition, CONDITIONS)
+        task = condition or ("views" if cameras else "text_to_image" if views == 1 else "none")
         if task_token:
-            check_name("condition with a token", str(condition), TASK_TOKENS)
+            check_name("condition with a token" if condition else "task of views without cameras", task, TASK_TOKENS)
         if preprocessor is not None:
             able = {name: task.photo for name, task in TASKS.items() if task.photo is not None}
             check_name("preprocessor", preprocessor, able)
             check_arguments(able[preprocessor], preprocessor_options, "preprocessor_options")
         self.samples, self.seed, self.split = samples, seed, split
         self.condition, self.preprocessor, self.preprocessor_options = condition, preprocessor, preprocessor_options
-        self.mode, self.position, self.task_token = mode, position, task_token
+        self.mode, self.position, self.task = mode, position, task if task_token else None
         self.views, self.cameras = views, cameras
         self.encoder = Encoder(model)
         buckets = bucket_sizes(base, self.encoder.cell * PATCH, ratio)
@@ -319,8 +321,7 @@ class OwnPictures:
 
     def _sentences(self, row: Row) -> list[str]:
         """Everything that may be said about a row."""
-        task = self.condition if self.task_token else None
-        return [prompt(caption, task) for caption in row.captions or ("",)]
+        return [prompt(caption, self.task) for caption in row.captions or ("",)]
 
     def _sentence(self, row: int, rng: Random) -> str:
         said = self._sentences(self.pictures[row].row)

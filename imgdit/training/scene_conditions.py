@@ -8,10 +8,7 @@ from random import Random
 from typing import Any, Literal
 
 import torch
-from diffusers import AutoencoderDC
-from transformers import AutoTokenizer, T5EncoderModel
 
-from ..checkpoints import SCENES
 from ..data.captions import caption
 from ..data.latents import LOOKS, MAPS, OTHERS, VIEWS, scene_views
 from ..data.scenes import STYLES, pick
@@ -22,7 +19,7 @@ from ..naming import check_choice, check_name
 from .config import ADAPTER, EMBEDDED
 from .data import mixed_seed
 from .objectives import Batch
-from .scene_frames import PATCH, CachedScenes, Sample
+from .scene_frames import PATCH, CachedScenes, Sample, scene_components
 
 TASKS = (*MAPS, *OTHERS, "subject", "style_reference")
 """What a condition may be, by the names of `data.tasks`."""
@@ -59,11 +56,8 @@ class SceneConditions(CachedScenes):
         check_name("task", task, TASKS)
         check_choice("mode", mode, ("independent", "joint"))
         check_choice("position", position, ("aligned", "subject"))
-        folder = str(SCENES) if model == EMBEDDED else model
-        vae = AutoencoderDC.from_pretrained(folder, subfolder="vae").eval()
-        text_encoder = T5EncoderModel.from_pretrained(folder, subfolder="text_encoder").eval()
-        tokenizer = AutoTokenizer.from_pretrained(folder, subfolder="tokenizer")
-        super().__init__(vae, text_encoder, tokenizer, latents, scenes, split)
+        vae, *reader = scene_components(model)
+        super().__init__(vae, *reader, latents, scenes, split, scale=vae.config.scaling_factor)
         self.task, self.samples = task, samples
         self.frames = [
             Frame(self.size),
@@ -77,8 +71,7 @@ class SceneConditions(CachedScenes):
         ]
         black = torch.full((1, 3, *(n * PATCH * vae.spatial_compression_ratio for n in self.size)), -1.0)
         with torch.no_grad():
-            # What a dropped condition becomes. The cache holds raw latents, so they are scaled as those are.
-            self.black = pack(encode_pictures(vae, black) / vae.config.scaling_factor * self.scale, PATCH)[0]
+            self.black = pack(encode_pictures(vae, black), PATCH)[0]  # what a dropped condition becomes
 
     def __getitem__(self, index: int) -> Batch:
         rng = Random(mixed_seed(index, 0))

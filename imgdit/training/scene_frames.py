@@ -12,24 +12,29 @@ as in OneDiffusion (arXiv 2411.16318, sections 3 and 4). A batch has about the s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
 
 import torch
+from diffusers import AutoencoderDC
+from transformers import AutoTokenizer, T5EncoderModel
 
 from ..cameras import ray_frames, relative_rays, scale_positions
+from ..checkpoints import SCENES
 from ..data.captions import caption, leave_unsaid
 from ..data.geometry import camera_to_world, intrinsics
-from ..data.latents import LOOKS, MAPS, SHARD, VIEWS, SceneLatents, cache_latents, scene_views
+from ..data.latents import LOOKS, MAPS, SHARD, SIZE, VIEWS, SceneLatents, cache_latents, scene_views
 from ..data.scenes import Camera, Scene, pick
 from ..data.sentences import prompt
 from ..data.words import caption_tokenizer
 from ..frames import Frame, FrameLayout
 from ..models.autoencoding import fingerprint
 from ..models.functional import pack
+from ..naming import check_name
+from .config import EMBEDDED
 from .data import mixed_seed
 from .objectives import Batch, Text
 from .trained import load_trained
@@ -37,7 +42,7 @@ from .trained import load_trained
 PATCH = 2
 """Latent cells per side of a token, as in FLUX."""
 SHARES = {"pictures": 0.25, "pairs": 0.48, "views": 0.27}
-"""Of the batches. Sentences are learned in every kind of batch, and soonest."""
+"""Of the batches of the embedded model. Sentences are learned in every kind of batch, and soonest."""
 FRAMES = {"pictures": 1, "pairs": 2, "views": 4}
 PAIRS = {"depth": 0.22, "canny": 0.16, "segmentation": 0.3, "other": 0.17, "editing": 0.075, "subject": 0.075}
 """Of the pairs; "other" is the one condition that each view was cached with."""
@@ -66,14 +71,27 @@ class CachedScenes:
         latents: folder of the cache, see `data.latents`.
         scenes: of the split, from seed 0 on.
         split: "train" or "heldout".
+        size: pixels per side.
+        scale: of the latents; `None`: by the cache, see `latent_scale`.
     """
 
-    def __init__(self, vae: Any, text_encoder: Any, tokenizer: Any, latents: str, scenes: int, split: str):
+    def __init__(
+        self,
+        vae: Any,
+        text_encoder: Any,
+        tokenizer: Any,
+        latents: str,
+        scenes: int,
+        split: str,
+        size: int = SIZE,
+        scale: float | None = None,
+    ):
         scenes = HELD_OUT if split == "heldout" else scenes
-        cache_latents(vae, latents, scenes, split, device="cuda" if torch.cuda.is_available() else "cpu")
-        self.latents = SceneLatents(latents, split, fingerprint(vae.cpu()))
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        cache_latents(vae, latents, scenes, split, size=size, device=device)
+        self.latents = SceneLatents(latents, split, fingerprint(vae.cpu()), size)
         self.scenes, self.split = scenes, split
-        self.scale = latent_scale(latents)
+        self.scale = latent_scale(latents) if scale is None else scale
         self.text_encoder, self.tokenizer = text_encoder, tokenizer
         cells = self.latents.read(0, "pictures", 0, 0).shape[1:]
         self.size = (cells[0] // PATCH, cells[1] // PATCH)
@@ -113,11 +131,18 @@ class SceneFrames(CachedScenes):
     """Endless: sample i is a `Batch`, the same for the same i.
 
     Args:
-        latents: folder of the cache, see `data.latents`.
+        latents: folder of the cache, see `data.latents`; each `size` has its own.
         scenes: training scenes in it.
         autoencoder, text_encoder: folders of the runs that trained them.
+        model: pipeline folder of the autoencoder and text encoder instead, "embedded" for the one that comes along.
         tokens: picture tokens of a batch; how many samples that are depends on the kind.
+        size: pixels per side.
+        shares: of the kinds of batches; a kind that is left out has none.
+        pairs: shares of the tasks among the pairs; "other" stands for five tasks alike, see `data.latents.OTHERS`.
         split: "train" or "heldout".
+
+    Raises:
+        ValueError: an unknown kind or task, shares that are no shares, or a cache of another autoencoder or size.
     """
 
     def __init__(
@@ -126,16 +151,26 @@ class SceneFrames(CachedScenes):
         scenes: int = 6144,
         autoencoder: str = "outputs/scenes/autoencoder",
         text_encoder: str = "outputs/scenes/text_encoder",
+        model: str | None = None,
         tokens: int = 4096,
+        size: int = SIZE,
+        shares: dict[str, float] = SHARES,
+        pairs: dict[str, float] = PAIRS,
         split: str = "train",
     ):
-        reader = load_trained(text_encoder)
-        super().__init__(load_trained(autoencoder), reader.encoder, caption_tokenizer(), latents, scenes, split)
-        self.tokens = tokens
+        _check_shares("shares", shares, SHARES)
+        _check_shares("pairs", pairs, PAIRS)
+        if model is None:
+            parts = (load_trained(autoencoder), load_trained(text_encoder).encoder, caption_tokenizer())
+            super().__init__(*parts, latents, scenes, split, size)
+        else:
+            vae, *reader = scene_components(model)
+            super().__init__(vae, *reader, latents, scenes, split, size, vae.config.scaling_factor)
+        self.tokens, self.shares, self.pairs = tokens, shares, pairs
 
     def __getitem__(self, index: int) -> Batch:
         rng = Random(mixed_seed(index, 0))
-        kind = _choose(rng, SHARES)
+        kind = _choose(rng, self.shares)
         count = max(1, self.tokens // (FRAMES[kind] * self.size[0] * self.size[1]))
         make = {"pictures": self._picture, "pairs": self._pair, "views": self._views}[kind]
         return self.batch([make(rng) for _ in range(count)], frames_of(kind, self.size))
@@ -149,7 +184,7 @@ class SceneFrames(CachedScenes):
     def _pair(self, rng: Random) -> Sample:
         scene, view, look = self.draw(rng)
         drawn = scene_views(scene, self.split)
-        task = _choose(rng, PAIRS)
+        task = _choose(rng, self.pairs)
         if task == "editing":  # the same view in another look
             given = self.latent(scene, "pictures", view, pick(rng, [n for n in range(LOOKS) if n != look]))
         elif task == "subject":  # the same objects elsewhere: only the first two looks share their colours
@@ -173,6 +208,14 @@ class SceneFrames(CachedScenes):
         return Sample([pictures[0], rays[0], pictures[1], rays[1]], prompt(said, "views"))
 
 
+def scene_components(model: str) -> tuple[Any, Any, Any]:
+    """Autoencoder, text encoder and tokenizer of a pipeline's folder, "embedded" for the one that comes along."""
+    folder = str(SCENES) if model == EMBEDDED else model
+    vae = AutoencoderDC.from_pretrained(folder, subfolder="vae").eval()
+    text_encoder = T5EncoderModel.from_pretrained(folder, subfolder="text_encoder").eval()
+    return vae, text_encoder, AutoTokenizer.from_pretrained(folder, subfolder="tokenizer")
+
+
 def frames_of(kind: str, size: tuple[int, int]) -> list[Frame]:
     """The frames of a kind of batch, with `size` rows and columns of tokens."""
     held = [kind == "views" and n == 1 for n in range(FRAMES[kind])]  # the first camera's rays say nothing new
@@ -194,6 +237,13 @@ def latent_scale(folder: str | Path) -> float:
     """The autoencoder's `scaling_factor`, to two digits: one over the deviation of the first shard's pictures."""
     pictures = torch.stack(list(SceneLatents(folder).pictures(SHARD)))
     return round(1.0 / float(pictures.std()), 2)
+
+
+def _check_shares(name: str, shares: dict[str, float], known: Iterable[str]) -> None:
+    for key in shares:
+        check_name(f"name in {name}", key, known)
+    if min(shares.values(), default=-1.0) < 0 or not sum(shares.values()) > 0:
+        raise ValueError(f"{name} must be 0 or more, and one of them positive, got {shares}")
 
 
 def _choose(rng: Random, shares: dict[str, float]) -> str:

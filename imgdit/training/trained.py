@@ -10,7 +10,7 @@ import torch
 from .checkpoint import (
     CheckpointError,
     check_architecture,
-    latest_checkpoint,
+    find_checkpoint,
     load_weights,
     read_shapes,
     read_state,
@@ -27,8 +27,10 @@ def load_trained(folder: str | Path) -> Any:
     Raises:
         CheckpointError: there is no complete checkpoint.
     """
-    checkpoint = _checkpoint(folder)
+    checkpoint = find_checkpoint(folder)
     recipe = trained_recipe(checkpoint)
+    if not recipe.adapter.rank:  # all weights are in the checkpoint; where training began is of no matter now
+        recipe = recipe.replace(model={"start_from": None})
     _check_size(recipe, checkpoint)
     model = build_model(recipe)
     load_weights(model, checkpoint)
@@ -41,16 +43,8 @@ def trained_recipe(folder: str | Path) -> Recipe:
     Raises:
         CheckpointError: there is no complete checkpoint.
     """
-    checkpoint = _checkpoint(folder)
+    checkpoint = find_checkpoint(folder)
     return parse_recipe(read_state(checkpoint, ("recipe",))["recipe"], str(checkpoint))
-
-
-def _checkpoint(folder: str | Path) -> Path:
-    folder = Path(folder)
-    checkpoint = latest_checkpoint(folder / "checkpoints") or latest_checkpoint(folder) or folder
-    if not (checkpoint / "state.json").exists():
-        raise CheckpointError(f"{folder} holds no checkpoint; train it first")
-    return checkpoint
 
 
 def _check_size(recipe: Recipe, checkpoint: Path) -> None:

@@ -60,26 +60,36 @@ class Sweep:
     """Initial weights, orders of the data and noises to average over."""
     folder: Path
     parametrisations: tuple[Parametrisation, ...] = PARAMETRISATIONS
+    standard_log2lr: tuple[float, ...] | None = None
+    """Learning rates of the standard parametrisation, whose best one falls with the width; `None`: as `log2lr`."""
 
     def __post_init__(self) -> None:
-        for name, values in (("widths", self.widths), ("log2lr", self.log2lr)):
+        rates = {"log2lr": self.log2lr, "standard_log2lr": self.rates("standard")}
+        for name, values in ({"widths": self.widths} | rates).items():
             if list(values) != sorted(set(values)):
                 raise ValueError(f"{name} must ascend without repetition, got {list(values)}")
-        if len(self.log2lr) < 3:
-            raise ValueError(f"an optimum needs at least three learning rates, got log2lr={list(self.log2lr)}")
+        for name, values in rates.items():
+            if len(values) < 3:
+                raise ValueError(f"an optimum needs at least three learning rates, got {name}={list(values)}")
         for run in self.runs():
             self.recipe_of(run)
 
+    def rates(self, parametrisation: Parametrisation) -> tuple[float, ...]:
+        """Learning rates of a parametrisation, as powers of 2."""
+        own = self.standard_log2lr if parametrisation == "standard" else None
+        return self.log2lr if own is None else own
+
     def runs(self) -> list[Run]:
         """Every run, the longest first; where both parametrisations are the same there is only μP's."""
-        return [
-            run
+        wanted = (
+            self.stand_in(Run(p, width, log2lr, seed))
             for width in reversed(self.widths)
             for seed in range(self.seeds)
-            for log2lr in self.log2lr
-            for run in (Run(p, width, log2lr, seed) for p in self.parametrisations)
-            if self.stand_in(run) == run
-        ]
+            for log2lr in sorted({*self.log2lr, *self.rates("standard")})
+            for p in self.parametrisations
+            if log2lr in self.rates(p)
+        )
+        return list(dict.fromkeys(wanted))
 
     def stand_in(self, run: Run) -> Run:
         """The run whose result is this one's as well."""
@@ -117,6 +127,8 @@ class Transfer:
     """How much more the widest model loses at the narrowest's best rate than at its own, as a share."""
     transferred: dict[Parametrisation, list[float] | None]
     """Loss of each width at the narrowest's best rate."""
+    wider_is_better: dict[Parametrisation, bool | None]
+    """Whether that never rises from one width to the next; `None`: the narrowest has no optimum."""
     proxy_share: float
     """Cost of the narrowest width's μP runs as a share of one run of the target."""
     sweep_share: float
@@ -192,7 +204,7 @@ def analyse(sweep: Sweep, target: Recipe | None = None) -> Transfer:
         p: [
             curve(
                 width,
-                {seed: {x: loss(Run(p, width, x, seed)) for x in sweep.log2lr} for seed in range(sweep.seeds)},
+                {seed: {x: loss(Run(p, width, x, seed)) for x in sweep.rates(p)} for seed in range(sweep.seeds)},
             )
             for width in sweep.widths
         ]
@@ -212,6 +224,7 @@ def analyse(sweep: Sweep, target: Recipe | None = None) -> Transfer:
         {p: shift(lines) for p, lines in curves.items()},
         penalties,
         transferred,
+        {p: None if at is None else at == sorted(at, reverse=True) for p, at in transferred.items()},
         proxy_share=len(sweep.log2lr) * sweep.seeds * costs[sweep.widths[0]] / whole,
         sweep_share=sum(costs[run.width] for run in sweep.runs()) / whole,
         cpu_seconds=math.fsum(result["cpu_seconds"] for result in results.values()),
@@ -286,11 +299,30 @@ def _finite(value: float) -> float | None:
 
 def sweep_table(curves: Mapping[Parametrisation, Sequence[Curve]]) -> Iterator[str]:
     """Lines of text: a row per parametrisation and width, a column per learning rate."""
-    rates = next(iter(curves.values()))[0].log2lr
+    rates = sorted({rate for lines in curves.values() for c in lines for rate in c.log2lr})
     yield f"{'':<16}" + "".join(f"{x:>9g}" for x in rates) + f"{'best':>9}{'seeds':>18}"
     for name, lines in curves.items():
         for c in lines:
-            cells = "".join(f"{value:>9.4f}" if math.isfinite(value) else f"{'-':>9}" for value in c.loss)
+            found = dict(zip(c.log2lr, c.loss))
+            shown = ("" if x not in found else f"{found[x]:.4f}" if math.isfinite(found[x]) else "-" for x in rates)
+            cells = "".join(f"{value:>9}" for value in shown)
             best = c.refusal if c.optimum is None else f"{c.optimum.log2lr:>9.2f}"
             seeds = f"{f'{min(c.seeds):.2f} to {max(c.seeds):.2f}':>18}" if c.seeds else ""
             yield f"{f'{name} {c.width}':<16}{cells}{best}{seeds}"
+
+
+def transfer_lines(result: Transfer) -> Iterator[str]:
+    """Lines of text: what each parametrisation's best learning rate does over the widths, and what that costs."""
+    for name, moved in result.shifts.items():
+        lines = result.curves[name]
+        span = f"over {lines[-1].width / lines[0].width:g}x the width"
+        shown = "?" if moved is None else f"{round(moved, 2) + 0.0:+.2f}"  # no -0.00
+        yield f"{name}: the optimum moves by {shown} in log2 {span}"
+        at, penalty = result.transferred[name], result.penalties[name]
+        if at is None:
+            continue
+        rate = f"at the best rate of width {lines[0].width}"
+        if penalty is not None:
+            yield f"{name}: {rate} width {lines[-1].width} loses {penalty:.1%} against its own best"
+        losses = ", ".join("diverged" if math.isinf(value) else f"{value:.4f}" for value in at)
+        yield f"{name}: {rate} wider is {'never' if result.wider_is_better[name] else 'somewhere'} worse: {losses}"

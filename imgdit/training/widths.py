@@ -62,10 +62,9 @@ def _structure(recipe: Recipe) -> Structure:
             f"model.kind {model.kind!r} has no μP parametrisation, so its width cannot be compared; give a recipe "
             "of a transformer backbone (mmdit, nextdit)"
         )
-    if model.pretrained is not None:
-        raise ValueError(
-            f"model.pretrained={model.pretrained!r} has one width; give a recipe that trains from scratch"
-        )
+    for field in ("pretrained", "start_from"):
+        if (source := getattr(model, field)) is not None:
+            raise ValueError(f"model.{field}={source!r} has one width; give a recipe that trains from scratch")
     return STRUCTURES[name]
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+from pathlib import Path
 
 import pytest
 from accelerate.state import AcceleratorState
@@ -12,7 +13,11 @@ from typer.testing import CliRunner
 from imgdit.apps.cli import app
 from imgdit.mup.optimum import Curve, NoOptimum, curve, find_optimum, loss_at, shift
 from imgdit.training import load_recipe
-from imgdit.training.transfer import Run, Sweep, analyse, run_sweep, sweep_table
+from imgdit.training.config import packaged_recipes
+from imgdit.training.transfer import Run, Sweep, analyse, run_sweep, sweep_table, transfer_lines
+
+SCENES_LOG2LR, SCENES_STANDARD = tuple(map(float, range(-10, -3))), tuple(map(float, range(-12, -5)))
+GRIDS = {"log2lr": SCENES_LOG2LR, "standard-log2lr": SCENES_STANDARD}
 
 
 @pytest.fixture(autouse=True)
@@ -94,6 +99,59 @@ def test_a_sweep_goes_on_and_is_shared(tmp_path, monkeypatch):
         run_sweep(dataclasses.replace(sweep, recipe=recipe))
 
 
+def test_parametrisations_may_have_their_own_rates(tmp_path):
+    """At the base width one run serves both, whatever rates each of them has."""
+    grids = {"log2lr": (-9.0, -8.0, -7.0), "standard_log2lr": (-10.0, -9.0, -8.0)}
+    sweep = tiny_sweep(tmp_path, widths=(32, 64), **grids)
+    at = {width: sorted(run.log2lr for run in sweep.runs() if run.width == width) for width in (32, 64)}
+    assert at == {32: [-10.0, -9.0, -8.0, -7.0], 64: sorted([*grids["log2lr"], *grids["standard_log2lr"]])}
+    assert len(tiny_sweep(tmp_path, widths=(32, 64), **grids, parametrisations=("mup",)).runs()) == 6
+    for run in sweep.runs():  # parabolas: under the standard parametrisation the best rate halves with the width
+        best = -8.0 if run.parametrisation == "mup" else -9.0
+        made = {"loss": parabola(best, low=32 / run.width)(run.log2lr), "cpu_seconds": 1.0}
+        (tmp_path / "runs").mkdir(exist_ok=True)
+        (tmp_path / "runs" / f"{run.name}.json").write_text(json.dumps(made))
+    result = analyse(sweep)
+    assert [c.log2lr for c in result.curves["standard"]] == [grids["standard_log2lr"]] * 2
+    assert result.wider_is_better == {"mup": True, "standard": None}  # its narrow one is best at the edge
+    table = list(sweep_table(result.curves))
+    assert table[0].split()[:4] == ["-10", "-9", "-8", "-7"]
+    assert [table[row][16 + 9 * place :][:9].strip() for row, place in ((1, 0), (3, 3))] == ["", ""]
+    assert list(transfer_lines(result)) == [
+        "mup: the optimum moves by +0.00 in log2 over 2x the width",
+        "mup: at the best rate of width 32 width 64 loses 0.0% against its own best",
+        "mup: at the best rate of width 32 wider is never worse: 1.0000, 0.5000",
+        "standard: the optimum moves by ? in log2 over 2x the width",
+    ]
+
+
+def test_wider_may_be_worse(tmp_path):
+    sweep = tiny_sweep(tmp_path, widths=(32, 64), log2lr=(-9.0, -8.0, -7.0), parametrisations=("mup",))
+    (tmp_path / "runs").mkdir()
+    for run in sweep.runs():
+        loss = parabola(-8.0, low=run.width / 32)(run.log2lr)
+        (tmp_path / "runs" / f"{run.name}.json").write_text(json.dumps({"loss": loss, "cpu_seconds": 1.0}))
+    result = analyse(sweep)
+    assert result.wider_is_better == {"mup": False}
+    assert list(transfer_lines(result))[-1].endswith("wider is somewhere worse: 1.0000, 2.0000")
+
+
+def test_the_recipe_on_scenes():
+    """Its command is a sweep that can be made, with base width and shape as the head says."""
+    recipe = load_recipe("mup/transfer_scenes")
+    sweep = Sweep(recipe, (64, 128, 256, 512), SCENES_LOG2LR, 1, Path("nowhere"), standard_log2lr=SCENES_STANDARD)
+    assert sweep.base_width == 64 and len(sweep.runs()) == 4 * 7 + 3 * 7 + len(
+        set(SCENES_STANDARD) - set(SCENES_LOG2LR)
+    )
+    said = packaged_recipes()["mup/transfer_scenes"].read_text().splitlines()[0]
+    rates = (f"--{name}={grid[0]:g}:{grid[-1]:g}" for name, grid in GRIDS.items())
+    assert said == f"# imgdit mup transfer mup/transfer_scenes --widths 64,128,256,512 {' '.join(rates)}"
+    assert recipe.schedule.factor(recipe.run.steps - 1, recipe.run.steps) < 0.01
+    assert recipe.run.evaluate_every == recipe.run.steps and recipe.data.arguments["shares"] == {"pictures": 1.0}
+    model = recipe.model.arguments
+    assert (model["num_layers"], model["num_single_layers"], model["attention_head_dim"]) == (2, 2, 32)
+
+
 @pytest.mark.slow  # starts two processes
 def test_a_run_is_the_same_wherever_it_is_made(tmp_path):
     first, second = (tiny_sweep(tmp_path / name, widths=(16,), parametrisations=("mup",)) for name in "ab")
@@ -107,6 +165,8 @@ def test_a_run_is_the_same_wherever_it_is_made(tmp_path):
         ({"widths": (16, 40)}, "width must be a multiple of the head dimension 16, got 40"),
         ({"widths": (32, 16)}, "widths must ascend without repetition"),
         ({"log2lr": (-8.0, -7.0)}, "an optimum needs at least three learning rates"),
+        ({"standard_log2lr": (-8.0,)}, r"at least three learning rates, got standard_log2lr=\[-8.0\]"),
+        ({"standard_log2lr": (-8.0, -9.0, -7.0)}, "standard_log2lr must ascend without repetition"),
     ],
 )
 def test_sweeps_that_cannot_be_made(changes, message, tmp_path):
