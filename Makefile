@@ -10,7 +10,7 @@ ROOMS := pipelines adapters apps configs
 PYTEST := OMP_NUM_THREADS=1 DIFFUSERS_ATTN_CHECKS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 -q
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lint format types stress weights docs clean
+.PHONY: help demo test check lint format types stress fuzz weights docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -42,6 +42,11 @@ types: $(STAMP) ## mypy over the package in its installed layout
 
 stress: $(STAMP) ## the tests marked slow
 	$(PYTEST) -m slow
+
+# make fuzz SHARE=10 SEED=7
+fuzz: $(STAMP) ## read mutated files with every loader; other ones with another SEED
+	folder=$$(mktemp -d) && PYTHONPATH=.:tests OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python tests/fuzz/hammer.py \
+		"$$folder" all $(or $(SHARE),1) $(or $(SEED),0)
 
 # Every run goes on where it stopped; configs/scenes/ says what each costs.
 weights: $(STAMP) ## train the embedded model from nothing, or go on with it

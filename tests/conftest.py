@@ -2,6 +2,10 @@ import pytest
 import torch
 
 
+def pytest_addoption(parser):
+    parser.addoption("--load-seconds", type=float, default=20, help="how long the demo is kept busy by 32 people")
+
+
 @pytest.fixture(autouse=True)
 def _one_thread():
     """Two workers share two cores; torch's own threads would only compete."""

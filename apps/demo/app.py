@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,9 @@ THEME = gr.themes.Default(
     font=["system-ui", "sans-serif"],
     font_mono=["ui-monospace", "monospace"],
 )
+
+
+MCP = "pip install 'imgdit[mcp]'"
 
 
 def build(holder: Holder, results: Path) -> gr.Blocks:
@@ -87,7 +91,12 @@ def serve(
         host: address to listen at; this machine alone by default.
         port: a free one from 7860 on by default.
         mcp: offer the endpoints as tools of the Model Context Protocol.
+
+    Raises:
+        ImportError: `mcp` without the package of that name, or with one that gradio does not know.
     """
+    if mcp and find_spec("mcp") is None:
+        raise ImportError(f"--mcp needs the package mcp; install it with: {MCP}")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     # Where a header is not looked at by us, Pillow refuses what would not fit.
     Image.MAX_IMAGE_PIXELS = LIMITS.pixels
@@ -101,6 +110,7 @@ def serve(
         quiet=True,
         show_error=True,
         prevent_thread_lock=True,
+        max_threads=LIMITS.queue + 32,  # who waits keeps one; the rest are for pages, files and stopping
         max_file_size=LIMITS.upload_mib * 2**20,
         allowed_paths=[str(holder.folder), *(str(results / name) for name in scale.PLOTS)],
         enable_monitoring=False,
@@ -111,4 +121,8 @@ def serve(
         css=CSS,
         footer_links=[],
     )
+    if mcp and page.mcp_error:  # gradio would go on without
+        page.close(verbose=False)
+        holder.close()
+        raise ImportError(f"{page.mcp_error}; install what it needs with: {MCP}")
     return page, address, holder

@@ -1,4 +1,4 @@
-"""The demo's model: loaded once, used by one request at a time, stopped by whoever asked for it."""
+"""The demo's model: loaded once, used by one request at a time, in turns, stopped by whoever asked for it."""
 
 from __future__ import annotations
 
@@ -25,9 +25,13 @@ from ..generate import output_file
 from ..request import Origin, Request, write_png
 from ..studio import Made, Stopped, Studio
 from .limits import LIMITS
+from .turns import Place, Turns
 
-DEVICE: dict[str, Any] = {"concurrency_id": "device", "concurrency_limit": 1}
-"""Of every event that computes: first come, first served, one at a time."""
+DEVICE: dict[str, Any] = {"concurrency_id": "device", "concurrency_limit": LIMITS.queue}
+"""Of every event that computes. Gradio would serve who came first, however much they ask for; so it lets all in that
+may wait, and `Turns` says whose turn it is."""
+WAKE = 1.0
+"""Seconds after which who waits is told how many go before; a window that was closed is noticed then."""
 PREVIEWS = 8
 """Pictures shown while one is made."""
 EXAMPLES = 4
@@ -55,8 +59,9 @@ class Holder:
     def __init__(self, studio: Studio, folder: Path | None = None):
         self.studio = studio
         self.folder = folder or Path(tempfile.mkdtemp(prefix="imgdit-demo-"))
-        self._running: dict[str, threading.Event] = {}
-        self._device = threading.Lock()
+        self.turns = Turns(LIMITS.queue)
+        self._asked: dict[str, list[threading.Event]] = {}
+        self._asking = threading.Lock()
         studio.quiet()
 
     def close(self) -> None:
@@ -64,28 +69,48 @@ class Holder:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def stop(self, request: gr.Request) -> str:
-        """End what a person's window has running."""
-        event = self._running.get(str(request.session_hash))
-        if event is None:
-            return "Nothing of yours is running."
-        event.set()
-        return "Stopping after this step."
+        """End what a person's window has running or waiting."""
+        with self._asking:
+            events = self._asked.get(str(request.session_hash), [])
+            for event in events:
+                event.set()
+        return "Stopping after this step." if events else "Nothing of yours is running."
 
     @contextmanager
-    def busy(self, request: gr.Request | None) -> Iterator[threading.Event]:
-        """Hold the device; the event is set when the person asks to stop."""
+    def busy(self, request: gr.Request | None) -> Iterator[None]:
+        """Hold the device.
+
+        Raises:
+            Full: too many wait.
+        """
+        with self._line(request) as (place, _):
+            self.turns.ahead(place)
+            yield
+
+    @contextmanager
+    def _line(self, request: gr.Request | None) -> Iterator[tuple[Place, threading.Event]]:
+        """Stand in line for the device; the event is set when the person asks to stop."""
         session, event = str(getattr(request, "session_hash", None)), threading.Event()
-        with self._device:
-            self._running[session] = event
+        with self.turns.line(session) as place:
+            with self._asking:
+                self._asked.setdefault(session, []).append(event)
             try:
-                yield event
+                yield place, event
             finally:
-                self._running.pop(session, None)
+                with self._asking:
+                    self._asked[session].remove(event)
+                    if not self._asked[session]:
+                        del self._asked[session]
 
     def make(self, requests: Sequence[Request], person: gr.Request | None) -> Iterator[Shown]:
         """Work through requests, and show how far they are; the last thing shown has all files."""
         files: list[str] = []
-        with self.busy(person) as stop:
+        with self._line(person) as (place, stop):
+            while ahead := self.turns.ahead(place, WAKE):
+                if stop.is_set():
+                    yield Shown("Stopped.", None, files)
+                    return
+                yield Shown(f"{ahead} before you", None, files)
             for i, request in enumerate(requests):
                 label = f"picture {i + 1} of {len(requests)}, " if len(requests) > 1 else ""
                 for event in self._stream(request, stop):

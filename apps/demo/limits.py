@@ -32,8 +32,8 @@ class Limits:
     """Pixels of a picture that is made."""
     batch: int = 4
     guidance: float = 15.0
-    queue: int = 16
-    """Requests that wait; more are refused at once."""
+    queue: int = 64
+    """Requests that wait, of all people; more are refused at once."""
     kept_seconds: int = 3600
     """After which files of uploads and results are deleted."""
 

@@ -491,7 +491,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
             return tuple(_convert(inner[0], part, f"{where}[{i}]") for i, part in enumerate(value))
         if len(inner) == len(value):
             return tuple(_convert(t, part, f"{where}[{i}]") for i, (t, part) in enumerate(zip(inner, value)))
-        raise ValueError(f"{where} must have {len(inner)} entries, got {len(value)}: {reprlib.repr(value)}")
+        raise ValueError(f"{where} must have {len(inner)} entries, got {len(value)}: {reprlib.repr(value):.200}")
     elif hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
         return float(value)
     elif hint in (int, str, bool) and type(value) is hint:
@@ -524,7 +524,7 @@ def _type_name(hint: Any) -> str:
 
 def _named(value: Any) -> str:
     # A few lines of YAML whose aliases name each other are gigabytes when they are written out, so not all is.
-    return "nothing" if value is None else f"{type(value).__name__} {reprlib.repr(value)}"
+    return "nothing" if value is None else f"{type(value).__name__} {reprlib.repr(value):.200}"
 
 
 def _plain(value: Any) -> Any:

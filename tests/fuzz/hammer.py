@@ -1,6 +1,6 @@
 """Reads thousands of wrong inputs and says what came of it. Run by test_fuzz.py, by `make fuzz`, or by hand:
 
-    PYTHONPATH=.:tests python tests/fuzz/hammer.py FOLDER lora,sae,… SHARE [SEED]
+    PYTHONPATH=.:tests python tests/fuzz/hammer.py FOLDER all|lora,sae,… SHARE [SEED]
 
 SHARE is the part of the usual number of inputs. What no input may cause is printed with the input's number and kept in
 FOLDER, and the exit status is then 1.
@@ -72,6 +72,7 @@ def read(loader, valid, tried, guard, change) -> None:
 
 def main() -> int:
     folder, names, share = Path(sys.argv[1]), sys.argv[2].split(","), float(sys.argv[3])
+    names = list(LOADERS) if names == ["all"] else names
     seed = int(sys.argv[4]) if len(sys.argv) > 4 else 0
     logging.disable(logging.CRITICAL)
     faulthandler.enable()
