@@ -45,12 +45,18 @@ class ConditionHook(ModelHook):
 class BlockHook(ConditionHook):
     """Runs a block over text, image and conditions by MMDiT's block function."""
 
-    def __init__(self, name: str, block: Any):
+    def __init__(self, name: str, block: Any, last: bool):
+        """
+        Args:
+            name: of the block in its model.
+            last: whether it is the last of all; after a single-stream one conditions are not read.
+        """
         super().__init__()
         self.name = name
         self.parameters = tuple(inspect.signature(type(block).forward).parameters)[1:]
         self.function: Callable = single_block if hasattr(block, "proj_mlp") else double_block
         self.ends_text = getattr(block, "context_pre_only", False)
+        self.is_last = last and self.function is single_block
 
     def new_forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
         given = {**dict(zip(self.parameters, args)), **kwargs}
@@ -65,7 +71,7 @@ class BlockHook(ConditionHook):
             temb,
             temb[:, :1],
             step.rope,
-            step.plan,
+            step.last if self.is_last else step.plan,
             None if step.cache is None else step.cache.layer(self.name),
         )
         return None if self.ends_text else encoder_hidden_states, hidden_states

@@ -64,8 +64,9 @@ class OmniControl:
         self._name = f"{NAME}_{id(self)}"
         compat.insert_hook(transformer, ModelInputHook(self, transformer), self._name)
         if not others:
+            *_, (_, last) = _blocks(transformer)
             for name, block in _blocks(transformer):
-                compat.insert_hook(block, BlockHook(name, block), NAME)
+                compat.insert_hook(block, BlockHook(name, block, last=block is last), NAME)
 
     # Adapters
 

@@ -33,6 +33,8 @@ class Step:
 
     layout: FrameLayout
     plan: BlockPlan
+    last: BlockPlan
+    """Of the last single-stream block."""
     rope: torch.Tensor | None
     """Rotations of text, image and conditions; `None` for positions that are added."""
     tokens: torch.Tensor | None
@@ -88,7 +90,7 @@ class ConditionRun:
     """Boolean (rows, columns): the tokens that are made; the others are the complements'. `None`: all."""
     progress: Callable[[], Progress] = lambda: Progress(0, 1)
     _layouts: dict[tuple, FrameLayout] = field(default_factory=dict)
-    _plans: dict[tuple, BlockPlan] = field(default_factory=dict)
+    _plans: dict[tuple, tuple[BlockPlan, BlockPlan]] = field(default_factory=dict)
     _tables: dict[tuple, tuple[torch.Tensor, ...]] = field(default_factory=dict)
     _kept: tuple[torch.Tensor, torch.Tensor] | None = None
     _caches: list[_Entry] = field(default_factory=list)
@@ -158,7 +160,7 @@ class ConditionRun:
         table = None if ids is None else self._table(key, ids, layout, axes, theta)
         mask = layout.frames[0].mask
         kept = None if mask is None else mask.flatten().nonzero().flatten()
-        return Step(layout, self._plans[key], table, tokens, cache, kept)
+        return Step(layout, *self._plans[key], table, tokens, cache, kept)
 
     def forget(self) -> None:
         """Drop the kept keys and values; the next pass computes them."""
@@ -234,8 +236,9 @@ _KEPT_CACHES = 4  # two guidance branches, each with its black picture
 _KEPT_TABLES = 8
 
 
-def _plan(layout: FrameLayout, writes: bool) -> BlockPlan:
-    return BlockPlan(
+def _plan(layout: FrameLayout, writes: bool) -> tuple[BlockPlan, BlockPlan]:
+    """The plans of the blocks, and of the last single-stream one."""
+    plan = BlockPlan(
         layout.text_lengths,
         layout.lengths,
         layout.groups,
@@ -244,6 +247,7 @@ def _plan(layout: FrameLayout, writes: bool) -> BlockPlan:
         frozen=layout.frozen_rows() if writes else (),
         image_frozen=layout.frozen_rows(image_only=True) if writes else (),
     )
+    return plan, plan.last(layout)
 
 
 def _per_sample(tokens: torch.Tensor, batch: int) -> torch.Tensor:

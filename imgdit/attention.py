@@ -39,8 +39,8 @@ def grouped_attention(
     """Attention in which each group of rows sees only its keys.
 
     Args:
-        query, key, value: (B, S, H, D).
-        groups: who sees whom; together their queries are all S rows. `None`: everything sees everything.
+        query, key, value: (B, S, H, D); there may be fewer queries, of the first rows.
+        groups: who sees whom; together their queries are all rows of `query`. `None`: everything sees everything.
         key_mask: boolean (B, S), False on padding: keys that nobody sees.
         cached: keys and values (B, K, H, D) of rows that are not in the sequence.
         packed: the same groups for one variable-length call (`PackedRows.build`), used on CUDA.
@@ -50,7 +50,7 @@ def grouped_attention(
     Returns:
         (B, S, H, D).
     """
-    if groups is None or _is_everything(groups, query.shape[1]):
+    if groups is None or _is_everything(groups, key.shape[1]):
         return _attend(query, key, value, key_mask, backend, parallel_config)
     biased = any(group.bias is not None for group in groups)
     if packed is not None and key_mask is None and not biased and packed_backend(query, backend):

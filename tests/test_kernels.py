@@ -80,3 +80,12 @@ def test_gradients_flow_to_the_input(layer, x):
     given = x.requires_grad_(True)
     kernels.linear(layer, given).sum().backward()
     torch.testing.assert_close(given.grad[0, 0], layer.weight.sum(0))
+
+
+def test_a_product_of_rows(layer, x):
+    rows, out = x.flatten(0, 1), torch.empty(64, 512)
+    expected = nn.functional.linear(rows, layer.weight, layer.bias)
+    torch.testing.assert_close(kernels.product(rows, layer.weight, layer.bias, out), expected)
+    few = kernels.product(rows[:4], layer.weight, layer.bias, out[:4])
+    assert few.data_ptr() == out.data_ptr()
+    torch.testing.assert_close(few, expected[:4])

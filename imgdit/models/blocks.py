@@ -25,7 +25,7 @@ from diffusers.models.normalization import (
 
 from .. import compat
 from ..attention import LayerCache, PackedRows, grouped_attention
-from ..frames import RowGroup
+from ..frames import FrameLayout, RowGroup
 from ..lora import AdapterRows, LoraPlan, feed_forward, linear
 from .functional import apply_rope, gated_add, modulate
 
@@ -47,6 +47,27 @@ class BlockPlan(NamedTuple):
     frozen: tuple[slice, ...] = ()
     """Rows whose keys and values a cache keeps."""
     image_frozen: tuple[slice, ...] = ()
+    read: int | None = None
+    """Segments (texts, then frames), from the first, that anybody reads after the block; the others only give their
+    keys and values. `None`: all are read."""
+
+    @property
+    def read_rows(self) -> int | None:
+        """Rows of the joint sequence that `read` counts."""
+        return None if self.read is None else sum((self.text_lengths + self.frame_lengths)[: self.read])
+
+    def last(self, layout: FrameLayout) -> BlockPlan:
+        """The plan of the last single-stream block: nobody reads what comes after the last frame being made."""
+        made = [n for n, i in enumerate(layout.live, start=1) if not layout.frames[i].held]
+        plan = self._replace(read=layout.num_texts + made[-1])
+        rows = plan.read_rows
+        if layout.is_packed or rows is None or rows == sum(self.text_lengths + self.frame_lengths):
+            return self
+        clipped = (
+            group._replace(queries=tuple(slice(r.start, min(r.stop, rows)) for r in group.queries if r.start < rows))
+            for group in self.groups or ()
+        )
+        return plan._replace(groups=tuple(group for group in clipped if group.queries) or None)
 
     def adapters(self, tensor: str) -> AdapterRows | None:
         """Adapter rows of one of `LoraPlan`'s tensors."""
@@ -59,12 +80,22 @@ def _heads(attn: Any, x: torch.Tensor, norm: nn.Module | None) -> torch.Tensor:
     return x if norm is None else norm(x)
 
 
-def _project(attn: Any, x: torch.Tensor, rows: AdapterRows | None, shared: bool, names: Sequence[str]) -> list:
+def _project(
+    attn: Any,
+    x: torch.Tensor,
+    rows: AdapterRows | None,
+    shared: bool,
+    names: Sequence[str],
+    asking: int | None = None,
+) -> list:
+    """Query, key and value; the query of the first `asking` rows only."""
     if getattr(attn, "fused_projections", False):
         if rows is not None:
             raise ValueError("adapters on frames need separate projections; call unfuse_qkv_projections() first")
-        return list((attn.to_added_qkv if shared else attn.to_qkv)(x).chunk(3, dim=-1))
-    return [linear(getattr(attn, name), x, rows, shared=shared) for name in names]
+        query, key, value = (attn.to_added_qkv if shared else attn.to_qkv)(x).chunk(3, dim=-1)
+        return [query[:, :asking], key, value]
+    parts = (x[:, :asking], x, x)
+    return [linear(getattr(attn, name), part, rows, shared=shared) for name, part in zip(names, parts, strict=True)]
 
 
 def joint_attention(
@@ -92,7 +123,7 @@ def joint_attention(
     """
     image_only = stream == "image"
     rows = plan.adapters("image" if encoder_hidden_states is not None or image_only else "joint")
-    q, k, v = _project(attn, hidden_states, rows, False, ("to_q", "to_k", "to_v"))
+    q, k, v = _project(attn, hidden_states, rows, False, ("to_q", "to_k", "to_v"), plan.read_rows)
     query, key, value = _heads(attn, q, attn.norm_q), _heads(attn, k, attn.norm_k), _heads(attn, v, None)
     if encoder_hidden_states is not None:
         q, k, v = _project(
@@ -102,7 +133,7 @@ def joint_attention(
         key = torch.cat([_heads(attn, k, attn.norm_added_k), key], dim=1)
         value = torch.cat([_heads(attn, v, None), value], dim=1)
     if image_rotary_emb is not None:
-        query, key = apply_rope(query, image_rotary_emb), apply_rope(key, image_rotary_emb)
+        query, key = apply_rope(query, image_rotary_emb[: query.shape[1]]), apply_rope(key, image_rotary_emb)
 
     frozen = plan.image_frozen if image_only else plan.frozen
     cached = None if cache is None else cache.exchange("attn2" if image_only else "attn", key, value, frozen)
@@ -217,10 +248,12 @@ def single_block(
     emb = linear(block.norm.linear, F.silu(vectors), plan.adapters("joint_vectors"))
     shift, scale, gate = emb.chunk(3, dim=-1)
     normed = modulate(block.norm.norm(joint), shift, scale, lengths)
-    mlp = block.act_mlp(linear(block.proj_mlp, normed, plan.adapters("joint")))  # (B, S, 4D)
+    read = normed[:, : plan.read_rows]  # all of them but in the last block
+    mlp = block.act_mlp(linear(block.proj_mlp, read, plan.adapters("joint")))  # (B, S, 4D)
     attended = _attend(block.attn, normed, None, image_rotary_emb, plan=plan, cache=cache)
     out = linear(block.proj_out, torch.cat([attended, mlp], dim=2), plan.adapters("joint"))
-    joint = gated_add(joint, gate, out, lengths)
+    done = gated_add(joint[:, : plan.read_rows], gate[:, : plan.read], out, lengths[: plan.read])
+    joint = done if plan.read is None else torch.cat([done, joint[:, plan.read_rows :]], dim=1)
     if joint.dtype == torch.float16:
         joint = joint.clip(-65504, 65504)
     encoder_hidden_states, hidden_states = joint.split([encoder_hidden_states.shape[1], hidden_states.shape[1]], dim=1)

@@ -240,6 +240,8 @@ class MMDiT(SafetensorsOnly, ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMix
         for blocks in ("transformer_blocks", "single_transformer_blocks"):
             for i, block in enumerate(getattr(self, blocks)):
                 layer = None if cache is None else cache.layer(f"{blocks}.{i}")
+                if blocks.startswith("single") and layout is not None and i == self.config.num_single_layers - 1:
+                    plan = plan.last(layout)
                 if torch.is_grad_enabled() and self.gradient_checkpointing:
                     block = partial(self._gradient_checkpointing_func, block)
                 hidden_states, encoder_hidden_states = block(

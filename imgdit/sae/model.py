@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 
+from .. import kernels
 from .config import SAEConfig
 from .sparse import Pattern, Selection, SparseCode, above, decode, select, selected_scores
 
@@ -125,7 +126,7 @@ class SparseAutoencoder(nn.Module):
 
     def scores(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """Pre-activations (N, L) of normalised rows (N, d)."""
-        return torch.addmm(self.encoder.bias, self._centred(x), self.encoder.weight.t(), out=out)
+        return kernels.product(self._centred(x), self.encoder.weight, self.encoder.bias, out)
 
     def _centred(self, x: torch.Tensor) -> torch.Tensor:
         return x if self.config.transcode else x - self.b_dec
