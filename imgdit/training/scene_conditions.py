@@ -56,8 +56,9 @@ class SceneConditions(CachedScenes):
         check_name("task", task, TASKS)
         check_choice("mode", mode, ("independent", "joint"))
         check_choice("position", position, ("aligned", "subject"))
-        vae, *reader = scene_components(model)
-        super().__init__(vae, *reader, latents, scenes, split, scale=vae.config.scaling_factor)
+        vae, text_encoder, tokenizer = scene_components(model)
+        scale = vae.config.scaling_factor
+        super().__init__(vae, text_encoder, tokenizer, latents, scenes, split, scale=scale)
         self.task, self.samples = task, samples
         self.frames = [
             Frame(self.size),

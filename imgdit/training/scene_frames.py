@@ -164,8 +164,8 @@ class SceneFrames(CachedScenes):
             parts = (load_trained(autoencoder), load_trained(text_encoder).encoder, caption_tokenizer())
             super().__init__(*parts, latents, scenes, split, size)
         else:
-            vae, *reader = scene_components(model)
-            super().__init__(vae, *reader, latents, scenes, split, size, vae.config.scaling_factor)
+            parts = scene_components(model)
+            super().__init__(*parts, latents, scenes, split, size, parts[0].config.scaling_factor)
         self.tokens, self.shares, self.pairs = tokens, shares, pairs
 
     def __getitem__(self, index: int) -> Batch:
