@@ -40,6 +40,9 @@ def train(
     folder: Annotated[Path | None, typer.Option(help="Where the run writes, instead of the recipe's folder.")] = None,
     resume: Annotated[bool, typer.Option(help="Go on from the folder's latest checkpoint.")] = False,
     stop_at: Annotated[int | None, typer.Option(min=1, help="Stop with a checkpoint after this step.")] = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Print the memory it takes, and what would take less.")] = False,
+    gpus: Annotated[int, typer.Option(min=1, help="With --plan: GPUs that share the weights (FSDP2).")] = 1,
+    memory: Annotated[float | None, typer.Option(min=0, help="With --plan: a GPU's GB, if not this one's.")] = None,
 ) -> None:
     """Train by a recipe. Several processes: `accelerate launch -m imgdit.apps.cli train RECIPE`."""
     from imgdit.training import load_recipe, train
@@ -50,6 +53,12 @@ def train(
         loaded = load_recipe(recipe)
         if folder is not None:
             loaded = loaded.replace(run={"folder": str(folder)})
+        if plan:
+            from .training_plan import training_plan
+
+            for line in training_plan(loaded, gpus=gpus, gigabytes=memory):
+                typer.echo(line)
+            return
         batches, held_out = training_batches(loaded)
         model = build_model(loaded)
         draw = None

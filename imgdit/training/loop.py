@@ -432,7 +432,8 @@ class _Run:
     def _load(self, checkpoint: Path) -> None:
         """Everything `_save` wrote; each rank reads the files."""
         state = read_state(checkpoint, ("samples", "recipe", "ema_updates", "scaler"))
-        own = {n: t for n, t in get_model_state_dict(self.wrapped).items() if n not in self.frozen}
+        weights: dict[str, Any] = get_model_state_dict(self.wrapped)
+        own = {name: tensor for name, tensor in weights.items() if name not in self.frozen}
         check_architecture(checkpoint / "model.safetensors", own)
         for name in _changed(self.recipe.to_dict(), state["recipe"]):
             if name.startswith("run.folder "):  # the folder may have moved

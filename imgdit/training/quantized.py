@@ -72,6 +72,8 @@ def quantize_rows(model: nn.Module) -> None:
         if type(module) is nn.Linear and name.partition(".")[0] not in KEPT:
             owner, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(owner), leaf, Int8Linear(module))
+    for parameter in model.parameters():  # what is left of a mapped file would keep all of it in memory
+        parameter.data = parameter.data.clone()
 
 
 class Int8Linear(nn.Linear):
@@ -110,6 +112,6 @@ class _Product(torch.autograd.Function):
         return F.linear(x, weight.to(x.dtype)) * scale.to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         weight, scale = ctx.saved_tensors
         return (grad * scale.to(grad.dtype)) @ weight.to(grad.dtype), None, None
