@@ -326,7 +326,7 @@ def _check_peft_config(config: Mapping[str, Any], source: str) -> dict[str, floa
 def _read_info(header: Mapping[str, str], source: str) -> AdapterInfo:
     found = parse_object(header.get(_INFO_KEY, "{}"), f"{source}: what it says of its training")
     values = {field.name: found[field.name] for field in fields(AdapterInfo) if found.get(field.name) is not None}
-    numbers = {"scale": (int, float), "size": int}
+    numbers: dict[str, Any] = {"scale": (int, float), "size": int}
     for name, value in values.items():
         pair = (
             name == "position" and isinstance(value, list) and [type(v) in (int, float) for v in value] == [True, True]

@@ -181,7 +181,7 @@ def find_checkpoint(folder: str | Path) -> Path:
     return checkpoint
 
 
-_KINDS = {
+_KINDS: dict[str, Any] = {
     "step": int,
     "samples": int,
     "partial": bool,
