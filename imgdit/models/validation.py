@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 def check_config(config: Mapping[str, Any]) -> None:
     """Refuse a configuration of `MMDiT` that cannot work."""
-    for field in ("patch_size", "in_channels", "attention_head_dim", "num_attention_heads", "joint_attention_dim"):
+    widths = ("in_channels", "attention_head_dim", "joint_attention_dim", "pooled_projection_dim")
+    for field in ("patch_size", "num_attention_heads", *widths):
         if config[field] < 1:
             raise ValueError(f"{field} must be positive, got {config[field]}")
     if min(config["num_layers"], config["num_single_layers"]) < 0:
