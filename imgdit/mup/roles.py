@@ -171,9 +171,13 @@ def mup_table(model: Any) -> list[ParameterRule]:
             continue
         growth = _capped(structure, settings, config) if matches(name, structure.capped) else m
         growth = {"finite": 1.0, "head": head_growth, "heads": m / head_growth}.get(kind, growth)
-        role: Role = "vector" if kind in ("head", "heads") else kind
+        role: Role
         if kind == "head" and settings.base_head_dim is None:
             role = "finite"
+        elif kind == "head" or kind == "heads":
+            role = "vector"
+        else:
+            role = kind
         fold = settings.output_mult / m if role == "output" else 1.0
         if matches(name, queries):
             fold /= math.sqrt(head_growth)
