@@ -10,8 +10,8 @@ import torch
 from accelerate.state import AcceleratorState
 from diffusers import DiffusionPipeline
 from tiny import tiny_mmdit
-from tiny_control import make, picture
-from tiny_flux import flux_folder, sd3_folder
+from tiny_control import flux as flux_pipeline
+from tiny_control import make, picture, sd3, with_texts
 from tiny_pictures import write_folder
 
 from imgdit.adapters.condition import Condition
@@ -30,7 +30,12 @@ TORCHAO = pytest.param("torchao_int8", marks=pytest.mark.skipif(find_spec("torch
 
 @pytest.fixture(scope="module")
 def flux(tmp_path_factory):
-    return flux_folder(tmp_path_factory.mktemp("flux"))
+    return folder_of(flux_pipeline(), tmp_path_factory.mktemp("flux"))
+
+
+def folder_of(pipe, path):
+    with_texts(pipe).save_pretrained(path)
+    return str(path)
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +106,7 @@ def test_a_condition_adapter_on_a_quantised_flux(tmp_path, flux, data, kind):
 @pytest.mark.parametrize("kind", ["lora", "whole"])
 @pytest.mark.parametrize("family", ["flux", "sd3"])
 def test_loras_and_whole_models(tmp_path, flux, data, family, kind):
-    folder = flux if family == "flux" else sd3_folder(tmp_path / "sd3")
+    folder = flux if family == "flux" else folder_of(sd3(), tmp_path / "sd3")
     sections = {"adapter": {"rank": 4}, "model": {"quantize": "int8"}} if kind == "lora" else {}
     made = recipe(tmp_path, folder, data, **sections, run={"steps": 20}, optimizer={"lr": 0.01})
     network = build_model(made)
