@@ -426,7 +426,11 @@ class ImgDiTPipeline(compat.DiffusionPipeline, LoraLoaderMixin):
         self._num_timesteps = len(timesteps)
 
         # What callbacks may see and change, by the names of `_callback_tensor_inputs`.
-        state = {"latents": latents, "prompt_embeds": embeds, "negative_prompt_embeds": negative_embeds}
+        state: dict[str, Any] = {
+            "latents": latents,
+            "prompt_embeds": embeds,
+            "negative_prompt_embeds": negative_embeds,
+        }
         low, high = guidance_interval
         with self.progress_bar(total=len(timesteps)) as progress_bar:
             for i, t in enumerate(timesteps):

@@ -73,6 +73,11 @@ CONDITION = {
 }
 
 
+def numbers(tensor):
+    """A weight's values, which torchao's tensors do not compare by themselves."""
+    return tensor.dequantize() if type(tensor) not in (torch.Tensor, torch.nn.Parameter) else tensor
+
+
 @pytest.mark.parametrize("kind", ["int8", TORCHAO])
 def test_a_condition_adapter_on_a_quantised_flux(tmp_path, flux, data, kind):
     """The loss falls; the file loads in plain diffusers and in OmniControl, on the unquantised weights."""
@@ -84,7 +89,7 @@ def test_a_condition_adapter_on_a_quantised_flux(tmp_path, flux, data, kind):
     train(made, model=network, batches=batches)
     assert mean(losses(tmp_path)[-6:]) < 0.9 * mean(losses(tmp_path)[:6])
     now = dict(network.named_parameters())
-    assert all(torch.equal(now[name], before) for name, before in frozen.items())
+    assert all(torch.equal(numbers(now[name]), numbers(before)) for name, before in frozen.items())
     file = tmp_path / "grey.safetensors"
     save_adapter(tmp_path / "run", file)
 
