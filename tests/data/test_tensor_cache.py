@@ -95,7 +95,8 @@ def test_a_damaged_file_is_named(tmp_path):
     write(tmp_path, 0, 3)
     path = next(tmp_path.glob("*.safetensors"))
     path.write_bytes(path.read_bytes()[:20])
-    with pytest.raises(ValueError, match=rf"{path.name} is damaged .*delete it if it is there, what it held is made again"):
+    damaged = rf"{path.name} is damaged .*delete it if it is there, what it held is made again"
+    with pytest.raises(ValueError, match=damaged):
         TensorCache(tmp_path, MADE_BY)
     path.unlink()
     assert len(TensorCache(tmp_path, MADE_BY)) < 3
