@@ -158,7 +158,7 @@ def _works(model: MMDiT, size: Size, device: Any, dtype: torch.dtype) -> Iterato
         for sees in ("joint", "self") if conditions else ("joint",):
             frames = [Frame((size.side, size.side))]
             frames += [
-                Frame((size.side, size.side), sigma=0.0, adapter="condition", sees=sees, index=float(i + 1))  # type: ignore[arg-type]
+                Frame((size.side, size.side), sigma=0.0, adapter="condition", sees=sees, index=float(i + 1))
                 for i in range(conditions)
             ]
             layout = FrameLayout.build(frames, size.text)

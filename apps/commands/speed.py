@@ -217,9 +217,7 @@ def growth(
             f"{point.flops / 1e9:>9.2f} GFLOP{point.memory / 2**20:>9.1f} MiB"
         )
     found = bench.growth(points)
-    typer.echo(
-        "\n| work | axis | time over FLOP, exponent | memory over tokens x width, exponent |\n|---|---|---|---|"
-    )
+    typer.echo("\n| work | axis | time over FLOP, exponent | memory over its formula, exponent |\n|---|---|---|---|")
     for line in found:
         typer.echo(f"| {line.work} | {line.axis} | {line.time:.2f} | {line.memory:.2f} |")
     out.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,8 @@
 """How time and memory of a step grow with tokens, frames, conditions, batch and width, beside the formulas.
 
 The formulas are those of `imgdit.mup.cost`: floating-point operations of a forward pass (three of them in a training
-step), and for memory what grows with the activations: batch * tokens * width.
+step), and for memory the activations: in proportion to batch * tokens * width, in a training step 17 numbers of it per
+block and the gradient of the largest weight, which is there twice before it is added.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 
 from ..frames import Frame, FrameLayout
 from ..models.mmdit import MMDiT
-from ..mup.cost import model_cost
+from ..mup.cost import ACTIVATION_BYTES, model_cost
 from ..plotting import panels, save_figure
 from .speed import peak_memory, timed
 
@@ -48,8 +49,8 @@ class Point(NamedTuple):
     """Of the step, by the formula."""
     memory: int
     """Peak bytes of tensors that a step holds besides the model."""
-    rows: float
-    """Batch * tokens * width."""
+    formula: float
+    """What `memory` should be in proportion to."""
 
 
 class Growth(NamedTuple):
@@ -86,7 +87,7 @@ def growth(points: Iterable[Point]) -> list[Growth]:
             work,
             axis,
             exponent([p.flops for p in line], [p.seconds for p in line]),
-            exponent([p.rows for p in line], [p.memory for p in line]),
+            exponent([p.formula for p in line], [p.memory for p in line]),
         )
         for (work, axis), line in lines.items()
     ]
@@ -107,7 +108,7 @@ def plot(points: Sequence[Point], path: str | Path) -> Path:
             x = [point.value for point in line]
             rows: list[tuple[str, list[float], list[float]]] = [
                 ("seconds", [p.seconds for p in line], [p.flops for p in line]),
-                ("bytes", [float(p.memory) for p in line], [p.rows for p in line]),
+                ("bytes", [float(p.memory) for p in line], [p.formula for p in line]),
             ]
             for row, (label, measured, formula) in enumerate(rows):
                 axis = axes[row * len(names) + column]
@@ -116,7 +117,8 @@ def plot(points: Sequence[Point], path: str | Path) -> Path:
                 axis.plot(x, [scale * v for v in formula], "--", color=drawn.get_color(), label=f"{work}, formula")
                 axis.set(xlabel=name, ylabel=label, yscale="log")
                 axis.set_xscale("symlog" if 0 in x else "log", base=2)
-                axis.set_xticks(x, labels=map(str, x), minor=False)
+                if work == "forward":  # measured at every size
+                    axis.set_xticks(x, labels=map(str, x), minor=False)
     axes[0].legend()
     return save_figure(figure, path)
 
@@ -147,8 +149,11 @@ def _point(work: Work, axis: str, value: int, rounds: int, device: torch.device,
     seconds = statistics.median(timed(call, device) for _ in range(rounds))
     cost = model_cost(model, layout.image_length, TEXT)
     flops = batch * cost.forward_flops * (1 if work == "forward" else 3)
-    rows = batch * cost.tokens * cost.width
-    return Point(work, axis, value, seconds, flops, peak_memory(call, device), rows)
+    formula = batch * cost.tokens * cost.width
+    if work == "training step":
+        largest = max(p.numel() for p in model.parameters())
+        formula = (ACTIVATION_BYTES / 2 * cost.blocks * formula + largest) * dtype.itemsize  # 34 are 17 half numbers
+    return Point(work, axis, value, seconds, flops, peak_memory(call, device), formula)
 
 
 def _model(width: int) -> MMDiT:

@@ -27,7 +27,9 @@ WEIGHT_BYTES, GRADIENT_BYTES, MOMENT_BYTES, AVERAGE_BYTES = 4, 4, 8, 4
 """Per trained parameter."""
 GATHERED_BYTES = 2 * 2 + 4
 """Per parameter of the largest block."""
-_ACTIVATION_BYTES, _CHECKPOINT_BYTES = 34, 2
+ACTIVATION_BYTES = 34
+"""Of a block, per token and feature, that its backward pass needs."""
+_CHECKPOINT_BYTES = 2
 # Parts of names of matrices that see the text alone.
 _TEXT = ("context_embedder.", ".add_", ".to_add_out.", ".to_added_qkv.", ".ff_context.")
 
@@ -54,9 +56,7 @@ class ModelCost(NamedTuple):
         per_parameter = WEIGHT_BYTES + GRADIENT_BYTES + MOMENT_BYTES + (AVERAGE_BYTES if average else 0)
         state = per_parameter * self.parameters / gpus
         rows = micro_batch * self.tokens * self.width
-        kept = (
-            _CHECKPOINT_BYTES * self.blocks + _ACTIVATION_BYTES if checkpointing else _ACTIVATION_BYTES * self.blocks
-        )
+        kept = _CHECKPOINT_BYTES * self.blocks + ACTIVATION_BYTES if checkpointing else ACTIVATION_BYTES * self.blocks
         return state + GATHERED_BYTES * self.largest_block + kept * rows
 
 
