@@ -12,7 +12,7 @@ from PIL import Image
 from imgdit.checkpoints import SCENE_PROBE, SCENES
 from imgdit.data.sheet import contact_sheet
 
-from . import scene_bench
+from .benches import scenes as scene_bench
 from .commands import mup
 from .generate import PROMPTS
 from .prepare import condition_of

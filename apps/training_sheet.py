@@ -14,7 +14,7 @@ from imgdit.data.tasks import depth_to_picture, to_image
 from imgdit.evaluation.scenes import held_out
 from imgdit.training.config import Recipe
 
-from .scene_maker import PipelineMaker
+from .benches.scene_maker import PipelineMaker
 from .weights import scene_pipeline
 
 PICTURES, STEPS = 4, 20

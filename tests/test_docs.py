@@ -16,8 +16,8 @@ from tiny_pictures import write_folder
 from typer.testing import CliRunner
 
 import imgdit
-from imgdit.apps import scene_bench
 from imgdit.apps.api_page import api_page
+from imgdit.apps.benches import scenes as scene_bench
 from imgdit.apps.cli import app
 from imgdit.checkpoints import SCENES
 from imgdit.lora_files import AdapterInfo

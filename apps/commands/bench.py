@@ -32,7 +32,7 @@ def scenes(
     guidance: Guidance = 3.0,
 ) -> None:
     """Measure a model of the scenes against exact ground truth: text, depth, edges, segmentation, views, time."""
-    from imgdit.apps import scene_bench
+    from imgdit.apps.benches import scenes as scene_bench
     from imgdit.checkpoints import SCENE_PROBE, SCENES
 
     scores = scene_bench.run(model or SCENES, probe or SCENE_PROBE, out, count, steps, guidance)
@@ -52,7 +52,7 @@ def any_tasks(
     guidance: Guidance = 3.0,
 ) -> None:
     """Measure the any-to-any tasks of a model of the scenes: restoring, maps, editing, subjects, views, cameras."""
-    from imgdit.apps import scene_bench
+    from imgdit.apps.benches import scenes as scene_bench
     from imgdit.checkpoints import SCENE_PROBE, SCENES
 
     scores = scene_bench.run_any(model or SCENES, probe or SCENE_PROBE, out, count, steps, guidance)
@@ -71,7 +71,7 @@ def control(
     guidance: Guidance = 3.0,
 ) -> None:
     """Measure condition adapters on scenes: are depth, edges, hole and subject obeyed, and the sentence still?"""
-    from imgdit.apps import scene_bench
+    from imgdit.apps.benches import scenes as scene_bench
     from imgdit.checkpoints import SCENE_PROBE, SCENES
 
     model = model or SCENES
@@ -108,7 +108,7 @@ def unlearn(
     import dataclasses
     from typing import Any
 
-    from imgdit.apps import unlearn_bench
+    from imgdit.apps.benches import unlearn as unlearn_bench
     from imgdit.checkpoints import SCENE_PROBE, SCENES
 
     changed: dict[str, Any] = {
@@ -142,15 +142,15 @@ def unlearn_canvas(
     workers: Annotated[int, typer.Option(min=1, help="Of the engine ray.")] = 1,
 ) -> None:
     """Score pictures in UnlearnCanvas' own layout with given classifiers."""
-    from imgdit.apps import canvas_scores
+    from imgdit.apps.benches import canvas
 
     try:
         if labels is None and engine != "local":
             raise ValueError(f"--engine {engine} needs --labels, a folder for what the workers find")
-        result = canvas_scores.run(folder, style_classifier, object_classifier, labels, engine=engine, workers=workers)
+        result = canvas.run(folder, style_classifier, object_classifier, labels, engine=engine, workers=workers)
     except (ValueError, ImportError) as error:
         raise typer.BadParameter(str(error)) from error
-    typer.echo(canvas_scores.table(result))
+    typer.echo(canvas.table(result))
     if out is not None:
         out.write_text(json.dumps(result, indent=1, ensure_ascii=False))
         typer.echo(f"wrote {out}")

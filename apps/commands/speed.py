@@ -155,7 +155,7 @@ def all_speed(
     """
     import torch
 
-    from imgdit.apps import speed_bench as bench
+    from imgdit.apps.benches import speed as bench
 
     groups = list(bench.GROUPS) if only is None else _chosen("--only", only, bench.GROUPS)
     torch.set_num_threads(threads)
@@ -180,7 +180,7 @@ def caches(
     """What diffusers' step caches save, and how far their pictures are from those without: held-out scenes."""
     import torch
 
-    from imgdit.apps import picture_speed as bench
+    from imgdit.apps.benches import picture_speed as bench
     from imgdit.checkpoints import SCENES
 
     torch.set_num_threads(threads)

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from imgdit import DiffusionPipeline
 from imgdit.adapters.condition import Condition
-from imgdit.apps import scene_bench
+from imgdit.apps.benches import scenes as scene_bench
 from imgdit.apps.cli import app
 from imgdit.apps.training_sheet import TrainingSheet
 from imgdit.apps.weights import save_adapter, save_probe

@@ -9,9 +9,9 @@ from tiny import tiny_pipeline
 from transformers import T5Config, T5EncoderModel, ViTConfig, ViTForImageClassification, ViTImageProcessor
 from typer.testing import CliRunner
 
-from imgdit.apps import unlearn_bench
+from imgdit.apps.benches import unlearn as unlearn_bench
+from imgdit.apps.benches.unlearn_pictures import Studio
 from imgdit.apps.cli import app
-from imgdit.apps.unlearn_pictures import Studio
 from imgdit.data.readings import QUESTIONS
 from imgdit.data.words import caption_tokenizer
 from imgdit.evaluation.unlearning_methods.catalogue import METHODS

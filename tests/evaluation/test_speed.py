@@ -9,7 +9,8 @@ from tiny import rope_config, tiny_mmdit, tiny_pipeline
 from typer.testing import CliRunner
 
 from imgdit.adapters.large_speed import TINY, large_costs
-from imgdit.apps import picture_speed, speed_bench
+from imgdit.apps.benches import picture_speed
+from imgdit.apps.benches import speed as speed_bench
 from imgdit.apps.cli import app
 from imgdit.evaluation import growth, speed
 from imgdit.evaluation.training_speed import training_cost

@@ -12,8 +12,8 @@ from typing import Any
 from imgdit.evaluation.unlearning_pictures import ENDINGS, Cell, Classify, cells, read_folder
 from imgdit.evaluation.unlearning_table import TargetScores, domain_means, score_pictures
 
-from .bulk_jobs import label_all
-from .picture_labels import classifier
+from ..bulk_jobs import label_all
+from ..picture_labels import classifier
 
 
 def run(

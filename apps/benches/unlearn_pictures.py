@@ -28,7 +28,7 @@ from imgdit.evaluation.unlearning_pictures import Cell, Seen, cells, find_pictur
 from imgdit.models.scene_probe import SceneProbe
 from imgdit.training.checkpoint import replace_text
 
-from .picture_labels import QUESTIONS
+from ..picture_labels import QUESTIONS
 
 TIMED_STEPS, TIMED_ROUNDS = 4, 3
 """Steps of the pictures that a method's time is measured on, and pairs of them."""

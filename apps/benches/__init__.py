@@ -1,0 +1,1 @@
+"""What `imgdit bench` runs."""
