@@ -95,7 +95,7 @@ def test_condition_recipes_train_adapters_that_load(name, model, tmp_path):
 
 
 def test_only_adapters_are_saved_as_adapters(model, tmp_path):
-    with pytest.raises(ValueError, match="trained no condition adapter"):
+    with pytest.raises(ValueError, match="trained no adapter"):
         save_adapter(model / "transformer", tmp_path / "x.safetensors")
 
 
