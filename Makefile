@@ -54,6 +54,11 @@ weights: $(STAMP) ## train the embedded model from nothing, or go on with it
 		$(BIN)/imgdit train scenes/$$recipe --resume || exit 1; \
 	done
 	$(BIN)/imgdit assemble
+	for condition in depth canny inpainting subject; do \
+		$(BIN)/imgdit train scenes/control_$$condition --resume || exit 1; \
+	done
+	$(BIN)/imgdit sae train scenes/sae --resume
+	$(BIN)/imgdit assemble
 
 # MUP=1 makes the two plots of μP as well, ten minutes of processor time.
 docs: $(STAMP) ## make the pictures, numbers and API page of docs/

@@ -100,7 +100,9 @@ def assemble(
     runs: Annotated[Path, typer.Argument(help="Folder of the runs of the recipes scenes/…")] = Path("outputs/scenes"),
     out: Annotated[Path | None, typer.Option(help="Folder to write; the embedded model's by default.")] = None,
 ) -> None:
-    """Put trained runs together: the pipeline, the condition adapters and the probe of the embedded model."""
+    """Put trained runs together: pipeline, condition adapters, sparse autoencoders and probe of the embedded model."""
+    import shutil
+
     from imgdit import checkpoints
 
     from .weights import assemble, save_adapter, save_probe
@@ -110,6 +112,8 @@ def assemble(
         assemble(runs / "transformer", scenes)
         for run in sorted(runs.glob("control_*")):
             save_adapter(run, scenes / "adapters" / f"{run.name.removeprefix('control_')}.safetensors")
+        if (runs / "sae/saes").is_dir():
+            shutil.copytree(runs / "sae/saes", scenes / "sae", dirs_exist_ok=True)
         if out is None:
             save_probe(runs / "probe", checkpoints.SCENE_PROBE)
     except ValueError as error:
