@@ -22,6 +22,12 @@ from .studio import Studio
 QUALITY = 90
 """Of JPEG files: the large sheets, whose pixels nobody counts."""
 STRENGTHS = (0.0, 0.5, 1.0)
+CONTROLLED = (
+    "a cartoon of a blue cube under a clear sky",
+    "a green cube at night, neon style",
+    "a mosaic of a yellow cube",
+)
+"""Other pictures of the first prompt's object."""
 UNLEARNED = ("neon", "sketch", "mosaic", "cube", "sphere", "cone")
 """Concepts of the sheet, as far as the sparse autoencoder knows them."""
 TURNS = (-60.0, -30.0, 0.0, 30.0, 60.0)
@@ -108,7 +114,7 @@ def _control_sheet(studio: Studio, picture: Image.Image, steps: int) -> Image.Im
     """A depth map, and pictures that follow it more and more."""
     depth = condition_of(studio, "depth", picture)
     tiles = []
-    for i, text in enumerate(PROMPTS[1:4]):
+    for i, text in enumerate(CONTROLLED):
         controls = [Control("depth", depth, strength) for strength in STRENGTHS]
         made = [studio.make(Request(text, seed=i, steps=steps, controls=(c,))).pictures[0] for c in controls]
         tiles.append(([depth, *made], f"{text}: depth; strength {', '.join(map(str, STRENGTHS))}"))
