@@ -1,5 +1,6 @@
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 
 def pytest_addoption(parser):
@@ -10,3 +11,11 @@ def pytest_addoption(parser):
 def _one_thread():
     """Two workers share two cores; torch's own threads would only compete."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate():
+    """accelerate keeps the first precision of a process and refuses another; fixtures of modules train too."""
+    AcceleratorState._reset_state()
+    yield
+    AcceleratorState._reset_state()

@@ -70,6 +70,12 @@ def with_texts(pipe):
     return pipe
 
 
+def folder_of(pipe, path):
+    """The folder of a pipeline with tiny text encoders, as diffusers writes it."""
+    with_texts(pipe).save_pretrained(path)
+    return str(path)
+
+
 def _clip(width, kind):
     torch.manual_seed(0)
     sizes = {

@@ -7,7 +7,6 @@ import os
 from pathlib import Path
 
 import pytest
-from accelerate.state import AcceleratorState
 from typer.testing import CliRunner
 
 from imgdit.apps.cli import app
@@ -18,12 +17,6 @@ from imgdit.training.transfer import Run, Sweep, analyse, run_sweep, sweep_table
 
 SCENES_LOG2LR, SCENES_STANDARD = tuple(map(float, range(-10, -3))), tuple(map(float, range(-12, -5)))
 GRIDS = {"log2lr": SCENES_LOG2LR, "standard-log2lr": SCENES_STANDARD}
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate():
-    yield
-    AcceleratorState._reset_state()
 
 
 def parabola(best, low=0.5, steepness=0.1):

@@ -7,11 +7,10 @@ from statistics import mean
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from diffusers import DiffusionPipeline
 from tiny import tiny_mmdit
 from tiny_control import flux as flux_pipeline
-from tiny_control import make, picture, sd3, with_texts
+from tiny_control import folder_of, make, picture, sd3
 from tiny_pictures import write_folder
 
 from imgdit.adapters.condition import Condition
@@ -31,11 +30,6 @@ TORCHAO = pytest.param("torchao_int8", marks=pytest.mark.skipif(find_spec("torch
 @pytest.fixture(scope="module")
 def flux(tmp_path_factory):
     return folder_of(flux_pipeline(), tmp_path_factory.mktemp("flux"))
-
-
-def folder_of(pipe, path):
-    with_texts(pipe).save_pretrained(path)
-    return str(path)
 
 
 @pytest.fixture(scope="module")
@@ -163,12 +157,10 @@ def test_a_quantised_model_gives_nearly_the_same():
 def test_half_precision_under_an_adapter(tmp_path, flux, data):
     half = {"mixed_precision": "bf16", "steps": 2}
     made = recipe(tmp_path, flux, data, **CONDITION, run=half, model={"dtype": "bfloat16", "quantize": "int8"})
-    AcceleratorState._reset_state()  # remembers the precision of the first run in a process
     network = build_model(made)
     kinds = {p.dtype for p in network.parameters() if p.requires_grad}, {p.dtype for p in network.parameters()}
     assert kinds == ({torch.float32}, {torch.float32, torch.bfloat16, torch.int8})
     train(made, model=network, batches=training_batches(made)[0])
-    AcceleratorState._reset_state()
     assert len(losses(tmp_path)) == 2
 
 

@@ -3,7 +3,6 @@ import math
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from safetensors import safe_open
 from tiny import rope_config, tiny_mmdit, tiny_vae
 from training.toy import Tokens, batch, fixed_noise, global_noise, recipe, toy_train
@@ -12,13 +11,6 @@ from imgdit.training import Batches
 from imgdit.training.checkpoint import load_weights
 from imgdit.training.loop import NonFiniteLoss, optimizer_groups, train
 from imgdit.training.objectives import Pictures, autoencoder, flow_matching
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate():
-    """accelerate keeps the first precision of a process and refuses another."""
-    yield
-    AcceleratorState._reset_state()
 
 
 def lines(folder):

@@ -6,8 +6,7 @@ from statistics import mean
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from tiny_control import make, picture
-from tiny_flux import flux_folder, sd3_folder
+from tiny_control import flux, folder_of, make, picture, sd3
 from tiny_pictures import write_folder
 
 from imgdit import Condition, OmniControl
@@ -18,13 +17,13 @@ from imgdit.training.config import build_model
 from imgdit.training.sources import training_batches
 from imgdit.training.trained import load_trained
 
-FOLDERS = {"flux": flux_folder, "sd3": sd3_folder}
+FAMILIES = {"flux": flux, "sd3": sd3}
 
 
-@pytest.fixture(scope="module", params=list(FOLDERS))
+@pytest.fixture(scope="module", params=list(FAMILIES))
 def model(request, tmp_path_factory):
     """A pipeline's folder as diffusers writes it."""
-    return FOLDERS[request.param](tmp_path_factory.mktemp(request.param))
+    return folder_of(FAMILIES[request.param](), tmp_path_factory.mktemp(request.param))
 
 
 @pytest.fixture(scope="module")
