@@ -18,6 +18,8 @@ from .limits import LIMITS
 
 MODES = ("scale", "remove", "replace")
 
+EXAMPLE = "a green pyramid at night, neon style"
+
 
 def build(holder: Holder) -> None:
     """Lay the tab out."""
@@ -30,8 +32,9 @@ def build(holder: Holder) -> None:
         )
     with gr.Row():
         with gr.Column(min_width=280):
-            chosen = gr.CheckboxGroup(concepts, label="Concepts to unlearn", interactive=bool(concepts))
-            prompt = widgets.prompt_box("a green pyramid at night, neon style")
+            said = [name for name in concepts if name in EXAMPLE][:1]  # so that one click shows something
+            chosen = gr.CheckboxGroup(concepts, value=said, label="Concepts to unlearn", interactive=bool(concepts))
+            prompt = widgets.prompt_box(EXAMPLE)
             mode = gr.Radio(MODES, value="scale", label="How")
             multiplier = gr.Slider(-20, 1, -1, step=0.5, label="Multiplier (of scale)", info="1: nothing changes")
             sampled = widgets.sampling()
