@@ -101,11 +101,9 @@ def assemble(
     out: Annotated[Path | None, typer.Option(help="Folder to write; the embedded model's by default.")] = None,
 ) -> None:
     """Put trained runs together: pipeline, condition adapters, sparse autoencoders and probe of the embedded model."""
-    import shutil
-
     from imgdit import checkpoints
 
-    from .weights import assemble, save_adapter, save_probe
+    from .weights import assemble, save_adapter, save_probe, save_saes
 
     try:
         scenes = out or checkpoints.SCENES
@@ -113,7 +111,7 @@ def assemble(
         for run in sorted(runs.glob("control_*")):
             save_adapter(run, scenes / "adapters" / f"{run.name.removeprefix('control_')}.safetensors")
         if (runs / "sae/saes").is_dir():
-            shutil.copytree(runs / "sae/saes", scenes / "sae", dirs_exist_ok=True)
+            save_saes(runs / "sae", scenes / "sae")
         if out is None:
             save_probe(runs / "probe", checkpoints.SCENE_PROBE)
     except ValueError as error:

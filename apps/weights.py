@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -111,3 +112,8 @@ def save_probe(run: Path, out: Path) -> None:
         ValueError: the run has no checkpoint.
     """
     load_trained(run).half().save_pretrained(out)
+
+
+def save_saes(run: Path, out: Path) -> None:
+    """Save a run's sparse autoencoders, which are files for use already, with their concepts."""
+    shutil.copytree(run / "saes", out, dirs_exist_ok=True)

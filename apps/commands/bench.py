@@ -9,12 +9,12 @@ from typing import Annotated
 import typer
 
 from . import speed
+from .options import ModelFolder, Workers
 
 app = typer.Typer(
     help="Measure: what a model makes, and how fast (speed as ratios within one run).", no_args_is_help=True
 )
 
-Model = Annotated[Path | None, typer.Option(help="Folder of a pipeline; the embedded model by default.")]
 Probe = Annotated[Path | None, typer.Option(help="Folder of a probe; the embedded one by default.")]
 Sheets = Annotated[Path, typer.Option(help="Folder of the raw numbers and the sheets.")]
 Count = Annotated[int, typer.Option(min=1, help="Pictures of each kind.")]
@@ -24,7 +24,7 @@ Guidance = Annotated[float, typer.Option(min=0.0, help="Guidance scale.")]
 
 @app.command()
 def scenes(
-    model: Model = None,
+    model: ModelFolder = None,
     probe: Probe = None,
     out: Sheets = Path("outputs/bench-scenes"),
     count: Count = 100,
@@ -44,7 +44,7 @@ def scenes(
 
 @app.command("any")
 def any_tasks(
-    model: Model = None,
+    model: ModelFolder = None,
     probe: Probe = None,
     out: Sheets = Path("outputs/bench-any"),
     count: Count = 50,
@@ -62,7 +62,7 @@ def any_tasks(
 
 @app.command()
 def control(
-    model: Model = None,
+    model: ModelFolder = None,
     adapters: Annotated[Path | None, typer.Option(help="Folder of the adapters; the model's by default.")] = None,
     probe: Probe = None,
     out: Sheets = Path("outputs/bench-control"),
@@ -86,7 +86,7 @@ def control(
 
 @app.command()
 def unlearn(
-    model: Model = None,
+    model: ModelFolder = None,
     probe: Probe = None,
     saes: Annotated[Path, typer.Option(help="Folder of the autoencoders (`imgdit sae train scenes/sae`).")] = Path(
         "outputs/scenes/sae/saes"
@@ -139,7 +139,7 @@ def unlearn_canvas(
     out: Annotated[Path | None, typer.Option(help="File of the raw counts.")] = None,
     labels: Annotated[Path | None, typer.Option(help="Folder that keeps what the classifiers said, to go on.")] = None,
     engine: Annotated[str, typer.Option(help="With --labels: local, or ray for several processes.")] = "local",
-    workers: Annotated[int, typer.Option(min=1, help="Of the engine ray.")] = 1,
+    workers: Workers = 1,
 ) -> None:
     """Score pictures in UnlearnCanvas' own layout with given classifiers."""
     from imgdit.apps.benches import canvas

@@ -7,14 +7,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..console import one_sentence
+from .options import Engine, Workers
+
 if TYPE_CHECKING:
     from imgdit.data.own import Rows
 
 app = typer.Typer(help="Look at training data, check, convert and make it.", no_args_is_help=True)
 
 Source = Annotated[str, typer.Argument(help="Folder with metadata.jsonl, shards, or what `datasets` loads.")]
-Engine = Annotated[str, typer.Option(help="local, or ray: several processes or machines.")]
-Workers = Annotated[int, typer.Option(min=1, help="Of the engine ray.")]
 Ignore = Annotated[list[str] | None, typer.Option(help="A column that means nothing here.")]
 Rename = Annotated[list[str] | None, typer.Option(help="text=caption: the column `caption` is the text.")]
 
@@ -103,6 +104,11 @@ def convert(
     typer.echo(f"wrote {len(rows.rows):,} rows to {out}")
 
 
+def _lines(file: Path) -> list[str]:
+    """What a text file says, line by line, without the empty ones."""
+    return [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
 @app.command()
 def generate(
     prompts: Annotated[Path, typer.Argument(help="Text file with a sentence per line.")],
@@ -119,15 +125,13 @@ def generate(
     from imgdit.apps.bulk_jobs import generate_all
     from imgdit.checkpoints import SCENES
 
-    try:
-        said = [line.strip() for line in prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
+    with one_sentence():
+        said = _lines(prompts)
         options = {"num_inference_steps": steps, "guidance_scale": guidance}
         done = generate_all(
             said, out, str(model or SCENES), options=options, seed=seed, batch=batch, engine=engine, workers=workers
         )
         made = sum(item["count"] for item in done)
-    except (ValueError, OSError, ImportError) as error:
-        raise typer.BadParameter(str(error)) from error
     typer.echo(f"made {made:,} of {len(said):,} pictures in {out}; the others were there")
 
 
@@ -141,10 +145,8 @@ def cache(
     from imgdit.apps.bulk_jobs import cache_all
     from imgdit.training import load_recipe
 
-    try:
+    with one_sentence():
         rows = sum(item["count"] for item in cache_all(load_recipe(recipe), engine=engine, workers=workers))
-    except (ValueError, OSError, ImportError) as error:
-        raise typer.BadParameter(str(error)) from error
     typer.echo(f"{rows:,} rows are cached")
 
 
@@ -173,7 +175,7 @@ def subjects(
         elif names is None or scorer is None:
             raise ValueError("--model needs --names, a file with a thing per line, and --scorer, an image encoder")
         else:
-            things = [line.strip() for line in names.read_text(encoding="utf-8").splitlines() if line.strip()]
+            things = _lines(names)
             ideas = subject_pairs.named_ideas(things, count)
             make = subject_pairs.Diptychs(model, size, num_inference_steps=steps)
             score = subject_pairs.FeatureScore(scorer)

@@ -7,6 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
+from ..console import one_sentence
+from .options import Engine, Workers
+
 app = typer.Typer(help="Sparse autoencoders: train them, look at their features.", no_args_is_help=True)
 
 
@@ -39,18 +42,16 @@ def train(
 @app.command()
 def collect(
     recipe: Annotated[str, typer.Argument(help="A recipe whose data.shards names a folder for activations.")],
-    engine: Annotated[str, typer.Option(help="local, or ray: several processes or machines.")] = "local",
-    workers: Annotated[int, typer.Option(min=1, help="Of the engine ray.")] = 1,
+    engine: Engine = "local",
+    workers: Workers = 1,
 ) -> None:
     """Record the activations that a recipe trains on; start it again to go on."""
     from imgdit.apps.bulk_jobs import collect_all
     from imgdit.sae.recipe import load_sae_recipe
 
-    try:
+    with one_sentence():
         loaded = load_sae_recipe(recipe)
         maps = sum(shard["maps"] for shard in collect_all(loaded, engine=engine, workers=workers))
-    except (ValueError, OSError, ImportError) as error:
-        raise typer.BadParameter(str(error)) from error
     typer.echo(f"recorded {maps:,} maps per hookpoint into {loaded.data.shards}; the others were there")
 
 

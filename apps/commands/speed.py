@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
 from imgdit.naming import check_name
+
+from .options import ModelFolder
 
 app = typer.Typer()
 
@@ -18,6 +21,13 @@ Threads = Annotated[int, typer.Option(min=1, help="CPU threads.")]
 Device = Annotated[Literal["cpu", "cuda"], typer.Option(help="Where it runs.")]
 Dtype = Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="Of weights and activations.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object per line instead of a table.")]
+
+
+def _tell(rows: Iterable[Any], as_json: bool, line: Callable[[Any], str]) -> None:
+    """Print named tuples as they come; JSON has no NaN."""
+    for row in rows:
+        values = {name: None if value != value else value for name, value in row._asdict().items()}
+        typer.echo(json.dumps(values) if as_json else line(row))
 
 
 @app.command()
@@ -43,14 +53,15 @@ def forward(
             f"torch {torch.__version__}, {device}, {dtype}, {threads} thread(s); torch.mm {peak / 1e9:.0f} GFLOP/s"
         )
         typer.echo(f"{'work':<44}{'against':<26}{'ours':>9}{'other':>9}{'ratio':>8}{'spread':>16}{'max diff':>10}")
-    for row in speed.forward_comparisons(rounds=rounds, device=device, dtype=getattr(torch, dtype)):
-        if as_json:
-            typer.echo(json.dumps(row._asdict()))
-        else:
-            typer.echo(
-                f"{row.work:<44}{row.against:<26}{row.ours * 1e3:>6.1f} ms{row.other * 1e3:>6.1f} ms{row.ratio:>8.3f}"
-                f"{f'{row.low:.3f}-{row.high:.3f}':>16}{row.difference:>10.1e}"
-            )
+    rows = speed.forward_comparisons(rounds=rounds, device=device, dtype=getattr(torch, dtype))
+    _tell(
+        rows,
+        as_json,
+        lambda row: (
+            f"{row.work:<44}{row.against:<26}{row.ours * 1e3:>6.1f} ms{row.other * 1e3:>6.1f} ms{row.ratio:>8.3f}"
+            f"{f'{row.low:.3f}-{row.high:.3f}':>16}{row.difference:>10.1e}"
+        ),
+    )
 
 
 @app.command("sae-speed")
@@ -72,15 +83,16 @@ def sae_speed(
     if not as_json:
         typer.echo(f"torch {torch.__version__}, {device}, float32, {threads} thread(s)")
         typer.echo(f"{'work':<58}{'against':<36}{'ours':>10}{'other':>10}{'ratio':>8}{'spread':>16}")
-    for rows in ([bench.training_comparison(rounds=rounds, device=device)], bench.hook_comparisons(device=device)):
-        for row in rows:
-            if as_json:
-                typer.echo(json.dumps({k: None if v != v else v for k, v in row._asdict().items()}))
-            else:
-                typer.echo(
-                    f"{row.work:<58}{row.against:<36}{row.ours * 1e3:>7.2f} ms{row.other * 1e3:>7.2f} ms"
-                    f"{row.ratio:>8.3f}{f'{row.low:.3f}-{row.high:.3f}':>16}"
-                )
+    step = bench.training_comparison(rounds=rounds, device=device)
+    rows = chain([step], bench.hook_comparisons(device=device))
+    _tell(
+        rows,
+        as_json,
+        lambda row: (
+            f"{row.work:<58}{row.against:<36}{row.ours * 1e3:>7.2f} ms{row.other * 1e3:>7.2f} ms"
+            f"{row.ratio:>8.3f}{f'{row.low:.3f}-{row.high:.3f}':>16}"
+        ),
+    )
 
 
 @app.command("any-speed")
@@ -101,14 +113,14 @@ def any_speed(
     if not as_json:
         typer.echo(f"torch {torch.__version__}, cpu, float32, {threads} thread(s); against the reference's way")
         typer.echo(f"{'work':<76}{'ours':>10}{'other':>10}{'times faster':>14}{'spread':>12}{'max diff':>10}")
-    for row in any_comparisons(rounds=rounds):
-        if as_json:
-            typer.echo(json.dumps(row._asdict()))
-        else:
-            typer.echo(
-                f"{row.work:<76}{row.ours * 1e3:>7.0f} ms{row.other * 1e3:>7.0f} ms{1 / row.ratio:>14.2f}"
-                f"{f'{1 / row.high:.2f}-{1 / row.low:.2f}':>12}{row.difference:>10.1e}"
-            )
+    _tell(
+        any_comparisons(rounds=rounds),
+        as_json,
+        lambda row: (
+            f"{row.work:<76}{row.ours * 1e3:>7.0f} ms{row.other * 1e3:>7.0f} ms{1 / row.ratio:>14.2f}"
+            f"{f'{1 / row.high:.2f}-{1 / row.low:.2f}':>12}{row.difference:>10.1e}"
+        ),
+    )
 
 
 @app.command("control-speed")
@@ -171,7 +183,7 @@ def all_speed(
 
 @app.command()
 def caches(
-    model: Annotated[Path | None, typer.Option(help="Folder of a pipeline; the embedded model by default.")] = None,
+    model: ModelFolder = None,
     count: Annotated[int, typer.Option(min=1, help="Pictures.")] = 8,
     steps: Annotated[int, typer.Option(min=1, help="Steps of the sampler.")] = 28,
     rounds: Annotated[int, typer.Option(min=1, help="Counted pairs of runs.")] = 3,
@@ -248,7 +260,7 @@ def large_speed(
     if not as_json:
         typer.echo("| work | variant | attention | step | against | ratio | spread | TFLOP/s | of peak | recompiled |")
         typer.echo("|---|---|---|---|---|---|---|---|---|---|")
-    for row in bench.large_costs(
+    rows = bench.large_costs(
         bench.TINY if tiny else bench.LARGE,
         device=device,
         dtype=getattr(torch, dtype),
@@ -256,11 +268,13 @@ def large_speed(
         variants=chosen,
         compiler=compiler,
         rounds=rounds,
-    ):
-        spread = f"{row.low:.3f} - {row.high:.3f}"
-        typer.echo(
-            json.dumps(row._asdict())
-            if as_json
-            else f"| {row.work} | {row.variant} | {row.backend} | {row.seconds * 1e3:.1f} ms | {row.against} "
-            f"| {row.ratio:.3f} | {spread} | {row.flops / 1e12:.1f} | {row.share:.0%} | {row.recompiled} |"
-        )
+    )
+    _tell(
+        rows,
+        as_json,
+        lambda row: (
+            f"| {row.work} | {row.variant} | {row.backend} | {row.seconds * 1e3:.1f} ms | {row.against} "
+            f"| {row.ratio:.3f} | {row.low:.3f} - {row.high:.3f} | {row.flops / 1e12:.1f} | {row.share:.0%} "
+            f"| {row.recompiled} |"
+        ),
+    )

@@ -364,17 +364,6 @@ class OwnPictures:
                 )
 
 
-def collate_own(samples: Sequence[Batch]) -> Batch:
-    """The only sample, which is a batch already."""
-    if len(samples) != 1:
-        raise ValueError(
-            f"each sample of own_pictures is a whole batch, and a step asks for {len(samples)} at once: set "
-            "run.batch_size to run.accumulation times the number of processes; how many pictures that are, "
-            "data.arguments.samples says"
-        )
-    return samples[0]
-
-
 def _share(content: str) -> float:
     """A number in [0, 1) from a content's hash."""
     return int(content[:8], 16) / 2**32

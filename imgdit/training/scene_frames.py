@@ -41,7 +41,7 @@ from .trained import load_trained
 
 PATCH = 2
 """Latent cells per side of a token, as in FLUX."""
-SHARES = {"pictures": 0.25, "pairs": 0.48, "views": 0.27}
+SHARES = {"pictures": 0.2, "pairs": 0.45, "views": 0.35}
 """Of the batches of the embedded model. Sentences are learned in every kind of batch, and soonest."""
 FRAMES = {"pictures": 1, "pairs": 2, "views": 4}
 PAIRS = {"depth": 0.22, "canny": 0.16, "segmentation": 0.3, "other": 0.17, "editing": 0.075, "subject": 0.075}
@@ -253,9 +253,3 @@ def _choose(rng: Random, shares: dict[str, float]) -> str:
         if place < 0:
             return name
     return name
-
-
-def collate_batch(samples: Sequence[Any]) -> Batch:
-    """The only sample, which is a batch already."""
-    (batch,) = samples
-    return batch

@@ -14,11 +14,11 @@ from ..naming import nearest
 from .blobs import BlobLatents, collate_blobs
 from .config import Recipe, check_arguments
 from .data import Batches, MapDataset
-from .objectives import Pictures
-from .own_pictures import OwnPictures, collate_own
+from .objectives import Batch, Pictures
+from .own_pictures import OwnPictures
 from .reader import collate_readings, collate_sentences
 from .scene_conditions import SceneConditions
-from .scene_frames import SceneFrames, collate_batch
+from .scene_frames import SceneFrames
 
 
 class Source(NamedTuple):
@@ -39,14 +39,24 @@ def collate_pictures(samples: Sequence[torch.Tensor]) -> Pictures:
     return Pictures(torch.cat(list(samples)))
 
 
+def only_batch(samples: Sequence[Batch]) -> Batch:
+    """The only sample, which is a batch already."""
+    if len(samples) != 1:
+        raise ValueError(
+            f"each sample of this data is a whole batch, and a step asks for {len(samples)} at once: set "
+            "run.batch_size to run.accumulation times the number of processes; data.arguments says how large it is"
+        )
+    return samples[0]
+
+
 SOURCES = {
     "blobs": Source(BlobLatents, collate_blobs, held_out=512),
     "scene_pictures": Source(ScenePictures, collate_pictures, held_out=16),
     "scene_sentences": Source(SceneSentences, collate_sentences, held_out=512),
     "scene_readings": Source(SceneReadings, collate_readings, held_out=64),
-    "scene_frames": Source(SceneFrames, collate_batch, held_out=8, whole_batches=True),
-    "own_pictures": Source(OwnPictures, collate_own, held_out=8, whole_batches=True),
-    "scene_conditions": Source(SceneConditions, collate_batch, held_out=4, whole_batches=True),
+    "scene_frames": Source(SceneFrames, only_batch, held_out=8, whole_batches=True),
+    "own_pictures": Source(OwnPictures, only_batch, held_out=8, whole_batches=True),
+    "scene_conditions": Source(SceneConditions, only_batch, held_out=4, whole_batches=True),
 }
 
 
