@@ -13,6 +13,7 @@ import typer
 from .commands import bench, convert, data, docs, lora, mup, pictures, sae
 from .commands.demo import demo
 from .commands.doctor import doctor
+from .console import one_sentence
 
 app = typer.Typer(
     help="Controllable image generation with diffusion transformers.", no_args_is_help=True, add_completion=False
@@ -49,7 +50,7 @@ def train(
     from imgdit.training.config import build_model
     from imgdit.training.sources import training_batches
 
-    try:
+    with one_sentence():
         loaded = load_recipe(recipe)
         if folder is not None:
             loaded = loaded.replace(run={"folder": str(folder)})
@@ -75,8 +76,6 @@ def train(
             resume=resume,
             stop_at=stop_at,
         )
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
     typer.echo(f"step {result.step}: {result.checkpoint}")
 
 
@@ -88,10 +87,8 @@ def export(
     """Write the pipeline of a run's latest checkpoint. For runs that trained a LoRA: `imgdit lora export`."""
     from .run_pipeline import run_pipeline
 
-    try:
+    with one_sentence():
         run_pipeline(run).save_pretrained(out)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
     typer.echo(f"wrote {out}")
 
 
@@ -105,7 +102,7 @@ def assemble(
 
     from .weights import assemble, save_adapter, save_probe, save_saes
 
-    try:
+    with one_sentence():
         scenes = out or checkpoints.SCENES
         assemble(runs / "transformer", scenes)
         for run in sorted(runs.glob("control_*")):
@@ -114,8 +111,6 @@ def assemble(
             save_saes(runs / "sae", scenes / "sae")
         if out is None:
             save_probe(runs / "probe", checkpoints.SCENE_PROBE)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
     typer.echo(f"wrote {scenes}")
 
 

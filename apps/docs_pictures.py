@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +12,6 @@ from imgdit.checkpoints import SCENE_PROBE, SCENES
 from imgdit.data.sheet import contact_sheet
 
 from .benches import scenes as scene_bench
-from .commands import mup
 from .generate import PROMPTS
 from .prepare import condition_of
 from .request import AskedFrame, Control, Request
@@ -59,27 +57,11 @@ def make_pictures(out: Path, *, model: Path = SCENES, count: int = 100, steps: i
     yield from _benchmark(out, model, count, steps)
 
 
-def make_mup_plots(out: Path, work: Path) -> Iterator[Path]:
-    """The plots of μP: ten minutes of processor time.
-
-    Args:
-        out: folder of the plots.
-        work: folder of the sweep, which goes on there.
-    """
-    mup.coord_check(out=work / "coordinates")
-    yield Path(shutil.copy(work / "coordinates/coordinates.png", out / "mup-coordinates.png"))
-    mup.transfer(quick=True, out=work / "transfer")
-    yield Path(shutil.copy(work / "transfer/transfer.png", out / "mup-transfer.png"))
-
-
 def _benchmark(out: Path, model: Path, count: int, steps: int) -> Iterator[Path]:
     """The numbers of `imgdit bench scenes` and its sheets, as JPEG."""
     work = out / "bench"
     scene_bench.run(model, SCENE_PROBE, work, count, steps, 3.0)
-    numbers = json.loads((work / "scenes.json").read_text())
-    numbers["model"] = "embedded" if model == SCENES else model.name  # where this checkout lies is nobody's business
-    (out / "bench-scenes.json").write_text(json.dumps(numbers, indent=1, ensure_ascii=False))
-    yield out / "bench-scenes.json"
+    yield (work / "scenes.json").replace(out / "bench-scenes.json")
     for sheet in sorted(work.glob("*.png")):
         yield _save(Image.open(sheet), out / "pictures" / f"{sheet.stem}.jpg")
     shutil.rmtree(work)

@@ -14,12 +14,14 @@ from typing import Any
 import torch
 
 from imgdit import DiffusionPipeline
+from imgdit.checkpoints import SCENES
 from imgdit.data.sheet import contact_sheet
 from imgdit.data.tasks import to_image
 from imgdit.evaluation.any_tasks import drawing_scores, pose_scores, reference_scores, restoration_scores
 from imgdit.evaluation.control import control_scores, subject_scores
 from imgdit.evaluation.scenes import Score, condition_scores, probe_scores, text_scores, view_scores
 from imgdit.models.scene_probe import SceneProbe
+from imgdit.training.config import EMBEDDED
 
 from .scene_maker import PipelineMaker
 
@@ -42,7 +44,7 @@ def run(model: Path, probe_folder: Path, out: Path, count: int, steps: int, guid
     scores += text_scores(maker, probe, count, kept.__setitem__)
     scores += condition_scores(maker, probe, count, kept.__setitem__)
     scores += view_scores(maker, count, kept.__setitem__)
-    settings = {"model": str(model), "steps": steps, "guidance": guidance}
+    settings = {"model": _name(model), "steps": steps, "guidance": guidance}
     write(out / "scenes.json", scores, {**settings, "seconds": seconds(maker, model)})
     sheets(kept, out)
     return scores
@@ -58,7 +60,7 @@ def run_any(model: Path, probe_folder: Path, out: Path, count: int, steps: int, 
     scores += condition_scores(maker, probe, count, kept.__setitem__)
     scores += view_scores(maker, count, kept.__setitem__)
     scores += pose_scores(maker, count)
-    write(out / "any.json", scores, {"model": str(model), "steps": steps, "guidance": guidance})
+    write(out / "any.json", scores, {"model": _name(model), "steps": steps, "guidance": guidance})
     sheets(kept, out)
     return scores
 
@@ -79,9 +81,14 @@ def run_control(
     kept: dict[str, Any] = {}
     scores = control_scores(maker, probe, count, kept.__setitem__)
     scores += subject_scores(maker, probe, count, kept.__setitem__)
-    write(out / "control.json", scores, {"model": str(model), "steps": steps, "guidance": guidance})
+    write(out / "control.json", scores, {"model": _name(model), "steps": steps, "guidance": guidance})
     sheets(kept, out)
     return scores
+
+
+def _name(model: Path) -> str:
+    """What the numbers call a model: where it lies on this machine is nobody's business."""
+    return EMBEDDED if model == SCENES else model.name
 
 
 def _load(model: Path, probe: Path, steps: int, guidance: float) -> tuple[PipelineMaker, SceneProbe]:

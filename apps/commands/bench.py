@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from ..console import one_sentence
 from . import speed
 from .options import ModelFolder, Workers
 
@@ -75,11 +76,9 @@ def control(
     from imgdit.checkpoints import SCENE_PROBE, SCENES
 
     model = model or SCENES
-    try:
+    with one_sentence():
         folder = adapters or model / "adapters"
         scores = scene_bench.run_control(model, folder, probe or SCENE_PROBE, out, count, steps, guidance)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
     typer.echo(scene_bench.table(scores))
     typer.echo(f"wrote {out}")
 
@@ -122,11 +121,9 @@ def unlearn(
         "attack": attack,
     }
     plan = unlearn_bench.QUICK if quick else unlearn_bench.UnlearnPlan()
-    try:
+    with one_sentence():
         plan = dataclasses.replace(plan, **{name: value for name, value in changed.items() if value is not None})
         result = unlearn_bench.run(model or SCENES, probe or SCENE_PROBE, saes, out, plan)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
     typer.echo(unlearn_bench.table(result))
     typer.echo(f"wrote {out}/unlearn.json")
 
@@ -144,12 +141,10 @@ def unlearn_canvas(
     """Score pictures in UnlearnCanvas' own layout with given classifiers."""
     from imgdit.apps.benches import canvas
 
-    try:
+    with one_sentence():
         if labels is None and engine != "local":
             raise ValueError(f"--engine {engine} needs --labels, a folder for what the workers find")
         result = canvas.run(folder, style_classifier, object_classifier, labels, engine=engine, workers=workers)
-    except (ValueError, ImportError) as error:
-        raise typer.BadParameter(str(error)) from error
     typer.echo(canvas.table(result))
     if out is not None:
         out.write_text(json.dumps(result, indent=1, ensure_ascii=False))

@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from ..console import one_sentence
+
 app = typer.Typer(help="Turn published checkpoints into diffusers folders.", no_args_is_help=True)
 
 Checkpoint = Annotated[Path, typer.Argument(help="The published torch file.")]
@@ -51,10 +53,8 @@ def pixart_mup(
 def _convert(convert: Any, checkpoint: Path, out: Path, head_dim: int, base_width: int, output_mult: float) -> None:
     from imgdit.models.published_mup import read_checkpoint
 
-    try:
+    with one_sentence():
         weights = read_checkpoint(checkpoint)
         model = convert(weights, head_dim=head_dim, base_width=base_width, output_mult=output_mult)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
     model.save_pretrained(out)
     typer.echo(f"wrote {out}: {type(model).__name__} of {sum(p.numel() for p in model.parameters()):,} parameters")

@@ -35,13 +35,11 @@ def preview(
     from imgdit.data.own.preview import draw_sheet
     from imgdit.data.preview import preview
 
-    try:
+    with one_sentence():
         if source is None:
             path = preview(out, count, seed, split=split, task=task)
         else:
             path = draw_sheet(_rows(source, ignore, rename, split), out, count, seed)
-    except (ValueError, OSError) as error:
-        raise typer.BadParameter(str(error)) from error
     typer.echo(f"wrote {path}")
 
 
@@ -60,7 +58,7 @@ def check(
     from imgdit.data.own.linter import check
     from imgdit.data.own.preview import draw_sheet
 
-    try:
+    with one_sentence():
         rows = _rows(source, ignore, rename, split)
         report = check(rows, min_side=min_side, workers=workers)
         lines = [
@@ -74,8 +72,6 @@ def check(
                 draw_sheet(rows, out / "sheet.png")
             out.mkdir(parents=True, exist_ok=True)
             (out / "check.txt").write_text("\n".join([*lines, str(report)]) + "\n", encoding="utf-8")
-    except (ValueError, OSError) as error:
-        raise typer.BadParameter(str(error)) from error
     if len(report.problems) > max_broken * (report.rows + len(report.problems)):
         raise typer.Exit(1)
 
@@ -95,12 +91,10 @@ def convert(
     from imgdit.data.own.convert import convert
     from imgdit.naming import check_choice
 
-    try:
+    with one_sentence():
         check_choice("to", to, ("shards", "folder"))
         rows = _rows(source, ignore, rename, split)
         convert(rows, out, shards=to == "shards", skip_broken=skip_broken, shard_size=shard_mb << 20)
-    except (ValueError, OSError) as error:
-        raise typer.BadParameter(str(error)) from error
     typer.echo(f"wrote {len(rows.rows):,} rows to {out}")
 
 
@@ -168,7 +162,7 @@ def subjects(
 
     make: Any
     score: Any
-    try:
+    with one_sentence():
         if model is None:
             ideas = subject_pairs.scene_ideas(count, seed)
             make, score = subject_pairs.ScenePairs(steps=steps), subject_pairs.ProbeScore()
@@ -180,8 +174,6 @@ def subjects(
             make = subject_pairs.Diptychs(model, size, num_inference_steps=steps)
             score = subject_pairs.FeatureScore(scorer)
         report = make_subjects(ideas, make, score, out, threshold=threshold, seed=seed)
-    except (ValueError, OSError) as error:
-        raise typer.BadParameter(str(error)) from error
     typer.echo(f"kept {report.kept} of {report.made} pairs in {out}")
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ..console import calm, one_sentence
+from .mup import coord_check, transfer
 
 app = typer.Typer(help="Make the parts of docs/ that are made by commands.", no_args_is_help=True)
 
@@ -37,10 +39,12 @@ def pictures(
         calm()
         from imgdit.checkpoints import SCENES
 
-        from ..docs_pictures import make_mup_plots, make_pictures
+        from ..docs_pictures import make_pictures
 
         for file in make_pictures(out, model=model or SCENES, count=count, steps=steps):
             typer.echo(f"wrote {file}")
         if mup:
-            for file in make_mup_plots(out, work):
-                typer.echo(f"wrote {file}")
+            coord_check(out=work / "coordinates")
+            typer.echo(f"wrote {shutil.copy(work / 'coordinates/coordinates.png', out / 'mup-coordinates.png')}")
+            transfer(quick=True, out=work / "transfer")
+            typer.echo(f"wrote {shutil.copy(work / 'transfer/transfer.png', out / 'mup-transfer.png')}")

@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from ..console import one_sentence
+
 app = typer.Typer(help="Look into LoRA files, convert and make them.", no_args_is_help=True)
 
 
@@ -17,10 +19,8 @@ def inspect(file: Annotated[Path, typer.Argument(help="A .safetensors file: PEFT
     """Print a LoRA file's names, ranks, modules and settings."""
     from imgdit.lora_files import read_adapter
 
-    try:
+    with one_sentence():
         adapter = read_adapter(file)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
     tensors = [tensor for pair in adapter.pairs.values() for tensor in pair]
     kinds = Counter(_kind(name) for name in adapter.pairs)
     typer.echo(f"{file.name}: {adapter.dialect} names, {len(adapter.pairs)} modules")
@@ -45,11 +45,9 @@ def convert(
     from imgdit.lora_files import read_adapter, write_adapter
 
     out = out or file.with_name(f"{file.stem}.{to}.safetensors")
-    try:
+    with one_sentence():
         adapter = read_adapter(file)
         path = write_adapter(out, adapter.pairs, adapter.info, dialect=to)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
     typer.echo(f"wrote {path}: {len(adapter.pairs)} modules, {adapter.dialect} names to {to}")
     for key in adapter.unused:
         typer.echo(f"  left out, not a LoRA of the transformer: {key}")
@@ -63,10 +61,8 @@ def export(
     """Write the adapter of a run's latest checkpoint as a LoRA file, with how it was trained in its header."""
     from ..weights import save_adapter
 
-    try:
+    with one_sentence():
         save_adapter(run, out)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
     typer.echo(f"wrote {out}")
 
 

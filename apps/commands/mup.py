@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from ..console import one_sentence
+
 app = typer.Typer(help="Tune small, train large: check, sweep and plan under μP.", no_args_is_help=True)
 
 _RECIPE = "A YAML file, or the name of a packaged recipe (scenes/transformer)."
@@ -24,11 +26,9 @@ def table(recipe: Annotated[str, typer.Argument(help=_RECIPE)]) -> None:
     from imgdit.training import load_recipe
     from imgdit.training.config import build_model
 
-    try:
+    with one_sentence():
         with torch.device("meta"):
             rules = mup_table(build_model(load_recipe(recipe)))
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
     longest = max(len(rule.name) for rule in rules)
     typer.echo(f"{'parameter':<{longest}}  {'role':<11}{'shape':<20}{'std':>9}{'lr':>9}{'decay':>9}{'eps':>9}")
     for rule in rules:
@@ -58,7 +58,7 @@ def coord_check(
     from imgdit.training import load_recipe
     from imgdit.training.coordinate_check import coordinate_check
 
-    try:
+    with one_sentence():
         loaded = load_recipe(recipe)
         if log2lr is not None:
             loaded = loaded.replace(optimizer={"lr": 2.0**log2lr})
@@ -69,8 +69,6 @@ def coord_check(
             seeds=seeds,
             progress=lambda line: typer.echo(line, err=True),
         )
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
     mup, standard = checks["mup"], checks["standard"]
     longest = max(map(len, mup.means))
     typer.echo(f"slope of log2 mean|activation| over log2 width, before the first update and in step {steps}")
@@ -131,7 +129,7 @@ def transfer(
     else:
         chosen, rates = _numbers(widths, int, "widths"), _numbers(log2lr, float, "log2lr")
     own = None if standard_log2lr is None else _numbers(standard_log2lr, float, "standard-log2lr")
-    try:
+    with one_sentence():
         loaded = load_recipe(recipe)
         if steps is not None:
             loaded = loaded.replace(run={"steps": steps})
@@ -145,8 +143,6 @@ def transfer(
             typer.echo(f"this process is done; others still work on {out}")
             return
         result = analyse(sweep, wanted)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
     for line in sweep_table(result.curves):
         typer.echo(line)
     for line in transfer_lines(result):
@@ -185,7 +181,7 @@ def plan(
     options: dict[str, Any] = {
         "image_tokens": image_tokens, "text_tokens": text_tokens, "gpus": gpus, "flops_per_second": teraflops * 1e12,
     }  # fmt: skip
-    try:
+    with one_sentence():
         if target_params is not None:
             if recipes and len(recipes) > 1:
                 raise typer.BadParameter("--target-params takes one recipe, whose width is changed")
@@ -195,8 +191,6 @@ def plan(
             found = None
             names = recipes or [name for name in packaged_recipes() if name.startswith("scale/")]
             plans = [plan(name, load_recipe(name), **options) for name in names]
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
     typer.echo(f"{'':<14}{'parameters':>16}{'width':>8}{'memory/GPU':>13}{'FLOPs/step':>13}{'days':>8}  ({gpus} GPUs)")
     for row in sorted(plans, key=lambda row: row.cost.parameters):
         typer.echo(

@@ -26,13 +26,11 @@ def train(
     from imgdit.sae.recipe import load_sae_recipe
     from imgdit.sae.run import train_saes
 
-    try:
+    with one_sentence():
         loaded = load_sae_recipe(recipe)
         if folder is not None:
             loaded = dataclasses.replace(loaded, run=dataclasses.replace(loaded.run, folder=str(folder)))
         result = train_saes(loaded, resume=resume, stop_at=stop_at)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
     for hookpoint, values in result.metrics.items():
         told = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
         typer.echo(f"{hookpoint}: {told}")
@@ -78,7 +76,7 @@ def features(
     from imgdit.sae.files import load_sae
     from imgdit.sae.report import write_report
 
-    try:
+    with one_sentence():
         model = load_sae(sae)
         pipe = DiffusionPipeline.from_pretrained(pipeline)
         pipe.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -95,8 +93,6 @@ def features(
         ranked = (survey.means if scores is None else scores).mean(0).topk(min(count, model.config.num_latents))
         shown = heat_maps(pipe, model, prompt, feature or ranked.indices.tolist(), output_type="pil", **call)
         page = write_report(out, survey, shown, prompt, scores=scores, title=f"Features of {sae.name}")
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
     typer.echo(f"wrote {page}")
 
 
@@ -108,8 +104,6 @@ def convert(
     """Make safetensors of sdxl-unbox's published pickles, once, by a reader that admits nothing but tensors."""
     from imgdit.sae.files import convert_sdxl_unbox
 
-    try:
+    with one_sentence():
         convert_sdxl_unbox(source, folder)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
     typer.echo(f"wrote {folder}")

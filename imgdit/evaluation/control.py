@@ -15,7 +15,7 @@ from ..data.captions import caption
 from ..data.scenes import Scene
 from ..data.tasks import from_scene, scene_classes
 from ..models.scene_probe import SceneProbe
-from .metrics import abs_rel, edge_f1
+from .metrics import abs_rel, edge_f1, fitted
 from .scenes import Held, Score, Seen, expected, held_out, mean_score, read, share_score
 
 TEXT = ("left object", "left colour", "right object", "right colour", "style")
@@ -55,6 +55,7 @@ def control_scores(maker: ControlMaker, probe: SceneProbe, count: int, keep: Kee
     right = _text_right(plain, held.scenes)
     scores = [
         mean_score("no condition", "AbsRel of depth", base["AbsRel"]),
+        mean_score("no condition", "AbsRel of depth after fitting", base["fitted"]),
         mean_score("no condition", "F1 of outlines", base["F1"]),
         share_score("no condition", "text right", right),
     ]
@@ -69,9 +70,12 @@ def control_scores(maker: ControlMaker, probe: SceneProbe, count: int, keep: Kee
             "AbsRel": mean_score(
                 task, "AbsRel of depth over that without", got["AbsRel"] / base["AbsRel"].mean(), at_most=0.5
             ),
+            "fitted": mean_score(
+                task, "AbsRel of depth after fitting over that without", got["fitted"] / base["fitted"].mean()
+            ),
             "F1": mean_score(task, "F1 of outlines over that without", got["F1"] / base["F1"].mean(), at_least=2.0),
         }
-        wanted = {"depth": ("AbsRel",), "canny": ("F1",), "inpainting": ("AbsRel", "F1")}
+        wanted = {"depth": ("AbsRel", "fitted"), "canny": ("F1",), "inpainting": ("AbsRel", "fitted", "F1")}
         scores += [better[metric] for metric in dict.fromkeys(m for name in names for m in wanted[name])]
         now = _text_right(seen, held.scenes)
         change = torch.tensor([float(a) - float(b) for a, b in zip(now, right)])
@@ -106,7 +110,11 @@ def _conditions(task: str, held: Held) -> torch.Tensor:
 
 
 def _obeyed(seen: Seen, depth: torch.Tensor, classes: torch.Tensor) -> dict[str, torch.Tensor]:
-    return {"AbsRel": abs_rel(seen.depth, depth), "F1": edge_f1(outlines(seen.classes), outlines(classes))}
+    return {
+        "AbsRel": abs_rel(seen.depth, depth),
+        "fitted": abs_rel(fitted(seen.depth, depth), depth),
+        "F1": edge_f1(outlines(seen.classes), outlines(classes)),
+    }
 
 
 def _text_right(seen: Seen, scenes: Sequence[Scene]) -> list[bool]:

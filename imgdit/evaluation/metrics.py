@@ -48,6 +48,15 @@ def abs_rel(depth: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
     return ((depth - truth).abs() / truth).flatten(1).mean(1)
 
 
+def fitted(depth: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
+    """The depth with the scale and shift of its inverse that come nearest to the truth, each picture its own: what
+    one picture cannot tell is left out (MiDaS, arXiv 1907.01341, section 5). (B, 1, H, W) each."""
+    inverse, wanted = (1 / x.double().flatten(1) for x in (depth, truth))
+    columns = torch.stack([inverse, torch.ones_like(inverse)], dim=-1)  # (B, pixels, 2)
+    found = columns @ torch.linalg.lstsq(columns, wanted[..., None]).solution
+    return (1 / found.squeeze(-1).clamp(min=1 / (2 * float(truth.max())))).to(truth.dtype).view_as(truth)
+
+
 def delta_1(depth: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
     """Share of pixels whose depth is right to a factor of 1.25, (B,)."""
     ratio = torch.maximum(depth / truth, truth / depth.clamp(min=1e-6))

@@ -20,7 +20,7 @@ from ..data.scenes import Scene, another_camera
 from ..data.sentences import NOTHING
 from ..data.tasks import depth_to_picture, picture_to_depth, picture_to_segmentation, scene_classes
 from ..models.scene_probe import SceneProbe
-from .metrics import Interval, abs_rel, bootstrap, delta_1, edge_f1, frechet, mean_iou, psnr, ssim, wilson
+from .metrics import Interval, abs_rel, bootstrap, delta_1, edge_f1, fitted, frechet, mean_iou, psnr, ssim, wilson
 
 
 class Maker(Protocol):
@@ -211,14 +211,19 @@ def condition_scores(maker: Maker, probe: SceneProbe, count: int, keep: Callable
     controlled = maker.conditioned("depth", held.prompts, given, seed=0)
     keep("depth → image", (held.prompts, torch.stack([given, controlled], 1), []))
     free = maker.pictures(held.prompts, seed=0)
-    with_depth, without = (abs_rel(read(probe, pictures).depth, truth.depth) for pictures in (controlled, free))
-    scores += [
-        mean_score("depth → image", "AbsRel of the made picture's depth", with_depth),
-        mean_score("the same prompts without depth", "AbsRel of the made picture's depth", without),
-        mean_score(
-            "depth → image", "AbsRel as a share of that without depth", with_depth / without.mean(), at_most=0.5
-        ),
-    ]
+    seen = [read(probe, pictures).depth for pictures in (controlled, free)]
+    for name, found, bar in (
+        ("AbsRel", seen, 0.5),
+        ("AbsRel after fitting", [fitted(depth, truth.depth) for depth in seen], None),
+    ):
+        with_depth, without = (abs_rel(depth, truth.depth) for depth in found)
+        scores += [
+            mean_score("depth → image", f"{name} of the made picture's depth", with_depth),
+            mean_score("the same prompts without depth", f"{name} of the made picture's depth", without),
+            mean_score(
+                "depth → image", f"{name} as a share of that without depth", with_depth / without.mean(), at_most=bar
+            ),
+        ]
     return scores
 
 
@@ -247,4 +252,9 @@ def probe_scores(probe: SceneProbe, count: int) -> list[Score]:
         share_score("probe on renders", f"{name} right", [a[name] == b[name] for a, b in zip(said, truth)], 0.99)
         for name in probe.questions
     ]
-    return [*scores, mean_score("probe on renders", "AbsRel of depth", abs_rel(depth, held.rendering.depth))]
+    real = held.rendering.depth
+    return [
+        *scores,
+        mean_score("probe on renders", "AbsRel of depth", abs_rel(depth, real)),
+        mean_score("probe on renders", "AbsRel after fitting of depth", abs_rel(fitted(depth, real), real)),
+    ]

@@ -8,6 +8,7 @@ from imgdit.evaluation.metrics import (
     bootstrap,
     delta_1,
     edge_f1,
+    fitted,
     frechet,
     mean_iou,
     psnr,
@@ -40,6 +41,16 @@ def test_depth_metrics():
     made[1, :, :2] = 3.0
     assert abs_rel(made, truth).tolist() == pytest.approx([0.0, 0.25])
     assert delta_1(made, truth).tolist() == pytest.approx([1.0, 0.5])
+
+
+def test_fitting_takes_out_scale_and_shift_of_the_inverse_alone():
+    truth = 2 + torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    made = 1 / (torch.tensor([0.5, 2.0]).view(2, 1, 1, 1) / truth + 0.3)
+    assert torch.allclose(fitted(made, truth), truth, atol=1e-5)
+    bent = made + 0.1 * torch.linspace(-1, 1, 8) ** 2
+    assert abs_rel(fitted(bent, truth), truth).min() > 1e-3
+    level = torch.full_like(truth, 3.0)  # nothing to scale: the mean inverse is nearest
+    assert torch.allclose(1 / fitted(level, truth), (1 / truth).mean((2, 3), keepdim=True).expand_as(truth), atol=1e-6)
 
 
 def test_mean_iou_counts_classes_that_either_shows():
