@@ -20,7 +20,7 @@ SECTIONS = {
     "Models and sampling": ("models.mmdit", "models.nextdit", "attention", "schedulers.flow_match", "compat"),
     "Sparse autoencoders": ("sae.config", "sae.model", "sae.files", "sae.unlearning", "sae.features", "sae.concepts"),
     "μP": ("mup",),
-    "Training": ("training", "training.trained", "training.config", "sae.recipe", "data.own.rows"),
+    "Training": ("training", "training.trained", "training.config", "sae.recipe", "data.own.rows", "data.own.sources"),
 }
 """Modules of `imgdit` by heading: the names of their `__all__`, otherwise what they define."""
 ONLY = {"compat": ("DiffusionPipeline", "ModelMixin", "SchedulerMixin"), "attention": ("KVCache",)}

@@ -178,7 +178,8 @@ def subjects(
 
 
 def _rows(source: str, ignore: list[str] | None, rename: list[str] | None, split: str) -> Rows:
-    from imgdit.data.own.rows import Columns, open_rows
+    from imgdit.data.own.rows import Columns
+    from imgdit.data.own.sources import open_rows
 
     renamed = dict(pair.partition("=")[::2] for pair in rename or [])
     return open_rows(source, Columns(renamed, tuple(ignore or ())), split)

@@ -26,7 +26,8 @@ from ..data.own.buckets import Size, bucket_sizes, fit, nearest_bucket
 from ..data.own.inspections import inspected
 from ..data.own.linter import Inspection
 from ..data.own.opening import open_picture
-from ..data.own.rows import CONDITIONS, Blob, Columns, Problem, Row, open_rows
+from ..data.own.rows import CONDITIONS, Blob, Columns, Problem, Row
+from ..data.own.sources import open_rows
 from ..data.sentences import prompt
 from ..data.tasks import TASKS, from_photo, to_image, to_tensor
 from ..data.tensor_cache import TensorCache, tensor_key

@@ -17,7 +17,7 @@ from imgdit.apps import bulk_jobs
 from imgdit.apps.bulk_jobs import GeneratePictures, cache_all, collect_all, generate_all, label_all
 from imgdit.apps.picture_labels import classifier
 from imgdit.bulk import run_bulk
-from imgdit.data.own.rows import open_rows
+from imgdit.data.own.sources import open_rows
 from imgdit.sae.activations import RecordedActivations
 from imgdit.sae.recipe import SAERecipe
 from imgdit.sae.run import activation_recorder, load_pipeline

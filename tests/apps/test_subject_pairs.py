@@ -7,7 +7,7 @@ from tiny_pictures import picture
 from transformers import ViTConfig, ViTImageProcessor, ViTModel
 
 from imgdit.apps.subject_pairs import Diptychs, FeatureScore, ProbeScore, ScenePairs, named_ideas, scene_ideas
-from imgdit.data.own.rows import open_rows
+from imgdit.data.own.sources import open_rows
 from imgdit.data.own.subjects import Idea, Pair, make_subjects
 from imgdit.data.scenes import Scene
 from imgdit.data.tasks import from_scene, to_image

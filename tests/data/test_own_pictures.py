@@ -11,7 +11,7 @@ from imgdit.apps.cli import app
 from imgdit.data.own.buckets import bucket_sizes, fit, nearest_bucket
 from imgdit.data.own.linter import check
 from imgdit.data.own.opening import open_picture
-from imgdit.data.own.rows import open_rows
+from imgdit.data.own.sources import open_rows
 
 
 def encoded(image, form="png", **options):

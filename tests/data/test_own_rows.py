@@ -8,7 +8,8 @@ import torch
 from tiny_pictures import picture, write_folder
 
 from imgdit.data.own.convert import convert
-from imgdit.data.own.rows import Columns, Problem, open_rows
+from imgdit.data.own.rows import Columns, Problem
+from imgdit.data.own.sources import open_rows
 
 
 def lines(folder, *rows):

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from imgdit.apps.cli import app
 from imgdit.data.own.linter import check
-from imgdit.data.own.rows import open_rows
+from imgdit.data.own.sources import open_rows
 from imgdit.training.checkpoint import latest_checkpoint, read_state
 from imgdit.training.own_pictures import OwnPictures
 

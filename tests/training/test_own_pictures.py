@@ -13,7 +13,7 @@ from tiny_pictures import DEFECTS, ODDITIES, picture, write_folder
 
 from imgdit.data.geometry import camera_to_world
 from imgdit.data.own.convert import convert
-from imgdit.data.own.rows import open_rows
+from imgdit.data.own.sources import open_rows
 from imgdit.data.scenes import Scene
 from imgdit.training import load_recipe, train
 from imgdit.training.config import build_model, parse_recipe

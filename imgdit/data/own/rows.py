@@ -123,30 +123,6 @@ class Columns:
         return {back.get(theirs, theirs): theirs for theirs in found if theirs not in self.ignored or theirs in back}
 
 
-def open_rows(path: str | Path, columns: Columns | None = None, split: str = "train") -> Rows:
-    """Rows of any source; no picture is read.
-
-    Args:
-        path: a folder with `metadata.jsonl`; a folder, a file or a pattern of webdataset shards
-            ("pictures-{000..007}.tar"); otherwise what `datasets.load_dataset` takes: a folder or an id on the Hub.
-        columns: for sources that name theirs otherwise.
-        split: of a `datasets` data set that has several.
-
-    Raises:
-        ValueError: nothing is there, or an unknown column.
-    """
-    from .folders import METADATA, folder_rows
-    from .hub import hub_rows
-    from .shards import shard_files, shard_rows
-
-    columns = columns or Columns()
-    if (Path(path) / METADATA).is_file():
-        return folder_rows(Path(path), columns)
-    if files := shard_files(str(path)):
-        return shard_rows(files, columns, str(path))
-    return hub_rows(str(path), columns, split)
-
-
 def make_row(
     name: str,
     values: Mapping[str, Any],
