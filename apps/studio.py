@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import cached_property
@@ -197,8 +197,7 @@ class Studio:
         height, width = request.height or self.default_size, request.width or self.default_size
         guidance = request.guidance
         if guidance is None:
-            only_maps = request.frames and all(f.kind != "image" or f.picture is not None for f in request.frames)
-            guidance = 1.0 if only_maps else 3.0
+            guidance = 1.0 if _told_by_pictures(request.frames) else 3.0
         controls = tuple(
             replace(control, picture=fitted(control.picture, control.kind, height, width))
             for control in request.controls
@@ -348,6 +347,13 @@ class Studio:
         ]
         queues = {"image": iter(output.images)} | {kind: iter(maps) for kind, maps in (output.maps or {}).items()}
         return [next(queues[kind]) for kind in kinds], kinds
+
+
+def _told_by_pictures(frames: Sequence[AskedFrame]) -> bool:
+    """Whether a given picture tells what is to be made, its maps or its other views, and guidance would only harm."""
+    pictures = [frame.picture is not None for frame in frames if frame.kind == "image"]
+    views = any(frame.kind == "rays" for frame in frames)
+    return bool(frames) and (all(pictures) or (views and any(pictures)))
 
 
 class _Watcher:

@@ -29,7 +29,7 @@ class PipelineMaker:
         pipe: of a model of the scenes.
         steps: of the sampler.
         guidance: scale where a picture is made.
-        perception: scale where a condition is made from a picture.
+        perception: scale where a given picture tells what is to be made: its maps, its camera, its other views.
         batch: pictures at a time.
     """
 
@@ -93,7 +93,7 @@ class PipelineMaker:
                 PictureFrame.make(),
                 PictureFrame.given(poses[:, 1], "rays"),
             ]
-            options |= {"focal_length": focal_length, "guidance_scale": self.guidance}
+            options |= {"focal_length": focal_length, "guidance_scale": self.perception}
             return self.any([prompts[i] for i in rows], frames, **options).images
 
         return self._batches("views", len(prompts), seed, make)

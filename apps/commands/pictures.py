@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 Model = Annotated[str | None, typer.Option(help="Folder or Hub id; the embedded model by default.")]
 Steps = Annotated[int, typer.Option(min=1, help="Steps of the sampler.")]
-Guidance = Annotated[float | None, typer.Option(min=0.0, help="Guidance scale; 3, or 1 where only maps are made.")]
+Guidance = Annotated[float | None, typer.Option(min=0.0, help="Scale; 3, or 1 for maps and views of a given picture.")]
 Seed = Annotated[int, typer.Option(min=0, help="Of the first picture; the others count up.")]
 Size = Annotated[str | None, typer.Option(help="WIDTHxHEIGHT in pixels, or one number for both.")]
 Negative = Annotated[str, typer.Option(help="What to steer away from.")]

@@ -122,7 +122,7 @@ def _views(holder: Holder) -> None:
             turn: degrees that the other camera is around.
             rise: degrees that it is higher.
             steps: of the sampler.
-            guidance: scale.
+            guidance: not used: the picture tells what there is.
             seed: of the noise.
 
         Returns:
@@ -138,7 +138,8 @@ def _views(holder: Holder) -> None:
             AskedFrame("image"),
             AskedFrame("rays", camera=(around, ELEVATION + higher)),
         )
-        request = Request(limits.text(prompt), frames=frames, **widgets.read_sampling(steps, guidance, seed))
+        base = widgets.read_sampling(steps, guidance, seed) | {"guidance": None}
+        request = Request(limits.text(prompt), frames=frames, **base)
         yield from _shown(holder, request, [f"{around:g}° around, {higher:g}° up"], person)
 
     make.click(

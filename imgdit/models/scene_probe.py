@@ -1,6 +1,6 @@
 """A small network that says what a picture of a scene shows: for measuring what a generator made.
 
-B batch, S pixels per side, D features.
+B batch, S pixels per side, N coarsest cells, D features.
 """
 
 from __future__ import annotations
@@ -49,14 +49,19 @@ class _Block(nn.Module):
 
 
 class SceneProbe(ModelMixin, ConfigMixin):
-    """A convolutional encoder whose coarsest cells are asked the questions, and a decoder for depth and segmentation.
+    """A convolutional encoder whose coarsest cells see each other and are asked the questions, and a decoder for depth
+    and segmentation.
+
+    Every pixel knows where it is. Each class has a smooth surface of a quarter of the picture's side, told by its
+    inverse depth, which on a plane is linear in the pixel's place; the segmentation says whose surface a pixel shows.
 
     Args:
         questions: names with their choices, in the order of the heads; a list, because JSON keeps no other order.
         classes: of the segmentation.
         channels: features at a half, a quarter, an eighth and a sixteenth of the picture's side.
+        layers: transformer layers over the coarsest cells.
         size: pixels per side the pictures are resized to.
-        far: depth in world units that an output of 1 means.
+        far: the largest depth there is, in world units.
     """
 
     @register_to_config
@@ -65,16 +70,19 @@ class SceneProbe(ModelMixin, ConfigMixin):
         questions: Sequence[tuple[str, Sequence[str]]],
         classes: int = 9,
         channels: tuple[int, ...] = (16, 32, 64, 96),
+        layers: int = 2,
         size: int = 128,
         far: float = 10.0,
     ):
         super().__init__()
-        self.stem = nn.Conv2d(3, channels[0], 5, stride=2, padding=2)
+        self.stem = nn.Conv2d(5, channels[0], 5, stride=2, padding=2)
         self.down = nn.ModuleList(
             nn.Sequential(nn.Conv2d(a, b, 3, stride=2, padding=1), _Block(b), _Block(b)) for a, b in pairwise(channels)
         )
         width, side = channels[-1], size // 2 ** len(channels)
         self.places = nn.Parameter(torch.randn(side * side, width) * 0.5)
+        layer = nn.TransformerEncoderLayer(width, 4, 2 * width, 0.0, "gelu", batch_first=True, norm_first=True)
+        self.mix = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
         self.asked = nn.Parameter(torch.randn(len(questions), width) * 0.5)
         self.norm = nn.LayerNorm(width)
         self.key, self.value = nn.Linear(width, width), nn.Linear(width, width)
@@ -85,7 +93,15 @@ class SceneProbe(ModelMixin, ConfigMixin):
         self.up = nn.ModuleList(
             nn.Sequential(nn.Conv2d(b, a, 1), _Block(a)) for a, b in reversed(list(pairwise(channels)))
         )
-        self.dense = nn.Conv2d(channels[0], 4 * (1 + classes), 3, padding=1)
+        self.masks = nn.Sequential(
+            _Block(channels[0]),
+            nn.GroupNorm(8, channels[0]),
+            nn.SiLU(),
+            nn.Conv2d(channels[0], 4 * classes, 3, padding=1),
+        )
+        self.surfaces = nn.Sequential(
+            _Block(channels[1]), nn.GroupNorm(8, channels[1]), nn.SiLU(), nn.Conv2d(channels[1], classes, 3, padding=1)
+        )
 
     @property
     def questions(self) -> dict[str, Sequence[str]]:
@@ -97,18 +113,23 @@ class SceneProbe(ModelMixin, ConfigMixin):
         config = self.config
         if pixels.shape[-2:] != (config.size, config.size):
             pixels = F.interpolate(pixels, (config.size, config.size), mode="bilinear", antialias=True)
-        levels = [self.stem(pixels)]
+        line = torch.linspace(-1.0, 1.0, config.size).to(pixels)
+        where = torch.stack(torch.meshgrid(line, line, indexing="ij")).expand(len(pixels), -1, -1, -1)
+        levels = [self.stem(torch.cat([pixels, where], dim=1))]
         for layer in self.down:
             levels.append(layer(levels[-1]))
-        cells = self.norm(levels[-1].flatten(2).transpose(1, 2))  # (B, cells, D)
-        keys = self.key(cells + self.places)
-        weights = (self.asked @ keys.transpose(1, 2) / keys.shape[-1] ** 0.5).softmax(-1)  # (B, questions, cells)
-        found = weights @ self.value(cells + self.places)  # (B, questions, D)
+        mixed = self.mix(levels[-1].flatten(2).transpose(1, 2) + self.places)  # (B, N, D)
+        cells = self.norm(mixed)
+        asked = self.asked @ self.key(cells).transpose(1, 2) / cells.shape[-1] ** 0.5  # (B, questions, N)
+        found = asked.softmax(-1) @ self.value(cells)  # (B, questions, D)
         answers = {
             name: head(vector) for name, head, vector in zip(self.questions, self.heads, found.unbind(1), strict=True)
         }
+        levels[-1] = mixed.transpose(1, 2).reshape(levels[-1].shape)
         x = levels[-1]
         for layer, skip in zip(self.up, reversed(levels[:-1])):
-            x = skip + F.interpolate(layer(x), scale_factor=2.0, mode="nearest")
-        dense = F.pixel_shuffle(self.dense(x), 2)  # (B, 1 + classes, S, S)
-        return Reading(answers, config.far * torch.sigmoid(dense[:, :1].float()), dense[:, 1:], cells.mean(1))
+            coarse, x = x, skip + F.interpolate(layer(x), scale_factor=2.0, mode="nearest")
+        segmentation = F.pixel_shuffle(self.masks(x), 2)  # (B, classes, S, S)
+        surfaces = F.interpolate(self.surfaces(coarse).float(), segmentation.shape[-2:], mode="bilinear")
+        inverse = (segmentation.float().softmax(1) * F.softplus(surfaces)).sum(1, keepdim=True)
+        return Reading(answers, 1 / (1 / config.far + inverse), segmentation, cells.mean(1))

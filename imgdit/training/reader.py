@@ -8,6 +8,7 @@ from functools import lru_cache
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from ..data.geometry import FAR
 from ..data.readings import QUESTIONS, Sample
 from ..data.sentences import SLOTS
 from ..data.words import caption_tokenizer
@@ -33,9 +34,9 @@ def collate_sentences(samples: Sequence[tuple[str, list[int]]]) -> Sentences:
     return Sentences(tokens.input_ids, tokens.attention_mask.bool(), answers)
 
 
-def scene_probe(channels: tuple[int, ...] = (16, 32, 64, 96)) -> SceneProbe:
+def scene_probe(channels: tuple[int, ...] = (16, 48, 96, 128), layers: int = 2) -> SceneProbe:
     """A probe of the scenes' pictures; arguments as of `SceneProbe`."""
-    return SceneProbe(tuple(QUESTIONS.items()), channels=channels)
+    return SceneProbe(tuple(QUESTIONS.items()), channels=channels, layers=layers, far=FAR)
 
 
 def collate_readings(samples: Sequence[Sample]) -> Readings:

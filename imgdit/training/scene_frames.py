@@ -6,6 +6,7 @@ Every sample is a whole batch, of one kind:
     pairs       [picture, condition]: depth, edges, segmentation and the other tasks of `data.tasks`; either may be
                 given or made, so the inverse tasks are learned along
     views       [picture, rays, picture, rays] of two cameras; the first camera's rays are always the same and given
+    cameras     the same with both pictures given: where did the second one stand?
 
 as in OneDiffusion (arXiv 2411.16318, sections 3 and 4). A batch has about the same number of tokens whatever its kind.
 """
@@ -13,6 +14,7 @@ as in OneDiffusion (arXiv 2411.16318, sections 3 and 4). A batch has about the s
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from random import Random
@@ -41,9 +43,14 @@ from .trained import load_trained
 
 PATCH = 2
 """Latent cells per side of a token, as in FLUX."""
-SHARES = {"pictures": 0.2, "pairs": 0.45, "views": 0.35}
+SHARES = {"pictures": 0.2, "pairs": 0.4, "views": 0.3, "cameras": 0.1}
 """Of the batches of the embedded model. Sentences are learned in every kind of batch, and soonest."""
-FRAMES = {"pictures": 1, "pairs": 2, "views": 4}
+FRAMES = {"pictures": 1, "pairs": 2, "views": 4, "cameras": 4}
+HELD = {"views": (1,), "cameras": (0, 1, 2)}
+"""Frames that are never made. The first camera's rays say nothing new."""
+FAINTEST = 0.9
+"""Least noise of a camera that is looked for. A map of 256 rays tells six numbers: through less noise it shows them
+itself, and the pictures would not be looked at."""
 PAIRS = {"depth": 0.22, "canny": 0.16, "segmentation": 0.3, "other": 0.17, "editing": 0.075, "subject": 0.075}
 """Of the pairs; "other" is the one condition that each view was cached with."""
 MARKED, BARE, UNSAID = 0.25, 0.15, 0.1
@@ -172,8 +179,13 @@ class SceneFrames(CachedScenes):
         rng = Random(mixed_seed(index, 0))
         kind = _choose(rng, self.shares)
         count = max(1, self.tokens // (FRAMES[kind] * self.size[0] * self.size[1]))
-        make = {"pictures": self._picture, "pairs": self._pair, "views": self._views}[kind]
-        return self.batch([make(rng) for _ in range(count)], frames_of(kind, self.size))
+        views = self._views
+        make = {"pictures": self._picture, "pairs": self._pair, "views": views, "cameras": views}[kind]
+        batch = self.batch([make(rng) for _ in range(count)], frames_of(kind, self.size))
+        if kind != "cameras":
+            return batch
+        levels = [1 - (1 - FAINTEST) * rng.random() ** 2 for _ in range(count)]
+        return replace(batch, sigmas=torch.tensor([(0.0, 0.0, 0.0, level) for level in levels]))
 
     def _picture(self, rng: Random) -> Sample:
         scene, view, look = self.draw(rng)
@@ -218,8 +230,8 @@ def scene_components(model: str) -> tuple[Any, Any, Any]:
 
 def frames_of(kind: str, size: tuple[int, int]) -> list[Frame]:
     """The frames of a kind of batch, with `size` rows and columns of tokens."""
-    held = [kind == "views" and n == 1 for n in range(FRAMES[kind])]  # the first camera's rays say nothing new
-    return [Frame(size, sigma=0.0 if given else None, index=float(n)) for n, given in enumerate(held)]
+    held = HELD.get(kind, ())
+    return [Frame(size, sigma=0.0 if n in held else None, index=float(n)) for n in range(FRAMES[kind])]
 
 
 def scene_rays(cameras: Sequence[Camera], size: int) -> torch.Tensor:

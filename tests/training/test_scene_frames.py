@@ -10,7 +10,7 @@ from imgdit.data.scenes import Scene
 from imgdit.training import load_recipe, train
 from imgdit.training.checkpoint import CheckpointError
 from imgdit.training.config import build_model
-from imgdit.training.scene_frames import SceneFrames, latent_scale, scene_rays
+from imgdit.training.scene_frames import FAINTEST, FRAMES, SceneFrames, latent_scale, scene_rays
 from imgdit.training.sources import training_batches
 from imgdit.training.trained import load_trained
 
@@ -22,29 +22,33 @@ def runs(tmp_path_factory):
         yield small_runs(tmp_path_factory.mktemp("runs"))
 
 
-def kinds(dataset, count=40):
-    found = {}
-    for i in range(count):
-        batch = dataset[i]
-        found.setdefault(len(batch.layout.frames), batch)
-    return found
+def kinds(runs):
+    return {kind: SceneFrames(**runs, shares={kind: 1.0})[0] for kind in FRAMES}
 
 
 def test_every_kind_of_batch_fits_its_layout(runs):
-    dataset = SceneFrames(**runs)
-    found = kinds(dataset)
-    assert sorted(found) == [1, 2, 4]
-    for frames, batch in found.items():
+    found = kinds(runs)
+    for kind, batch in found.items():
+        frames = FRAMES[kind]
         assert batch.tokens.shape == (4096 // 64 // frames, 64 * frames, 64)
         assert batch.text.embeddings.shape == (len(batch.tokens), batch.layout.text_length, 32)
         assert batch.text.mask.any(1).all() and batch.empty.embeddings.shape[1] == batch.layout.text_length
         assert batch.empty.mask.sum() == 1  # nothing but the end
         assert torch.isfinite(batch.tokens).all()
         assert [frame.index for frame in batch.layout.frames] == list(range(frames))
-    assert [frame.held for frame in found[4].layout.frames] == [False, True, False, False]
-    rays = found[4].tokens[:, 64:128]
+    views = found["views"]
+    assert [frame.held for frame in views.layout.frames] == [False, True, False, False]
+    rays = views.tokens[:, 64:128]
     assert torch.allclose(rays, rays[:1].expand_as(rays), atol=1e-6)  # the first camera is the identity
-    assert not torch.allclose(found[4].tokens[0, 192:], found[4].tokens[1, 192:])
+    assert not torch.allclose(views.tokens[0, 192:], views.tokens[1, 192:])
+
+
+def test_a_camera_is_looked_for_in_heavy_noise_alone(runs):
+    batch = kinds(runs)["cameras"]
+    assert [frame.held for frame in batch.layout.frames] == [True, True, True, False]
+    assert not batch.sigmas[:, :3].any()
+    assert batch.sigmas[:, 3].min() >= FAINTEST and batch.sigmas[:, 3].max() <= 1 and batch.sigmas[:, 3].std() > 0
+    assert all(found.sigmas is None for kind, found in kinds(runs).items() if kind != "cameras")
 
 
 def test_a_sample_is_the_same_wherever_it_is_made(runs):
