@@ -41,6 +41,26 @@ def photo(path, size=(128, 128)):
 
 
 @pytest.mark.parametrize(
+    ("given", "made", "turn", "guidance"),
+    [
+        ((), (), False, 3.0),
+        (("depth",), ("image",), False, 3.0),
+        ((), ("image", "depth"), False, 3.0),
+        (("image",), ("depth",), False, 1.0),
+        (("image",), ("image",), True, 1.0),
+        ((), ("image", "image"), True, 3.0),
+    ],
+)
+def test_nothing_is_guided_that_a_given_picture_tells(model, tmp_path, given, made, turn, guidance):
+    picture = Image.open(photo(tmp_path / "given.png"))
+    cameras = [(0.0, 24.0), (30.0, 24.0)] if turn else []
+    frames = frame_row([(kind, picture) for kind in given], made, cameras) if given or made else ()
+    one = studio.Studio(model)
+    assert one.settled(Request("a cone", frames=frames)).guidance == guidance
+    assert one.settled(Request("a cone", frames=frames, guidance=2.0)).guidance == 2.0
+
+
+@pytest.mark.parametrize(
     ("command", "given"),
     [
         (["generate", "a red cube", "--negative", "blue", "--size", "64x96"], []),
