@@ -48,6 +48,12 @@ class _Block(nn.Module):
         return x + self.layers(x)
 
 
+def _head(channels: int, out: int) -> nn.Sequential:
+    return nn.Sequential(
+        _Block(channels), nn.GroupNorm(8, channels), nn.SiLU(), nn.Conv2d(channels, out, 3, padding=1)
+    )
+
+
 class SceneProbe(ModelMixin, ConfigMixin):
     """A convolutional encoder whose coarsest cells see each other and are asked the questions, and a decoder for depth
     and segmentation.
@@ -93,15 +99,8 @@ class SceneProbe(ModelMixin, ConfigMixin):
         self.up = nn.ModuleList(
             nn.Sequential(nn.Conv2d(b, a, 1), _Block(a)) for a, b in reversed(list(pairwise(channels)))
         )
-        self.masks = nn.Sequential(
-            _Block(channels[0]),
-            nn.GroupNorm(8, channels[0]),
-            nn.SiLU(),
-            nn.Conv2d(channels[0], 4 * classes, 3, padding=1),
-        )
-        self.surfaces = nn.Sequential(
-            _Block(channels[1]), nn.GroupNorm(8, channels[1]), nn.SiLU(), nn.Conv2d(channels[1], classes, 3, padding=1)
-        )
+        self.masks = _head(channels[0], 4 * classes)
+        self.surfaces = _head(channels[1], classes)
 
     @property
     def questions(self) -> dict[str, Sequence[str]]:

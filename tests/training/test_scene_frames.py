@@ -28,6 +28,8 @@ def kinds(runs):
 
 def test_every_kind_of_batch_fits_its_layout(runs):
     found = kinds(runs)
+    drawn = SceneFrames(**runs)
+    assert sorted({len(drawn[i].layout.frames) for i in range(40)}) == [1, 2, 4]
     for kind, batch in found.items():
         frames = FRAMES[kind]
         assert batch.tokens.shape == (4096 // 64 // frames, 64 * frames, 64)
