@@ -57,7 +57,9 @@ weights: $(STAMP) ## train the embedded model from nothing, or go on with it
 	for condition in depth canny inpainting subject; do \
 		$(BIN)/imgdit train scenes/control_$$condition --resume || exit 1; \
 	done
-	$(BIN)/imgdit sae train scenes/sae --resume
+	for recipe in sae sae_text; do \
+		$(BIN)/imgdit sae train scenes/$$recipe --resume || exit 1; \
+	done
 	$(BIN)/imgdit assemble
 
 # MUP=1 makes the two plots of μP as well, ten minutes of processor time.

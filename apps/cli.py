@@ -107,8 +107,9 @@ def assemble(
         assemble(runs / "transformer", scenes)
         for run in sorted(runs.glob("control_*")):
             save_adapter(run, scenes / "adapters" / f"{run.name.removeprefix('control_')}.safetensors")
-        if (runs / "sae/saes").is_dir():
-            save_saes(runs / "sae", scenes / "sae")
+        saes = [runs / name for name in ("sae", "sae_text") if (runs / name / "saes").is_dir()]
+        if saes:
+            save_saes(saes, scenes / "sae")
         if out is None:
             save_probe(runs / "probe", checkpoints.SCENE_PROBE)
     typer.echo(f"wrote {scenes}")

@@ -68,7 +68,7 @@ class Request:
     concepts: tuple[str, ...] = ()
     """Are unlearned."""
     mode: str = "scale"
-    multiplier: float = -1.0
+    multiplier: float | None = None
     """How, see `ConceptUnlearner.attach`."""
     features: tuple[tuple[int, float], ...] = ()
     """Numbers of features of the sparse autoencoder, and what each is multiplied by."""

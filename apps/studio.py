@@ -29,6 +29,7 @@ from imgdit.pipelines.one_diffusion import OneDiffusionPipeline
 from imgdit.pipelines.text_to_image import ImgDiTPipeline
 from imgdit.sae.concepts import model_fingerprint
 from imgdit.sae.files import CONFIG
+from imgdit.sae.hooks import site
 from imgdit.sae.unlearning import ConceptUnlearner, steer
 from imgdit.tasks import TASKS, PictureFrame, infer_task
 from imgdit.training.scene_frames import scene_poses
@@ -161,6 +162,12 @@ class Studio:
         return ConceptUnlearner.from_pretrained(self.sae_folder)
 
     @property
+    def seen_at(self) -> str:
+        """Hookpoint whose features are looked at and steered: the first of the picture; without one, of the text."""
+        places = list(self.unlearner.saes)
+        return next((place for place in places if not site(self.pipe, place).text), places[0])
+
+    @property
     def has_sae(self) -> bool:
         """Whether there is an autoencoder to unlearn and steer with."""
         return self.sae_folder.is_dir() and any(self.sae_folder.rglob(CONFIG))
@@ -262,8 +269,7 @@ class Studio:
                     self.unlearner.attach(pipe, list(request.concepts), mode=mode, multiplier=request.multiplier)
                 )
             if request.features:
-                sae = next(iter(self.unlearner.saes.values()))
-                hooks.enter_context(steer(pipe, sae, dict(request.features)))
+                hooks.enter_context(steer(pipe, self.unlearner.saes[self.seen_at], dict(request.features)))
             yield
 
     def _as_frames(self, controls: tuple[Control, ...]) -> bool:

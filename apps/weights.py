@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,12 @@ def save_probe(run: Path, out: Path) -> None:
     load_trained(run).half().save_pretrained(out)
 
 
-def save_saes(run: Path, out: Path) -> None:
-    """Save a run's sparse autoencoders, which are files for use already, with their concepts."""
-    shutil.copytree(run / "saes", out, dirs_exist_ok=True)
+def save_saes(runs: Iterable[Path], out: Path) -> None:
+    """Save the sparse autoencoders of runs, which are files for use already, with their concepts; those that `out` had
+    go."""
+    fresh = out.with_name(f"{out.name}.new")
+    shutil.rmtree(fresh, ignore_errors=True)
+    for run in runs:
+        shutil.copytree(run / "saes", fresh, dirs_exist_ok=True)
+    shutil.rmtree(out, ignore_errors=True)
+    fresh.rename(out)

@@ -85,10 +85,10 @@ def trained(tmp_path_factory):
     pipe = imgdit.DiffusionPipeline.from_pretrained(SCENES)
     info = AdapterInfo(task="depth", mode="independent")
     lora_file(folder / "depth.safetensors", pipe.transformer, r".*attn\.to_[qkv]", info=info)
-    place = "transformer.single_transformer_blocks.2"
-    unlearner = ConceptUnlearner({place: SparseAutoencoder(SAEConfig(256, 32, 4, hookpoint=place))})
-    unlearner.learn(pipe, {"neon": ["a neon cube"], "photo": ["a photo"]}, top_n=2, num_inference_steps=1)
-    unlearner.save_pretrained(folder / "saes")
+    for run, place in (("sae", "transformer.transformer_blocks.0"), ("sae_text", "transformer.context_embedder")):
+        unlearner = ConceptUnlearner({place: SparseAutoencoder(SAEConfig(256, 32, 4, hookpoint=place))})
+        unlearner.learn(pipe, {"neon": ["a neon cube"], "photo": ["a photo"]}, top_n=2, num_inference_steps=1)
+        unlearner.save_pretrained(folder / run / "saes")
     return folder
 
 
@@ -101,7 +101,8 @@ def desk(tmp_path, trained, hub, monkeypatch):
     lines = tmp_path / "pictures/metadata.jsonl"
     lines.write_text(lines.read_text().replace("grey_file_name", "canny_file_name"))  # OpenCV may not be there
     shutil.copy(trained / "depth.safetensors", tmp_path)
-    shutil.copytree(trained / "saes", tmp_path / "outputs/scenes/sae/saes")
+    for run in ("sae", "sae_text"):
+        shutil.copytree(trained / run, tmp_path / "outputs/scenes" / run)
     (tmp_path / "outputs/own").mkdir()
     shutil.copy(hub["Yuanshi/OminiControl"] / "my_edges.safetensors", tmp_path / "outputs/own")
     (tmp_path / "prompts.jsonl").write_text('a red cube\n{"prompt": "a cone", "control": {"canny": "edges.png"}}\n')

@@ -9,13 +9,14 @@ from imgdit.sae.config import SAEConfig
 from imgdit.sae.model import SparseAutoencoder
 
 HOOKPOINT = "transformer.single_transformer_blocks.0"
+TEXT = "transformer.context_embedder"
 CALL = {"num_inference_steps": 3, "guidance_scale": 3.0, "height": 16, "width": 24}
 KINDS = {"style": ("photo", "sketch", "small"), "object": ("cube", "sphere", "cone")}
 COLOURS = ("red", "green", "blue")
 
 
-def tiny_sae():
-    config = SAEConfig(32, 64, k=8, hookpoint=HOOKPOINT)
+def tiny_sae(hookpoint=HOOKPOINT):
+    config = SAEConfig(32, 64, k=8, hookpoint=hookpoint)
     return SparseAutoencoder(config, generator=torch.Generator().manual_seed(0)).requires_grad_(False)
 
 
@@ -28,7 +29,9 @@ def tiny_material(pipe, **changes):
         },
     }
     words = {label: label for labels in KINDS.values() for label in labels}
-    material = Material(prompts, words, {HOOKPOINT: tiny_sae()}, CALL, batch_size=2, **changes)
+    material = Material(
+        prompts, words, {place: tiny_sae(place) for place in (HOOKPOINT, TEXT)}, CALL, batch_size=2, **changes
+    )
     return dataclasses.replace(material, statistics=collect(pipe, material))
 
 

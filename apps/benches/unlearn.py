@@ -130,7 +130,7 @@ class _Bench:
     def result(self) -> dict[str, Any]:
         plan = self.plan
         wanted = cells(scene_seeds(plan.seeds))
-        settings = {name: self._tuned(name) if plan.tune else dict(METHODS[name].grid[0]) for name in self.methods}
+        settings = {name: self._tuned(name) if plan.tune else dict(self._grid(name)[0]) for name in self.methods}
         looks = {name: self._of_targets(name, settings[name], wanted, timed=True) for name in self.methods}
         seen = {name: {target: [look.seen for look in of[target]] for target in of} for name, of in looks.items()}
         draws = {name: bootstrap_means(of, self.domains) for name, of in seen.items()}
@@ -170,9 +170,12 @@ class _Bench:
             for n, target in enumerate(self.plan.targets)
         }
 
+    def _grid(self, name: str) -> Sequence[Mapping[str, Any]]:
+        return METHODS[name].usable(self.studio.material.streams(self.studio.pipe))
+
     def _tuned(self, name: str) -> dict[str, Any]:
         """The settings of the grid with the best mean of UA, IRA and CRA, on seeds of their own."""
-        grid = METHODS[name].grid
+        grid = self._grid(name)
         if len(grid) == 1:
             return dict(grid[0])
         wanted, targets = cells(scene_seeds(1, VALIDATION)), [t for t in FEW_TARGETS if t in self.plan.targets]

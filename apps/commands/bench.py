@@ -87,9 +87,7 @@ def control(
 def unlearn(
     model: ModelFolder = None,
     probe: Probe = None,
-    saes: Annotated[Path, typer.Option(help="Folder of the autoencoders (`imgdit sae train scenes/sae`).")] = Path(
-        "outputs/scenes/sae/saes"
-    ),
+    saes: Annotated[Path | None, typer.Option(help="Folder of the autoencoders; MODEL/sae by default.")] = None,
     out: Annotated[Path, typer.Option(help="Folder of the raw numbers and the pictures; a run goes on there.")] = Path(
         "outputs/bench-unlearn"
     ),
@@ -123,7 +121,8 @@ def unlearn(
     plan = unlearn_bench.QUICK if quick else unlearn_bench.UnlearnPlan()
     with one_sentence():
         plan = dataclasses.replace(plan, **{name: value for name, value in changed.items() if value is not None})
-        result = unlearn_bench.run(model or SCENES, probe or SCENE_PROBE, saes, out, plan)
+        model = model or SCENES
+        result = unlearn_bench.run(model, probe or SCENE_PROBE, saes or model / "sae", out, plan)
     typer.echo(unlearn_bench.table(result))
     typer.echo(f"wrote {out}/unlearn.json")
 

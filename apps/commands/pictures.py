@@ -146,7 +146,9 @@ def unlearn(
     prompt: Annotated[str, typer.Argument(help="What to show.")],
     concept: Annotated[list[str], typer.Option(help="Name of a concept to remove; may be repeated.")],
     mode: Annotated[str, typer.Option(help="scale, remove or replace.")] = "scale",
-    multiplier: Annotated[float, typer.Option(help="Of the mode scale.")] = -1.0,
+    multiplier: Annotated[
+        float | None, typer.Option(help="Of the mode scale; what was stored with the concept by default.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="File to write; NAME-plain.png is made from the same noise.")] = Path(
         "outputs/unlearned.png"
     ),

@@ -30,14 +30,14 @@ def build(holder: Holder) -> None:
     studio = holder.studio
     last = 0
     if studio.has_sae:
-        last = next(iter(studio.unlearner.saes.values())).config.num_latents - 1
+        last = studio.unlearner.saes[studio.seen_at].config.num_latents - 1
     else:
         gr.Markdown(f"There is no sparse autoencoder in `{holder.sae_place}`; `imgdit sae train RECIPE` makes one.")
 
     def sae() -> Any:
         if not studio.has_sae:
             raise limits.Refused(f"there is no sparse autoencoder in {holder.sae_place}, so there are no features")
-        return next(iter(studio.unlearner.saes.values())).to(studio.pipe.device)
+        return studio.unlearner.saes[studio.seen_at].to(studio.pipe.device)
 
     @lru_cache(maxsize=1)
     def survey() -> Any:
@@ -84,7 +84,9 @@ def build(holder: Holder) -> None:
                     studio.pipe, autoencoder, [bank()[row]], [number], seed=row, num_inference_steps=STEPS,
                     guidance_scale=1.0, output_type="pil",
                 )  # fmt: skip
-                picture = overlay(found.pictures[0], found.maps[0, 0])
+                picture = found.pictures[0]
+                if found.maps is not None:
+                    picture = overlay(picture, found.maps[0, 0])
                 shown.append((holder.keep(picture), f"{value:.2f}: {bank()[row]}"))
         return shown, f"active on {len(shown)} of the {BANK} pictures that were looked at, the strongest first"
 

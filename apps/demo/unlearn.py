@@ -30,13 +30,15 @@ def build(holder: Holder) -> None:
             f"There is no sparse autoencoder with concepts in `{holder.sae_place}`; `imgdit sae train RECIPE` makes "
             "one."
         )
+    books = studio.unlearner.books.values() if studio.has_sae else ()
+    stored = next((selection.multiplier for book in books for selection in book.selections.values()), -1.0)
     with gr.Row():
         with gr.Column(min_width=280):
             said = [name for name in concepts if name in EXAMPLE][:1]  # so that one click shows something
             chosen = gr.CheckboxGroup(concepts, value=said, label="Concepts to unlearn", interactive=bool(concepts))
             prompt = widgets.prompt_box(EXAMPLE)
             mode = gr.Radio(MODES, value="scale", label="How")
-            multiplier = gr.Slider(-20, 1, -1, step=0.5, label="Multiplier (of scale)", info="1: nothing changes")
+            multiplier = gr.Slider(-20, 1, stored, step=0.1, label="Multiplier (of scale)", info="lower: stronger")
             sampled = widgets.sampling()
             make, stop = widgets.buttons("Unlearn")
             status = widgets.status()
@@ -57,7 +59,7 @@ def build(holder: Holder) -> None:
             prompt: what to show.
             chosen: names of the concepts.
             mode: "scale", "remove" or "replace".
-            multiplier: of "scale"; 1 changes nothing.
+            multiplier: of "scale"; the lower, the stronger.
             steps: of the sampler.
             guidance: scale.
             seed: of the noise.
@@ -85,7 +87,8 @@ def build(holder: Holder) -> None:
         if len(files) == 2:
             with holder.busy(person):
                 found = _seen(holder, base, names)
-            yield files[0], files[1], holder.keep(overlay(open_picture(files[0]), found)), "Done."
+            seen = None if found is None else holder.keep(overlay(open_picture(files[0]), found))
+            yield files[0], files[1], seen, "Done."
 
     make.click(
         unlearn, [prompt, chosen, mode, multiplier, *sampled], [plain, without, heat, status],
@@ -96,14 +99,15 @@ def build(holder: Holder) -> None:
 
 
 def _seen(holder: Holder, request: Request, names: Sequence[str]) -> Any:
-    """Mean activation (rows, columns) of the features of concepts."""
-    unlearner = holder.studio.unlearner
-    hookpoint, book = next(
-        (place, book) for place, book in unlearner.books.items() if any(name in book.selections for name in names)
-    )
-    features = sorted({int(f) for name in names if name in book.selections for f in book.selections[name].features})
+    """Mean activation (rows, columns) of the features of concepts; `None` where no SAE sees them in the picture."""
+    unlearner, hookpoint = holder.studio.unlearner, holder.studio.seen_at
+    book = unlearner.books.get(hookpoint)
+    known = [] if book is None else [book.selections[name] for name in names if name in book.selections]
+    if not known:
+        return None
+    features = sorted({int(feature) for selection in known for feature in selection.features})
     found = heat_maps(
         holder.studio.pipe, unlearner.saes[hookpoint], [request.prompt], features, hookpoint=hookpoint,
         seed=request.seed, num_inference_steps=request.steps, guidance_scale=request.guidance,
     )  # fmt: skip
-    return found.maps[0].mean(0)
+    return None if found.maps is None else found.maps[0].mean(0)

@@ -100,6 +100,8 @@ class ConceptSelection:
     """(S, U) activation above which a patch counts as showing the concept."""
     replacement: torch.Tensor
     """(S, d) mean activation vector of the other concepts."""
+    multiplier: float = -1.0
+    """How strongly it is unlearned where nothing else is said, see `ConceptUnlearner.attach`."""
     origin: dict[str, Any] = dataclasses.field(default_factory=dict)
     """How it was selected: rule, prompts, seed, arguments of the pipeline."""
 
@@ -132,6 +134,7 @@ def select_concept(
     *,
     percentile: float | None = None,
     top_n: int | None = None,
+    multiplier: float = -1.0,
     origin: Mapping[str, Any] | None = None,
 ) -> ConceptSelection:
     """The features that score highest for a concept at each timestep.
@@ -139,6 +142,7 @@ def select_concept(
     Args:
         percentile: features whose score lies above this percentile, as SAeUron counts (99.999 of 20480 is one).
         top_n: instead, so many features per timestep.
+        multiplier: stored with the selection: the one it is unlearned with unless another is asked for.
         origin: stored with the selection.
     """
     if (percentile is None) == (top_n is None):
@@ -166,6 +170,7 @@ def select_concept(
         means=statistics.means[concept][:, features],
         thresholds=statistics.thresholds()[:, features],
         replacement=statistics.inputs[concept] if rest else statistics.others(concept, statistics.inputs),
+        multiplier=multiplier,
         origin={"percentile": percentile, "top_n": top_n, **(origin or {})},
     )
 
@@ -196,7 +201,10 @@ class ConceptBook:
             for part in _STORED
         }
         write_tensors(tensors, folder / _TENSORS)
-        concepts = {name: {"timesteps": s.timesteps, "origin": s.origin} for name, s in self.selections.items()}
+        concepts = {
+            name: {"timesteps": s.timesteps, "multiplier": s.multiplier, "origin": s.origin}
+            for name, s in self.selections.items()
+        }
         values = {"format": FORMAT, "sae": self.sae, "model": self.model, "concepts": concepts}
         replace_text(folder / _JSON, json.dumps(values, indent=1))
 
@@ -227,7 +235,11 @@ class ConceptBook:
             parts = {part: tensors[f"{name}/{part}"] for part in _STORED}
             timesteps = _timesteps(entry, f"{folder / _JSON}: {name}")
             _check_shapes(parts, len(timesteps), f"{folder / _TENSORS}: {name}")
-            selections[name] = ConceptSelection(name, timesteps, **parts, origin=entry.get("origin") or {})
+            multiplier = entry.get("multiplier", -1.0)
+            if type(multiplier) not in (int, float) or not math.isfinite(multiplier):
+                raise ValueError(f"{folder / _JSON}: {name}: multiplier must be a number, got {multiplier!r:.60}")
+            origin = entry.get("origin") or {}
+            selections[name] = ConceptSelection(name, timesteps, **parts, multiplier=float(multiplier), origin=origin)
         return cls(values["sae"], values["model"], selections)
 
 

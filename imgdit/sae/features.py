@@ -13,7 +13,7 @@ import torch
 
 from .concepts import ConceptStatistics
 from .edits import ChosenFeatures
-from .hooks import hooked
+from .hooks import hooked, site
 from .model import SparseAutoencoder
 from .sampling import prompt_batches
 from .statistics import collect_statistics
@@ -26,16 +26,16 @@ class FeatureSurvey(NamedTuple):
     timesteps: tuple[float, ...]
     """(S,) falling."""
     density: torch.Tensor
-    """(L,) share of patches and timesteps on which a feature is active."""
+    """(L,) share of tokens and timesteps on which a feature is active."""
     means: torch.Tensor
     """(S, L) mean activation."""
     strongest: torch.Tensor
     """(P, L) largest activation within a picture, over all timesteps."""
     places: torch.Tensor
-    """(P, L) patch where that is, counted along the rows."""
+    """(P, L) token where that is; patches are counted along the rows."""
 
     def top_pictures(self, feature: int, count: int = 8) -> list[tuple[int, float, int]]:
-        """Picture, activation and patch of the strongest ones, falling."""
+        """Picture, activation and token of the strongest ones, falling."""
         values, pictures = self.strongest[:, feature].topk(min(count, len(self.strongest)))
         return [
             (picture, value, int(self.places[picture, feature]))
@@ -54,8 +54,9 @@ class HeatMaps(NamedTuple):
     """Where chosen features are active."""
 
     features: tuple[int, ...]
-    maps: torch.Tensor
-    """(P, m, rows, columns) activation, mean over the timesteps."""
+    maps: torch.Tensor | None
+    """(P, m, rows, columns) activation, mean over the timesteps; `None` where the SAE reads the text, which has no
+    place in the picture."""
     pictures: list[Any]
     """(P,) what the pipeline returned for each prompt."""
 
@@ -125,6 +126,7 @@ def heat_maps(
 ) -> HeatMaps:
     """Pictures of prompts, and where in them features are active; arguments as in `survey_features`."""
     place = _hookpoint(sae, hookpoint)
+    text = site(pipe, place).text
     for feature in features:
         if not 0 <= feature < sae.config.num_latents:
             raise ValueError(f"the SAE has features 0 to {sae.config.num_latents - 1}, got {feature}")
@@ -133,7 +135,7 @@ def heat_maps(
     maps: list[torch.Tensor] = []
 
     def read(tokens: Tokens) -> None:
-        if tokens.call.conditional is None:
+        if tokens.call.conditional is None or text:
             return
         values = tokens.values[tokens.call.conditional].to(sae.W_dec)
         if len(tokens.grids) != 1 or tokens.grids[0][0] * tokens.grids[0][1] != values.shape[1]:
@@ -147,8 +149,9 @@ def heat_maps(
         for batch in prompt_batches(prompts, batch_size, seed):
             maps.clear()
             pictures += list(batch.run(pipe, **call).images)
-            found.append(torch.stack(maps).mean(0))
-    return HeatMaps(tuple(features), torch.cat(found), pictures)
+            if not text:
+                found.append(torch.stack(maps).mean(0))
+    return HeatMaps(tuple(features), torch.cat(found) if found else None, pictures)
 
 
 def contrast_features(

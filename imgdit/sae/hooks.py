@@ -1,7 +1,8 @@
 """Reading and changing activations while a pipeline runs.
 
 Hookpoints are module paths within the pipeline; `*` stands for one part of a path. A hook on the denoiser notes what
-each call works on (timestep, guidance halves, frames), hooks on the modules hand the image's tokens to a function.
+each call works on (timestep, guidance halves, frames), hooks on the modules hand the image's tokens to a function; of
+modules that belong to the text, the text's.
 They are diffusers' `ModelHook`s, which `torch.compile`, offloading and step caches respect, and are always removed.
 """
 
@@ -67,13 +68,12 @@ def site(pipe: Any, hookpoint: str) -> Site:
     (path,) = find_hookpoints(pipe, [hookpoint])
     component, _, inner = path.partition(".")
     module = getattr(pipe, component)
-    single = False
+    single = text = False
     for part in inner.split("."):
-        if _TEXT_PARTS.search(part):
-            raise ValueError(f"{hookpoint} belongs to the text stream ({part}); an SAE reads the image's tokens")
+        text = text or _TEXT_PARTS.search(part) is not None
         module = getattr(module, part)
         single = single or "Single" in type(module).__name__
-    return Site(path, module, single)
+    return Site(path, module, single, text)
 
 
 @contextmanager
@@ -177,7 +177,7 @@ def _plane_of(denoiser: torch.nn.Module, s: Site) -> tuple[torch.nn.Module, _Pla
 
 
 class _SiteHook(ModelHook):
-    """Hands a module's image tokens to a function."""
+    """Hands a module's tokens to a function."""
 
     def __init__(
         self, s: Site, watcher: _CallHook, function: Function, update: bool, plane: _PlaneHook | None

@@ -131,6 +131,8 @@ class SAEConcepts:
     """Features per concept and timestep."""
     percentile: float | None = None
     """Instead, features whose score lies above this percentile."""
+    multiplier: float = -1.0
+    """Stored with each concept: how strongly it is unlearned where nothing else is said."""
     seed: int = 0
     """Of the first picture of each concept."""
 

@@ -25,7 +25,7 @@ img{max-width:100%}h2{margin:2rem 0 .3rem}p{margin:.2rem 0}.dim{color:#666}
 
 def overlay(picture: Image.Image, heat: torch.Tensor, strongest: float) -> Image.Image:
     """A picture with a feature's activations (rows, columns) in red over its grey."""
-    side = (_TILE, max(_TILE * picture.height // picture.width, 1))
+    side = _size(picture)
     grey = picture.convert("L").convert("RGB").resize(side)
     share = (heat / max(strongest, 1e-12)).clamp(0, 1)
     mask = Image.fromarray((share * 200).round().to(torch.uint8).numpy()).resize(side, Image.Resampling.NEAREST)
@@ -33,18 +33,23 @@ def overlay(picture: Image.Image, heat: torch.Tensor, strongest: float) -> Image
 
 
 def feature_sheet(shown: HeatMaps, number: int, pictures: Sequence[int]) -> Image.Image:
-    """A sheet of pictures over their heat maps for one of the features, by its place in `shown.features`."""
-    strongest = float(shown.maps[:, number].max())
-    columns = []
-    for i in pictures:
-        heated = overlay(shown.pictures[i], shown.maps[i, number], strongest)
-        columns.append((shown.pictures[i].convert("RGB").resize(heated.size), heated))
+    """A sheet of pictures over their heat maps, if there are any, for one of the features, by its place in
+    `shown.features`."""
+    columns = [[shown.pictures[i].convert("RGB").resize(_size(shown.pictures[i]))] for i in pictures]
+    if shown.maps is not None:
+        strongest = float(shown.maps[:, number].max())
+        for column, i in zip(columns, pictures):
+            column.append(overlay(shown.pictures[i], shown.maps[i, number], strongest))
     width, height = columns[0][0].size
-    sheet = Image.new("RGB", (len(columns) * (width + 4) - 4, 2 * height + 4), "white")
-    for x, (plain, heated) in enumerate(columns):
-        sheet.paste(plain, (x * (width + 4), 0))
-        sheet.paste(heated, (x * (width + 4), height + 4))
+    sheet = Image.new("RGB", (len(columns) * (width + 4) - 4, len(columns[0]) * (height + 4) - 4), "white")
+    for x, column in enumerate(columns):
+        for y, picture in enumerate(column):
+            sheet.paste(picture, (x * (width + 4), y * (height + 4)))
     return sheet
+
+
+def _size(picture: Image.Image) -> tuple[int, int]:
+    return _TILE, max(_TILE * picture.height // picture.width, 1)
 
 
 def write_report(
@@ -77,12 +82,12 @@ def write_report(
             "feature": feature,
             "density": float(survey.density[feature]),
             "mean_by_timestep": dict(zip(map(str, survey.timesteps), survey.means[:, feature].tolist())),
-            "top": [{"prompt": str(prompts[p]), "activation": value, "patch": place} for p, value, place in best],
+            "top": [{"prompt": str(prompts[p]), "activation": value, "token": place} for p, value, place in best],
         }
         if scores is not None:
             entry["score_by_timestep"] = dict(zip(map(str, survey.timesteps), scores[:, feature].tolist()))
         entries.append(entry)
-        told = f"active on {entry['density']:.2%} of the patches"
+        told = f"active on {entry['density']:.2%} of the tokens"
         if scores is not None:
             told += f", mean score {float(scores[:, feature].mean()):.4f}"
         picture = '<p class="dim">not active in any of these pictures</p>'

@@ -43,12 +43,12 @@ class DenoiserCall(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """Activations of the frames being made at one hookpoint."""
+    """Activations of the frames being made, or of the text, at one hookpoint."""
 
     values: torch.Tensor
-    """(B, n, d)"""
+    """(B, n, d); of a text, its padding too."""
     grids: tuple[Grid, ...]
-    """Rows and columns of each frame."""
+    """Rows and columns of each frame; none of a text."""
     call: DenoiserCall
 
 
@@ -156,11 +156,13 @@ class Site(NamedTuple):
     module: torch.nn.Module
     single_stream: bool
     """Whether it works on text and image as one sequence, text first."""
+    text: bool = False
+    """Whether it works on the text alone."""
 
     def tokens(
         self, output: Any, call: DenoiserCall, plane: Grid | None = None, *, beside_text: bool | None = None
     ) -> Tokens:
-        """Tokens of the frames being made in what the module returned.
+        """Tokens of the frames being made, or of the text, in what the module returned.
 
         Args:
             plane: grid of the token sequence inside a model that works on planes.
@@ -168,6 +170,10 @@ class Site(NamedTuple):
                 modules that know no text.
         """
         tensor = self._tensor(output)
+        if self.text:
+            if tensor.shape[0] != call.batch:
+                raise ValueError(f"{self.path} has {tensor.shape[0]} texts for a batch of {call.batch}")
+            return Tokens(tensor, (), call)
         if tensor.ndim == 4:
             return Tokens(tensor.flatten(2).transpose(1, 2), ((tensor.shape[2], tensor.shape[3]),), call)
         parts = [
@@ -178,9 +184,11 @@ class Site(NamedTuple):
         return Tokens(parts[0] if len(parts) == 1 else torch.cat(parts, dim=1), grids, call)
 
     def replaced(self, output: Any, call: DenoiserCall, values: torch.Tensor) -> Any:
-        """The output with other tokens (B, n, d) of the frames being made."""
+        """The output with other tokens (B, n, d) of the frames being made, or of the text."""
         tensor = self._tensor(output)
         values = values.to(tensor.dtype)
+        if self.text:
+            return self._rebuilt(output, values)
         if tensor.ndim == 4:
             return self._rebuilt(output, values.transpose(1, 2).reshape(tensor.shape))
         rows = self._rows(tensor, call, self._apart(output))

@@ -101,6 +101,7 @@ class ConceptUnlearner:
         *,
         percentile: float | None = None,
         top_n: int | None = None,
+        multiplier: float = -1.0,
         seed: int = 0,
         batch_size: int = 4,
         **call: Any,
@@ -109,7 +110,7 @@ class ConceptUnlearner:
 
         Args:
             prompts: some per concept; all of them should be told apart, so give every concept of a kind at once.
-            percentile, top_n: see `select_concept`.
+            percentile, top_n, multiplier: see `select_concept`.
             seed: of the first prompt of each concept.
             call: arguments of the pipeline, such as `num_inference_steps` and `guidance_scale`.
         """
@@ -122,6 +123,7 @@ class ConceptUnlearner:
                     name,
                     percentile=percentile,
                     top_n=top_n,
+                    multiplier=multiplier,
                     origin={"prompts": _told(prompts[name]), "seed": seed, "call": told},
                 )
                 for name in prompts
@@ -139,7 +141,7 @@ class ConceptUnlearner:
         concepts: Sequence[str] | Sequence[Sequence[str]],
         *,
         mode: Mode = "scale",
-        multiplier: float = -1.0,
+        multiplier: float | None = None,
         timesteps: tuple[float, float] = (0.0, 1000.0),
         halves: Halves = "both",
         hookpoints: Sequence[str] | None = None,
@@ -153,10 +155,11 @@ class ConceptUnlearner:
             mode: "scale": an activation a becomes a * multiplier * its mean for the concept (SAeUron); "remove": it
                 becomes 0; "replace": a patch where any of the features is seen becomes the mean of the pictures
                 without the concept (arXiv 2606.31699).
-            multiplier: of "scale".
+            multiplier: of "scale"; `None`: what was stored with each concept, -1 unless it was tuned.
             timesteps: range in which anything is changed.
             halves: guidance halves that are changed.
-            hookpoints: some of those that know the concepts; `None`: all.
+            hookpoints: some of those that know the concepts; `None`: of them those that read the text, or all where
+                none does. What the text no longer says, no block puts into the picture.
             paper_compat: the reconstruction error with SAeUron's sign, as in its published runs.
 
         Raises:
@@ -171,14 +174,14 @@ class ConceptUnlearner:
         for names in requests:
             check_concepts(names, self.concepts)
         wanted = {name for names in requests for name in names}
-        places = list(self.books) if hookpoints is None else list(hookpoints)
+        places = self._places(pipe, wanted) if hookpoints is None else list(hookpoints)
         interventions = {}
         for hookpoint in places:
             book = self.books.get(hookpoint)
             if book is None:
                 raise ValueError(f"no concept was selected at {hookpoint!r}; known are {', '.join(self.books)}")
             if not wanted & book.selections.keys():
-                continue
+                continue  # asked for by name, and knows none of them
             denoiser, sae = _denoiser(pipe, hookpoint), self.saes[hookpoint]
             check_width(pipe, hookpoint, sae)
             if not same_model(book.model, model_fingerprint(denoiser)):
@@ -194,6 +197,13 @@ class ConceptUnlearner:
         checks = _Finite(list(interventions.values()))
         with hooked(pipe, interventions, source=source, after_call=checks):
             yield
+
+    def _places(self, pipe: Any, concepts: set[str]) -> list[str]:
+        """Hookpoints that know any of the concepts; of those, the text's if there are any."""
+        known = [hookpoint for hookpoint, book in self.books.items() if concepts & book.selections.keys()]
+        text = [hookpoint for hookpoint in known if site(pipe, hookpoint).text]
+        told = {name for hookpoint in text for name in self.books[hookpoint].selections}
+        return text if concepts <= told else known
 
 
 @contextmanager
@@ -303,7 +313,7 @@ class Intervention:
         sae: SparseAutoencoder,
         requests: Sequence[Sequence[ConceptSelection]],
         mode: Mode,
-        multiplier: float,
+        multiplier: float | None,
         timesteps: tuple[float, float],
         halves: Halves,
         paper_compat: bool,
@@ -372,7 +382,8 @@ class Intervention:
             for number, selection in enumerate(selections, start=1):
                 step = selection.at(timestep)
                 fills[request, number] = step.replacement
-                wanted = torch.zeros_like(step.means) if self.mode == "remove" else step.means * self.multiplier
+                multiplier = selection.multiplier if self.multiplier is None else self.multiplier
+                wanted = torch.zeros_like(step.means) if self.mode == "remove" else step.means * multiplier
                 factors = torch.lerp(torch.ones_like(wanted), wanted, step.weights)
                 for feature, factor, threshold in zip(
                     step.features.tolist(), factors.tolist(), step.thresholds.tolist()

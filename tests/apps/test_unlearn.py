@@ -21,7 +21,7 @@ from imgdit.sae.config import SAEConfig
 from imgdit.sae.model import SparseAutoencoder
 from imgdit.sae.unlearning import ConceptUnlearner
 
-HOOKPOINT = "transformer.single_transformer_blocks.0"
+HOOKPOINTS = ("transformer.single_transformer_blocks.0", "transformer.context_embedder")
 STYLES, OBJECTS = ("photo", "neon"), ("cube", "cone")
 COUNTS = ["--targets", "neon,cube", "--seeds", "2", "--steps", "2", "--sentences", "2"]
 
@@ -38,8 +38,11 @@ def folders(tmp_path_factory):
     pipe.save_pretrained(folder / "pipeline")
     questions = [(name, list(choices)) for name, choices in QUESTIONS.items()]
     SceneProbe(questions, channels=(8, 8, 16, 16), size=32).save_pretrained(folder / "probe")
-    sae = SparseAutoencoder(SAEConfig(32, 64, k=8), generator=torch.Generator().manual_seed(0))
-    ConceptUnlearner({HOOKPOINT: sae}).save_pretrained(folder / "saes")
+    saes = {
+        hookpoint: SparseAutoencoder(SAEConfig(32, 64, k=8), generator=torch.Generator().manual_seed(seed))
+        for seed, hookpoint in enumerate(HOOKPOINTS)
+    }
+    ConceptUnlearner(saes).save_pretrained(folder / "saes")
     return ["--model", folder / "pipeline", "--probe", folder / "probe", "--saes", folder / "saes"]
 
 

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 from tiny import tiny_pipeline
-from tiny_unlearning import CALL, HOOKPOINT, pictures, tiny_material
+from tiny_unlearning import CALL, HOOKPOINT, TEXT, pictures, tiny_material
 
 from imgdit.evaluation.prompt_attack import attack_prompt
 from imgdit.evaluation.unlearning_methods.catalogue import METHODS
@@ -137,11 +137,20 @@ def test_mistakes(pipe, material):
     with pytest.raises(ValueError, match="every other label is unlearned too"):
         material.others("cube", ["sphere", "cone"])
     bare = dataclasses.replace(material, statistics={})
-    with pytest.raises(ValueError, match=f"no statistics at '{HOOKPOINT}'"):
+    with pytest.raises(ValueError, match=f"no statistics at '{TEXT}'"):
         prepared("scale", pipe, ["cube"], bare)
     with pytest.raises(ValueError, match="guidance_scale above 1"):
         unguided = dataclasses.replace(material, call={**CALL, "guidance_scale": 1.0})
         prepared("finetune", pipe, ["cube"], unguided)
+
+
+def test_settings_need_an_autoencoder_of_their_stream(pipe, material):
+    assert material.streams(pipe) == {"picture": [HOOKPOINT], "text": [TEXT]}
+    assert METHODS["scale"].usable(["picture", "text"]) == METHODS["scale"].grid
+    assert {settings["stream"] for settings in METHODS["scale"].usable(["text"])} == {"text"}
+    assert METHODS["negative"].usable([]) == METHODS["negative"].grid
+    with pytest.raises(ValueError, match="'SAeUron as published' needs an autoencoder of the picture; there are some"):
+        METHODS["saeuron"].usable(["text"])
 
 
 @pytest.mark.parametrize("name", METHODS)

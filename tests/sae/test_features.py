@@ -48,6 +48,22 @@ def codes(pipe, sae, prompt, seed):
     return torch.stack(found)
 
 
+def test_features_of_the_text(pipe, tmp_path):
+    """They have no place in the picture: the sheets show the pictures alone."""
+    config = SAEConfig(32, 64, k=4, hookpoint="transformer.context_embedder")
+    sae = SparseAutoencoder(config, generator=torch.Generator().manual_seed(0)).requires_grad_(False)
+    survey = survey_features(pipe, sae, PROMPTS, batch_size=2, **CALL)
+    feature = int(survey.strongest.amax(0).argmax())
+    shown = heat_maps(pipe, sae, PROMPTS, [feature], batch_size=2, output_type="pil", **CALL)
+    assert shown.maps is None and len(shown.pictures) == 3
+    write_report(tmp_path, survey, shown, PROMPTS)
+    best = survey.top_pictures(feature)
+    height = 128 * shown.pictures[0].height // shown.pictures[0].width
+    sheet = Image.open(tmp_path / f"feature-{feature:05d}.png")
+    assert sheet.size == (len(best) * 132 - 4, height)
+    assert json.loads((tmp_path / "features.json").read_text())["features"][0]["top"][0]["token"] == best[0][2]
+
+
 def test_survey_and_heat_maps_are_the_codes(pipe, sae):
     survey = survey_features(pipe, sae, PROMPTS, batch_size=2, **CALL)
     dense = torch.stack([codes(pipe, sae, prompt, 5 + i) for i, prompt in enumerate(PROMPTS)])  # (P, S, n, L)

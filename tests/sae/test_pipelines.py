@@ -130,7 +130,8 @@ def flux_guided():
     return pipe, {**inputs, **negative, "true_cfg_scale": 3.0}
 
 
-# pipeline, hookpoint, its grid, and which half of the batch is guided (first, second, or all of it)
+# pipeline, hookpoint, its grid (`None`: it reads the text), and which half of the batch is guided (first, second, or
+# all of it)
 PLACES = {
     "ours": (ours, "transformer.transformer_blocks.1", (4, 6), "second"),
     "ours, single block": (ours, "transformer.single_transformer_blocks.0", (4, 6), "second"),
@@ -150,6 +151,11 @@ PLACES = {
     "flux, attention": (flux, "transformer.transformer_blocks.1.attn", (4, 6), "all"),
     "flux, single attention": (flux, "transformer.single_transformer_blocks.1.attn", (4, 6), "all"),
     "flux, guided": (flux_guided, "transformer.transformer_blocks.1", (4, 6), "all"),
+    "ours, text": (ours, "transformer.context_embedder", None, "second"),
+    "ours, text of a block": (ours, "transformer.transformer_blocks.0.ff_context", None, "second"),
+    "pixart, text": (pixart, "transformer.caption_projection", None, "second"),
+    "sd3, text": (sd3, "transformer.context_embedder", None, "second"),
+    "flux, text": (flux, "transformer.context_embedder", None, "all"),
 }
 everywhere = pytest.mark.parametrize("place", PLACES)
 
@@ -212,15 +218,17 @@ def test_identity_change_removal(place):
 
 @everywhere
 def test_what_is_read(place):
-    """The image's tokens with their grid; the guided half; the hook sees exactly what the model goes on with."""
+    """The image's tokens with their grid, or the text's; the guided half; the hook sees exactly what the model
+    goes on with."""
     make, hookpoint, grid, half = PLACES[place]
     pipe, inputs = make()
     seen = []
     with hooked(pipe, {hookpoint: lambda tokens: seen.append(tokens)}):
         plain = run(pipe, inputs)
-    assert {tokens.grids for tokens in seen} == {(grid,)}
-    assert {tokens.values.shape[1:] for tokens in seen} == {(grid[0] * grid[1], WIDTH)}
+    assert {tokens.grids for tokens in seen} == {() if grid is None else (grid,)}
     for tokens in seen:
+        count = tokens.call.text_length if grid is None else grid[0] * grid[1]
+        assert count > 0 and tokens.values.shape[1:] == (count, WIDTH)
         batch = tokens.call.batch
         expected = {"all": slice(0, batch), "first": slice(0, batch // 2), "second": slice(batch // 2, batch)}[half]
         assert (tokens.call.conditional or tokens.call.unconditional) == expected
@@ -238,7 +246,7 @@ def test_delta_is_encode_edit_decode(place):
     make, hookpoint, _, _ = PLACES[place]
     pipe, inputs = make()
     sae = tiny_sae(hookpoint)
-    selected = selection("three", [3, 17, 40], [-2.0, 0.5, 3.0], threshold=0.05)
+    selected = selection("some", list(range(1, 64, 3)), [-2.0, 0.5, 3.0] * 7, threshold=0.05)
     change = Edit(selected.features, selected.means[0], selected.thresholds[0])
 
     intervention = Intervention(sae, [[selected]], "scale", 1.0, (0.0, 1000.0), "both", False)
@@ -476,8 +484,8 @@ def test_hookpoints():
     assert len(find_hookpoints(pipe, ["transformer.*_blocks.*.attn"])) == 4
     with pytest.raises(ValueError, match=r"nearest is 'transformer.transformer_blocks.1'"):
         find_hookpoints(pipe, ["transformer.transformer_block.1"])
-    with pytest.raises(ValueError, match="text stream"):
-        site(pipe, "transformer.transformer_blocks.0.ff_context")
+    assert site(pipe, "transformer.transformer_blocks.0.ff_context").text
+    assert not site(pipe, "transformer.transformer_blocks.0.ff").text
 
 
 # Bad input
@@ -487,6 +495,47 @@ def hooks_of(pipe):
     return [
         name for m in pipe.transformer.modules() for name in getattr(m, "_diffusers_hook", m).__dict__.get("hooks", {})
     ]
+
+
+def test_a_concept_has_its_own_strength(tmp_path):
+    pipe, inputs = ours()
+    hookpoint = "transformer.transformer_blocks.1"
+    tuned = dataclasses.replace(all_features(), multiplier=-0.25)
+    unlearner_of(pipe, hookpoint, [tuned]).save_pretrained(tmp_path)
+    unlearner = ConceptUnlearner.from_pretrained(tmp_path)
+    results = []
+    for options in ({}, {"multiplier": -0.25}, {"multiplier": -1.0}):
+        with unlearner.attach(pipe, ["everything"], **options):
+            results.append(run(pipe, inputs))
+    assert torch.equal(results[0], results[1]) and not torch.equal(results[0], results[2])
+    file = tmp_path / hookpoint / "concepts.json"
+    file.write_text(file.read_text().replace("-0.25", '"strong"'))
+    with pytest.raises(ValueError, match="everything: multiplier must be a number, got 'strong'"):
+        ConceptUnlearner.from_pretrained(tmp_path)
+
+
+def test_the_text_comes_first():
+    """Where a concept is known to an SAE of the text, the picture's are left alone, unless they are asked for."""
+    pipe, inputs = ours()
+    text, picture = "transformer.context_embedder", "transformer.transformer_blocks.1"
+    one, other = all_features("one"), all_features("other")
+    both = unlearner_of(pipe, text, [one])
+    beside = unlearner_of(pipe, picture, [one, other])
+    both.saes |= beside.saes
+    both.books |= beside.books
+
+    def result(unlearner, *arguments, **options):
+        with unlearner.attach(pipe, *arguments, **options):
+            return run(pipe, inputs)
+
+    only_text = result(unlearner_of(pipe, text, [one]), ["one"])
+    assert torch.equal(result(both, ["one"]), only_text)
+    assert torch.equal(result(both, ["one"], hookpoints=[picture]), result(beside, ["one"]))
+    # The text does not know the other one.
+    everywhere_ = result(both, ["one"], hookpoints=[text, picture])
+    assert torch.equal(result(both, ["one", "other"], hookpoints=[picture]), result(beside, ["one", "other"]))
+    assert not torch.equal(everywhere_, only_text)
+    assert not torch.equal(result(both, ["one", "other"]), only_text)
 
 
 def test_refusals_before_sampling():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 from .closed_form import edited_in_closed_form
@@ -23,6 +23,23 @@ class Method(NamedTuple):
     """Settings that tuning tries; the first are used without it. One setting serves all concepts."""
     needs_saes: bool = False
 
+    def usable(self, streams: Collection[str]) -> tuple[Mapping[str, Any], ...]:
+        """Settings of the grid for which there is an autoencoder.
+
+        Args:
+            streams: what autoencoders read, see `Material.streams`.
+        """
+        if not self.needs_saes:
+            return self.grid
+        found = tuple(settings for settings in self.grid if settings.get("stream", "picture") in streams)
+        if not found:
+            wanted = " or ".join(dict.fromkeys(settings.get("stream", "picture") for settings in self.grid))
+            raise ValueError(
+                f"the method {self.title!r} needs an autoencoder of the {wanted}; there are some of the "
+                f"{' and the '.join(streams)}"
+            )
+        return found
+
     @property
     def tuned(self) -> int:
         """Values that differ within the grid."""
@@ -40,10 +57,13 @@ _SAFE = (
 _RANDOM = 0
 
 
-def _features(**fixed: Any) -> tuple[dict[str, Any], ...]:
+def _features(*pairs: tuple[int, float], **fixed: Any) -> tuple[dict[str, Any], ...]:
     """SAeUron's own values to tune: how many features, and by how much their activation is turned round."""
-    pairs = [(4, -5.0), (4, -1.0), (2, -5.0), (8, -5.0), (4, -15.0), (8, -1.0)]
     return tuple({"top_n": top_n, "multiplier": multiplier, **fixed} for top_n, multiplier in pairs)
+
+
+_PICTURE = ((4, -5.0), (4, -1.0), (2, -5.0), (8, -5.0), (4, -15.0), (8, -1.0))
+_TEXT = ((4, -0.2), (4, -0.1), (4, -0.5), (4, -1.0), (2, -0.2))
 
 
 METHODS: dict[str, Method] = {
@@ -61,17 +81,29 @@ METHODS: dict[str, Method] = {
     "direction": Method(
         "difference of means",
         without_direction,
-        tuple({"strength": strength} for strength in (1.0, 0.5, 2.0, 4.0)),
+        (
+            *({"strength": strength, "stream": "text"} for strength in (1.0, 1.5, 2.0)),
+            *({"strength": strength, "stream": "picture"} for strength in (1.0, 0.5, 2.0, 4.0)),
+        ),
         needs_saes=True,
     ),
-    "saeuron": Method("SAeUron as published", without_features, _features(paper_compat=True), needs_saes=True),
-    "scale": Method("ours, scale", without_features, _features(), needs_saes=True),
+    "saeuron": Method(
+        "SAeUron as published", without_features, _features(*_PICTURE, paper_compat=True), needs_saes=True
+    ),
+    "scale": Method(
+        "ours, scale",
+        without_features,
+        (*_features(*_TEXT, stream="text"), *_features(*_PICTURE, stream="picture")),
+        needs_saes=True,
+    ),
     "replace": Method(
         "ours, replace",
         without_features,
-        tuple({"mode": "replace", "top_n": top_n} for top_n in (4, 1, 2, 8)),
+        tuple({"mode": "replace", "top_n": top_n, "stream": s} for s in ("text", "picture") for top_n in (2, 1, 4)),
         needs_saes=True,
     ),
-    "random": Method("random features", without_features, _features(random_seed=_RANDOM)[:1], needs_saes=True),
+    "random": Method(
+        "random features", without_features, _features(_TEXT[0], random_seed=_RANDOM, stream="text"), needs_saes=True
+    ),
 }
 """In the order of the table."""

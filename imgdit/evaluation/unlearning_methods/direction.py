@@ -14,17 +14,21 @@ import torch.nn.functional as F
 
 from ...sae.hooks import hooked
 from ...sae.streams import Tokens
-from .material import Material, Unlearned
+from .material import Material, Stream, Unlearned
 
 
-def without_direction(pipe: Any, concepts: Sequence[str], material: Material, *, strength: float = 1.0) -> Unlearned:
+def without_direction(
+    pipe: Any, concepts: Sequence[str], material: Material, *, strength: float = 1.0, stream: Stream = "picture"
+) -> Unlearned:
     """At the SAEs' hookpoints, each token loses what it has along (mean with the concept − mean without it).
 
     Args:
+        stream: whose tokens.
         strength: 1 puts a token at the mean of the pictures without the concept along the direction; 2 as far beyond.
     """
     places = {
-        hookpoint: [_Direction.of(material, concept, hookpoint) for concept in concepts] for hookpoint in material.saes
+        hookpoint: [_Direction.of(material, concept, hookpoint) for concept in concepts]
+        for hookpoint in material.streams(pipe).get(stream, ())
     }
     source = {hookpoint: sae.config.source for hookpoint, sae in material.saes.items()}
 

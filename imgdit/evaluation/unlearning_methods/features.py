@@ -12,7 +12,7 @@ import torch
 from ...sae.concepts import ConceptBook, ConceptSelection, ConceptStatistics, model_fingerprint, select_concept
 from ...sae.unlearning import ConceptUnlearner, Mode
 from .denoiser import denoiser
-from .material import Material, Unlearned
+from .material import Material, Stream, Unlearned
 from .weights import size_of
 
 
@@ -21,6 +21,7 @@ def without_features(
     concepts: Sequence[str],
     material: Material,
     *,
+    stream: Stream = "picture",
     mode: Mode = "scale",
     top_n: int = 4,
     multiplier: float = -1.0,
@@ -31,6 +32,7 @@ def without_features(
     """The features that score highest for the concepts are scaled, removed, or their patches replaced.
 
     Args:
+        stream: whose tokens.
         mode, multiplier, paper_compat: see `ConceptUnlearner.attach`.
         top_n: features for each concept and timestep.
         until: timestep below which nothing is changed.
@@ -38,7 +40,7 @@ def without_features(
     """
     books: dict[str, ConceptBook] = {}
     model = model_fingerprint(denoiser(pipe))
-    for hookpoint, sae in material.saes.items():
+    for hookpoint in material.streams(pipe).get(stream, ()):
         selections = {}
         for concept in concepts:
             statistics = material.recorded(concept, hookpoint)
@@ -46,7 +48,7 @@ def without_features(
             if random_seed is not None:
                 selection = _by_lot(selection, statistics, random_seed)
             selections[concept] = selection
-        books[hookpoint] = ConceptBook(sae.fingerprint(), model, selections)
+        books[hookpoint] = ConceptBook(material.saes[hookpoint].fingerprint(), model, selections)
     unlearner = ConceptUnlearner(material.saes, books)
 
     @contextmanager
@@ -57,13 +59,16 @@ def without_features(
             mode=mode,
             multiplier=multiplier,
             timesteps=(until, 1000.0),
+            hookpoints=list(books),
             paper_compat=paper_compat,
         ):
             yield {}
 
     stored = [s for book in books.values() for s in book.selections.values()]
     size = sum(size_of({"means": s.means, "thresholds": s.thresholds, "replacement": s.replacement}) for s in stored)
-    return Unlearned(attach, size + sum(size_of(sae.state_dict()) for sae in material.saes.values()) if stored else 0)
+    return Unlearned(
+        attach, size + sum(size_of(material.saes[place].state_dict()) for place in books) if stored else 0
+    )
 
 
 def _by_lot(selection: ConceptSelection, statistics: ConceptStatistics, seed: int) -> ConceptSelection:

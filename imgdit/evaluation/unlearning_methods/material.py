@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from ...naming import nearest
 from ...sae.concepts import ConceptStatistics
+from ...sae.hooks import site
 from ...sae.model import SparseAutoencoder
 from ...sae.statistics import collect_statistics
+
+Stream = Literal["text", "picture"]
+"""What hookpoints read."""
 
 Statistics = dict[str, dict[str, ConceptStatistics]]
 """By kind of label and hookpoint."""
@@ -64,6 +68,13 @@ class Material:
         found = [other for other in labels[place + 1 :] + labels[:place] if other not in taken]
         if not found:
             raise ValueError(f"nothing is left to put in the place of {label!r}: every other label is unlearned too")
+        return found
+
+    def streams(self, pipe: Any) -> dict[Stream, list[str]]:
+        """Hookpoints by what they read."""
+        found: dict[Stream, list[str]] = {}
+        for place in self.saes:
+            found.setdefault("text" if site(pipe, place).text else "picture", []).append(place)
         return found
 
     def recorded(self, label: str, hookpoint: str) -> ConceptStatistics:
