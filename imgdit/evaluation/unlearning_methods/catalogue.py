@@ -63,7 +63,7 @@ def _features(*pairs: tuple[int, float], **fixed: Any) -> tuple[dict[str, Any], 
 
 
 _PICTURE = ((4, -5.0), (4, -1.0), (2, -5.0), (8, -5.0), (4, -15.0), (8, -1.0))
-_TEXT = ((4, -0.2), (4, -0.1), (4, -0.5), (4, -1.0), (2, -0.2))
+_TEXT = ((4, -0.2), (4, -0.1), (4, -0.5), (4, -1.0))
 
 
 METHODS: dict[str, Method] = {
@@ -83,7 +83,7 @@ METHODS: dict[str, Method] = {
         without_direction,
         (
             *({"strength": strength, "stream": "text"} for strength in (1.0, 1.5, 2.0)),
-            *({"strength": strength, "stream": "picture"} for strength in (1.0, 0.5, 2.0, 4.0)),
+            *({"strength": strength, "stream": "picture"} for strength in (1.0, 2.0, 4.0)),
         ),
         needs_saes=True,
     ),
@@ -93,13 +93,13 @@ METHODS: dict[str, Method] = {
     "scale": Method(
         "ours, scale",
         without_features,
-        (*_features(*_TEXT, stream="text"), *_features(*_PICTURE, stream="picture")),
+        (*_features(*_TEXT, stream="text"), *_features(*_PICTURE[:2], stream="picture")),
         needs_saes=True,
     ),
     "replace": Method(
         "ours, replace",
         without_features,
-        tuple({"mode": "replace", "top_n": top_n, "stream": s} for s in ("text", "picture") for top_n in (2, 1, 4)),
+        tuple({"mode": "replace", "top_n": top_n, "stream": s} for s in ("text", "picture") for top_n in (2, 4)),
         needs_saes=True,
     ),
     "random": Method(
