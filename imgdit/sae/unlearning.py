@@ -158,8 +158,8 @@ class ConceptUnlearner:
             multiplier: of "scale"; `None`: what was stored with each concept, -1 unless it was tuned.
             timesteps: range in which anything is changed.
             halves: guidance halves that are changed.
-            hookpoints: some of those that know the concepts; `None`: of them those that read the text, or all where
-                none does. What the text no longer says, no block puts into the picture.
+            hookpoints: some of those that know the concepts; `None`: those that read the text, if they know all of
+                them, otherwise all. What the text no longer says, no block puts into the picture.
             paper_compat: the reconstruction error with SAeUron's sign, as in its published runs.
 
         Raises:
@@ -199,7 +199,7 @@ class ConceptUnlearner:
             yield
 
     def _places(self, pipe: Any, concepts: set[str]) -> list[str]:
-        """Hookpoints that know any of the concepts; of those, the text's if there are any."""
+        """Hookpoints that know any of the concepts; only the text's, if they know all of them."""
         known = [hookpoint for hookpoint, book in self.books.items() if concepts & book.selections.keys()]
         text = [hookpoint for hookpoint in known if site(pipe, hookpoint).text]
         told = {name for hookpoint in text for name in self.books[hookpoint].selections}
