@@ -51,8 +51,12 @@ def _open(browser, address, width=1280, height=900):
     opened.asked = []
     opened.on("request", lambda request: opened.asked.append(request.url))
     opened.goto(address)
-    opened.get_by_role("button", name="Create", exact=True).wait_for()
+    _drawn(opened)
     return opened
+
+
+def _drawn(page):
+    page.get_by_role("button", name="Create", exact=True).wait_for()
 
 
 def _go(page, tab):
@@ -121,6 +125,7 @@ def test_what_is_too_large_or_no_picture_is_refused_with_a_sentence(page, tmp_pa
     upload.set_input_files(large)
     page.get_by_text(re.compile("maximum|size|large", re.I)).first.wait_for(timeout=PATIENCE)
     page.reload()
+    _drawn(page)
     _go(page, "Any-to-any")
     _shown(page).locator("input[type=file]").first.set_input_files(wrong)
     page.wait_for_timeout(1500)
