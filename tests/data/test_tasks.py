@@ -4,6 +4,7 @@ from random import Random
 import pytest
 import torch
 from PIL import Image
+from torch.nn.functional import avg_pool2d
 
 from imgdit.data.geometry import FAR, project
 from imgdit.data.pictures import ScenePictures
@@ -19,9 +20,11 @@ from imgdit.data.tasks import (
     from_scene,
     picture_to_depth,
     picture_to_segmentation,
+    segmentation_to_picture,
     to_image,
     to_tensor,
 )
+from imgdit.evaluation.metrics import mean_iou
 
 SIZE = 48
 SCENE = Scene.sample(5, objects=2)
@@ -69,14 +72,34 @@ def test_depth_pictures_go_back(rendering):
 
 def test_segmentation_goes_back(rendering):
     example = from_scene("segmentation", SCENE, Random(0), rendering)
-    assert torch.equal(picture_to_segmentation(example.condition), example.details["classes"])
+    back = picture_to_segmentation(example.condition)
+    assert mean_iou(back[None], example.details["classes"][None]) > 0.99
+    assert back.shape == (SIZE, SIZE) and torch.equal(
+        picture_to_segmentation(torch.stack([example.condition, 1 - example.condition]))[0], back
+    )
     for number, thing in enumerate(SCENE.objects, start=1):
         classes = example.details["classes"][rendering.indices[0] == number]
         assert (classes == OBJECTS.index(thing.kind) + 1).all()
     noise = 0.4 * torch.rand(3, SIZE, SIZE, generator=torch.Generator().manual_seed(0)) - 0.2
-    assert torch.equal(picture_to_segmentation(example.condition + noise), example.details["classes"])
+    assert torch.equal(picture_to_segmentation(example.condition + noise), back)
     apart = torch.cdist(torch.tensor(PALETTE), torch.tensor(PALETTE)) + 9 * torch.eye(len(PALETTE))
     assert len(PALETTE) == len(OBJECTS) + 1 and apart.min() > 0.8
+
+
+@pytest.mark.parametrize("blur", [3, 5])
+def test_a_blurred_border_is_no_third_object(blur):
+    """Half-way from the ground's black to white lies the palette's grey."""
+    classes = torch.zeros(1, 32, 32, dtype=torch.long)
+    classes[:, 8:24, 8:24] = PALETTE.index((1.0, 1.0, 1.0))
+    picture = avg_pool2d(segmentation_to_picture(classes), blur, 1, blur // 2, count_include_pad=False)
+    back = picture_to_segmentation(picture)
+    assert back.unique().tolist() == [0, PALETTE.index((1.0, 1.0, 1.0))]
+    assert mean_iou(back, classes) > 0.9
+
+
+def test_a_segmentation_of_nothing_but_specks_is_read_by_its_colours():
+    classes = (torch.arange(8)[:, None] + torch.arange(8)) % 2
+    assert torch.equal(picture_to_segmentation(segmentation_to_picture(classes)), classes)
 
 
 def test_boxes_are_drawn_where_the_objects_are(rendering):
