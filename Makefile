@@ -40,8 +40,8 @@ types: $(STAMP) ## mypy over the package in its installed layout
 	cd "$$tree" && "$(CURDIR)/$(BIN)/mypy" --config-file "$(CURDIR)/pyproject.toml" \
 		--cache-dir "$(CURDIR)/.mypy_cache" -p imgdit
 
-stress: $(STAMP) ## the tests marked slow
-	$(PYTEST) -m slow
+stress: $(STAMP) ## the tests marked slow: faults, load, wrong files, two processes; within an hour
+	$(PYTEST) -m slow --load-seconds 180
 
 # make fuzz SHARE=10 SEED=7
 fuzz: $(STAMP) ## read mutated files with every loader; other ones with another SEED

@@ -285,7 +285,9 @@ class OneDiffusionPipeline(ImgDiTPipeline):
                 if guided:
                     negative, positive = velocity.chunk(2)
                     velocity = negative + guidance_scale * (positive - negative)
-                (moved,) = self.scheduler.step(velocity, t, state["latents"][:, made], return_dict=False)
+                (moved,) = self.scheduler.step(
+                    velocity, t, state["latents"][:, made], generator=generator, return_dict=False
+                )
                 state["latents"] = state["latents"].clone()
                 state["latents"][:, made] = moved
 

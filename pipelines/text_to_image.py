@@ -455,7 +455,9 @@ class ImgDiTPipeline(compat.DiffusionPipeline, LoraLoaderMixin):
                 if guided:
                     negative, positive = velocity.chunk(2)
                     velocity = negative + guidance_scale * (positive - negative)
-                (state["latents"],) = self.scheduler.step(velocity, t, state["latents"], return_dict=False)
+                (state["latents"],) = self.scheduler.step(
+                    velocity, t, state["latents"], generator=generator, return_dict=False
+                )
 
                 if callback_on_step_end is not None:
                     asked = {name: state[name] for name in callback_on_step_end_tensor_inputs}

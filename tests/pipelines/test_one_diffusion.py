@@ -116,7 +116,10 @@ def test_scenes_do_not_depend_on_their_batch(pipe):
         assert near(both.images[i : i + 1], alone.images)
 
 
-def test_a_seed_tells_the_picture(pipe):
+@pytest.mark.parametrize("stochastic", [False, True])
+def test_a_seed_tells_the_picture(pipe, stochastic):
+    pipe = OneDiffusionPipeline(**pipe.components)
+    pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, stochastic_sampling=stochastic)
     first, again, other = (run(pipe, task="depth", images=picture(), seed=seed).images for seed in (0, 0, 1))
     assert np.array_equal(first, again) and not np.array_equal(first, other)
 

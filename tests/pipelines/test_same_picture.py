@@ -38,6 +38,8 @@ class Case:
     """Height and width in pixels."""
     conditions: tuple[str, ...]
     """Adapters: "joint" ones see the picture, "own" ones only themselves."""
+    stochastic: bool = False
+    """Whether every step draws new noise."""
 
 
 SENTENCES = st.lists(st.sampled_from(WORDS), min_size=0, max_size=6).map(" ".join)
@@ -50,6 +52,7 @@ CASES = st.builds(
     guidance=st.sampled_from([1.0, 3.0]),
     size=st.sampled_from([(16, 16), (16, 24), (8, 16)]),
     conditions=st.lists(st.sampled_from(["joint", "own"]), max_size=2).map(tuple),
+    stochastic=st.booleans(),
 )
 
 
@@ -85,14 +88,15 @@ def seeds(case: Case) -> list[torch.Generator]:
 
 def latents(case: Case, pipe: ImgDiTPipeline | None = None, **options) -> torch.Tensor:
     """All of a case's pictures as latents, (B, C, h, w)."""
-    height, width = case.size
+    pipe, (height, width) = pipe or kept(case.model), case.size
+    pipe.scheduler.register_to_config(stochastic_sampling=case.stochastic)
     call = {
         "conditions": [Condition(picture(i), name) for i, name in enumerate(case.conditions)],
         "condition_generator": torch.Generator().manual_seed(case.seed),
         "generator": seeds(case),
         "output_type": "latent",
     }
-    return (pipe or kept(case.model))(
+    return pipe(
         list(case.prompts), height=height, width=width, num_inference_steps=case.steps, guidance_scale=case.guidance,
         **call | options,
     ).images  # fmt: skip
