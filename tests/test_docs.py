@@ -221,7 +221,8 @@ def test_the_pictures_are_made_by_one_command(trained, tmp_path, monkeypatch):
     shutil.copytree(SCENES, model, symlinks=True, ignore=shutil.ignore_patterns("adapters", "sae"))
     (model / "adapters").mkdir()
     shutil.copy(trained / "depth.safetensors", model / "adapters")
-    shutil.copytree(trained / "saes", model / "sae")
+    for run in ("sae", "sae_text"):
+        shutil.copytree(trained / run / "saes", model / "sae", dirs_exist_ok=True)
     monkeypatch.setattr(scene_bench, "seconds", lambda *_: {})  # starts processes
     done = CliRunner().invoke(
         app, ["docs", "pictures", str(tmp_path / "docs"), "--model", str(model), "--count", "2", "--steps", "1"]

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import time
 
 import pytest
 from PIL import Image
@@ -22,9 +23,13 @@ PATIENCE = 60_000
 
 
 @pytest.fixture(scope="module")
-def address(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("browser")
-    page, address, holder = app.serve(Studio(small_pipeline(folder)), results=folder / "mup")
+def studio(tmp_path_factory):
+    return Studio(small_pipeline(tmp_path_factory.mktemp("browser")))
+
+
+@pytest.fixture(scope="module")
+def address(studio, tmp_path_factory):
+    page, address, holder = app.serve(studio, results=tmp_path_factory.mktemp("results") / "mup")
     yield address
     page.close(verbose=False)
     holder.close()
@@ -106,7 +111,8 @@ def test_a_check_is_drawn(page):
     _shown(page).locator("img").first.wait_for(timeout=PATIENCE)
 
 
-def test_stop_ends_a_picture(page):
+def test_stop_ends_a_picture(page, studio):
+    slow = studio.pipe.transformer.register_forward_pre_hook(lambda *_: time.sleep(0.2))
     page.get_by_text("Sampling", exact=True).first.click()
     page.get_by_label("number input for Steps").first.fill("50")
     page.get_by_label("number input for Steps").first.press("Tab")
@@ -114,6 +120,7 @@ def test_stop_ends_a_picture(page):
     _says(page, "step ")
     page.get_by_role("button", name="Stop", exact=True).first.click()
     _says(page, "Stopped.")
+    slow.remove()
 
 
 def test_what_is_too_large_or_no_picture_is_refused_with_a_sentence(page, tmp_path):
