@@ -68,13 +68,14 @@ class Holder:
         """Delete what was written."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def stop(self, request: gr.Request) -> str:
-        """End what a person's window has running or waiting."""
+    def stop(self, request: gr.Request) -> Any:
+        """End what a person's window has running or waiting. That says itself when it has ended: a word from here
+        could reach the page later and stay."""
         with self._asking:
             events = self._asked.get(str(request.session_hash), [])
             for event in events:
                 event.set()
-        return "Stopping after this step." if events else "Nothing of yours is running."
+        return gr.skip() if events else "Nothing of yours is running."
 
     @contextmanager
     def busy(self, request: gr.Request | None) -> Iterator[None]:
