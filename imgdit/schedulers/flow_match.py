@@ -80,7 +80,7 @@ class MultiFrameFlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
         s_tmin: float = 0.0,
         s_tmax: float = math.inf,
         s_noise: float = 1.0,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
         per_token_timesteps: torch.Tensor | None = None,
         return_dict: bool = True,
         *,
@@ -92,11 +92,12 @@ class MultiFrameFlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
         Args:
             model_output: velocity, (B, n, C) with a layout.
             sample: (B, N, C) with a layout: all its frames, of which the held ones come back bitwise as they are.
+            generator: one, or one for each sample, of the noise that `stochastic_sampling` draws.
             layout: the frames; `None`: everything moves, any shape.
             frame_timesteps: (B, F) in [0, 1000], where the frames stand at their own noise levels: each moves to the
                 next lower level of the schedule, one at 0 stays.
         """
-        options = (s_churn, s_tmin, s_tmax, s_noise, generator)
+        options: tuple = (s_churn, s_tmin, s_tmax, s_noise, generator)
         if layout is None:
             if frame_timesteps is not None:
                 raise ValueError("frame_timesteps needs the layout that says which tokens belong to which frame")
