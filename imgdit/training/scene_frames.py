@@ -44,7 +44,8 @@ from .trained import load_trained
 PATCH = 2
 """Latent cells per side of a token, as in FLUX."""
 SHARES = {"pictures": 0.45, "pairs": 0.2, "views": 0.3, "cameras": 0.05}
-"""Of the batches of the embedded model. Sentences are learned in every kind of batch, and soonest."""
+"""Of the batches from step 20,000 of the embedded model on; the log has those before. Sentences are learned in every
+kind of batch, and soonest."""
 FRAMES = {"pictures": 1, "pairs": 2, "views": 4, "cameras": 4}
 HELD = {"views": (1,), "cameras": (0, 1, 2)}
 """Frames that are never made. The first camera's rays say nothing new."""

@@ -111,8 +111,16 @@ def test_a_check_is_drawn(page):
     _shown(page).locator("img").first.wait_for(timeout=PATIENCE)
 
 
-def test_stop_ends_a_picture(page, studio):
-    slow = studio.pipe.transformer.register_forward_pre_hook(lambda *_: time.sleep(0.2))
+@pytest.fixture
+def slow(studio):
+    """A model that nobody is too late to stop."""
+    hook = studio.pipe.transformer.register_forward_pre_hook(lambda *_: time.sleep(0.2))
+    yield
+    hook.remove()
+
+
+@pytest.mark.usefixtures("slow")
+def test_stop_ends_a_picture(page):
     page.get_by_text("Sampling", exact=True).first.click()
     page.get_by_label("number input for Steps").first.fill("50")
     page.get_by_label("number input for Steps").first.press("Tab")
@@ -120,7 +128,6 @@ def test_stop_ends_a_picture(page, studio):
     _says(page, "step ")
     page.get_by_role("button", name="Stop", exact=True).first.click()
     _says(page, "Stopped.")
-    slow.remove()
 
 
 def test_what_is_too_large_or_no_picture_is_refused_with_a_sentence(page, tmp_path):
