@@ -24,7 +24,7 @@ from .scene_frames import PATCH, CachedScenes, Sample, scene_components
 TASKS = (*MAPS, *OTHERS, "subject", "style_reference")
 """What a condition may be, by the names of `data.tasks`."""
 
-NAMELESS = 0.5
+NAMELESS = 0.75
 """Share of the sentences about a given subject that do not say what it is."""
 
 
