@@ -13,6 +13,7 @@ import PIL.Image
 import torch
 import torch.nn.functional as F
 
+from ..data.tasks import areas_of_colours
 from ..tasks import hex_colour
 
 # Height and width of OneDiffusion's pictures of about 512 x 512 pixels, from wide to tall.
@@ -86,7 +87,7 @@ def depth_of_pictures(pictures: torch.Tensor) -> np.ndarray:
 
 
 def labels_of_pictures(pictures: torch.Tensor, legend: Mapping[str, str]) -> np.ndarray:
-    """Number of the object (P, H, W) int64 whose colour is nearest: 0 black, which is nothing, 1 the legend's first.
+    """Number of the object (P, H, W) int64 whose colour an area has: 0 black, which is nothing, 1 the legend's first.
 
     Args:
         pictures: (P, 3, H, W) in [0, 1].
@@ -94,5 +95,4 @@ def labels_of_pictures(pictures: torch.Tensor, legend: Mapping[str, str]) -> np.
     """
     codes = ["#000000", *(hex_colour(colour) for colour in legend.values())]
     colours = pictures.new_tensor([[int(code[i : i + 2], 16) / 255 for i in (1, 3, 5)] for code in codes])
-    distances = (pictures[:, None] - colours[None, :, :, None, None]).square().sum(2)  # (P, K, H, W)
-    return distances.argmin(1).cpu().numpy()
+    return areas_of_colours(pictures, colours).cpu().numpy()

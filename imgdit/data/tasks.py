@@ -250,23 +250,26 @@ def segmentation_to_picture(classes: torch.Tensor) -> torch.Tensor:
 
 
 def picture_to_segmentation(picture: torch.Tensor) -> torch.Tensor:
-    """Colours (…, 3, H, W) to classes (…, H, W): the nearest colour of `PALETTE`, where an area has it.
+    """Colours (…, 3, H, W) to classes (…, H, W), see `areas_of_colours` and `PALETTE`."""
+    return areas_of_colours(picture, torch.tensor(PALETTE, device=picture.device))
+
+
+def areas_of_colours(picture: torch.Tensor, palette: torch.Tensor) -> torch.Tensor:
+    """Pictures (…, 3, H, W) to numbers (…, H, W) of the nearest colours of a palette (P, 3), where areas have them.
 
     An autoencoder blurs the border of two areas, and half-way between two colours of the palette may lie a third. So
-    only a pixel whose neighbours are all of its class is sure; the class spreads from there to those that are not.
+    only a pixel whose neighbours are all of its colour is sure; the number spreads from there to those that are not.
+    A picture without a sure pixel is read pixel by pixel.
     """
-    palette = torch.tensor(PALETTE, device=picture.device)
     apart = (picture.movedim(-3, -1)[..., None, :].float() - palette).square().sum(-1)  # (…, H, W, P)
     nearest = F.one_hot(apart.argmin(-1), len(palette)).movedim(-1, -3).float()
     layers = nearest.reshape(-1, *nearest.shape[-3:])  # (N, P, H, W)
     sure = -F.max_pool2d(-layers, 3, stride=1, padding=1)
-    for _ in range(max(layers.shape[-2:])):
-        known = sure.amax(1, keepdim=True) > 0
-        if known.all():
-            break
-        sure = torch.where(known, sure, F.avg_pool2d(sure, 3, stride=1, padding=1))
-    found = torch.where(sure.amax(1, keepdim=True) > 0, sure, layers)
-    return found.reshape(nearest.shape).argmax(-3)
+    sure = torch.where(sure.flatten(1).any(1)[:, None, None, None], sure, layers)
+    while not (known := sure.amax(1, keepdim=True) > 0).all():
+        votes = F.avg_pool2d(sure, 3, stride=1, padding=1)
+        sure = torch.where(known, sure, votes / votes.sum(1, keepdim=True).clamp_min(1e-6))
+    return sure.reshape(nearest.shape).argmax(-3)
 
 
 def _classes(scene: Scene) -> list[int]:

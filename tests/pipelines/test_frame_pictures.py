@@ -54,6 +54,24 @@ def test_labels_are_the_nearest_colours():
     assert labels_of_pictures(picture, {"cat": "cyan", "sofa": "#FFA500"}).tolist() == [[[0, 1], [2, 0]]]
 
 
+def test_a_blurred_border_is_no_object():
+    legend = {"cat": "#FFFFFF", "sofa": "#808080"}
+    picture = torch.zeros(2, 3, 8, 400)
+    picture[0, ..., 6:] = 1.0
+    picture[0, ..., 4:6] = torch.tensor([0.4, 0.6])  # two shades of grey, as wide as a border
+    picture[1, ..., ::2] = torch.rand(3, 8, 200)  # nothing but speckles: pixel by pixel
+    labels = labels_of_pictures(picture, legend)
+    assert (labels[0, :, 6:] == 1).all() and (labels[0, :, :4] == 0).all() and (labels[0] < 2).all()
+    assert np.array_equal(labels[1:], labels_of_pictures(picture[1:], legend))
+
+
+def test_a_colour_spreads_over_any_distance():
+    picture = torch.zeros(1, 3, 8, 400)
+    picture[..., :8] = 1.0
+    picture[..., 8::2] = 1.0  # stripes of one pixel are not sure
+    assert (labels_of_pictures(picture, {"cat": "#FFFFFF"}) == 1).all()
+
+
 @pytest.mark.parametrize("picture", [np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3)), np.zeros((3, 4, 4), np.uint8)])
 def test_what_is_no_picture_is_refused(picture):
     with pytest.raises(ValueError, match=r"\(height, width, 3\) of bytes"):
