@@ -13,7 +13,7 @@ import torch
 
 from ..data.captions import caption
 from ..data.scenes import Scene
-from ..data.tasks import from_scene, scene_classes
+from ..data.tasks import Example, from_scene, scene_classes
 from ..models.scene_probe import SceneProbe
 from .metrics import abs_rel, edge_f1, fitted
 from .scenes import Held, Score, Seen, expected, held_out, mean_score, read, share_score
@@ -50,8 +50,9 @@ def control_scores(maker: ControlMaker, probe: SceneProbe, count: int, keep: Kee
         name: _conditions(task, held)
         for name, task in (("depth", "depth"), ("canny", "canny"), ("inpainting", "mask"))
     }
+    shown = torch.stack([~_example("mask", held, i).details["mask"] for i in range(count)])  # around the hole
     plain = read(probe, maker.controlled(held.prompts, {}, seed=0))
-    base = _obeyed(plain, truth.depth, classes)
+    base = _obeyed(plain, truth.depth, classes, shown)
     right = _text_right(plain, held.scenes)
     scores = [
         mean_score("no condition", "AbsRel of depth", base["AbsRel"]),
@@ -65,7 +66,7 @@ def control_scores(maker: ControlMaker, probe: SceneProbe, count: int, keep: Kee
         task = " + ".join(names)
         keep(task, (held.prompts, torch.stack([*conditions.values(), made], 1), []))
         seen = read(probe, made)
-        got = _obeyed(seen, truth.depth, classes)
+        got = _obeyed(seen, truth.depth, classes, shown)
         better = {
             "AbsRel": mean_score(
                 task, "AbsRel of depth over that without", got["AbsRel"] / base["AbsRel"].mean(), at_most=0.5
@@ -74,8 +75,20 @@ def control_scores(maker: ControlMaker, probe: SceneProbe, count: int, keep: Kee
                 task, "AbsRel of depth after fitting over that without", got["fitted"] / base["fitted"].mean()
             ),
             "F1": mean_score(task, "F1 of outlines over that without", got["F1"] / base["F1"].mean(), at_least=2.0),
+            "AbsRel around": mean_score(
+                task,
+                "AbsRel of depth around the hole over that without",
+                got["AbsRel around"] / base["AbsRel around"].mean(),
+            ),
+            "F1 around": mean_score(
+                task, "F1 of outlines around the hole over that without", got["F1 around"] / base["F1 around"].mean()
+            ),
         }
-        wanted = {"depth": ("AbsRel", "fitted"), "canny": ("F1",), "inpainting": ("AbsRel", "fitted", "F1")}
+        wanted = {
+            "depth": ("AbsRel", "fitted"),
+            "canny": ("F1",),
+            "inpainting": ("AbsRel", "fitted", "F1", "AbsRel around", "F1 around"),
+        }
         scores += [better[metric] for metric in dict.fromkeys(m for name in names for m in wanted[name])]
         now = _text_right(seen, held.scenes)
         change = torch.tensor([float(a) - float(b) for a, b in zip(now, right)])
@@ -104,16 +117,23 @@ def subject_scores(maker: ControlMaker, probe: SceneProbe, count: int, keep: Kee
 
 
 def _conditions(task: str, held: Held) -> torch.Tensor:
-    return torch.stack(
-        [from_scene(task, scene, Random(i), held.rendering.one(i)).condition for i, scene in enumerate(held.scenes)]
-    )
+    return torch.stack([_example(task, held, i).condition for i in range(len(held.scenes))])
 
 
-def _obeyed(seen: Seen, depth: torch.Tensor, classes: torch.Tensor) -> dict[str, torch.Tensor]:
+def _example(task: str, held: Held, index: int) -> Example:
+    return from_scene(task, held.scenes[index], Random(index), held.rendering.one(index))
+
+
+def _obeyed(seen: Seen, depth: torch.Tensor, classes: torch.Tensor, shown: torch.Tensor) -> dict[str, torch.Tensor]:
+    """How near pictures are to the truth; "around" counts only what a mask (N, 1, H, W) shows."""
+    apart = (seen.depth - depth).abs() / depth
+    made, real = outlines(seen.classes), outlines(classes)
     return {
         "AbsRel": abs_rel(seen.depth, depth),
         "fitted": abs_rel(fitted(seen.depth, depth), depth),
-        "F1": edge_f1(outlines(seen.classes), outlines(classes)),
+        "F1": edge_f1(made, real),
+        "AbsRel around": (apart * shown).flatten(1).sum(1) / shown.flatten(1).sum(1),
+        "F1 around": edge_f1(made & shown, real & shown),
     }
 
 

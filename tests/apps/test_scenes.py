@@ -168,6 +168,8 @@ def test_bench_control_measures_the_adapters(model, tmp_path):
         "depth + canny",
         "subject",
     }
+    hole = [score for score in scores if score["task"] == "inpainting"]
+    assert sum("around the hole" in score["metric"] for score in hole) == 2  # of what is given, apart from the hole
     (tmp_path / "adapters" / "canny.safetensors").unlink()
     done = CliRunner().invoke(app, command)
     assert done.exit_code == 2 and "needs canny as well" in done.output
