@@ -33,6 +33,18 @@ class ControlMaker(Protocol):
 Keep = Callable[[str, Any], None]
 
 
+METRICS: dict[str, tuple[str, dict[str, float]]] = {
+    "AbsRel": ("AbsRel of depth", {"at_most": 0.5}),
+    "fitted": ("AbsRel of depth after fitting", {}),
+    "F1": ("F1 of outlines", {"at_least": 2.0}),
+    "AbsRel around": ("AbsRel of depth around the hole", {}),
+    "F1 around": ("F1 of outlines around the hole", {}),
+}
+"""How near pictures are to the truth: what it is called, and the bar of its ratio to that without a condition."""
+WANTED = {"depth": ("AbsRel", "fitted"), "canny": ("F1",), "inpainting": tuple(METRICS)}
+"""What each condition has to improve."""
+
+
 def outlines(classes: torch.Tensor) -> torch.Tensor:
     """Where a segmentation (N, H, W) changes to the right or below, boolean (N, 1, H, W)."""
     right, below = torch.zeros_like(classes, dtype=torch.bool), torch.zeros_like(classes, dtype=torch.bool)
@@ -46,20 +58,14 @@ def control_scores(maker: ControlMaker, probe: SceneProbe, count: int, keep: Kee
     held = held_out(count)
     truth = held.rendering
     classes = torch.stack([scene_classes(scene, truth.indices[i]) for i, scene in enumerate(held.scenes)])
-    given = {
-        name: _conditions(task, held)
-        for name, task in (("depth", "depth"), ("canny", "canny"), ("inpainting", "mask"))
-    }
-    shown = torch.stack([~_example("mask", held, i).details["mask"] for i in range(count)])  # around the hole
+    holes = _examples("mask", held)
+    given = {"depth": _conditions("depth", held), "canny": _conditions("canny", held), "inpainting": _stacked(holes)}
+    shown = torch.stack([~hole.details["mask"] for hole in holes])
     plain = read(probe, maker.controlled(held.prompts, {}, seed=0))
     base = _obeyed(plain, truth.depth, classes, shown)
     right = _text_right(plain, held.scenes)
-    scores = [
-        mean_score("no condition", "AbsRel of depth", base["AbsRel"]),
-        mean_score("no condition", "AbsRel of depth after fitting", base["fitted"]),
-        mean_score("no condition", "F1 of outlines", base["F1"]),
-        share_score("no condition", "text right", right),
-    ]
+    scores = [mean_score("no condition", METRICS[name][0], base[name]) for name in ("AbsRel", "fitted", "F1")]
+    scores.append(share_score("no condition", "text right", right))
     for names in (("depth",), ("canny",), ("inpainting",), ("depth", "canny")):
         conditions = {name: given[name] for name in names}
         made = maker.controlled(held.prompts, conditions, seed=0)
@@ -67,29 +73,10 @@ def control_scores(maker: ControlMaker, probe: SceneProbe, count: int, keep: Kee
         keep(task, (held.prompts, torch.stack([*conditions.values(), made], 1), []))
         seen = read(probe, made)
         got = _obeyed(seen, truth.depth, classes, shown)
-        better = {
-            "AbsRel": mean_score(
-                task, "AbsRel of depth over that without", got["AbsRel"] / base["AbsRel"].mean(), at_most=0.5
-            ),
-            "fitted": mean_score(
-                task, "AbsRel of depth after fitting over that without", got["fitted"] / base["fitted"].mean()
-            ),
-            "F1": mean_score(task, "F1 of outlines over that without", got["F1"] / base["F1"].mean(), at_least=2.0),
-            "AbsRel around": mean_score(
-                task,
-                "AbsRel of depth around the hole over that without",
-                got["AbsRel around"] / base["AbsRel around"].mean(),
-            ),
-            "F1 around": mean_score(
-                task, "F1 of outlines around the hole over that without", got["F1 around"] / base["F1 around"].mean()
-            ),
-        }
-        wanted = {
-            "depth": ("AbsRel", "fitted"),
-            "canny": ("F1",),
-            "inpainting": ("AbsRel", "fitted", "F1", "AbsRel around", "F1 around"),
-        }
-        scores += [better[metric] for metric in dict.fromkeys(m for name in names for m in wanted[name])]
+        for metric in dict.fromkeys(metric for name in names for metric in WANTED[name]):
+            title, bar = METRICS[metric]
+            ratio = got[metric] / base[metric].mean()
+            scores.append(mean_score(task, f"{title} over that without", ratio, **bar))
         now = _text_right(seen, held.scenes)
         change = torch.tensor([float(a) - float(b) for a, b in zip(now, right)])
         scores.append(share_score(task, "text right", now))
@@ -117,22 +104,25 @@ def subject_scores(maker: ControlMaker, probe: SceneProbe, count: int, keep: Kee
 
 
 def _conditions(task: str, held: Held) -> torch.Tensor:
-    return torch.stack([_example(task, held, i).condition for i in range(len(held.scenes))])
+    return _stacked(_examples(task, held))
 
 
-def _example(task: str, held: Held, index: int) -> Example:
-    return from_scene(task, held.scenes[index], Random(index), held.rendering.one(index))
+def _examples(task: str, held: Held) -> list[Example]:
+    return [from_scene(task, scene, Random(i), held.rendering.one(i)) for i, scene in enumerate(held.scenes)]
+
+
+def _stacked(examples: Sequence[Example]) -> torch.Tensor:
+    return torch.stack([example.condition for example in examples])
 
 
 def _obeyed(seen: Seen, depth: torch.Tensor, classes: torch.Tensor, shown: torch.Tensor) -> dict[str, torch.Tensor]:
     """How near pictures are to the truth; "around" counts only what a mask (N, 1, H, W) shows."""
-    apart = (seen.depth - depth).abs() / depth
     made, real = outlines(seen.classes), outlines(classes)
     return {
         "AbsRel": abs_rel(seen.depth, depth),
         "fitted": abs_rel(fitted(seen.depth, depth), depth),
         "F1": edge_f1(made, real),
-        "AbsRel around": (apart * shown).flatten(1).sum(1) / shown.flatten(1).sum(1),
+        "AbsRel around": abs_rel(seen.depth, depth, shown),
         "F1 around": edge_f1(made & shown, real & shown),
     }
 

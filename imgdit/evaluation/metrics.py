@@ -43,9 +43,13 @@ def bootstrap(values: Sequence[float] | torch.Tensor, rounds: int = 1000, seed: 
     return Interval(float(numbers.mean()), float(low), float(high))
 
 
-def abs_rel(depth: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
-    """Mean of |depth - truth| / truth, of (B, 1, H, W) each: (B,)."""
-    return ((depth - truth).abs() / truth).flatten(1).mean(1)
+def abs_rel(depth: torch.Tensor, truth: torch.Tensor, where: torch.Tensor | None = None) -> torch.Tensor:
+    """Mean of |depth - truth| / truth, of (B, 1, H, W) each: (B,); with a boolean mask `where`, of its pixels."""
+    apart = ((depth - truth).abs() / truth).flatten(1)
+    if where is None:
+        return apart.mean(1)
+    counted = where.flatten(1)
+    return (apart * counted).sum(1) / counted.sum(1)
 
 
 def fitted(depth: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:

@@ -92,3 +92,11 @@ def test_frechet_distance_of_known_normals():
     assert math.isfinite(frechet(a[:2], b[:2]))
     with pytest.raises(ValueError, match="two samples or more"):
         frechet(a[:1], b)
+
+
+def test_abs_rel_counts_the_pixels_of_a_mask():
+    truth = torch.full((1, 1, 2, 2), 2.0)
+    depth = torch.tensor([[[[2.0, 3.0], [4.0, 100.0]]]])
+    where = torch.tensor([[[[True, True], [True, False]]]])
+    assert abs_rel(depth, truth, where).tolist() == [0.5]
+    assert torch.equal(abs_rel(depth, truth, torch.ones_like(where)), abs_rel(depth, truth))
