@@ -35,16 +35,17 @@ def label_sentence(style: str, thing: str, rng: Random) -> str:
 
 
 def label_sentences(count: int, seed: int, kind: str) -> dict[str, list[str]]:
-    """`count` sentences for each label of a kind."""
+    """`count` sentences for each label of a kind, the labels of the other kind in turn."""
     check_name("kind of label", kind, LABELS)
     if count < 1:
         raise ValueError(f"each label needs a sentence, got count={count}")
+    others = _other_kind(kind)
     found: dict[str, list[str]] = {}
     for label in LABELS[kind]:
         lines = []
         for i in range(count):
             rng = Random(f"labels {seed} {kind} {i}")
-            other = pick(rng, _other_kind(kind))
+            other = others[i % len(others)]
             style, thing = (label, other) if kind == "style" else (other, label)
             lines.append(label_sentence(style, thing, rng))
         found[label] = lines

@@ -134,6 +134,7 @@ def select_concept(
     *,
     percentile: float | None = None,
     top_n: int | None = None,
+    floor: float = 0.0,
     multiplier: float = -1.0,
     origin: Mapping[str, Any] | None = None,
 ) -> ConceptSelection:
@@ -142,6 +143,8 @@ def select_concept(
     Args:
         percentile: features whose score lies above this percentile, as SAeUron counts (99.999 of 20480 is one).
         top_n: instead, so many features per timestep.
+        floor: of these, features that score below this share of the timestep's best are left out. A concept that has
+            few features of its own would otherwise be filled up with features of something else.
         multiplier: stored with the selection: the one it is unlearned with unless another is asked for.
         origin: stored with the selection.
     """
@@ -160,6 +163,10 @@ def select_concept(
             raise ValueError(f"top_n must be in [1, {scores.shape[1]}], got {top_n}")
         chosen = scores.topk(top_n, dim=1).indices
         selected = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, chosen, True)
+    if not 0 <= floor <= 1:
+        raise ValueError(f"floor is a share of the best score and must be in [0, 1], got {floor}")
+    if floor:
+        selected &= scores >= floor * scores.amax(1, keepdim=True)
     features = selected.any(0).nonzero().flatten()
     rest = statistics.inputs if len(statistics.inputs) == 1 else None
     return ConceptSelection(
@@ -171,7 +178,7 @@ def select_concept(
         thresholds=statistics.thresholds()[:, features],
         replacement=statistics.inputs[concept] if rest else statistics.others(concept, statistics.inputs),
         multiplier=multiplier,
-        origin={"percentile": percentile, "top_n": top_n, **(origin or {})},
+        origin={"percentile": percentile, "top_n": top_n, "floor": floor, **(origin or {})},
     )
 
 

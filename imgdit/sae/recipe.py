@@ -131,6 +131,8 @@ class SAEConcepts:
     """Features per concept and timestep."""
     percentile: float | None = None
     """Instead, features whose score lies above this percentile."""
+    floor: float = 0.0
+    """Of these, features that score below this share of the timestep's best are left out."""
     multiplier: float = -1.0
     """Stored with each concept: how strongly it is unlearned where nothing else is said."""
     seed: int = 0
@@ -141,6 +143,8 @@ class SAEConcepts:
             raise ValueError("give either prompts or scene_labels, not both")
         if (self.prompts or self.scene_labels) and (self.top_n is None) == (self.percentile is None):
             raise ValueError(f"give either top_n or percentile, got {self.top_n} and {self.percentile}")
+        if not 0 <= self.floor <= 1:
+            raise ValueError(f"floor is a share of the best score and must be in [0, 1], got {self.floor}")
         for name, lines in self.prompts.items():
             if not isinstance(lines, list) or not all(isinstance(line, str) for line in lines) or not lines:
                 raise ValueError(f"prompts.{name} must be a list of sentences, got {lines!r}")

@@ -160,6 +160,7 @@ class _Run:
                     prompts,
                     top_n=concepts.top_n,
                     percentile=concepts.percentile,
+                    floor=concepts.floor,
                     multiplier=concepts.multiplier,
                     seed=concepts.seed,
                     batch_size=self.recipe.pipeline.batch_size,

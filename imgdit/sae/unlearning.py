@@ -101,6 +101,7 @@ class ConceptUnlearner:
         *,
         percentile: float | None = None,
         top_n: int | None = None,
+        floor: float = 0.0,
         multiplier: float = -1.0,
         seed: int = 0,
         batch_size: int = 4,
@@ -110,7 +111,7 @@ class ConceptUnlearner:
 
         Args:
             prompts: some per concept; all of them should be told apart, so give every concept of a kind at once.
-            percentile, top_n, multiplier: see `select_concept`.
+            percentile, top_n, floor, multiplier: see `select_concept`.
             seed: of the first prompt of each concept.
             call: arguments of the pipeline, such as `num_inference_steps` and `guidance_scale`.
         """
@@ -123,6 +124,7 @@ class ConceptUnlearner:
                     name,
                     percentile=percentile,
                     top_n=top_n,
+                    floor=floor,
                     multiplier=multiplier,
                     origin={"prompts": _told(prompts[name]), "seed": seed, "call": told},
                 )

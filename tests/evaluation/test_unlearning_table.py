@@ -108,6 +108,11 @@ def test_sentences_differ_in_the_label_alone():
         kind_of("neno")
 
 
+def test_sentences_show_the_other_kind_in_turn():
+    lines = label_sentences(16, 1, "style")["neon"]
+    assert [sum(f" {thing} " in line for line in lines) for thing in OBJECTS] == [2] * len(OBJECTS)
+
+
 def test_reading_a_folder(tmp_path):
     wanted = cells([188], ("Cold_Warm",), OBJECTS)
     for cell, ending in zip(wanted, (".jpg", ".png")):

@@ -99,6 +99,7 @@ def test_recipe_loads_the_pipeline(tmp_path):
         ({"data": {"prompts": []}}, "give one of prompts"),
         ({"data": {"held_out": 6}}, "leaves nothing of 6 sentences"),
         ({"concepts": {"top_n": None}}, "give either top_n or percentile"),
+        ({"concepts": {"floor": 10}}, r"floor is a share of the best score and must be in \[0, 1\], got 10"),
         ({"train": {"lr": -1.0}}, "lr must be positive"),
         ({"run": {"step": 4}}, "did you mean 'steps'"),
     ],

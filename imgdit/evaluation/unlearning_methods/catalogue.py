@@ -63,7 +63,8 @@ def _features(*pairs: tuple[int, float], **fixed: Any) -> tuple[dict[str, Any], 
 
 
 _PICTURE = ((4, -5.0), (4, -1.0), (2, -5.0), (8, -5.0), (4, -15.0), (8, -1.0))
-_TEXT = ((4, -0.2), (4, -0.1), (4, -0.5), (4, -1.0))
+_TEXT = ((4, -0.5), (4, -0.2), (4, -1.0), (8, -0.5))
+_FLOOR = 0.1  # ours leaves out features that a concept only seems to have
 
 
 METHODS: dict[str, Method] = {
@@ -93,17 +94,27 @@ METHODS: dict[str, Method] = {
     "scale": Method(
         "ours, scale",
         without_features,
-        (*_features(*_TEXT, stream="text"), *_features(*_PICTURE[:2], stream="picture")),
+        (
+            *_features(*_TEXT, stream="text", floor=_FLOOR),
+            *_features(*_PICTURE[:2], stream="picture", floor=_FLOOR),
+        ),
         needs_saes=True,
     ),
     "replace": Method(
         "ours, replace",
         without_features,
-        tuple({"mode": "replace", "top_n": top_n, "stream": s} for s in ("text", "picture") for top_n in (2, 4)),
+        tuple(
+            {"mode": "replace", "top_n": top_n, "stream": s, "floor": _FLOOR}
+            for s in ("text", "picture")
+            for top_n in (2, 4)
+        ),
         needs_saes=True,
     ),
     "random": Method(
-        "random features", without_features, _features(_TEXT[0], random_seed=_RANDOM, stream="text"), needs_saes=True
+        "random features",
+        without_features,
+        _features(_TEXT[0], random_seed=_RANDOM, stream="text", floor=_FLOOR),
+        needs_saes=True,
     ),
 }
 """In the order of the table."""

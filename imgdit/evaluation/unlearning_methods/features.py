@@ -24,6 +24,7 @@ def without_features(
     stream: Stream = "picture",
     mode: Mode = "scale",
     top_n: int = 4,
+    floor: float = 0.0,
     multiplier: float = -1.0,
     until: float = 0.0,
     paper_compat: bool = False,
@@ -34,7 +35,7 @@ def without_features(
     Args:
         stream: whose tokens.
         mode, multiplier, paper_compat: see `ConceptUnlearner.attach`.
-        top_n: features for each concept and timestep.
+        top_n, floor: features for each concept and timestep, see `select_concept`.
         until: timestep below which nothing is changed.
         random_seed: take as many features by lot instead, with the concept's means.
     """
@@ -44,7 +45,7 @@ def without_features(
         selections = {}
         for concept in concepts:
             statistics = material.recorded(concept, hookpoint)
-            selection = select_concept(statistics, concept, top_n=top_n)
+            selection = select_concept(statistics, concept, top_n=top_n, floor=floor)
             if random_seed is not None:
                 selection = _by_lot(selection, statistics, random_seed)
             selections[concept] = selection
