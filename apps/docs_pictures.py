@@ -32,7 +32,7 @@ TURNS = (-60.0, -30.0, 0.0, 30.0, 60.0)
 """Degrees between the given picture's camera and the others'."""
 
 
-def make_pictures(out: Path, *, model: Path = SCENES, count: int = 100, steps: int = 20) -> Iterator[Path]:
+def make_pictures(out: Path, *, model: Path = SCENES, count: int = 100, steps: int = 28) -> Iterator[Path]:
     """Make the sheets and the benchmark's numbers; each file as it is written.
 
     Args:

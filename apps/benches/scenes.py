@@ -129,7 +129,7 @@ def sheets(kept: dict[str, Any], out: Path) -> list[Path]:
         tiles = [([to_image(p) for p in group], prompt) for prompt, group in zip(prompts, groups)]
         failures += [tiles[i] for i in wrong]
         files.append(out / f"{name.replace(' → ', '-to-').replace(', ', '-').replace(' ', '-')}.png")
-        contact_sheet(tiles[:SHEET], columns=8 // len(groups[0]) or 1, title=name).save(files[-1])
+        contact_sheet(tiles[:SHEET], columns=8 // len(groups[0]) or 1, title=name.replace("→", "to")).save(files[-1])
     if failures:
         files.append(out / "failures.png")
         contact_sheet(failures[:SHEET], columns=8, title=f"{len(failures)} mistakes by the probe").save(files[-1])

@@ -30,7 +30,7 @@ def pictures(
     out: Annotated[Path, typer.Argument(help="Folder; the sheets go into its folder `pictures`.")] = Path("docs"),
     model: Annotated[Path | None, typer.Option(help="Folder of a pipeline; the embedded model by default.")] = None,
     count: Annotated[int, typer.Option(min=2, help="Pictures of each kind of the benchmark.")] = 100,
-    steps: Annotated[int, typer.Option(min=1, help="Steps of the sampler.")] = 20,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of the sampler.")] = 28,
     mup: Annotated[bool, typer.Option(help="The plots of μP too: ten minutes of processor time.")] = False,
     work: Annotated[Path, typer.Option(help="Folder of the sweep of --mup.")] = Path("outputs/docs"),
 ) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from .model import RowScale, SparseAutoencoder
 
@@ -37,9 +38,9 @@ class ChosenFeatures:
 
     def __init__(self, sae: SparseAutoencoder, features: torch.Tensor, thresholds: torch.Tensor) -> None:
         self.sae, self.features = sae, features
-        weight = sae.encoder.weight[features]  # (m, d)
-        shift = 0 if sae.config.transcode else weight @ sae.b_dec
-        self.weight, self.bias = weight.t().contiguous(), sae.encoder.bias[features] - shift
+        self.weight = sae.encoder.weight[features]  # (m, d)
+        shift = 0 if sae.config.transcode else self.weight @ sae.b_dec
+        self.bias = sae.encoder.bias[features] - shift
         self.decoder = sae.W_dec[features]  # (m, d)
         # Activations are never negative, so a threshold of 0 is that of the ReLU.
         floor = max(sae.threshold or 0.0, 0.0)
@@ -47,7 +48,7 @@ class ChosenFeatures:
 
     def scores(self, x: torch.Tensor) -> torch.Tensor:
         """Pre-activations (N, m) of normalised rows (N, d)."""
-        return torch.addmm(self.bias, x, self.weight)
+        return F.linear(x, self.weight, self.bias)  # on a CPU four times as fast as addmm for few features
 
     def activations(self, x: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Activations (N, m) that are active and above their thresholds, 0 elsewhere.
