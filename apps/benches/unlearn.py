@@ -99,8 +99,9 @@ def run(model: Path, probe: Path, saes: Path, out: Path, plan: UnlearnPlan) -> d
     if plan.needs_saes and not saes.is_dir():
         needing = ", ".join(name for name in plan.methods if METHODS[name].needs_saes)
         raise ValueError(
-            f"there is no folder {saes} of autoencoders; train them (`imgdit sae train scenes/sae`), name another "
-            f"folder, or leave out the methods that need them ({needing})"
+            f"there is no folder {saes} of autoencoders; train them (`imgdit sae train scenes/sae` and "
+            "`scenes/sae_text`), name another folder with --saes, or leave out the methods that need them "
+            f"({needing})"
         )
     pipe = DiffusionPipeline.from_pretrained(model).to("cuda" if torch.cuda.is_available() else "cpu")
     pipe.set_progress_bar_config(disable=True)
