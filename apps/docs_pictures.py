@@ -9,6 +9,7 @@ from pathlib import Path
 from PIL import Image
 
 from imgdit.checkpoints import SCENE_PROBE, SCENES
+from imgdit.data.scenes import OBJECTS
 from imgdit.data.sheet import contact_sheet
 
 from .benches import scenes as scene_bench
@@ -107,7 +108,8 @@ def _unlearn_sheet(studio: Studio, steps: int) -> Image.Image:
     """Pictures of concepts, and the same noise without them."""
     tiles = []
     for concept in (name for name in UNLEARNED if name in studio.unlearner.concepts):
-        text = f"a {concept} on a wooden floor" if concept in UNLEARNED[3:] else f"a red cube, {concept} style"
+        thing = concept in OBJECTS
+        text = f"a blue {concept} on a wooden floor, photo style" if thing else f"a red torus, {concept} style"
         plain, without = (
             studio.make(Request(text, steps=steps, concepts=concepts)).pictures[0] for concepts in ((), (concept,))
         )
