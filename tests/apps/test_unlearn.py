@@ -109,6 +109,9 @@ def test_a_run_goes_on_where_it_stopped(folders, tmp_path, monkeypatch):
     assert second["pictures"] == first["pictures"]
     _, third = bench(folders, tmp_path, *options)
     assert made == [lost.stem] and third["methods"]["negative"] == second["methods"]["negative"]
+    # A method that reads no autoencoder makes the same pictures beside one and without.
+    bench(folders, tmp_path, "--methods", "negative", *options[2:])
+    assert made == [lost.stem]
     # Other settings make other pictures, and leave these.
     bench(folders, tmp_path, *options, "--steps", "1")
     assert len(made) == 1 + len(files) and all(file.is_file() for file in files)
