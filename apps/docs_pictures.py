@@ -9,8 +9,11 @@ from pathlib import Path
 from PIL import Image
 
 from imgdit.checkpoints import SCENE_PROBE, SCENES
+from imgdit.data.render import render
 from imgdit.data.scenes import OBJECTS
 from imgdit.data.sheet import contact_sheet
+from imgdit.data.tasks import to_image
+from imgdit.evaluation.scenes import held_out
 
 from .benches import scenes as scene_bench
 from .generate import PROMPTS
@@ -29,8 +32,10 @@ CONTROLLED = (
 """Other pictures of the first prompt's object."""
 UNLEARNED = ("neon", "sketch", "mosaic", "cube", "sphere", "cone")
 """Concepts of the sheet, as far as the sparse autoencoder knows them."""
-TURNS = (-60.0, -30.0, 0.0, 30.0, 60.0)
+TURNS = (-40.0, -20.0, 20.0, 40.0)
 """Degrees between the given picture's camera and the others'."""
+VIEWED = 3
+"""Scenes that are looked at from around."""
 
 
 def make_pictures(out: Path, *, model: Path = SCENES, count: int = 100, steps: int = 28) -> Iterator[Path]:
@@ -50,7 +55,7 @@ def make_pictures(out: Path, *, model: Path = SCENES, count: int = 100, steps: i
     made = [studio.make(Request(text, seed=i, steps=steps)).pictures[0] for i, text in enumerate(PROMPTS)]
     yield _save(contact_sheet([([picture], text) for picture, text in zip(made, PROMPTS)]), pictures / "generate.png")
     yield _save(_any_sheet(studio, made[:3], steps), pictures / "any.png")
-    yield _save(_views_sheet(studio, made[0], steps), pictures / "views.png")
+    yield _save(_views_sheet(studio, steps), pictures / "views.png")
     if studio.adapter_for("depth") is not None:
         yield _save(_control_sheet(studio, made[0], steps), pictures / "control.png")
     if studio.has_sae:
@@ -82,15 +87,23 @@ def _any_sheet(studio: Studio, pictures: list[Image.Image], steps: int) -> Image
     return contact_sheet(tiles, columns=1)
 
 
-def _views_sheet(studio: Studio, picture: Image.Image, steps: int) -> Image.Image:
-    """A picture, and the same scene from around it."""
-    made = []
-    for turn in TURNS:
-        cameras = (AskedFrame("rays", camera=(0.0, 24.0)), AskedFrame("rays", camera=(turn, 24.0)))
-        frames = (AskedFrame(picture=picture), cameras[0], AskedFrame(), cameras[1])
-        made.append(studio.make(Request(PROMPTS[0], steps=steps, frames=frames)).pictures[0])
+def _views_sheet(studio: Studio, steps: int) -> Image.Image:
+    """Scenes from around them: as they are, and as the model makes them of the first view."""
+    held = held_out(VIEWED, objects=1)
     told = ", ".join(f"{turn:+.0f}" for turn in TURNS)
-    return contact_sheet([([picture, *made], f"given; made from cameras turned by {told} degrees")], columns=1)
+    tiles = []
+    for scene, text, rgb in zip(held.scenes, held.prompts, held.rendering.rgb):
+        start = scene.camera
+        truth = render([scene.with_camera(start.orbit(azimuth=turn)) for turn in TURNS]).rgb
+        given = to_image(rgb)
+        made = []
+        for turn in TURNS:
+            cameras = [AskedFrame("rays", camera=(start.azimuth + t, start.elevation)) for t in (0.0, turn)]
+            frames = (AskedFrame(picture=given), cameras[0], AskedFrame(), cameras[1])
+            made.append(studio.make(Request(text, steps=steps, frames=frames)).pictures[0])
+        tiles.append(([given, *map(to_image, truth)], f"a view; the camera turned by {told} degrees"))
+        tiles.append(([given, *made], "the same view; made from it and the cameras"))
+    return contact_sheet(tiles, columns=1)
 
 
 def _control_sheet(studio: Studio, picture: Image.Image, steps: int) -> Image.Image:
