@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import sys
 import time
@@ -31,6 +32,8 @@ LINE_KEYS = (
     "prompt", "negative_prompt", "seed", "steps", "guidance", "height", "width", "control", "name", "num_images",
 )  # fmt: skip
 """What a JSON line may say; without `prompt` nothing."""
+LONGEST = 60
+"""Letters of a file's name that is made of a sentence."""
 MOST = 100_000
 """Pictures of one line."""
 
@@ -156,6 +159,40 @@ def plan(lines: Iterable[Line], out: Path, num_images: int = 1) -> tuple[list[Jo
     return jobs, out / "sheet.png" if len(jobs) > 1 else None
 
 
+def named(requests: Iterable[Request]) -> list[Line]:
+    """Lines whose files are called by what they say."""
+    lines: list[Line] = []
+    for request in requests:
+        stem = re.sub(r"\W+", "-", request.prompt.lower()).strip("-_")[:LONGEST].rstrip("-") or "picture"
+        names = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
+        lines.append(Line(request, next(name for name in names if all(line.name != name for line in lines))))
+    return lines
+
+
+def at_free_names(jobs: Sequence[Job], model: str) -> list[Job]:
+    """The jobs, with a number behind the name where a file of it shows something else."""
+    found: list[Job] = []
+    for job in jobs:
+        file, number = job.file, 1
+        while any(file == one.file for one in found) or (file.exists() and not _found(file, job, model)):
+            number += 1
+            file = output_file(job.file, number - 1)
+        found.append(Job(job.request, file))
+    return found
+
+
+def _found(file: Path, job: Job, model: str) -> bool:
+    try:
+        return _answers(file, job, model)
+    except ValueError:  # somebody else's, and damaged
+        return False
+
+
+def _answers(file: Path, job: Job, model: str) -> bool:
+    origin = read_origin(file)
+    return origin is not None and origin.asked == job.request.digest(model)
+
+
 def missing(jobs: Sequence[Job], model: str, overwrite: bool = False) -> list[Job]:
     """The jobs whose files are not there yet.
 
@@ -169,8 +206,7 @@ def missing(jobs: Sequence[Job], model: str, overwrite: bool = False) -> list[Jo
         if overwrite or not job.file.exists():
             left.append(job)
             continue
-        origin = read_origin(job.file)
-        if origin is None or origin.asked != job.request.digest(model):
+        if not _answers(job.file, job, model):
             raise ValueError(f"{job.file} is there and shows something else; take another folder, or --overwrite")
     return left
 

@@ -27,12 +27,18 @@ Overwrite = Annotated[bool, typer.Option(help="Make pictures anew that are there
 Json = Annotated[bool, typer.Option("--json", help="A JSON object per picture on the standard output.")]
 
 
+PICTURES = Path("outputs/pictures")
+
+
 def generate(
     prompt: Annotated[list[str] | None, typer.Argument(help="Sentences; six examples if there is none.")] = None,
     prompts: Annotated[
         str | None, typer.Option(help="File with a sentence or JSON object per line; - for what is piped in.")
     ] = None,
-    out: Annotated[Path, typer.Option(help="A file for one picture, otherwise a folder.")] = Path("outputs/pictures"),
+    out: Annotated[
+        Path | None,
+        typer.Option(help="A file for one picture, otherwise a folder; outputs/pictures by default."),
+    ] = None,
     like: Annotated[Path | None, typer.Option(help="A picture of imgdit's that is made again, bit for bit.")] = None,
     control: Annotated[list[str] | None, typer.Option(help="KIND=FILE: a picture that steers (depth=d.png).")] = None,
     num_images: Annotated[int, typer.Option(min=1, help="Pictures of each sentence.")] = 1,
@@ -49,13 +55,15 @@ def generate(
 ) -> None:
     """Make pictures from sentences. An interrupted folder goes on where it stopped."""
     with one_sentence():
-        from ..generate import PROMPTS, Line, plan, read_lines, write_sheet
+        from imgdit.checkpoints import SCENES
+
+        from ..generate import PROMPTS, Line, at_free_names, named, plan, read_lines, write_sheet
         from ..request import Request
 
         if like is not None:
             if prompt or prompts or control:
                 raise ValueError("--like says everything; leave out sentences, --prompts and --control")
-            _again(like, out, model, as_json)
+            _again(like, out or PICTURES, model, as_json)
             return
         if prompt and prompts:
             raise ValueError("give sentences or --prompts, not both")
@@ -64,9 +72,11 @@ def generate(
             negative_prompt=negative, seed=seed, steps=steps, guidance=guidance, height=height, width=width,
             controls=_controls(control or []),
         )  # fmt: skip
-        sentences = prompt or ([] if prompts else PROMPTS)
-        lines = list(read_lines(prompts, base)) if prompts else [Line(_saying(base, text)) for text in sentences]
-        jobs, page = plan(lines, out, num_images)
+        asked = [_saying(base, text) for text in prompt or PROMPTS]
+        lines = list(read_lines(prompts, base)) if prompts else named(asked) if out is None else list(map(Line, asked))
+        jobs, page = plan(lines, out or PICTURES, num_images)
+        if out is None and not prompts and not overwrite:
+            jobs = at_free_names(jobs, model or str(SCENES))
         results = _run(jobs, model, adapters, None, overwrite, as_json)
         if page is not None and sheet:
             write_sheet(results, page)

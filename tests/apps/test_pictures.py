@@ -1,6 +1,7 @@
 """The commands that make pictures: folders, controls, frames, and a picture again from what it tells."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -114,6 +115,25 @@ def test_a_folder_goes_on_where_it_stopped(model, tmp_path):
     assert [line["seed"] for line in again if line["made"]] == [10]
     done = run(*command[:-1], "3")
     assert done.exit_code == 2 and "--overwrite" in done.output
+
+
+def test_one_sentence_after_another_needs_no_folder(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "outputs/pictures").mkdir(parents=True)
+    (tmp_path / "outputs/pictures/a-cone.png").write_bytes(b"somebody's")
+    for sentences, found in (
+        (["a red cube, neon style"], {"a-red-cube-neon-style.png"}),
+        (["a torus"], {"a-torus.png"}),
+        (["a torus"], set()),
+        (["a torus", "--seed", "5"], {"a-torus-2.png"}),
+        (["a TORUS", "a torus!"], {"a-torus-3.png", "a-torus-2-2.png", "sheet.png"}),
+        (["a cone"], {"a-cone-2.png"}),
+    ):
+        before = set(Path("outputs/pictures").iterdir())
+        done = run("generate", *sentences, "--model", model, *QUICK)
+        assert done.exit_code == 0, done.output
+        assert {file.name for file in set(Path("outputs/pictures").iterdir()) - before} == found
+    assert Path("outputs/pictures/a-cone.png").read_bytes() == b"somebody's"
 
 
 def test_what_is_done_loads_no_model(model, tmp_path, monkeypatch):
