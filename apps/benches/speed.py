@@ -50,11 +50,10 @@ class Row:
 
     @property
     def met(self) -> bool | None:
-        """Whether the bar is reached, to the three decimals that are printed; `None` without one. Only of GEMM's peak
-        more is better."""
+        """Whether the bar is reached; `None` without one. Only of GEMM's peak more is better."""
         if self.bar is None:
             return None
-        return self.value >= self.bar if self.unit == "of GEMM" else round(self.value, 3) <= self.bar
+        return self.value >= self.bar if self.unit == "of GEMM" else self.value <= self.bar
 
 
 def ratio_row(row: Comparison, bar: float | None) -> Row:

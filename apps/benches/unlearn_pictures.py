@@ -92,7 +92,14 @@ class Studio:
     ) -> None:
         self.pipe, self.material, self.folder, self.batch = pipe, material, folder, batch
         self.call = {"num_inference_steps": steps, "guidance_scale": guidance}
+        saes = {hookpoint: sae.fingerprint() for hookpoint, sae in material.saes.items()}
+        learned = {name: list(lines) for kind in material.prompts.values() for name, lines in kind.items()}
         self.model = weights_digest(pipe.transformer, pipe.vae, pipe.text_encoder)
+        # By whether a method reads autoencoders: pictures of those that read none are good beside any.
+        self.lessons = {
+            needs_saes: digest(saes if needs_saes else {}, learned, dict(material.call), material.seed)
+            for needs_saes in (False, True)
+        }
         # A cell's sentence and noise are functions of its name: some stand for the functions.
         self.asked = digest([[cell.prompt, cell.noise] for cell in cells([0])])
 
@@ -115,9 +122,11 @@ class Studio:
         """
         chosen = METHODS[method]
         settings = dict(chosen.grid[0] if settings is None else settings)
+        # The unmodified model learns nothing, so its pictures are good for any material.
+        lessons = None if method == "none" else self.lessons[chosen.needs_saes]
         key = {
             "model": self.model, "method": method, "settings": settings, "concepts": list(concepts),
-            "lessons": self._lessons(method), "asked": self.asked, "call": self.call, "attack": attack,
+            "lessons": lessons, "asked": self.asked, "call": self.call, "attack": attack,
         }  # fmt: skip
         folder = self.folder / method / f"{'+'.join(concepts) or 'all'}-{digest(key)}"
         folder.mkdir(parents=True, exist_ok=True)
@@ -133,17 +142,6 @@ class Studio:
             replace_text(info_file, json.dumps(info, indent=1))
             self._make(folder, unlearned, missing, attack)
         return Album(folder, info["setup_seconds"], info["size"], info["time_ratio"])
-
-    def _lessons(self, method: str) -> str | None:
-        """What a method learns from: the unmodified model from nothing, and most from no autoencoder, so that their
-        pictures are good beside any."""
-        if method == "none":
-            return None
-        saes = self.material.saes if METHODS[method].needs_saes else {}
-        prompts = self.material.prompts.values()
-        learned = {name: list(lines) for kind in prompts for name, lines in kind.items()}
-        marks = {hookpoint: sae.fingerprint() for hookpoint, sae in saes.items()}
-        return digest(marks, learned, dict(self.material.call), self.material.seed)
 
     def _make(self, folder: Path, unlearned: Unlearned, missing: Sequence[Cell], attack: bool) -> None:
         size = 1 if attack else self.batch

@@ -28,6 +28,7 @@ Json = Annotated[bool, typer.Option("--json", help="A JSON object per picture on
 
 
 PICTURES = Path("outputs/pictures")
+"""Where pictures go if nothing is said."""
 
 
 def generate(
@@ -72,8 +73,11 @@ def generate(
             negative_prompt=negative, seed=seed, steps=steps, guidance=guidance, height=height, width=width,
             controls=_controls(control or []),
         )  # fmt: skip
-        asked = [_saying(base, text) for text in prompt or PROMPTS]
-        lines = list(read_lines(prompts, base)) if prompts else named(asked) if out is None else list(map(Line, asked))
+        if prompts:
+            lines = list(read_lines(prompts, base))
+        else:
+            asked = [_saying(base, text) for text in prompt or PROMPTS]
+            lines = named(asked) if out is None else [Line(request) for request in asked]
         jobs, page = plan(lines, out or PICTURES, num_images)
         if out is None and not prompts and not overwrite:
             jobs = at_free_names(jobs, model or str(SCENES))

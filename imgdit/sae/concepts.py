@@ -152,6 +152,7 @@ def select_concept(
         raise ValueError(f"give either percentile or top_n, got percentile={percentile} and top_n={top_n}")
     if concept not in statistics.means:
         raise ValueError(f"unknown concept {concept!r}; statistics exist for {', '.join(statistics.means)}")
+    check_floor(floor)
     scores = statistics.scores(concept)
     if percentile is not None:
         if not 0 <= percentile <= 100:
@@ -163,8 +164,6 @@ def select_concept(
             raise ValueError(f"top_n must be in [1, {scores.shape[1]}], got {top_n}")
         chosen = scores.topk(top_n, dim=1).indices
         selected = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, chosen, True)
-    if not 0 <= floor <= 1:
-        raise ValueError(f"floor is a share of the best score and must be in [0, 1], got {floor}")
     if floor:
         selected &= scores >= floor * scores.amax(1, keepdim=True)
     features = selected.any(0).nonzero().flatten()
@@ -180,6 +179,12 @@ def select_concept(
         multiplier=multiplier,
         origin={"percentile": percentile, "top_n": top_n, "floor": floor, **(origin or {})},
     )
+
+
+def check_floor(floor: float) -> None:
+    """Refuse what is no share."""
+    if not 0 <= floor <= 1:
+        raise ValueError(f"floor is a share of the best score and must be in [0, 1], got {floor}")
 
 
 # Files

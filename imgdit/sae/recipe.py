@@ -9,6 +9,7 @@ from random import Random
 from typing import Any, Literal
 
 from ..training.config import parse_as, read_yaml
+from .concepts import check_floor
 from .training import SAETrainConfig
 
 
@@ -143,8 +144,7 @@ class SAEConcepts:
             raise ValueError("give either prompts or scene_labels, not both")
         if (self.prompts or self.scene_labels) and (self.top_n is None) == (self.percentile is None):
             raise ValueError(f"give either top_n or percentile, got {self.top_n} and {self.percentile}")
-        if not 0 <= self.floor <= 1:
-            raise ValueError(f"floor is a share of the best score and must be in [0, 1], got {self.floor}")
+        check_floor(self.floor)
         for name, lines in self.prompts.items():
             if not isinstance(lines, list) or not all(isinstance(line, str) for line in lines) or not lines:
                 raise ValueError(f"prompts.{name} must be a list of sentences, got {lines!r}")
