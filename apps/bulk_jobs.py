@@ -6,17 +6,20 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from imgdit import DiffusionPipeline
+from imgdit.apps.load_options import AUTO, LoadOptions
+from imgdit.apps.loading import load_pipeline
 from imgdit.bulk import run_bulk
 from imgdit.data.files import check_index, write_text
 from imgdit.data.own.folders import METADATA
 from imgdit.sae.recipe import SAERecipe
-from imgdit.sae.run import activation_recorder, load_pipeline
+from imgdit.sae.run import activation_recorder
+from imgdit.sae.run import load_pipeline as load_recorded
 from imgdit.training.config import Recipe, parse_as
 from imgdit.training.own_pictures import OwnPictures
 
@@ -35,12 +38,13 @@ class GeneratePictures:
         out: folder.
         options: of the pipeline's call.
         seed: of the first prompt; the others count up.
+        loading: fields of `LoadOptions`.
     """
 
-    def __init__(self, model: str, out: str, options: dict[str, Any], seed: int):
+    def __init__(self, model: str, out: str, options: dict[str, Any], seed: int, loading: dict[str, Any]):
         self.out, self.options, self.seed = Path(out), options, seed
-        self.pipe = DiffusionPipeline.from_pretrained(model)
-        self.pipe.to("cuda" if torch.cuda.is_available() else "cpu").set_progress_bar_config(disable=True)
+        self.pipe = load_pipeline(model, LoadOptions(**loading))
+        self.pipe.set_progress_bar_config(disable=True)
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
         first, prompts = item["first"], list(item["prompts"])
@@ -67,6 +71,7 @@ def generate_all(
     options: dict[str, Any] | None = None,
     seed: int = 0,
     batch: int = 8,
+    loading: LoadOptions = AUTO,
     **engine: Any,
 ) -> Iterator[dict[str, Any]]:
     """Make a picture per prompt; those that are there are kept. When all are done, the folder gets `metadata.jsonl`
@@ -79,13 +84,15 @@ def generate_all(
         options: of the pipeline's call, such as {"num_inference_steps": 28}.
         seed: of the first picture.
         batch: pictures at a time.
+        loading: of the pipeline.
         engine: see `run_bulk`.
 
     Raises:
         ValueError: the folder holds pictures of other prompts or settings.
     """
     out.mkdir(parents=True, exist_ok=True)
-    made_by = {"model": str(model), "options": options or {}, "seed": seed, "batch": batch, "prompts": list(prompts)}
+    name = " ".join([str(model), *loading.asked])
+    made_by = {"model": name, "options": options or {}, "seed": seed, "batch": batch, "prompts": list(prompts)}
     check_index(out, made_by, "job")
     chunks: list[dict[str, Any]] = [
         {"first": first, "prompts": list(prompts[first : first + batch])} for first in range(0, len(prompts), batch)
@@ -96,6 +103,7 @@ def generate_all(
         if not all(picture_file(out, chunk["first"] + i).exists() for i in range(len(chunk["prompts"])))
     ]
     arguments = {"model": str(model), "out": str(out.resolve()), "options": options or {}, "seed": seed}
+    arguments["loading"] = asdict(loading)
     yield from run_bulk(missing, GeneratePictures, arguments, **engine)
     lines = [json.dumps({"file_name": picture_file(out, i).name, "text": prompt}) for i, prompt in enumerate(prompts)]
     write_text(out / METADATA, "\n".join(lines) + "\n")
@@ -146,7 +154,7 @@ class CollectActivations:
 
     def __init__(self, recipe: dict[str, Any]):
         made = parse_as(SAERecipe, recipe, "the recipe")
-        self.recorder = activation_recorder(made, load_pipeline(made))
+        self.recorder = activation_recorder(made, load_recorded(made))
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
         return {**self.recorder.record(item["number"]), "process": os.getpid()}
@@ -162,7 +170,7 @@ def collect_all(recipe: SAERecipe, **engine: Any) -> Iterator[dict[str, Any]]:
     Raises:
         ValueError: the recipe keeps nothing on disk, or the folder holds a recording of something else.
     """
-    recorder = activation_recorder(recipe, load_pipeline(recipe))
+    recorder = activation_recorder(recipe, load_recorded(recipe))
     items = [{"number": number} for number in recorder.missing()]
     recorder.pipe = None  # the workers have their own
     for shard in run_bulk(items, CollectActivations, {"recipe": recipe.to_dict()}, **engine):

@@ -224,7 +224,7 @@ def run(
 
     Args:
         studio: gives the `Studio`; not called if nothing is missing.
-        model: its name, kept in the files.
+        model: its name, and how it is loaded where that was asked for; a hash of it is kept in the files.
         bar: shows how the work goes on.
     """
     left = missing(jobs, model, overwrite)

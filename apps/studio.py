@@ -16,7 +16,6 @@ import torch
 from PIL import Image
 
 import imgdit
-from imgdit import compat
 from imgdit.adapters.condition import Condition
 from imgdit.cameras import FOCAL_LENGTH, orbit_cameras, scale_positions
 from imgdit.data.geometry import intrinsics
@@ -24,7 +23,6 @@ from imgdit.data.scenes import Camera
 from imgdit.lora_files import AdapterInfo, read_adapter
 from imgdit.models.nextdit import NextDiT
 from imgdit.naming import nearest
-from imgdit.pipelines.omni_control import FluxOmniControlPipeline, StableDiffusion3OmniControlPipeline
 from imgdit.pipelines.one_diffusion import OneDiffusionPipeline
 from imgdit.pipelines.text_to_image import ImgDiTPipeline
 from imgdit.sae.concepts import model_fingerprint
@@ -34,16 +32,12 @@ from imgdit.sae.unlearning import ConceptUnlearner, steer
 from imgdit.tasks import TASKS, PictureFrame, infer_task
 from imgdit.training.scene_frames import scene_poses
 
+from .load_options import AUTO, LoadOptions
+from .loading import chosen_device, chosen_dtype, denoiser, load_pipeline, over_components
 from .request import AskedFrame, Control, Request, fitted
 
 ADAPTERS, SAE = "adapters", "sae"
 """Folders, inside a pipeline's, of condition adapters (`NAME.safetensors`) and of sparse autoencoders."""
-WITH_CONDITIONS = {
-    "FluxPipeline": FluxOmniControlPipeline,
-    "StableDiffusion3Pipeline": StableDiffusion3OmniControlPipeline,
-}
-"""diffusers' pipelines that take conditions as ours, by the name in `model_index.json`."""
-
 Watch = Callable[[int, int, Callable[[], Image.Image] | None], bool]
 """Called after each step with its number from 1, their count and what draws the picture so far, if anything does;
 `False` stops."""
@@ -64,19 +58,6 @@ class Made(NamedTuple):
     """With its defaults filled in and its pictures as they were used: made again, it gives the same bits."""
 
 
-def load_pipeline(source: str | Path) -> Any:
-    """Any pipeline that imgdit or diffusers knows; FLUX.1 and SD3 pipelines with `conditions=`.
-
-    Args:
-        source: folder or Hub repository. Pickled weights are refused.
-    """
-    name = str(diffusers.DiffusionPipeline.load_config(source).get("_class_name"))
-    loader: Any = WITH_CONDITIONS.get(name)
-    if loader is None:
-        loader = compat.DiffusionPipeline if name in imgdit.__all__ else diffusers.DiffusionPipeline
-    return loader.from_pretrained(source, use_safetensors=True)
-
-
 class Studio:
     """A pipeline, and what lies beside it.
 
@@ -84,7 +65,7 @@ class Studio:
         source: folder or Hub repository of a pipeline.
         adapters: folder of condition adapters; the pipeline folder's own by default.
         sae: folder of sparse autoencoders; the pipeline folder's own by default.
-        device: CUDA where there is one by default.
+        loading: precision, device, offloading and bits.
     """
 
     def __init__(
@@ -93,22 +74,23 @@ class Studio:
         *,
         adapters: Path | None = None,
         sae: Path | None = None,
-        device: str | None = None,
+        loading: LoadOptions = AUTO,
     ):
         self.places = {
             "model": str(source),
             "adapters": None if adapters is None else str(adapters),
             "sae": None if sae is None else str(sae),
         }
-        self.pipe = load_pipeline(source)
-        self.pipe.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.adapter_folder = adapters or Path(source) / ADAPTERS
-        self.sae_folder = sae or Path(source) / SAE
+        self.loading = loading
+        self.pipe = load_pipeline(source, loading)
+        home = Path(source).expanduser()
+        self.adapter_folder = adapters or home / ADAPTERS
+        self.sae_folder = sae or home / SAE
         self.any: OneDiffusionPipeline | None = None
         if isinstance(self.pipe, ImgDiTPipeline):
-            self.any = OneDiffusionPipeline(**self.pipe.components)
+            self.any = over_components(OneDiffusionPipeline, self.pipe, loading)
             if not isinstance(self.pipe.transformer, NextDiT):
-                self.pipe = ImgDiTPipeline(**self.pipe.components)
+                self.pipe = over_components(ImgDiTPipeline, self.pipe, loading)
         self._loaded: dict[str, AdapterInfo] = {}
 
     def quiet(self, disable: bool | None = True) -> None:
@@ -185,14 +167,16 @@ class Studio:
     @cached_property
     def made_with(self) -> dict[str, Any]:
         """What the last bits of a picture depend on besides the request."""
-        denoiser = getattr(self.pipe, "transformer", None) or self.pipe.unet
-        sketch = json.dumps(model_fingerprint(denoiser), sort_keys=True)
+        model = denoiser(self.pipe)
+        sketch = json.dumps(model_fingerprint(model), sort_keys=True)
+        bits = {} if self.loading.quantize == "none" else {"quantize": self.loading.quantize}
         return {
             "imgdit": imgdit.__version__,
             "diffusers": diffusers.__version__,
             "torch": torch.__version__,
-            "device": str(self.pipe.device),
-            "dtype": str(denoiser.dtype).removeprefix("torch."),
+            "device": str(chosen_device(self.loading)),
+            "dtype": str(chosen_dtype(self.loading)).removeprefix("torch."),
+            **bits,
             "threads": torch.get_num_threads(),
             "weights": hashlib.sha256(sketch.encode()).hexdigest()[:16],
         }

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from PIL import Image
 
-from imgdit import DiffusionPipeline, ImgDiTPipeline
+from imgdit import ImgDiTPipeline
+from imgdit.apps.load_options import AUTO, LoadOptions
+from imgdit.apps.loading import load_pipeline, over_components
 from imgdit.checkpoints import SCENE_PROBE, SCENES
 from imgdit.data.captions import TASK_TOKENS, caption
 from imgdit.data.own.subjects import Idea, Pair
@@ -58,13 +60,19 @@ class ScenePairs:
     Args:
         model: pipeline folder of a model of the scenes.
         steps, guidance: of the sampler.
+        loading: of the pipeline.
     """
 
-    def __init__(self, model: str | Path = SCENES, steps: int = 20, guidance: float = 3.0):
-        pipe = DiffusionPipeline.from_pretrained(model)
-        pipe.to("cuda" if torch.cuda.is_available() else "cpu")
-        self.text: Any = ImgDiTPipeline(**pipe.components)
-        self.any: Any = OneDiffusionPipeline(**pipe.components)
+    def __init__(
+        self,
+        model: str | Path = SCENES,
+        steps: int = 20,
+        guidance: float = 3.0,
+        loading: LoadOptions = AUTO,
+    ):
+        pipe = load_pipeline(model, loading)
+        self.text: Any = over_components(ImgDiTPipeline, pipe, loading)
+        self.any: Any = over_components(OneDiffusionPipeline, pipe, loading)
         for made in (self.text, self.any):
             made.set_progress_bar_config(disable=True)
         self.options = {"num_inference_steps": steps, "guidance_scale": guidance}
@@ -103,12 +111,13 @@ class Diptychs:
     Args:
         model: folder or Hub repository of a pipeline.
         size: pixels per side of each half.
+        loading: of the pipeline.
         options: of the pipeline's call.
     """
 
-    def __init__(self, model: str, size: int = 512, **options: Any):
-        self.pipe = DiffusionPipeline.from_pretrained(model)
-        self.pipe.to("cuda" if torch.cuda.is_available() else "cpu").set_progress_bar_config(disable=True)
+    def __init__(self, model: str, size: int = 512, loading: LoadOptions = AUTO, **options: Any):
+        self.pipe = load_pipeline(model, loading)
+        self.pipe.set_progress_bar_config(disable=True)
         self.size, self.options = size, options
 
     def __call__(self, idea: Idea, seed: int) -> Pair:

@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from imgdit.apps.load_options import LoadOptions
+
 from ..console import one_sentence
-from .options import Engine, Workers
+from .options import Engine, Workers, with_loading
 
 if TYPE_CHECKING:
     from imgdit.data.own import Rows
@@ -104,6 +106,7 @@ def _lines(file: Path) -> list[str]:
 
 
 @app.command()
+@with_loading
 def generate(
     prompts: Annotated[Path, typer.Argument(help="Text file with a sentence per line.")],
     out: Annotated[Path, typer.Argument(help="Folder; can be trained on afterwards.")],
@@ -114,6 +117,8 @@ def generate(
     batch: Annotated[int, typer.Option(min=1, help="Pictures at a time.")] = 8,
     engine: Engine = "local",
     workers: Workers = 1,
+    *,
+    loading: LoadOptions,
 ) -> None:
     """Make a picture per line, however many; start it again to go on where it stopped."""
     from imgdit.apps.bulk_jobs import generate_all
@@ -123,8 +128,9 @@ def generate(
         said = _lines(prompts)
         options = {"num_inference_steps": steps, "guidance_scale": guidance}
         done = generate_all(
-            said, out, str(model or SCENES), options=options, seed=seed, batch=batch, engine=engine, workers=workers
-        )
+            said, out, str(model or SCENES), options=options, seed=seed, batch=batch, loading=loading, engine=engine,
+            workers=workers,
+        )  # fmt: skip
         made = sum(item["count"] for item in done)
     typer.echo(f"made {made:,} of {len(said):,} pictures in {out}; the others were there")
 
@@ -145,6 +151,7 @@ def cache(
 
 
 @app.command()
+@with_loading
 def subjects(
     out: Annotated[Path, typer.Argument(help="Folder; can be trained on afterwards.")],
     count: Annotated[int, typer.Option(min=1, help="Pairs to make.")] = 100,
@@ -155,6 +162,8 @@ def subjects(
     names: Annotated[Path | None, typer.Option(help="With --model: file with a thing per line.")] = None,
     scorer: Annotated[str | None, typer.Option(help="With --model: image encoder that compares the halves.")] = None,
     size: Annotated[int, typer.Option(min=1, help="With --model: pixels per side of a half.")] = 512,
+    *,
+    loading: LoadOptions,
 ) -> None:
     """Make pairs of pictures of the same thing, score them and keep the good ones."""
     from imgdit.apps import subject_pairs
@@ -165,13 +174,13 @@ def subjects(
     with one_sentence():
         if model is None:
             ideas = subject_pairs.scene_ideas(count, seed)
-            make, score = subject_pairs.ScenePairs(steps=steps), subject_pairs.ProbeScore()
+            make, score = subject_pairs.ScenePairs(steps=steps, loading=loading), subject_pairs.ProbeScore()
         elif names is None or scorer is None:
             raise ValueError("--model needs --names, a file with a thing per line, and --scorer, an image encoder")
         else:
             things = _lines(names)
             ideas = subject_pairs.named_ideas(things, count)
-            make = subject_pairs.Diptychs(model, size, num_inference_steps=steps)
+            make = subject_pairs.Diptychs(model, size, loading, num_inference_steps=steps)
             score = subject_pairs.FeatureScore(scorer)
         report = make_subjects(ideas, make, score, out, threshold=threshold, seed=seed)
     typer.echo(f"kept {report.kept} of {report.made} pairs in {out}")

@@ -7,9 +7,13 @@ from typing import Annotated
 
 import typer
 
+from imgdit.apps.load_options import LoadOptions
+
 from ..console import calm, one_sentence
+from .options import with_loading
 
 
+@with_loading
 def demo(
     model: Annotated[str | None, typer.Option(help="Folder or Hub id; the embedded model by default.")] = None,
     adapters: Annotated[
@@ -20,6 +24,8 @@ def demo(
     host: Annotated[str, typer.Option(help="Address to listen at; 127.0.0.1 is this machine alone.")] = "127.0.0.1",
     port: Annotated[int | None, typer.Option(help="A free one from 7860 on by default.")] = None,
     mcp: Annotated[bool, typer.Option("--mcp", help="Offer every tab to programs as tools (MCP).")] = False,
+    *,
+    loading: LoadOptions,
 ) -> None:
     """Open the demo: make, control, unlearn and look, in a browser. Ctrl-C ends it."""
     with one_sentence():
@@ -33,7 +39,7 @@ def demo(
         from ..demo.app import serve
         from ..studio import Studio
 
-        studio = Studio(model or SCENES, adapters=adapters, sae=sae)
+        studio = Studio(model or SCENES, adapters=adapters, sae=sae, loading=loading)
         page, address, holder = serve(studio, results=mup, host=host, port=port, mcp=mcp)
     typer.echo(f"imgdit is at {address} (gradio {gradio.__version__}); Ctrl-C ends it")
     try:

@@ -9,7 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from imgdit.apps.load_options import LoadOptions
+
 from ..console import calm, one_sentence
+from .options import with_loading
 
 if TYPE_CHECKING:
     from ..generate import Job, Result
@@ -31,6 +34,7 @@ PICTURES = Path("outputs/pictures")
 """Where pictures go if nothing is said."""
 
 
+@with_loading
 def generate(
     prompt: Annotated[list[str] | None, typer.Argument(help="Sentences; six examples if there is none.")] = None,
     prompts: Annotated[
@@ -53,18 +57,18 @@ def generate(
     sheet: Annotated[bool, typer.Option(help="Write sheet.png with all pictures of a folder.")] = True,
     overwrite: Overwrite = False,
     as_json: Json = False,
+    *,
+    loading: LoadOptions,
 ) -> None:
     """Make pictures from sentences. An interrupted folder goes on where it stopped."""
     with one_sentence():
-        from imgdit.checkpoints import SCENES
-
         from ..generate import PROMPTS, Line, at_free_names, named, plan, read_lines, write_sheet
         from ..request import Request
 
         if like is not None:
             if prompt or prompts or control:
                 raise ValueError("--like says everything; leave out sentences, --prompts and --control")
-            _again(like, out or PICTURES, model, as_json)
+            _again(like, out or PICTURES, model, as_json, loading)
             return
         if prompt and prompts:
             raise ValueError("give sentences or --prompts, not both")
@@ -80,13 +84,14 @@ def generate(
             lines = named(asked) if out is None else [Line(request) for request in asked]
         jobs, page = plan(lines, out or PICTURES, num_images)
         if out is None and not prompts and not overwrite:
-            jobs = at_free_names(jobs, model or str(SCENES))
-        results = _run(jobs, model, adapters, None, overwrite, as_json)
+            jobs = at_free_names(jobs, _name(model, loading))
+        results = _run(jobs, _name(model, loading), _studio(model, adapters, None, loading), overwrite, as_json)
         if page is not None and sheet:
             write_sheet(results, page)
             _say(f"wrote {page}", as_json)
 
 
+@with_loading
 def control(
     prompt: Annotated[str, typer.Argument(help="What to show.")],
     given: Annotated[list[str], typer.Option("--with", help="KIND=FILE; may be repeated where there are adapters.")],
@@ -108,6 +113,8 @@ def control(
     negative: Negative = "",
     overwrite: Overwrite = False,
     as_json: Json = False,
+    *,
+    loading: LoadOptions,
 ) -> None:
     """Make a picture that follows others: depth, edges, segmentation, a hole to fill, …
 
@@ -119,13 +126,14 @@ def control(
 
         height, width = _size(size)
         controls = _controls(given, strength=strength, start=start, end=end)
-        studio = _studio(model, adapters, None)
+        studio = _studio(model, adapters, None, loading)
         if find:
             controls = _found(studio(), controls, out)
         request = Request(prompt, negative, seed, steps, guidance, height, width, controls=controls)
-        _run([Job(request, out)], model, adapters, None, overwrite, as_json, studio)
+        _run([Job(request, out)], _name(model, loading), studio, overwrite, as_json)
 
 
+@with_loading
 def any_to_any(
     prompt: Annotated[str, typer.Argument(help="Caption of the picture, or the instruction of editing.")] = "",
     given: Annotated[list[str] | None, typer.Option(help="KIND=FILE: image=photo.png, depth=d.png.")] = None,
@@ -142,6 +150,8 @@ def any_to_any(
     negative: Negative = "",
     overwrite: Overwrite = False,
     as_json: Json = False,
+    *,
+    loading: LoadOptions,
 ) -> None:
     """Make any frames from any others: depth of a picture, a picture of depth, both, or another view."""
     with one_sentence():
@@ -153,9 +163,10 @@ def any_to_any(
         cameras = [_camera(text) for text in camera or []]
         frames = frame_row(_files(given or []), make or [], cameras)
         request = Request(prompt, negative, seed, steps, guidance, height, width, frames=frames)
-        _run([Job(request, out)], model, None, None, overwrite, as_json)
+        _run([Job(request, out)], _name(model, loading), _studio(model, None, None, loading), overwrite, as_json)
 
 
+@with_loading
 def unlearn(
     prompt: Annotated[str, typer.Argument(help="What to show.")],
     concept: Annotated[list[str], typer.Option(help="Name of a concept to remove; may be repeated.")],
@@ -175,6 +186,8 @@ def unlearn(
     negative: Negative = "",
     overwrite: Overwrite = False,
     as_json: Json = False,
+    *,
+    loading: LoadOptions,
 ) -> None:
     """Make a picture without concepts, and the same with them."""
     with one_sentence():
@@ -187,13 +200,13 @@ def unlearn(
         plain = Request(prompt, negative, seed, steps, guidance, height, width)
         without = replace(plain, concepts=tuple(concept), mode=mode, multiplier=multiplier)
         jobs = [Job(without, out), Job(plain, out.with_name(f"{out.stem}-plain.png"))]
-        _run(jobs, model, None, sae, overwrite, as_json)
+        _run(jobs, _name(model, loading), _studio(model, None, sae, loading), overwrite, as_json)
 
 
 # What they share
 
 
-def _again(picture: Path, out: Path, model: str | None, as_json: bool) -> None:
+def _again(picture: Path, out: Path, model: str | None, as_json: bool, loading: LoadOptions) -> None:
     """Make a picture again from what it tells; exits with 1 if a bit differs."""
     from dataclasses import replace
 
@@ -204,7 +217,7 @@ def _again(picture: Path, out: Path, model: str | None, as_json: bool) -> None:
     if origin is None:
         raise ValueError(f"{picture} does not tell how it was made: imgdit writes that into its PNG files only")
     beside = {name: None if place is None else Path(place) for name, place in origin.places.items() if name != "model"}
-    studio = _studio(model or origin.places["model"], **beside)()
+    studio = _studio(model or origin.places["model"], **beside, loading=_as_it_was(loading, origin.made_with))()
     studio.quiet(None)
     made = studio.make(origin.request).pictures[origin.output]
     file = out if out.suffix else out / f"{picture.stem}-again.png"
@@ -222,7 +235,32 @@ def _again(picture: Path, out: Path, model: str | None, as_json: bool) -> None:
         raise typer.Exit(1)
 
 
-def _studio(model: str | None, adapters: Path | None, sae: Path | None) -> Callable[[], Studio]:
+def _as_it_was(loading: LoadOptions, made_with: dict[str, Any]) -> LoadOptions:
+    """Options of loading, with the precision and the bits that a picture was made in where nobody asks for others."""
+    from dataclasses import replace
+
+    from ..loading import DTYPES
+
+    names = {str(dtype).removeprefix("torch."): name for name, dtype in DTYPES.items()}
+    was: dict[str, Any] = {"dtype": names.get(made_with.get("dtype", "")), "quantize": made_with.get("quantize")}
+    return replace(
+        loading,
+        **{
+            name: value
+            for name, value in was.items()
+            if value is not None and getattr(loading, name) == getattr(LoadOptions, name)
+        },
+    )
+
+
+def _name(model: str | None, loading: LoadOptions) -> str:
+    """What answers a request: the model, in the precision and bits that were asked for."""
+    from imgdit.checkpoints import SCENES
+
+    return " ".join([model or str(SCENES), *loading.asked])
+
+
+def _studio(model: str | None, adapters: Path | None, sae: Path | None, loading: LoadOptions) -> Callable[[], Studio]:
     """Loads the model when it is first needed."""
     from functools import lru_cache
 
@@ -233,28 +271,21 @@ def _studio(model: str | None, adapters: Path | None, sae: Path | None) -> Calla
 
         from ..studio import Studio
 
-        return Studio(model or SCENES, adapters=adapters, sae=sae)
+        return Studio(model or SCENES, adapters=adapters, sae=sae, loading=loading)
 
     return load
 
 
-def _run(
-    jobs: Sequence[Job],
-    model: str | None,
-    adapters: Path | None,
-    sae: Path | None,
-    overwrite: bool,
-    as_json: bool,
-    studio: Callable[[], Studio] | None = None,
-) -> list[Result]:
-    """Make the pictures and tell each file."""
-    from tqdm import tqdm
+def _run(jobs: Sequence[Job], model: str, load: Callable[[], Studio], overwrite: bool, as_json: bool) -> list[Result]:
+    """Make the pictures and tell each file.
 
-    from imgdit.checkpoints import SCENES
+    Args:
+        model: see `_name`.
+    """
+    from tqdm import tqdm
 
     from ..generate import run
 
-    load = studio or _studio(model, adapters, sae)
     single = len(jobs) == 1
 
     def opened() -> Studio:
@@ -266,7 +297,7 @@ def _run(
         return left if single else tqdm(left, desc="pictures", disable=None)
 
     results = []
-    for result in run(opened, model or str(SCENES), jobs, overwrite=overwrite, bar=bar):
+    for result in run(opened, model, jobs, overwrite=overwrite, bar=bar):
         results.append(result)
         if as_json:
             values = {

@@ -7,8 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
+from imgdit.apps.load_options import LoadOptions
+
 from ..console import one_sentence
-from .options import Engine, Workers
+from .options import Engine, Workers, with_loading
 
 app = typer.Typer(help="Sparse autoencoders: train them, look at their features.", no_args_is_help=True)
 
@@ -54,6 +56,7 @@ def collect(
 
 
 @app.command()
+@with_loading
 def features(
     sae: Annotated[Path, typer.Argument(help="Folder of one autoencoder.")],
     pipeline: Annotated[str, typer.Argument(help="Folder or Hub repository of the pipeline it was trained on.")],
@@ -67,21 +70,20 @@ def features(
     guidance: Annotated[float | None, typer.Option(help="Guidance scale; the pipeline's own by default.")] = None,
     seed: Annotated[int, typer.Option(help="Of the first picture.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder to write.")] = Path("outputs/features"),
+    *,
+    loading: LoadOptions,
 ) -> None:
     """Write what features do: data, a sheet of pictures for each, and one page to open in a browser."""
-    import torch
-
-    from imgdit.compat import DiffusionPipeline
+    from imgdit.apps.loading import chosen_device, load_pipeline
     from imgdit.sae.features import contrast_features, heat_maps, survey_features
     from imgdit.sae.files import load_sae
     from imgdit.sae.report import write_report
 
     with one_sentence():
         model = load_sae(sae)
-        pipe = DiffusionPipeline.from_pretrained(pipeline)
-        pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+        pipe = load_pipeline(pipeline, loading)
         pipe.set_progress_bar_config(disable=True)
-        model.to(pipe.device)
+        model.to(chosen_device(loading))
         call: dict[str, Any] = {"seed": seed, "num_inference_steps": steps}
         if guidance is not None:
             call["guidance_scale"] = guidance

@@ -42,21 +42,26 @@ def need(package: str, what: str) -> None:
         raise ImportError(f"{what} needs {package}; install it with: pip install 'imgdit[quantized]'")
 
 
-def load_options(kind: str, dtype: torch.dtype) -> dict[str, Any]:
+def load_options(kind: str, dtype: torch.dtype, asked: str | None = None) -> dict[str, Any]:
     """Arguments of `from_pretrained` that load a model quantised; none for "int8", which quantises afterwards.
+
+    Args:
+        kind: a key of `KINDS`, or "none".
+        dtype: of the activations.
+        asked: what the person wrote, for the message; the recipe's key by default.
 
     Raises:
         ImportError: the package that does it is not installed.
     """
-    kept = list(KEPT)
+    kept, asked = list(KEPT), asked or f"model.quantize {kind!r}"
     if kind == "torchao_int8":
-        need("torchao", f"model.quantize {kind!r}")
+        need("torchao", asked)
         from diffusers import TorchAoConfig
         from torchao.quantization import Int8WeightOnlyConfig
 
         return {"quantization_config": TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=kept)}
     if kind.startswith("bnb_"):
-        need("bitsandbytes", f"model.quantize {kind!r}")
+        need("bitsandbytes", asked)
         from diffusers import BitsAndBytesConfig
 
         bits: dict[str, Any] = {"load_in_8bit": True}

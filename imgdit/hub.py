@@ -1,0 +1,60 @@
+"""Where a model is: in a folder, in the Hub's cache, or on the Hub; told at once where it is nowhere."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+TIMEOUT = 5.0
+"""Seconds in which the Hub has to answer whether it has a model."""
+INDEX = "model_index.json"
+"""File of a pipeline's folder that names its parts."""
+
+
+def find_pipeline(source: str | Path) -> str:
+    """A pipeline's folder, or its Hub id where the Hub has it.
+
+    Without a network a model that was downloaded before is taken from the Hub's cache.
+
+    Args:
+        source: folder in diffusers' layout (`~` is expanded), or Hub id such as "black-forest-labs/FLUX.1-dev".
+
+    Raises:
+        ValueError: neither a folder here nor a model on the Hub, or the Hub cannot be reached.
+    """
+    folder = Path(source).expanduser()
+    if (folder / INDEX).is_file():
+        return str(folder)
+    if folder.exists():
+        what = f"the folder holds no {INDEX}" if folder.is_dir() else "it is a file"
+        raise ValueError(f"{str(source)!r} is no pipeline: {what}; expected a folder as `save_pretrained` writes it")
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(source)):
+        raise ValueError(f"there is no folder {str(source)!r} here, and Hub ids look like owner/name")
+    return _on_the_hub(str(source))
+
+
+def _on_the_hub(name: str) -> str:
+    """The Hub id, or the folder of its cached snapshot where the Hub cannot be asked."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url, snapshot_download, try_to_load_from_cache
+    from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HFValidationError, RepositoryNotFoundError
+
+    nowhere = f"there is no folder {name!r} here, and"
+    try:
+        cached = isinstance(try_to_load_from_cache(name, INDEX), str)
+        get_hf_file_metadata(hf_hub_url(name, INDEX), timeout=TIMEOUT)
+    except (GatedRepoError, RepositoryNotFoundError) as error:
+        if cached:
+            return snapshot_download(name, local_files_only=True)
+        told = "asks to accept a licence" if isinstance(error, GatedRepoError) else "has none, or a private one"
+        raise ValueError(
+            f"{nowhere} the Hub {told}; see huggingface.co/{name}, and log in with `hf auth login`"
+        ) from error
+    except EntryNotFoundError as error:
+        raise ValueError(f"{nowhere} what the Hub has of that name is no pipeline: it holds no {INDEX}") from error
+    except HFValidationError as error:
+        raise ValueError(f"{nowhere} it is no Hub id: {error}") from error
+    except Exception as error:  # of whichever library carries the request: no network, no answer, offline mode
+        if cached:
+            return snapshot_download(name, local_files_only=True)
+        raise ValueError(f"{nowhere} the Hub cannot be reached: {type(error).__name__}: {error}") from error
+    return name
