@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 import torch
 
-from ..frames import Frame
-from .pictures import to_mask
+from imgdit.frames import Frame
+from imgdit.images.masks import to_mask
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
+from imgdit.images.convert import to_pixels
+
 from ..frames import Frame
 from ..models.autoencoding import cell_size, encode_pictures, scale_latents
 from ..models.functional import pack
 from .condition import Condition
-from .pictures import to_pixels
 
 
 class Encoded(NamedTuple):
@@ -48,7 +49,7 @@ def encode_conditions(
     side = cell_size(vae) * patch
     encoded = []
     for condition, view in zip(conditions, sees, strict=True):
-        pixels = to_pixels(condition.image)
+        pixels = to_pixels(condition.image) * 2 - 1
         height, width = pixels.shape[-2:]
         if height < side or width < side or height % side or width % side:
             fitting = (max(height // side, 1) * side, max(width // side, 1) * side)

@@ -8,13 +8,14 @@ from typing import Any, Literal
 import torch
 from peft.tuners.lora import LoraLayer
 
+from imgdit.images.masks import to_mask
+
 from ..lora import refuse_fused
 from ..lora_files import AdapterInfo, loaded_adapters
 from ..models.autoencoding import cell_size
 from ..naming import check_choice
 from .condition import Condition
 from .encoding import Encoded, encode_conditions
-from .pictures import to_mask
 from .run import ConditionRun, Progress
 
 Mode = Literal["joint", "independent"]

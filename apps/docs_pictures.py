@@ -12,8 +12,8 @@ from imgdit.checkpoints import SCENE_PROBE, SCENES
 from imgdit.data.render import render
 from imgdit.data.scenes import OBJECTS
 from imgdit.data.sheet import contact_sheet
-from imgdit.data.tasks import to_image
 from imgdit.evaluation.scenes import held_out
+from imgdit.images import to_image
 
 from .benches import scenes as scene_bench
 from .generate import PROMPTS

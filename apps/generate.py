@@ -14,10 +14,11 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from imgdit.data.sheet import contact_sheet
+from imgdit.images import open_image
 from imgdit.naming import check_name
 from imgdit.untrusted import inside, parse_object
 
-from .request import Control, Origin, Request, open_picture, read_origin, write_png
+from .request import Control, Origin, Request, read_origin, write_png
 
 PROMPTS = (
     "a photo of a red cube on a wooden floor",
@@ -110,7 +111,7 @@ def _line(values: Mapping[str, Any], base: Request, folder: Path | None) -> Line
             raise ValueError(f"{key} cannot be {value!r}")
     if "control" in values:
         said["controls"] = tuple(
-            Control(kind, open_picture(file if folder is None else inside(folder, file)))
+            Control(kind, open_image(file if folder is None else inside(folder, file)))
             for kind, file in _controls(values["control"])
         )
     name, count = values.get("name"), values.get("num_images")
@@ -252,7 +253,7 @@ def write_sheet(results: Sequence[Result], file: Path) -> None:
     """All pictures over their sentences, those that steered them at their left."""
     tiles = []
     for result in sorted(results, key=lambda r: r.file):
-        picture = open_picture(result.file)
+        picture = open_image(result.file)
         given = [control.picture.resize(picture.size) for control in result.request.controls]
         tiles.append(([*given, picture], result.request.prompt))
     contact_sheet(tiles).save(file)

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 
-from imgdit.data.tasks import to_tensor
 from imgdit.evaluation.unlearning_pictures import Classify
+from imgdit.images import open_image, to_pixels, to_rgb
 from imgdit.models.scene_probe import SceneProbe
 
 QUESTIONS = {"style": "style", "object": "left object"}
@@ -36,7 +35,7 @@ def classifier(source: str | Path, domain: str) -> Classify:
 
     @torch.no_grad()
     def classify(files: Sequence[Path]) -> list[str]:
-        pictures = [Image.open(file).convert("RGB") for file in files]
+        pictures = [to_rgb(open_image(file)) for file in files]
         logits = model(**processor(pictures, return_tensors="pt").to(device)).logits
         return [model.config.id2label[number] for number in logits.argmax(1).tolist()]
 
@@ -49,7 +48,7 @@ def probe_classifier(probe: SceneProbe, domain: str) -> Classify:
 
     @torch.no_grad()
     def classify(files: Sequence[Path]) -> list[str]:
-        pixels = torch.stack([to_tensor(Image.open(file)) for file in files])
+        pixels = torch.cat([to_pixels(open_image(file)) for file in files])
         logits = probe(pixels * 2 - 1).answers[QUESTIONS[domain]]
         return [choices[number] for number in logits.argmax(1).tolist()]
 

@@ -7,7 +7,8 @@ from typing import Any
 from PIL import Image
 
 from imgdit.data.tasks import TASKS as PHOTO_TASKS
-from imgdit.data.tasks import from_photo, to_image
+from imgdit.data.tasks import from_photo
+from imgdit.images import to_image
 
 from .request import AskedFrame, Request, fitted
 

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps, PngImagePlugin
+from PIL import Image, PngImagePlugin
 
+from imgdit.images import fit, open_image, to_rgb
 from imgdit.naming import check_name
 from imgdit.untrusted import parse_object
 
@@ -153,7 +154,7 @@ def read_origin(path: Path) -> Origin | None:
     Raises:
         ValueError: no picture, or a damaged origin.
     """
-    picture = open_picture(path)
+    picture = open_image(path)
     text = picture.info.get(CHUNK)
     if text is None:
         return None
@@ -164,29 +165,13 @@ def read_origin(path: Path) -> Origin | None:
         raise ValueError(f"{path} holds a request that cannot be read: {error}") from error
 
 
-def open_picture(path: str | Path) -> Image.Image:
-    """A picture file, read whole, turned as its camera was held.
-
-    Raises:
-        ValueError: there is none, or it is damaged, or a decompression bomb.
-    """
-    try:
-        with Image.open(path) as picture:
-            picture.load()
-            return ImageOps.exif_transpose(picture)
-    except FileNotFoundError:
-        raise ValueError(f"there is no picture {str(path)!r}") from None
-    except Exception as error:  # Pillow's readers let out whatever damage does to them: IndexError, struct.error, …
-        raise ValueError(f"{str(path)!r} cannot be read, it is damaged or no picture: {error}") from error
-
-
 def fitted(picture: Image.Image, kind: str, height: int | None, width: int | None) -> Image.Image:
     """A picture in RGB, cut and shrunk to the size of what is made; one that is smaller stays as it is."""
-    picture = picture.convert("RGB")
+    picture = to_rgb(picture)
     if height is None or width is None or (picture.width <= width and picture.height <= height):
         return picture
     how = Image.Resampling.NEAREST if kind in EXACT else Image.Resampling.LANCZOS
-    return ImageOps.fit(picture, (width, height), how)
+    return fit(picture, (width, height), how)
 
 
 def _plain(value: Any) -> Any:
@@ -204,10 +189,10 @@ def _pictured(values: Mapping[str, Any]) -> dict[str, Any]:
     if text is None:
         return dict(values)
     try:
-        picture = Image.open(io.BytesIO(base64.b64decode(text)))
-        picture.load()
-    except Exception as error:  # as in open_picture
-        raise ValueError(f"a picture of the request is damaged: {error}") from error
+        data = base64.b64decode(text)
+    except ValueError as error:
+        raise ValueError(f"an image of the request is damaged: {error}") from error
+    picture = open_image(data, "an image of the request")
     return {**values, "picture": picture}
 
 

@@ -17,7 +17,7 @@ from imgdit.checkpoints import SCENE_PROBE, SCENES
 from imgdit.data.captions import TASK_TOKENS, caption
 from imgdit.data.own.subjects import Idea, Pair
 from imgdit.data.scenes import Scene, another_look
-from imgdit.data.tasks import to_tensor
+from imgdit.images import to_pixels
 from imgdit.models.scene_probe import SceneProbe
 from imgdit.pipelines.one_diffusion import OneDiffusionPipeline
 from imgdit.tasks import PictureFrame
@@ -93,7 +93,7 @@ class ProbeScore:
 
     @torch.no_grad()
     def __call__(self, idea: Idea, pair: Pair) -> float:
-        pictures = torch.stack([to_tensor(picture) for picture in pair])
+        pictures = torch.cat([to_pixels(picture) for picture in pair])
         if _is_copy(pictures):
             return 0.0
         colour, kind = idea.subject.split()
@@ -144,7 +144,7 @@ class FeatureScore:
 
     @torch.no_grad()
     def __call__(self, idea: Idea, pair: Pair) -> float:
-        if _is_copy(torch.stack([to_tensor(picture) for picture in pair])):
+        if _is_copy(torch.cat([to_pixels(picture) for picture in pair])):
             return 0.0
         hidden = self.model(**self.processor(list(pair), return_tensors="pt")).last_hidden_state[:, 0]
         return max(0.0, float(torch.cosine_similarity(hidden[0], hidden[1], dim=0)))

@@ -10,8 +10,9 @@ from accelerate import PartialState
 
 from imgdit.data.scenes import another_camera
 from imgdit.data.sheet import contact_sheet
-from imgdit.data.tasks import depth_to_picture, to_image
+from imgdit.data.tasks import depth_to_picture
 from imgdit.evaluation.scenes import held_out
+from imgdit.images import to_image
 from imgdit.training.config import Recipe
 
 from .benches.scene_maker import PipelineMaker

@@ -13,6 +13,9 @@ import PIL.Image
 import torch
 import torch.nn.functional as F
 
+from imgdit.images.convert import to_pixels
+from imgdit.images.opening import is_turned
+
 from ..data.tasks import areas_of_colours
 from ..tasks import hex_colour
 
@@ -37,9 +40,9 @@ def bucket_size(height: int, width: int) -> tuple[int, int]:
 
 
 def picture_size(picture: Any) -> tuple[int, int]:
-    """Height and width of a PIL picture or an array."""
+    """Height and width of a PIL picture, as it is shown, or of an array."""
     if isinstance(picture, PIL.Image.Image):
-        return picture.height, picture.width
+        return (picture.width, picture.height) if is_turned(picture) else (picture.height, picture.width)
     return picture.shape[0], picture.shape[1]
 
 
@@ -49,26 +52,18 @@ def pixels_of_pictures(
     """Pictures of any sizes to (P, 3, height, width) in [-1, 1].
 
     Args:
-        pictures: PIL pictures, or arrays H x W x 3 of bytes.
+        pictures: what `imgdit.images.to_pixels` takes.
         height, width: in pixels.
         crop: cut the largest middle part of the right ratio and resize it without antialias, as OneDiffusion does;
             otherwise resize all of it, with antialias.
         stretch_bright: where no value of all the pictures is below the middle, map the upper half of the range to the
             whole. OneDiffusion does so, by mistake.
     """
-    pixels = torch.cat([_resized(_tensor(picture), height, width, crop) for picture in pictures]) * 2 - 1
+    read = [to_pixels(picture) for picture in pictures]
+    if any(len(one) != 1 for one in read):
+        raise ValueError("an entry of a frame is one picture; give several as a list, one per prompt")
+    pixels = torch.cat([_resized(one, height, width, crop) for one in read]) * 2 - 1
     return pixels * 2 - 1 if stretch_bright and bool((pixels >= 0).all()) else pixels
-
-
-def _tensor(picture: Any) -> torch.Tensor:
-    """(1, 3, H, W) in [0, 1]."""
-    array = np.array(picture.convert("RGB")) if isinstance(picture, PIL.Image.Image) else np.asarray(picture)
-    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
-        raise ValueError(
-            "a picture is a PIL image or an array (height, width, 3) of bytes, "
-            f"got {array.dtype} of shape {array.shape}"
-        )
-    return torch.from_numpy(array.copy()).permute(2, 0, 1)[None].float() / 255
 
 
 def _resized(picture: torch.Tensor, height: int, width: int, crop: bool) -> torch.Tensor:

@@ -148,5 +148,5 @@ def test_a_lora_of_tensors_that_do_not_fit(tmp_path, down, up):
 
 def test_whatever_a_damaged_picture_does_to_pillow_is_told():
     gif = b"GIF89a" + b"\x01\0\x01\0\x80\0\0" + bytes(6) + b"\x2c" + bytes(4)
-    with pytest.raises(ValueError, match="damaged or no picture"):
+    with pytest.raises(ValueError, match="damaged or no image"):
         open_picture(gif)

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from imgdit.adapters.condition import Condition
 from imgdit.data.geometry import intrinsics
 from imgdit.data.scenes import Camera
-from imgdit.data.tasks import to_image
+from imgdit.images import to_image
 from imgdit.pipelines.one_diffusion import OneDiffusionPipeline
 from imgdit.pipelines.text_to_image import ImgDiTPipeline
 from imgdit.tasks import TASKS, PictureFrame

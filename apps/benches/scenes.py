@@ -16,10 +16,10 @@ import torch
 from imgdit import DiffusionPipeline
 from imgdit.checkpoints import SCENES
 from imgdit.data.sheet import contact_sheet
-from imgdit.data.tasks import to_image
 from imgdit.evaluation.any_tasks import drawing_scores, pose_scores, reference_scores, restoration_scores
 from imgdit.evaluation.control import control_scores, subject_scores
 from imgdit.evaluation.scenes import Score, condition_scores, probe_scores, text_scores, view_scores
+from imgdit.images import to_image
 from imgdit.models.scene_probe import SceneProbe
 from imgdit.training.config import EMBEDDED
 

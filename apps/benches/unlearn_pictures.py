@@ -16,15 +16,14 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from tqdm import tqdm
 
-from imgdit.data.tasks import to_image, to_tensor
 from imgdit.evaluation.prompt_attack import attack_prompt
 from imgdit.evaluation.speed import compare
 from imgdit.evaluation.unlearning_methods.catalogue import METHODS
 from imgdit.evaluation.unlearning_methods.material import Material, Unlearned
 from imgdit.evaluation.unlearning_pictures import Cell, Seen, cells, find_picture
+from imgdit.images import open_image, to_image, to_pixels
 from imgdit.models.scene_probe import SceneProbe
 from imgdit.training.checkpoint import replace_text
 
@@ -219,4 +218,4 @@ class Eyes:
 
 def _pictures(folder: Path, group: Sequence[Cell]) -> torch.Tensor:
     """(N, 3, S, S) in [0, 1]."""
-    return torch.stack([to_tensor(Image.open(folder / f"{cell.name}.png")) for cell in group])
+    return torch.cat([to_pixels(open_image(folder / f"{cell.name}.png")) for cell in group])

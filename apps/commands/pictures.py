@@ -210,8 +210,10 @@ def _again(picture: Path, out: Path, model: str | None, as_json: bool, loading: 
     """Make a picture again from what it tells; exits with 1 if a bit differs."""
     from dataclasses import replace
 
+    from imgdit.images import open_image
+
     from ..generate import same_pixels
-    from ..request import open_picture, read_origin, write_png
+    from ..request import read_origin, write_png
 
     origin = read_origin(picture)
     if origin is None:
@@ -222,7 +224,7 @@ def _again(picture: Path, out: Path, model: str | None, as_json: bool, loading: 
     made = studio.make(origin.request).pictures[origin.output]
     file = out if out.suffix else out / f"{picture.stem}-again.png"
     write_png(made, file, replace(origin, places=studio.places, made_with=studio.made_with))
-    same = same_pixels(open_picture(picture).convert("RGB"), made.convert("RGB"))
+    same = same_pixels(open_image(picture).convert("RGB"), made.convert("RGB"))
     now = studio.made_with
     differs = {name: [was, now.get(name)] for name, was in origin.made_with.items() if was != now.get(name)}
     if as_json:
@@ -334,14 +336,14 @@ def _controls(
 
 def _files(given: Sequence[str]) -> list[tuple[str, Any]]:
     """Kind and picture of each KIND=FILE."""
-    from ..request import open_picture
+    from imgdit.images import open_image
 
     pairs = []
     for text in given:
         kind, equals, file = text.partition("=")
         if not (kind and equals and file):
             raise ValueError(f"expected KIND=FILE, such as depth=depth.png, got {text!r}")
-        pairs.append((kind, open_picture(file)))
+        pairs.append((kind, open_image(file)))
     return pairs
 
 

@@ -8,8 +8,10 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
+from imgdit.images import open_image
+
 from ..prepare import condition_of
-from ..request import Control, Request, open_picture
+from ..request import Control, Request
 from . import limits, widgets
 from .holder import DEVICE, Holder
 from .limits import LIMITS
@@ -112,7 +114,7 @@ def build(holder: Holder) -> gr.ImageEditor:
             if not shown.files:
                 yield gr.skip(), gr.skip(), gr.skip(), shown.status
                 continue
-            made = open_picture(shown.files[0])
+            made = open_image(shown.files[0])
             before = photo.resize(made.size)
             yield gr.skip(), (holder.keep(before), shown.files[0]), shown.files[0], shown.status
 

@@ -19,7 +19,7 @@ from PIL import Image
 
 from imgdit.data.render import render
 from imgdit.data.scenes import Scene
-from imgdit.data.tasks import to_image
+from imgdit.images import to_image
 
 from ..generate import output_file
 from ..request import Origin, Request, write_png

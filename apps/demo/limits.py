@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import functools
 import inspect
-import io
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from ..request import open_picture
+from imgdit.images import open_image, to_rgb, to_rgba
 
 logger = logging.getLogger(__name__)
 
@@ -84,22 +83,12 @@ def picture(source: str | bytes | None, what: str = "the picture", mode: str = "
     if not source:
         return None
 
-    def file() -> Any:
-        return io.BytesIO(source) if isinstance(source, bytes) else source
-
     try:
-        with Image.open(file()) as header:
-            width, height = header.size
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        millions = LIMITS.pixels / 1e6
-        raise Refused(f"{what} may have {millions:.0f} million pixels; make it smaller") from error
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
-        raise Refused(f"{what} cannot be read; give a PNG, JPEG or WebP file") from error
-    check_size(width, height, what)
-    try:
-        return open_picture(file()).convert(mode)
-    except (ValueError, OSError, SyntaxError, MemoryError, Image.DecompressionBombWarning) as error:
-        raise Refused(f"{what} is damaged; give a PNG, JPEG or WebP file") from error
+        image = open_image(source, what, LIMITS.pixels)
+        check_size(*image.size, what)
+        return to_rgb(image, name=what) if mode == "RGB" else to_rgba(image, what).convert(mode)
+    except ValueError as error:
+        raise Refused(str(error)) from error
 
 
 def check_size(width: int, height: int, what: str = "the picture") -> None:

@@ -8,9 +8,10 @@ from typing import Any
 
 import gradio as gr
 
+from imgdit.images import open_image
 from imgdit.sae.features import heat_maps
 
-from ..request import Request, open_picture
+from ..request import Request
 from . import limits, widgets
 from .heat import overlay
 from .holder import DEVICE, Holder
@@ -87,7 +88,7 @@ def build(holder: Holder) -> None:
         if len(files) == 2:
             with holder.busy(person):
                 found = _seen(holder, base, names)
-            seen = None if found is None else holder.keep(overlay(open_picture(files[0]), found))
+            seen = None if found is None else holder.keep(overlay(open_image(files[0]), found))
             yield files[0], files[1], seen, "Done."
 
     make.click(

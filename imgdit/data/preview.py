@@ -7,11 +7,13 @@ from random import Random
 
 from PIL import Image
 
+from imgdit.images import to_image
+
 from .captions import caption
 from .render import render
 from .scenes import Scene
 from .sheet import contact_sheet
-from .tasks import from_scene, to_image
+from .tasks import from_scene
 
 
 def preview(

@@ -19,7 +19,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageFilter, UnidentifiedImageError
+from PIL import Image, ImageFilter
+
+from imgdit.images.convert import to_image, to_pixels, to_rgb
+from imgdit.images.masks import mask_values
+from imgdit.images.opening import open_image
 
 from ..naming import check_name
 from .render import FAR, Rendering, render
@@ -130,7 +134,7 @@ def from_photo(task: str, photo: Image.Image | str | Path, inverse: bool = False
         raise ValueError(f"the task {task!r} needs a scene, a photo does not tell its truth. Photos can: {able}")
     picture = _opened(photo)
     condition, details = chosen.photo(picture, **options)
-    return _example(condition, to_tensor(picture), details, inverse)
+    return _example(condition, to_pixels(picture)[0], details, inverse)
 
 
 def _task(name: str, inverse: bool) -> Task:
@@ -146,24 +150,7 @@ def _example(condition: torch.Tensor, picture: torch.Tensor, details: dict[str, 
 
 
 def _opened(photo: Image.Image | str | Path) -> Image.Image:
-    try:
-        picture = photo if isinstance(photo, Image.Image) else Image.open(photo)
-        return picture.convert("RGB")
-    except FileNotFoundError:
-        raise ValueError(f"there is no picture {str(photo)!r}") from None
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        name = getattr(photo, "filename", "") if isinstance(photo, Image.Image) else photo
-        raise ValueError(f"the picture {str(name)!r} cannot be read, it is damaged or no picture: {error}") from error
-
-
-def to_tensor(picture: Image.Image) -> torch.Tensor:
-    """(3, H, W) in [0, 1] of a picture of any mode."""
-    return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1).float() / 255
-
-
-def to_image(picture: torch.Tensor) -> Image.Image:
-    """A picture of (3, H, W) in [0, 1]."""
-    return Image.fromarray((picture.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy())
+    return to_rgb(photo if isinstance(photo, Image.Image) else open_image(photo))
 
 
 # Depth
@@ -305,7 +292,7 @@ def _scene_boxes(given: _Given) -> tuple[torch.Tensor, dict[str, Any]]:
 
 
 def _blur(picture: torch.Tensor, radius: float) -> torch.Tensor:
-    return to_tensor(to_image(picture).filter(ImageFilter.GaussianBlur(radius))).to(picture.device)
+    return to_pixels(to_image(picture).filter(ImageFilter.GaussianBlur(radius)))[0].to(picture.device)
 
 
 def _scene_blur(given: _Given) -> tuple[torch.Tensor, dict[str, Any]]:
@@ -314,7 +301,7 @@ def _scene_blur(given: _Given) -> tuple[torch.Tensor, dict[str, Any]]:
 
 
 def _photo_blur(photo: Image.Image, radius: float = 8.0) -> tuple[torch.Tensor, dict[str, Any]]:
-    return _blur(to_tensor(photo), radius), {"radius": radius}
+    return _blur(to_pixels(photo)[0], radius), {"radius": radius}
 
 
 def _grey(picture: torch.Tensor) -> torch.Tensor:
@@ -327,7 +314,7 @@ def _scene_grey(given: _Given) -> tuple[torch.Tensor, dict[str, Any]]:
 
 
 def _photo_grey(photo: Image.Image) -> tuple[torch.Tensor, dict[str, Any]]:
-    return to_tensor(photo.convert("L")), {}
+    return to_pixels(photo.convert("L"))[0], {}
 
 
 def _with_hole(picture: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
@@ -357,14 +344,14 @@ def _photo_mask(photo: Image.Image, mask: Image.Image | None = None) -> tuple[to
         mask.paste(255, (width // 4, height // 4, width - width // 4, height - height // 4))
     if mask.size != photo.size:
         raise ValueError(f"the mask has {mask.size} pixels (width, height), the photo {photo.size}; make them equal")
-    return _with_hole(to_tensor(photo), to_tensor(mask.convert("L"))[:1] > 0.5)
+    return _with_hole(to_pixels(photo)[0], mask_values(mask)[None])
 
 
 def _smaller(photo: Image.Image, factor: int) -> tuple[torch.Tensor, dict[str, Any]]:
     if factor < 2 or min(photo.size) < factor:
         raise ValueError(f"factor must be a whole number from 2 to {min(photo.size)}, got {factor}")
     size = (photo.width // factor, photo.height // factor)
-    return to_tensor(photo.resize(size, Image.Resampling.BICUBIC)), {"factor": factor}
+    return to_pixels(photo.resize(size, Image.Resampling.BICUBIC))[0], {"factor": factor}
 
 
 def _scene_super_resolution(given: _Given) -> tuple[torch.Tensor, dict[str, Any]]:

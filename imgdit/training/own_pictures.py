@@ -20,16 +20,19 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from imgdit.images import fit, to_image, to_pixels
+from imgdit.images.fitting import Size
+
 from ..cameras import FOCAL_LENGTH, RAY_CHANNELS, ray_frames, relative_rays, scale_positions
 from ..data.captions import TASK_TOKENS
-from ..data.own.buckets import Size, bucket_sizes, fit, nearest_bucket
+from ..data.own.buckets import bucket_sizes, nearest_bucket
 from ..data.own.inspections import inspected
 from ..data.own.linter import Inspection
 from ..data.own.opening import open_picture
 from ..data.own.rows import CONDITIONS, Blob, Columns, Problem, Row
 from ..data.own.sources import open_rows
 from ..data.sentences import prompt
-from ..data.tasks import TASKS, from_photo, to_image, to_tensor
+from ..data.tasks import TASKS, from_photo
 from ..data.tensor_cache import TensorCache, tensor_key
 from ..frames import Frame, FrameLayout
 from ..models.functional import pack
@@ -251,7 +254,7 @@ class OwnPictures:
 
         def shown(blob: Blob, sharp: bool = False) -> Callable[[], torch.Tensor]:
             resample = Image.Resampling.NEAREST if sharp else Image.Resampling.LANCZOS
-            return lambda: to_tensor(fit(open_picture(blob.read()).picture, size, resample))
+            return lambda: to_pixels(fit(open_picture(blob.read()).picture, size, resample))[0]
 
         blobs = {"picture": row.picture, **{str(n): row.frames[n] for n in range(self.views - 1)}}
         wanted = [(tensor_key("picture", found.hashes[name], size), shown(blob)) for name, blob in blobs.items()]
@@ -271,7 +274,7 @@ class OwnPictures:
         made = from_photo(task, to_image(picture), **self.preprocessor_options).condition
         if made.shape == picture.shape:
             return made
-        return to_tensor(to_image(made).resize((picture.shape[2], picture.shape[1]), Image.Resampling.BICUBIC))
+        return to_pixels(to_image(made).resize((picture.shape[2], picture.shape[1]), Image.Resampling.BICUBIC))[0]
 
     def _latents(self, key: str, make: Callable[[], torch.Tensor]) -> torch.Tensor:
         if self.latent_cache is None:

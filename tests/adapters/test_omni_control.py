@@ -131,7 +131,7 @@ def test_two_conditions_and_their_strengths(control):
 
 @pytest.mark.parametrize("kind", ["PIL", "array", "tensor", "batch", "grey"])
 def test_pictures_of_any_kind(control, kind):
-    from imgdit.data.tasks import to_image
+    from imgdit.images import to_image
 
     pixels = (picture() * 255).round() / 255
     if kind == "grey":
@@ -459,7 +459,7 @@ REFUSED = {
     "a mask of nothing": ({"mask": torch.zeros(4, 4)}, {}, "leaves no token"),
     "a picture of odd size": ({"image": torch.rand(3, 18, 16)}, {}, "multiple of 4 pixels.*resize it to 16x16"),
     "a picture beyond its range": ({"image": torch.rand(3, 16, 16) * 255}, {}, r"values in \[0, 1\]"),
-    "no picture": ({"image": "edges.png"}, {}, "PIL picture, an array or a tensor, got str"),
+    "no picture": ({"image": "edges.png"}, {}, "PIL image, an array or a tensor, got str"),
     "an unknown main adapter": ({}, {"main_adapter": "style"}, "'style' is not loaded"),
     "an unknown mode": ({}, {"mode": "alone"}, "mode must be one of 'joint', 'independent'"),
     "a cache in joint mode": ({}, {"cache": True}, "not trained independently"),

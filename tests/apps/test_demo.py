@@ -15,8 +15,9 @@ from tiny_runs import small_pipeline
 
 from imgdit.apps.demo import app, features, limits, widgets
 from imgdit.apps.generate import same_pixels
-from imgdit.apps.request import open_picture, read_origin
+from imgdit.apps.request import read_origin
 from imgdit.apps.studio import Studio
+from imgdit.images import open_image
 from imgdit.sae.config import SAEConfig
 from imgdit.sae.model import SparseAutoencoder
 from imgdit.sae.unlearning import ConceptUnlearner
@@ -79,7 +80,7 @@ def test_create_makes_pictures_that_repeat(demo, client):
     origin = read_origin(gallery[1]["image"])
     assert origin.request.seed == 4 and (origin.request.width, origin.request.height) == (64, 96)
     again = demo[1].studio.make(origin.request).pictures[0]
-    assert same_pixels(again, open_picture(gallery[1]["image"]))
+    assert same_pixels(again, open_image(gallery[1]["image"]))
 
 
 def test_control_follows_a_picture(client, photo):
@@ -112,7 +113,7 @@ def test_unlearning_stands_beside_the_plain_picture(client):
     plain, without, heat, status = client.predict(
         prompt="a neon cube", chosen=["neon"], mode="scale", multiplier=-20, **SAMPLING, api_name="/unlearn"
     )
-    assert status == "Done." and open_picture(heat).size == open_picture(plain).size
+    assert status == "Done." and open_image(heat).size == open_image(plain).size
     assert read_origin(without).request.concepts == ("neon",) and not read_origin(plain).request.concepts
 
 
@@ -131,7 +132,7 @@ def test_features_are_found_shown_and_steered(client, monkeypatch):
 
 def test_the_check_draws_and_tells_slopes(client):
     plot, table = client.predict(widths=[64, 96], steps=2, api_name="/coordinate_check")
-    assert open_picture(plot).width > 200 and len(table["data"][0]) == 3
+    assert open_image(plot).width > 200 and len(table["data"][0]) == 3
     assert "imgdit mup coord-check" in client.predict(api_name="/recorded_plots")[1]
 
 

@@ -14,7 +14,8 @@ from imgdit.apps import studio
 from imgdit.apps.cli import app
 from imgdit.apps.frames import frame_row
 from imgdit.apps.generate import same_pixels
-from imgdit.apps.request import Control, Request, open_picture, read_origin, write_png
+from imgdit.apps.request import Control, Request, read_origin, write_png
+from imgdit.images import open_image
 from imgdit.lora_files import AdapterInfo
 
 QUICK = ["--steps", "2"]
@@ -81,7 +82,7 @@ def test_a_picture_repeats_bitwise_from_itself(model, tmp_path, command, given):
     done = run("generate", "--like", tmp_path / "a.png", "--out", tmp_path / "b.png", "--json")
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["same"] is True
-    assert same_pixels(open_picture(tmp_path / "a.png"), open_picture(tmp_path / "b.png"))
+    assert same_pixels(open_image(tmp_path / "a.png"), open_image(tmp_path / "b.png"))
 
 
 def test_another_machine_is_told(model, tmp_path, monkeypatch):
@@ -151,7 +152,7 @@ def test_what_is_done_loads_no_model(model, tmp_path, monkeypatch):
         (["generate", "x", "y", "--out", "a.png"], "folder"),
         (["generate", "x", "--size", "12x"], "WIDTHxHEIGHT"),
         (["generate", "x", "--control", "depth"], "KIND=FILE"),
-        (["generate", "x", "--control", "depth=none.png"], "no picture"),
+        (["generate", "x", "--control", "depth=none.png"], "no image"),
         (["generate", "x", "--control", "deepth=p.png", "--out", "b.png"], "did you mean 'depth'"),
         (["generate", "--like", "p.png"], "does not tell"),
         (["generate", "--like", "p.png", "--prompts", "x"], "leave out"),
@@ -180,7 +181,7 @@ def test_find_writes_the_condition(model, tmp_path):
         *["--out", tmp_path / "a.png", *QUICK],
     )
     assert done.exit_code == 0, done.output
-    red, green, blue = open_picture(tmp_path / "a-grey.png").split()
+    red, green, blue = open_image(tmp_path / "a-grey.png").split()
     assert same_pixels(red, green) and same_pixels(red, blue)
 
 
@@ -196,7 +197,7 @@ def test_flux_and_sd3_folders_make_pictures_under_conditions(make, tmp_path):
         done = run(*command, *more, "--out", tmp_path / f"{name}.png")
         assert done.exit_code == 0, done.output
         assert run("generate", "--like", tmp_path / f"{name}.png", "--out", tmp_path / "b.png").exit_code == 0
-    assert not same_pixels(open_picture(tmp_path / "plain.png"), open_picture(tmp_path / "control.png"))
+    assert not same_pixels(open_image(tmp_path / "plain.png"), open_image(tmp_path / "control.png"))
     done = run("any", "--make", "depth", "--given", f"image={file}", *command[2:], "--out", tmp_path / "c.png")
     assert done.exit_code == 2 and "any-to-any" in done.output
 

@@ -10,7 +10,8 @@ from imgdit.apps.subject_pairs import Diptychs, FeatureScore, ProbeScore, SceneP
 from imgdit.data.own.sources import open_rows
 from imgdit.data.own.subjects import Idea, Pair, make_subjects
 from imgdit.data.scenes import Scene
-from imgdit.data.tasks import from_scene, to_image
+from imgdit.data.tasks import from_scene
+from imgdit.images import to_image
 
 IDEAS = [Idea(f"thing {n}", ("left", f"thing {n} on the right")) for n in range(6)]
 

@@ -8,10 +8,11 @@ from tiny_pictures import DEFECTS, ODDITIES, picture, write_folder
 from typer.testing import CliRunner
 
 from imgdit.apps.cli import app
-from imgdit.data.own.buckets import bucket_sizes, fit, nearest_bucket
+from imgdit.data.own.buckets import bucket_sizes, nearest_bucket
 from imgdit.data.own.linter import check
 from imgdit.data.own.opening import open_picture
 from imgdit.data.own.sources import open_rows
+from imgdit.images import fit
 
 
 def encoded(image, form="png", **options):
@@ -47,10 +48,10 @@ def test_pictures_of_every_kind():
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"", "damaged or no picture"),
-        (b"text", "damaged or no picture"),
-        (encoded(picture(0))[:70], "damaged or no picture"),
-        (encoded(Image.new("F", (4, 4)), "tiff"), "floating-point"),
+        (b"", "damaged or no image"),
+        (b"text", "damaged or no image"),
+        (encoded(picture(0))[:70], "damaged or no image"),
+        (encoded(Image.new("F", (4, 4), 7.5), "tiff"), "floating-point"),
         (encoded(Image.fromarray(np.full((4, 4), -5, np.int32)), "tiff"), "-5 to -5, not 16 bits"),
     ],
 )

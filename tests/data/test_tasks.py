@@ -21,10 +21,9 @@ from imgdit.data.tasks import (
     picture_to_depth,
     picture_to_segmentation,
     segmentation_to_picture,
-    to_image,
-    to_tensor,
 )
 from imgdit.evaluation.metrics import mean_iou
+from imgdit.images import to_image, to_pixels
 
 SIZE = 48
 SCENE = Scene.sample(5, objects=2)
@@ -63,7 +62,7 @@ def test_every_task_makes_a_pair(name, rendering):
 def test_depth_pictures_go_back(rendering):
     picture = from_scene("depth", SCENE, Random(0), rendering).condition
     torch.testing.assert_close(picture_to_depth(picture), rendering.depth[0], atol=1e-5, rtol=0)
-    assert (picture_to_depth(to_tensor(to_image(picture))) - rendering.depth[0]).abs().max() < (FAR - NEAR) / 255
+    assert (picture_to_depth(to_pixels(to_image(picture))[0]) - rendering.depth[0]).abs().max() < (FAR - NEAR) / 255
     depth = torch.tensor([0.5, NEAR, 4.0, FAR, 99.0]).view(1, 1, 1, 5)
     back = picture_to_depth(depth_to_picture(depth))
     torch.testing.assert_close(back, torch.tensor([NEAR, NEAR, 4.0, FAR, FAR]).view(1, 1, 1, 5))
@@ -170,7 +169,7 @@ def test_unknown_tasks_and_wrong_input_are_named(rendering, photo, tmp_path):
         from_photo("mask", photo, mask=Image.new("L", (4, 4)))
     with pytest.raises(ValueError, match="factor must be a whole number from 2"):
         from_photo("super_resolution", photo, factor=1)
-    with pytest.raises(ValueError, match=r"there is no picture .*none\.png"):
+    with pytest.raises(ValueError, match=r"there is no image .*none\.png"):
         from_photo("grey", tmp_path / "none.png")
     (tmp_path / "text.png").write_text("no picture")
     with pytest.raises(ValueError, match=r"text\.png.* cannot be read"):
@@ -188,13 +187,13 @@ def test_photos_are_degraded(photo, tmp_path):
     for name in ("blur", "grey", "mask"):
         example = from_photo(name, tmp_path / "photo.png")
         assert example.condition.shape == example.target.shape == (3, 40, 60)
-        assert torch.equal(example.target, to_tensor(photo)) and not torch.equal(example.condition, example.target)
+        assert torch.equal(example.target, to_pixels(photo)[0]) and not torch.equal(example.condition, example.target)
     assert from_photo("super_resolution", photo, factor=4).condition.shape == (3, 10, 15)
     grey = from_photo("grey", photo).condition
     assert torch.equal(grey[0], grey[1]) and torch.equal(grey[1], grey[2])
     hidden = from_photo("mask", photo)
     assert hidden.details["mask"].float().mean() == 0.25 and (hidden.condition[:, 20, 30] == HOLE).all()
-    assert torch.equal(to_tensor(to_image(hidden.target)), hidden.target)
+    assert torch.equal(to_pixels(to_image(hidden.target))[0], hidden.target)
 
 
 def test_edges_of_photos_need_opencv(photo):

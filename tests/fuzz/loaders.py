@@ -282,13 +282,19 @@ def make_pictures(folder: Path) -> None:
 
 def load_pictures(folder: Path) -> None:
     """As training data, and as what the command line and the page are given; all of them, the first error last."""
-    from imgdit.apps.request import open_picture as open_asked
     from imgdit.apps.request import read_origin
     from imgdit.data.own.opening import open_picture
+    from imgdit.images import open_image, to_mask, to_pixels
 
     errors = []
     for path in sorted(folder.iterdir()):
-        for read in (lambda p: open_picture(p.read_bytes()), open_asked, read_origin):
+        readers: tuple[Callable[[Path], Any], ...] = (
+            lambda p: open_picture(p.read_bytes()),
+            lambda p: to_pixels(open_image(p)),
+            lambda p: to_mask(open_image(p), (3, 2)),
+            read_origin,
+        )
+        for read in readers:
             try:
                 read(path)
             except (ValueError, OSError) as error:

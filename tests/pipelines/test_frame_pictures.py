@@ -72,7 +72,9 @@ def test_a_colour_spreads_over_any_distance():
     assert (labels_of_pictures(picture, {"cat": "#FFFFFF"}) == 1).all()
 
 
-@pytest.mark.parametrize("picture", [np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3)), np.zeros((3, 4, 4), np.uint8)])
+@pytest.mark.parametrize(
+    "picture", [np.zeros((3, 4, 5), np.uint8), np.full((4, 4, 3), 9.5), np.full((4, 4), np.nan), "photo.png"]
+)
 def test_what_is_no_picture_is_refused(picture):
-    with pytest.raises(ValueError, match=r"\(height, width, 3\) of bytes"):
+    with pytest.raises(ValueError, match=r"\(H, W, 3\)|values in \[0, 1\]|not finite|got str"):
         pixels_of_pictures([picture], 4, 4)

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import math
 
-from PIL import Image
-
-Size = tuple[int, int]
-"""Width and height in pixels."""
+from imgdit.images.fitting import Size
 
 
 def bucket_sizes(base: int, step: int, ratio: float = 2.0) -> list[Size]:
@@ -38,11 +35,3 @@ def nearest_bucket(size: Size, buckets: list[Size]) -> Size:
     """The bucket that crops a picture least."""
     wanted = math.log(size[0] / size[1])
     return min(buckets, key=lambda bucket: (abs(math.log(bucket[0] / bucket[1]) - wanted), bucket))
-
-
-def fit(picture: Image.Image, size: Size, resample: Image.Resampling = Image.Resampling.LANCZOS) -> Image.Image:
-    """The picture at a size: scaled until it covers it, cut evenly on both sides."""
-    scale = max(size[0] / picture.width, size[1] / picture.height)
-    width, height = size[0] / scale, size[1] / scale
-    left, top = (picture.width - width) / 2, (picture.height - height) / 2
-    return picture.resize(size, resample, box=(left, top, left + width, top + height))

@@ -7,8 +7,9 @@ from random import Random
 
 from PIL import Image
 
+from imgdit.images.fitting import fit
+
 from ..sheet import contact_sheet
-from .buckets import fit
 from .opening import open_picture
 from .rows import Rows
 

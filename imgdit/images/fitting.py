@@ -1,0 +1,56 @@
+"""Images to another size: scaled until they cover it, cut evenly on both sides; the aspect is kept."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from imgdit.images.convert import to_image, to_pixels, to_rgb
+
+Size = tuple[int, int]
+"""Width and height in pixels."""
+
+
+def fit(image: Image.Image, size: Size, resample: Image.Resampling = Image.Resampling.LANCZOS) -> Image.Image:
+    """An image at a size: scaled until it covers it, cut evenly on both sides."""
+    return image.resize(size, resample, box=_middle(image.size, size))
+
+
+def fit_pixels(
+    image: Any,
+    size: Size,
+    resample: Image.Resampling = Image.Resampling.LANCZOS,
+    background: str = "white",
+) -> torch.Tensor:
+    """Anything that `to_pixels` takes as (B, 3, H, W) float32 in [0, 1] of a size, fitted as `fit` does.
+
+    Images of 8 bits are the same whether they come as PIL images, arrays or tensors; one of the size already stays as
+    it is.
+    """
+    if isinstance(image, Image.Image):
+        return to_pixels(fit(to_rgb(image, background), size, resample))
+    pixels = to_pixels(image, background)
+    if (pixels.shape[3], pixels.shape[2]) == size:
+        return pixels
+    if image.dtype in (torch.uint8, np.uint8):
+        return torch.cat([to_pixels(fit(to_image(one), size, resample)) for one in pixels]).to(pixels.device)
+    channels = [fit(Image.fromarray(one), size, resample) for one in pixels.flatten(0, 1).cpu().numpy()]
+    made = torch.from_numpy(np.stack([np.array(channel) for channel in channels])).clamp(0, 1)  # Lanczos overshoots
+    return made.unflatten(0, (-1, 3)).to(pixels.device)
+
+
+def cut_off(image: Size, size: Size) -> float:
+    """Fraction of an image's area that `fit` leaves out."""
+    left, top, right, bottom = _middle(image, size)
+    return 1 - (right - left) * (bottom - top) / (image[0] * image[1])
+
+
+def _middle(image: Size, size: Size) -> tuple[float, float, float, float]:
+    """The largest part of an image's middle that has a size's aspect: left, top, right, bottom."""
+    scale = max(size[0] / image[0], size[1] / image[1])
+    width, height = size[0] / scale, size[1] / scale
+    left, top = (image[0] - width) / 2, (image[1] - height) / 2
+    return left, top, left + width, top + height
