@@ -6,8 +6,9 @@ library "imgdit"), also from the Hub and without `trust_remote_code`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Any
 
 import diffusers
@@ -53,25 +54,72 @@ class SafetensorsOnly:
             ValueError: `use_safetensors=False` was asked for.
             OSError: the folder holds no safetensors weights.
         """
-        if kwargs.get("use_safetensors") is False:
-            raise ValueError(
-                "got use_safetensors=False, but pickled weights can run code; convert them to safetensors"
-            )
-        kwargs["use_safetensors"] = True
-        return super().from_pretrained(*args, **kwargs)  # type: ignore[misc]
+        return super().from_pretrained(*args, **_safetensors_only(kwargs))  # type: ignore[misc]
+
+
+def _safetensors_only(options: dict[str, Any]) -> dict[str, Any]:
+    """Options of `from_pretrained` that keep it from reading pickles."""
+    if options.get("use_safetensors") is False:
+        raise ValueError("got use_safetensors=False, but pickled weights can run code; convert them to safetensors")
+    return {**options, "use_safetensors": True}
 
 
 class DiffusionPipeline(SafetensorsOnly, diffusers.DiffusionPipeline):
-    """Loads any imgdit pipeline by the class its `model_index.json` names.
+    """Loads any pipeline of imgdit or of diffusers, by the class that its `model_index.json` names.
 
     diffusers looks that class up in the root package of the loading class, and only if it is called like this one.
+    Pipelines of diffusers are therefore loaded by its own class.
     """
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        """diffusers' `from_pretrained` with `use_safetensors=True`; all other arguments are passed on.
+
+        Raises:
+            ValueError: `use_safetensors=False` was asked for, or neither imgdit nor diffusers has the class.
+            OSError: the folder holds no safetensors weights.
+        """
+        if cls is DiffusionPipeline and _is_of_diffusers(cls, pretrained_model_name_or_path, kwargs):
+            return diffusers.DiffusionPipeline.from_pretrained(
+                pretrained_model_name_or_path, **_safetensors_only(kwargs)
+            )
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    @classmethod
+    def download(cls, pretrained_model_name: Any, **kwargs: Any) -> Any:
+        """diffusers' `download`, of any pipeline of imgdit or of diffusers."""
+        if cls is DiffusionPipeline and _is_of_diffusers(cls, pretrained_model_name, kwargs):
+            return diffusers.DiffusionPipeline.download(pretrained_model_name, **kwargs)
+        return super().download(pretrained_model_name, **kwargs)
 
     @classmethod
     def _dict_from_json_file(cls, json_file: Any) -> dict[str, Any]:
         """A configuration file's contents, components that it leaves out added; the loader then treats them alike."""
         config = super()._dict_from_json_file(json_file)
         return _UNLISTED.get(str(config.get("_class_name")), {}) | config
+
+
+_HUB_OPTIONS = ("cache_dir", "local_files_only", "proxies", "revision", "token")
+
+
+def _is_of_diffusers(cls: type[DiffusionPipeline], source: Any, options: Mapping[str, Any]) -> bool:
+    """Whether the class that a pipeline folder names is diffusers', or code of the folder's own.
+
+    Raises:
+        ValueError: neither package has the class.
+    """
+    if options.get("custom_pipeline") is not None:
+        return True
+    name = cls.load_config(source, **{key: options[key] for key in _HUB_OPTIONS if key in options})["_class_name"]
+    own = [own for own in import_module("imgdit").__all__ if own.endswith("Pipeline")]
+    if name in own:
+        return False
+    if isinstance(name, str) and not hasattr(diffusers, name):
+        raise ValueError(
+            f"{str(source)!r} is a folder of {name!r}, which neither diffusers {diffusers.__version__} nor imgdit "
+            f"({', '.join(own)}) has"
+        )
+    return True
 
 
 def register_block(block: type, *, hidden_states: int, encoder_hidden_states: int | None) -> None:
@@ -135,9 +183,13 @@ def step_cache_set_aside(model: torch.nn.Module) -> Iterator[None]:
         cached.enable_cache(config)
 
 
-def register_text_to_image(name: str, pipeline: type) -> None:
-    """Make `AutoPipelineForText2Image` know a pipeline."""
-    auto_pipeline.AUTO_TEXT2IMAGE_PIPELINES_MAPPING[name] = pipeline
+def register_pipeline(pipeline: type) -> None:
+    """Make diffusers' `DiffusionPipeline` and `AutoPipelineForText2Image` know a pipeline of imgdit.
+
+    The former looks the class that a folder names up among diffusers' names, the latter in a table of its own.
+    """
+    setattr(diffusers, pipeline.__name__, pipeline)
+    auto_pipeline.AUTO_TEXT2IMAGE_PIPELINES_MAPPING[pipeline.__name__] = pipeline
 
 
 def insert_hook(module: torch.nn.Module, hook: ModelHook, name: str) -> None:
@@ -233,7 +285,7 @@ __all__ += [
     "is_xformers_available",
     "register_attention_processor",
     "register_block",
-    "register_text_to_image",
+    "register_pipeline",
     "remove_hook",
     "step_cache_set_aside",
     "unwrapped",

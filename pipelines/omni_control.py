@@ -122,3 +122,7 @@ class FluxOmniControlPipeline(_Conditions, FluxPipeline):
             picture = self.image_processor.postprocess(picture, output_type=output_type)
             self.maybe_free_model_hooks()
         return FluxPipelineOutput(images=picture) if return_dict else (picture,)
+
+
+compat.register_pipeline(StableDiffusion3OmniControlPipeline)
+compat.register_pipeline(FluxOmniControlPipeline)

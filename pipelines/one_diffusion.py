@@ -15,6 +15,7 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .. import compat
 from ..attention import KVCache
 from ..cameras import FOCAL_LENGTH, cameras_of_rays, ray_frames, rays_of_frames, relative_rays
 from ..frames import Frame, FrameLayout
@@ -566,3 +567,6 @@ def _entry(frame: PictureFrame, prompt: int) -> PictureFrame:
     if frame.kind == "rays" or not isinstance(frame.content, list | tuple):
         return frame
     return replace(frame, content=frame.content[prompt if len(frame.content) > 1 else 0])
+
+
+compat.register_pipeline(OneDiffusionPipeline)

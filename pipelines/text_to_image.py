@@ -553,4 +553,4 @@ def _is_strings(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and all(isinstance(text, str) for text in value)
 
 
-compat.register_text_to_image("imgdit", ImgDiTPipeline)
+compat.register_pipeline(ImgDiTPipeline)
