@@ -10,14 +10,14 @@ from typing import Annotated
 
 import typer
 
+from imgdit import __version__
+
 from .commands import bench, convert, data, docs, lora, mup, pictures, sae
 from .commands.demo import demo
 from .commands.doctor import doctor
 from .console import one_sentence
 
-app = typer.Typer(
-    help="Controllable image generation with diffusion transformers.", no_args_is_help=True, add_completion=False
-)
+app = typer.Typer(no_args_is_help=True, add_completion=False)
 app.add_typer(bench.app, name="bench")
 app.add_typer(data.app, name="data")
 app.add_typer(convert.app, name="convert")
@@ -25,6 +25,21 @@ app.add_typer(docs.app, name="docs")
 app.add_typer(lora.app, name="lora")
 app.add_typer(mup.app, name="mup")
 app.add_typer(sae.app, name="sae")
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"imgdit {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def imgdit(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Tell the version and end.")
+    ] = False,
+) -> None:
+    """Controllable image generation with diffusion transformers."""
 
 
 app.command()(pictures.generate)

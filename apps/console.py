@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,17 +19,11 @@ def one_sentence() -> Iterator[None]:
 
 
 def calm() -> None:
-    """Keep libraries from talking of what does not concern a picture, and their bars out of files and pipes.
-
-    Called before diffusers is imported, which tells of optional packages at once.
-    """
-    logging.getLogger("xformers").setLevel(logging.ERROR)  # it has no kernels for CPUs, which are not asked for
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.set_verbosity_error()
+    """Keep the bars of libraries out of files and pipes."""
     if not sys.stderr.isatty():
         from diffusers.utils import logging as diffusers_logging
         from huggingface_hub.utils import disable_progress_bars
+        from transformers.utils import logging as transformers_logging
 
         transformers_logging.disable_progress_bar()
         diffusers_logging.disable_progress_bar()

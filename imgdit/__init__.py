@@ -9,6 +9,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from imgdit.quiet import keep_back
+
 __version__ = "0.1.0"
 
 _EXPORTS = {
@@ -39,6 +41,8 @@ __all__ = list(_EXPORTS)
 _here = Path(__file__).resolve().parent
 if not (_here / "pipelines").exists() and (_here.parent / "pipelines" / "__init__.py").exists():
     __path__.append(str(_here.parent))
+
+keep_back()  # before diffusers is imported, which tells of optional packages at once
 
 if TYPE_CHECKING:
     from imgdit.adapters.condition import Condition as Condition

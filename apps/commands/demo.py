@@ -22,7 +22,10 @@ def demo(
     sae: Annotated[Path | None, typer.Option(help="Folder of the sparse autoencoders; MODEL/sae by default.")] = None,
     mup: Annotated[Path, typer.Option(help="Folder that `imgdit mup` wrote to.")] = Path("outputs/mup"),
     host: Annotated[str, typer.Option(help="Address to listen at; 127.0.0.1 is this machine alone.")] = "127.0.0.1",
-    port: Annotated[int | None, typer.Option(help="A free one from 7860 on by default.")] = None,
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="A free one from 7860 on by default.")] = None,
+    root_path: Annotated[
+        str | None, typer.Option(help="Path under which a proxy shows the demo, such as /imgdit.")
+    ] = None,
     mcp: Annotated[bool, typer.Option("--mcp", help="Offer every tab to programs as tools (MCP).")] = False,
     *,
     loading: LoadOptions,
@@ -34,15 +37,31 @@ def demo(
             import gradio
         except ImportError as error:
             raise ImportError("the demo needs gradio; install it with: pip install 'imgdit[demo]'") from error
+        if root_path is not None and not root_path.startswith(("/", "http://", "https://")):
+            raise ValueError(f"--root-path begins with a slash, such as /imgdit; got {root_path!r}")
+        if port is not None:
+            _check_free(host, port)
         from imgdit.checkpoints import SCENES
 
         from ..demo.app import serve
         from ..studio import Studio
 
         studio = Studio(model or SCENES, adapters=adapters, sae=sae, loading=loading)
-        page, address, holder = serve(studio, results=mup, host=host, port=port, mcp=mcp)
+        page, address, holder = serve(studio, results=mup, host=host, port=port, root_path=root_path, mcp=mcp)
     typer.echo(f"imgdit is at {address} (gradio {gradio.__version__}); Ctrl-C ends it")
     try:
         page.block_thread()
     finally:
         holder.close()
+
+
+def _check_free(host: str, port: int) -> None:
+    """Refuse an address that nothing can listen at, before a model is loaded for it."""
+    import socket
+
+    try:
+        with socket.create_server((host, port)):
+            pass
+    except OSError as error:
+        reason = str(error.strerror).partition(" (while")[0]
+        raise ValueError(f"cannot listen at {host}, port {port}: {reason}; give another --port or --host") from error

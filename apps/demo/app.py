@@ -81,6 +81,7 @@ def serve(
     results: Path = Path("outputs/mup"),
     host: str = "127.0.0.1",
     port: int | None = None,
+    root_path: str | None = None,
     mcp: bool = False,
 ) -> tuple[gr.Blocks, str, Holder]:
     """Start the server; the page, its address and its model.
@@ -90,6 +91,7 @@ def serve(
         results: folder of `imgdit mup …`, shown in the tab Scale.
         host: address to listen at; this machine alone by default.
         port: a free one from 7860 on by default.
+        root_path: path under which a proxy shows the page; none by default.
         mcp: offer the endpoints as tools of the Model Context Protocol.
 
     Raises:
@@ -106,6 +108,7 @@ def serve(
     _, address, _ = page.launch(
         server_name=host,
         server_port=port,
+        root_path=root_path,
         share=False,
         quiet=True,
         show_error=True,
