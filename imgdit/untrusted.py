@@ -6,6 +6,8 @@ import json
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from imgdit.io.text import decode_text
+
 
 def parse_json(text: str | bytes, source: str) -> Any:
     """A JSON value.
@@ -14,10 +16,10 @@ def parse_json(text: str | bytes, source: str) -> Any:
         source: file, for the message.
 
     Raises:
-        ValueError: it is no JSON, not UTF-8, or nested without end.
+        ValueError: it is no JSON, neither UTF-8 nor UTF-16, or nested without end.
     """
     try:
-        return json.loads(text)
+        return json.loads(decode_text(text, "its text") if isinstance(text, bytes) else text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{source} is damaged, expected JSON: {error}") from error
 
@@ -28,6 +30,16 @@ def parse_object(text: str | bytes, source: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"{source} must hold an object, got {type(values).__name__}")
     return values
+
+
+def read_json(path: str | Path) -> Any:
+    """The JSON value of a file, see `parse_json`."""
+    return parse_json(Path(path).read_bytes(), str(path))
+
+
+def read_object(path: str | Path) -> dict[str, Any]:
+    """The JSON object of a file, see `parse_json`."""
+    return parse_object(Path(path).read_bytes(), str(path))
 
 
 def inside(folder: Path, name: str) -> Path:

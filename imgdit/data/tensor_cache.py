@@ -9,7 +9,6 @@ and fill one folder at once. Where two made the same tensor, both are right. A k
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import uuid
 from collections.abc import Iterator, Mapping
@@ -19,6 +18,8 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+
+from imgdit.io.lock import one_at_a_time
 
 from .files import check_index, write_shard
 
@@ -97,8 +98,7 @@ class TensorCache:
     @contextmanager
     def filling(self) -> Iterator[None]:
         """One process of the machine at a time: what another has just made is seen and not made again."""
-        with open(self.folder / ".lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with one_at_a_time(self.folder):
             self.refresh()
             try:
                 yield

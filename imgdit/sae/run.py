@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 
 import torch
 
+from imgdit.io.lock import only_writer
+
 from ..training.checkpoint import latest_checkpoint, read_state, read_tensors, replace_text, save_checkpoint
 from ..training.data import DataOrder, mixed_seed
-from ..training.only_writer import only_writer
 from .activations import ActivationRecorder, RecordedActivations, ShuffleBuffer, stream_activations
 from .config import SAEConfig
 from .files import load_sae

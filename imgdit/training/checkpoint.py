@@ -378,7 +378,9 @@ def replace_text(path: Path, text: str) -> None:
 
 def _sync(path: Path) -> None:
     """Flush a file or a folder's entries to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    if os.name == "nt" and path.is_dir():  # Windows opens no folders, and flushes no file that is open to be read
+        return
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(descriptor)
     finally:

@@ -38,6 +38,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
+from imgdit.io.lock import only_writer
+
 from ..mup import MupMixin, param_groups
 from . import objectives
 from .checkpoint import (
@@ -58,7 +60,6 @@ from .checkpoint import (
 from .config import OptimizerConfig, Recipe, build_scheduler
 from .data import Batches, lost_worker, mixed_seed
 from .objectives import ObjectiveOutput
-from .only_writer import only_writer
 from .optimizers import build_optimizer
 from .shards import ShardError, load_shards, require_shards
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 from pathlib import Path
+
+from imgdit.io.lock import one_at_a_time
 
 from ..files import write_text
 from ..tensor_cache import tensor_key
@@ -21,8 +22,7 @@ def inspected(rows: list[Row], min_side: int, cache: str | Path | None, workers:
     folder = Path(cache)
     folder.mkdir(parents=True, exist_ok=True)
     keys = [_key(row, min_side) for row in rows]
-    with open(folder / ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # the other ranks wait for the first, and find what it found
+    with one_at_a_time(folder):  # the other ranks wait for the first, and find what it found
         path = folder / FILE
         known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         missing = [i for i, key in enumerate(keys) if key not in known]

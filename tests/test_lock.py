@@ -1,10 +1,12 @@
-"""Whole runs that meet each other are in test_faults.py."""
+"""Whole runs that meet each other are in training/test_faults.py."""
 
 import os
+import subprocess
+import sys
 
 import pytest
 
-from imgdit.training.only_writer import only_writer
+from imgdit.io.lock import WRITER, only_writer
 
 
 def elsewhere(folder, then=lambda: os._exit(0)):
@@ -41,6 +43,30 @@ def test_this_process_counts_too(tmp_path):
 
 def test_the_dead_hold_nothing(tmp_path):
     assert elsewhere(tmp_path, then=os.abort) < 0
-    assert (tmp_path / ".lock").read_text().startswith("process ")
+    assert (tmp_path / WRITER).read_text().startswith("process ")
     with only_writer(tmp_path):
-        assert f"process {os.getpid()} on" in (tmp_path / ".lock").read_text()
+        assert f"process {os.getpid()} on" in (tmp_path / WRITER).read_text()
+
+
+def test_data_workers_do_not_inherit_it(tmp_path):
+    """A process that is killed while a fork of it lives on."""
+    read, write = os.pipe()
+
+    def leave_a_fork():
+        if os.fork() == 0:
+            os.read(read, 1)  # until the test ends it
+            os._exit(0)
+        os._exit(0)
+
+    assert elsewhere(tmp_path, then=leave_a_fork) == 0
+    with only_writer(tmp_path):
+        pass
+    os.write(write, b"x")
+
+
+def test_nothing_needs_fcntl_to_be_imported():
+    """Windows has none; filelock itself does without."""
+    rooms = "imgdit.apps.generate, imgdit.training.own_pictures, imgdit.sae.unlearning, imgdit.apps.bulk_jobs"
+    program = f"import sys; sys.modules['fcntl'] = None; import {rooms}"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
