@@ -22,6 +22,7 @@ from imgdit.sae.run import activation_recorder
 from imgdit.sae.run import load_pipeline as load_recorded
 from imgdit.training.config import Recipe, parse_as
 from imgdit.training.own_pictures import OwnPictures
+from imgdit.untrusted import read_object
 
 from .picture_labels import classifier
 
@@ -226,7 +227,7 @@ def label_all(
     found: dict[str, dict[Path, str]] = {domain: {} for domain in classifiers}
     places = dict(zip(names, files, strict=True))
     for chunk in chunks:
-        said = json.loads((out / chunk).read_text(encoding="utf-8"))
+        said = read_object(out / chunk)
         for domain, labels in said["labels"].items():
             found[domain] |= dict(zip((places[name] for name in said["files"]), labels, strict=True))
     return found

@@ -7,6 +7,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,8 +16,9 @@ from PIL import Image
 
 from imgdit.data.sheet import contact_sheet
 from imgdit.images import open_image
+from imgdit.io.text import decode_text, read_text, split_lines
 from imgdit.naming import check_name
-from imgdit.untrusted import inside, parse_object
+from imgdit.untrusted import as_object, inside, parse_json, parse_object
 
 from .request import Control, Origin, Request, read_origin, write_png
 
@@ -73,30 +75,40 @@ def read_lines(file: str | Path, base: Request) -> Iterator[Line]:
     """Lines of a file of sentences or of JSON objects.
 
     Args:
-        file: one sentence or JSON object a line, told apart by each line's first letter; "-" for what is piped in.
-            Empty lines are passed over. A file's lines name pictures in its folder; what is piped in may name any.
+        file: one sentence or JSON object a line, told apart by each line's first letter, or one JSON array of objects;
+            "-" for what is piped in. Empty lines are passed over. A file's lines name pictures in its folder; what is
+            piped in may name any.
         base: what the lines do not say.
 
     Raises:
         ValueError: a line that says what no request has; its number is told.
     """
     if str(file) == "-":
-        text, folder = sys.stdin.read(), None
+        text, folder = decode_text(sys.stdin.buffer.read(), "what is piped in"), None
     else:
-        try:
-            text, folder = Path(file).read_text(encoding="utf-8"), Path(file).parent
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{file} is no text in UTF-8: {error}") from error
-    for number, line in enumerate(text.splitlines(), start=1):
+        text, folder = read_text(file), Path(file).parent
+    if re.match(r"\s*\[\s*[{\n]", text):
+        for number, values in enumerate(parse_json(text, str(file)), start=1):
+            with _told(f"{file}, entry {number}"):
+                yield _line(as_object(values, "the entry"), base, folder)
+        return
+    for number, line in enumerate(split_lines(text), start=1):
         if not line.strip():
             continue
-        try:
+        with _told(f"{file}, line {number}"):
             if line.lstrip().startswith("{"):
                 yield _line(parse_object(line, "the line"), base, folder)
             else:
                 yield Line(replace(base, prompt=line.strip()))
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{file}, line {number}: {error}") from error
+
+
+@contextmanager
+def _told(place: str) -> Iterator[None]:
+    """Where an error is."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{place}: {error}") from error
 
 
 def _line(values: Mapping[str, Any], base: Request, folder: Path | None) -> Line:

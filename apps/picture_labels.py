@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from imgdit.evaluation.unlearning_pictures import Classify
 from imgdit.images import open_image, to_pixels, to_rgb
 from imgdit.models.scene_probe import SceneProbe
+from imgdit.untrusted import read_object
 
 QUESTIONS = {"style": "style", "object": "left object"}
 """What a `SceneProbe` is asked; a single object counts as the left one."""
@@ -25,7 +25,7 @@ def classifier(source: str | Path, domain: str) -> Classify:
             `id2label` are the labels.
     """
     config = Path(source) / "config.json"
-    if config.is_file() and json.loads(config.read_text()).get("_class_name") == "SceneProbe":
+    if config.is_file() and read_object(config).get("_class_name") == "SceneProbe":
         return probe_classifier(SceneProbe.from_pretrained(source).eval(), domain)
     from transformers import AutoImageProcessor, AutoModelForImageClassification
 

@@ -26,7 +26,15 @@ def parse_json(text: str | bytes, source: str) -> Any:
 
 def parse_object(text: str | bytes, source: str) -> dict[str, Any]:
     """A JSON object, see `parse_json`."""
-    values = parse_json(text, source)
+    return as_object(parse_json(text, source), source)
+
+
+def as_object(values: Any, source: str) -> dict[str, Any]:
+    """The value, which must be an object.
+
+    Raises:
+        ValueError: it is something else.
+    """
     if not isinstance(values, dict):
         raise ValueError(f"{source} must hold an object, got {type(values).__name__}")
     return values

@@ -16,6 +16,7 @@ from imgdit.sae.concepts import ConceptStatistics
 from imgdit.sae.files import write_tensors
 from imgdit.sae.unlearning import ConceptUnlearner
 from imgdit.training.checkpoint import replace_text
+from imgdit.untrusted import read_object
 
 from .unlearn_pictures import digest, weights_digest
 
@@ -75,7 +76,7 @@ def _save(statistics: Statistics, file: Path, told: Path, seconds: float) -> Non
 
 
 def _load(file: Path, told: Path) -> tuple[Statistics, float]:
-    values = json.loads(told.read_text())
+    values = read_object(told)
     statistics: Statistics = {}
     with safe_open(file, "pt") as tensors:
         for kind, hookpoint, label, count, timesteps in values["labels"]:

@@ -26,6 +26,7 @@ from imgdit.evaluation.unlearning_pictures import Cell, Seen, cells, find_pictur
 from imgdit.images import open_image, to_image, to_pixels
 from imgdit.models.scene_probe import SceneProbe
 from imgdit.training.checkpoint import replace_text
+from imgdit.untrusted import read_object
 
 from ..picture_labels import QUESTIONS
 
@@ -130,7 +131,7 @@ class Studio:
         folder = self.folder / method / f"{'+'.join(concepts) or 'all'}-{digest(key)}"
         folder.mkdir(parents=True, exist_ok=True)
         info_file = folder / "info.json"
-        info = json.loads(info_file.read_text()) if info_file.is_file() else None
+        info = read_object(info_file) if info_file.is_file() else None
         missing = [cell for cell in wanted if find_picture(folder, cell) is None]
         if missing or info is None or (timed and info["time_ratio"] is None):
             start = time.perf_counter()
@@ -193,7 +194,7 @@ class Eyes:
     def looks(self, folder: Path, wanted: Sequence[Cell], plain: Path, batch: int = 32) -> list[Look]:
         """What a folder's pictures show, and how far they are from those in `plain`."""
         file = folder / self.name
-        known: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
+        known: dict[str, Any] = read_object(file) if file.is_file() else {}
         new = [cell for cell in wanted if cell.name not in known]
         for first in range(0, len(new), batch):
             known |= self._look(folder, new[first : first + batch], plain)

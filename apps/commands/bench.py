@@ -35,10 +35,11 @@ def scenes(
     """Measure a model of the scenes against exact ground truth: text, depth, edges, segmentation, views, time."""
     from imgdit.apps.benches import scenes as scene_bench
     from imgdit.checkpoints import SCENE_PROBE, SCENES
+    from imgdit.untrusted import read_object
 
     scores = scene_bench.run(model or SCENES, probe or SCENE_PROBE, out, count, steps, guidance)
     typer.echo(scene_bench.table(scores))
-    for name, values in json.loads((out / "scenes.json").read_text())["seconds"].items():
+    for name, values in read_object(out / "scenes.json")["seconds"].items():
         typer.echo(f"{name}: {min(values):.2f} to {max(values):.2f} s")
     typer.echo(f"wrote {out}")
 

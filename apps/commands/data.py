@@ -102,7 +102,9 @@ def convert(
 
 def _lines(file: Path) -> list[str]:
     """What a text file says, line by line, without the empty ones."""
-    return [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    from imgdit.io.text import read_lines
+
+    return [line.strip() for line in read_lines(file) if line.strip()]
 
 
 @app.command()

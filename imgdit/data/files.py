@@ -12,6 +12,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from imgdit.untrusted import read_json
+
 INDEX = "index.json"
 """What the files of a folder were made with."""
 
@@ -54,6 +56,6 @@ def check_index(folder: Path, index: Mapping[str, Any], maker: str) -> None:
     path = folder / INDEX
     if not path.exists():
         write_text(path, json.dumps(index))
-    found = json.loads(path.read_text(encoding="utf-8"))
+    found = read_json(path)
     if found != dict(index):
         raise ValueError(f"{path} says {found}, but the {maker} is {dict(index)}; choose another folder")

@@ -19,6 +19,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from safetensors import safe_open
 
+from imgdit.untrusted import read_object
+
 from ..training.checkpoint import replace_text
 from ..training.data import mixed_seed
 from .concepts import model_fingerprint
@@ -263,7 +265,7 @@ class ActivationRecorder:
 
     def _index(self) -> dict[str, Any]:
         path = self.folder / _INDEX
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {**self.about, "shards": []}
+        return read_object(path) if path.is_file() else {**self.about, "shards": []}
 
     def _size(self, number: int) -> int:
         return min(self.batch_size, len(self.prompts) - number * self.batch_size)
@@ -297,7 +299,7 @@ class RecordedActivations:
         folder = Path(folder)
         if not (folder / _INDEX).is_file():
             raise ValueError(f"{folder} holds no recorded activations: it has no {_INDEX}")
-        self.index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
+        self.index = read_object(folder / _INDEX)
         if self.index.get("format") != FORMAT:
             raise ValueError(f"{folder / _INDEX}: expected format {FORMAT!r}, got {self.index.get('format')!r}")
         if hookpoint not in self.index["hookpoints"]:

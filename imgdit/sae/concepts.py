@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..training.checkpoint import read_tensors, replace_text
-from ..untrusted import parse_object
+from ..untrusted import read_object
 from .config import SAEConfig
 from .files import write_tensors
 
@@ -226,7 +226,7 @@ class ConceptBook:
         folder = Path(folder)
         if not (folder / _JSON).is_file():
             return None
-        values = parse_object((folder / _JSON).read_bytes(), str(folder / _JSON))
+        values = read_object(folder / _JSON)
         if values.get("format") != FORMAT:
             raise ValueError(f"{folder / _JSON}: expected format {FORMAT!r}, got {values.get('format')!r}")
         tensors = read_tensors(folder / _TENSORS)

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ..training.checkpoint import replace_text
-from ..untrusted import parse_object
+from ..untrusted import read_object
 from .config import SAEConfig
 from .model import SparseAutoencoder
 
@@ -129,7 +129,7 @@ def _from_unbox(values: dict[str, Any], tensors: dict[str, torch.Tensor]) -> tup
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    return parse_object(path.read_bytes(), str(path))
+    return read_object(path)
 
 
 def _read_weights(folder: Path, name: str) -> dict[str, torch.Tensor]:

@@ -8,6 +8,8 @@ from pathlib import Path
 from random import Random
 from typing import Any, Literal
 
+from imgdit.io.text import read_lines
+
 from ..training.config import parse_as, read_yaml
 from .concepts import check_floor
 from .training import SAETrainConfig
@@ -85,8 +87,7 @@ class SAEData:
     def sentences(self, seed: int) -> list[str]:
         """All sentences, the held-out ones last."""
         if self.prompts_file is not None:
-            lines = Path(self.prompts_file).read_text(encoding="utf-8").splitlines()
-            found = [line.strip() for line in lines if line.strip()]
+            found = [line.strip() for line in read_lines(self.prompts_file) if line.strip()]
         elif self.scene_captions:
             found = _scene_captions(self.scene_captions, seed)
         else:

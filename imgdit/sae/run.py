@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from imgdit.io.lock import only_writer
+from imgdit.io.text import lines_or_errors
 
 from ..training.checkpoint import latest_checkpoint, read_state, read_tensors, replace_text, save_checkpoint
 from ..training.data import DataOrder, mixed_seed
@@ -184,12 +185,13 @@ class _Run:
         """Drop the lines of steps that will be done again."""
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "metrics.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= self.step]
+        lines = lines_or_errors(path.read_bytes(), str(path)) if path.exists() else []
+        whole = [line for line in lines if isinstance(line, str) and line.endswith("}")]
+        kept = [line for line in whole if json.loads(line)["step"] <= self.step]
         replace_text(path, "".join(f"{line}\n" for line in kept))
 
     def _log(self, hookpoint: str, values: dict[str, float]) -> None:
-        with open(self.folder / "metrics.jsonl", "a") as file:
+        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": self.step, "hookpoint": hookpoint, **values}) + "\n")
 
     def _save(self) -> None:

@@ -30,7 +30,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from ..untrusted import inside, parse_json
+from imgdit.io.text import read_text
+
+from ..untrusted import inside, read_json
 from .shards import ShardError, read_shards, shard_shapes, write_shards
 
 FORMAT = "imgdit-checkpoint-1"
@@ -161,7 +163,7 @@ def latest_checkpoint(folder: str | Path) -> Path | None:
     pointer = Path(folder) / _LATEST
     if not pointer.exists():
         return None
-    name = pointer.read_text().strip()
+    name = read_text(pointer).strip()
     path = Path(folder) / name
     if not re.fullmatch(r"step-\d{8,}", name) or not path.is_dir():
         raise CheckpointError(f"{pointer} names {name!r}, which is no checkpoint in {folder}")
@@ -202,7 +204,7 @@ def read_state(checkpoint: str | Path, needs: Sequence[str] = ()) -> dict[str, A
     """
     path = Path(checkpoint) / _STATE
     try:
-        state = parse_json(path.read_bytes(), str(path))
+        state = read_json(path)
     except FileNotFoundError as error:
         raise CheckpointError(f"{checkpoint} is not a checkpoint: it has no {_STATE}") from error
     except ValueError as error:

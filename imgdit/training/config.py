@@ -21,6 +21,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import torch
 import yaml
 
+from imgdit.io.text import decode_text
+
 from ..checkpoints import SCENES
 from ..naming import nearest
 from .checkpoint import find_checkpoint, load_weights
@@ -330,7 +332,7 @@ def read_yaml(path_or_name: str | Path) -> tuple[Any, str]:
             raise ValueError(f"there is no file and no packaged recipe {nearest(str(path_or_name), known)}")
         source = known[str(path_or_name)]
     try:
-        return yaml.safe_load(source.read_text(encoding="utf-8")), str(source)
+        return yaml.safe_load(decode_text(source.read_bytes(), "its text")), str(source)
     except (yaml.YAMLError, ValueError, AttributeError, RecursionError) as error:
         # The last three come from dates that are none, tags on the wrong values, and lists in lists without end.
         raise ValueError(f"{source} is not a YAML file: {error}") from error

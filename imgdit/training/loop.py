@@ -39,6 +39,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
 from imgdit.io.lock import only_writer
+from imgdit.io.text import lines_or_errors
 
 from ..mup import MupMixin, param_groups
 from . import objectives
@@ -365,8 +366,8 @@ class _Run:
         if accelerator.is_main_process:
             self.folder.mkdir(parents=True, exist_ok=True)
             path = self.folder / "metrics.jsonl"
-            lines = path.read_text().splitlines() if path.exists() else []
-            kept = [line for line in lines if _step_of(line) <= self.step]
+            lines = lines_or_errors(path.read_bytes(), str(path)) if path.exists() else []
+            kept = [line for line in lines if isinstance(line, str) and _step_of(line) <= self.step]
             replace_text(path, "".join(f"{line}\n" for line in kept))
         accelerator.wait_for_everyone()
         if accelerator.log_with:
@@ -374,7 +375,7 @@ class _Run:
 
     def _log(self, values: Mapping[str, float]) -> None:
         if self.accelerator.is_main_process:
-            with open(self.folder / "metrics.jsonl", "a") as file:
+            with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": self.step, **values}) + "\n")
         self.accelerator.log(dict(values), step=self.step)
 

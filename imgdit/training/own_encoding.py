@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +10,8 @@ from typing import Any, NamedTuple
 import diffusers
 import torch
 from diffusers.utils import logging
+
+from imgdit.untrusted import read_object
 
 from .. import compat
 from ..checkpoints import SCENES
@@ -66,7 +67,7 @@ class Encoder:
                 raise ValueError(
                     f"model is neither a pipeline's folder nor on the Hub, got {model!r}: {error}"
                 ) from error
-        index = json.loads((self.folder / "model_index.json").read_text(encoding="utf-8"))
+        index = read_object(self.folder / "model_index.json")
         self.name = index["_class_name"]
         """Class of the pipeline."""
         if self.name not in EMBEDS:
@@ -105,12 +106,12 @@ class Encoder:
     def _transformer(self) -> str:
         """Class of the transformer; empty where the folder has none."""
         config = self.folder / "transformer" / "config.json"
-        return json.loads(config.read_text(encoding="utf-8"))["_class_name"] if config.exists() else ""
+        return read_object(config)["_class_name"] if config.exists() else ""
 
     @cached_property
     def cell(self) -> int:
         """Pixels per side of a latent cell; from the configuration, so that cached latents need no autoencoder."""
-        config = json.loads((self.folder / "vae" / "config.json").read_text(encoding="utf-8"))
+        config = read_object(self.folder / "vae" / "config.json")
         return 2 ** (len(config.get("encoder_block_out_channels") or config["block_out_channels"]) - 1)
 
     def made_by(self, *folders: str) -> dict[str, str]:

@@ -21,6 +21,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from imgdit.io.text import read_lines
+from imgdit.untrusted import read_object
+
 from ..mup.optimum import Curve, curve, loss_at, shift
 from ..mup.roles import Parametrisation
 from .checkpoint import replace_text
@@ -194,7 +197,7 @@ def analyse(sweep: Sweep, target: Recipe | None = None) -> Transfer:
         sweep: whose runs are all there.
         target: the run that the sweep is to save trials of; `None`: one run of the widest model.
     """
-    results = {run: json.loads(_result(sweep, run).read_text()) for run in sweep.runs()}
+    results = {run: read_object(_result(sweep, run)) for run in sweep.runs()}
 
     def loss(run: Run) -> float:
         value = results[sweep.stand_in(run)]["loss"]
@@ -246,7 +249,7 @@ def _run_one(sweep: Sweep, run: Run) -> str:
     loss: float | None = None
     try:
         train(recipe, model=build_model(recipe), batches=batches, held_out=held_out)
-        lines = (Path(recipe.run.folder) / "metrics.jsonl").read_text().splitlines()
+        lines = read_lines(Path(recipe.run.folder) / "metrics.jsonl")
         loss = _finite([line["held_out"] for line in map(json.loads, lines) if "held_out" in line][-1])
     except NonFiniteLoss:
         pass  # a learning rate beyond stability is a result, not a failure
@@ -262,7 +265,7 @@ def _claim(sweep: Sweep) -> None:
     own = json.loads(json.dumps({**recipe, "run": {**recipe["run"], "folder": ""}, "base_width": sweep.base_width}))
     path = sweep.folder / "sweep.json"
     if path.exists():
-        found = json.loads(path.read_text())
+        found = read_object(path)
         changed = [name for name in own if own[name] != found.get(name)]
         if changed:
             raise ValueError(

@@ -12,6 +12,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from imgdit.io.text import lines_or_errors
+
 from ...untrusted import climbs, parse_json
 from .rows import CONDITIONS, Columns, FileBlob, Problem, Row, Rows, gather, make_row
 
@@ -32,8 +34,10 @@ def folder_rows(folder: Path, columns: Columns) -> Rows:
 
 def _lines(path: Path) -> Iterator[tuple[int, Any]]:
     """Numbers and values of lines; what is no JSON comes as the error."""
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
-        if line.strip():
+    for number, line in enumerate(lines_or_errors(path.read_bytes(), str(path)), start=1):
+        if isinstance(line, ValueError):
+            yield number, line
+        elif line.strip():
             try:
                 yield number, parse_json(line, "the line")
             except ValueError as error:

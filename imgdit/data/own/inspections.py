@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from imgdit.io.lock import one_at_a_time
+from imgdit.untrusted import read_object
 
 from ..files import write_text
 from ..tensor_cache import tensor_key
@@ -24,7 +25,7 @@ def inspected(rows: list[Row], min_side: int, cache: str | Path | None, workers:
     keys = [_key(row, min_side) for row in rows]
     with one_at_a_time(folder):  # the other ranks wait for the first, and find what it found
         path = folder / FILE
-        known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        known = read_object(path) if path.exists() else {}
         missing = [i for i, key in enumerate(keys) if key not in known]
         if missing:
             found = inspect_rows([rows[i] for i in missing], min_side, workers)

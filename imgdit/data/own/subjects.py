@@ -14,6 +14,8 @@ from typing import NamedTuple
 from PIL import Image
 from tqdm import tqdm
 
+from imgdit.io.text import lines_or_errors
+
 from ..files import write_text
 from .folders import METADATA
 
@@ -101,9 +103,9 @@ def make_subjects(
 def _read_log(path: Path) -> list[dict]:
     """Whole lines; one that a kill cut short is made again."""
     lines = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    for line in lines_or_errors(path.read_bytes(), str(path)) if path.exists() else []:
         try:
-            lines.append(json.loads(line))
+            lines.append(json.loads(str(line)))
         except ValueError:
             break
     return lines
