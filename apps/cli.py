@@ -100,10 +100,15 @@ def export(
     out: Annotated[Path, typer.Argument(help="Folder of the pipeline to write.")],
 ) -> None:
     """Write the pipeline of a run's latest checkpoint. For runs that trained a LoRA: `imgdit lora export`."""
+    from imgdit.taught import write_taught
+    from imgdit.training.trained import trained_recipe
+
     from .run_pipeline import run_pipeline
+    from .weights import taught_by
 
     with one_sentence():
         run_pipeline(run).save_pretrained(out)
+        write_taught(out, taught_by(trained_recipe(run)))
     typer.echo(f"wrote {out}")
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from PIL import Image, PngImagePlugin
 
+from imgdit.defaults import STEPS
 from imgdit.images import fit, open_image, to_rgb
 from imgdit.naming import check_name
 from imgdit.untrusted import parse_object
@@ -55,7 +56,7 @@ class Request:
     prompt: str = ""
     negative_prompt: str = ""
     seed: int = 0
-    steps: int = 28
+    steps: int = STEPS
     guidance: float | None = None
     """`None`: 3 where a picture is made, 1 where only maps of a given one are."""
     height: int | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -20,13 +21,12 @@ from imgdit.adapters.condition import Condition
 from imgdit.cameras import FOCAL_LENGTH, orbit_cameras, scale_positions
 from imgdit.data.geometry import intrinsics
 from imgdit.data.scenes import Camera
+from imgdit.defaults import GUIDANCE
 from imgdit.lora_files import AdapterInfo, read_adapter
 from imgdit.models.nextdit import NextDiT
-from imgdit.naming import nearest
 from imgdit.pipelines.one_diffusion import OneDiffusionPipeline
 from imgdit.pipelines.text_to_image import ImgDiTPipeline
 from imgdit.sae.concepts import model_fingerprint
-from imgdit.sae.files import CONFIG
 from imgdit.sae.hooks import site
 from imgdit.sae.unlearning import ConceptUnlearner, steer
 from imgdit.tasks import TASKS, PictureFrame, infer_task
@@ -35,9 +35,9 @@ from imgdit.training.scene_frames import scene_poses
 from .load_options import AUTO, LoadOptions
 from .loading import chosen_device, chosen_dtype, denoiser, load_pipeline, over_components
 from .request import AskedFrame, Control, Request, fitted
+from .shelf import Shelf
+from .sizes import check_sides, duration, unsuited
 
-ADAPTERS, SAE = "adapters", "sae"
-"""Folders, inside a pipeline's, of condition adapters (`NAME.safetensors`) and of sparse autoencoders."""
 Watch = Callable[[int, int, Callable[[], Image.Image] | None], bool]
 """Called after each step with its number from 1, their count and what draws the picture so far, if anything does;
 `False` stops."""
@@ -58,7 +58,7 @@ class Made(NamedTuple):
     """With its defaults filled in and its pictures as they were used: made again, it gives the same bits."""
 
 
-class Studio:
+class Studio(Shelf):
     """A pipeline, and what lies beside it.
 
     Args:
@@ -76,16 +76,9 @@ class Studio:
         sae: Path | None = None,
         loading: LoadOptions = AUTO,
     ):
-        self.places = {
-            "model": str(source),
-            "adapters": None if adapters is None else str(adapters),
-            "sae": None if sae is None else str(sae),
-        }
+        super().__init__(source, adapters, sae)
         self.loading = loading
         self.pipe = load_pipeline(source, loading)
-        home = Path(source).expanduser()
-        self.adapter_folder = adapters or home / ADAPTERS
-        self.sae_folder = sae or home / SAE
         self.any: OneDiffusionPipeline | None = None
         if isinstance(self.pipe, ImgDiTPipeline):
             self.any = over_components(OneDiffusionPipeline, self.pipe, loading)
@@ -100,16 +93,6 @@ class Studio:
 
     # What is there
 
-    @cached_property
-    def adapters(self) -> dict[str, Path]:
-        """Files of condition adapters by name."""
-        return {file.stem: file for file in sorted(self.adapter_folder.glob("*.safetensors"))}
-
-    @cached_property
-    def _adapter_of(self) -> dict[str, str]:
-        """Adapter by what its condition shows, as its header tells."""
-        return {task: name for name, file in self.adapters.items() if (task := read_adapter(file).info.task)}
-
     @property
     def tasks(self) -> list[str]:
         """Tasks of frames that the model can be asked for."""
@@ -119,16 +102,6 @@ class Studio:
         reads_any_token = isinstance(self.any.transformer, NextDiT)
         return [name for name, task in TASKS.items() if reads_any_token or task.token in taught]
 
-    @property
-    def controls(self) -> list[str]:
-        """Kinds of pictures that can steer, through an adapter or as a given frame."""
-        framed = [name for name in self.tasks if TASKS[name].frames == (2, 2)]
-        return list(dict.fromkeys([*self._adapter_of, *self.adapters, *framed]))
-
-    def adapter_for(self, kind: str) -> str | None:
-        """Name of the adapter that reads a kind of picture."""
-        return kind if kind in self.adapters else self._adapter_of.get(kind)
-
     @cached_property
     def unlearner(self) -> ConceptUnlearner:
         """The sparse autoencoders and their concepts.
@@ -136,11 +109,7 @@ class Studio:
         Raises:
             ValueError: there are none.
         """
-        if not self.has_sae:
-            raise ValueError(
-                f"there is no sparse autoencoder in {self.sae_folder}; train one with `imgdit sae train RECIPE`, or "
-                "name its folder"
-            )
+        self.need_sae()
         return ConceptUnlearner.from_pretrained(self.sae_folder)
 
     @property
@@ -148,11 +117,6 @@ class Studio:
         """Hookpoint whose features are looked at and steered: the first of the picture; without one, of the text."""
         places = list(self.unlearner.saes)
         return next((place for place in places if not site(self.pipe, place).text), places[0])
-
-    @property
-    def has_sae(self) -> bool:
-        """Whether there is an autoencoder to unlearn and steer with."""
-        return self.sae_folder.is_dir() and any(self.sae_folder.rglob(CONFIG))
 
     @property
     def default_size(self) -> int | None:
@@ -163,6 +127,13 @@ class Studio:
             return self.pipe.default_size
         cells = getattr(self.pipe, "default_sample_size", None)
         return None if cells is None else cells * self.pipe.vae_scale_factor
+
+    @property
+    def cell(self) -> int:
+        """Pixels that the sides of a picture are multiples of: those of a token."""
+        pipe = self.pipe
+        packed = pipe.image_processor.config.vae_scale_factor  # FLUX packs 2 x 2 latent cells outside of its model
+        return max(packed, pipe.vae_scale_factor * getattr(pipe, "patch_size", 1))
 
     @cached_property
     def made_with(self) -> dict[str, Any]:
@@ -181,14 +152,53 @@ class Studio:
             "weights": hashlib.sha256(sketch.encode()).hexdigest()[:16],
         }
 
+    # Before making
+
+    def remarks(self, request: Request) -> list[str]:
+        """What a person should know before this is made: words without a meaning, and a size that was never taught
+        with the time that it will take.
+
+        A size above the model's own is timed by two steps at its own: call it with the device in hand.
+
+        Raises:
+            ValueError: the sides are no multiples of `cell`.
+        """
+        return [said for said in (self.about_words([request.prompt]), self._about_size(request)) if said]
+
+    def _about_size(self, request: Request) -> str | None:
+        check_sides(request.width, request.height, self.cell)
+        own = self.default_size
+        size = (request.width or own, request.height or own)
+        if size[0] is None or size[1] is None or (request.width is None and request.height is None):
+            return None
+        said = unsuited((size[0], size[1]), self.taught.sizes, own, self.cell)
+        if said is None or own is None or size[0] * size[1] <= own**2:
+            return said
+        # Attention grows faster than the area, hence "at least".
+        seconds = request.steps * self._step_seconds * size[0] * size[1] / own**2
+        return f"{said}. It takes at least {duration(seconds)}"
+
+    @cached_property
+    def _step_seconds(self) -> float:
+        """Of a picture of the model's own size with guidance: the second of two steps."""
+        times: list[float] = []
+
+        def watch(step: int, steps: int, draw: Any) -> bool:
+            times.append(time.perf_counter())
+            return True
+
+        self.make(Request(steps=2, height=self.default_size, width=self.default_size), watch)
+        return times[1] - times[0]
+
     # Making
 
     def settled(self, request: Request) -> Request:
         """The request with its defaults filled in and its pictures at the size they are used at."""
+        check_sides(request.width, request.height, self.cell)
         height, width = request.height or self.default_size, request.width or self.default_size
         guidance = request.guidance
         if guidance is None:
-            guidance = 1.0 if _told_by_pictures(request.frames) else 3.0
+            guidance = 1.0 if _told_by_pictures(request.frames) else GUIDANCE
         controls = tuple(
             replace(control, picture=fitted(control.picture, control.kind, height, width))
             for control in request.controls
@@ -211,7 +221,7 @@ class Studio:
         """
         request = self.settled(request)
         frames = request.frames
-        if request.controls and self._as_frames(request.controls):
+        if request.controls and self.as_frames(request.controls):
             frames = (AskedFrame(), AskedFrame(request.controls[0].kind, request.controls[0].picture))
         with ExitStack() as hooks:
             call: dict[str, Any] = {
@@ -255,27 +265,6 @@ class Studio:
             if request.features:
                 hooks.enter_context(steer(pipe, self.unlearner.saes[self.seen_at], dict(request.features)))
             yield
-
-    def _as_frames(self, controls: tuple[Control, ...]) -> bool:
-        """Whether the only control is a frame that the model was taught to read."""
-        without = [control for control in controls if self.adapter_for(control.kind) is None]
-        for control in without:
-            if control.kind not in self.controls:
-                raise ValueError(
-                    f"nothing reads a control of kind {nearest(control.kind, self.controls)} "
-                    f"(adapters are looked for in {self.adapter_folder})"
-                )
-        if without and len(controls) > 1:
-            raise ValueError(
-                f"there is no adapter for {without[0].kind!r} in {self.adapter_folder}; without one it can only be "
-                "used alone, as a given frame"
-            )
-        if without and (without[0].strength, without[0].start, without[0].end) != (1.0, 0.0, 1.0):
-            raise ValueError(
-                f"strength, start and end belong to adapters, and there is none for {without[0].kind!r} in "
-                f"{self.adapter_folder}; leave them out"
-            )
-        return bool(without)
 
     def _condition(self, control: Control) -> Condition:
         if not hasattr(self.pipe, "load_control"):

@@ -17,6 +17,7 @@ from imgdit.checkpoints import SCENE_PROBE, SCENES
 from imgdit.data.captions import TASK_TOKENS, caption
 from imgdit.data.own.subjects import Idea, Pair
 from imgdit.data.scenes import Scene, another_look
+from imgdit.defaults import GUIDANCE, STEPS
 from imgdit.images import to_pixels
 from imgdit.models.scene_probe import SceneProbe
 from imgdit.pipelines.one_diffusion import OneDiffusionPipeline
@@ -66,8 +67,8 @@ class ScenePairs:
     def __init__(
         self,
         model: str | Path = SCENES,
-        steps: int = 20,
-        guidance: float = 3.0,
+        steps: int = STEPS,
+        guidance: float = GUIDANCE,
         loading: LoadOptions = AUTO,
     ):
         pipe = load_pipeline(model, loading)

@@ -9,13 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from imgdit import ImgDiTPipeline, MMDiT, NextDiT, OneDiffusionPipeline
+from imgdit.data.own.buckets import bucket_sizes
 from imgdit.data.words import caption_tokenizer
 from imgdit.lora_dialects import LoraPair
 from imgdit.lora_files import AdapterInfo, adapter_pairs, write_adapter
+from imgdit.taught import Taught, write_taught
 from imgdit.training.config import ADAPTER, Recipe, build_scheduler
+from imgdit.training.own_encoding import Encoder
 from imgdit.training.own_pictures import OwnPictures
 from imgdit.training.scene_conditions import SceneConditions
-from imgdit.training.scene_frames import SceneFrames, latent_scale, scene_components
+from imgdit.training.scene_frames import PATCH, SceneFrames, latent_scale, scene_components
 from imgdit.training.trained import load_trained, trained_recipe
 
 
@@ -49,10 +52,21 @@ def assemble(run: Path, out: Path) -> None:
     Raises:
         ValueError: a run has no checkpoint.
     """
-    pipe = scene_pipeline(trained_recipe(run), load_trained(run))
+    recipe = trained_recipe(run)
+    pipe = scene_pipeline(recipe, load_trained(run))
     pipe.vae.half()
     pipe.transformer.half()
     pipe.save_pretrained(out)
+    write_taught(out, taught_by(recipe))
+
+
+def taught_by(recipe: Recipe) -> Taught:
+    """What a backbone's recipe teaches: its sizes, and whose words."""
+    if recipe.data.name == "scene_frames":
+        size = _arguments(SceneFrames, recipe)["size"]
+        return Taught(((size, size),), "scenes")
+    data = _arguments(OwnPictures, recipe)
+    return Taught(tuple(bucket_sizes(data["base"], Encoder(data["model"]).cell * PATCH, data["ratio"])))
 
 
 def save_adapter(run: Path, out: Path) -> None:

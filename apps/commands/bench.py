@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from imgdit.defaults import GUIDANCE, STEPS
+
 from ..console import one_sentence
 from . import speed
 from .options import ModelFolder, Workers
@@ -29,8 +31,8 @@ def scenes(
     probe: Probe = None,
     out: Sheets = Path("outputs/bench-scenes"),
     count: Count = 100,
-    steps: Steps = 28,
-    guidance: Guidance = 3.0,
+    steps: Steps = STEPS,
+    guidance: Guidance = GUIDANCE,
 ) -> None:
     """Measure a model of the scenes against exact ground truth: text, depth, edges, segmentation, views, time."""
     from imgdit.apps.benches import scenes as scene_bench
@@ -50,8 +52,8 @@ def any_tasks(
     probe: Probe = None,
     out: Sheets = Path("outputs/bench-any"),
     count: Count = 50,
-    steps: Steps = 28,
-    guidance: Guidance = 3.0,
+    steps: Steps = STEPS,
+    guidance: Guidance = GUIDANCE,
 ) -> None:
     """Measure the any-to-any tasks of a model of the scenes: restoring, maps, editing, subjects, views, cameras."""
     from imgdit.apps.benches import scenes as scene_bench
@@ -69,8 +71,8 @@ def control(
     probe: Probe = None,
     out: Sheets = Path("outputs/bench-control"),
     count: Count = 200,
-    steps: Steps = 28,
-    guidance: Guidance = 3.0,
+    steps: Steps = STEPS,
+    guidance: Guidance = GUIDANCE,
 ) -> None:
     """Measure condition adapters on scenes: are depth, edges, hole and subject obeyed, and the sentence still?"""
     from imgdit.apps.benches import scenes as scene_bench

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from imgdit.apps.load_options import LoadOptions
+from imgdit.defaults import GUIDANCE, STEPS
 
 from ..console import one_sentence
 from .options import Engine, Workers, with_loading
@@ -113,8 +114,8 @@ def generate(
     prompts: Annotated[Path, typer.Argument(help="Text file with a sentence per line.")],
     out: Annotated[Path, typer.Argument(help="Folder; can be trained on afterwards.")],
     model: Annotated[str | None, typer.Option(help="Folder or Hub id; the embedded model by default.")] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Steps of the sampler.")] = 28,
-    guidance: Annotated[float, typer.Option(min=0.0, help="Guidance scale.")] = 3.0,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of the sampler.")] = STEPS,
+    guidance: Annotated[float, typer.Option(min=0.0, help="Guidance scale.")] = GUIDANCE,
     seed: Annotated[int, typer.Option(min=0, help="Of the first picture; the others count up.")] = 0,
     batch: Annotated[int, typer.Option(min=1, help="Pictures at a time.")] = 8,
     engine: Engine = "local",
@@ -159,7 +160,7 @@ def subjects(
     count: Annotated[int, typer.Option(min=1, help="Pairs to make.")] = 100,
     threshold: Annotated[float, typer.Option(min=0, max=1, help="Pairs that score less are not kept.")] = 0.5,
     seed: Annotated[int, typer.Option(min=0, help="Of the first pair; the others count up.")] = 0,
-    steps: Annotated[int, typer.Option(min=1, help="Steps of the sampler.")] = 20,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of the sampler.")] = STEPS,
     model: Annotated[str | None, typer.Option(help="Another pipeline; draws both pictures as halves of one.")] = None,
     names: Annotated[Path | None, typer.Option(help="With --model: file with a thing per line.")] = None,
     scorer: Annotated[str | None, typer.Option(help="With --model: image encoder that compares the halves.")] = None,

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from imgdit.defaults import STEPS
+
 from ..console import calm, one_sentence
 from .mup import coord_check, transfer
 
@@ -30,7 +32,7 @@ def pictures(
     out: Annotated[Path, typer.Argument(help="Folder; the sheets go into its folder `pictures`.")] = Path("docs"),
     model: Annotated[Path | None, typer.Option(help="Folder of a pipeline; the embedded model by default.")] = None,
     count: Annotated[int, typer.Option(min=2, help="Pictures of each kind of the benchmark.")] = 100,
-    steps: Annotated[int, typer.Option(min=1, help="Steps of the sampler.")] = 28,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of the sampler.")] = STEPS,
     mup: Annotated[bool, typer.Option(help="The plots of μP too: ten minutes of processor time.")] = False,
     work: Annotated[Path, typer.Option(help="Folder of the sweep of --mup.")] = Path("outputs/docs"),
 ) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from imgdit.apps.load_options import LoadOptions
+from imgdit.defaults import STEPS
 
 from ..console import calm, one_sentence
 from .options import with_loading
@@ -49,7 +50,7 @@ def generate(
     num_images: Annotated[int, typer.Option(min=1, help="Pictures of each sentence.")] = 1,
     model: Model = None,
     adapters: Adapters = None,
-    steps: Steps = 28,
+    steps: Steps = STEPS,
     guidance: Guidance = None,
     seed: Seed = 0,
     size: Size = None,
@@ -106,7 +107,7 @@ def control(
     out: Annotated[Path, typer.Option(help="File to write.")] = Path("outputs/control.png"),
     model: Model = None,
     adapters: Adapters = None,
-    steps: Steps = 28,
+    steps: Steps = STEPS,
     guidance: Guidance = None,
     seed: Seed = 0,
     size: Size = None,
@@ -143,7 +144,7 @@ def any_to_any(
     ] = None,
     out: Annotated[Path, typer.Option(help="File to write.")] = Path("outputs/any.png"),
     model: Model = None,
-    steps: Steps = 28,
+    steps: Steps = STEPS,
     guidance: Guidance = None,
     seed: Seed = 0,
     size: Size = None,
@@ -179,7 +180,7 @@ def unlearn(
     ),
     sae: Annotated[Path | None, typer.Option(help="Folder of the sparse autoencoders; MODEL/sae by default.")] = None,
     model: Model = None,
-    steps: Steps = 28,
+    steps: Steps = STEPS,
     guidance: Guidance = None,
     seed: Seed = 0,
     size: Size = None,

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from imgdit.apps.load_options import LoadOptions
+from imgdit.defaults import STEPS
 
 from ..console import one_sentence
 from .options import Engine, Workers, with_loading
@@ -66,7 +67,7 @@ def features(
     ] = None,
     feature: Annotated[list[int] | None, typer.Option(help="Show these instead of searching.")] = None,
     count: Annotated[int, typer.Option(min=1, help="Features to show.")] = 12,
-    steps: Annotated[int, typer.Option(min=1, help="Steps of the sampler.")] = 20,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of the sampler.")] = STEPS,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale; the pipeline's own by default.")] = None,
     seed: Annotated[int, typer.Option(help="Of the first picture.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder to write.")] = Path("outputs/features"),

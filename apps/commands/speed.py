@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from imgdit.defaults import STEPS
 from imgdit.naming import check_name
 
 from .options import ModelFolder
@@ -185,7 +186,7 @@ def all_speed(
 def caches(
     model: ModelFolder = None,
     count: Annotated[int, typer.Option(min=1, help="Pictures.")] = 8,
-    steps: Annotated[int, typer.Option(min=1, help="Steps of the sampler.")] = 28,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of the sampler.")] = STEPS,
     rounds: Annotated[int, typer.Option(min=1, help="Counted pairs of runs.")] = 3,
     threads: Threads = 1,
 ) -> None:

@@ -191,9 +191,8 @@ class Holder:
     @property
     def sides(self) -> tuple[int, int, int]:
         """Smallest and largest side in pixels of a picture that may be asked for, and what it is a multiple of."""
-        pipe, side = self.studio.pipe, self.studio.default_size or 512
-        cell = pipe.vae_scale_factor * getattr(pipe, "patch_size", 2)
-        step = cell if isinstance(cell, int) and cell >= 8 else 16
+        side, step = self.studio.default_size or 512, self.studio.cell
+        step = step if step >= 8 else 16
         return 4 * step, max(LIMITS.side, side), step
 
     def keep(self, picture: Image.Image) -> str:

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import gradio as gr
 from PIL import Image
 
+from imgdit.defaults import GUIDANCE, STEPS
+
 from . import limits
 from .limits import LIMITS
 
@@ -117,7 +119,7 @@ def prompt_box(value: str = "", label: str = "Prompt", lines: int = 2) -> gr.Tex
     return gr.Textbox(value, label=label, lines=lines, max_length=LIMITS.prompt)
 
 
-def sampling(steps: int = 20, guidance: float = 3.0) -> Sampling:
+def sampling(steps: int = STEPS, guidance: float = GUIDANCE) -> Sampling:
     """Steps, guidance and seed, folded away."""
     with gr.Accordion("Sampling", open=False):
         return Sampling(

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..naming import check_name
 from ..training.checkpoint import read_tensors, replace_text
 from ..untrusted import read_object
 from .config import SAEConfig
@@ -327,5 +328,19 @@ def check_concepts(names: Sequence[str], known: Iterable[str]) -> None:
     """Refuse concepts that were never selected."""
     known = list(known)
     for name in names:
-        if name not in known:
-            raise ValueError(f"unknown concept {name!r}; known are {', '.join(known) or 'none'}")
+        check_name("concept", name, known or ["none"])
+
+
+def concept_names(folder: str | Path) -> list[str]:
+    """Concepts that are saved in an SAE's folder, or in a folder of several, without reading the SAEs.
+
+    Raises:
+        ValueError: a damaged file.
+    """
+    found: dict[str, None] = {}
+    for path in sorted(Path(folder).rglob(_JSON)):
+        concepts = read_object(path).get("concepts")
+        if not isinstance(concepts, dict):
+            raise ValueError(f"{path}: concepts must be dict, got {concepts!r:.60}")
+        found |= dict.fromkeys(concepts)
+    return list(found)
