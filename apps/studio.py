@@ -26,7 +26,7 @@ from imgdit.lora_files import AdapterInfo, read_adapter
 from imgdit.models.nextdit import NextDiT
 from imgdit.pipelines.one_diffusion import OneDiffusionPipeline
 from imgdit.pipelines.text_to_image import ImgDiTPipeline
-from imgdit.sae.concepts import model_fingerprint
+from imgdit.sae.fingerprints import model_fingerprint
 from imgdit.sae.hooks import site
 from imgdit.sae.unlearning import ConceptUnlearner, steer
 from imgdit.tasks import TASKS, PictureFrame, infer_task

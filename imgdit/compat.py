@@ -6,8 +6,10 @@ library "imgdit"), also from the Hub and without `trust_remote_code`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import functools
+import inspect
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from importlib import import_module
 from typing import Any
 
@@ -21,6 +23,7 @@ from diffusers.hooks._helpers import (
     TransformerBlockMetadata,
     TransformerBlockRegistry,
 )
+from diffusers.hooks.group_offloading import GroupOffloadingHook
 from diffusers.hooks.hooks import BaseState, StateManager
 from diffusers.models.attention_dispatch import (
     AttentionBackendName,
@@ -192,6 +195,19 @@ def register_pipeline(pipeline: type) -> None:
     auto_pipeline.AUTO_TEXT2IMAGE_PIPELINES_MAPPING[pipeline.__name__] = pipeline
 
 
+def add_hook(module: torch.nn.Module, hook: ModelHook, name: str) -> None:
+    """Register a hook on top of those that a module has, but below accelerate's offloading.
+
+    A pipeline under `enable_model_cpu_offload` takes accelerate's hooks off after every call and puts them on again,
+    and what lay above them would be lost.
+    """
+    registry = HookRegistry.check_if_exists_or_initialize(module)
+    if not hasattr(module, "_old_forward"):
+        registry.register_hook(hook, name)
+        return
+    _register_at(registry, module, "_old_forward", hook, name)
+
+
 def insert_hook(module: torch.nn.Module, hook: ModelHook, name: str) -> None:
     """Register a hook below those that a module has already, as if it had come first.
 
@@ -199,30 +215,21 @@ def insert_hook(module: torch.nn.Module, hook: ModelHook, name: str) -> None:
     every new hook on top.
     """
     registry = HookRegistry.check_if_exists_or_initialize(module)
-    if not registry._fn_refs:
-        registry.register_hook(hook, name)
-        return
-    lowest = registry._fn_refs[0]
-    outer = module.forward
-    module.forward = _below(lowest)
-    registry.register_hook(hook, name)
-    _put_below(lowest, module.forward)
-    module.forward = outer
-    registry._fn_refs.insert(0, registry._fn_refs.pop())
-    registry._hook_order.insert(0, registry._hook_order.pop())
+    *_, (holder, attribute, _) = _calls(module)
+    _register_at(registry, holder, attribute, hook, name)
 
 
 def remove_hook(module: torch.nn.Module, name: str) -> None:
-    """Take a hook out from among others. (diffusers' own way disconnects a hook above that has a `new_forward`.)"""
+    """Take a hook out from among others. (diffusers' own way disconnects a hook above that has a `new_forward`, and
+    accelerate's.)"""
     registry = getattr(module, "_diffusers_hook", None)
     if registry is None or name not in registry.hooks:
         return
     index = registry._hook_order.index(name)
-    below = _below(registry._fn_refs[index])
-    if index + 1 == len(registry._fn_refs):
-        module.forward = below
-    else:
-        _put_below(registry._fn_refs[index + 1], below)
+    for holder, attribute, reference in _calls(module):
+        if reference is registry._fn_refs[index]:
+            setattr(holder, attribute, getattr(reference, _inner(reference)))
+            break
     registry.hooks.pop(name).deinitalize_hook(module)
     del registry._fn_refs[index], registry._hook_order[index]
     if not registry.hooks:  # as if it had never been there: deepcopy and pickle see a plain module again
@@ -231,15 +238,45 @@ def remove_hook(module: torch.nn.Module, name: str) -> None:
             del module.forward
 
 
-def _below(reference: Any) -> Any:
-    return reference.forward if reference.original_forward is None else reference.original_forward
+def _register_at(registry: Any, holder: Any, attribute: str, hook: ModelHook, name: str) -> None:
+    """Register a hook around the call that `holder.attribute` holds."""
+    module = registry._module_ref
+    outer = module.forward
+    module.forward = getattr(holder, attribute)
+    registry.register_hook(hook, name)
+    inner = module.forward
+    module.forward = outer
+    setattr(holder, attribute, inner)
+    # The registry lists its hooks from the inside out. Those that accelerate took off stay in the list.
+    place = {id(reference): -depth for depth, (_, _, reference) in enumerate(_calls(module))}
+    listed = sorted(zip(registry._fn_refs, registry._hook_order), key=lambda pair: place.get(id(pair[0]), 1))
+    registry._fn_refs[:] = [reference for reference, _ in listed]
+    registry._hook_order[:] = [listed_name for _, listed_name in listed]
 
 
-def _put_below(reference: Any, forward: Any) -> None:
-    if reference.original_forward is None:
-        reference.forward = forward
-    else:
-        reference.original_forward = forward
+def _calls(module: Any) -> Iterator[tuple[Any, str, Any]]:
+    """What holds each of the nested calls of a module, from the outside in: an object, its attribute, and the hook's
+    reference; none for accelerate's hook and the module's own `forward`."""
+    registry = module._diffusers_hook
+    holder, attribute = module, "forward"
+    offloaded = hasattr(module, "_old_forward")
+    while True:
+        call = getattr(holder, attribute)
+        inside = call.func.__closure__ or () if isinstance(call, functools.partial) else ()
+        held = [cell.cell_contents for cell in inside]
+        reference = next((r for r in registry._fn_refs if any(r is one for one in held)), None)
+        yield holder, attribute, reference
+        if reference is not None:
+            holder, attribute = reference, _inner(reference)
+        elif offloaded:
+            holder, attribute, offloaded = module, "_old_forward", False
+        else:
+            return
+
+
+def _inner(reference: Any) -> str:
+    """Attribute of a hook's reference that holds the call below it."""
+    return "forward" if reference.original_forward is None else "original_forward"
 
 
 def has_step_cache(block: torch.nn.Module) -> bool:
@@ -251,6 +288,63 @@ def has_step_cache(block: torch.nn.Module) -> bool:
 def unwrapped(module: Any) -> Any:
     """The module in `torch.compile`'s wrapper, if it is in one."""
     return unwrap_module(module)
+
+
+def parameters_on_disk(model: torch.nn.Module) -> set[int]:
+    """Ids of the parameters that diffusers' group offloading keeps on a disk, and that hold no weights meanwhile."""
+    registries = [module._diffusers_hook for module in model.modules() if hasattr(module, "_diffusers_hook")]
+    hooks = [hook for registry in registries for hook in registry.hooks.values()]
+    groups = [hook.group for hook in hooks if isinstance(hook, GroupOffloadingHook)]
+    stored = [group for group in groups if group.offload_to_disk_path is not None]
+    return {id(p) for group in stored for module in group.modules for p in module.parameters()} | {
+        id(p) for group in stored for p in group.parameters
+    }
+
+
+@contextmanager
+def uncompiled(modules: Iterable[torch.nn.Module]) -> Iterator[None]:
+    """Modules that run as they are written while the context is open, whether `torch.compile` wrapped them or their
+    own `compile()` was called. What was compiled is kept and used again afterwards.
+
+    Args:
+        modules: with `torch.compile`'s wrappers, where there are any.
+    """
+    with ExitStack() as undo:
+        for module in modules:
+            inner = unwrap_module(module)
+            if inner is not module:
+                undo.callback(setattr, module, "forward", module.forward)
+                module.forward = inner.__call__
+            if inner._compiled_call_impl is not None:
+                undo.callback(setattr, inner, "_compiled_call_impl", inner._compiled_call_impl)
+                inner._compiled_call_impl = None
+        yield
+
+
+def guides(pipe: Any) -> bool | None:
+    """Whether the running call of a pipeline guides away from a negative prompt; `None` where nothing says so.
+
+    Most pipelines say so by a property. PixArt's, DiT's and DeepFloyd's keep it in variables of their `__call__`,
+    and nowhere else.
+    """
+    told = getattr(pipe, "do_classifier_free_guidance", None)
+    if told is not None:
+        return bool(told)
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code.co_name == "__call__" and frame.f_locals.get("self") is pipe:
+            names = frame.f_locals
+            if "do_classifier_free_guidance" in names:
+                return bool(names["do_classifier_free_guidance"])
+            if type(pipe).__name__ == "DiTPipeline":
+                return bool(names["guidance_scale"] > 1)
+        frame = frame.f_back
+    return None
+
+
+def execution_device(pipe: Any) -> torch.device:
+    """Where a pipeline computes, however its parts are offloaded."""
+    return pipe._execution_device
 
 
 def attention_backend_name(backend: Any) -> str:
@@ -277,16 +371,21 @@ def dispatch_attention(
 
 __all__ += [
     "CallNameHook",
+    "add_hook",
     "attention_backend_name",
     "block_streams",
     "dispatch_attention",
+    "execution_device",
+    "guides",
     "has_step_cache",
     "insert_hook",
     "is_xformers_available",
+    "parameters_on_disk",
     "register_attention_processor",
     "register_block",
     "register_pipeline",
     "remove_hook",
     "step_cache_set_aside",
+    "uncompiled",
     "unwrapped",
 ]

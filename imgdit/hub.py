@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from imgdit.checkpoints import EMBEDDED, SCENES
+
 TIMEOUT = 5.0
 """Seconds in which the Hub has to answer whether it has a model."""
 INDEX = "model_index.json"
@@ -17,12 +19,13 @@ def find_pipeline(source: str | Path) -> str:
     Without a network a model that was downloaded before is taken from the Hub's cache.
 
     Args:
-        source: folder in diffusers' layout (`~` is expanded), or Hub id such as "black-forest-labs/FLUX.1-dev".
+        source: folder in diffusers' layout (`~` is expanded), Hub id such as "black-forest-labs/FLUX.1-dev", or
+            "embedded" for the model that comes along.
 
     Raises:
         ValueError: neither a folder here nor a model on the Hub, or the Hub cannot be reached.
     """
-    folder = Path(source).expanduser()
+    folder = SCENES if source == EMBEDDED else Path(source).expanduser()
     if (folder / INDEX).is_file():
         return str(folder)
     if folder.exists():

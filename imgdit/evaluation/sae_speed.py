@@ -9,11 +9,12 @@ import torch
 
 from ..frames import Frame, FrameLayout
 from ..models.blocks import BlockPlan, MMDiTBlock
+from ..sae.calls import DenoiserCall
 from ..sae.concepts import ConceptSelection
 from ..sae.config import SAEConfig
 from ..sae.edits import Edit, edit_by_decoding
 from ..sae.model import SparseAutoencoder
-from ..sae.streams import DenoiserCall, Tokens
+from ..sae.streams import Tokens
 from ..sae.training import ADAM_EPS, SAETrainConfig, SAETraining
 from ..sae.unlearning import Intervention
 from .speed import Comparison, compare

@@ -23,11 +23,12 @@ from imgdit.untrusted import read_object
 
 from ..training.checkpoint import replace_text
 from ..training.data import mixed_seed
-from .concepts import model_fingerprint
+from .calls import Grid
 from .files import write_tensors
+from .fingerprints import model_fingerprint, same_model
 from .hooks import hooked
 from .sampling import prompt_batches
-from .streams import Grid, Tokens
+from .streams import Tokens
 
 FORMAT = "imgdit-activations-1"
 _INDEX = "index.json"
@@ -73,7 +74,7 @@ def stream_activations(
     At most one batch's activations are held: calls * batch_size * n * d values per hookpoint.
 
     Args:
-        prompts: sentences (or class labels, or dictionaries of embeddings), prompt i from the noise of seed + i.
+        prompts: see `prompt_batches`; prompt i starts from the noise of seed + i.
         hookpoints: module paths, see `imgdit.sae.hooks.find_hookpoints` for wildcards.
         source: what of the modules, see `SAEConfig.source`.
         start: number of the prompt to begin with.
@@ -221,7 +222,7 @@ class ActivationRecorder:
         """
         index = self._index()
         for key, value in self.about.items():
-            if index.get(key) != value:
+            if not (_same_models(index.get(key), value) if key == "model" else index.get(key) == value):
                 raise ValueError(
                     f"{self.folder} holds a recording with {key}={index.get(key)!r}, this one has {value!r}; "
                     "choose another folder"
@@ -269,6 +270,11 @@ class ActivationRecorder:
 
     def _size(self, number: int) -> int:
         return min(self.batch_size, len(self.prompts) - number * self.batch_size)
+
+
+def _same_models(one: Any, other: dict[str, Any]) -> bool:
+    """Whether the models of two recordings are the same, by component."""
+    return isinstance(one, dict) and one.keys() == other.keys() and all(same_model(one[n], other[n]) for n in other)
 
 
 def _shard(number: int) -> str:

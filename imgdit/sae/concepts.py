@@ -20,6 +20,7 @@ from ..training.checkpoint import read_tensors, replace_text
 from ..untrusted import read_object
 from .config import SAEConfig
 from .files import write_tensors
+from .fingerprints import is_fingerprint_of, model_fingerprint
 
 SCORE_EPS = 1e-8
 FORMAT = "imgdit-concepts-1"
@@ -201,9 +202,18 @@ class ConceptBook:
     """Fingerprint of the denoiser, see `model_fingerprint`."""
     selections: dict[str, ConceptSelection]
 
+    @classmethod
+    def empty(cls, sae: str, denoiser: torch.nn.Module) -> ConceptBook:
+        """One without concepts, of an SAE's fingerprint and a model."""
+        return cls(sae, model_fingerprint(denoiser), {})
+
     def with_selections(self, selections: Iterable[ConceptSelection]) -> ConceptBook:
         """A copy with selections added or replaced."""
         return dataclasses.replace(self, selections={**self.selections, **{s.name: s for s in selections}})
+
+    def is_of(self, denoiser: torch.nn.Module) -> bool:
+        """Whether the concepts were selected in this model."""
+        return is_fingerprint_of(self.model, denoiser)
 
     def save(self, folder: str | Path) -> None:
         """Write `concepts.json` and `concepts.safetensors` beside the SAE."""
@@ -237,7 +247,7 @@ class ConceptBook:
                 raise ValueError(f"{folder / _JSON}: {name} must be {kind.__name__}, got {values.get(name)!r:.60}")
         known = values["model"]
         sketch = known.get("sketch")
-        numbers = isinstance(sketch, list) and all(type(value) in (int, float) for value in sketch)
+        numbers = isinstance(sketch, list) and all(value is None or type(value) in (int, float) for value in sketch)
         if not numbers or not {"class", "parameters"} <= known.keys():
             raise ValueError(f"{folder / _JSON}: model must have class, parameters and sketch, got {known!r:.80}")
         selections = {}
@@ -286,42 +296,6 @@ def check_fit(selection: ConceptSelection, config: SAEConfig, what: str) -> None
             f"{what} is of another SAE: it has feature {largest} and width {selection.replacement.shape[1]}, this SAE "
             f"has {config.num_latents} features and width {config.d_in}"
         )
-
-
-SKETCH = 64
-"""Weights of a model that are compared to tell it from another."""
-
-
-@torch.no_grad()
-def model_fingerprint(model: torch.nn.Module) -> dict[str, Any]:
-    """What a denoiser is recognised by: its class, its number of weights, and a few of them.
-
-    A hash of the bytes would call the same model in bfloat16 another one; adapters on top do not count.
-    """
-    parameters = {
-        name.replace(".base_layer", ""): p for name, p in model.named_parameters() if "lora_" not in name and p.ndim
-    }
-    names = sorted(parameters)
-    picked = [names[i * len(names) // SKETCH] for i in range(SKETCH)]
-    sketch = [
-        float(parameters[name].detach().flatten()[(i * 7919) % parameters[name].numel()])
-        for i, name in enumerate(picked)
-        if parameters[name].device.type != "meta"  # offloaded to disk: not there to be looked at
-    ]
-    return {
-        "class": type(model).__name__,
-        "parameters": sum(p.numel() for p in parameters.values()),
-        "sketch": sketch,
-    }
-
-
-def same_model(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether two fingerprints are of the same weights, up to half precision."""
-    if (one["class"], one["parameters"]) != (other["class"], other["parameters"]):
-        return False
-    if len(one["sketch"]) != len(other["sketch"]):  # a part is offloaded
-        return True
-    return all(math.isclose(a, b, rel_tol=2**-7, abs_tol=2**-20) for a, b in zip(one["sketch"], other["sketch"]))
 
 
 def check_concepts(names: Sequence[str], known: Iterable[str]) -> None:

@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from .model import RowScale, SparseAutoencoder
+from .model import DeviceCopies, RowScale, SparseAutoencoder
 
 _CHUNK = 2**25
 """Entries of the largest (rows, L) block that is encoded at once: 128 MiB in float32."""
@@ -34,14 +34,28 @@ class Edit(NamedTuple):
 
 
 class ChosenFeatures:
-    """The part of an SAE's weights that an edit needs, ready to be multiplied."""
+    """The part of an SAE's weights that an edit needs, ready to be multiplied.
 
-    def __init__(self, sae: SparseAutoencoder, features: torch.Tensor, thresholds: torch.Tensor) -> None:
-        self.sae, self.features = sae, features
-        self.weight = sae.encoder.weight[features]  # (m, d)
-        shift = 0 if sae.config.transcode else self.weight @ sae.b_dec
-        self.bias = sae.encoder.bias[features] - shift
-        self.decoder = sae.W_dec[features]  # (m, d)
+    Args:
+        sae: it may lie on another device.
+        features: (m,) latents, each once, on the device of the activations.
+        thresholds: (m,) on that device: only activations above count.
+        whole: copies of the SAE that others use too; its own by default.
+    """
+
+    def __init__(
+        self,
+        sae: SparseAutoencoder,
+        features: torch.Tensor,
+        thresholds: torch.Tensor,
+        whole: DeviceCopies | None = None,
+    ) -> None:
+        self.sae, self.features, self.whole = sae, features, whole or DeviceCopies(sae)
+        device, rows = features.device, features.to(sae.W_dec.device)
+        self.weight = sae.encoder.weight[rows].to(device)  # (m, d)
+        shift = 0 if sae.config.transcode else self.weight @ sae.b_dec.to(device)
+        self.bias = sae.encoder.bias[rows].to(device) - shift
+        self.decoder = sae.W_dec[rows].to(device)  # (m, d)
         # Activations are never negative, so a threshold of 0 is that of the ReLU.
         floor = max(sae.threshold or 0.0, 0.0)
         self.thresholds = thresholds.clamp(min=floor)
@@ -67,15 +81,15 @@ class ChosenFeatures:
         return acts
 
     def _exact(self, x: torch.Tensor) -> torch.Tensor:
-        """The same by encoding in full: whether a feature is among the k largest is decided within one product."""
-        scores = self.sae.scores(x)
+        """The same by encoding in full: whether a feature is among the k largest is decided within one product, and
+        among equal ones as the encoder decides."""
+        sae = self.whole.on(x.device)
+        scores = sae.scores(x)
+        pattern = sae.active(scores)
+        active = torch.zeros_like(scores, dtype=torch.bool)
+        active.view(-1)[pattern.rows * pattern.num_latents + pattern.indices] = True
         mine = scores[:, self.features]
-        if self.sae.config.activation == "groupmax":
-            width = self.sae.config.num_latents // self.sae.config.k
-            least = scores.unflatten(1, (-1, width)).amax(2)[:, self.features // width]
-        else:
-            least = scores.topk(self.sae.config.k, dim=1, sorted=False).values.amin(1, keepdim=True)
-        return torch.where((mine >= least) & (mine > self.thresholds), mine, 0.0)
+        return torch.where(active[:, self.features] & (mine > self.thresholds), mine, 0.0)
 
     def added(
         self, x: torch.Tensor, acts: torch.Tensor, factors: torch.Tensor, scale: RowScale | None
@@ -84,9 +98,9 @@ class ChosenFeatures:
         weights = acts * (factors - 1)
         if scale is not None:
             weights = weights * scale.std
-        if x.dtype == self.decoder.dtype:
-            return torch.addmm(x, weights, self.decoder)
-        return x + (weights @ self.decoder).to(x.dtype)
+        # Half precision is rounded once, at the end.
+        exact = torch.promote_types(x.dtype, self.decoder.dtype)
+        return torch.addmm(x.to(exact), weights.to(exact), self.decoder.to(exact)).to(x.dtype)
 
 
 def edit(sae: SparseAutoencoder, x: torch.Tensor, change: Edit) -> torch.Tensor:

@@ -14,7 +14,7 @@ import torch
 from .concepts import ConceptStatistics
 from .edits import ChosenFeatures
 from .hooks import hooked, site
-from .model import SparseAutoencoder
+from .model import DeviceCopies, SparseAutoencoder
 from .sampling import prompt_batches
 from .statistics import collect_statistics
 from .streams import Tokens
@@ -82,7 +82,7 @@ def survey_features(
     place = _hookpoint(sae, hookpoint)
     sums: dict[float, torch.Tensor] = {}
     counts: dict[float, int] = {}
-    latents = sae.config.num_latents
+    latents, whole = sae.config.num_latents, DeviceCopies(sae)
     active = torch.zeros(latents)
     strongest, places = torch.zeros(len(prompts), latents), torch.zeros(len(prompts), latents, dtype=torch.long)
     first = 0
@@ -90,15 +90,16 @@ def survey_features(
     def read(tokens: Tokens) -> None:
         if tokens.call.conditional is None:
             return
-        values = tokens.values[tokens.call.conditional].to(sae.W_dec)
+        near = whole.on(tokens.values.device)
+        values = tokens.values[tokens.call.conditional].to(near.W_dec.dtype)
         for i, picture in enumerate(values):  # one at a time: a dense code of (n, L) is enough
-            rows, _ = sae.normalize(picture)
-            dense = sae.encode(rows).dense().cpu()
+            rows, _ = near.normalize(picture)
+            dense = near.encode(rows).dense().float()
             time = tokens.call.timestep
-            sums[time] = sums.get(time, 0) + dense.mean(0)
+            sums[time] = sums.get(time, 0) + dense.mean(0).cpu()
             counts[time] = counts.get(time, 0) + 1
-            active.add_((dense > 0).float().mean(0))
-            best, where = dense.max(0)
+            active.add_((dense > 0).float().mean(0).cpu())
+            best, where = (one.cpu() for one in dense.max(0))
             better = best > strongest[first + i]
             strongest[first + i] = torch.where(better, best, strongest[first + i])
             places[first + i] = torch.where(better, where, places[first + i])
@@ -130,19 +131,21 @@ def heat_maps(
     for feature in features:
         if not 0 <= feature < sae.config.num_latents:
             raise ValueError(f"the SAE has features 0 to {sae.config.num_latents - 1}, got {feature}")
-    numbers = torch.tensor(list(features), device=sae.W_dec.device)
-    chosen = ChosenFeatures(sae, numbers, torch.zeros(len(numbers), device=sae.W_dec.device))
+    chosen: dict[torch.device, ChosenFeatures] = {}
     maps: list[torch.Tensor] = []
 
     def read(tokens: Tokens) -> None:
         if tokens.call.conditional is None or text:
             return
-        values = tokens.values[tokens.call.conditional].to(sae.W_dec)
+        values, device = tokens.values[tokens.call.conditional].to(sae.W_dec.dtype), tokens.values.device
+        if device not in chosen:
+            numbers = torch.tensor(list(features), device=device)
+            chosen[device] = ChosenFeatures(sae, numbers, torch.zeros(len(numbers), device=device))
         if len(tokens.grids) != 1 or tokens.grids[0][0] * tokens.grids[0][1] != values.shape[1]:
             raise ValueError(f"a heat map needs one whole grid of tokens, got {tokens.grids}")
         rows, _ = sae.normalize(values.reshape(-1, values.shape[-1]))
-        acts = chosen.activations(rows, chosen.scores(rows))
-        maps.append(acts.view(len(values), *tokens.grids[0], -1).permute(0, 3, 1, 2).cpu())
+        acts = chosen[device].activations(rows, chosen[device].scores(rows))
+        maps.append(acts.view(len(values), *tokens.grids[0], -1).permute(0, 3, 1, 2).float().cpu())
 
     found, pictures = [], []
     with hooked(pipe, {place: read}, source={place: sae.config.source}):

@@ -3,7 +3,8 @@
 Hookpoints are module paths within the pipeline; `*` stands for one part of a path. A hook on the denoiser notes what
 each call works on (timestep, guidance halves, frames), hooks on the modules hand the image's tokens to a function; of
 modules that belong to the text, the text's.
-They are diffusers' `ModelHook`s, which `torch.compile`, offloading and step caches respect, and are always removed.
+They are diffusers' `ModelHook`s, which offloading and step caches respect, and are always removed. Modules that
+`torch.compile` compiled and that hold a hookpoint run uncompiled meanwhile.
 """
 
 from __future__ import annotations
@@ -16,16 +17,21 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
 import torch
-from diffusers.hooks import HookRegistry, ModelHook
+from diffusers.hooks import ModelHook
+from diffusers.models.attention import AttentionModuleMixin
+from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 
-from .. import compat
-from .streams import DenoiserCall, Grid, Site, Tokens, bind, describe_call
+from imgdit import compat
+
+from .calls import DenoiserCall, Grid, bind, describe_call, family_of
+from .streams import Site, Tokens
 
 Function = Callable[[Tokens], torch.Tensor | None]
 """Gets the tokens at a hookpoint, returns others of the same shape, or `None` to leave them."""
 
 _numbers = itertools.count()
+_COMPILED = re.compile(r"\._orig_mod\b")
 _TEXT_PARTS = re.compile(r"context|add_|encoder_hidden|caption|text")
 
 
@@ -46,7 +52,8 @@ def find_hookpoints(pipe: Any, patterns: Iterable[str]) -> list[str]:
     names = denoiser_names(pipe)
     if not names:
         raise ValueError(f"{type(pipe).__name__} has no transformer and no unet to read from")
-    known = [f"{name}.{path}" for name in names for path, _ in getattr(pipe, name).named_modules() if path]
+    paths = [f"{name}.{path}" for name in names for path, _ in getattr(pipe, name).named_modules() if path]
+    known = list(dict.fromkeys(_COMPILED.sub("", path) for path in paths))
     found: dict[str, None] = {}
     for pattern in patterns:
         parts = [re.escape(part).replace(r"\*", r"[^.]*") for part in pattern.split(".")]
@@ -63,17 +70,38 @@ def _near(pattern: str, known: list[str]) -> str:
     return f"{pattern!r}; the nearest is {close[0]!r}"
 
 
+def denoiser_of(pipe: Any, hookpoint: str) -> torch.nn.Module:
+    """The component that a hookpoint lies in, without `torch.compile`'s wrapper.
+
+    Raises:
+        ValueError: there is no such hookpoint.
+    """
+    (path,) = find_hookpoints(pipe, [hookpoint])
+    return compat.unwrapped(getattr(pipe, path.partition(".")[0]))
+
+
 def site(pipe: Any, hookpoint: str) -> Site:
     """The module of a hookpoint."""
     (path,) = find_hookpoints(pipe, [hookpoint])
-    component, _, inner = path.partition(".")
-    module = getattr(pipe, component)
-    single = text = False
-    for part in inner.split("."):
-        text = text or _TEXT_PARTS.search(part) is not None
-        module = getattr(module, part)
-        single = single or "Single" in type(module).__name__
-    return Site(path, module, single, text)
+    *around, module = _modules(pipe, path)
+    owners = [compat.unwrapped(owner) for owner in around]
+    module = compat.unwrapped(module)
+    return Site(
+        path,
+        module,
+        single_stream=any("Single" in type(one).__name__ for one in (*owners[1:], module)),
+        text=any(_TEXT_PARTS.search(part) for part in path.split(".")[1:]),
+        in_attention=any(isinstance(owner, (Attention, AttentionModuleMixin)) for owner in owners),
+    )
+
+
+def _modules(pipe: Any, path: str) -> list[Any]:
+    """The modules from the component to the hookpoint, with `torch.compile`'s wrappers."""
+    component, *parts = path.split(".")
+    found = [getattr(pipe, component)]
+    for part in parts:
+        found.append(getattr(compat.unwrapped(found[-1]), part))
+    return found
 
 
 @contextmanager
@@ -92,39 +120,44 @@ def hooked(
         after_call: called at the end of each call of the denoiser.
 
     Raises:
-        ValueError: an unknown hookpoint, before anything is hooked.
+        ValueError: an unknown hookpoint or denoiser, before anything is hooked; a hookpoint that the first call of the
+            denoiser did not come to; a module whose output holds no tokens.
     """
     sites = [site(pipe, hookpoint) for hookpoint in functions]
     prefix = f"imgdit_sae_{next(_numbers)}"
     placed: list[tuple[torch.nn.Module, str]] = []
 
     def place(module: torch.nn.Module, hook: ModelHook, name: str) -> None:
-        HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, name)
+        compat.add_hook(module, hook, name)
         placed.append((module, name))
 
-    denoisers = {path: getattr(pipe, path) for path in {s.path.partition(".")[0] for s in sites}}
-    with ExitStack() as stack:
-        for denoiser in denoisers.values():
-            stack.enter_context(compat.step_cache_set_aside(denoiser))
+    watchers = {s.path.partition(".")[0]: _CallHook(pipe, denoiser_of(pipe, s.path), after_call) for s in sites}
+    for watcher in watchers.values():
+        family_of(watcher.denoiser)
+    with ExitStack() as caches:
+        for watcher in watchers.values():
+            caches.enter_context(compat.step_cache_set_aside(watcher.denoiser))
         try:
-            watchers = {path: _CallHook(pipe, denoiser, after_call) for path, denoiser in denoisers.items()}
-            for path, denoiser in denoisers.items():
-                place(denoiser, watchers[path], prefix)
+            for watcher in watchers.values():
+                place(watcher.denoiser, watcher, prefix)
             for number, (s, function) in enumerate(zip(sites, functions.values())):
-                component = s.path.partition(".")[0]
-                plane = _plane_of(denoisers[component], s)
+                watcher = watchers[s.path.partition(".")[0]]
+                plane = _plane_of(pipe, s)
                 if plane is not None:
                     place(plane[0], plane[1], f"{prefix}_plane_{number}")
                 update = (source or {}).get(s.path) == "update"
-                hook = _SiteHook(s, watchers[component], function, update, None if plane is None else plane[1])
+                hook = _SiteHook(s, watcher, function, update, None if plane is None else plane[1])
                 place(s.module, hook, f"{prefix}_{number}")
+                watcher.waiting[s.path] = s.module
         except BaseException:
             _remove(placed)
             raise
-    try:
-        yield
-    finally:
-        _remove(placed)
+    compiled = {id(module): module for s in sites for module in _modules(pipe, s.path)}
+    with compat.uncompiled(compiled.values()):
+        try:
+            yield
+        finally:
+            _remove(placed)
 
 
 def _remove(placed: list[tuple[torch.nn.Module, str]]) -> None:
@@ -141,6 +174,8 @@ class _CallHook(compat.CallNameHook):
         super().__init__()
         self.pipe, self.denoiser, self.after_call = pipe, denoiser, after_call
         self.call: DenoiserCall | None = None
+        self.waiting: dict[str, torch.nn.Module] = {}
+        """Hookpoints that were not called yet."""
 
     def pre_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple, dict[str, Any]]:
         arguments = bind(self.denoiser, args, kwargs)
@@ -149,6 +184,11 @@ class _CallHook(compat.CallNameHook):
 
     def post_forward(self, module: torch.nn.Module, output: Any) -> Any:
         call, self.call = self.call, None
+        for path, site_module in self.waiting.items():
+            raise ValueError(
+                f"{type(self.denoiser).__name__} does not call {path} ({type(site_module).__name__}), so nothing can "
+                "be read or changed there; hook the module around it, or one of its parts"
+            )
         if self.after_call is not None and call is not None:
             self.after_call(call)
         return output
@@ -165,12 +205,9 @@ class _PlaneHook(ModelHook):
         return args, kwargs
 
 
-def _plane_of(denoiser: torch.nn.Module, s: Site) -> tuple[torch.nn.Module, _PlaneHook] | None:
+def _plane_of(pipe: Any, s: Site) -> tuple[torch.nn.Module, _PlaneHook] | None:
     """The attention around a module that knows the plane its tokens come from, and a hook for it."""
-    path = s.path.partition(".")[2]
-    module: Any = denoiser
-    for part in path.split(".")[:-1]:
-        module = getattr(module, part)
+    for module in map(compat.unwrapped, _modules(pipe, s.path)[1:-1]):
         if isinstance(module, Transformer2DModel):
             return module, _PlaneHook()
     return None
@@ -195,16 +232,17 @@ class _SiteHook(ModelHook):
         call = self.watcher.call
         if call is None:  # a cache or checkpointing runs the block outside the denoiser's call
             return output
+        self.watcher.waiting.pop(self.site.path, None)
         grid = None if self.plane is None else self.plane.grid
         tokens = self.site.tokens(output, call, grid)
-        given = tokens
-        if self.update:
-            before = self.site.tokens(self.input, call, grid, beside_text=not isinstance(output, torch.Tensor))
-            given = tokens._replace(values=tokens.values - before.values)
-            self.input = None
-        values = self.function(given)
-        if values is None:
-            return output
-        if self.update:
-            values = tokens.values + (values - given.values)
-        return self.site.replaced(output, call, values)
+        if not self.update:
+            values = self.function(tokens)
+            return output if values is None else self.site.replaced(output, call, values)
+        before = self.site.tokens(self.input, call, grid, beside_text=not isinstance(output, torch.Tensor))
+        self.input = None
+        # The difference of two numbers in half precision is rounded once, when it is added to the input again.
+        exact = torch.promote_types(tokens.values.dtype, torch.float32)
+        after = tokens.values.to(exact)
+        given = after - before.values.to(exact)
+        values = self.function(tokens._replace(values=given))
+        return output if values is None else self.site.replaced(output, call, after + (values - given))

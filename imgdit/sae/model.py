@@ -5,6 +5,7 @@ N rows (tokens), L latents, d features, n non-zeros.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 from pathlib import Path
@@ -18,6 +19,8 @@ from .config import SAEConfig
 from .sparse import Pattern, Selection, SparseCode, above, decode, select, selected_scores
 
 UNIT_NORM_EPS = 1e-5
+_SAMPLE, _SAMPLED = "sample:", 4096
+"""What a fingerprint begins with, and how many weights of each tensor it looks at."""
 
 
 class RowScale(NamedTuple):
@@ -120,9 +123,9 @@ class SparseAutoencoder(nn.Module):
         """Rows (N, d) as the weights expect them; what is needed to go back."""
         if not self.config.input_unit_norm:
             return x, None
-        mean = x.mean(1, keepdim=True)
-        std = x.std(1, keepdim=True) + UNIT_NORM_EPS
-        return (x - mean) / std, RowScale(mean, std)
+        mean, std = x.mean(1, keepdim=True), x.std(1, keepdim=True)
+        # On the way back SAeUron multiplies by the standard deviation alone; a row without any is its mean again.
+        return (x - mean) / (std + UNIT_NORM_EPS), RowScale(mean, std)
 
     def scores(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """Pre-activations (N, L) of normalised rows (N, d)."""
@@ -139,17 +142,18 @@ class SparseAutoencoder(nn.Module):
 
     def encode(self, x: torch.Tensor) -> SparseCode:
         """Code of normalised rows (N, d) at inference."""
-        scores = self.scores(x)
-        pattern = self.active(scores.detach())
-        return SparseCode(pattern.gather(scores).relu(), pattern)
+        with torch.no_grad():
+            scores = self.scores(x)
+        pattern = self.active(scores)
+        active = selected_scores(scores, pattern, self._centred(x), self.encoder.weight, self.encoder.bias)
+        return SparseCode(active.relu(), pattern)
 
     def decode(self, code: SparseCode) -> torch.Tensor:
         """Normalised rows (N, d) of a code."""
         return decode(code, self.W_dec) + self.b_dec
 
-    @torch.no_grad()
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Reconstruction of activations (..., d), in their units and dtype."""
+        """Reconstruction of activations (..., d), in their units and dtype. Gradients reach x and the weights."""
         rows, scale = self.normalize(x.reshape(-1, self.config.d_in).to(self.W_dec.dtype))
         out = self.decode(self.encode(rows))
         if self.config.skip_connection:
@@ -286,22 +290,62 @@ class SparseAutoencoder(nn.Module):
 
     @torch.no_grad()
     def rescaled(self, mean: torch.Tensor, scale: float) -> SparseAutoencoder:
-        """The same map on x where this one takes (x - mean) / scale: the statistics go into the weights."""
-        new = SparseAutoencoder(self.config)
+        """The same map on x where this one takes (x - mean) / scale: the statistics go into the weights.
+
+        With `input_unit_norm`, rows are standardised before the weights and brought back after them: a scale changes
+        nothing, and another mean than 0 cannot be folded in.
+        """
+        new = SparseAutoencoder(self.config).to(self.W_dec)
         new.load_state_dict(self.state_dict())
         new.threshold = self.threshold
+        if self.config.input_unit_norm:
+            assert not mean.any()
+            return new
         new.encoder.weight.div_(scale)
         new.W_dec.mul_(scale)
         new.b_dec.mul_(scale).add_(mean)
         return new
 
     def fingerprint(self) -> str:
-        """SHA-256 of the weights, by which a selection of features knows its SAE."""
+        """Hash of some of the weights, by which a selection of features knows its SAE; the same in bfloat16."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.state_dict().items()):
+            count = min(tensor.numel(), _SAMPLED)
+            places = torch.arange(count, device=tensor.device) * tensor.numel() // count
+            values = tensor.detach().flatten()[places].bfloat16().float().cpu()
+            digest.update(f"{name} {tuple(tensor.shape)}".encode())
+            digest.update(values.numpy().tobytes())
+        return f"{_SAMPLE}{digest.hexdigest()}"
+
+    def has_fingerprint(self, known: str) -> bool:
+        """Whether a fingerprint is of these weights. Earlier versions hashed all of them, which took seconds."""
+        return known == (self.fingerprint() if known.startswith(_SAMPLE) else self._hash_of_all())
+
+    def _hash_of_all(self) -> str:
         digest = hashlib.sha256()
         for name, tensor in sorted(self.state_dict().items()):
             digest.update(name.encode())
             digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()
+
+
+class DeviceCopies:
+    """A sparse autoencoder on the device where its activations are. The original is never moved: a copy is made when
+    the first activations come from elsewhere, and is kept as long as this object."""
+
+    def __init__(self, sae: SparseAutoencoder) -> None:
+        self.sae = sae
+        self._copy: SparseAutoencoder | None = None
+
+    def on(self, device: torch.device) -> SparseAutoencoder:
+        """The original where it lies on the device, otherwise the copy, in the original's precision."""
+        original = self.sae.W_dec
+        if original.device == device:
+            return self.sae
+        if self._copy is None or (self._copy.W_dec.device, self._copy.W_dec.dtype) != (device, original.dtype):
+            moved = {id(p): nn.Parameter(p.detach().to(device), requires_grad=False) for p in self.sae.parameters()}
+            self._copy = copy.deepcopy(self.sae, moved)
+        return self._copy
 
 
 def _plain(activation: Selection) -> Selection:

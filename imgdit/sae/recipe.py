@@ -45,7 +45,7 @@ class SAEPipeline:
     """Whose activations."""
 
     pretrained: str
-    """Folder or Hub repository of a diffusers pipeline."""
+    """Folder or Hub repository of a diffusers pipeline, or "embedded" for the one that comes along."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of its weights."""
     batch_size: int = 4

@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from imgdit import compat
+from imgdit.hub import find_pipeline
 from imgdit.io.lock import only_writer
 from imgdit.io.text import lines_or_errors
 
@@ -24,10 +26,10 @@ from .activations import ActivationRecorder, RecordedActivations, ShuffleBuffer,
 from .config import SAEConfig
 from .files import load_sae
 from .hooks import find_hookpoints, hooked
-from .model import SparseAutoencoder
+from .model import DeviceCopies, SparseAutoencoder
 from .recipe import SAERecipe
 from .sampling import prompt_batches
-from .training import SAETraining, unfolded
+from .training import SAETraining
 from .unlearning import ConceptUnlearner
 
 
@@ -44,11 +46,8 @@ class SAERunResult(NamedTuple):
 
 def load_pipeline(recipe: SAERecipe) -> Any:
     """The pipeline of a recipe, on the GPU if there is one."""
-    from ..compat import DiffusionPipeline
-
-    path = recipe.pipeline.pretrained
-    dtype = getattr(torch, recipe.pipeline.dtype)
-    pipe = DiffusionPipeline.from_pretrained(path, torch_dtype=dtype)
+    path = find_pipeline(recipe.pipeline.pretrained)
+    pipe = compat.DiffusionPipeline.from_pretrained(path, dtype=getattr(torch, recipe.pipeline.dtype))
     pipe.to("cuda" if torch.cuda.is_available() else "cpu")
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -120,16 +119,16 @@ class _Run:
             self._load(found)
 
     def _new(self, hookpoint: str) -> SAETraining:
-        config, device = self.recipe.sae, getattr(self.pipe, hookpoint.partition(".")[0]).device
+        config, device = self.recipe.sae, compat.execution_device(self.pipe)
         if config.pretrained is not None:
-            sae = unfolded(load_sae(config.pretrained, hookpoint))
-        else:
-            width = self.data.width(hookpoint)
-            options = {name: getattr(config, name) for name in ("k", "activation", "input_unit_norm", "multi_topk")}
-            latents = config.num_latents or width * config.expansion_factor
-            generator = torch.Generator().manual_seed(mixed_seed(self.recipe.run.seed, 1))
-            whole = SAEConfig(width, latents, hookpoint=hookpoint, source=config.source, **options)
-            sae = SparseAutoencoder(whole, generator=generator)
+            saved = load_sae(config.pretrained, hookpoint).to(device)
+            return SAETraining.continued_from(saved, self.recipe.train, self.recipe.run.steps)
+        width = self.data.width(hookpoint)
+        options = {name: getattr(config, name) for name in ("k", "activation", "input_unit_norm", "multi_topk")}
+        latents = config.num_latents or width * config.expansion_factor
+        generator = torch.Generator().manual_seed(mixed_seed(self.recipe.run.seed, 1))
+        whole = SAEConfig(width, latents, hookpoint=hookpoint, source=config.source, **options)
+        sae = SparseAutoencoder(whole, generator=generator)
         return SAETraining(sae.to(device), self.recipe.train, self.recipe.run.steps)
 
     def train(self, stop_at: int | None) -> SAERunResult:
@@ -329,7 +328,8 @@ def reconstruction_distance(
     """
 
     def functions(sae: SparseAutoencoder) -> Any:
-        return lambda tokens: sae(tokens.values)
+        whole = DeviceCopies(sae)
+        return lambda tokens: whole.on(tokens.values.device)(tokens.values)
 
     source = {hookpoint: sae.config.source for hookpoint, sae in saes.items()}
     total = count = spread = 0.0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -24,21 +23,20 @@ class PromptBatch(NamedTuple):
             call: arguments of the pipeline; pictures are not decoded unless `output_type` asks for it.
         """
         generators = [torch.Generator().manual_seed(seed) for seed in self.seeds]
-        parameters = inspect.signature(pipe.__call__).parameters
-        options = {"generator": generators, **call}
-        if "output_type" in parameters:
-            options.setdefault("output_type", "latent")
-        if "prompt" in parameters and isinstance(self.prompts[0], dict):
+        options = {"generator": generators, "output_type": "latent", **call}
+        if isinstance(self.prompts[0], dict):
             return pipe(**_stacked(self.prompts), **options)
-        # DiT's pipeline takes class labels; what a pipeline makes pictures of is its first argument.
-        return pipe(**{next(iter(parameters)): self.prompts}, **options)
+        if isinstance(self.prompts[0], str):
+            return pipe(prompt=self.prompts, **options)
+        return pipe(self.prompts, **options)  # DiT's pipeline takes class labels, as its first argument
 
 
 def prompt_batches(prompts: Sequence[Any], batch_size: int, seed: int, start: int = 0) -> Iterator[PromptBatch]:
     """Batches of prompts from number `start` on; prompt i has seed + i.
 
     Args:
-        prompts: sentences; class labels; or dictionaries of embeddings, as the pipeline takes them for one picture.
+        prompts: texts; class labels, or what else a pipeline without text takes as its first argument; or dictionaries
+            of embeddings, as the pipeline takes them for one image.
     """
     for first in range(start, len(prompts), batch_size):
         lines = list(prompts[first : first + batch_size])

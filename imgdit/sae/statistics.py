@@ -9,7 +9,7 @@ import torch
 
 from .concepts import ConceptStatistics
 from .hooks import hooked
-from .model import SparseAutoencoder
+from .model import DeviceCopies, SparseAutoencoder
 from .sampling import prompt_batches
 from .streams import Tokens
 
@@ -18,7 +18,7 @@ class _Means:
     """Sums per timestep at one hookpoint."""
 
     def __init__(self, sae: SparseAutoencoder) -> None:
-        self.sae = sae
+        self.whole = DeviceCopies(sae)
         self.codes: dict[float, torch.Tensor] = {}
         self.inputs: dict[float, torch.Tensor] = {}
         self.pictures: dict[float, int] = {}
@@ -27,14 +27,16 @@ class _Means:
         rows = tokens.call.conditional
         if rows is None:
             return
-        x = tokens.values[rows].to(self.sae.W_dec)  # (P, n, d)
+        sae = self.whole.on(tokens.values.device)
+        x = tokens.values[rows].to(sae.W_dec.dtype)  # (P, n, d)
         if not bool(torch.isfinite(x).all()):
             raise ValueError(f"the activations at timestep {tokens.call.timestep:g} are NaN or infinite")
-        flat, _ = self.sae.normalize(x.reshape(-1, x.shape[-1]))
-        code = self.sae.encode(flat).mean(x.shape[1]).sum(0)  # (L,), summed over the pictures
+        flat, _ = sae.normalize(x.reshape(-1, x.shape[-1]))
+        code = sae.encode(flat)
+        means = code._replace(acts=code.acts.float()).mean(x.shape[1]).sum(0)  # (L,), summed over the images
         time = tokens.call.timestep
-        self.codes[time] = self.codes[time] + code if time in self.codes else code
-        vector = x.mean(1).sum(0)
+        self.codes[time] = self.codes[time] + means if time in self.codes else means
+        vector = x.float().mean(1).sum(0)
         self.inputs[time] = self.inputs[time] + vector if time in self.inputs else vector
         self.pictures[time] = self.pictures.get(time, 0) + len(x)
 
@@ -57,7 +59,7 @@ def collect_statistics(
 
     Args:
         saes: by hookpoint.
-        prompts: sentences per concept; or, for pipelines without text, other values of the pipeline's first argument.
+        prompts: per concept, see `prompt_batches`.
         seed: prompt i of every concept starts from the noise of seed + i, so that concepts differ by the words alone.
         batch_size: pictures made at once.
         call: arguments of the pipeline.

@@ -77,11 +77,25 @@ class SAETraining:
         self.fired = torch.zeros(sae.config.num_latents, dtype=torch.bool, device=device)
         self.mean = torch.zeros(sae.config.d_in, device=device)
         self.scale = 1.0
+        self.continued = False
         self.batches = 0
         self.pending_rows = 0
         self._scores: torch.Tensor | None = None
         self._counts = torch.zeros(sae.config.num_latents, dtype=torch.long, device=device)
         self._counted = 0
+
+    @classmethod
+    def continued_from(cls, saved: SparseAutoencoder, config: SAETrainConfig, steps: int) -> SAETraining:
+        """Further training of a saved autoencoder. The scale that `trained` folded into its weights is taken out
+        again, so that bringing the decoder's rows to norm 1 changes nothing; inputs are divided by it instead.
+
+        Args:
+            saved: as it was read; a copy is trained.
+        """
+        scale = 1.0 if saved.config.input_unit_norm else float(saved.W_dec.norm(dim=1).mean())
+        training = cls(saved.rescaled(torch.zeros_like(saved.b_dec), 1 / scale), config, steps)
+        training.scale, training.continued = scale, True
+        return training
 
     def step(self, x: torch.Tensor) -> dict[str, float]:
         """Train on rows (N, d), or on maps (m, n, d), which sample_topk needs.
@@ -97,7 +111,7 @@ class SAETraining:
         x = x.to(sae.W_dec)
         if not bool(torch.isfinite(x).all()):
             raise ValueError("activations that are NaN or infinite cannot be trained on; nothing was changed")
-        if self.batches == 0:
+        if self.batches == 0 and not self.continued:
             self._begin(x)
         x = (x - self.mean) / self.scale
         if sae.config.normalize_decoder:
@@ -159,11 +173,16 @@ class SAETraining:
     def _begin(self, x: torch.Tensor) -> None:
         """Statistics of the first batch, and the decoder's bias in its middle."""
         rows = x.reshape(-1, x.shape[-1])
-        if self.config.standardize:
+        # With input_unit_norm the autoencoder standardises each row itself, and nothing could be folded into its
+        # weights: rows of another mean are other rows.
+        if self.config.standardize and not self.sae.config.input_unit_norm:
             self.mean = rows.mean(0)
             self.scale = float((rows - self.mean).square().mean().sqrt().clamp(min=1e-12))
         if not self.sae.b_dec.any():
-            self.sae.b_dec.copy_(geometric_median((rows - self.mean) / self.scale))
+            seen = (rows - self.mean) / self.scale
+            # The published code takes the middle of the rows as they come, though the bias is of standardised ones.
+            seen = seen if self.config.paper_compat else self.sae.normalize(seen)[0]
+            self.sae.b_dec.copy_(geometric_median(seen))
 
     def density(self) -> torch.Tensor:
         """(L,) share of rows on which each feature was active since the last call."""
@@ -217,11 +236,3 @@ class SAETraining:
 _PER_PART = ("fvu", "auxk_loss", "multi_topk_fvu", "l0")
 _TENSORS = ("rows_since_fired", "fired", "mean", "_counts")
 _NUMBERS = ("scale", "batches", "pending_rows", "_counted")
-
-
-def unfolded(sae: SparseAutoencoder) -> SparseAutoencoder:
-    """A saved autoencoder for further training: what `trained` folded into the weights is taken out again, so that
-    bringing the decoder's rows to norm 1 changes nothing."""
-    scale = float(sae.W_dec.norm(dim=1).mean())
-    mean = torch.zeros_like(sae.b_dec)
-    return sae.rescaled(mean, 1 / scale)

@@ -11,21 +11,20 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from ..naming import check_choice
+from .calls import DenoiserCall
 from .concepts import (
     ConceptBook,
     ConceptSelection,
     check_concepts,
     check_fit,
-    model_fingerprint,
-    same_model,
     select_concept,
 )
 from .edits import ChosenFeatures, Edit, edit_by_decoding
 from .files import CONFIG, load_sae, local_folder, save_sae
-from .hooks import hooked, site
-from .model import SparseAutoencoder
+from .hooks import denoiser_of, hooked, site
+from .model import DeviceCopies, SparseAutoencoder
 from .statistics import collect_statistics
-from .streams import DenoiserCall, Tokens
+from .streams import Tokens
 
 Mode = Literal["scale", "remove", "replace"]
 Halves = Literal["both", "conditional", "unconditional"]
@@ -48,10 +47,10 @@ class ConceptUnlearner:
         self.saes = dict(saes)
         self.books = dict(books or {})
         for hookpoint, book in self.books.items():
-            if book.sae != self.saes[hookpoint].fingerprint():
+            if not self.saes[hookpoint].has_fingerprint(book.sae):
                 raise ValueError(
-                    f"the concepts at {hookpoint} were selected with another SAE (hash {book.sae[:12]}…, this one has "
-                    f"{self.saes[hookpoint].fingerprint()[:12]}…); select them anew with `learn`"
+                    f"the concepts at {hookpoint} were selected with another SAE (hash {book.sae[-12:]}, this one has "
+                    f"{self.saes[hookpoint].fingerprint()[-12:]}); select them anew with `learn`"
                 )
             for name, selection in book.selections.items():
                 check_fit(selection, self.saes[hookpoint].config, f"the concept {name!r} at {hookpoint}")
@@ -87,7 +86,10 @@ class ConceptUnlearner:
             named.threshold = sae.threshold
             save_sae(named, Path(folder) / hookpoint)
             if hookpoint in self.books:
-                self.books[hookpoint].save(Path(folder) / hookpoint)
+                book = self.books[hookpoint]
+                if sae.W_dec.dtype != torch.float32:  # selected with weights that were rounded since
+                    book = dataclasses.replace(book, sae=named.fingerprint())
+                book.save(Path(folder) / hookpoint)
 
     @property
     def concepts(self) -> list[str]:
@@ -130,10 +132,9 @@ class ConceptUnlearner:
                 )
                 for name in prompts
             ]
-            model = model_fingerprint(_denoiser(pipe, hookpoint))
-            book = self.books.get(hookpoint) or ConceptBook(self.saes[hookpoint].fingerprint(), model, {})
-            if not same_model(book.model, model):
-                book = ConceptBook(book.sae, model, {})  # selected in another model: of no use in this one
+            denoiser, book = denoiser_of(pipe, hookpoint), self.books.get(hookpoint)
+            if book is None or not book.is_of(denoiser):  # what was selected in another model is of no use in this one
+                book = ConceptBook.empty(self.saes[hookpoint].fingerprint(), denoiser)
             self.books[hookpoint] = book.with_selections(selections)
 
     @contextmanager
@@ -184,17 +185,15 @@ class ConceptUnlearner:
                 raise ValueError(f"no concept was selected at {hookpoint!r}; known are {', '.join(self.books)}")
             if not wanted & book.selections.keys():
                 continue  # asked for by name, and knows none of them
-            denoiser, sae = _denoiser(pipe, hookpoint), self.saes[hookpoint]
+            sae = self.saes[hookpoint]
             check_width(pipe, hookpoint, sae)
-            if not same_model(book.model, model_fingerprint(denoiser)):
+            if not book.is_of(denoiser_of(pipe, hookpoint)):
                 raise ValueError(
                     f"the concepts at {hookpoint} were selected in another model ({book.model['class']}, "
                     f"{book.model['parameters']:,} weights); select them anew with `learn`"
                 )
             known = [[book.selections[name] for name in names if name in book.selections] for names in requests]
-            interventions[hookpoint] = Intervention(
-                sae.to(next(denoiser.parameters()).device), known, mode, multiplier, timesteps, halves, paper_compat
-            )
+            interventions[hookpoint] = Intervention(sae, known, mode, multiplier, timesteps, halves, paper_compat)
         source = {hookpoint: self.saes[hookpoint].config.source for hookpoint in interventions}
         checks = _Finite(list(interventions.values()))
         with hooked(pipe, interventions, source=source, after_call=checks):
@@ -242,8 +241,7 @@ def steer(
         thresholds=torch.zeros(1, count),
         replacement=torch.zeros(1, sae.config.d_in),
     )
-    device = next(_denoiser(pipe, place).parameters()).device
-    intervention = Intervention(sae.to(device), [[selection]], "scale", 1.0, timesteps, halves, False)
+    intervention = Intervention(sae, [[selection]], "scale", 1.0, timesteps, halves, False)
     with hooked(pipe, {place: intervention}, source={place: sae.config.source}, after_call=_Finite([intervention])):
         yield
 
@@ -257,11 +255,6 @@ def check_width(pipe: Any, hookpoint: str, sae: SparseAutoencoder) -> None:
             f"the SAE reads activations of width {sae.config.d_in}, no weight of {hookpoint} "
             f"({type(module).__name__}) has that size; it is for another model"
         )
-
-
-def _denoiser(pipe: Any, hookpoint: str) -> torch.nn.Module:
-    site(pipe, hookpoint)  # refuses an unknown one
-    return getattr(pipe, hookpoint.partition(".")[0])
 
 
 def _told(prompts: Sequence[Any]) -> list[Any]:
@@ -323,6 +316,9 @@ class Intervention:
         self.sae, self.requests, self.mode, self.multiplier = sae, requests, mode, multiplier
         self.timesteps, self.halves, self.paper_compat = timesteps, halves, paper_compat
         self.plans: dict[float, _Plan | None] = {}
+        """By timestep, for the device and the precision of `place`."""
+        self.place: tuple[torch.device, torch.dtype] | None = None
+        self.whole = DeviceCopies(sae)
         self.sums: torch.Tensor | None = None
 
     def __call__(self, tokens: Tokens) -> torch.Tensor | None:
@@ -330,34 +326,39 @@ class Intervention:
         low, high = self.timesteps
         if not low <= call.timestep <= high:
             return None
+        place = x.device, self.sae.W_dec.dtype
+        if self.place != place:  # the model was moved, or is offloaded: the weights follow the activations
+            self.plans, self.place = {}, place
         if call.timestep not in self.plans:
-            self.plans[call.timestep] = self._plan(call.timestep)
+            self.plans[call.timestep] = self._plan(call.timestep, x.device)
         plan = self.plans[call.timestep]
         if plan is None:
             return None
         if x.shape[-1] != self.sae.config.d_in:
             raise ValueError(f"the SAE reads width {self.sae.config.d_in}, the activations have {x.shape[-1]}")
         if self.halves == "both":
-            return self._changed(x, plan, 1 if None in (call.conditional, call.unconditional) else 2)
-        rows = call.conditional if self.halves == "conditional" else call.unconditional
-        if rows is None:
-            return None
-        return torch.cat([x[: rows.start], self._changed(x[rows], plan, 1), x[rows.stop :]])
+            return self._changed(x, plan, call.images)
+        negative = call.unconditional or slice(0, 0)
+        parts = list(x.split([negative.start, negative.stop - negative.start, len(x) - negative.stop]))
+        chosen = [n for n in ((1,) if self.halves == "unconditional" else (0, 2)) if len(parts[n])]
+        for number in chosen:
+            parts[number] = self._changed(parts[number], plan, call.images)
+        return torch.cat(parts) if chosen else None
 
-    def _changed(self, x: torch.Tensor, plan: _Plan, halves: int) -> torch.Tensor:
-        """Tokens (P, n, d); P counts the pictures of each guidance half."""
+    def _changed(self, x: torch.Tensor, plan: _Plan, images: int) -> torch.Tensor:
+        """Tokens (B, n, d) of one or several guidance parts with `images` rows each."""
         rows = x.reshape(-1, x.shape[-1])
         if self.paper_compat:
             change = Edit(plan.chosen.features, plan.factors, plan.chosen.thresholds)
             self._watch(rows)
-            return edit_by_decoding(self.sae, rows, change, error="reversed").view(x.shape)
+            return edit_by_decoding(self.whole.on(x.device), rows, change, error="reversed").view(x.shape)
         factors, owner = plan.factors, torch.zeros(1, dtype=torch.long, device=x.device)
         if len(self.requests) > 1:
-            pictures, requests = x.shape[0] // halves, len(self.requests)
-            if pictures % requests:
-                raise ValueError(f"concepts were given for {requests} requests, the batch has {pictures} picture(s)")
-            each = pictures // requests * x.shape[1]
-            owner = torch.arange(requests, device=x.device).repeat_interleave(each).repeat(halves)
+            requests = len(self.requests)
+            if images % requests:
+                raise ValueError(f"concepts were given for {requests} requests, the batch has {images} image(s)")
+            each = images // requests * x.shape[1]
+            owner = torch.arange(requests, device=x.device).repeat_interleave(each).repeat(len(x) // images)
             factors = factors[owner]
         normalised, scale = self.sae.normalize(rows.to(self.sae.W_dec.dtype))
         scores = plan.chosen.scores(normalised)
@@ -374,9 +375,9 @@ class Intervention:
         self.sums = total if self.sums is None else self.sums + total
 
     @torch.no_grad()
-    def _plan(self, timestep: float) -> _Plan | None:
+    def _plan(self, timestep: float, device: torch.device) -> _Plan | None:
         """Features, factors and thresholds at a timestep; `None` where nothing would change."""
-        device, dtype = self.sae.W_dec.device, self.sae.W_dec.dtype
+        dtype = self.sae.W_dec.dtype
         merged: list[dict[int, tuple[float, float, int]]] = []
         fills = torch.zeros(len(self.requests), 1 + max(map(len, self.requests)), self.sae.config.d_in)
         for request, selections in enumerate(self.requests):
@@ -396,7 +397,8 @@ class Intervention:
                         entries.pop(feature, None)
             merged.append(entries)
         features = list(dict.fromkeys(feature for entries in merged for feature in entries))
-        if not features:
+        # The published rule decodes every activation, whether a feature is selected or not.
+        if not features and not self.paper_compat:
             return None
         # A feature's threshold is a property of the statistics, the same for all requests.
         thresholds = {f: threshold for entries in merged for f, (_, threshold, _) in entries.items()}
@@ -404,8 +406,9 @@ class Intervention:
         factors = torch.tensor([[e.get(f, nothing)[0] for f in features] for e in merged], dtype=dtype, device=device)
         chosen = ChosenFeatures(
             self.sae,
-            torch.tensor(features, device=device),
+            torch.tensor(features, dtype=torch.long, device=device),
             torch.tensor([thresholds[f] for f in features], dtype=dtype, device=device),
+            self.whole,
         )
         concept = torch.tensor([[e.get(f, nothing)[2] for f in features] for e in merged], device=device)
         return _Plan(chosen, factors if len(merged) > 1 else factors[0], concept, fills.to(device, dtype))

@@ -23,7 +23,7 @@ import yaml
 
 from imgdit.io.text import decode_text
 
-from ..checkpoints import SCENES
+from ..checkpoints import EMBEDDED, SCENES
 from ..naming import nearest
 from .checkpoint import find_checkpoint, load_weights
 from .quantized import load_options, quantize_rows
@@ -139,8 +139,6 @@ OMINICONTROL_TARGETS = (
 
 ADAPTER = "trained"
 """Name of a recipe's LoRA while it is trained; its file has none."""
-EMBEDDED = "embedded"
-"""What `model.pretrained` calls the model that comes along."""
 
 
 @dataclass(frozen=True)

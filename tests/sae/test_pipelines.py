@@ -6,129 +6,52 @@ from contextlib import ExitStack
 import pytest
 import torch
 from diffusers import (
-    AutoencoderKL,
+    ChromaPipeline,
+    ChromaTransformer2DModel,
     DDIMScheduler,
-    DiTPipeline,
-    DiTTransformer2DModel,
     DPMSolverMultistepScheduler,
     FirstBlockCacheConfig,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
-    FluxPipeline,
-    FluxTransformer2DModel,
     HeunDiscreteScheduler,
-    PixArtAlphaPipeline,
-    PixArtTransformer2DModel,
-    SD3Transformer2DModel,
-    StableDiffusion3Pipeline,
-    StableDiffusionPipeline,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
+    StableDiffusionInstructPix2PixPipeline,
     UNet2DConditionModel,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
 from parity.ominicontrol_cases import CASES as OMNI
 from parity.ominicontrol_cases import lora
 from parity.ominicontrol_cases import pipeline as omni_pipeline
 from tiny import randomize, rope_config, sincos_config, tiny_pipeline, tiny_vae
+from tiny_sae import (
+    WIDTH,
+    all_features,
+    dit,
+    embeds,
+    flux,
+    flux2,
+    flux_guided,
+    hunyuan,
+    ours,
+    pixart,
+    quiet,
+    run,
+    sana,
+    sd3,
+    selection,
+    tiny_sae,
+    unet,
+    unlearner_of,
+)
 
 from imgdit import Condition, OmniControl
-from imgdit.sae.concepts import ConceptBook, ConceptSelection, model_fingerprint
 from imgdit.sae.config import SAEConfig
 from imgdit.sae.edits import Edit, edit_by_decoding
 from imgdit.sae.hooks import find_hookpoints, hooked, site
 from imgdit.sae.model import SparseAutoencoder
 from imgdit.sae.unlearning import ConceptUnlearner, Intervention, steer
-
-WIDTH = 32
-
-
-def quiet(pipe):
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def embeds(*names, batch=2, shape=(5, 32)):
-    generator = torch.Generator().manual_seed(3)
-    shapes = {name: (shape[1],) if "pooled" in name else shape for name in names}
-    return {name: torch.randn(batch, *shapes[name], generator=generator) for name in names}
-
-
-def ours(config=None):
-    pipe = tiny_pipeline(config)
-    inputs = {"prompt": ["a red cube", "the blue sphere left"], "height": 16, "width": 24, "guidance_scale": 3.0}
-    return pipe, inputs
-
-
-def unet():
-    torch.manual_seed(0)
-    model = UNet2DConditionModel(
-        sample_size=8,
-        layers_per_block=1,
-        block_out_channels=(16, 32),
-        norm_num_groups=4,
-        cross_attention_dim=32,
-        attention_head_dim=4,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-    )
-    pipe = StableDiffusionPipeline(None, None, None, model, DDIMScheduler(), None, None, None, False)
-    return pipe, {**embeds("prompt_embeds", "negative_prompt_embeds"), "height": 64, "width": 96}
-
-
-def pixart():
-    torch.manual_seed(0)
-    model = PixArtTransformer2DModel(
-        num_attention_heads=2,
-        attention_head_dim=16,
-        in_channels=4,
-        out_channels=8,
-        num_layers=2,
-        cross_attention_dim=32,
-        caption_channels=32,
-        sample_size=8,
-        use_additional_conditions=False,
-    )
-    pipe = PixArtAlphaPipeline(None, None, tiny_vae(), randomize(model), DDIMScheduler())
-    masks = {f"{name}prompt_attention_mask": torch.ones(2, 5, dtype=torch.long) for name in ("", "negative_")}
-    options = {"height": 16, "width": 24, "use_resolution_binning": False, "negative_prompt": None, "prompt": None}
-    return pipe, {**embeds("prompt_embeds", "negative_prompt_embeds"), **masks, **options, "guidance_scale": 3.0}
-
-
-def dit():
-    torch.manual_seed(0)
-    model = DiTTransformer2DModel(
-        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=8, num_layers=2, sample_size=8,
-        num_embeds_ada_norm=1000,
-    )  # fmt: skip
-    vae = AutoencoderKL(block_out_channels=(8, 8), norm_num_groups=2)
-    pipe = DiTPipeline(randomize(model).eval(), vae, DDIMScheduler())
-    return pipe, {"class_labels": [3, 7], "guidance_scale": 3.0, "output_type": "np"}
-
-
-def sd3():
-    torch.manual_seed(0)
-    model = SD3Transformer2DModel(
-        sample_size=16, patch_size=2, in_channels=4, out_channels=4, num_layers=3, attention_head_dim=16,
-        num_attention_heads=2, joint_attention_dim=32, caption_projection_dim=32, pooled_projection_dim=32,
-        pos_embed_max_size=12, qk_norm="rms_norm", dual_attention_layers=(0,),
-    )  # fmt: skip
-    pipe = StableDiffusion3Pipeline(randomize(model), FlowMatchEulerDiscreteScheduler(), tiny_vae(), *(None,) * 6)
-    names = [f"{sign}{kind}prompt_embeds" for sign in ("", "negative_") for kind in ("", "pooled_")]
-    return pipe, {**embeds(*names), "height": 16, "width": 24, "guidance_scale": 3.0}
-
-
-def flux():
-    names = ("in_channels", "num_layers", "num_single_layers", "attention_head_dim", "num_attention_heads")
-    names += ("joint_attention_dim", "pooled_projection_dim", "axes_dims_rope")
-    torch.manual_seed(0)
-    model = randomize(FluxTransformer2DModel(**{name: rope_config()[name] for name in names}))
-    pipe = FluxPipeline(FlowMatchEulerDiscreteScheduler(), tiny_vae(), None, None, None, None, model)
-    return pipe, {**embeds("prompt_embeds", "pooled_prompt_embeds"), "height": 16, "width": 24}
-
-
-def flux_guided():
-    pipe, inputs = flux()
-    negative = embeds("negative_prompt_embeds", "negative_pooled_prompt_embeds")
-    return pipe, {**inputs, **negative, "true_cfg_scale": 3.0}
-
 
 # pipeline, hookpoint, its grid (`None`: it reads the text), and which half of the batch is guided (first, second, or
 # all of it)
@@ -151,6 +74,11 @@ PLACES = {
     "flux, attention": (flux, "transformer.transformer_blocks.1.attn", (4, 6), "all"),
     "flux, single attention": (flux, "transformer.single_transformer_blocks.1.attn", (4, 6), "all"),
     "flux, guided": (flux_guided, "transformer.transformer_blocks.1", (4, 6), "all"),
+    "flux.2": (flux2, "transformer.transformer_blocks.1", (4, 6), "all"),
+    "flux.2, single block": (flux2, "transformer.single_transformer_blocks.0", (4, 6), "all"),
+    "sana": (sana, "transformer.transformer_blocks.1", (4, 6), "second"),
+    "sana, feed-forward": (sana, "transformer.transformer_blocks.0.ff", (4, 6), "second"),
+    "hunyuan": (hunyuan, "transformer.blocks.1", (4, 6), "second"),
     "ours, text": (ours, "transformer.context_embedder", None, "second"),
     "ours, text of a block": (ours, "transformer.transformer_blocks.0.ff_context", None, "second"),
     "pixart, text": (pixart, "transformer.caption_projection", None, "second"),
@@ -158,43 +86,6 @@ PLACES = {
     "flux, text": (flux, "transformer.context_embedder", None, "all"),
 }
 everywhere = pytest.mark.parametrize("place", PLACES)
-
-
-def run(pipe, inputs, steps=3):
-    options = {"output_type": "latent", **inputs}
-    with torch.no_grad():
-        images = quiet(pipe)(**options, num_inference_steps=steps, generator=torch.Generator().manual_seed(4)).images
-    return torch.as_tensor(images)
-
-
-def tiny_sae(hookpoint="transformer.transformer_blocks.1", **changes):
-    config = SAEConfig(WIDTH, 64, k=4, hookpoint=hookpoint, **changes)
-    sae = SparseAutoencoder(config, generator=torch.Generator().manual_seed(0)).requires_grad_(False)
-    return sae
-
-
-def selection(name, features, factor_means, timesteps=(1000.0, 500.0, 0.0), threshold=0.0):
-    steps, count = len(timesteps), len(features)
-    return ConceptSelection(
-        name=name,
-        timesteps=timesteps,
-        features=torch.tensor(features),
-        selected=torch.ones(steps, count, dtype=torch.bool),
-        means=torch.tensor([factor_means] * steps, dtype=torch.float32).view(steps, count),
-        thresholds=torch.full((steps, count), threshold),
-        replacement=torch.ones(steps, WIDTH),
-    )
-
-
-def unlearner_of(pipe, hookpoint, selections, sae=None):
-    sae = sae or tiny_sae(hookpoint)
-    model = getattr(pipe, hookpoint.partition(".")[0])
-    book = ConceptBook(sae.fingerprint(), model_fingerprint(model), {s.name: s for s in selections})
-    return ConceptUnlearner({hookpoint: sae}, {hookpoint: book})
-
-
-def all_features(name="everything", factor=-3.0):
-    return selection(name, list(range(64)), [factor] * 64)
 
 
 @everywhere
@@ -263,6 +154,69 @@ def test_delta_is_encode_edit_decode(place):
     with hooked(pipe, {hookpoint: compared}):
         run(pipe, inputs)
     assert any(calls)
+
+
+def pix2pix():
+    torch.manual_seed(0)
+    model = UNet2DConditionModel(
+        sample_size=8,
+        in_channels=8,
+        out_channels=4,
+        layers_per_block=1,
+        block_out_channels=(16, 32),
+        norm_num_groups=4,
+        cross_attention_dim=32,
+        attention_head_dim=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+    )
+    pipe = StableDiffusionInstructPix2PixPipeline(
+        tiny_vae(), None, None, model, DDIMScheduler(), None, None, None, False
+    )
+    return pipe, {**embeds("prompt_embeds", "negative_prompt_embeds"), "image": torch.rand(2, 3, 16, 16)}
+
+
+def seen_parts(pipe, inputs, hookpoint):
+    """Rows for the prompt, rows for the negative prompt, and images, of the first call."""
+    seen = []
+    with hooked(pipe, {hookpoint: lambda tokens: seen.append(tokens.call)}):
+        run(pipe, inputs, steps=1)
+    return seen[0].conditional, seen[0].unconditional, seen[0].images
+
+
+def test_guidance_in_three_parts():
+    """InstructPix2Pix: prompt and image, image alone, neither."""
+    pipe, inputs = pix2pix()
+    hookpoint = "unet.up_blocks.0.attentions.0"
+    assert seen_parts(pipe, inputs, hookpoint) == (slice(0, 2), slice(2, 6), 2)
+    assert seen_parts(pipe, {**inputs, "guidance_scale": 1.0}, hookpoint) == (slice(0, 2), None, 2)
+    one, other = selection("one", [3, 5], [-3.0, -3.0]), selection("other", [5, 9], [4.0, 4.0])
+    unlearner = unlearner_of(pipe, hookpoint, [one, other])
+    results = {}
+    for names in ("one", "other"):
+        with unlearner.attach(pipe, [names]):
+            results[names] = run(pipe, inputs)
+    with unlearner.attach(pipe, [["one"], ["other"]]):
+        mixed = run(pipe, inputs)
+    torch.testing.assert_close(mixed[0], results["one"][0], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(mixed[1], results["other"][1], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("make", [pixart, dit])
+def test_two_images_of_one_noise_without_guidance(make):
+    """Pipelines that keep whether they guide to themselves: equal latents are no two halves."""
+    pipe, inputs = make()
+    guided = (slice(0, 2), slice(2, 4), 2) if make is dit else (slice(2, 4), slice(0, 2), 2)
+    assert seen_parts(pipe, inputs, "transformer.transformer_blocks.1") == guided
+    inputs = {**inputs, "guidance_scale": 1.0}
+    if make is pixart:
+        inputs["latents"] = torch.randn(1, 4, 8, 12, generator=torch.Generator().manual_seed(3)).repeat(2, 1, 1, 1)
+    else:  # takes no latents: two generators of one seed
+        inputs["generator"] = [torch.Generator().manual_seed(3) for _ in range(2)]
+    seen = []
+    with hooked(pipe, {"transformer.transformer_blocks.1": lambda tokens: seen.append(tokens.call)}):
+        quiet(pipe)(**{"output_type": "latent", **inputs}, num_inference_steps=1)
+    assert (seen[0].conditional, seen[0].unconditional, seen[0].images) == (slice(0, 2), None, 2)
 
 
 @pytest.mark.parametrize("halves", ["conditional", "unconditional"])
@@ -488,7 +442,68 @@ def test_hookpoints():
     assert not site(pipe, "transformer.transformer_blocks.0.ff").text
 
 
+HEADS = {
+    "ours": (ours, "transformer.transformer_blocks.0.attn.norm_q"),
+    "ours, text": (ours, "transformer.transformer_blocks.0.attn.norm_added_q"),
+    "ours, single": (ours, "transformer.single_transformer_blocks.0.attn.norm_k"),
+    "flux": (flux, "transformer.transformer_blocks.0.attn.norm_k"),
+    "sd3": (sd3, "transformer.transformer_blocks.1.attn.norm_q"),
+}
+
+
 # Bad input
+
+
+@pytest.mark.parametrize("place", HEADS)
+def test_heads_are_no_planes(place):
+    make, hookpoint = HEADS[place]
+    pipe, inputs = make()
+    plain = run(pipe, inputs)
+    with pytest.raises(ValueError, match=r"heads .* are not read, hook the attention itself"):
+        with hooked(pipe, {hookpoint: lambda tokens: tokens.values}):
+            run(pipe, inputs)
+    assert torch.equal(run(pipe, inputs), plain)
+
+
+@pytest.mark.parametrize("hookpoint", ["transformer.time_text_embed", "transformer.time_text_embed.timestep_embedder"])
+def test_a_module_that_is_never_called(hookpoint):
+    """MMDiT calls the parts of its time embedding: a hook on the whole would see nothing, and nobody would know."""
+    pipe, inputs = ours()
+    steering = steer(pipe, tiny_sae(hookpoint), dict.fromkeys(range(64), -2.0))
+    with pytest.raises(ValueError, match=f"does not call {hookpoint} \\(|returns .*no tokens"), steering:
+        run(pipe, inputs)
+    assert hooks_of(pipe) == []
+
+
+def unknown_models():
+    flow = FlowMatchEulerDiscreteScheduler()
+    z_image = ZImageTransformer2DModel(
+        dim=64, n_layers=1, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=32, axes_dims=(16, 8, 8),
+        axes_lens=(64, 64, 64), in_channels=4,
+    )  # fmt: skip
+    chroma = ChromaTransformer2DModel(
+        in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=32, axes_dims_rope=(4, 4, 8), approximator_hidden_dim=8, approximator_layers=1,
+        approximator_num_channels=8,
+    )  # fmt: skip
+    qwen = QwenImageTransformer2DModel(
+        in_channels=16, out_channels=4, num_layers=1, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=32, axes_dims_rope=(8, 4, 4),
+    )  # fmt: skip
+    return {
+        "z-image": (ZImagePipeline(flow, None, None, None, z_image), "transformer.layers.0"),
+        "chroma": (ChromaPipeline(flow, None, None, None, chroma), "transformer.transformer_blocks.0"),
+        "qwen-image": (QwenImagePipeline(flow, None, None, None, qwen), "transformer.transformer_blocks.0"),
+    }
+
+
+@pytest.mark.parametrize("name", ["z-image", "chroma", "qwen-image"])
+def test_unknown_models_are_refused_before_sampling(name):
+    pipe, hookpoint = unknown_models()[name]
+    with pytest.raises(ValueError, match="it is none of the models whose activations can be read"):
+        with hooked(pipe, {hookpoint: lambda tokens: None}):
+            raise AssertionError("not reached")
+    assert hooks_of(pipe) == []
 
 
 def hooks_of(pipe):

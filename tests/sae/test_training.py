@@ -6,7 +6,7 @@ from saeuron_cases import CASES, cases, close, tensors
 
 from imgdit.sae.config import SAEConfig
 from imgdit.sae.model import SparseAutoencoder
-from imgdit.sae.training import SAETrainConfig, SAETraining, unfolded
+from imgdit.sae.training import SAETrainConfig, SAETraining
 
 
 def weights(sae):
@@ -148,8 +148,24 @@ def test_statistics_are_folded_into_the_weights():
     saved = training.trained()
     inner = training.sae((x - training.mean) / training.scale).detach() * training.scale + training.mean
     torch.testing.assert_close(saved(x), inner, atol=2e-3, rtol=1e-4)
-    again = unfolded(saved)
-    torch.testing.assert_close(again.W_dec.norm(dim=1), torch.ones(96), atol=0.05, rtol=0)
+    again = SAETraining.continued_from(saved, SAETrainConfig(), 20)
+    torch.testing.assert_close(again.sae.W_dec.norm(dim=1), torch.ones(96), atol=0.05, rtol=0)
+
+
+@pytest.mark.parametrize("unit_norm", [False, True])
+def test_saved_and_continued(unit_norm):
+    """Inputs far from 0: what is saved explains them as well as what was trained, and training goes on from there."""
+    config = SAEConfig(24, 96, k=4, input_unit_norm=unit_norm)
+    sae = SparseAutoencoder(config, generator=torch.Generator().manual_seed(0))
+    training, offset = SAETraining(sae, SAETrainConfig(lr=3e-3), 40), 3 * torch.arange(24.0)
+    for i in range(40):
+        last = training.step(features(256, seed=i)[0] + offset)["fvu"]
+    x = features(256, seed=77)[0] + offset
+    saved = training.trained()
+    error, spread = (saved(x) - x).square().sum(), (x - x.mean(0)).square().sum()
+    assert float(error / spread) < 1.3 * last
+    again = SAETraining.continued_from(saved, SAETrainConfig(lr=1e-6), 20)
+    assert again.step(x)["fvu"] < 1.3 * last
 
 
 def test_nan_is_refused():

@@ -5,10 +5,11 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from saeuron_cases import CASES, FOLDER, cases, close, sae_of, tensors
 
+from imgdit.sae.calls import DenoiserCall
 from imgdit.sae.concepts import ConceptStatistics, quantile, select_concept
 from imgdit.sae.edits import ChosenFeatures, Edit, edit, edit_by_decoding
 from imgdit.sae.hooks import hooked
-from imgdit.sae.streams import DenoiserCall, Tokens
+from imgdit.sae.streams import Tokens
 from imgdit.sae.unlearning import ConceptUnlearner, Intervention
 
 

@@ -14,8 +14,8 @@ import torch
 from diffusers.hooks import HookRegistry
 
 from ... import compat
+from ...sae.calls import DenoiserCall, bind, describe_call
 from ...sae.hooks import denoiser_names
-from ...sae.streams import DenoiserCall, bind, describe_call
 
 PER_SAMPLE = (
     "hidden_states",

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from ...sae.concepts import ConceptBook, ConceptSelection, ConceptStatistics, model_fingerprint, select_concept
+from ...sae.concepts import ConceptBook, ConceptSelection, ConceptStatistics, select_concept
+from ...sae.fingerprints import model_fingerprint
 from ...sae.unlearning import ConceptUnlearner, Mode
 from .denoiser import denoiser
 from .material import Material, Stream, Unlearned

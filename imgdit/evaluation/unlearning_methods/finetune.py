@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
+from ...sae.calls import DenoiserCall
 from ...sae.sampling import prompt_batches
-from ...sae.streams import DenoiserCall
 from .denoiser import CallHook, denoiser, placed, rows
 from .material import Material, Unlearned
 from .weights import size_of, swapped

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from ...frames import FrameLayout
-from ...sae.streams import DenoiserCall
+from ...sae.calls import DenoiserCall
 from .denoiser import PER_SAMPLE, CallHook, placed, rows
 from .material import Material, Unlearned
 
