@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from ..adapters.condition import Condition
 from ..adapters.omni_control import OmniControl
 from ..adapters.prepare import Mode
 from ..lora_files import LoadReport
+from .checks import Texts, check_count, check_generators, check_latents, check_texts
 
 
 class _Conditions(compat.SafetensorsOnly):
@@ -55,9 +58,15 @@ class _Conditions(compat.SafetensorsOnly):
             conditions: what steers; none gives what that pipeline gives.
             main_adapter, mode, cache, image_guidance_scale, region: see `OmniControl.use`.
             condition_generator: its `generator`, for the conditions' latents.
+
+        Raises:
+            ValueError: texts, generators or latents that do not fit each other.
         """
+        call = signature(super().__call__).bind_partial(*args, **kwargs).arguments  # type: ignore[misc]
+        call |= {name: list(text) for name, text in call.items() if "prompt" in name and isinstance(text, tuple)}
+        self._check_counts(call, conditions)
         if not conditions:
-            return super().__call__(*args, **kwargs)  # type: ignore[misc]
+            return super().__call__(**call)  # type: ignore[misc]
         with self.control.use(
             conditions,
             main_adapter=main_adapter,
@@ -67,26 +76,54 @@ class _Conditions(compat.SafetensorsOnly):
             region=region,
             generator=condition_generator,
         ) as control:
-            return self._sample(control, *args, **kwargs)
+            return self._sample(control, **call)
 
-    def _sample(self, control: OmniControl, *args: Any, **kwargs: Any) -> Any:
-        return super().__call__(*args, **kwargs)  # type: ignore[misc]
+    def _check_counts(self, call: Mapping[str, Any], conditions: Sequence[Condition]) -> None:
+        """Refuse lists of other lengths than the prompts, and latents of another shape."""
+        prompts = check_texts(Texts(*(call.get(name) for name in Texts._fields)))
+        for name, text in call.items():
+            if re.fullmatch(r"(negative_)?prompt_[23]", name) and isinstance(text, (list, tuple)):
+                check_count(name, text, prompts)
+        images = prompts * call.get("num_images_per_prompt", 1)
+        check_generators(call.get("generator"), images)
+        for side in ("height", "width"):
+            if call.get(side) == 0:  # which diffusers takes for the default
+                raise ValueError(f"{side} is a positive number of pixels, got 0; leave it out for the default")
+        if any(condition.complement for condition in conditions):
+            return  # whose size is the picture's to complete
+        default = self.default_sample_size * self.vae_scale_factor  # type: ignore[attr-defined]
+        height, width = (call.get(side) or default for side in ("height", "width"))
+        check_latents(call.get("latents"), *self._latent_shape(images, height, width))
+
+    def _latent_shape(self, images: int, height: int, width: int) -> tuple[tuple[int, ...], str]:
+        """Shape of the starting noise, and what its numbers count."""
+        raise NotImplementedError
+
+    def _sample(self, control: OmniControl, **call: Any) -> Any:
+        return super().__call__(**call)  # type: ignore[misc]
 
 
 class StableDiffusion3OmniControlPipeline(_Conditions, StableDiffusion3Pipeline):
     """`StableDiffusion3Pipeline` with conditions; made by `from_pretrained`, or by `from_pipe` of a pipeline."""
 
+    def _latent_shape(self, images: int, height: int, width: int) -> tuple[tuple[int, ...], str]:
+        rows, columns = height // self.vae_scale_factor, width // self.vae_scale_factor
+        return (images, self.transformer.config.in_channels, rows, columns), "batch, channels, h, w"
+
 
 class FluxOmniControlPipeline(_Conditions, FluxPipeline):
     """`FluxPipeline` with conditions; made by `from_pretrained`, or by `from_pipe` of a pipeline."""
 
-    def _sample(self, control: OmniControl, *args: Any, **kwargs: Any) -> Any:
+    def _latent_shape(self, images: int, height: int, width: int) -> tuple[tuple[int, ...], str]:
+        side = 2 * self.vae_scale_factor  # pixels of a token
+        tokens = (height // side) * (width // side)
+        return (images, tokens, self.transformer.config.in_channels), "batch, tokens, channels of a token"
+
+    def _sample(self, control: OmniControl, **kwargs: Any) -> Any:
         """Where complements show what is known, only the other tokens are sampled, and the schedule counts them."""
         run = control.run
         if run is None or run.region is None:
-            return super()._sample(control, *args, **kwargs)
-        if args:
-            raise ValueError("name the arguments of a call that completes a picture: pipe(prompt=…, conditions=…)")
+            return super()._sample(control, **kwargs)
         output_type, return_dict = kwargs.pop("output_type", "pil"), kwargs.pop("return_dict", True)
         rows, columns = run.region.shape
         side = 2 * self.vae_scale_factor

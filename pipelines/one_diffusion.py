@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -24,10 +24,12 @@ from ..models.functional import pack, unpack
 from ..models.mmdit import MMDiT
 from ..models.nextdit import NextDiT, TextMemory
 from ..naming import check_choice
-from ..schedulers.flow_match import MultiFrameFlowMatchScheduler, linear_sigmas
+from ..schedulers.flow_match import MultiFrameFlowMatchScheduler
+from ..schedulers.schedule import set_schedule, step_options
 from ..tasks import PictureFrame, task_prompt
+from .checks import SamplingOptions, Texts, check_call, check_latents
 from .frame_pictures import bucket_size, depth_of_pictures, labels_of_pictures, picture_size, pixels_of_pictures
-from .one_diffusion_inputs import check_scene, check_texts, pictures_of, read_scene
+from .one_diffusion_inputs import check_scene, entry, pictures_of, read_scene
 from .text_to_image import ImgDiTPipeline
 from .texts import join_halves
 
@@ -87,7 +89,7 @@ class OneDiffusionPipeline(ImgDiTPipeline):
     Loads its own folders and the published one, whose `model_index.json` does not name the transformer.
 
     Args:
-        scheduler: flow-matching schedule; diffusers' is replaced by ours with its configuration.
+        scheduler: flow-matching schedule; diffusers' Euler is replaced by ours with its configuration.
         vae: autoencoder.
         text_encoder, tokenizer: of the prompts.
         transformer: `NextDiT` or `MMDiT`. With `NextDiT` the reference's rules hold: given frames stand at the
@@ -106,7 +108,7 @@ class OneDiffusionPipeline(ImgDiTPipeline):
         tokenizer: PreTrainedTokenizerBase,
         transformer: MMDiT | NextDiT,
     ):
-        if scheduler is not None and not isinstance(scheduler, MultiFrameFlowMatchScheduler):
+        if type(scheduler) is FlowMatchEulerDiscreteScheduler:
             scheduler = MultiFrameFlowMatchScheduler.from_config(scheduler.config)
         super().__init__(scheduler, vae, text_encoder, tokenizer, transformer)
 
@@ -141,12 +143,12 @@ class OneDiffusionPipeline(ImgDiTPipeline):
         crop: bool = True,
         focal_length: float | torch.Tensor = FOCAL_LENGTH,
         given_level: Literal["last", "clean"] | None = None,
-        num_inference_steps: int = 50,
+        num_inference_steps: int | None = None,
         sigmas: list[float] | None = None,
         noise_scale: float = 1.0,
         scale_factor: float = 1.0,
         scale_watershed: float = 1.0,
-        guidance_scale: float = 4.0,
+        guidance_scale: float | None = None,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         num_images_per_prompt: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
@@ -190,16 +192,18 @@ class OneDiffusionPipeline(ImgDiTPipeline):
             focal_length: of the cameras, in picture widths, or intrinsics; see `imgdit.cameras.relative_rays`.
             given_level: noise level of given frames: "last", the lowest of the schedule, as the reference; or "clean",
                 0, as the paper. `None`: "last" for `NextDiT`, "clean" for `MMDiT`.
-            num_inference_steps: steps of the sampler.
-            sigmas: noise levels of the steps, from 1 downwards, before the scheduler's shift.
+            num_inference_steps: steps of the sampler; 28 by default, 50 for a `NextDiT` as published.
+            sigmas: noise levels of the steps, falling from 1, before the scheduler's shift; instead of
+                `num_inference_steps`.
             noise_scale: factor of the generated tokens by which the schedule is shifted.
             scale_factor, scale_watershed: see `NextDiT.forward`; for frames larger or more than it was trained on.
-            guidance_scale: 1 and below: no guidance. Above: `v = v_neg + scale * (v - v_neg)`.
+            guidance_scale: 1 and below: no guidance. Above: `v = v_neg + scale * (v - v_neg)`. 3 by default, 4 for a
+                `NextDiT` as published.
             guidance_interval: noise levels (low, high) between which guidance acts.
             num_images_per_prompt: scenes for each prompt.
-            generator: source of every draw; one, or one per scene.
-            latents: starting noise (B, F, C, h, w) of all frames, instead of drawing it; the places of given frames
-                are not read. (B, C, h, w) will do for one frame.
+            generator: source of every draw; one, or a list of one per scene.
+            latents: starting noise (B, F, C, h, w) of all frames, of any floating-point type, instead of drawing it;
+                the places of given frames are not read. (B, C, h, w) will do for one frame.
             prompt_embeds, pooled_prompt_embeds, prompt_embeds_mask: as `encode_prompt` returns them, and negative.
             output_type: "pil", "np", "pt" or "latent".
             return_dict: whether to return an `OneDiffusionPipelineOutput` or a tuple, `images` and `latents` first.
@@ -214,53 +218,53 @@ class OneDiffusionPipeline(ImgDiTPipeline):
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         asked_tensors = callback_on_step_end_tensor_inputs or ["latents"]
-        scene, task = read_scene(prompt, frames, task, images, cameras, inverse, captions, legend, denoise_mask)
-        prompts = check_texts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
-        height, width = self._size(scene, height, width)
-        check_scene(scene, prompts, height, width, self.vae_scale_factor * self.patch_size, self.transformer)
-        scenes = prompts * num_images_per_prompt
-        self._check_options(
-            scenes, guidance_scale, guidance_interval, given_level, output_type, asked_tensors,
-            noise_scale, (scale_factor, scale_watershed), generator,
+        texts = Texts(
+            prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, pooled_prompt_embeds,
+            negative_pooled_prompt_embeds, prompt_embeds_mask, negative_prompt_embeds_mask,
         )  # fmt: skip
+        if num_inference_steps is None:
+            num_inference_steps = 50 if self.follows_reference else 28
+        if guidance_scale is None:
+            guidance_scale = 4.0 if self.follows_reference else 3.0
+        sampling = SamplingOptions(
+            num_inference_steps, sigmas, guidance_scale, guidance_interval, num_images_per_prompt, generator,
+            output_type, asked_tensors,
+        )  # fmt: skip
+        prompts = check_call(self, texts, sampling, "scenes")
+        scenes = prompts * num_images_per_prompt
+        scene, task = read_scene(prompt, frames, task, images, cameras, inverse, captions, legend, denoise_mask)
+        height, width = self._size(scene, height, width)
+        cell = self.vae_scale_factor * self.patch_size
+        check_scene(scene, prompts, scenes, height, width, cell, self.transformer)
+        self._check_options(given_level, noise_scale, (scale_factor, scale_watershed))
+        cells = (height // self.vae_scale_factor, width // self.vae_scale_factor)
+        latents = self._given_latents(latents, (scenes, len(scene), self.vae.config.latent_channels, *cells))
         self._guidance_scale = guidance_scale
         self._interrupt = False
         device = self._execution_device
 
-        told = None
         if prompt is not None:
             told = [task_prompt(task, one, scene, item) for one in ([prompt] if isinstance(prompt, str) else prompt)]
+            texts = texts._replace(prompt=told)
         elif item is not None or captions is not None:
             raise ValueError("item and captions are written into the prompt; prompt_embeds hold it already")
         halves = self.encode_prompt(
-            told,
-            negative_prompt,
-            self.do_classifier_free_guidance,
-            num_images_per_prompt,
-            prompt_embeds,
-            negative_prompt_embeds,
-            pooled_prompt_embeds,
-            negative_pooled_prompt_embeds,
-            prompt_embeds_mask,
-            negative_prompt_embeds_mask,
-            max_sequence_length,
-            device,
+            **texts._asdict(),
+            do_classifier_free_guidance=self.do_classifier_free_guidance,
+            num_images_per_prompt=num_images_per_prompt,
+            max_sequence_length=max_sequence_length,
+            device=device,
         )
         embeds, negative_embeds, pooled, mask = join_halves(*halves)
 
         made = [i for i, frame in enumerate(scene) if not frame.is_given]
-        cells = (height // self.vae_scale_factor, width // self.vae_scale_factor)
         latents = self.prepare_latents(
             scene, scenes, num_images_per_prompt, cells, generator, latents, crop, focal_length, device
         )  # (B, F, C, h, w) float32
         grid = (cells[0] // self.patch_size, cells[1] // self.patch_size)
-        self.scheduler.set_timesteps(
-            sigmas=linear_sigmas(num_inference_steps) if sigmas is None else sigmas,
-            mu=self.scheduler.mu(noise_scale * len(made) * grid[0] * grid[1]),
-            device=device,
-        )
-        self.scheduler.set_begin_index(0)
-        timesteps = self.scheduler.timesteps
+        num_tokens = noise_scale * len(made) * grid[0] * grid[1]
+        timesteps = set_schedule(self.scheduler, num_inference_steps, sigmas, num_tokens, device)
+        draws = step_options(self.scheduler, generator)
         self._num_timesteps = len(timesteps)
         last = given_level == "last" or (given_level is None and self.follows_reference)
         layout = self._layout(scene, grid, float(timesteps[-1]) / 1000 if last else 0.0, embeds.shape[1])
@@ -286,9 +290,7 @@ class OneDiffusionPipeline(ImgDiTPipeline):
                 if guided:
                     negative, positive = velocity.chunk(2)
                     velocity = negative + guidance_scale * (positive - negative)
-                (moved,) = self.scheduler.step(
-                    velocity, t, state["latents"][:, made], generator=generator, return_dict=False
-                )
+                (moved,) = self.scheduler.step(velocity, t, state["latents"][:, made], **draws, return_dict=False)
                 state["latents"] = state["latents"].clone()
                 state["latents"][:, made] = moved
 
@@ -309,7 +311,7 @@ class OneDiffusionPipeline(ImgDiTPipeline):
         for frame in scene:
             if isinstance(frame.content, torch.Tensor) and frame.kind != "rays":
                 rows, columns = (n * self.vae_scale_factor for n in frame.content.shape[-2:])
-                return height or rows, width or columns
+                return rows if height is None else height, columns if width is None else width
         default = (self.default_size, self.default_size)
         if self.follows_reference and min(default) >= PUBLISHED_SIZE:  # one that was trained on less has its own size
             pictures = [picture for frame in scene for picture in pictures_of(frame)]
@@ -317,27 +319,11 @@ class OneDiffusionPipeline(ImgDiTPipeline):
                 default = (PUBLISHED_SIZE, PUBLISHED_SIZE)
             elif pictures:
                 default = bucket_size(*picture_size(pictures[0]))
-        return height or default[0], width or default[1]
+        return default[0] if height is None else height, default[1] if width is None else width
 
-    def _check_options(
-        self,
-        scenes: int,
-        guidance_scale: float,
-        guidance_interval: tuple[float, float],
-        given_level: str | None,
-        output_type: str,
-        tensors: Sequence[str],
-        noise_scale: float,
-        scaling: tuple[float, float],
-        generator: torch.Generator | list[torch.Generator] | None,
-    ) -> None:
-        if scenes < 1:
-            raise ValueError("num_images_per_prompt must be at least 1")
-        if isinstance(generator, list) and len(generator) != scenes:
-            raise ValueError(f"got {len(generator)} generators for {scenes} scenes; give one, or one for each")
-        self._check_sampling(guidance_scale, guidance_interval, output_type, tensors)
+    def _check_options(self, given_level: str | None, noise_scale: float, scaling: tuple[float, float]) -> None:
         check_choice("given_level", given_level, ("last", "clean", None))
-        if noise_scale != 1.0 and not self.scheduler.config.use_dynamic_shifting:
+        if noise_scale != 1.0 and not self.scheduler.config.get("use_dynamic_shifting"):
             raise ValueError(
                 f"noise_scale={noise_scale} changes a dynamic shift, this scheduler's is fixed; leave it out"
             )
@@ -348,6 +334,14 @@ class OneDiffusionPipeline(ImgDiTPipeline):
             )
 
     # Latents
+
+    @staticmethod
+    def _given_latents(latents: Any, shape: tuple[int, ...]) -> Any:
+        """Starting noise (B, F, C, h, w); (B, C, h, w) will do for one frame."""
+        if isinstance(latents, torch.Tensor) and latents.ndim == 4 and shape[1] == 1:
+            latents = latents[:, None]
+        check_latents(latents, shape, "scenes, frames, channels, h, w")
+        return latents
 
     def prepare_latents(
         self,
@@ -374,16 +368,10 @@ class OneDiffusionPipeline(ImgDiTPipeline):
         """
         shape = (self.vae.config.latent_channels, *cells)
         full = (scenes, len(scene), *shape)
-        if latents is not None:
-            latents = latents[:, None] if latents.ndim == 4 else latents
-            if tuple(latents.shape) != full:
-                raise ValueError(
-                    f"latents must be {full} (scenes, frames, channels, h, w), got {tuple(latents.shape)}"
-                )
         if isinstance(generator, list):  # scene by scene, so that each is what it would be alone
             parts = []
             for i, one in enumerate(generator):
-                mine = [_entry(frame, i // copies) for frame in scene]
+                mine = [entry(frame, i, scenes // copies, scenes) for frame in scene]
                 noise = None if latents is None else latents[i : i + 1]
                 parts.append(self.prepare_latents(mine, 1, 1, cells, one, noise, crop, focal_length, device))
             return torch.cat(parts)
@@ -558,15 +546,6 @@ class OneDiffusionPipeline(ImgDiTPipeline):
             return pictures
         array = self.image_processor.pt_to_numpy(pictures)
         return array if output_type == "np" else self.image_processor.numpy_to_pil(array)
-
-
-def _entry(frame: PictureFrame, prompt: int) -> PictureFrame:
-    """The frame as one prompt has it, where it is given as a list of pictures."""
-    if frame.kind == "rays" and getattr(frame.content, "ndim", 2) == 3:
-        return replace(frame, content=frame.content[prompt if len(frame.content) > 1 else 0])
-    if frame.kind == "rays" or not isinstance(frame.content, list | tuple):
-        return frame
-    return replace(frame, content=frame.content[prompt if len(frame.content) > 1 else 0])
 
 
 compat.register_pipeline(OneDiffusionPipeline)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from ..tasks import TASKS, PictureFrame, check_frames, frames_of_mask, infer_task, task_frames
+from .checks import check_size
 from .frame_pictures import picture_size
 
 
@@ -71,36 +73,40 @@ def read_scene(
 
 
 def check_scene(
-    frames: Sequence[PictureFrame], prompts: int, height: int, width: int, cell: int, transformer: Any
+    frames: Sequence[PictureFrame],
+    prompts: int,
+    samples: int,
+    height: int,
+    width: int,
+    cell: int,
+    transformer: Any,
 ) -> None:
     """Refuse frames that neither the task nor the transformer can take.
 
     Args:
         prompts: how many the call has.
+        samples: how many it makes of all prompts; latents may be given for each.
         height, width: in pixels.
         cell: pixels per side of a token.
     """
     if all(frame.is_given for frame in frames):
         raise ValueError("every frame is given, so there is nothing to make; give at least one PictureFrame.make()")
     for i, frame in enumerate(frames):
-        pictures = len(pictures_of(frame))
-        if pictures not in (0, 1, prompts):
+        entries, fitting = num_entries(frame), {1, prompts}
+        if isinstance(frame.content, torch.Tensor) and frame.kind != "rays":
+            called, fitting = "latent grids", fitting | {samples}
+        else:
+            called = "cameras" if frame.kind == "rays" else "pictures"
+        if entries not in (None, *fitting):
             raise ValueError(
-                f"frame {i} is given as {pictures} pictures for {prompts} prompt(s); give one, or one per prompt"
+                f"frame {i} is given as {entries} {called} for {prompts} prompt(s); give one, or one per prompt"
             )
     last = getattr(transformer, "max_frames", None)
     if last is not None and len(frames) > last:
         raise ValueError(f"got {len(frames)} frames, the model's positions end at {last}; give fewer")
     if any(frame.kind == "rays" for frame in frames) and height != width:
         raise ValueError(f"views are square, got {height}x{width} pixels; make height and width equal")
-    if height < cell or width < cell or height % cell or width % cell:
-        near = f"{max(height // cell, 1) * cell}x{max(width // cell, 1) * cell}"
-        raise ValueError(f"height and width must be multiples of {cell} pixels, got {height}x{width}; try {near}")
-    if max(height, width) // cell > transformer.max_grid:
-        raise ValueError(
-            f"{height}x{width} pixels are {height // cell}x{width // cell} tokens, "
-            f"the model's positions end at {transformer.max_grid}"
-        )
+    check_size(height, width, cell, transformer.max_grid)
     drawn = [frame for frame in frames if frame.adapter is None and pictures_of(frame)]
     if any(frame.kind != "image" for frame in drawn):
         sizes = sorted({picture_size(picture) for frame in drawn for picture in pictures_of(frame)})
@@ -111,32 +117,34 @@ def check_scene(
             )
 
 
+def num_entries(frame: PictureFrame) -> int | None:
+    """Pictures, latent grids or cameras that a given frame holds; `None` for one to be made."""
+    if not frame.is_given:
+        return None
+    if frame.kind == "rays":
+        cameras = torch.as_tensor(frame.content)
+        return len(cameras) if cameras.ndim == 3 else 1
+    if isinstance(frame.content, torch.Tensor):
+        return len(frame.content) if frame.content.ndim == 4 else 1
+    return len(frame.content) if isinstance(frame.content, list | tuple) else 1
+
+
+def entry(frame: PictureFrame, sample: int, prompts: int, samples: int) -> PictureFrame:
+    """The frame as one sample has it, where it is given one per prompt or one per sample."""
+    entries = num_entries(frame)
+    if entries is None or (entries == 1 and not isinstance(frame.content, list | tuple)):
+        return frame
+    if frame.kind == "rays":
+        content: Any = torch.as_tensor(frame.content)
+        content = content if content.ndim == 3 else content[None]
+    else:
+        content = frame.content
+    place = 0 if entries == 1 else sample if entries == samples else sample * prompts // samples
+    return replace(frame, content=content[place])
+
+
 def pictures_of(frame: PictureFrame) -> list[Any]:
     """Pictures of a given frame that have to be encoded: none of one to be made, of rays, or of latents."""
     if not frame.is_given or frame.kind == "rays" or isinstance(frame.content, torch.Tensor):
         return []
     return list(frame.content) if isinstance(frame.content, list | tuple) else [frame.content]
-
-
-def check_texts(
-    prompt: str | list[str] | None,
-    negative_prompt: str | list[str] | None,
-    embeds: torch.Tensor | None,
-    negative_embeds: torch.Tensor | None,
-) -> int:
-    """Refuse texts that do not fit each other; the number of samples they ask for."""
-    if (prompt is None) == (embeds is None):
-        raise ValueError("give either prompt or prompt_embeds" + ("" if prompt is None else ", not both"))
-    for name, text in (("prompt", prompt), ("negative_prompt", negative_prompt)):
-        texts = text if isinstance(text, list | tuple) else [] if text is None else [text]
-        if not all(isinstance(one, str) for one in texts) or (text is not None and not texts):
-            raise ValueError(f"{name} must be a string or a list of strings, got {text!r}")
-    if embeds is not None:
-        batch = embeds.shape[0]
-    else:
-        batch = 1 if isinstance(prompt, str) else len(prompt or ())
-    if isinstance(negative_prompt, list | tuple) and len(negative_prompt) != batch:
-        raise ValueError(f"got {len(negative_prompt)} negative prompts for {batch} prompts; give one, or as many")
-    if negative_prompt is not None and negative_embeds is not None:
-        raise ValueError("give either negative_prompt or negative_prompt_embeds, not both")
-    return batch

@@ -28,8 +28,9 @@ from ..lora_files import AdapterInfo, LoadReport, load_adapter
 from ..models.autoencoding import cell_size
 from ..models.functional import pack, unpack
 from ..models.mmdit import MMDiT
-from ..naming import check_choice
-from ..schedulers.flow_match import MultiFrameFlowMatchScheduler, linear_sigmas
+from ..schedulers.flow_match import MultiFrameFlowMatchScheduler
+from ..schedulers.schedule import set_schedule, step_options
+from .checks import SamplingOptions, Texts, check_call, check_latents, check_size
 from .lora_loader import LoraLoaderMixin
 from .texts import join_halves
 
@@ -78,7 +79,7 @@ class ImgDiTPipeline(compat.DiffusionPipeline, LoraLoaderMixin):
         )
         self.vae_scale_factor = cell_size(vae)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor * self.patch_size)
-        self._guidance_scale = 1.0
+        self._guidance_scale = self._true_cfg_scale = 1.0
         self._current_timestep: torch.Tensor | None = None
         self._num_timesteps = 0
         self._interrupt = False
@@ -94,8 +95,13 @@ class ImgDiTPipeline(compat.DiffusionPipeline, LoraLoaderMixin):
 
     @property
     def do_classifier_free_guidance(self) -> bool:
-        """Whether a second prediction guides: not for models that were distilled to take the scale as an input."""
-        return self._guidance_scale > 1.0 and not self.transformer.config.guidance_embeds
+        """Whether a second prediction guides."""
+        return self._cfg_scale > 1.0
+
+    @property
+    def _cfg_scale(self) -> float:
+        """Scale between two predictions; models that were distilled to take the guidance scale have another."""
+        return self._true_cfg_scale if self.transformer.config.guidance_embeds else self._guidance_scale
 
     @property
     def num_timesteps(self) -> int:
@@ -191,7 +197,8 @@ class ImgDiTPipeline(compat.DiffusionPipeline, LoraLoaderMixin):
     ) -> tuple[Any, ...]:
         """Embeddings, pooled text and mask, each computed where it is not given, `copies` of each sample."""
         if embeds is None:
-            embeds, mask = self._encode_text([text] if isinstance(text, str) else text, max_sequence_length, device)
+            prompts = [text] if isinstance(text, str) else list(text)
+            embeds, mask = self._encode_text(prompts, max_sequence_length, device)
         elif mask is None:
             mask = torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
         assert mask is not None
@@ -227,78 +234,12 @@ class ImgDiTPipeline(compat.DiffusionPipeline, LoraLoaderMixin):
     # Input
 
     def check_inputs(
-        self,
-        prompt: str | list[str] | None,
-        negative_prompt: str | list[str] | None,
-        height: int,
-        width: int,
-        guidance_scale: float,
-        guidance_interval: tuple[float, float],
-        num_images_per_prompt: int,
-        latents: torch.Tensor | None,
-        prompt_embeds: torch.Tensor | None,
-        negative_prompt_embeds: torch.Tensor | None,
-        prompt_embeds_mask: torch.Tensor | None,
-        negative_prompt_embeds_mask: torch.Tensor | None,
-        output_type: str,
-        callback_on_step_end_tensor_inputs: list[str],
+        self, texts: Texts, options: SamplingOptions, height: int, width: int, latents: torch.Tensor | None
     ) -> None:
-        """Refuse what cannot work before anything is computed."""
-        cell = self.vae_scale_factor * self.patch_size
-        if height < cell or width < cell or height % cell or width % cell:
-            below = f"{max(height // cell, 1) * cell}x{max(width // cell, 1) * cell}"
-            raise ValueError(f"height and width must be multiples of {cell} pixels, got {height}x{width}; try {below}")
-        if max(height, width) // cell > self.transformer.max_grid:
-            raise ValueError(
-                f"{height}x{width} pixels are {height // cell}x{width // cell} tokens, "
-                f"the model's positions end at {self.transformer.max_grid}"
-            )
-        if (prompt is None) == (prompt_embeds is None):
-            raise ValueError("give either prompt or prompt_embeds" + ("" if prompt is None else ", not both"))
-        for name, text in (("prompt", prompt), ("negative_prompt", negative_prompt)):
-            if text is not None and not isinstance(text, str) and not _is_strings(text):
-                raise ValueError(f"{name} must be a string or a list of strings, got {type(text).__name__}")
-        if prompt_embeds is not None:
-            batch = prompt_embeds.shape[0]
-        else:
-            batch = 1 if isinstance(prompt, str) else len(prompt or [])
-        if batch == 0:
-            raise ValueError("prompt is an empty list; give at least one sentence")
-        if isinstance(negative_prompt, list) and len(negative_prompt) != batch:
-            raise ValueError(f"got {len(negative_prompt)} negative prompts for {batch} prompts; give one, or as many")
-        if negative_prompt is not None and negative_prompt_embeds is not None:
-            raise ValueError("give either negative_prompt or negative_prompt_embeds, not both")
-        if self.transformer.config.guidance_embeds and (negative_prompt or negative_prompt_embeds is not None):
-            raise ValueError("this model takes the guidance scale as an input and has no use for a negative prompt")
-        for name, embeds, mask in (
-            ("prompt_embeds", prompt_embeds, prompt_embeds_mask),
-            ("negative_prompt_embeds", negative_prompt_embeds, negative_prompt_embeds_mask),
-        ):
-            features = self.transformer.config.joint_attention_dim
-            if embeds is not None and (embeds.ndim != 3 or embeds.shape[2] != features or embeds.shape[0] != batch):
-                raise ValueError(f"{name} must be ({batch}, tokens, {features}), got {tuple(embeds.shape)}")
-            if mask is not None and (embeds is None or mask.shape != embeds.shape[:2]):
-                raise ValueError(f"{name}_mask must have the batch and tokens of {name}, got {tuple(mask.shape)}")
-        self._check_sampling(guidance_scale, guidance_interval, output_type, callback_on_step_end_tensor_inputs)
-        if num_images_per_prompt < 1:
-            raise ValueError(f"num_images_per_prompt must be at least 1, got {num_images_per_prompt}")
-        expected = self._latent_shape(batch * num_images_per_prompt, height, width)
-        if latents is not None and tuple(latents.shape) != expected:
-            raise ValueError(f"latents must be {expected}, got {tuple(latents.shape)}")
-
-    def _check_sampling(
-        self, guidance_scale: float, guidance_interval: tuple[float, float], output_type: str, tensors: Sequence[str]
-    ) -> None:
-        """Refuse options of a run that no model could serve."""
-        if guidance_scale < 0:
-            raise ValueError(f"guidance_scale must not be negative, got {guidance_scale}")
-        low, high = guidance_interval
-        if not 0.0 <= low <= high <= 1.0:
-            raise ValueError(f"guidance_interval must be 0 <= low <= high <= 1 in sigma, got {guidance_interval}")
-        check_choice("output_type", output_type, ("pil", "np", "pt", "latent"))
-        unknown = [name for name in tensors if name not in self._callback_tensor_inputs]
-        if unknown:
-            raise ValueError(f"callbacks may ask for {self._callback_tensor_inputs}, got {unknown}")
+        """Refuse what cannot work before anything is computed; the arguments are those of a call."""
+        check_size(height, width, self.vae_scale_factor * self.patch_size, self.transformer.max_grid)
+        images = check_call(self, texts, options) * options.num_images_per_prompt
+        check_latents(latents, self._latent_shape(images, height, width))
 
     def _latent_shape(self, batch_size: int, height: int, width: int) -> tuple[int, int, int, int]:
         channels = self.vae.config.latent_channels
@@ -320,7 +261,7 @@ class ImgDiTPipeline(compat.DiffusionPipeline, LoraLoaderMixin):
         width: int | None = None,
         num_inference_steps: int = 28,
         sigmas: list[float] | None = None,
-        guidance_scale: float = 4.0,
+        guidance_scale: float = 3.0,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         num_images_per_prompt: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
@@ -344,6 +285,7 @@ class ImgDiTPipeline(compat.DiffusionPipeline, LoraLoaderMixin):
         image_guidance_scale: float = 1.0,
         region: Any = None,
         condition_generator: torch.Generator | None = None,
+        true_cfg_scale: float = 1.0,
     ) -> ImgDiTPipelineOutput | tuple:
         """Make pictures.
 
@@ -352,14 +294,15 @@ class ImgDiTPipeline(compat.DiffusionPipeline, LoraLoaderMixin):
             negative_prompt: what to steer away from; empty by default.
             height, width: in pixels; the transformer's training size by default.
             num_inference_steps: steps of the sampler.
-            sigmas: noise levels of the steps, from 1 downwards, before the scheduler's shift.
+            sigmas: noise levels of the steps, falling from 1, before the scheduler's shift; instead of
+                `num_inference_steps`.
             guidance_scale: 1 and below: no guidance. Above: `v = v_neg + scale * (v - v_neg)` (arXiv 2207.12598), both
                 computed in one batch; for guidance-distilled models an input.
             guidance_interval: noise levels (low, high) between which guidance acts; elsewhere one prediction serves
                 (arXiv 2404.07724).
             num_images_per_prompt: pictures for each prompt.
-            generator: source of the noise; one, or one per picture.
-            latents: starting noise (B, C, h, w), instead of drawing it.
+            generator: source of the noise; one, or a list of one per picture.
+            latents: starting noise (B, C, h, w) of any floating-point type, instead of drawing it.
             prompt_embeds, pooled_prompt_embeds, prompt_embeds_mask: as `encode_prompt` returns them, and negative.
             output_type: "pil", "np", "pt" or "latent".
             return_dict: whether to return an `ImgDiTPipelineOutput` or a tuple.
@@ -370,40 +313,43 @@ class ImgDiTPipeline(compat.DiffusionPipeline, LoraLoaderMixin):
             conditions: pictures that steer, each through its loaded adapter.
             main_adapter, mode, cache, image_guidance_scale, region: see `OmniControl.use`.
             condition_generator: draws the conditions' latents from the posterior; `None` takes its mode.
+            true_cfg_scale: the formula of `guidance_scale` for guidance-distilled models, with a negative prompt, as
+                in diffusers' `FluxPipeline`; 1: one prediction.
+
+        Raises:
+            ValueError: texts, counts, sizes, options or a scheduler that do not fit; nothing has been computed.
         """
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         elif callback_on_step_end_tensor_inputs is None:
             callback_on_step_end_tensor_inputs = ["latents"]
-        height, width = height or self.default_size, width or self.default_size
-        self.check_inputs(
-            prompt, negative_prompt, height, width, guidance_scale, guidance_interval, num_images_per_prompt, latents,
-            prompt_embeds, negative_prompt_embeds, prompt_embeds_mask, negative_prompt_embeds_mask, output_type,
-            callback_on_step_end_tensor_inputs,
+        height = self.default_size if height is None else height
+        width = self.default_size if width is None else width
+        texts = Texts(
+            prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, pooled_prompt_embeds,
+            negative_pooled_prompt_embeds, prompt_embeds_mask, negative_prompt_embeds_mask,
         )  # fmt: skip
+        options = SamplingOptions(
+            num_inference_steps, sigmas, guidance_scale, guidance_interval, num_images_per_prompt, generator,
+            output_type, callback_on_step_end_tensor_inputs, true_cfg_scale,
+        )  # fmt: skip
+        self.check_inputs(texts, options, height, width, latents)
         run = prepare_run(
             self, self.transformer, self._infos, conditions,
             patch=self.patch_size, channels=self.transformer.token_channels, progress=lambda: self._progress,
             main_adapter=main_adapter, mode=mode, cache=cache, image_guidance_scale=image_guidance_scale,
             region=region, generator=condition_generator,
         ) if conditions else None  # fmt: skip
-        self._guidance_scale = guidance_scale
+        self._guidance_scale, self._true_cfg_scale = guidance_scale, true_cfg_scale
         self._interrupt = False
         device = self._execution_device
 
         halves = self.encode_prompt(
-            prompt,
-            negative_prompt,
-            self.do_classifier_free_guidance,
-            num_images_per_prompt,
-            prompt_embeds,
-            negative_prompt_embeds,
-            pooled_prompt_embeds,
-            negative_pooled_prompt_embeds,
-            prompt_embeds_mask,
-            negative_prompt_embeds_mask,
-            max_sequence_length,
-            device,
+            **texts._asdict(),
+            do_classifier_free_guidance=self.do_classifier_free_guidance,
+            num_images_per_prompt=num_images_per_prompt,
+            max_sequence_length=max_sequence_length,
+            device=device,
         )
         embeds, negative_embeds, pooled, mask = join_halves(*halves)
 
@@ -416,13 +362,9 @@ class ImgDiTPipeline(compat.DiffusionPipeline, LoraLoaderMixin):
         size = (latents.shape[2] // self.patch_size, latents.shape[3] // self.patch_size)
         image = Frame(size, mask=None if run is None else run.region)
 
-        self.scheduler.set_timesteps(
-            sigmas=linear_sigmas(num_inference_steps) if sigmas is None else sigmas,
-            mu=self.scheduler.mu(image.length),
-            device=device,
-        )
-        self.scheduler.set_begin_index(0)
-        timesteps = self.scheduler.timesteps
+        timesteps = set_schedule(self.scheduler, num_inference_steps, sigmas, image.length, device)
+        draws = step_options(self.scheduler, generator)
+        order = self.scheduler.order  # predictions per step
         self._num_timesteps = len(timesteps)
 
         # What callbacks may see and change, by the names of `_callback_tensor_inputs`.
@@ -436,7 +378,8 @@ class ImgDiTPipeline(compat.DiffusionPipeline, LoraLoaderMixin):
             for i, t in enumerate(timesteps):
                 if self.interrupt:
                     continue
-                self._current_timestep, self._progress = t, Progress(i, len(timesteps))
+                self._current_timestep = t
+                self._progress = Progress(i // order, math.ceil(len(timesteps) / order))
                 guided = self.do_classifier_free_guidance and low <= float(t) / 1000 <= high
                 text = state["prompt_embeds"]
                 if guided:
@@ -454,10 +397,8 @@ class ImgDiTPipeline(compat.DiffusionPipeline, LoraLoaderMixin):
                 )
                 if guided:
                     negative, positive = velocity.chunk(2)
-                    velocity = negative + guidance_scale * (positive - negative)
-                (state["latents"],) = self.scheduler.step(
-                    velocity, t, state["latents"], generator=generator, return_dict=False
-                )
+                    velocity = negative + self._cfg_scale * (positive - negative)
+                (state["latents"],) = self.scheduler.step(velocity, t, state["latents"], **draws, return_dict=False)
 
                 if callback_on_step_end is not None:
                     asked = {name: state[name] for name in callback_on_step_end_tensor_inputs}
@@ -547,10 +488,6 @@ def _spread(tokens: torch.Tensor, image: Frame) -> torch.Tensor:
     whole = tokens.new_zeros(tokens.shape[0], image.mask.numel(), tokens.shape[2])
     whole[:, image.mask.flatten()] = tokens
     return whole
-
-
-def _is_strings(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) and all(isinstance(text, str) for text in value)
 
 
 compat.register_pipeline(ImgDiTPipeline)

@@ -8,8 +8,8 @@ arXiv 2209.03003; in the form of SD3, arXiv 2403.03206, section 3).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -28,6 +28,24 @@ def linear_sigmas(num_inference_steps: int) -> list[float]:
     if num_inference_steps < 1:
         raise ValueError(f"num_inference_steps must be at least 1, got {num_inference_steps}")
     return np.linspace(1.0, 1 / num_inference_steps, num_inference_steps).tolist()
+
+
+def calculate_shift(config: Mapping[str, Any], num_tokens: float) -> float | None:
+    """Shift parameter mu for `set_timesteps`, linear in the generated tokens; `None` without dynamic shifting.
+
+    FLUX's rule: `base_shift` at `base_image_seq_len` tokens, `max_shift` at `max_image_seq_len`; FLUX's numbers where
+    a scheduler's configuration has none.
+
+    Args:
+        config: of any scheduler.
+        num_tokens: those that are generated.
+    """
+    if not config.get("use_dynamic_shifting", False):
+        return None
+    base_tokens, max_tokens = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    base_shift, max_shift = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+    slope = (max_shift - base_shift) / (max_tokens - base_tokens)
+    return base_shift + slope * (num_tokens - base_tokens)
 
 
 def mix(data: torch.Tensor, noise: torch.Tensor, sigmas: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
@@ -60,16 +78,9 @@ class MultiFrameFlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
     """
 
     def mu(self, num_tokens: float) -> float | None:
-        """Shift parameter for `set_timesteps`, linear in the generated tokens; `None` without dynamic shifting.
-
-        FLUX's rule: `base_shift` at `base_image_seq_len` tokens, `max_shift` at `max_image_seq_len`. Frames that are
-        only given do not count (OneDiffusion, OminiControl).
-        """
-        config = self.config
-        if not config.use_dynamic_shifting:
-            return None
-        slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
-        return config.base_shift + slope * (num_tokens - config.base_image_seq_len)
+        """`calculate_shift` of this configuration. Frames that are only given do not count (OneDiffusion,
+        OminiControl)."""
+        return calculate_shift(self.config, num_tokens)
 
     def step(
         self,
