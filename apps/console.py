@@ -6,7 +6,18 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import click
 import typer
+import typer.core
+
+from imgdit.io.paths import at_home_in_word
+
+
+class Commands(typer.core.TyperGroup):
+    """The whole command line, in which `~` is the home folder also where the shell leaves it alone."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, [at_home_in_word(word) for word in args])
 
 
 @contextmanager
