@@ -15,9 +15,9 @@ from imgdit import __version__
 from .commands import bench, convert, data, docs, lora, mup, pictures, sae
 from .commands.demo import demo
 from .commands.doctor import doctor
-from .console import Commands, one_sentence
+from .console import one_sentence
 
-app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False)
+app = typer.Typer(no_args_is_help=True, add_completion=False)
 app.add_typer(bench.app, name="bench")
 app.add_typer(data.app, name="data")
 app.add_typer(convert.app, name="convert")
@@ -65,7 +65,7 @@ def train(
     from imgdit.training.config import build_model
     from imgdit.training.sources import training_batches
 
-    with one_sentence():
+    with one_sentence({"pass resume=True": "go on with --resume,", r"run\.folder": "--folder"}):
         loaded = load_recipe(recipe)
         if folder is not None:
             loaded = loaded.replace(run={"folder": str(folder)})

@@ -2,31 +2,55 @@
 
 from __future__ import annotations
 
+import re
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
-import click
 import typer
-import typer.core
 
-from imgdit.io.paths import at_home_in_word
-
-
-class Commands(typer.core.TyperGroup):
-    """The whole command line, in which `~` is the home folder also where the shell leaves it alone."""
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        return super().parse_args(ctx, [at_home_in_word(word) for word in args])
+EVERY = 20.0
+"""Seconds between two lines that tell a file or a pipe how far a picture is."""
 
 
 @contextmanager
-def one_sentence() -> Iterator[None]:
-    """What a person can put right ends the command with exit code 2 and a sentence; anything else is a traceback."""
+def one_sentence(words: Mapping[str, str] = {}) -> Iterator[None]:
+    """What a person can put right ends the command with exit code 2 and a sentence; anything else is a traceback.
+
+    Args:
+        words: patterns of what the library calls its arguments -> the command's options.
+    """
     try:
         yield
     except (ValueError, OSError, ImportError) as error:
-        raise typer.BadParameter(" ".join(str(error).split())) from error
+        said = " ".join(_reason(error).split())
+        for pattern, option in words.items():
+            said = re.sub(pattern, option, said)
+        raise typer.BadParameter(said) from error
+
+
+def _reason(error: Exception) -> str:
+    """What an error says; of a system's error the file and what is wrong with it, without its number."""
+    if not isinstance(error, OSError) or error.filename is None or error.strerror is None:
+        return str(error)
+    if isinstance(error, FileNotFoundError):
+        return f"there is no file or folder {str(error.filename)!r}"
+    return f"{str(error.filename)!r}: {error.strerror}"
+
+
+class Steps:
+    """A `Watch` that tells files and pipes how far a picture is, where bars would not do; not of quick ones."""
+
+    def __init__(self) -> None:
+        self.last = time.monotonic()
+
+    def __call__(self, step: int, steps: int, draw: Any) -> bool:
+        if time.monotonic() - self.last > EVERY and step < steps:
+            self.last = time.monotonic()
+            typer.echo(f"step {step} of {steps}", err=True)
+        return True
 
 
 def calm() -> None:

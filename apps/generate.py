@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from imgdit.data.sheet import contact_sheet
 from imgdit.images import open_image
@@ -37,6 +37,8 @@ LINE_KEYS = (
 """What a JSON line may say; without `prompt` nothing."""
 LONGEST = 60
 """Letters of a file's name that is made of a sentence."""
+SHEET = "imgdit-sheet"
+"""Text chunk that marks a PNG as a contact sheet, which may be replaced by another."""
 MOST = 100_000
 """Pictures of one line."""
 
@@ -53,16 +55,21 @@ class Line(NamedTuple):
 
 
 class Job(NamedTuple):
-    """A picture to be made, and its file."""
+    """What is to be made, and the file of its first picture."""
 
     request: Request
     file: Path
 
+    @property
+    def files(self) -> list[Path]:
+        """A file for each picture that the request makes."""
+        return [output_file(self.file, i) for i in range(len(self.request.outputs))]
+
 
 class Result(NamedTuple):
-    """A file that answers a request."""
+    """Files that answer a request."""
 
-    file: Path
+    files: list[Path]
     request: Request
     """With its defaults filled in."""
     seconds: float
@@ -160,14 +167,14 @@ def plan(lines: Iterable[Line], out: Path, num_images: int = 1) -> tuple[list[Jo
             seed = line.request.seed + (k if line.own_seed else len(jobs))
             jobs.append(Job(replace(line.request, seed=seed), out / f"{stem}.png"))
     if not jobs:
-        raise ValueError("there is no sentence to make a picture of")
+        raise ValueError("there is no prompt to make an image of: the prompts are empty")
     names = [job.file.name for job in jobs]
     for name in names:
         if names.count(name) > 1 or name == "sheet.png":
             raise ValueError(f"two pictures would be called {name}; give each line a name of its own")
     if len(jobs) == 1 and out.suffix:
         return [Job(jobs[0].request, out)], None
-    if out.suffix.lower() == ".png":
+    if out.suffix.lower() in Image.registered_extensions():
         raise ValueError(f"{len(jobs)} pictures need a folder, got the file {out}; leave out {out.suffix}")
     return jobs, out / "sheet.png" if len(jobs) > 1 else None
 
@@ -182,21 +189,46 @@ def named(requests: Iterable[Request]) -> list[Line]:
     return lines
 
 
+def at_free_name(
+    jobs_at: Callable[[Path], Sequence[Job]],
+    out: Path,
+    model: str,
+    free: Callable[[Path], bool] = lambda file: True,
+) -> list[Job]:
+    """Jobs at a file, or at the first with a number behind its name where no file of theirs shows something else.
+
+    Args:
+        jobs_at: the jobs whose files are named after a file.
+        out: the file without a number.
+        model: see `run`.
+        free: whether what else belongs to a file may be written.
+    """
+
+    def usable(file: Path) -> bool:
+        return free(file) and all(_usable(one, job, model) for job in jobs_at(file) for one in job.files)
+
+    return list(jobs_at(first_free(out, usable)))
+
+
+def first_free(out: Path, free: Callable[[Path], bool]) -> Path:
+    """A file, or the first with a number behind its name that is free."""
+    return next(file for file in map(output_file, itertools.repeat(out), itertools.count()) if free(file))
+
+
 def at_free_names(jobs: Sequence[Job], model: str) -> list[Job]:
-    """The jobs, with a number behind the name where a file of it shows something else."""
+    """The jobs, each at its first free name, see `at_free_name`."""
     found: list[Job] = []
     for job in jobs:
-        file, number = job.file, 1
-        while any(file == one.file for one in found) or (file.exists() and not _found(file, job, model)):
-            number += 1
-            file = output_file(job.file, number - 1)
-        found.append(Job(job.request, file))
+        taken = {file for one in found for file in one.files}
+        request = job.request
+        found += at_free_name(lambda file: [Job(request, file)], job.file, model, lambda file: file not in taken)  # noqa: B023
     return found
 
 
-def _found(file: Path, job: Job, model: str) -> bool:
+def _usable(file: Path, job: Job, model: str) -> bool:
+    """Whether a file is not there yet, or answers the job already."""
     try:
-        return _answers(file, job, model)
+        return not file.exists() or _answers(file, job, model)
     except ValueError:  # somebody else's, and damaged
         return False
 
@@ -206,21 +238,27 @@ def _answers(file: Path, job: Job, model: str) -> bool:
     return origin is not None and origin.asked == job.request.digest(model)
 
 
+def check_png(file: Path) -> None:
+    """Refuse a file name that is no PNG's."""
+    if file.suffix.lower() != ".png":
+        raise ValueError(f"pictures are PNG files, which tell how they were made; got {file}, name it ….png")
+
+
 def missing(jobs: Sequence[Job], model: str, overwrite: bool = False) -> list[Job]:
-    """The jobs whose files are not there yet.
+    """The jobs whose files are not all there yet.
 
     Raises:
         ValueError: a file is there and answers another request, or would be no PNG.
     """
     left = []
     for job in jobs:
-        if job.file.suffix.lower() != ".png":
-            raise ValueError(f"pictures are PNG files, which tell how they were made; got {job.file}, name it ….png")
-        if overwrite or not job.file.exists():
+        check_png(job.file)
+        there = [file for file in job.files if file.exists()]
+        for file in [] if overwrite else there:
+            if not _answers(file, job, model):
+                raise ValueError(f"{file} is there and shows something else; take another --out, or --overwrite")
+        if overwrite or len(there) < len(job.files):
             left.append(job)
-            continue
-        if not _answers(job.file, job, model):
-            raise ValueError(f"{job.file} is there and shows something else; take another folder, or --overwrite")
     return left
 
 
@@ -230,6 +268,8 @@ def run(
     jobs: Sequence[Job],
     *,
     overwrite: bool = False,
+    before: Callable[[Sequence[Job]], None] = lambda left: None,
+    watching: Callable[[Any, Request], Any] = lambda studio, request: None,
     bar: Callable[[Sequence[Job]], Iterable[Job]] = iter,
 ) -> Iterator[Result]:
     """Make what is missing, one picture at a time, so that each repeats bit for bit alone; results in order of the
@@ -238,22 +278,26 @@ def run(
     Args:
         studio: gives the `Studio`; not called if nothing is missing.
         model: its name, and how it is loaded where that was asked for; a hash of it is kept in the files.
+        before: called with what is missing, if anything is, before the model is loaded.
+        watching: called with the studio and each request before it is made; gives its `Watch`, or `None`.
         bar: shows how the work goes on.
     """
     left = missing(jobs, model, overwrite)
     for job in jobs:
         if not any(job is one for one in left):
-            yield Result(job.file, job.request, 0.0, False)
+            yield Result(job.files, job.request, 0.0, False)
     if not left:
         return
+    before(left)
     maker = studio()
     for job in bar(left):
+        watch = watching(maker, job.request)
         start = time.perf_counter()
-        made = maker.make(job.request)
+        made = maker.make(job.request, watch)
         origin = Origin(made.request, maker.places, job.request.digest(model), 0, maker.made_with)
-        for i, picture in enumerate(made.pictures):
-            write_png(picture, output_file(job.file, i), replace(origin, output=i))
-        yield Result(job.file, made.request, time.perf_counter() - start, True)
+        for i, (picture, file) in enumerate(zip(made.pictures, job.files, strict=True)):
+            write_png(picture, file, replace(origin, output=i))
+        yield Result(job.files, made.request, time.perf_counter() - start, True)
 
 
 def output_file(file: Path, output: int) -> Path:
@@ -261,14 +305,27 @@ def output_file(file: Path, output: int) -> Path:
     return file if output == 0 else file.with_name(f"{file.stem}-{output + 1}{file.suffix}")
 
 
-def write_sheet(results: Sequence[Result], file: Path) -> None:
-    """All pictures over their sentences, those that steered them at their left."""
+def write_sheet(results: Sequence[Result], file: Path) -> Path:
+    """All pictures over their sentences, those that steered them at their left; its file, which has a number where
+    somebody else's is there."""
     tiles = []
-    for result in sorted(results, key=lambda r: r.file):
-        picture = open_image(result.file)
+    for result in sorted(results, key=lambda r: r.files):
+        picture = open_image(result.files[0])
         given = [control.picture.resize(picture.size) for control in result.request.controls]
         tiles.append(([*given, picture], result.request.prompt))
-    contact_sheet(tiles).save(file)
+    file = first_free(file, _may_be_sheet)
+    mark = PngImagePlugin.PngInfo()
+    mark.add_text(SHEET, "")
+    contact_sheet(tiles).save(file, pnginfo=mark)
+    return file
+
+
+def _may_be_sheet(file: Path) -> bool:
+    """Whether there is no such file, or a sheet of ours."""
+    try:
+        return not file.exists() or SHEET in open_image(file).info
+    except ValueError:  # no picture
+        return False
 
 
 def same_pixels(one: Image.Image, other: Image.Image) -> bool:

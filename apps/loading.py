@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ import imgdit
 from imgdit import compat
 from imgdit.hub import find_pipeline
 from imgdit.pipelines.omni_control import FluxOmniControlPipeline, StableDiffusion3OmniControlPipeline
+from imgdit.pipelines.text_to_image import ImgDiTPipeline
+from imgdit.taught import read_taught
 from imgdit.training.quantized import load_options, quantize_rows
 
 from .load_options import AUTO, LoadOptions
@@ -47,6 +51,8 @@ def load_pipeline(source: str | Path, options: LoadOptions = AUTO) -> Any:
         loader = compat.DiffusionPipeline if name in imgdit.__all__ else diffusers.DiffusionPipeline
     # Without a dtype diffusers makes float32 of its models, and transformers keeps what a text encoder is stored in.
     pipe = loader.from_pretrained(found, dtype=dtype, use_safetensors=True, **quantized)
+    if isinstance(pipe, ImgDiTPipeline):
+        pipe.tells_unknown_words = read_taught(found).words is None
     if options.quantize == "int8":
         quantize_rows(denoiser(pipe))
     _place(pipe, options, device)
@@ -56,9 +62,23 @@ def load_pipeline(source: str | Path, options: LoadOptions = AUTO) -> Any:
 def over_components(owner: Any, pipe: Any, options: LoadOptions) -> Any:
     """Another pipeline over the components of a loaded one, placed as that one is."""
     other = owner(**pipe.components)
+    if isinstance(pipe, ImgDiTPipeline):
+        other.tells_unknown_words = pipe.tells_unknown_words
     if options.offload == "model":  # the pipeline itself frees the device after a run
         other.enable_model_cpu_offload(device=chosen_device(options))
     return other
+
+
+def as_it_was(options: LoadOptions, made_with: Mapping[str, Any]) -> LoadOptions:
+    """Options of loading, with the precision and the bits that a picture was made in where nobody asks for others.
+
+    Args:
+        made_with: `Origin.made_with` of the picture.
+    """
+    names = {str(dtype).removeprefix("torch."): name for name, dtype in DTYPES.items()}
+    was: dict[str, Any] = {"dtype": names.get(made_with.get("dtype", "")), "quantize": made_with.get("quantize")}
+    kept = {name: value for name, value in was.items() if value and getattr(options, name) == getattr(AUTO, name)}
+    return replace(options, **kept)
 
 
 def denoiser(pipe: Any) -> torch.nn.Module:

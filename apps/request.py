@@ -83,6 +83,12 @@ class Request:
         if self.controls and self.frames:
             raise ValueError("a request has controls or frames; give a control as a frame that is given")
 
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Kinds of the pictures that are made, in their order."""
+        made = tuple(f.kind for f in self.frames if f.picture is None and f.kind != "rays")
+        return made if self.frames else ("image",)
+
     def to_dict(self) -> dict[str, Any]:
         """JSON's types only, without what has its default; pictures become PNGs in base64."""
         return {

@@ -163,9 +163,10 @@ class Studio(Shelf):
         Raises:
             ValueError: the sides are no multiples of `cell`.
         """
-        return [said for said in (self.about_words([request.prompt]), self._about_size(request)) if said]
+        return [said for said in (self.about_words([request.prompt]), self.about_size(request)) if said]
 
-    def _about_size(self, request: Request) -> str | None:
+    def about_size(self, request: Request) -> str | None:
+        """A sentence on a size that was never taught, see `remarks`; `None`: nothing speaks against it."""
         check_sides(request.width, request.height, self.cell)
         own = self.default_size
         size = (request.width or own, request.height or own)

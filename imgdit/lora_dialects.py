@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from .naming import check_choice
+from .naming import check_name
 
 DIALECTS = ("peft", "comfyui", "kohya")
 _MLP_RATIO = 4  # FLUX.1: where a file has no LoRA for the MLP, its rows are still there in the fused layer
@@ -118,9 +118,13 @@ def to_diffusers(tensors: Mapping[str, torch.Tensor], scales: Mapping[str, float
     return Renamed(pairs, dialect, tuple(sorted(unused)))
 
 
+DIALECTS = ("peft", "comfyui")
+"""Names that a file can be written by."""
+
+
 def from_diffusers(pairs: Mapping[str, LoraPair], dialect: str) -> dict[str, torch.Tensor]:
     """Tensors of a file, by the names of `dialect`; the inverse of `to_diffusers`."""
-    check_choice("dialect", dialect, ("peft", "comfyui"))
+    check_name("dialect", dialect, DIALECTS)
     if dialect == "peft":
         return _named("transformer.", pairs)
     left = dict(pairs)

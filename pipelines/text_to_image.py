@@ -58,6 +58,8 @@ class ImgDiTPipeline(compat.DiffusionPipeline, LoraLoaderMixin):
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"
     _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds"]
+    tells_unknown_words = True
+    """Whether words that the tokenizer spells in bytes are warned of; who says more of them sets it to false."""
 
     scheduler: MultiFrameFlowMatchScheduler
     vae: AutoencoderKL | AutoencoderDC
@@ -219,7 +221,8 @@ class ImgDiTPipeline(compat.DiffusionPipeline, LoraLoaderMixin):
             if len(whole) > max_sequence_length:
                 cut = self.tokenizer.decode(whole[max_sequence_length - 1 :], skip_special_tokens=True)
                 logger.warning(f"the prompt has {len(whole)} tokens, {max_sequence_length} are read; cut off: {cut!r}")
-            self._tell_unknown_words(text)
+            if self.tells_unknown_words:
+                self._tell_unknown_words(text)
         mask = tokens.attention_mask.to(device)
         embeds = self.text_encoder(tokens.input_ids.to(device), attention_mask=mask)[0]
         return embeds.to(dtype=self.transformer.dtype if self.transformer is not None else None), mask.bool()

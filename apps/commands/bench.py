@@ -12,7 +12,7 @@ from imgdit.defaults import GUIDANCE, STEPS
 
 from ..console import one_sentence
 from . import speed
-from .options import ModelFolder, Workers
+from .options import ModelFolder, Workers, model_folder
 
 app = typer.Typer(
     help="Measure: what a model makes, and how fast (speed as ratios within one run).", no_args_is_help=True
@@ -36,10 +36,11 @@ def scenes(
 ) -> None:
     """Measure a model of the scenes against exact ground truth: text, depth, edges, segmentation, views, time."""
     from imgdit.apps.benches import scenes as scene_bench
-    from imgdit.checkpoints import SCENE_PROBE, SCENES
+    from imgdit.checkpoints import SCENE_PROBE
     from imgdit.untrusted import read_object
 
-    scores = scene_bench.run(model or SCENES, probe or SCENE_PROBE, out, count, steps, guidance)
+    with one_sentence():
+        scores = scene_bench.run(model_folder(model), probe or SCENE_PROBE, out, count, steps, guidance)
     typer.echo(scene_bench.table(scores))
     for name, values in read_object(out / "scenes.json")["seconds"].items():
         typer.echo(f"{name}: {min(values):.2f} to {max(values):.2f} s")
@@ -57,9 +58,10 @@ def any_tasks(
 ) -> None:
     """Measure the any-to-any tasks of a model of the scenes: restoring, maps, editing, subjects, views, cameras."""
     from imgdit.apps.benches import scenes as scene_bench
-    from imgdit.checkpoints import SCENE_PROBE, SCENES
+    from imgdit.checkpoints import SCENE_PROBE
 
-    scores = scene_bench.run_any(model or SCENES, probe or SCENE_PROBE, out, count, steps, guidance)
+    with one_sentence():
+        scores = scene_bench.run_any(model_folder(model), probe or SCENE_PROBE, out, count, steps, guidance)
     typer.echo(scene_bench.table(scores))
     typer.echo(f"wrote {out}")
 
@@ -76,10 +78,10 @@ def control(
 ) -> None:
     """Measure condition adapters on scenes: are depth, edges, hole and subject obeyed, and the sentence still?"""
     from imgdit.apps.benches import scenes as scene_bench
-    from imgdit.checkpoints import SCENE_PROBE, SCENES
+    from imgdit.checkpoints import SCENE_PROBE
 
-    model = model or SCENES
     with one_sentence():
+        model = model_folder(model)
         folder = adapters or model / "adapters"
         scores = scene_bench.run_control(model, folder, probe or SCENE_PROBE, out, count, steps, guidance)
     typer.echo(scene_bench.table(scores))
@@ -109,7 +111,7 @@ def unlearn(
     from typing import Any
 
     from imgdit.apps.benches import unlearn as unlearn_bench
-    from imgdit.checkpoints import SCENE_PROBE, SCENES
+    from imgdit.checkpoints import SCENE_PROBE
 
     changed: dict[str, Any] = {
         "methods": methods and tuple(methods.split(",")),
@@ -124,7 +126,7 @@ def unlearn(
     plan = unlearn_bench.QUICK if quick else unlearn_bench.UnlearnPlan()
     with one_sentence():
         plan = dataclasses.replace(plan, **{name: value for name, value in changed.items() if value is not None})
-        model = model or SCENES
+        model = model_folder(model)
         result = unlearn_bench.run(model, probe or SCENE_PROBE, saes or model / "sae", out, plan)
     typer.echo(unlearn_bench.table(result))
     typer.echo(f"wrote {out}/unlearn.json")

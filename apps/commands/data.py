@@ -10,7 +10,7 @@ import typer
 from imgdit.apps.load_options import LoadOptions
 from imgdit.defaults import GUIDANCE, STEPS
 
-from ..console import one_sentence
+from ..console import calm, one_sentence
 from .options import Engine, Workers, with_loading
 
 if TYPE_CHECKING:
@@ -18,9 +18,10 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Look at training data, check, convert and make it.", no_args_is_help=True)
 
-SOURCE = "Folder of images with captions or metadata.jsonl, shards, what `datasets` saved, or hub:owner/name."
-Source = Annotated[str, typer.Argument(help=SOURCE)]
+Source = Annotated[str, typer.Argument(help="Folder with metadata.jsonl, shards, or what `datasets` loads.")]
 Ignore = Annotated[list[str] | None, typer.Option(help="A column that means nothing here.")]
+OPTIONS = {"skip_broken": "--skip-broken", r"ignore: \[(\w+)\]": r"--ignore \1"}
+"""What the library calls its arguments, see `one_sentence`."""
 Rename = Annotated[list[str] | None, typer.Option(help="text=caption: the column `caption` is the text.")]
 
 
@@ -39,7 +40,7 @@ def preview(
     from imgdit.data.own.preview import draw_sheet
     from imgdit.data.preview import preview
 
-    with one_sentence():
+    with one_sentence(OPTIONS):
         if source is None:
             path = preview(out, count, seed, split=split, task=task)
         else:
@@ -49,52 +50,33 @@ def preview(
 
 @app.command()
 def check(
-    source: Annotated[str | None, typer.Argument(help=f"{SOURCE} The recipe's by default.")] = None,
-    recipe: Annotated[str | None, typer.Option(help="Check what this recipe needs, with its columns.")] = None,
-    min_side: Annotated[
-        int | None,
-        typer.Option(min=1, help="Pixels of the shorter side, at least; by default half of the recipe's or model's."),
-    ] = None,
+    source: Source,
+    min_side: Annotated[int, typer.Option(min=1, help="Pixels of a picture's shorter side, at least.")] = 256,
     max_broken: Annotated[float, typer.Option(min=0, max=1, help="Share of unusable rows that is no failure.")] = 0.0,
     out: Annotated[Path | None, typer.Option(help="Folder for check.txt and sheet.png.")] = None,
     workers: Annotated[int, typer.Option(min=1, help="Threads that decode.")] = 4,
-    split: Annotated[str | None, typer.Option(help="Of data that has several; train by default.")] = None,
+    split: Annotated[str, typer.Option(help="Of a `datasets` data set.")] = "train",
     ignore: Ignore = None,
     rename: Rename = None,
 ) -> None:
-    """Read everything once and list what is wrong, file by file. Exit code 1 if too much is, or something is missing
-    that the recipe needs."""
+    """Read everything once and list what is wrong, file by file. Exit code 1 if too much is."""
     from imgdit.data.own.linter import check
     from imgdit.data.own.preview import draw_sheet
-    from imgdit.training import load_recipe
-    from imgdit.training.own_needs import needs_of
 
-    with one_sentence():
-        needs = None if recipe is None else needs_of(load_recipe(recipe))
-        if source is None and needs is None:
-            raise ValueError("name the data, or a recipe by --recipe")
-        if needs is not None:
-            source, split, min_side = source or needs.path, split or needs.split, min_side or needs.min_side
-            ignore = [*needs.columns.ignored, *(ignore or ())]
-            rename = [*(f"{ours}={theirs}" for ours, theirs in needs.columns.renamed.items()), *(rename or ())]
-        rows = _rows(str(source), ignore, rename, split or "train")
-        unfit = (lambda row: None) if needs is None else needs.unfit
-        report = check(rows, min_side=min_side or _embedded_side() // 2, workers=workers, unfit=unfit)
-        lacking = [] if needs is None else needs.lacking(rows.rows, report.rows)
+    with one_sentence(OPTIONS):
+        rows = _rows(source, ignore, rename, split)
+        report = check(rows, min_side=min_side, workers=workers)
         lines = [
             f"{kind}: {p.name}: {p.kind}: {p.message}"
             for kind, found in (("problem", report.problems), ("warning", report.warnings))
             for p in found
         ]
-        lines += [f"{recipe} needs: {sentence}" for sentence in lacking]
         typer.echo("\n".join([*lines, str(report)]))
         if out is not None:
             if report.rows:
                 draw_sheet(rows, out / "sheet.png")
             out.mkdir(parents=True, exist_ok=True)
             (out / "check.txt").write_text("\n".join([*lines, str(report)]) + "\n", encoding="utf-8")
-    if lacking:
-        raise typer.Exit(1)
     if len(report.problems) > max_broken * (report.rows + len(report.problems)):
         raise typer.Exit(1)
 
@@ -112,28 +94,23 @@ def convert(
 ) -> None:
     """Write data in another form: a folder as shards, or shards and `datasets` as a folder."""
     from imgdit.data.own.convert import convert
-    from imgdit.naming import check_choice
+    from imgdit.naming import check_name
 
-    with one_sentence():
-        check_choice("to", to, ("shards", "folder"))
+    with one_sentence(OPTIONS):
+        check_name("--to", to, ("shards", "folder"))
         rows = _rows(source, ignore, rename, split)
         convert(rows, out, shards=to == "shards", skip_broken=skip_broken, shard_size=shard_mb << 20)
     typer.echo(f"wrote {len(rows.rows):,} rows to {out}")
 
 
-def _embedded_side() -> int:
-    """Pixels of the smallest side that the embedded model was taught."""
-    from imgdit.checkpoints import SCENES
-    from imgdit.taught import read_taught
-
-    return min(side for size in read_taught(SCENES).sizes for side in size)
-
-
-def _lines(file: Path) -> list[str]:
+def _lines(file: Path, what: str) -> list[str]:
     """What a text file says, line by line, without the empty ones."""
     from imgdit.io.text import read_lines
 
-    return [line.strip() for line in read_lines(file) if line.strip()]
+    said = [line.strip() for line in read_lines(file) if line.strip()]
+    if not said:
+        raise ValueError(f"{file} holds no {what}; expected one on each line")
+    return said
 
 
 @app.command()
@@ -153,10 +130,17 @@ def generate(
 ) -> None:
     """Make a picture per line, however many; start it again to go on where it stopped."""
     from imgdit.apps.bulk_jobs import generate_all
+    from imgdit.apps.request import Request
+    from imgdit.apps.shelf import Shelf
     from imgdit.checkpoints import SCENES
 
     with one_sentence():
-        said = _lines(prompts)
+        calm()
+        said = _lines(prompts, "prompt")
+        shelf = Shelf(model or SCENES)
+        shelf.check(Request())
+        if remark := shelf.about_words(said):
+            typer.echo(remark, err=True)
         options = {"num_inference_steps": steps, "guidance_scale": guidance}
         done = generate_all(
             said, out, str(model or SCENES), options=options, seed=seed, batch=batch, loading=loading, engine=engine,
@@ -209,7 +193,7 @@ def subjects(
         elif names is None or scorer is None:
             raise ValueError("--model needs --names, a file with a thing per line, and --scorer, an image encoder")
         else:
-            things = _lines(names)
+            things = _lines(names, "thing")
             ideas = subject_pairs.named_ideas(things, count)
             make = subject_pairs.Diptychs(model, size, loading, num_inference_steps=steps)
             score = subject_pairs.FeatureScore(scorer)

@@ -42,10 +42,13 @@ def convert(
     out: Annotated[Path | None, typer.Option(help="File to write; beside the source by default.")] = None,
 ) -> None:
     """Write a LoRA file by other names; its settings stay in the header."""
+    from imgdit.lora_dialects import DIALECTS
     from imgdit.lora_files import read_adapter, write_adapter
+    from imgdit.naming import check_name
 
     out = out or file.with_name(f"{file.stem}.{to}.safetensors")
     with one_sentence():
+        check_name("--to", to, DIALECTS)
         adapter = read_adapter(file)
         path = write_adapter(out, adapter.pairs, adapter.info, dialect=to)
     typer.echo(f"wrote {path}: {len(adapter.pairs)} modules, {adapter.dialect} names to {to}")

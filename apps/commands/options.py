@@ -16,6 +16,22 @@ ModelFolder = Annotated[Path | None, typer.Option(help="Folder of a pipeline; th
 Engine = Annotated[str, typer.Option(help="local, or ray: several processes or machines.")]
 Workers = Annotated[int, typer.Option(min=1, help="Of the engine ray.")]
 
+
+def model_folder(model: Path | None) -> Path:
+    """The folder that a benchmark measures: of files beside the pipeline it needs some, so it must be here.
+
+    Raises:
+        ValueError: there is none.
+    """
+    from imgdit.checkpoints import SCENES
+    from imgdit.hub import find_pipeline
+
+    found = Path(find_pipeline(model or SCENES))
+    if not found.is_dir():
+        raise ValueError(f"benchmarks read a folder of this machine; download {str(model)!r} first")
+    return found
+
+
 LOADING: dict[str, Any] = {
     "dtype": Annotated[Dtype, typer.Option(help="Precision; auto: bf16 on CUDA, fp32 elsewhere.")],
     "device": Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps; auto: CUDA where there is one.")],

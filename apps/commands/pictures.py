@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from imgdit.apps.commands.options import with_loading
+from imgdit.apps.console import one_sentence
 from imgdit.apps.load_options import LoadOptions
 from imgdit.defaults import STEPS
 
-from ..console import calm, one_sentence
-from .options import with_loading
-
 if TYPE_CHECKING:
-    from ..generate import Job, Result
-    from ..request import Control, Request
-    from ..studio import Studio
+    from imgdit.apps.request import Control
+    from imgdit.apps.session import Session
 
 Model = Annotated[str | None, typer.Option(help="Folder or Hub id; the embedded model by default.")]
 Steps = Annotated[int, typer.Option(min=1, help="Steps of the sampler.")]
@@ -31,8 +29,9 @@ Overwrite = Annotated[bool, typer.Option(help="Make pictures anew that are there
 Json = Annotated[bool, typer.Option("--json", help="A JSON object per picture on the standard output.")]
 
 
-PICTURES = Path("outputs/pictures")
-"""Where pictures go if nothing is said."""
+PICTURES, CONTROL = Path("outputs/pictures"), Path("outputs/control.png")
+ANY, UNLEARNED = Path("outputs/any.png"), Path("outputs/unlearned.png")
+"""Where pictures go if nothing is said; with a number behind the name where something else is there."""
 
 
 @with_loading
@@ -63,16 +62,19 @@ def generate(
 ) -> None:
     """Make pictures from sentences. An interrupted folder goes on where it stopped."""
     with one_sentence():
-        from ..generate import PROMPTS, Line, at_free_names, named, plan, read_lines, write_sheet
-        from ..request import Request
+        from dataclasses import replace
+
+        from imgdit.apps.generate import PROMPTS, Line, at_free_names, named, plan, read_lines, write_sheet
+        from imgdit.apps.request import Request
+        from imgdit.apps.session import Session
 
         if like is not None:
             if prompt or prompts or control:
-                raise ValueError("--like says everything; leave out sentences, --prompts and --control")
-            _again(like, out or PICTURES, model, as_json, loading)
+                raise ValueError("--like says everything; leave out prompts, --prompts and --control")
+            _again(like, out, model, loading, overwrite, as_json)
             return
         if prompt and prompts:
-            raise ValueError("give sentences or --prompts, not both")
+            raise ValueError("give prompts or --prompts, not both")
         height, width = _size(size)
         base = Request(
             negative_prompt=negative, seed=seed, steps=steps, guidance=guidance, height=height, width=width,
@@ -81,15 +83,15 @@ def generate(
         if prompts:
             lines = list(read_lines(prompts, base))
         else:
-            asked = [_saying(base, text) for text in prompt or PROMPTS]
+            asked = [replace(base, prompt=text) for text in prompt or PROMPTS]
             lines = named(asked) if out is None else [Line(request) for request in asked]
+        session = Session(model, loading, adapters=adapters, overwrite=overwrite, as_json=as_json)
         jobs, page = plan(lines, out or PICTURES, num_images)
         if out is None and not prompts and not overwrite:
-            jobs = at_free_names(jobs, _name(model, loading))
-        results = _run(jobs, _name(model, loading), _studio(model, adapters, None, loading), overwrite, as_json)
+            jobs = at_free_names(jobs, session.name)
+        results = session.run(jobs)
         if page is not None and sheet:
-            write_sheet(results, page)
-            _say(f"wrote {page}", as_json)
+            session.tell_sheet(write_sheet(results, page))
 
 
 @with_loading
@@ -104,7 +106,7 @@ def control(
     end: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="Share of the steps after which it acts no more.")
     ] = 1.0,
-    out: Annotated[Path, typer.Option(help="File to write.")] = Path("outputs/control.png"),
+    out: Annotated[Path | None, typer.Option(help="File to write; outputs/control.png by default.")] = None,
     model: Model = None,
     adapters: Adapters = None,
     steps: Steps = STEPS,
@@ -122,16 +124,23 @@ def control(
     With --find the conditions are written beside the picture, as NAME-KIND.png.
     """
     with one_sentence():
-        from ..generate import Job
-        from ..request import Request
+        from imgdit.apps.generate import Job
+        from imgdit.apps.request import Request
+        from imgdit.apps.session import Session
 
         height, width = _size(size)
+        session = Session(model, loading, adapters=adapters, overwrite=overwrite, as_json=as_json)
         controls = _controls(given, strength=strength, start=start, end=end)
-        studio = _studio(model, adapters, None, loading)
         if find:
-            controls = _found(studio(), controls, out)
+            session.shelf.check(Request(controls=controls))
+            controls = _found(session, controls)
         request = Request(prompt, negative, seed, steps, guidance, height, width, controls=controls)
-        _run([Job(request, out)], _name(model, loading), studio, overwrite, as_json)
+
+        def beside(file: Path) -> dict[Path, tuple[str, Any]]:
+            return {file.with_name(f"{file.stem}-{c.kind}.png"): (c.kind, c.picture) for c in controls if find}
+
+        jobs = session.jobs(lambda file: [Job(request, file)], out, CONTROL, beside)
+        session.run(jobs, beside(jobs[0].file))
 
 
 @with_loading
@@ -142,7 +151,7 @@ def any_to_any(
     camera: Annotated[
         list[str] | None, typer.Option(help="AZIMUTH,ELEVATION of each view; given pictures are the first.")
     ] = None,
-    out: Annotated[Path, typer.Option(help="File to write.")] = Path("outputs/any.png"),
+    out: Annotated[Path | None, typer.Option(help="File to write; outputs/any.png by default.")] = None,
     model: Model = None,
     steps: Steps = STEPS,
     guidance: Guidance = None,
@@ -156,15 +165,22 @@ def any_to_any(
 ) -> None:
     """Make any frames from any others: depth of a picture, a picture of depth, both, or another view."""
     with one_sentence():
-        from ..frames import frame_row
-        from ..generate import Job
-        from ..request import Request
+        from imgdit.apps.frames import frame_row
+        from imgdit.apps.generate import Job
+        from imgdit.apps.request import Request
+        from imgdit.apps.session import Session
 
+        if not (prompt or given or make or camera):
+            raise ValueError(
+                "say what is given or what is to be made: --given KIND=FILE, --make KIND, --camera AZIMUTH,ELEVATION, "
+                "or a prompt"
+            )
         height, width = _size(size)
+        session = Session(model, loading, overwrite=overwrite, as_json=as_json)
         cameras = [_camera(text) for text in camera or []]
         frames = frame_row(_files(given or []), make or [], cameras)
         request = Request(prompt, negative, seed, steps, guidance, height, width, frames=frames)
-        _run([Job(request, out)], _name(model, loading), _studio(model, None, None, loading), overwrite, as_json)
+        session.run(session.jobs(lambda file: [Job(request, file)], out, ANY))
 
 
 @with_loading
@@ -175,9 +191,10 @@ def unlearn(
     multiplier: Annotated[
         float | None, typer.Option(help="Of the mode scale; what was stored with the concept by default.")
     ] = None,
-    out: Annotated[Path, typer.Option(help="File to write; NAME-plain.png is made from the same noise.")] = Path(
-        "outputs/unlearned.png"
-    ),
+    out: Annotated[
+        Path | None,
+        typer.Option(help="File to write, outputs/unlearned.png by default; NAME-plain.png is from the same noise."),
+    ] = None,
     sae: Annotated[Path | None, typer.Option(help="Folder of the sparse autoencoders; MODEL/sae by default.")] = None,
     model: Model = None,
     steps: Steps = STEPS,
@@ -194,36 +211,58 @@ def unlearn(
     with one_sentence():
         from dataclasses import replace
 
-        from ..generate import Job
-        from ..request import Request
+        from imgdit.apps.generate import Job
+        from imgdit.apps.request import Request
+        from imgdit.apps.session import Session
 
         height, width = _size(size)
+        session = Session(model, loading, sae=sae, overwrite=overwrite, as_json=as_json)
         plain = Request(prompt, negative, seed, steps, guidance, height, width)
         without = replace(plain, concepts=tuple(concept), mode=mode, multiplier=multiplier)
-        jobs = [Job(without, out), Job(plain, out.with_name(f"{out.stem}-plain.png"))]
-        _run(jobs, _name(model, loading), _studio(model, None, sae, loading), overwrite, as_json)
+
+        def jobs_at(file: Path) -> list[Job]:
+            return [Job(without, file), Job(plain, file.with_name(f"{file.stem}-plain.png"))]
+
+        session.run(session.jobs(jobs_at, out, UNLEARNED))
 
 
 # What they share
 
 
-def _again(picture: Path, out: Path, model: str | None, as_json: bool, loading: LoadOptions) -> None:
+def _again(
+    picture: Path, out: Path | None, model: str | None, loading: LoadOptions, overwrite: bool, as_json: bool
+) -> None:
     """Make a picture again from what it tells; exits with 1 if a bit differs."""
     from dataclasses import replace
 
+    from imgdit.apps.generate import check_png, first_free, same_pixels
+    from imgdit.apps.loading import as_it_was
+    from imgdit.apps.request import read_origin, write_png
+    from imgdit.apps.session import Session
     from imgdit.images import open_image
-
-    from ..generate import same_pixels
-    from ..request import read_origin, write_png
 
     origin = read_origin(picture)
     if origin is None:
         raise ValueError(f"{picture} does not tell how it was made: imgdit writes that into its PNG files only")
-    beside = {name: None if place is None else Path(place) for name, place in origin.places.items() if name != "model"}
-    studio = _studio(model or origin.places["model"], **beside, loading=_as_it_was(loading, origin.made_with))()
+    beside: Any = {name: place and Path(place) for name, place in origin.places.items() if name != "model"}
+    session = Session(
+        model or origin.places["model"], as_it_was(loading, origin.made_with), **beside, overwrite=overwrite
+    )
+    file = out if out is not None and out.suffix else (out or PICTURES) / f"{picture.stem}-again.png"
+    check_png(file)
+
+    def usable(file: Path) -> bool:
+        there = read_origin(file) if file.exists() else origin
+        return there is not None and (there.asked, there.output) == (origin.asked, origin.output)
+
+    if out is None and not overwrite:
+        file = first_free(file, usable)
+    elif not overwrite and not usable(file):
+        raise ValueError(f"{file} is there and shows something else; take another --out, or --overwrite")
+    session.shelf.check(origin.request)
+    studio = session.studio
     studio.quiet(None)
     made = studio.make(origin.request).pictures[origin.output]
-    file = out if out.suffix else out / f"{picture.stem}-again.png"
     write_png(made, file, replace(origin, places=studio.places, made_with=studio.made_with))
     same = same_pixels(open_image(picture).convert("RGB"), made.convert("RGB"))
     now = studio.made_with
@@ -238,99 +277,10 @@ def _again(picture: Path, out: Path, model: str | None, as_json: bool, loading: 
         raise typer.Exit(1)
 
 
-def _as_it_was(loading: LoadOptions, made_with: dict[str, Any]) -> LoadOptions:
-    """Options of loading, with the precision and the bits that a picture was made in where nobody asks for others."""
-    from dataclasses import replace
-
-    from ..loading import DTYPES
-
-    names = {str(dtype).removeprefix("torch."): name for name, dtype in DTYPES.items()}
-    was: dict[str, Any] = {"dtype": names.get(made_with.get("dtype", "")), "quantize": made_with.get("quantize")}
-    return replace(
-        loading,
-        **{
-            name: value
-            for name, value in was.items()
-            if value is not None and getattr(loading, name) == getattr(LoadOptions, name)
-        },
-    )
-
-
-def _name(model: str | None, loading: LoadOptions) -> str:
-    """What answers a request: the model, in the precision and bits that were asked for."""
-    from imgdit.checkpoints import SCENES
-
-    return " ".join([model or str(SCENES), *loading.asked])
-
-
-def _studio(model: str | None, adapters: Path | None, sae: Path | None, loading: LoadOptions) -> Callable[[], Studio]:
-    """Loads the model when it is first needed."""
-    from functools import lru_cache
-
-    @lru_cache(maxsize=1)
-    def load() -> Studio:
-        calm()
-        from imgdit.checkpoints import SCENES
-
-        from ..studio import Studio
-
-        return Studio(model or SCENES, adapters=adapters, sae=sae, loading=loading)
-
-    return load
-
-
-def _run(jobs: Sequence[Job], model: str, load: Callable[[], Studio], overwrite: bool, as_json: bool) -> list[Result]:
-    """Make the pictures and tell each file.
-
-    Args:
-        model: see `_name`.
-    """
-    from tqdm import tqdm
-
-    from ..generate import run
-
-    single = len(jobs) == 1
-
-    def opened() -> Studio:
-        loaded = load()
-        loaded.quiet(None if single else True)
-        return loaded
-
-    def bar(left: Sequence[Job]) -> Any:
-        return left if single else tqdm(left, desc="pictures", disable=None)
-
-    results = []
-    for result in run(opened, model, jobs, overwrite=overwrite, bar=bar):
-        results.append(result)
-        if as_json:
-            values = {
-                "file": str(result.file), "prompt": result.request.prompt, "seed": result.request.seed,
-                "seconds": round(result.seconds, 3), "made": result.made,
-            }  # fmt: skip
-            typer.echo(json.dumps(values))
-    if not as_json:
-        there = sum(not result.made for result in results)
-        _say(f"{there} of {len(results)} were there already", as_json or not there)
-        for result in results[-2:] if len(results) > 2 else results:
-            _say(f"wrote {result.file}" if result.made else f"found {result.file}", as_json)
-    return results
-
-
-def _say(line: str, silent: bool) -> None:
-    if not silent:
-        typer.echo(line)
-
-
-def _saying(base: Request, prompt: str) -> Request:
-    from dataclasses import replace
-
-    return replace(base, prompt=prompt)
-
-
 def _controls(
     given: Sequence[str], strength: float = 1.0, start: float = 0.0, end: float = 1.0
 ) -> tuple[Control, ...]:
-    from ..request import Control
+    from imgdit.apps.request import Control
 
     return tuple(Control(kind, picture, strength, start, end) for kind, picture in _files(given))
 
@@ -348,20 +298,14 @@ def _files(given: Sequence[str]) -> list[tuple[str, Any]]:
     return pairs
 
 
-def _found(studio: Studio, controls: Sequence[Control], out: Path) -> tuple[Control, ...]:
-    """The controls with their photos turned into conditions, which are written beside the picture."""
+def _found(session: Session, controls: Sequence[Control]) -> tuple[Control, ...]:
+    """The controls with their photos turned into conditions."""
     from dataclasses import replace
 
-    from ..prepare import condition_of
+    from imgdit.apps.prepare import condition_of
 
-    studio.quiet(None)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    found = []
-    for control in controls:
-        picture = condition_of(studio, control.kind, control.picture)
-        picture.save(out.with_name(f"{out.stem}-{control.kind}.png"))
-        found.append(replace(control, picture=picture))
-    return tuple(found)
+    session.studio.quiet(None)
+    return tuple(replace(one, picture=condition_of(session.studio, one.kind, one.picture)) for one in controls)
 
 
 def _camera(text: str) -> tuple[float, float]:

@@ -29,7 +29,7 @@ def train(
     from imgdit.sae.recipe import load_sae_recipe
     from imgdit.sae.run import train_saes
 
-    with one_sentence():
+    with one_sentence({"resume it": "go on with --resume,", r"run\.folder": "--folder"}):
         loaded = load_sae_recipe(recipe)
         if folder is not None:
             loaded = dataclasses.replace(loaded, run=dataclasses.replace(loaded.run, folder=str(folder)))

@@ -13,7 +13,8 @@ import typer
 from imgdit.defaults import STEPS
 from imgdit.naming import check_name
 
-from .options import ModelFolder
+from ..console import one_sentence
+from .options import ModelFolder, model_folder
 
 app = typer.Typer()
 
@@ -194,11 +195,12 @@ def caches(
     import torch
 
     from imgdit.apps.benches import picture_speed as bench
-    from imgdit.checkpoints import SCENES
 
     torch.set_num_threads(threads)
+    with one_sentence():
+        pipe = bench.load(model_folder(model))
     typer.echo("| cache | time | spread | PSNR | SSIM |\n|---|---|---|---|---|")
-    for row in bench.cache_table(bench.load(model or SCENES), count=count, steps=steps, rounds=rounds):
+    for row in bench.cache_table(pipe, count=count, steps=steps, rounds=rounds):
         spread = f"{row.low:.2f} - {row.high:.2f}"
         typer.echo(f"| {row.cache} | {row.ratio:.2f} x | {spread} | {row.psnr:.1f} dB | {row.ssim:.3f} |")
 

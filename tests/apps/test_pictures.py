@@ -196,7 +196,7 @@ def test_flux_and_sd3_folders_make_pictures_under_conditions(make, tmp_path):
     for name, more in (("plain", []), ("control", ["--control", f"canny={file}"])):
         done = run(*command, *more, "--out", tmp_path / f"{name}.png")
         assert done.exit_code == 0, done.output
-        assert run("generate", "--like", tmp_path / f"{name}.png", "--out", tmp_path / "b.png").exit_code == 0
+        assert run("generate", "--like", tmp_path / f"{name}.png", "--out", tmp_path / f"{name}-2.png").exit_code == 0
     assert not same_pixels(open_image(tmp_path / "plain.png"), open_image(tmp_path / "control.png"))
     done = run("any", "--make", "depth", "--given", f"image={file}", *command[2:], "--out", tmp_path / "c.png")
     assert done.exit_code == 2 and "any-to-any" in done.output
