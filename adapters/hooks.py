@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,17 +18,21 @@ from peft.tuners.lora import LoraLayer
 
 from .. import compat
 from ..frames import Frame
-from ..lora import linear
+from ..lora import linear, on_rows
 from ..models.blocks import double_block, single_block
 from ..models.functional import pack, table_positions, unpack
+from .prepare import blocks_of, refuse_processors
+from .run import Step
 
 if TYPE_CHECKING:
     from .omni_control import OmniControl
-    from .run import ConditionRun, Step
+    from .run import ConditionRun
 
 NAME = "imgdit_condition"
 _STEP = "condition_step"
 """Key of the plan in the `joint_attention_kwargs` of the blocks."""
+_PASS: ContextVar[Step | None] = ContextVar("imgdit_condition_pass", default=None)
+"""The plan of the forward pass that goes on in this thread, for the hooks of the edges, which get tensors alone."""
 
 
 class ConditionHook(ModelHook):
@@ -78,16 +83,13 @@ class BlockHook(ConditionHook):
 
 
 class EdgeHook(ConditionHook):
-    """A hook that reads the pass's plan from its control."""
-
-    def __init__(self, control: OmniControl):
-        super().__init__()
-        self.control = control
+    """A hook that reads the plan of the pass."""
 
     def new_forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.control.step is None:
+        step = _PASS.get()
+        if step is None:
             return self.fn_ref.original_forward(*args, **kwargs)
-        return self.call(self.control.step, module, *args, **kwargs)
+        return self.call(step, module, *args, **kwargs)
 
     def call(self, step: Step, module: Any, *args: Any, **kwargs: Any) -> Any:
         """The module's result under a plan."""
@@ -100,7 +102,8 @@ class TokenHook(EdgeHook):
     def call(self, step: Step, module: Any, tokens: torch.Tensor) -> torch.Tensor:
         tokens = _with_riders(step, tokens)
         if isinstance(module, LoraLayer):
-            return linear(module, tokens, step.plan.adapters("image"))
+            rows = step.plan.adapters("image")
+            return self.fn_ref.original_forward(tokens) if rows is None else on_rows(module, tokens, rows)
         return self.fn_ref.original_forward(tokens)
 
 
@@ -136,10 +139,9 @@ class OutputHook(EdgeHook):
 
     def call(self, step: Step, module: Any, hidden_states: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
         out = self.fn_ref.original_forward(hidden_states[:, : step.image_length], temb[:, 0])
-        length = self.control.full_length
-        if step.kept is None or length == step.image_length:
+        if step.kept is None or step.full_length == step.image_length:
             return out
-        full = out.new_zeros(out.shape[0], length, out.shape[2])
+        full = out.new_zeros(out.shape[0], step.full_length, out.shape[2])
         full[:, step.kept] = out
         return full
 
@@ -158,7 +160,9 @@ class ModelInputHook(ConditionHook):
             return self.fn_ref.original_forward(*args, **kwargs)
         given = self.signature.bind(module, *args, **kwargs).arguments
         given.pop("self")
-        if not run.active() and not self._step_cache(module):
+        refuse_processors(module)
+        active = run.active(lambda: self.control.progress(given["timestep"]))
+        if not active and not self._step_cache(module):
             return self.fn_ref.original_forward(**given)
         scale = run.image_guidance_scale
         if scale != 1.0 and self._step_cache(module):
@@ -166,36 +170,27 @@ class ModelInputHook(ConditionHook):
                 "image guidance runs the model twice in a step, which a step cache takes for two steps; call "
                 "disable_cache() or use image_guidance_scale=1"
             )
-        out = self._pass(module, run, dict(given), empty=False)
+        out = self._pass(module, run, dict(given), active, empty=False)
         if scale != 1.0:
-            black = self._pass(module, run, dict(given), empty=True)
+            black = self._pass(module, run, dict(given), active, empty=True)
             out = _combine(out, black, lambda a, b: b + scale * (a - b))
         return out
 
     def _step_cache(self, module: Any) -> bool:
-        """Whether the model is under a cache of whole blocks.
+        """Whether the model is under a cache of blocks or of attentions, which compares one step's tokens with
+        another's."""
+        return any(compat.has_step_cache(part) for _, block in blocks_of(module) for part in (block, block.attn))
 
-        Raises:
-            ValueError: it is under one of attentions, which conditions compute themselves.
-        """
-        blocks = (*module.transformer_blocks, *getattr(module, "single_transformer_blocks", ()))
-        if any(compat.has_step_cache(block.attn) for block in blocks):
-            raise ValueError(
-                "TaylorSeer and PyramidAttentionBroadcast keep what attention modules return, and under conditions "
-                "those are not called: nothing would be saved. Call disable_cache() and enable FirstBlockCache or "
-                "MagCache, or convert the model by MMDiT.from_diffusers and use ImgDiTPipeline"
-            )
-        return compat.has_step_cache(blocks[0])
-
-    def _pass(self, module: Any, run: ConditionRun, given: dict[str, Any], *, empty: bool) -> Any:
-        control = self.control
+    def _pass(
+        self, module: Any, run: ConditionRun, given: dict[str, Any], active: tuple[int, ...], *, empty: bool
+    ) -> Any:
         kwargs = dict(given.get("joint_attention_kwargs") or {})
         if any(name.startswith("ip_") for name in kwargs):
             raise ValueError(
                 "IP-Adapter images cannot be combined with conditions: its attention would be left out. Run the "
                 "pipeline without ip_adapter_image, or outside of use()"
             )
-        rotary = control.rotary
+        rotary = self.control.rotary
         hidden = given["hidden_states"]
         patch = 1 if rotary else module.config.patch_size
         image, ids = self._image(run, given, patch)
@@ -204,6 +199,7 @@ class ModelInputHook(ConditionHook):
             given["encoder_hidden_states"].shape[1],
             hidden.shape[0],
             given["pooled_projections"],
+            active,
             step_cache=self._step_cache(module),
             empty=empty,
         )
@@ -214,16 +210,16 @@ class ModelInputHook(ConditionHook):
         for name in ("controlnet_block_samples", "controlnet_single_block_samples", "block_controlnet_hidden_states"):
             if given.get(name) is not None:
                 given[name] = [_pad(sample, step) for sample in given[name]]
-        control.full_length = hidden.shape[1] if rotary else image.size[0] * image.size[1]
-        control.step = step
+        step.full_length = hidden.shape[1] if rotary else image.size[0] * image.size[1]
         given["joint_attention_kwargs"] = {**kwargs, _STEP: step}
+        token = _PASS.set(step)
         try:
             out = self.fn_ref.original_forward(**given)
         finally:
-            control.step = None
+            _PASS.reset(token)
         if step.cache is not None and step.cache.mode == "write":
             step.cache.mode = "read"
-        if step.kept is not None and control.full_length != step.image_length:
+        if step.kept is not None and step.full_length != step.image_length:
             out = _fill(out, hidden, given["timestep"], run, patch, rotary)
         return out
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,8 +23,11 @@ from ..lora_files import (
 from ..naming import nearest
 from .condition import Condition
 from .hooks import NAME, BlockHook, ModelInputHook, OutputHook, PatchHook, TimeHook, TokenHook
-from .prepare import Mode, prepare_run
-from .run import ConditionRun, Progress, Step
+from .prepare import Mode, blocks_of, prepare_run
+from .run import ConditionRun, Progress
+
+_USE_LOCK = threading.Lock()
+"""Held while `use` begins: two threads may ask for it on one transformer."""
 
 
 class OmniControl:
@@ -54,18 +58,14 @@ class OmniControl:
         self.rotary = isinstance(transformer, FluxTransformer2DModel)
         self.run: ConditionRun | None = None
         """The conditions in use."""
-        self.step: Step | None = None
-        """The plan of the forward pass that is going on."""
-        self.full_length = 0
-        """Image tokens that the transformer gives back."""
         others = [hook.control for hook in _model_hooks(transformer)]
         self.infos: dict[str, AdapterInfo] = others[0].infos if others else {}
         """How each adapter that `load` loaded was trained."""
         self._name = f"{NAME}_{id(self)}"
         compat.insert_hook(transformer, ModelInputHook(self, transformer), self._name)
         if not others:
-            *_, (_, last) = _blocks(transformer)
-            for name, block in _blocks(transformer):
+            *_, (_, last) = blocks_of(transformer)
+            for name, block in blocks_of(transformer):
                 compat.insert_hook(block, BlockHook(name, block, last=block is last), NAME)
 
     # Adapters
@@ -119,7 +119,7 @@ class OmniControl:
         compat.remove_hook(self.transformer, self._name)
         if _model_hooks(self.transformer):
             return
-        for _, block in _blocks(self.transformer):
+        for _, block in blocks_of(self.transformer):
             compat.remove_hook(block, NAME)
         for name in [name for name in self.infos if name in loaded_adapters(self.transformer)]:
             self.unload(name)
@@ -129,7 +129,7 @@ class OmniControl:
     @contextmanager
     def use(
         self,
-        conditions: Sequence[Condition],
+        conditions: Condition | Sequence[Condition],
         *,
         main_adapter: str | Sequence[str] | None = None,
         mode: Mode | None = None,
@@ -138,10 +138,10 @@ class OmniControl:
         region: Any = None,
         generator: torch.Generator | None = None,
     ) -> Iterator[OmniControl]:
-        """Let conditions act in the pipeline's calls.
+        """Let conditions act in the pipeline's calls, in this thread and in others until the context ends.
 
         Args:
-            conditions: what steers; a condition of strength 0 is left out.
+            conditions: what steers, one or several; a condition of strength 0 is left out.
             main_adapter: adapters of the text and of the picture. `None`: those active that no condition has; `()`:
                 none.
             mode: "joint" (a condition sees text and picture) or "independent" (only itself). `None`: as each adapter
@@ -156,8 +156,7 @@ class OmniControl:
         """
         if self._name not in getattr(getattr(self.transformer, "_diffusers_hook", None), "hooks", {}):
             raise ValueError("this OmniControl was removed; make a new one")
-        if any(hook.control.run is not None for hook in _model_hooks(self.transformer)):
-            raise ValueError("conditions are in use already; pass all of them to one use()")
+        self._refuse_second_use()
         config = self.transformer.config
         patch = 2 if self.rotary else config.patch_size
         run = prepare_run(
@@ -167,7 +166,6 @@ class OmniControl:
             conditions,
             patch=patch,
             channels=config.in_channels if self.rotary else config.in_channels * patch**2,
-            progress=self._progress,
             main_adapter=main_adapter,
             mode=mode,
             cache=cache,
@@ -178,37 +176,60 @@ class OmniControl:
         if run is None:
             yield self
             return
-        edges = self._edges()
-        for module, hook in edges:
-            compat.insert_hook(module, hook, NAME)
-        self.run = run
+        with _USE_LOCK:
+            self._refuse_second_use()
+            self.run = run
+            edges = self._edges()
+            for module, hook in edges:
+                compat.insert_hook(module, hook, NAME)
         try:
             yield self
         finally:
-            self.run = self.step = None
+            self.run = None
             for module, _ in edges:
                 compat.remove_hook(module, NAME)
+
+    def _refuse_second_use(self) -> None:
+        if any(hook.control.run is not None for hook in _model_hooks(self.transformer)):
+            raise ValueError(
+                "conditions are in use already on this transformer; pass all of them to one use(), in which pipelines "
+                "may run in several threads"
+            )
 
     def _edges(self) -> list[tuple[Any, Any]]:
         """The modules at the edges, as they are now: loading a LoRA wraps `x_embedder`."""
         model = self.transformer
-        first = (model.x_embedder, TokenHook(self)) if self.rotary else (model.pos_embed, PatchHook(self))
-        return [first, (model.time_text_embed, TimeHook(self)), (model.norm_out, OutputHook(self))]
+        first = (model.x_embedder, TokenHook()) if self.rotary else (model.pos_embed, PatchHook())
+        return [first, (model.time_text_embed, TimeHook()), (model.norm_out, OutputHook())]
 
-    def _progress(self) -> Progress:
-        """Where the pipeline is, by its scheduler."""
+    def progress(self, timestep: torch.Tensor) -> Progress:
+        """Where the pipeline that calls is, by the scheduler of this control's pipeline.
+
+        Args:
+            timestep: as the transformer gets it.
+
+        Raises:
+            ValueError: that scheduler is not the one in use.
+        """
         scheduler = self.pipe.scheduler
-        first = scheduler.begin_index or 0
-        return Progress((scheduler.step_index or first) - first, self.pipe.num_timesteps)
+        begin, index = getattr(scheduler, "begin_index", None), getattr(scheduler, "step_index", None)
+        first = begin or 0
+        index = first if index is None else index
+        timesteps = scheduler.timesteps
+        now = timestep.flatten()[0].float() * (1000.0 if self.rotary else 1.0)
+        near = 1e-3 + 2 * torch.finfo(timestep.dtype).eps * 1000.0  # pipelines round it to the latents' dtype
+        started = getattr(scheduler, "num_inference_steps", None) is not None and index < len(timesteps)
+        if not started or abs(float(timesteps[index]) - float(now)) > near:
+            raise ValueError(
+                f"start and end of a condition are counted by the scheduler of the {type(self.pipe).__name__} that "
+                f"this OmniControl was made for, which is not at the timestep {float(now):g} of this call: the "
+                "pipeline that runs has a scheduler of its own. Give it the same scheduler (from_pipe does), or make "
+                "an OmniControl of that pipeline and call its use()"
+            )
+        return Progress(index - first, len(timesteps) - first)
 
 
 def _model_hooks(model: Any) -> list[ModelInputHook]:
     registry = getattr(model, "_diffusers_hook", None)
     hooks = [] if registry is None else registry.hooks.values()
     return [hook for hook in hooks if isinstance(hook, ModelInputHook)]
-
-
-def _blocks(model: Any) -> Iterator[tuple[str, Any]]:
-    for blocks in ("transformer_blocks", "single_transformer_blocks"):
-        for i, block in enumerate(getattr(model, blocks, ())):
-            yield f"{blocks}.{i}", compat.unwrapped(block)

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
+from diffusers.models.attention_processor import (
+    FusedJointAttnProcessor2_0,
+    JointAttnProcessor2_0,
+    XFormersJointAttnProcessor,
+)
+from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from peft.tuners.lora import LoraLayer
 
 from imgdit.images.masks import to_mask
 
+from .. import compat
 from ..lora import refuse_fused
 from ..lora_files import AdapterInfo, loaded_adapters
 from ..models.autoencoding import cell_size
+from ..models.blocks import MMDiTAttention
 from ..naming import check_choice
 from .condition import Condition
 from .encoding import Encoded, encode_conditions
@@ -25,11 +33,11 @@ def prepare_run(
     pipe: Any,
     model: Any,
     infos: Mapping[str, AdapterInfo],
-    conditions: Sequence[Condition],
+    conditions: Condition | Sequence[Condition],
     *,
     patch: int,
     channels: int,
-    progress: Callable[[], Progress],
+    progress: Callable[[], Progress] | None = None,
     main_adapter: str | Sequence[str] | None = None,
     mode: Mode | None = None,
     cache: bool | None = None,
@@ -44,10 +52,16 @@ def prepare_run(
         model: its transformer.
         infos: how each adapter was trained.
         patch: latent cells per side of a token; `channels`: of a token.
-        progress: tells where the sampler is.
+        progress: tells where the sampler is; `None`: whoever asks which conditions act tells it.
 
     The others are those of `OmniControl.use`.
     """
+    conditions = (conditions,) if isinstance(conditions, Condition) else conditions
+    wrong = [item for item in conditions if not isinstance(item, Condition)]
+    if wrong:
+        raise ValueError(
+            f"conditions are Condition(image, adapter) objects, one or a list; got {type(wrong[0]).__name__}"
+        )
     main = (main_adapter,) if isinstance(main_adapter, str) else main_adapter
     modes = _check(model, infos, conditions, main, mode, cache)
     kept = [(item, one) for item, one in zip(conditions, modes) if item.strength > 0]
@@ -80,7 +94,7 @@ def prepare_run(
         ],
         image_guidance_scale=image_guidance_scale,
         region=_region(encoded, region, patch * cell_size(pipe.vae)),
-        progress=progress,
+        **({} if progress is None else {"progress": progress}),
     )
 
 
@@ -104,12 +118,7 @@ def _check(
             "context parallelism splits the sequence evenly over the ranks and would cut through a condition; run "
             "conditions on one rank"
         )
-    for name, processor in model.attn_processors.items():
-        if "IPAdapter" in type(processor).__name__:
-            raise ValueError(
-                f"{name} is an IP-Adapter's ({type(processor).__name__}), which conditions would leave out; call "
-                "unload_ip_adapter() first"
-            )
+    refuse_processors(model)
     claimed = {condition.adapter for condition in conditions}
     for layer in model.modules():
         if isinstance(layer, LoraLayer):
@@ -124,6 +133,48 @@ def _check(
             "them so nevertheless"
         )
     return chosen
+
+
+def blocks_of(model: Any) -> Iterator[tuple[str, Any]]:
+    """Name and module of each block, double-stream ones first, out of `torch.compile`'s wrapper."""
+    for blocks in ("transformer_blocks", "single_transformer_blocks"):
+        for i, block in enumerate(getattr(model, blocks, ())):
+            yield f"{blocks}.{i}", compat.unwrapped(block)
+
+
+_COMPUTED_AS = (
+    FluxAttnProcessor,
+    JointAttnProcessor2_0,
+    FusedJointAttnProcessor2_0,
+    XFormersJointAttnProcessor,
+)
+"""diffusers' processors, whose result for one frame is what conditions compute for several."""
+
+
+def refuse_processors(model: Any) -> None:
+    """Refuse attention processors of diffusers' models that conditions would leave out; an `MMDiT` calls its own.
+
+    Raises:
+        ValueError: a processor is another one than diffusers' own for the model.
+    """
+    own = "FluxAttnProcessor" if hasattr(model, "x_embedder") else "JointAttnProcessor2_0"
+    for place, block in blocks_of(model):
+        for name in ("attn", "attn2"):
+            attn = getattr(block, name, None)
+            processor = getattr(attn, "processor", None)
+            if processor is None or type(processor) in _COMPUTED_AS or isinstance(attn, MMDiTAttention):
+                continue
+            kind = type(processor).__name__
+            if "IPAdapter" in kind:
+                raise ValueError(
+                    f"{place}.{name}.processor is an IP-Adapter's ({kind}), which conditions would leave out; call "
+                    "unload_ip_adapter() first"
+                )
+            raise ValueError(
+                f"{place}.{name}.processor is a {kind}, which conditions would leave out: they compute the attention "
+                f"over text, image and conditions themselves. Call transformer.set_attn_processor({own}()) first (and "
+                "pass pag_scale=0 to a PAG pipeline), or run the pipeline without conditions"
+            )
 
 
 def _region(encoded: Sequence[Encoded], region: Any, side: int) -> torch.Tensor | None:

@@ -5,6 +5,7 @@ B batch, N image tokens, T text tokens, n condition tokens, C channels of a toke
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -42,6 +43,8 @@ class Step:
     cache: KVCache | None
     kept: torch.Tensor | None = None
     """Numbers of the image tokens that are computed; `None`: all."""
+    full_length: int = 0
+    """Image tokens that the transformer gives back."""
 
     @property
     def image_length(self) -> int:
@@ -69,15 +72,26 @@ class _Entry(NamedTuple):
 
     active: tuple[int, ...]
     empty: bool
+    size: tuple[int, int]
+    """Of the image: added positions count from the middle of a table, so the conditions' move with it."""
     weights: tuple
     pooled: torch.Tensor
     """Of the prompt or, in a batch, of the guidance branches; its dtype is the run's."""
     cache: KVCache
 
 
+class _Kept(threading.local):
+    """What each thread keeps from one of its passes to the next."""
+
+    def __init__(self) -> None:
+        self.tables: dict[tuple, tuple[torch.Tensor, ...]] = {}
+        self.ids: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.caches: list[_Entry] = []
+
+
 @dataclass(eq=False)
 class ConditionRun:
-    """The conditions of one `OmniControl.use`."""
+    """The conditions of one `OmniControl.use`, for pipelines in as many threads as there are."""
 
     conditions: Sequence[Encoded]
     main_adapters: tuple[str, ...] | None
@@ -91,20 +105,22 @@ class ConditionRun:
     progress: Callable[[], Progress] = lambda: Progress(0, 1)
     _layouts: dict[tuple, FrameLayout] = field(default_factory=dict)
     _plans: dict[tuple, tuple[BlockPlan, BlockPlan]] = field(default_factory=dict)
-    _tables: dict[tuple, tuple[torch.Tensor, ...]] = field(default_factory=dict)
-    _kept: tuple[torch.Tensor, torch.Tensor] | None = None
-    _caches: list[_Entry] = field(default_factory=list)
+    _kept: _Kept = field(default_factory=_Kept)
 
     @property
     def adapters(self) -> list[str]:
         return list(dict.fromkeys(item.condition.adapter for item in self.conditions))
 
-    def active(self) -> tuple[int, ...]:
-        """Numbers of the conditions that act in the present step."""
+    def active(self, progress: Callable[[], Progress] | None = None) -> tuple[int, ...]:
+        """Numbers of the conditions that act in the present step.
+
+        Args:
+            progress: tells where the sampler is; `None`: the run's own.
+        """
         if all((item.condition.start, item.condition.end) == (0.0, 1.0) for item in self.conditions):
             return tuple(range(len(self.conditions)))
-        progress = self.progress()
-        return tuple(i for i, item in enumerate(self.conditions) if item.condition.acts(*progress))
+        now = (progress or self.progress)()
+        return tuple(i for i, item in enumerate(self.conditions) if item.condition.acts(*now))
 
     def arrange(
         self,
@@ -112,6 +128,7 @@ class ConditionRun:
         text_length: int,
         batch: int,
         pooled: torch.Tensor,
+        active: tuple[int, ...] | None = None,
         *,
         step_cache: bool,
         empty: bool = False,
@@ -121,15 +138,16 @@ class ConditionRun:
         Args:
             image: the frame of the image tokens.
             pooled: (B, P) pooled text, which the conditions' modulation depends on.
+            active: numbers of the conditions that act; `None`: by the run's progress.
             step_cache: a cache compares tokens over steps: the same conditions ride along in every one, and those
                 that do not act now are not seen.
             empty: put black pictures in the conditions' place.
         """
-        active = self.active()
+        active = self.active() if active is None else active
         riding = tuple(range(len(self.conditions))) if step_cache else active
         cache = None
         if self.cached and active and not step_cache and not torch.is_grad_enabled():
-            cache = self._cache(active, empty, pooled)
+            cache = self._cache(active, empty, image.size, pooled)
         mode = None if cache is None else cache.mode
         key = (image.size, image.mask is None, text_length, active, riding, mode)
         if key not in self._layouts:
@@ -164,14 +182,15 @@ class ConditionRun:
 
     def forget(self) -> None:
         """Drop the kept keys and values; the next pass computes them."""
-        self._caches.clear()
+        self._kept = _Kept()
 
     def kept_ids(self, ids: torch.Tensor) -> torch.Tensor:
         """Positions of the tokens that are made. The same tensor for the same `ids`, as a pipeline passes them."""
         assert self.region is not None
-        if self._kept is None or self._kept[0] is not ids:
-            self._kept = (ids, ids[self.region.flatten().to(ids.device)])
-        return self._kept[1]
+        kept = self._kept
+        if kept.ids is None or kept.ids[0] is not ids:
+            kept.ids = (ids, ids[self.region.flatten().to(ids.device)])
+        return kept.ids[1]
 
     def known(self) -> torch.Tensor:
         """(1, N, C) tokens of the complement conditions at their places, zero where none is."""
@@ -207,16 +226,16 @@ class ConditionRun:
     ) -> torch.Tensor:
         """Rotations of the joint sequence; computed again only when a pipeline passes other position tensors."""
         text, image = ids
-        place = (key, id(text), id(image))
-        if place not in self._tables:
-            if len(self._tables) == _KEPT_TABLES:
-                self._tables.clear()
+        place, tables = (key, id(text), id(image)), self._kept.tables
+        if place not in tables:
+            if len(tables) == _KEPT_TABLES:
+                tables.clear()
             riders = [layout.frames[i].ids().to(image.device) for i in layout.live[1:]]
             table = rope_table(torch.cat([text.float(), image.float(), *riders]), axes, theta)
-            self._tables[place] = (text, image, table)  # holding both, so that their ids stay theirs
-        return self._tables[place][2]
+            tables[place] = (text, image, table)  # holding both, so that their ids stay theirs
+        return tables[place][2]
 
-    def _cache(self, active: tuple[int, ...], empty: bool, pooled: torch.Tensor) -> KVCache:
+    def _cache(self, active: tuple[int, ...], empty: bool, size: tuple[int, int], pooled: torch.Tensor) -> KVCache:
         """The cache that belongs to these conditions, this prompt and these weights; a new one if none does."""
         weights = tuple(
             (layer.scaling[name], *_state(layer.lora_A[name].weight), *_state(layer.lora_B[name].weight))
@@ -224,12 +243,13 @@ class ConditionRun:
             for layer in self.lora_layers
             if name in layer.lora_A
         )
-        for entry in self._caches:
-            if entry[:3] == (active, empty, weights) and _same(entry.pooled, pooled):
+        kept = self._kept
+        for entry in kept.caches:
+            if entry[:4] == (active, empty, size, weights) and _same(entry.pooled, pooled):
                 return entry.cache
-        self._caches = [entry for entry in self._caches if entry.weights == weights][-_KEPT_CACHES + 1 :]
-        self._caches.append(_Entry(active, empty, weights, pooled.clone(), KVCache()))
-        return self._caches[-1].cache
+        kept.caches = [entry for entry in kept.caches if entry.weights == weights][-_KEPT_CACHES + 1 :]
+        kept.caches.append(_Entry(active, empty, size, weights, pooled.clone(), KVCache()))
+        return kept.caches[-1].cache
 
 
 _KEPT_CACHES = 4  # two guidance branches, each with its black picture

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from importlib import import_module
-from typing import Any
+from typing import Any, NamedTuple
 
 import diffusers
 import torch
@@ -30,9 +32,11 @@ from diffusers.models.attention_dispatch import (
     _AttentionBackendRegistry,
     dispatch_attention_fn,
 )
+from diffusers.models.cache_utils import CacheMixin
 from diffusers.pipelines import auto_pipeline, pipeline_loading_utils
 from diffusers.utils import is_xformers_available
 from diffusers.utils.torch_utils import unwrap_module
+from torch.nn.modules import module as torch_module
 
 __all__ = ["DiffusionPipeline", "ModelMixin", "SchedulerMixin"]
 
@@ -149,6 +153,35 @@ def block_streams(block: type) -> tuple[int, int | None] | None:
     return metadata.return_hidden_states_index, metadata.return_encoder_hidden_states_index
 
 
+class StepCaches(CacheMixin):
+    """diffusers' step caches, none of which is enabled to do nothing. Mixed in instead of `CacheMixin`."""
+
+    _attention_pattern: str
+    """Regular expression of the attentions' names in the model."""
+
+    def enable_cache(self, config: Any) -> None:
+        """diffusers' `enable_cache`.
+
+        Raises:
+            ValueError: the cache found no block and no attention of this model, so no step would be faster.
+        """
+        before = self._parts_with_hooks()
+        super().enable_cache(config)
+        if self._parts_with_hooks() == before:
+            self.disable_cache()
+            raise ValueError(
+                f"{type(config).__name__} found nothing in {type(self).__name__} whose results it could keep, so no "
+                "step would be faster. FirstBlockCacheConfig and MagCacheConfig find its blocks; its attentions are "
+                f"those that {self._attention_pattern!r} names, for example TaylorSeerCacheConfig(cache_identifiers="
+                f"[{self._attention_pattern!r}])"
+            )
+
+    def _parts_with_hooks(self) -> set[tuple[int, str]]:
+        model: Any = self
+        parts = [part for part in model.modules() if part is not model and hasattr(part, "_diffusers_hook")]
+        return {(id(part), name) for part in parts for name in part._diffusers_hook.hooks}
+
+
 class CallNameHook(ModelHook):
     """A hook on a denoiser that knows the name its pipeline gave the call by `cache_context`, such as "uncond"."""
 
@@ -257,14 +290,15 @@ def _register_at(registry: Any, holder: Any, attribute: str, hook: ModelHook, na
 def _calls(module: Any) -> Iterator[tuple[Any, str, Any]]:
     """What holds each of the nested calls of a module, from the outside in: an object, its attribute, and the hook's
     reference; none for accelerate's hook and the module's own `forward`."""
-    registry = module._diffusers_hook
+    registry = getattr(module, "_diffusers_hook", None)
+    references = [] if registry is None else registry._fn_refs
     holder, attribute = module, "forward"
     offloaded = hasattr(module, "_old_forward")
     while True:
         call = getattr(holder, attribute)
         inside = call.func.__closure__ or () if isinstance(call, functools.partial) else ()
         held = [cell.cell_contents for cell in inside]
-        reference = next((r for r in registry._fn_refs if any(r is one for one in held)), None)
+        reference = next((r for r in references if any(r is one for one in held)), None)
         yield holder, attribute, reference
         if reference is not None:
             holder, attribute = reference, _inner(reference)
@@ -277,6 +311,99 @@ def _calls(module: Any) -> Iterator[tuple[Any, str, Any]]:
 def _inner(reference: Any) -> str:
     """Attribute of a hook's reference that holds the call below it."""
     return "forward" if reference.original_forward is None else "original_forward"
+
+
+def has_hooks(module: torch.nn.Module) -> bool:
+    """Whether calling a module runs more than its class' `forward`: hooks of its own or of all modules, offloading."""
+    if (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or torch_module._global_forward_hooks
+        or torch_module._global_forward_pre_hooks
+        or torch_module._global_backward_hooks
+        or torch_module._global_backward_pre_hooks
+    ):
+        return True
+    forward = module.__dict__.get("forward")
+    return forward is not None and getattr(forward, "__func__", None) is not type(module).forward
+
+
+def called(module: torch.nn.Module, function: Callable, *args: Any, **kwargs: Any) -> Any:
+    """`function(*args, **kwargs)` as what a call of the module gives: every hook on the module sees the call.
+
+    For a module whose parts we compute in another way than its class does. Without hooks it is the function alone;
+    with hooks the function stands in the place of the class' `forward`, in this thread and for this call.
+
+    Raises:
+        ValueError: somebody put another `forward` on the module, which would be passed by.
+    """
+    if not has_hooks(module):
+        return function(*args, **kwargs)
+    with _INNERMOST_LOCK:
+        holder, name = _innermost_place(module)
+        innermost = getattr(holder, name)
+        if not isinstance(innermost, _Innermost):
+            innermost = _Innermost(innermost)
+            setattr(holder, name, innermost)
+        innermost.calls += 1
+    token = _GIVEN.set(_Given(innermost, function))
+    try:
+        return module(*args, **kwargs)
+    finally:
+        _GIVEN.reset(token)
+        with _INNERMOST_LOCK:
+            innermost.calls -= 1
+            holder, name = _innermost_place(module)  # a hook may have gone meanwhile
+            if not innermost.calls and holder is module and name == "forward":
+                module.__dict__.pop("forward", None)
+            elif not innermost.calls:
+                setattr(holder, name, innermost.forward)
+
+
+class _Innermost:
+    """Stands where a module's own `forward` stood while `called` runs; for other callers and threads it is that."""
+
+    def __init__(self, forward: Callable) -> None:
+        self.forward = forward
+        self.calls = 0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        given = _GIVEN.get()
+        return (self.forward if given is None or given.place is not self else given.function)(*args, **kwargs)
+
+
+class _Given(NamedTuple):
+    """What an innermost forward is to compute."""
+
+    place: _Innermost
+    function: Callable
+
+
+_GIVEN: ContextVar[_Given | None] = ContextVar("imgdit_given", default=None)
+_INNERMOST_LOCK = threading.Lock()
+
+
+def _innermost_place(module: torch.nn.Module) -> tuple[Any, str]:
+    """Object and attribute that hold the forward under all hooks.
+
+    Raises:
+        ValueError: it is not the class'.
+    """
+    *_, (holder, name, _) = _calls(module)
+    forward = getattr(holder, name)
+    if isinstance(forward, _Innermost) or getattr(forward, "__func__", None) is type(module).forward:
+        return holder, name
+    raise ValueError(
+        f"the forward of a {type(module).__name__} was replaced by {module.forward!r}, which adapters and conditions "
+        "would pass by; change the module's result by register_forward_hook instead"
+    )
+
+
+def onednn_linear() -> Any:
+    """oneDNN's product of tokens and a weight as a torch operator; `None` where this PyTorch has none."""
+    return getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
 
 def has_step_cache(block: torch.nn.Module) -> bool:
@@ -354,6 +481,11 @@ def attention_backend_name(backend: Any) -> str:
     return AttentionBackendName(backend).value
 
 
+def processor_backend(attn: Any) -> Any:
+    """The backend that diffusers set on an attention's processor; `None`: the active one."""
+    return getattr(attn.processor, "_attention_backend", None)
+
+
 def dispatch_attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -371,16 +503,21 @@ def dispatch_attention(
 
 __all__ += [
     "CallNameHook",
+    "StepCaches",
     "add_hook",
     "attention_backend_name",
     "block_streams",
+    "called",
     "dispatch_attention",
     "execution_device",
     "guides",
+    "has_hooks",
     "has_step_cache",
     "insert_hook",
     "is_xformers_available",
+    "onednn_linear",
     "parameters_on_disk",
+    "processor_backend",
     "register_attention_processor",
     "register_block",
     "register_pipeline",

@@ -16,7 +16,9 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-from torch.utils.flop_counter import register_flop_formula
+from torch.utils.flop_counter import flop_registry, register_flop_formula
+
+from imgdit import compat
 
 SMALLEST = 2**22
 """Multiplications from which oneDNN's longer way to its kernel pays (84 x 256 x 256: 0.083 ms against MKL's 0.107)."""
@@ -30,7 +32,7 @@ def onednn_is_faster() -> bool:
     the same machine always gives the same bits."""
     if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):
         return False
-    if torch.backends.cpu.get_cpu_capability() != "AVX512" or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    if torch.backends.cpu.get_cpu_capability() != "AVX512" or compat.onednn_linear() is None:
         return False
     described = Path("/proc/cpuinfo")
     text = described.read_text() if described.exists() else platform.processor()
@@ -39,10 +41,7 @@ def onednn_is_faster() -> bool:
 
 def is_plain(module: nn.Module) -> bool:
     """Whether calling a module runs its class' `forward` and nothing besides: no hook, no offloading, no compiler."""
-    if torch.compiler.is_compiling():
-        return False
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return "forward" not in module.__dict__ and not any(hooks)
+    return not torch.compiler.is_compiling() and not compat.has_hooks(module)
 
 
 def linear(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -60,7 +59,7 @@ def product(
 
 
 def _onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight, bias, "none", [], "")
+    return compat.onednn_linear()(x.contiguous(), weight, bias, "none", [], "")
 
 
 def _fits(weight: torch.Tensor, x: torch.Tensor) -> bool:
@@ -83,5 +82,5 @@ def _flops(x: tuple[int, ...], weight: tuple[int, ...], *args: Any, **kwargs: An
     return 2 * math.prod(x) * weight[0]
 
 
-if hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-    register_flop_formula(torch.ops.mkldnn._linear_pointwise)(_flops)
+if compat.onednn_linear() is not None and compat.onednn_linear() not in flop_registry:  # a reload finds it there
+    register_flop_formula(compat.onednn_linear())(_flops)

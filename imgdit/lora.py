@@ -8,13 +8,14 @@ Nothing is toggled, so no product is computed with scale 0 and two threads canno
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 from peft.tuners.lora import LoraLayer
 
-from . import kernels
+from . import compat, kernels
 from .frames import FrameLayout
 
 
@@ -109,11 +110,18 @@ def linear(module: nn.Module, x: torch.Tensor, rows: AdapterRows | None, *, shar
         if not _acts_on_rows(module):
             return module(x)
         rows = main_rows(x.shape[1])
+    return compat.called(module, partial(on_rows, module, rows=rows, shared=shared), x)
+
+
+def on_rows(module: LoraLayer, x: torch.Tensor, rows: AdapterRows, *, shared: bool = False) -> torch.Tensor:
+    """`linear` of a layer wrapped by PEFT, past the hooks on it: for a hook that computes the layer's result."""
     if module.disable_adapters:
         return _call(module.get_base_layer(), x)
     fused = module.merged_adapters
     refuse_fused(rows.claimed, fused)
     out = _call(module.base_layer, x)
+    if compat.has_hooks(module.base_layer):
+        out = out.clone()  # the adapters are added in place: a hook that kept it keeps what it saw
     main = (
         tuple(name for name in module.active_adapters if name not in rows.claimed) if rows.main is None else rows.main
     )
@@ -158,6 +166,13 @@ def feed_forward(module: nn.Module, x: torch.Tensor, rows: AdapterRows | None) -
     parts: Sequence[nn.Module] = module.net  # type: ignore[assignment]
     if rows is None and not all(kernels.is_plain(part) for part in (module, *parts)):
         return module(x)
+    return compat.called(module, partial(_feed_forward, module, rows), x)
+
+
+def _feed_forward(module: nn.Module, rows: AdapterRows | None, x: torch.Tensor) -> torch.Tensor:
     activation, dropout, project = module.net  # type: ignore[misc]
-    hidden = activation.gelu(linear(activation.proj, x, rows, shared=True))
-    return linear(project, dropout(hidden), rows)
+
+    def activated(x: torch.Tensor) -> torch.Tensor:
+        return activation.gelu(linear(activation.proj, x, rows, shared=True))
+
+    return linear(project, dropout(compat.called(activation, activated, x)), rows)

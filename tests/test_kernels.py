@@ -1,5 +1,7 @@
 """The faster kernel for float32 matrices: the same products, and only where nothing else is asked of a layer."""
 
+import importlib
+
 import pytest
 import torch
 import torch.nn as nn
@@ -89,3 +91,23 @@ def test_a_product_of_rows(layer, x):
     few = kernels.product(rows[:4], layer.weight, layer.bias, out[:4])
     assert few.data_ptr() == out.data_ptr()
     torch.testing.assert_close(few, expected[:4])
+
+
+def test_hooks_of_all_modules_see_the_layer(layer, x):
+    """Profilers and activation tools register them once, for every module."""
+    plain, seen = kernels.linear(layer, x), []
+    register = torch.nn.modules.module
+    for add in (register.register_module_forward_hook, register.register_module_forward_pre_hook):
+        handle = add(lambda module, *rest: seen.append(module))
+        try:
+            torch.testing.assert_close(kernels.linear(layer, x), plain)
+        finally:
+            handle.remove()
+    assert seen == [layer, layer]
+    assert torch.equal(kernels.linear(layer, x), plain)
+
+
+def test_the_module_is_loaded_again(layer, x):
+    expected = kernels.linear(layer, x)
+    importlib.reload(kernels)
+    assert torch.equal(kernels.linear(layer, x), expected)

@@ -10,11 +10,11 @@ scene).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from diffusers.models.attention import AttentionModuleMixin, FeedForward
 from diffusers.models.normalization import (
     AdaLayerNormContinuous,
@@ -159,11 +159,77 @@ def joint_attention(
     return image, linear(attn.to_add_out, text, plan.adapters("text"), shared=True)
 
 
-def _attend(attn: Any, *args: Any, **kwargs: Any) -> Any:
-    """Our attention goes through its processor, so hooks and step caches see it; diffusers' is a bag of weights."""
+def _attend(
+    attn: Any,
+    hidden_states: torch.Tensor,
+    encoder_hidden_states: torch.Tensor | None,
+    image_rotary_emb: torch.Tensor | None,
+    **options: Any,
+) -> Any:
+    """Ours goes through its processor. diffusers' is called with our computation in place of its processor's, by the
+    names its blocks use, so hooks and step caches see both."""
     if isinstance(attn, MMDiTAttention):
-        return attn(*args, **kwargs)
-    return joint_attention(attn, *args, backend=getattr(attn.processor, "_attention_backend", None), **kwargs)
+        return attn(hidden_states, encoder_hidden_states, image_rotary_emb, **options)
+    given = {
+        "hidden_states": hidden_states,
+        "encoder_hidden_states": encoder_hidden_states,
+        "image_rotary_emb": image_rotary_emb,
+    }
+    compute = partial(_stock_attention, attn, backend=compat.processor_backend(attn), **options)
+    return compat.called(attn, compute, **{name: value for name, value in given.items() if value is not None})
+
+
+def _stock_attention(
+    attn: Any,
+    hidden_states: torch.Tensor,
+    encoder_hidden_states: torch.Tensor | None = None,
+    image_rotary_emb: torch.Tensor | None = None,
+    **options: Any,
+) -> Any:
+    return joint_attention(attn, hidden_states, encoder_hidden_states, image_rotary_emb, **options)
+
+
+class Modulation(NamedTuple):
+    """What an adaptive norm needs besides its input."""
+
+    lengths: tuple[int, ...]
+    """Rows that share a vector, one after another."""
+    rows: AdapterRows | None
+    """Adapter rows of the vectors."""
+    shared: bool = False
+
+
+def adaptive_norm(norm: Any, x: torch.Tensor, vectors: torch.Tensor, how: Modulation) -> Any:
+    """diffusers' adaptive norm with one vector per segment.
+
+    Args:
+        norm: `AdaLayerNormZero`, `AdaLayerNormZeroSingle`, `SD35AdaLayerNormZeroX` or `AdaLayerNormContinuous`.
+        x: (B, N, D).
+        vectors: (B, F, D).
+
+    Returns:
+        What `norm` returns: modulated tokens, and gates and the MLP's modulation (B, F, D) behind them.
+    """
+    if isinstance(norm, AdaLayerNormContinuous):
+        return compat.called(norm, partial(_continuous, norm, how), x, vectors)
+    return compat.called(norm, partial(_zero, norm, how), x, emb=vectors)
+
+
+def _continuous(norm: Any, how: Modulation, x: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
+    emb = linear(norm.linear, norm.silu(vectors).to(x.dtype), how.rows, shared=how.shared)
+    scale, shift = emb.chunk(2, dim=-1)  # here the scale comes first
+    return modulate(norm.norm(x), shift, scale, how.lengths)
+
+
+def _zero(norm: Any, how: Modulation, x: torch.Tensor, emb: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    emb = linear(norm.linear, norm.silu(emb), how.rows, shared=how.shared)
+    count = {AdaLayerNormZeroSingle: 3, SD35AdaLayerNormZeroX: 9}.get(type(norm), 6)
+    shift, scale, *rest = emb.chunk(count, dim=-1)
+    normed = norm.norm(x)
+    if count == 9:  # shift and scale of a second attention, before its gate
+        gate, shift_mlp, scale_mlp, gate_mlp, shift_2, scale_2, gate_2 = rest
+        rest = [gate, shift_mlp, scale_mlp, gate_mlp, modulate(normed, shift_2, scale_2, how.lengths), gate_2]
+    return modulate(normed, shift, scale, how.lengths), *rest
 
 
 def double_block(
@@ -188,27 +254,22 @@ def double_block(
         Both streams, image first.
     """
     frames, texts = plan.frame_lengths, plan.text_lengths
-    dual = getattr(block, "attn2", None) is not None
     last = getattr(block, "context_pre_only", False)
 
-    emb = linear(block.norm1.linear, F.silu(temb), plan.adapters("image_vectors"))  # (B, F, 6D or 9D)
-    shift, scale, gate, shift_mlp, scale_mlp, gate_mlp, *second = emb.chunk(9 if dual else 6, dim=-1)
-    normed = block.norm1.norm(hidden_states)
-    image = modulate(normed, shift, scale, frames)
-
-    emb = linear(block.norm1_context.linear, F.silu(context_temb), plan.adapters("text_vectors"), shared=True)
-    if last:  # AdaLayerNormContinuous: the scale comes first
-        scale_text, shift_text = emb.chunk(2, dim=-1)
+    how = Modulation(frames, plan.adapters("image_vectors"))
+    image, gate, shift_mlp, scale_mlp, gate_mlp, *second = adaptive_norm(block.norm1, hidden_states, temb, how)
+    how = Modulation(texts, plan.adapters("text_vectors"), shared=True)
+    normed = adaptive_norm(block.norm1_context, encoder_hidden_states, context_temb, how)
+    if last:
+        text = normed
     else:
-        shift_text, scale_text, gate_text, shift_text_mlp, scale_text_mlp, gate_text_mlp = emb.chunk(6, dim=-1)
-    text = modulate(block.norm1_context.norm(encoder_hidden_states), shift_text, scale_text, texts)
+        text, gate_text, shift_text_mlp, scale_text_mlp, gate_text_mlp = normed
 
     image, text = _attend(block.attn, image, text, image_rotary_emb, plan=plan, cache=cache)
     hidden_states = gated_add(hidden_states, gate, image, frames)
-    if dual:
-        shift_2, scale_2, gate_2 = second
+    if second:
+        image, gate_2 = second
         rope = None if image_rotary_emb is None else image_rotary_emb[encoder_hidden_states.shape[1] :]
-        image = modulate(normed, shift_2, scale_2, frames)
         image = _attend(block.attn2, image, None, rope, plan=plan, cache=cache, stream="image")
         hidden_states = gated_add(hidden_states, gate_2, image, frames)
     image = modulate(block.norm2(hidden_states), shift_mlp, scale_mlp, frames)
@@ -245,9 +306,7 @@ def single_block(
     if context_temb is temb and plan.lora is None:  # one text and one frame at one noise level: broadcast it
         vectors, lengths = temb, (joint.shape[1],)
 
-    emb = linear(block.norm.linear, F.silu(vectors), plan.adapters("joint_vectors"))
-    shift, scale, gate = emb.chunk(3, dim=-1)
-    normed = modulate(block.norm.norm(joint), shift, scale, lengths)
+    normed, gate = adaptive_norm(block.norm, joint, vectors, Modulation(lengths, plan.adapters("joint_vectors")))
     read = normed[:, : plan.read_rows]  # all of them but in the last block
     mlp = block.act_mlp(linear(block.proj_mlp, read, plan.adapters("joint")))  # (B, S, 4D)
     attended = _attend(block.attn, normed, None, image_rotary_emb, plan=plan, cache=cache)

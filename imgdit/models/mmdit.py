@@ -16,14 +16,12 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from diffusers import ModelMixin
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.hooks.tensor_parallel import PackedRowwiseParallel
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
 from diffusers.models.attention import AttentionMixin
-from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.embeddings import (
     CombinedTimestepGuidanceTextProjEmbeddings,
     CombinedTimestepTextProjEmbeddings,
@@ -33,20 +31,21 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.normalization import AdaLayerNormContinuous
 from diffusers.utils import apply_lora_scale
 
+from .. import compat
 from ..attention import KVCache, PackedRows, packed_backend
-from ..compat import SafetensorsOnly
+from ..compat import SafetensorsOnly, StepCaches
 from ..frames import Frame, FrameLayout
 from ..lora import LoraPlan, linear, lora_plan, main_rows
 from ..mup import MupMixin
 from . import convert
-from .blocks import BlockPlan, MMDiTBlock, MMDiTSingleBlock
-from .functional import modulate, rope_table, table_positions
+from .blocks import BlockPlan, MMDiTBlock, MMDiTSingleBlock, Modulation, adaptive_norm
+from .functional import rope_table, table_positions
 from .validation import check_config, check_inputs
 
 _ONE_FRAME = FrameLayout.build([Frame((1, 1))], 1)
 
 
-class MMDiT(SafetensorsOnly, ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, AttentionMixin, MupMixin):
+class MMDiT(SafetensorsOnly, ModelMixin, ConfigMixin, PeftAdapterMixin, StepCaches, AttentionMixin, MupMixin):
     """Multi-modal diffusion transformer over frames.
 
     Args:
@@ -82,6 +81,7 @@ class MMDiT(SafetensorsOnly, ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMix
     _repeated_blocks = ["MMDiTBlock", "MMDiTSingleBlock"]
     _skip_layerwise_casting_patterns = ["pos_embed", "norm"]
     _skip_keys = ["cache", "layout"]
+    _attention_pattern = r"(single_)?transformer_blocks\.\d+\.attn"
     # Every token-wise input is split along its tokens; the text too, so both lengths must divide by the ranks.
     _cp_plan = {
         "": {
@@ -231,7 +231,8 @@ class MMDiT(SafetensorsOnly, ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMix
         grid = (hidden_states.shape[2], hidden_states.shape[3]) if hidden_states.ndim == 4 else None
         lora = None if layout is None else lora_plan(layout)
         hidden_states = self._embed(hidden_states, layout, lora)  # (B, N, D)
-        temb, context_temb = self._condition(timestep, guidance, pooled_projections, layout)
+        inputs = (timestep, pooled_projections) if guidance is None else (timestep, guidance, pooled_projections)
+        temb, context_temb = compat.called(self.time_text_embed, partial(self._condition, layout), *inputs)
         encoder_hidden_states = linear(self.context_embedder, encoder_hidden_states, lora and lora.text, shared=True)
         text_length = encoder_hidden_states.shape[1]
         rope = self._rope(layout, img_ids, txt_ids, text_length, hidden_states.device)
@@ -262,15 +263,19 @@ class MMDiT(SafetensorsOnly, ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMix
 
     def _condition(
         self,
-        timestep: torch.Tensor,
-        guidance: torch.Tensor | None,
-        pooled: torch.Tensor,
         layout: FrameLayout | None,
+        timestep: torch.Tensor,
+        *inputs: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Conditioning vectors of the frames (B, F, D) and of the texts (B, X, D).
+        """Conditioning vectors of the frames (B, F, D) and of the texts (B, X, D): `time_text_embed` of frames.
 
         The text has the noise level of the run, or of the noisiest frame of its scene where each has its own.
+
+        Args:
+            inputs: the pooled text; before it the guidance, for models with `guidance_embeds`.
         """
+        *given, pooled = inputs
+        guidance = given[0] if given else None
         embed, scale = self.time_text_embed, self.config.timestep_scale
         pooled_emb = embed.text_embedder(pooled)  # (B or X, D)
         layout = layout or _ONE_FRAME
@@ -374,10 +379,8 @@ class MMDiT(SafetensorsOnly, ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMix
                 hidden_states = torch.cat([hidden_states[:, rows] for rows in layout.predicted], dim=1)
                 temb = temb[:, made]
             lengths = layout.predicted_lengths
-        vectors = F.silu(temb).to(hidden_states.dtype)
-        emb = linear(self.norm_out.linear, vectors, lora and lora.made_vectors, shared=True)
-        scale, shift = emb.chunk(2, dim=-1)
-        normed = modulate(self.norm_out.norm(hidden_states), shift, scale, lengths)
+        how = Modulation(lengths, lora and lora.made_vectors, shared=True)
+        normed = adaptive_norm(self.norm_out, hidden_states, temb, how)
         out = linear(self.proj_out, normed, lora and lora.made, shared=True)
         if self.config.pos_embed_type == "rope":
             return out

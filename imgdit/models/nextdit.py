@@ -20,14 +20,13 @@ from diffusers import ModelMixin
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin, AttentionModuleMixin
-from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.embeddings import get_timestep_embedding
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.utils import apply_lora_scale
 
 from .. import compat
 from ..attention import KVCache, LayerCache, grouped_attention
-from ..compat import SafetensorsOnly
+from ..compat import SafetensorsOnly, StepCaches
 from ..frames import Frame, FrameLayout, RowGroup
 from ..mup import MupMixin
 from .functional import apply_rope, gated_add, multiply_add, pack, rope_table, unpack
@@ -331,7 +330,7 @@ class FinalLayer(nn.Module):
         return self.linear(_scaled(normed, self.adaLN_modulation(temb), lengths))
 
 
-class NextDiT(SafetensorsOnly, ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, AttentionMixin, MupMixin):
+class NextDiT(SafetensorsOnly, ModelMixin, ConfigMixin, PeftAdapterMixin, StepCaches, AttentionMixin, MupMixin):
     """OneDiffusion's diffusion transformer over frames.
 
     Args:
@@ -368,6 +367,7 @@ class NextDiT(SafetensorsOnly, ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
     _repeated_blocks = ["NextDiTBlock"]
     _skip_layerwise_casting_patterns = ["norm"]
     _skip_keys = ["cache", "layout"]
+    _attention_pattern = r"layers\.\d+\.attention"
 
     @register_to_config
     def __init__(

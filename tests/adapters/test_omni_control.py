@@ -73,6 +73,15 @@ def test_nothing_changes_without_conditions_and_after_removal(pipe, tmp_path):
     copy.deepcopy(transformer)
 
 
+def test_one_condition_needs_no_list(control):
+    condition = Condition(picture(), "canny")
+    with control.use(condition):
+        got = make(control.pipe)
+    assert torch.equal(got, used(control, condition))
+    with pytest.raises(ValueError, match=r"Condition.* objects, one or a list; got Tensor"), control.use([picture()]):
+        pass
+
+
 def test_the_adapter_and_the_picture_matter(control):
     one = used(control, Condition(picture(), "canny"))
     differs(one, used(control, Condition(picture(), "depth")))
@@ -183,6 +192,15 @@ def test_the_cache_follows_prompt_weights_and_step_range(control):
         changed = make(control.pipe)
     differs(changed, expected[0])
     same(changed, used(control, condition, mode="independent", cache=False))
+
+
+def test_the_cache_follows_the_size_of_the_image(control):
+    """SD3's positions count from the middle of a table, so a condition's move with the image's size."""
+    condition, wide = Condition(picture(), "canny"), {"width": SIZE + 8}
+    expected = used(control, condition, mode="independent", cache=False, call=wide)
+    with control.use([condition], mode="independent"):
+        make(control.pipe)
+        same(make(control.pipe, **wide), expected)
 
 
 def test_mode_is_the_adapters_own(flux_control, tmp_path):

@@ -3,6 +3,8 @@ all is as before; what a cache cannot do is refused."""
 
 import pytest
 import torch
+from diffusers import FasterCacheConfig, TaylorSeerCacheConfig, TextKVCacheConfig
+from onediffusion_fixtures import TINY
 from tiny import rope_config, tiny_mmdit, tiny_pipeline
 from tiny_caches import STEP_CACHES, STEPS
 from tiny_control import flux, lora_file, picture
@@ -43,7 +45,7 @@ def test_with_conditions_of_our_pipeline(cache, mode, tmp_path):
 
 
 @MODES
-@pytest.mark.parametrize("cache", ["first block", "mag"])
+@pytest.mark.parametrize("cache", STEP_CACHES)
 def test_with_conditions_of_a_diffusers_pipeline(cache, mode, tmp_path):
     pipe = flux()
     control = OmniControl(pipe)
@@ -55,20 +57,6 @@ def test_with_conditions_of_a_diffusers_pipeline(cache, mode, tmp_path):
             return make_flux(pipe, num_inference_steps=STEPS)
 
     check(pipe.transformer, STEP_CACHES[cache](pipe), call)
-
-
-@pytest.mark.parametrize("cache", ["taylor", "pyramid"])
-def test_a_cache_of_attentions_that_are_not_called_is_refused(cache, tmp_path):
-    pipe = flux()
-    control = OmniControl(pipe)
-    control.load(lora_file(tmp_path / "canny.safetensors", pipe.transformer))
-    pipe.transformer.enable_cache(STEP_CACHES[cache](pipe)[1])
-    with (
-        pytest.raises(ValueError, match="enable FirstBlockCache or MagCache"),
-        control.use([Condition(picture(), "canny")]),
-    ):
-        make_flux(pipe)
-    make_flux(pipe)
 
 
 @pytest.mark.parametrize("cache", STEP_CACHES)
@@ -83,3 +71,54 @@ def test_with_given_frames_that_see_only_themselves(cache):
         return pipe("a red cube", generator=torch.Generator().manual_seed(0), output_type="latent", **options).images
 
     check(pipe.transformer, STEP_CACHES[cache](pipe), call)
+
+
+TAYLOR = {"cache_interval": 3, "disable_cache_before_step": 2, "max_order": 1}
+
+
+def next_dit():
+    pipe = OneDiffusionPipeline.from_pretrained(TINY)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+FIND_NOTHING = {
+    "text keys": (tiny_pipeline, lambda pipe: TextKVCacheConfig()),
+    "text keys of NextDiT": (next_dit, lambda pipe: TextKVCacheConfig()),
+    "taylor": (next_dit, lambda pipe: TaylorSeerCacheConfig(**TAYLOR)),
+    "taylor lite": (next_dit, lambda pipe: TaylorSeerCacheConfig(**TAYLOR, use_lite_mode=True)),
+    "taylor of other names": (
+        tiny_pipeline,
+        lambda pipe: TaylorSeerCacheConfig(**TAYLOR, cache_identifiers=["blocks"]),
+    ),
+    "faster": (
+        next_dit,
+        lambda pipe: FasterCacheConfig(
+            tensor_format="BCHW", current_timestep_callback=lambda: 0, attention_weight_callback=lambda _: 0.5
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FIND_NOTHING)
+def test_a_cache_that_finds_nothing_is_refused(case):
+    build, config = FIND_NOTHING[case]
+    model = (pipe := build()).transformer
+    with pytest.raises(ValueError, match=rf"found nothing in {type(model).__name__}.*FirstBlockCacheConfig"):
+        model.enable_cache(config(pipe))
+    assert not model.is_cache_enabled
+    assert not any(getattr(part, "_diffusers_hook", None) and part._diffusers_hook.hooks for part in model.modules())
+
+
+def test_the_names_that_the_refusal_gives_are_found():
+    pipe = next_dit()
+    names = [pipe.transformer._attention_pattern]
+
+    def call():
+        options = {"height": 32, "width": 32, "num_inference_steps": STEPS, "output_type": "latent"}
+        return pipe(
+            "a cat", frames=[PictureFrame.make()], generator=torch.Generator().manual_seed(0), **options
+        ).latents
+
+    nothing = TaylorSeerCacheConfig(cache_interval=100, disable_cache_before_step=100, cache_identifiers=names)
+    check(pipe.transformer, (nothing, TaylorSeerCacheConfig(**TAYLOR, cache_identifiers=names)), call)
