@@ -15,9 +15,9 @@ from imgdit import __version__
 from .commands import bench, convert, data, docs, lora, mup, pictures, sae
 from .commands.demo import demo
 from .commands.doctor import doctor
-from .console import one_sentence
+from .console import Commands, one_sentence
 
-app = typer.Typer(no_args_is_help=True, add_completion=False)
+app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False)
 app.add_typer(bench.app, name="bench")
 app.add_typer(data.app, name="data")
 app.add_typer(convert.app, name="convert")

@@ -9,7 +9,19 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import click
 import typer
+import typer.core
+
+from imgdit.io.paths import at_home_in_word
+
+
+class Commands(typer.core.TyperGroup):
+    """The whole command line, in which `~` is the home folder also where the shell leaves it alone."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, [at_home_in_word(word) for word in args])
+
 
 EVERY = 20.0
 """Seconds between two lines that tell a file or a pipe how far a picture is."""

@@ -10,6 +10,7 @@ from imgdit.training.config import Recipe
 from imgdit.training.fitting import remedies
 from imgdit.training.memory import Load, Memory, load_of, memory_plan
 from imgdit.training.objectives import Batch
+from imgdit.training.own_pictures import OwnPictures
 from imgdit.training.sources import training_batches
 
 PARTS = ("weights", "gradients", "optimizer", "average", "gathered", "step")
@@ -60,6 +61,9 @@ def _load(recipe: Recipe, gpus: int) -> Load:
         recipe = recipe.replace(data={"arguments": {**recipe.data.arguments, "ahead": False}})
     recipe = recipe.replace(run={"evaluate_every": 0})
     batches, _ = training_batches(recipe)
+    if isinstance(batches.dataset, OwnPictures) and batches.dataset.preprocessor is not None:
+        # Any condition has the image's size, and this one needs nothing installed.
+        batches.dataset.preprocessor, batches.dataset.preprocessor_options = "grey", {}
     best: Load | None = None
     for n, micro in enumerate(batches.stream(0, recipe.run.batch_size // portions)):
         if not isinstance(micro.batch, Batch):

@@ -61,3 +61,28 @@ def _on_the_hub(name: str) -> str:
             return snapshot_download(name, local_files_only=True)
         raise ValueError(f"{nowhere} the Hub cannot be reached: {type(error).__name__}: {error}") from error
     return name
+
+
+def find_dataset(name: str) -> str:
+    """The id of a data set that the Hub has, or that was downloaded before.
+
+    Raises:
+        ValueError: no id, no such data set, or the Hub cannot be reached.
+    """
+    import datasets
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
+        raise ValueError(f"ids of data sets on the Hub look like owner/name, got {name!r}")
+    try:
+        HfApi().dataset_info(name, timeout=TIMEOUT)
+    except RepositoryNotFoundError as error:
+        raise ValueError(
+            f"the Hub has no data set of that name, or a private one; see huggingface.co/datasets/{name}, and log in "
+            "with `hf auth login`"
+        ) from error
+    except Exception as error:  # of whichever library carries the request: no network, no answer, offline mode
+        if not (Path(datasets.config.HF_DATASETS_CACHE) / name.replace("/", "___")).is_dir():
+            raise ValueError(f"the Hub cannot be reached: {type(error).__name__}: {error}") from error
+    return name

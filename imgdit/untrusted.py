@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from imgdit.io.text import decode_text
@@ -62,6 +62,6 @@ def inside(folder: Path, name: str) -> Path:
 
 
 def climbs(name: str) -> bool:
-    """Whether a file's name leads out of the folder that it is named from."""
-    path = PurePosixPath(name)
-    return path.is_absolute() or ".." in path.parts
+    """Whether a file's name leads out of the folder that it is named from, on whichever system."""
+    posix, windows = PurePosixPath(name), PureWindowsPath(name)
+    return posix.is_absolute() or bool(windows.root) or ".." in posix.parts or ".." in windows.parts

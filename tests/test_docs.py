@@ -97,9 +97,9 @@ def desk(tmp_path, trained, hub, monkeypatch):
     """A folder with the files that the pages speak of."""
     for name in ("edges", "map", "thing"):
         Image.effect_noise((128, 128), 80).convert("RGB").save(tmp_path / f"{name}.png")
-    write_folder(tmp_path / "pictures", 8, size=(128, 128), conditions=True)
-    lines = tmp_path / "pictures/metadata.jsonl"
-    lines.write_text(lines.read_text().replace("grey_file_name", "canny_file_name"))  # OpenCV may not be there
+    write_folder(tmp_path / "training_images", 8, size=(128, 128), conditions=True)
+    lines = tmp_path / "training_images/metadata.jsonl"
+    lines.write_text(lines.read_text().replace("grey_file_name", "canny_file_name"))  # as pip without extras has it
     shutil.copy(trained / "depth.safetensors", tmp_path)
     for run in ("sae", "sae_text"):
         shutil.copytree(trained / run, tmp_path / "outputs/scenes" / run)

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Look at training data, check, convert and make it.", no_args_is_help=True)
 
-Source = Annotated[str, typer.Argument(help="Folder with metadata.jsonl, shards, or what `datasets` loads.")]
+SOURCE = "Folder of images with captions or metadata.jsonl, shards, what `datasets` saved, or hub:owner/name."
+Source = Annotated[str, typer.Argument(help=SOURCE)]
 Ignore = Annotated[list[str] | None, typer.Option(help="A column that means nothing here.")]
 OPTIONS = {"skip_broken": "--skip-broken", r"ignore: \[(\w+)\]": r"--ignore \1"}
 """What the library calls its arguments, see `one_sentence`."""
@@ -50,33 +51,52 @@ def preview(
 
 @app.command()
 def check(
-    source: Source,
-    min_side: Annotated[int, typer.Option(min=1, help="Pixels of a picture's shorter side, at least.")] = 256,
+    source: Annotated[str | None, typer.Argument(help=f"{SOURCE} The recipe's by default.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="Check what this recipe needs, with its columns.")] = None,
+    min_side: Annotated[
+        int | None,
+        typer.Option(min=1, help="Pixels of the shorter side, at least; by default half of the recipe's or model's."),
+    ] = None,
     max_broken: Annotated[float, typer.Option(min=0, max=1, help="Share of unusable rows that is no failure.")] = 0.0,
     out: Annotated[Path | None, typer.Option(help="Folder for check.txt and sheet.png.")] = None,
     workers: Annotated[int, typer.Option(min=1, help="Threads that decode.")] = 4,
-    split: Annotated[str, typer.Option(help="Of a `datasets` data set.")] = "train",
+    split: Annotated[str | None, typer.Option(help="Of data that has several; train by default.")] = None,
     ignore: Ignore = None,
     rename: Rename = None,
 ) -> None:
-    """Read everything once and list what is wrong, file by file. Exit code 1 if too much is."""
+    """Read everything once and list what is wrong, file by file. Exit code 1 if too much is, or something is missing
+    that the recipe needs."""
     from imgdit.data.own.linter import check
     from imgdit.data.own.preview import draw_sheet
+    from imgdit.training import load_recipe
+    from imgdit.training.own_needs import needs_of
 
     with one_sentence(OPTIONS):
-        rows = _rows(source, ignore, rename, split)
-        report = check(rows, min_side=min_side, workers=workers)
+        needs = None if recipe is None else needs_of(load_recipe(recipe))
+        if source is None and needs is None:
+            raise ValueError("name the data, or a recipe by --recipe")
+        if needs is not None:
+            source, split, min_side = source or needs.path, split or needs.split, min_side or needs.min_side
+            ignore = [*needs.columns.ignored, *(ignore or ())]
+            rename = [*(f"{ours}={theirs}" for ours, theirs in needs.columns.renamed.items()), *(rename or ())]
+        rows = _rows(str(source), ignore, rename, split or "train")
+        unfit = (lambda row: None) if needs is None else needs.unfit
+        report = check(rows, min_side=min_side or _embedded_side() // 2, workers=workers, unfit=unfit)
+        lacking = [] if needs is None else needs.lacking(rows.rows, report.rows)
         lines = [
             f"{kind}: {p.name}: {p.kind}: {p.message}"
             for kind, found in (("problem", report.problems), ("warning", report.warnings))
             for p in found
         ]
+        lines += [f"{recipe} needs: {sentence}" for sentence in lacking]
         typer.echo("\n".join([*lines, str(report)]))
         if out is not None:
             if report.rows:
                 draw_sheet(rows, out / "sheet.png")
             out.mkdir(parents=True, exist_ok=True)
             (out / "check.txt").write_text("\n".join([*lines, str(report)]) + "\n", encoding="utf-8")
+    if lacking:
+        raise typer.Exit(1)
     if len(report.problems) > max_broken * (report.rows + len(report.problems)):
         raise typer.Exit(1)
 
@@ -101,6 +121,14 @@ def convert(
         rows = _rows(source, ignore, rename, split)
         convert(rows, out, shards=to == "shards", skip_broken=skip_broken, shard_size=shard_mb << 20)
     typer.echo(f"wrote {len(rows.rows):,} rows to {out}")
+
+
+def _embedded_side() -> int:
+    """Pixels of the smallest side that the embedded model was taught."""
+    from imgdit.checkpoints import SCENES
+    from imgdit.taught import read_taught
+
+    return min(side for size in read_taught(SCENES).sizes for side in size)
 
 
 def _lines(file: Path, what: str) -> list[str]:

@@ -9,7 +9,7 @@ Pictures are (3, H, W) in [0, 1].
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -137,6 +137,20 @@ def from_photo(task: str, photo: Image.Image | str | Path, inverse: bool = False
     return _example(condition, to_pixels(picture)[0], details, inverse)
 
 
+def check_photo_task(task: str, options: Mapping[str, Any]) -> None:
+    """Refuse at once what `from_photo` would refuse at its first photo.
+
+    Raises:
+        ImportError: a package is not installed.
+        ValueError: no such task of photos, or an option is missing.
+    """
+    check_name("task of photos", task, [name for name, other in TASKS.items() if other.photo])
+    if task == "canny":
+        _opencv()
+    elif task == "depth":
+        _check_depth_model(options.get("model"))
+
+
 def _task(name: str, inverse: bool) -> Task:
     check_name("task", name, TASKS)
     if inverse and not TASKS[name].invertible:
@@ -195,14 +209,18 @@ def _photo_depth(
         near_is_large: whether the model says inverse depth, as DPT and Depth Anything do; `False` for models that say
             metres, such as ZoeDepth, GLPN and DepthPro.
     """
-    if not model:
-        raise ValueError("depth of a photo needs a model; give model='depth-anything/Depth-Anything-V2-Small-hf'")
+    _check_depth_model(model)
     estimate = _depth_model(model)(photo)["predicted_depth"].float()
     estimate = F.interpolate(estimate.view(1, 1, *estimate.shape[-2:]), photo.size[::-1], mode="bilinear")[0]
     low, high = estimate.amin(), estimate.amax()
     value = (estimate - low) / (high - low).clamp(min=1e-6)
     value = value if near_is_large else 1 - value
     return value.expand(3, -1, -1), {"estimate": estimate}
+
+
+def _check_depth_model(model: str | None) -> None:
+    if not model:
+        raise ValueError("depth of a photo needs a model; give model='depth-anything/Depth-Anything-V2-Small-hf'")
 
 
 # Edges
@@ -220,12 +238,16 @@ def _photo_canny(photo: Image.Image, low: int = 100, high: int = 200) -> tuple[t
         low: gradient in [0, 255] from which an edge goes on.
         high: gradient from which one starts.
     """
+    found = _opencv().Canny(np.array(photo.convert("L")), low, high)
+    return torch.from_numpy(found).float().div(255).expand(3, -1, -1), {"low": low, "high": high}
+
+
+def _opencv() -> Any:
     try:
         import cv2
     except ImportError as error:
         raise ImportError("edges of photos need OpenCV; install it with: pip install 'imgdit[vision]'") from error
-    found = cv2.Canny(np.array(photo.convert("L")), low, high)
-    return torch.from_numpy(found).float().div(255).expand(3, -1, -1), {"low": low, "high": high}
+    return cv2
 
 
 # Segmentation and boxes

@@ -21,6 +21,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import torch
 import yaml
 
+from imgdit.io.paths import at_home
 from imgdit.io.text import decode_text
 
 from ..checkpoints import EMBEDDED, SCENES
@@ -320,6 +321,14 @@ def load_recipe(path_or_name: str | Path) -> Recipe:
     return parse_recipe(*read_yaml(path_or_name))
 
 
+class _AtHome(yaml.SafeLoader):
+    """Plain values, with `~/` at the beginning of a text as the home folder."""
+
+    def construct_scalar(self, node: yaml.ScalarNode) -> Any:
+        text = super().construct_scalar(node)
+        return at_home(text) if isinstance(text, str) and text.startswith("~/") else text
+
+
 def read_yaml(path_or_name: str | Path) -> tuple[Any, str]:
     """Plain values of a recipe's file or of a packaged recipe, and what errors in them should name."""
     path = Path(path_or_name)
@@ -330,7 +339,7 @@ def read_yaml(path_or_name: str | Path) -> tuple[Any, str]:
             raise ValueError(f"there is no file and no packaged recipe {nearest(str(path_or_name), known)}")
         source = known[str(path_or_name)]
     try:
-        return yaml.safe_load(decode_text(source.read_bytes(), "its text")), str(source)
+        return yaml.load(decode_text(source.read_bytes(), "its text"), _AtHome), str(source)
     except (yaml.YAMLError, ValueError, AttributeError, RecursionError) as error:
         # The last three come from dates that are none, tags on the wrong values, and lists in lists without end.
         raise ValueError(f"{source} is not a YAML file: {error}") from error

@@ -1,9 +1,9 @@
 """A backbone's or an adapter's data: people's own pictures, through caches.
 
-Every sample is a whole batch of one bucket, so its pictures have one size. An epoch holds every usable row exactly
-once: the rows of a bucket are shuffled and cut into batches, of which the last may be smaller, and the batches of all
-buckets are shuffled. What stands where depends on the seed and the epoch alone, so a run goes on at the exact batch on
-any number of processes.
+Every sample is a whole batch of one bucket, so its pictures have one size. An epoch holds every usable row once, or as
+often as its `repeats` say: the rows of a bucket are shuffled and cut into batches, of which the last may be smaller,
+and the batches of all buckets are shuffled. What stands where depends on the seed and the epoch alone, so a run goes
+on at the exact batch on any number of processes.
 """
 
 from __future__ import annotations
@@ -28,11 +28,12 @@ from ..data.captions import TASK_TOKENS
 from ..data.own.buckets import bucket_sizes, nearest_bucket
 from ..data.own.inspections import inspected
 from ..data.own.linter import Inspection
+from ..data.own.listing import some
 from ..data.own.opening import open_picture
-from ..data.own.rows import CONDITIONS, Blob, Columns, Problem, Row
+from ..data.own.rows import CONDITIONS, Blob, Columns, Note, Problem, Row
 from ..data.own.sources import open_rows
 from ..data.sentences import prompt
-from ..data.tasks import TASKS, from_photo
+from ..data.tasks import TASKS, check_photo_task, from_photo
 from ..data.tensor_cache import TensorCache, tensor_key
 from ..frames import Frame, FrameLayout
 from ..models.functional import pack
@@ -41,6 +42,7 @@ from .config import ADAPTER, EMBEDDED, check_arguments
 from .data import mixed_seed
 from .objectives import Batch, Text
 from .own_encoding import Encoded, Encoder
+from .own_needs import least_side, unfit
 from .scene_frames import PATCH
 
 logger = logging.getLogger(__name__)
@@ -63,7 +65,7 @@ class OwnPictures:
     """Endless: sample i is a `Batch`, the same for the same i. What is missing of the caches is made first.
 
     Args:
-        path: the data, see `data.own.open_rows`.
+        path: the data, see `data.own.open_rows`. Rows count as often in an epoch as their `repeats` say.
         model: pipeline folder or Hub id of the autoencoder and text encoders; "embedded" for the one that comes along.
         cache: folder that keeps what was computed, for any number of runs; `None`: compute again every time.
         base: side of the square bucket in pixels; the others have its area.
@@ -150,18 +152,21 @@ class OwnPictures:
         for problem in source.problems:
             if problem.kind == "shard":
                 raise ValueError(problem.message)
-        found = inspected(source.rows, min_side or base // 2, cache)
-        problems = [*source.problems, *(f.problem for f in found if f.problem is not None)]
-        checked = [(row, f, f.problem or self._unfit(row)) for row, f in zip(source.rows, found)]
+        if ahead and preprocessor is not None and any(condition not in row.conditions for row in source.rows):
+            check_photo_task(preprocessor, preprocessor_options)  # before all images are read
+        found = inspected(source.rows, least_side(min_side, base), cache)
+        checked = [(row, f, f.problem or unfit(row, views, cameras)) for row, f in zip(source.rows, found)]
         problems = [*source.problems, *(problem for _, _, problem in checked if problem is not None)]
         pictures = [_Picture(r, f, nearest_bucket(f.size, buckets)) for r, f, problem in checked if problem is None]
         self.left_out = Counter(problem.kind for problem in problems)
         """Rows that are not trained on, by what is wrong with them."""
         _report(path, problems, len(problems) + len(pictures), max_broken)
+        _tell(path, source.notes, [picture.row for picture in pictures])
         chosen = [p for p in pictures if (_share(p.found.hashes["picture"]) < held_out) == (split == "heldout")]
-        if len(chosen) < (samples if split == "train" else 1):
+        usable = sum(picture.row.repeats for picture in chosen)
+        if usable < (samples if split == "train" else 1):
             raise ValueError(
-                f"{path} has {len(chosen)} usable rows in the split {split!r}, a batch takes {samples}; "
+                f"{path} has {usable} usable rows in the split {split!r}, a batch takes {samples}; "
                 "lower data.arguments.samples, or raise held_out if it is the held-out split that lacks rows"
             )
         self.pictures = chosen
@@ -169,7 +174,7 @@ class OwnPictures:
             self._check_conditions(path)
         self.buckets: dict[Size, list[int]] = {}
         for number, picture in enumerate(chosen):
-            self.buckets.setdefault(picture.bucket, []).append(number)
+            self.buckets.setdefault(picture.bucket, []).extend([number] * picture.row.repeats)
         self.batches_per_epoch = sum(-(-len(rows) // samples) for rows in self.buckets.values())
         self._plan: tuple[int, list[list[int]]] | None = None
         self.latent_cache = self.text_cache = None
@@ -344,20 +349,6 @@ class OwnPictures:
 
     # What is refused
 
-    def _unfit(self, row: Row) -> Problem | None:
-        """Why a sound row has not the views that were asked for."""
-        if len(row.frames) < self.views - 1:
-            return Problem(row.name, "frames", f"{self.views} views were asked for; it has {1 + len(row.frames)}")
-        if not self.cameras:
-            return None
-        if row.cameras is None:
-            return Problem(row.name, "cameras", "cameras were asked for; it has none")
-        try:
-            scale_positions(row.cameras[: self.views])
-        except ValueError as error:
-            return Problem(row.name, "cameras", str(error))
-        return None
-
     def _check_conditions(self, path: str) -> None:
         for number, picture in enumerate(self.pictures):
             if self.condition not in picture.row.conditions:
@@ -371,6 +362,16 @@ class OwnPictures:
 def _share(content: str) -> float:
     """A number in [0, 1) from a content's hash."""
     return int(content[:8], 16) / 2**32
+
+
+def _tell(path: str, notes: Iterable[Note], rows: Sequence[Row]) -> None:
+    """Say what was left alone, and which images will be trained on without a caption."""
+    for note in notes:
+        logger.warning("%s: %s: %s", note.name, note.kind, note.message)
+    bare = [row.name for row in rows if not row.captions]
+    if bare:
+        message = "%s: %s of %s have no caption and are trained with the empty text"
+        logger.warning(message, path, some(bare, "image"), f"{len(rows):,}")
 
 
 def _report(path: str, problems: list[Problem], rows: int, allowed: float) -> None:

@@ -92,6 +92,8 @@ def _values(row: Row) -> dict[str, Any]:
         values["cameras"] = row.cameras.tolist()
     if row.focal_length is not None:
         values["focal_length"] = row.focal_length
+    if row.repeats != 1:
+        values["repeats"] = row.repeats
     return values
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .rows import CONDITIONS, Columns, Problem, Row, Rows, gather, make_row
+from imgdit.hub import find_dataset
 
-KNOWN = ("image", "text", *CONDITIONS, "frames", "cameras", "focal_length")
+from .rows import CONDITIONS, VALUES, Columns, Problem, Row, Rows, gather, make_row
+
+KNOWN = ("image", "text", *CONDITIONS, "frames", "cameras", "focal_length", "repeats")
 """Columns: what `datasets` makes of `file_name`, `depth_file_name` and `frames_file_names`."""
 
 
@@ -32,22 +35,45 @@ class CellBlob:
         return _bytes(cell if self.place is None else cell[self.place])
 
 
+HUB = "hub:"
+"""What the name of a data set on the Hub begins with, so that no misspelt folder is ever taken for one."""
+
+
 def hub_rows(name: str, columns: Columns, split: str) -> Rows:
-    """Rows of a data set, see `open_rows`."""
+    """Rows of a data set on the Hub, see `open_rows`.
+
+    Raises:
+        ValueError: no id, no such data set, or the Hub cannot be reached and it was not downloaded before.
+    """
+    if Path(name).exists():
+        raise ValueError(f"{HUB}{name}: there is a folder {name!r} here too; leave out {HUB} to read that")
+    return _read(name, f"{HUB}{name}", columns, split, lambda datasets: datasets.load_dataset(find_dataset(name)))
+
+
+def local_rows(name: str, columns: Columns, split: str) -> Rows:
+    """Rows of a folder that `datasets` saved, or can make a table of, see `open_rows`."""
+    path = os.path.abspath(name)  # so that it is never taken for an id
+    saved = Path(name, "dataset_info.json").is_file() or Path(name, "dataset_dict.json").is_file()
+
+    def load(datasets: Any) -> Any:
+        return datasets.load_from_disk(path) if saved else datasets.load_dataset(path)
+
+    return _read(name, name, columns, split, load)
+
+
+def _read(name: str, source: str, columns: Columns, split: str, load: Callable[[Any], Any]) -> Rows:
+    """Rows of what the library `datasets` loads."""
     try:
         import datasets
     except ImportError as error:
         raise ImportError(
-            f"{name} is neither a folder with metadata.jsonl nor shards; other data sets are read by `datasets`: "
+            f"{source} is neither a folder of images nor shards; other data sets are read by `datasets`: "
             "pip install 'imgdit[data]'"
         ) from error
     try:
-        saved = Path(name, "dataset_info.json").is_file() or Path(name, "dataset_dict.json").is_file()
-        found = datasets.load_from_disk(name) if saved else datasets.load_dataset(name)
+        found = load(datasets)
     except Exception as error:  # the library raises its own, requests' and many others
-        raise ValueError(
-            f"there is no data at {name!r}: no metadata.jsonl, no .tar files, and datasets says: {error}"
-        ) from error
+        raise ValueError(f"there is no data at {source!r}: {error}") from error
     if isinstance(found, dict):
         if split not in found:
             raise ValueError(f"{name} has no split {split!r}; its splits are {', '.join(found)}")
@@ -60,7 +86,7 @@ def hub_rows(name: str, columns: Columns, split: str) -> Rows:
     table = found.select_columns(list(ours.values()))
     for theirs, feature in table.features.items():
         table = table.cast_column(theirs, _encoded(datasets, feature))
-    return gather(name, _rows(table, ours), rename="row {}".format)
+    return gather(source, _rows(table, ours), rename="row {}".format)
 
 
 def _encoded(datasets: Any, feature: Any) -> Any:
@@ -74,7 +100,7 @@ def _encoded(datasets: Any, feature: Any) -> Any:
 
 
 def _rows(table: Any, ours: dict[str, str]) -> Iterator[Row | Problem]:
-    words = [name for name in ("text", "cameras", "focal_length") if name in ours]
+    words = [name for name in VALUES if name in ours]
     said = table.select_columns([ours[name] for name in words]) if words else None
     filled = {name: table.with_format("arrow")[:][ours[name]] for name in ours if name in (*CONDITIONS, "image")}
     present = {name: [not null for null in column.is_null().to_pylist()] for name, column in filled.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -115,23 +115,27 @@ class Report:
         return "\n".join(lines)
 
 
-def check(rows: Rows, *, min_side: int = 256, workers: int = 4) -> Report:
+def check(
+    rows: Rows, *, min_side: int = 256, workers: int = 4, unfit: Callable[[Row], Problem | None] = lambda row: None
+) -> Report:
     """Read everything once.
 
     Args:
         rows: of `open_rows`.
         min_side: pixels that the shorter side of a picture must have.
         workers: threads that decode.
+        unfit: why a sound row is none for the purpose at hand.
     """
-    problems, warnings = list(rows.problems), []
+    problems, warnings = list(rows.problems), list[Problem](rows.notes)
     repaired: Counter[str] = Counter()
     sizes: Counter[tuple[int, int]] = Counter()
     captions: list[str] = []
     first: dict[str, str] = {}
     usable = 0
     for row, found in zip(rows.rows, inspect_rows(rows.rows, min_side, workers)):
-        if found.problem is not None:
-            problems.append(found.problem)
+        problem = found.problem or unfit(row)
+        if problem is not None:
+            problems.append(problem)
             continue
         usable += 1
         repaired.update(found.notes)

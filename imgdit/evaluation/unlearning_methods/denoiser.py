@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from diffusers.hooks import HookRegistry
 
 from ... import compat
 from ...sae.calls import DenoiserCall, bind, describe_call
@@ -35,7 +34,7 @@ def denoiser(pipe: Any) -> torch.nn.Module:
     names = denoiser_names(pipe)
     if not names:
         raise ValueError(f"{type(pipe).__name__} has no transformer and no unet")
-    return getattr(pipe, names[0])
+    return compat.unwrapped(getattr(pipe, names[0]))
 
 
 def rows(arguments: dict[str, Any], of: slice | torch.Tensor) -> dict[str, Any]:
@@ -72,7 +71,7 @@ def placed(hook: CallHook) -> Iterator[None]:
     """The hook on its pipeline's denoiser while the context is open."""
     name = f"imgdit_unlearning_{next(_numbers)}"
     with compat.step_cache_set_aside(hook.model):
-        HookRegistry.check_if_exists_or_initialize(hook.model).register_hook(hook, name)
+        compat.add_hook(hook.model, hook, name)
         try:
             yield
         finally:
