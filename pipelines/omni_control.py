@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from inspect import signature
@@ -24,6 +25,22 @@ class _Conditions(compat.SafetensorsOnly):
     """What the pipelines share: an `OmniControl` of their own, made when it is first needed."""
 
     _control: OmniControl | None = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """The arguments of a call are those of the diffusers pipeline, and then ours."""
+        super().__init_subclass__(**kwargs)
+        if "__call__" in vars(cls):
+            return
+        inner = cls.__call__
+
+        @functools.wraps(inner)
+        def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+            return inner(self, *args, **kwargs)
+
+        theirs = signature(super().__call__)  # type: ignore[misc]
+        ours = [one for one in signature(_Conditions.__call__).parameters.values() if one.kind is one.KEYWORD_ONLY]
+        __call__.__signature__ = theirs.replace(parameters=[*theirs.parameters.values(), *ours])  # type: ignore[attr-defined]
+        cls.__call__ = __call__  # type: ignore[method-assign]
 
     @property
     def control(self) -> OmniControl:

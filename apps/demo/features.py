@@ -37,7 +37,7 @@ def build(holder: Holder) -> None:
     def sae() -> Any:
         if not studio.has_sae:
             raise limits.Refused(f"there is no sparse autoencoder in {holder.sae_place}, so there are no features")
-        return studio.unlearner.saes[studio.seen_at].to(studio.pipe.device)
+        return studio.unlearner.saes[studio.seen_at]
 
     @lru_cache(maxsize=1)
     def survey() -> Any:
