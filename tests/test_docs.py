@@ -23,8 +23,9 @@ from imgdit.checkpoints import SCENES
 from imgdit.lora_files import AdapterInfo
 from imgdit.sae.config import SAEConfig
 from imgdit.sae.model import SparseAutoencoder
+from imgdit.sae.recipe import SAERecipe
 from imgdit.sae.unlearning import ConceptUnlearner
-from imgdit.training.config import parse_recipe
+from imgdit.training.config import parse_as, parse_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = {page.relative_to(ROOT).as_posix(): page.read_text() for page in [ROOT / "README.md", *ROOT.glob("docs/*.md")]}
@@ -106,7 +107,6 @@ def desk(tmp_path, trained, hub, monkeypatch):
     (tmp_path / "outputs/own").mkdir()
     shutil.copy(hub["Yuanshi/OminiControl"] / "my_edges.safetensors", tmp_path / "outputs/own")
     (tmp_path / "prompts.jsonl").write_text('a red cube\n{"prompt": "a cone", "control": {"canny": "edges.png"}}\n')
-    (tmp_path / "imgdit").symlink_to(ROOT / "imgdit")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -122,7 +122,9 @@ def test_blocks_run(page, desk, hub):
                 if words := shlex.split(line, comments=True):
                     _command(words, number)
         elif language == "yaml":
-            assert parse_recipe(yaml.safe_load(code), page).run.steps
+            values = yaml.safe_load(code)
+            recipe = parse_as(SAERecipe, values, page) if "sae" in values else parse_recipe(values, page)
+            assert recipe.run.steps
         elif language == "json":
             assert all(isinstance(json.loads(line), dict) for line in code.splitlines())
         else:

@@ -8,6 +8,7 @@ import yaml
 from tiny import tiny_pipeline
 
 from imgdit.sae.activations import RecordedActivations, ShuffleBuffer, record_activations, stream_activations
+from imgdit.sae.hooks import find_hookpoints
 from imgdit.sae.recipe import load_sae_recipe
 from imgdit.sae.run import load_pipeline, train_saes
 from imgdit.sae.unlearning import ConceptUnlearner
@@ -88,6 +89,25 @@ def test_recipe_loads_the_pipeline(tmp_path):
     tiny_pipeline().save_pretrained(tmp_path / "pipe")
     recipe = recipe_of(tmp_path, pipeline={"pretrained": str(tmp_path / "pipe")})
     assert type(load_pipeline(recipe)).__name__ == "ImgDiTPipeline"
+
+
+@pytest.mark.parametrize("name", ["scenes/sae", "scenes/sae_text"])
+def test_packaged_recipes_work_in_any_folder(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    packaged = load_sae_recipe(name)
+    pipe = load_pipeline(packaged)
+    run = {"folder": "run", "steps": 1, "batch_size": 64}
+    call = {"num_inference_steps": 1, "height": 64, "width": 64}
+    small = recipe_of(
+        tmp_path,
+        run=run,
+        pipeline={"pretrained": packaged.pipeline.pretrained, "call": call},
+        data={"held_out": 0},
+        sae={"hookpoints": list(packaged.sae.hookpoints)},
+        concepts={"prompts": {}, "top_n": None},
+    )
+    assert train_saes(small).step == 1 and (tmp_path / "run/saes").is_dir()
+    assert set(find_hookpoints(pipe, packaged.sae.hookpoints)) == set(packaged.sae.hookpoints)
 
 
 @pytest.mark.parametrize(
