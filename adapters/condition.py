@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
-
 from imgdit.frames import Frame
 from imgdit.images.masks import to_mask
 
@@ -16,12 +14,14 @@ class Condition:
     """A picture that controls a generation through its adapter (OminiControl, arXiv 2411.15098 and 2503.08280)."""
 
     image: Any
-    """PIL picture; array (H, W), (H, W, 3) in 0..255 (uint8) or [0, 1]; tensor (3, H, W) or (B, 3, H, W) in [0, 1]."""
+    """PIL image of any mode; array (H, W), (H, W, C) or (B, H, W, C); tensor (C, H, W) or (B, C, H, W); or a list of
+    these, one per prompt or per sample. `imgdit.images.convert` says what values mean; transparent is white."""
     adapter: str
     """Name of the loaded LoRA that reads it."""
     position: Literal["aligned", "subject"] | tuple[float, float] = "aligned"
-    """"aligned": on the picture that is made; "subject": to its left, by the condition's width; or (rows, columns)
-    that the condition's corner lies from the picture's, in tokens of the picture."""
+    """"aligned": over the image that is generated, to whose size it is fitted (divided by `scale`); "subject": to its
+    left, by the condition's width, and no larger; or (rows, columns) that its corner lies from the image's, in tokens
+    of the image: then its size stays, a whole number of tokens."""
     scale: float = 1.0
     """Side of a token of the condition in tokens of the picture: 2 for a compact condition of half the side."""
     strength: float = 1.0
@@ -32,8 +32,8 @@ class Condition:
     end: float = 1.0
     """Share of the steps after which it acts no more."""
     mask: Any = None
-    """Which tokens are present: boolean (rows, columns) of tokens, or of the picture's pixels, where a token counts if
-    all its pixels do. `None`: all."""
+    """Which tokens are present: over tokens (rows, columns), or over the image's pixels, where a token counts if all
+    its pixels do. White counts, see `imgdit.images.masks`. `None`: all."""
     complement: bool = False
     """The picture shows what surrounds the tokens that are made (token integration, OminiControl2): only tokens that
     `mask` leaves out are generated, the others are the picture's."""
@@ -64,13 +64,43 @@ class Condition:
         """Whether it acts in a step, numbered from 0 (the rule of diffusers' ControlNets)."""
         return step / steps >= self.start and (step + 1) / steps <= self.end
 
-    def frame(self, size: tuple[int, int], patch: int, sees: Literal["joint", "self"]) -> Frame:
+    def read_size(self, given: tuple[int, int], patch: int, target: tuple[int, int] | None) -> tuple[int, int]:
+        """Height and width in pixels at which an image is read; it is scaled and cut to them (`imgdit.images.fit`).
+
+        Args:
+            given: height and width of the image.
+            patch: pixels per side of a token.
+            target: rows and columns of tokens of the image that is generated; `None`: not known.
+
+        Raises:
+            ValueError: a condition that is placed by numbers and has no whole number of tokens.
+        """
+        whole = (max(round(given[0] / patch), 1) * patch, max(round(given[1] / patch), 1) * patch)
+        if not isinstance(self.position, str) and whole != given:
+            raise ValueError(
+                f"a condition's image must be a multiple of {patch} pixels high and wide, got {given[0]}x{given[1]}; "
+                f"resize it to {whole[0]}x{whole[1]}"
+            )
+        if target is None or not isinstance(self.position, str):
+            return whole
+        over = (max(round(target[0] / self.scale), 1) * patch, max(round(target[1] / self.scale), 1) * patch)
+        is_larger = given[0] > over[0] or given[1] > over[1]
+        return over if self.position == "aligned" or is_larger else whole
+
+    def frame(
+        self,
+        size: tuple[int, int],
+        patch: int,
+        sees: Literal["joint", "self"],
+        given: tuple[int, int] | None = None,
+    ) -> Frame:
         """The frame of its tokens.
 
         Args:
             size: rows and columns of tokens.
             patch: pixels per side of a token.
             sees: everything but other conditions, or only itself.
+            given: height and width of its image before it was fitted to its tokens.
         """
         named = {"aligned": (0.0, 0.0), "subject": (0.0, -size[1] * self.scale)}
         rows, columns = named[self.position] if isinstance(self.position, str) else self.position
@@ -83,10 +113,6 @@ class Condition:
             offset=(rows / self.scale, columns / self.scale),
             scale=self.scale,
             guidance=1.0,
-            mask=self.token_mask(size, patch),
+            mask=None if self.mask is None else to_mask(self.mask, size, patch, given),
             strength=self.strength,
         )
-
-    def token_mask(self, size: tuple[int, int], patch: int) -> torch.Tensor | None:
-        """`mask` over tokens (rows, columns)."""
-        return None if self.mask is None else to_mask(self.mask, size, patch)

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image
 
-from imgdit.images.convert import to_pixels
+from imgdit.adapters.pairing import UNKNOWN, Target
+from imgdit.images.convert import image_size
+from imgdit.images.fitting import cut_off, fit_pixels
 
 from ..frames import Frame
 from ..models.autoencoding import cell_size, encode_pictures, scale_latents
 from ..models.functional import pack
 from .condition import Condition
+
+logger = logging.getLogger(__name__)
+
+CUT = 0.05
+"""Fraction of a condition's area that may be cut off without a warning."""
 
 
 class Encoded(NamedTuple):
@@ -25,6 +34,8 @@ class Encoded(NamedTuple):
     """(b, n, C), b = 1 or one picture per sample."""
     empty: torch.Tensor | None
     """The same of an all-black picture, where image guidance compares with it."""
+    given: tuple[int, int]
+    """Height and width of the image before it was fitted."""
 
 
 def encode_conditions(
@@ -36,6 +47,8 @@ def encode_conditions(
     device: torch.device,
     generator: torch.Generator | None = None,
     with_empty: bool = False,
+    target: Target = UNKNOWN,
+    sharp: Collection[str] = (),
 ) -> list[Encoded]:
     """Encode conditions.
 
@@ -45,27 +58,62 @@ def encode_conditions(
         patch: latent cells per side of a token.
         generator: draws from the posterior; `None` takes its mode.
         with_empty: encode a black picture of each size as well.
+        target: what is generated; where its size is not known, conditions keep their own.
+        sharp: adapters whose conditions' colours mean something and are not blended.
     """
     side = cell_size(vae) * patch
     encoded = []
     for condition, view in zip(conditions, sees, strict=True):
-        pixels = to_pixels(condition.image) * 2 - 1
+        how = Image.Resampling.NEAREST if condition.adapter in sharp else Image.Resampling.LANCZOS
+        pixels, given = read_condition(condition, side, target.grid, how)
+        if target.samples is not None:
+            target.samples.order(len(pixels))  # refuses another number
         height, width = pixels.shape[-2:]
-        if height < side or width < side or height % side or width % side:
-            fitting = (max(height // side, 1) * side, max(width // side, 1) * side)
-            raise ValueError(
-                f"a condition's picture must be a multiple of {side} pixels high and wide, got {height}x{width}; "
-                f"resize it to {fitting[0]}x{fitting[1]}"
-            )
-        frame = condition.frame((height // side, width // side), side, view)
+        frame = condition.frame((height // side, width // side), side, view, given)
 
         def tokens(pixels: torch.Tensor, frame: Frame = frame) -> torch.Tensor:
             packed = pack(_latents(vae, pixels.to(device, vae.dtype), generator), patch)  # (b, rows * columns, C)
             return packed if frame.mask is None else packed[:, frame.mask.flatten()]
 
         black = tokens(torch.full_like(pixels[:1], -1.0)) if with_empty else None
-        encoded.append(Encoded(condition, frame, tokens(pixels), black))
+        encoded.append(Encoded(condition, frame, tokens(pixels), black, given))
     return encoded
+
+
+def read_condition(
+    condition: Condition, side: int, target: tuple[int, int] | None, resample: Image.Resampling
+) -> tuple[torch.Tensor, tuple[int, int]]:
+    """A condition's images (b, 3, H, W) in [-1, 1] at the size they are read at, and the height and width of the first
+    before.
+
+    Args:
+        condition: whose image may be several in a list.
+        side: pixels per side of a token.
+        target: rows and columns of tokens of the image that is generated; `None`: not known.
+        resample: filter of another size.
+    """
+    images = condition.image if isinstance(condition.image, (list, tuple)) else [condition.image]
+    if not images:
+        raise ValueError(f"the condition of {condition.adapter!r} is an empty list; give an image")
+    sizes = [image_size(image) for image in images]
+    read = [condition.read_size(size, side, target) for size in sizes]
+    if condition.position == "aligned":  # of an image whose size is not known the first one's, till it is
+        read = read[:1]
+    if len(set(read)) > 1:
+        raise ValueError(
+            f"the images of a condition are of one size, got {', '.join(f'{h}x{w}' for h, w in read)} pixels; give "
+            "them in one, or put them over the image (position='aligned'), which they are fitted to"
+        )
+    height, width = read[0]
+    lost = max(cut_off(size[::-1], (width, height)) for size in sizes)
+    if lost > CUT and (target is not None or condition.position != "aligned"):
+        logger.warning(
+            "a condition of %r has another aspect than the %dx%d pixels (height x width) it is read at: %.0f %% of "
+            "its area lies outside and is cut off",
+            condition.adapter, height, width, lost * 100,
+        )  # fmt: skip
+    pixels = torch.cat([fit_pixels(image, (width, height), resample) for image in images])
+    return pixels * 2 - 1, sizes[0]
 
 
 def _latents(vae: Any, pixels: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:

@@ -21,6 +21,7 @@ from ..frames import Frame
 from ..lora import linear, on_rows
 from ..models.blocks import double_block, single_block
 from ..models.functional import pack, table_positions, unpack
+from .pairing import COPIES, Pairing
 from .prepare import blocks_of, refuse_processors
 from .run import Step
 
@@ -153,6 +154,7 @@ class ModelInputHook(ConditionHook):
         super().__init__()
         self.control = control
         self.signature = inspect.signature(type(model).forward)
+        self._measured: tuple[torch.Tensor, tuple[int, int]] | None = None
 
     def new_forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
         run = self.control.run
@@ -160,6 +162,7 @@ class ModelInputHook(ConditionHook):
             return self.fn_ref.original_forward(*args, **kwargs)
         given = self.signature.bind(module, *args, **kwargs).arguments
         given.pop("self")
+        run = run.at(self._grid(module, given))
         refuse_processors(module)
         active = run.active(lambda: self.control.progress(given["timestep"]))
         if not active and not self._step_cache(module):
@@ -194,10 +197,13 @@ class ModelInputHook(ConditionHook):
         hidden = given["hidden_states"]
         patch = 1 if rotary else module.config.patch_size
         image, ids = self._image(run, given, patch)
+        texts = (given["pooled_projections"], given["encoder_hidden_states"])
+        guided = getattr(self.control.pipe, "do_classifier_free_guidance", None)  # told by its last call
+        pairing = Pairing(hidden.shape[0], run.samples, hidden, texts, (1,) if rotary else COPIES, guided)
         arranged = run.arrange(
             image,
             given["encoder_hidden_states"].shape[1],
-            hidden.shape[0],
+            pairing,
             given["pooled_projections"],
             active,
             step_cache=self._step_cache(module),
@@ -220,8 +226,21 @@ class ModelInputHook(ConditionHook):
         if step.cache is not None and step.cache.mode == "write":
             step.cache.mode = "read"
         if step.kept is not None and step.full_length != step.image_length:
-            out = _fill(out, hidden, given["timestep"], run, patch, rotary)
+            out = _fill(out, hidden, given["timestep"], run, pairing, patch, rotary)
         return out
+
+    def _grid(self, module: Any, given: dict[str, Any]) -> tuple[int, int]:
+        """Rows and columns of tokens of the image that is generated; reference images beside it do not count."""
+        hidden = given["hidden_states"]
+        if hidden.ndim == 4:
+            return hidden.shape[2] // module.config.patch_size, hidden.shape[3] // module.config.patch_size
+        ids = given["img_ids"]
+        measured = self._measured
+        if measured is None or measured[0] is not ids:  # a pipeline passes the same in every step
+            flat = ids[0] if ids.ndim == 3 else ids
+            rows, columns = flat[flat[:, 0] == flat[0, 0], 1:].amax(0).round().long().tolist()
+            self._measured = measured = (ids, (rows + 1, columns + 1))
+        return measured[1]
 
     def _image(
         self, run: ConditionRun, given: dict[str, Any], patch: int
@@ -256,10 +275,18 @@ def _pad(sample: torch.Tensor, step: Step) -> torch.Tensor:
     return torch.cat([sample, sample.new_zeros(sample.shape[0], riders, sample.shape[2])], dim=1)
 
 
-def _fill(out: Any, hidden: torch.Tensor, timestep: torch.Tensor, run: ConditionRun, patch: int, rotary: bool) -> Any:
+def _fill(
+    out: Any,
+    hidden: torch.Tensor,
+    timestep: torch.Tensor,
+    run: ConditionRun,
+    pairing: Pairing,
+    patch: int,
+    rotary: bool,
+) -> Any:
     """Give known tokens the velocity that ends at what is known: v = (x - x_0) / sigma, as x = x_0 + sigma v."""
     sigma = timestep.float() / (1.0 if rotary else 1000.0)
-    known = run.known().to(hidden.device)  # (1, N, C)
+    known = run.known(pairing).to(hidden.device)  # (B, N, C)
     region = run.region.to(hidden.device)  # type: ignore[union-attr]
     if rotary:
         made = region.flatten()[None, :, None]

@@ -20,9 +20,11 @@ from ..lora_files import (
     loaded_adapters,
     write_adapter,
 )
+from ..models.autoencoding import cell_size
 from ..naming import nearest
 from .condition import Condition
 from .hooks import NAME, BlockHook, ModelInputHook, OutputHook, PatchHook, TimeHook, TokenHook
+from .pairing import Samples, Target
 from .prepare import Mode, blocks_of, prepare_run
 from .run import ConditionRun, Progress
 
@@ -137,6 +139,9 @@ class OmniControl:
         image_guidance_scale: float = 1.0,
         region: Any = None,
         generator: torch.Generator | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        samples: int | Samples | None = None,
     ) -> Iterator[OmniControl]:
         """Let conditions act in the pipeline's calls, in this thread and in others until the context ends.
 
@@ -150,15 +155,22 @@ class OmniControl:
             image_guidance_scale: s in `v = v_black + s (v - v_black)`, v_black a second pass with black pictures.
             region: tokens or pixels that are made where conditions are complements; by default all that they leave.
             generator: draws the conditions' latents from the posterior; `None` takes its mode.
+            height, width: in pixels, of the images that are generated, which conditions are fitted to. `None`: seen in
+                the pipeline's first step, where a condition of another size is encoded again.
+            samples: images that a call generates, prompts times `num_images_per_prompt`, for conditions of several
+                images. `None`: seen in the pipeline's first step.
 
         Raises:
-            ValueError: an option that does not fit, before anything runs.
+            ValueError: an option that does not fit, before anything runs; a number of images that does not, in the
+                pipeline's first step where `samples` is not given.
         """
         if self._name not in getattr(getattr(self.transformer, "_diffusers_hook", None), "hooks", {}):
             raise ValueError("this OmniControl was removed; make a new one")
         self._refuse_second_use()
         config = self.transformer.config
         patch = 2 if self.rotary else config.patch_size
+        side = patch * cell_size(self.pipe.vae)
+        samples = Samples(samples) if isinstance(samples, int) else samples
         run = prepare_run(
             self.pipe,
             self.transformer,
@@ -172,6 +184,7 @@ class OmniControl:
             image_guidance_scale=image_guidance_scale,
             region=region,
             generator=generator,
+            target=Target.of((height, width), side, samples),
         )
         if run is None:
             yield self

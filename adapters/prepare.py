@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -14,6 +15,8 @@ from diffusers.models.attention_processor import (
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from peft.tuners.lora import LoraLayer
 
+from imgdit.adapters.pairing import UNKNOWN, Target
+from imgdit.images.fitting import SHARP
 from imgdit.images.masks import to_mask
 
 from .. import compat
@@ -44,6 +47,7 @@ def prepare_run(
     image_guidance_scale: float = 1.0,
     region: Any = None,
     generator: torch.Generator | None = None,
+    target: Target = UNKNOWN,
 ) -> ConditionRun | None:
     """Check the conditions and encode them; `None` if none of them has a strength.
 
@@ -53,6 +57,7 @@ def prepare_run(
         infos: how each adapter was trained.
         patch: latent cells per side of a token; `channels`: of a token.
         progress: tells where the sampler is; `None`: whoever asks which conditions act tells it.
+        target: what is known of the images that are generated.
 
     The others are those of `OmniControl.use`.
     """
@@ -67,35 +72,55 @@ def prepare_run(
     kept = [(item, one) for item, one in zip(conditions, modes) if item.strength > 0]
     if not kept:
         return None
-    with torch.no_grad():
-        encoded = encode_conditions(
-            pipe.vae,
-            [item for item, _ in kept],
-            ["self" if one == "independent" else "joint" for _, one in kept],
-            patch=patch,
-            device=pipe._execution_device,
-            generator=generator,
-            with_empty=image_guidance_scale != 1.0,
+    side = patch * cell_size(pipe.vae)
+    sees = ["self" if one == "independent" else "joint" for _, one in kept]
+    lora_layers = [
+        layer
+        for layer in model.modules()
+        if isinstance(layer, LoraLayer) and any(item.adapter in layer.lora_A for item, _ in kept)
+    ]
+
+    def build(target: Target) -> ConditionRun:
+        with torch.no_grad():
+            encoded = encode_conditions(
+                pipe.vae,
+                [item for item, _ in kept],
+                sees,
+                patch=patch,
+                device=pipe._execution_device,
+                generator=generator,
+                with_empty=image_guidance_scale != 1.0,
+                target=target,
+                sharp={name for name, info in infos.items() if info.task in SHARP},
+            )
+        got = encoded[0].tokens.shape[2]
+        if got != channels:
+            raise ValueError(
+                f"the transformer takes tokens of {channels} channels, a condition's have {got}: pipelines that join "
+                "pictures by channels (Control, Fill) cannot take conditions"
+            )
+        return ConditionRun(
+            encoded,
+            None if main is None else tuple(main),
+            cached="self" in sees if cache is None else cache,
+            lora_layers=lora_layers,
+            image_guidance_scale=image_guidance_scale,
+            region=_region(encoded, region, side),
+            **({} if progress is None else {"progress": progress}),
+            side=side,
+            samples=target.samples,
+            refit=refit,
         )
-    got = encoded[0].tokens.shape[2]
-    if got != channels:
-        raise ValueError(
-            f"the transformer takes tokens of {channels} channels, a condition's have {got}: pipelines that join "
-            "pictures by channels (Control, Fill) cannot take conditions"
-        )
-    return ConditionRun(
-        encoded,
-        None if main is None else tuple(main),
-        cached=any(one == "independent" for _, one in kept) if cache is None else cache,
-        lora_layers=[
-            layer
-            for layer in model.modules()
-            if isinstance(layer, LoraLayer) and any(item.adapter in layer.lora_A for item, _ in kept)
-        ],
-        image_guidance_scale=image_guidance_scale,
-        region=_region(encoded, region, patch * cell_size(pipe.vae)),
-        **({} if progress is None else {"progress": progress}),
-    )
+
+    def refit(grid: tuple[int, int]) -> ConditionRun:
+        if compat.is_offloaded_whole(pipe.vae):
+            raise ValueError(
+                "the conditions lie over an image of another size, and cannot be encoded again in the middle of a run "
+                f"whose models are offloaded; pass height={grid[0] * side} and width={grid[1] * side} to use()"
+            )
+        return build(replace(target, grid=grid))
+
+    return build(target)
 
 
 def _check(

@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from peft.tuners.lora import LoraLayer
 
+from imgdit.adapters.pairing import ONE, Pairing, Samples
+
 from ..attention import KVCache
 from ..frames import Frame, FrameLayout
 from ..lora import lora_plan
@@ -70,7 +72,8 @@ class Arranged(NamedTuple):
 class _Entry(NamedTuple):
     """A key/value cache and what it belongs to."""
 
-    active: tuple[int, ...]
+    active: tuple
+    """Numbers of the conditions, and which of their images each row of the batch meets."""
     empty: bool
     size: tuple[int, int]
     """Of the image: added positions count from the middle of a table, so the conditions' move with it."""
@@ -103,6 +106,14 @@ class ConditionRun:
     region: torch.Tensor | None = None
     """Boolean (rows, columns): the tokens that are made; the others are the complements'. `None`: all."""
     progress: Callable[[], Progress] = lambda: Progress(0, 1)
+    side: int = 1
+    """Pixels per side of a token."""
+    samples: Samples | None = None
+    """That a call makes, if it is known."""
+    refit: Callable[[tuple[int, int]], ConditionRun] | None = None
+    """The same run for an image of other rows and columns of tokens."""
+    _refitted: dict[tuple[int, int], ConditionRun] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
     _layouts: dict[tuple, FrameLayout] = field(default_factory=dict)
     _plans: dict[tuple, tuple[BlockPlan, BlockPlan]] = field(default_factory=dict)
     _kept: _Kept = field(default_factory=_Kept)
@@ -122,11 +133,20 @@ class ConditionRun:
         now = (progress or self.progress)()
         return tuple(i for i, item in enumerate(self.conditions) if item.condition.acts(*now))
 
+    def at(self, grid: tuple[int, int]) -> ConditionRun:
+        """The run whose conditions are fitted to an image of so many rows and columns of tokens: mostly this one."""
+        if self.refit is None or all(_fits(item, grid, self.side) for item in self.conditions):
+            return self
+        with self._lock:
+            if grid not in self._refitted:
+                self._refitted[grid] = self.refit(grid)
+            return self._refitted[grid]
+
     def arrange(
         self,
         image: Frame,
         text_length: int,
-        batch: int,
+        pairing: Pairing,
         pooled: torch.Tensor,
         active: tuple[int, ...] | None = None,
         *,
@@ -137,6 +157,7 @@ class ConditionRun:
 
         Args:
             image: the frame of the image tokens.
+            pairing: tells which of a condition's images each row of the batch meets.
             pooled: (B, P) pooled text, which the conditions' modulation depends on.
             active: numbers of the conditions that act; `None`: by the run's progress.
             step_cache: a cache compares tokens over steps: the same conditions ride along in every one, and those
@@ -147,7 +168,8 @@ class ConditionRun:
         riding = tuple(range(len(self.conditions))) if step_cache else active
         cache = None
         if self.cached and active and not step_cache and not torch.is_grad_enabled():
-            cache = self._cache(active, empty, image.size, pooled)
+            orders = tuple(pairing.order(len(self.conditions[i].tokens)) for i in active)
+            cache = self._cache((active, orders), empty, image.size, pooled)
         mode = None if cache is None else cache.mode
         key = (image.size, image.mask is None, text_length, active, riding, mode)
         if key not in self._layouts:
@@ -156,7 +178,7 @@ class ConditionRun:
         if len(layout.live) > 1:
             riders = [self.conditions[riding[i - 1]] for i in layout.live[1:]]
             parts = [item.empty if empty else item.tokens for item in riders]
-            tokens = torch.cat([_per_sample(part, batch) for part in parts if part is not None], dim=1)
+            tokens = torch.cat([_per_row(part, pairing) for part in parts if part is not None], dim=1)
         return Arranged(key, layout, tokens, cache)
 
     def step(
@@ -183,6 +205,9 @@ class ConditionRun:
     def forget(self) -> None:
         """Drop the kept keys and values; the next pass computes them."""
         self._kept = _Kept()
+        with self._lock:
+            for other in self._refitted.values():
+                other.forget()
 
     def kept_ids(self, ids: torch.Tensor) -> torch.Tensor:
         """Positions of the tokens that are made. The same tensor for the same `ids`, as a pipeline passes them."""
@@ -192,14 +217,15 @@ class ConditionRun:
             kept.ids = (ids, ids[self.region.flatten().to(ids.device)])
         return kept.ids[1]
 
-    def known(self) -> torch.Tensor:
-        """(1, N, C) tokens of the complement conditions at their places, zero where none is."""
+    def known(self, pairing: Pairing = ONE) -> torch.Tensor:
+        """(B, N, C) tokens of the complement conditions at their places, zero where none is."""
         assert self.region is not None
         complements = [item for item in self.conditions if item.condition.complement]
-        full = complements[0].tokens.new_zeros(1, self.region.numel(), complements[0].tokens.shape[2])
+        channels = complements[0].tokens.shape[2]
+        full = complements[0].tokens.new_zeros(pairing.batch, self.region.numel(), channels)
         for item in complements:
             assert item.frame.mask is not None
-            full[:, item.frame.mask.flatten()] = item.tokens[:1]
+            full[:, item.frame.mask.flatten()] = _per_row(item.tokens, pairing)
         return full
 
     def _layout(
@@ -235,7 +261,7 @@ class ConditionRun:
             tables[place] = (text, image, table)  # holding both, so that their ids stay theirs
         return tables[place][2]
 
-    def _cache(self, active: tuple[int, ...], empty: bool, size: tuple[int, int], pooled: torch.Tensor) -> KVCache:
+    def _cache(self, active: tuple, empty: bool, size: tuple[int, int], pooled: torch.Tensor) -> KVCache:
         """The cache that belongs to these conditions, this prompt and these weights; a new one if none does."""
         weights = tuple(
             (layer.scaling[name], *_state(layer.lora_A[name].weight), *_state(layer.lora_B[name].weight))
@@ -270,13 +296,16 @@ def _plan(layout: FrameLayout, writes: bool) -> tuple[BlockPlan, BlockPlan]:
     return plan, plan.last(layout)
 
 
-def _per_sample(tokens: torch.Tensor, batch: int) -> torch.Tensor:
-    """Tokens (b, n, C) for B samples; guidance doubles the batch behind itself."""
-    if batch % tokens.shape[0]:
-        raise ValueError(
-            f"a condition holds {tokens.shape[0]} pictures for a batch of {batch}; give one, or one per sample"
-        )
-    return tokens.repeat(batch // tokens.shape[0], 1, 1)
+def _per_row(tokens: torch.Tensor, pairing: Pairing) -> torch.Tensor:
+    """Tokens (b, n, C) of b images for each row of a batch: (B, n, C)."""
+    order = pairing.order(len(tokens))
+    return tokens.expand(len(order), -1, -1) if len(tokens) == 1 else tokens[list(order)]
+
+
+def _fits(item: Encoded, grid: tuple[int, int], side: int) -> bool:
+    """Whether a condition has the size at which it is read for an image of so many rows and columns of tokens."""
+    rows, columns = item.frame.size
+    return item.condition.read_size(item.given, side, grid) == (rows * side, columns * side)
 
 
 def _state(weight: torch.Tensor) -> tuple[int, int]:

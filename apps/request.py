@@ -16,13 +16,12 @@ from PIL import Image, PngImagePlugin
 
 from imgdit.defaults import STEPS
 from imgdit.images import fit, open_image, to_rgb
+from imgdit.images.fitting import filter_of
 from imgdit.naming import check_name
 from imgdit.untrusted import parse_object
 
 CHUNK = "imgdit"
 """Text chunk of a PNG that holds the request."""
-EXACT = ("segmentation", "boxes")
-"""Kinds of pictures whose colours are names: never blended with their neighbours."""
 
 
 @dataclass(frozen=True)
@@ -177,8 +176,7 @@ def fitted(picture: Image.Image, kind: str, height: int | None, width: int | Non
     picture = to_rgb(picture)
     if height is None or width is None or (picture.width <= width and picture.height <= height):
         return picture
-    how = Image.Resampling.NEAREST if kind in EXACT else Image.Resampling.LANCZOS
-    return fit(picture, (width, height), how)
+    return fit(picture, (width, height), filter_of(kind))
 
 
 def _plain(value: Any) -> Any:

@@ -22,6 +22,8 @@ from imgdit.cameras import FOCAL_LENGTH, orbit_cameras, scale_positions
 from imgdit.data.geometry import intrinsics
 from imgdit.data.scenes import Camera
 from imgdit.defaults import GUIDANCE
+from imgdit.images import fit, to_rgb
+from imgdit.images.fitting import filter_of
 from imgdit.lora_files import AdapterInfo, read_adapter
 from imgdit.models.nextdit import NextDiT
 from imgdit.pipelines.one_diffusion import OneDiffusionPipeline
@@ -84,7 +86,8 @@ class Studio(Shelf):
             self.any = over_components(OneDiffusionPipeline, self.pipe, loading)
             if not isinstance(self.pipe.transformer, NextDiT):
                 self.pipe = over_components(ImgDiTPipeline, self.pipe, loading)
-        self._loaded: dict[str, AdapterInfo] = {}
+        self._infos: dict[str, AdapterInfo] = {}  # of adapter files that were read
+        self._loaded: set[str] = set()  # adapters that the pipeline has
 
     def quiet(self, disable: bool | None = True) -> None:
         """Switch the sampler's bars off; `None`: where nobody looks on."""
@@ -200,10 +203,7 @@ class Studio(Shelf):
         guidance = request.guidance
         if guidance is None:
             guidance = 1.0 if _told_by_pictures(request.frames) else GUIDANCE
-        controls = tuple(
-            replace(control, picture=fitted(control.picture, control.kind, height, width))
-            for control in request.controls
-        )
+        controls = tuple(self._fitted(control, height, width) for control in request.controls)
         frames = tuple(
             frame
             if frame.picture is None
@@ -267,6 +267,19 @@ class Studio(Shelf):
                 hooks.enter_context(steer(pipe, self.unlearner.saes[self.seen_at], dict(request.features)))
             yield
 
+    def _fitted(self, control: Control, height: int | None, width: int | None) -> Control:
+        """A control with its picture in RGB and at the size it is read at, see `Condition.position`."""
+        name = self.adapter_for(control.kind)
+        if name is None or height is None or width is None or not hasattr(self.pipe, "load_control"):
+            return replace(control, picture=fitted(control.picture, control.kind, height, width))
+        picture = to_rgb(control.picture)
+        condition = self._described(replace(control, picture=picture), name)
+        if not isinstance(condition.position, str):  # placed by numbers, it has to have a whole number of tokens
+            condition = replace(condition, position="subject")
+        side = self.pipe.vae_scale_factor * getattr(self.pipe, "patch_size", 2)
+        rows, columns = condition.read_size((picture.height, picture.width), side, (height // side, width // side))
+        return replace(control, picture=fit(picture, (columns, rows), filter_of(control.kind)))
+
     def _condition(self, control: Control) -> Condition:
         if not hasattr(self.pipe, "load_control"):
             raise ValueError(
@@ -276,12 +289,18 @@ class Studio(Shelf):
         assert name is not None
         if name not in self._loaded:
             self.pipe.load_control(self.adapters[name], adapter_name=name)
-            self._loaded[name] = read_adapter(self.adapters[name]).info
-        info = self._loaded[name]
+            self._loaded.add(name)
+        return self._described(control, name)
+
+    def _described(self, control: Control, adapter: str) -> Condition:
+        """A control as the condition of its adapter, whose header tells where it stands."""
+        if adapter not in self._infos:
+            self._infos[adapter] = read_adapter(self.adapters[adapter]).info
+        info = self._infos[adapter]
         position: Any = info.position or "aligned"
         return Condition(
             control.picture,
-            name,
+            adapter,
             position=position,
             scale=info.scale or 1.0,
             strength=control.strength,

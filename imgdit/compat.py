@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import diffusers
 import torch
+from accelerate.hooks import CpuOffload
 from diffusers import ModelMixin, SchedulerMixin
 from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.hooks._helpers import (
@@ -239,6 +240,11 @@ def add_hook(module: torch.nn.Module, hook: ModelHook, name: str) -> None:
         registry.register_hook(hook, name)
         return
     _register_at(registry, module, "_old_forward", hook, name)
+
+
+def is_offloaded_whole(module: Any) -> bool:
+    """Whether accelerate moves a module to its device by moving another one away (`enable_model_cpu_offload`)."""
+    return isinstance(getattr(module, "_hf_hook", None), CpuOffload)
 
 
 def insert_hook(module: torch.nn.Module, hook: ModelHook, name: str) -> None:
@@ -514,6 +520,7 @@ __all__ += [
     "has_hooks",
     "has_step_cache",
     "insert_hook",
+    "is_offloaded_whole",
     "is_xformers_available",
     "onednn_linear",
     "parameters_on_disk",

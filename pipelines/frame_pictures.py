@@ -9,12 +9,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import PIL.Image
 import torch
 import torch.nn.functional as F
 
 from imgdit.images.convert import to_pixels
-from imgdit.images.opening import is_turned
 
 from ..data.tasks import areas_of_colours
 from ..tasks import hex_colour
@@ -37,13 +35,6 @@ BUCKETS = (
 def bucket_size(height: int, width: int) -> tuple[int, int]:
     """Height and width, of about 512 x 512 pixels, whose ratio is nearest to a picture's."""
     return min(BUCKETS, key=lambda size: abs(round(size[0] / size[1], 2) - height / width))
-
-
-def picture_size(picture: Any) -> tuple[int, int]:
-    """Height and width of a PIL picture, as it is shown, or of an array."""
-    if isinstance(picture, PIL.Image.Image):
-        return (picture.width, picture.height) if is_turned(picture) else (picture.height, picture.width)
-    return picture.shape[0], picture.shape[1]
 
 
 def pixels_of_pictures(

@@ -16,6 +16,7 @@ from diffusers.pipelines.flux import FluxPipelineOutput
 from .. import compat
 from ..adapters.condition import Condition
 from ..adapters.omni_control import OmniControl
+from ..adapters.pairing import Pairing, Samples
 from ..adapters.prepare import Mode
 from ..lora_files import LoadReport
 from .checks import Texts, check_count, check_generators, check_latents, check_texts
@@ -81,9 +82,10 @@ class _Conditions(compat.SafetensorsOnly):
         """
         call = signature(super().__call__).bind_partial(*args, **kwargs).arguments  # type: ignore[misc]
         call |= {name: list(text) for name, text in call.items() if "prompt" in name and isinstance(text, tuple)}
-        self._check_counts(call, conditions)
+        prompts = self._check_counts(call, conditions)
         if not conditions:
             return super().__call__(**call)  # type: ignore[misc]
+        size = self._target_size(call, conditions)
         with self.control.use(
             conditions,
             main_adapter=main_adapter,
@@ -92,11 +94,14 @@ class _Conditions(compat.SafetensorsOnly):
             image_guidance_scale=image_guidance_scale,
             region=region,
             generator=condition_generator,
+            height=size[0],
+            width=size[1],
+            samples=Samples(prompts * call.get("num_images_per_prompt", 1), prompts),
         ) as control:
             return self._sample(control, **call)
 
-    def _check_counts(self, call: Mapping[str, Any], conditions: Sequence[Condition]) -> None:
-        """Refuse lists of other lengths than the prompts, and latents of another shape."""
+    def _check_counts(self, call: Mapping[str, Any], conditions: Sequence[Condition]) -> int:
+        """Refuse lists of other lengths than the prompts, and latents of another shape; the number of prompts."""
         prompts = check_texts(Texts(*(call.get(name) for name in Texts._fields)))
         for name, text in call.items():
             if re.fullmatch(r"(negative_)?prompt_[23]", name) and isinstance(text, (list, tuple)):
@@ -106,11 +111,19 @@ class _Conditions(compat.SafetensorsOnly):
         for side in ("height", "width"):
             if call.get(side) == 0:  # which diffusers takes for the default
                 raise ValueError(f"{side} is a positive number of pixels, got 0; leave it out for the default")
-        if any(condition.complement for condition in conditions):
-            return  # whose size is the picture's to complete
+        if not any(condition.complement for condition in conditions):  # whose size may be the image's to complete
+            height, width = self._sizes(call)
+            check_latents(call.get("latents"), *self._latent_shape(images, height, width))
+        return prompts
+
+    def _sizes(self, call: Mapping[str, Any]) -> tuple[int, int]:
+        """Height and width of the images of a call, in pixels."""
         default = self.default_sample_size * self.vae_scale_factor  # type: ignore[attr-defined]
-        height, width = (call.get(side) or default for side in ("height", "width"))
-        check_latents(call.get("latents"), *self._latent_shape(images, height, width))
+        return call.get("height") or default, call.get("width") or default
+
+    def _target_size(self, call: Mapping[str, Any], conditions: Sequence[Condition]) -> tuple[int | None, int | None]:
+        """Height and width that conditions are fitted to."""
+        return self._sizes(call)
 
     def _latent_shape(self, images: int, height: int, width: int) -> tuple[tuple[int, ...], str]:
         """Shape of the starting noise, and what its numbers count."""
@@ -135,6 +148,11 @@ class FluxOmniControlPipeline(_Conditions, FluxPipeline):
         side = 2 * self.vae_scale_factor  # pixels of a token
         tokens = (height // side) * (width // side)
         return (images, tokens, self.transformer.config.in_channels), "batch, tokens, channels of a token"
+
+    def _target_size(self, call: Mapping[str, Any], conditions: Sequence[Condition]) -> tuple[int | None, int | None]:
+        """`None`: an image is completed at its own size where the call gives none."""
+        completes = any(item.complement for item in conditions) and not (call.get("height") and call.get("width"))
+        return (None, None) if completes else self._sizes(call)
 
     def _sample(self, control: OmniControl, **kwargs: Any) -> Any:
         """Where complements show what is known, only the other tokens are sampled, and the schedule counts them."""
@@ -167,7 +185,7 @@ class FluxOmniControlPipeline(_Conditions, FluxPipeline):
         sampled = super()._sample(
             control, **kwargs, latents=latents[:, made], output_type="latent", return_dict=False
         )[0]
-        picture = run.known().to(sampled).repeat(sampled.shape[0], 1, 1)
+        picture = run.known(Pairing(len(sampled), run.samples)).to(sampled)
         picture[:, made] = sampled
         if output_type != "latent":
             picture = self._unpack_latents(picture, height, width, self.vae_scale_factor)

@@ -15,6 +15,8 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from imgdit.images.convert import image_size
+
 from .. import compat
 from ..attention import KVCache
 from ..cameras import FOCAL_LENGTH, cameras_of_rays, ray_frames, rays_of_frames, relative_rays
@@ -28,7 +30,7 @@ from ..schedulers.flow_match import MultiFrameFlowMatchScheduler
 from ..schedulers.schedule import set_schedule, step_options
 from ..tasks import PictureFrame, task_prompt
 from .checks import SamplingOptions, Texts, check_call, check_latents
-from .frame_pictures import bucket_size, depth_of_pictures, labels_of_pictures, picture_size, pixels_of_pictures
+from .frame_pictures import bucket_size, depth_of_pictures, labels_of_pictures, pixels_of_pictures
 from .one_diffusion_inputs import check_scene, entry, pictures_of, read_scene
 from .text_to_image import ImgDiTPipeline
 from .texts import join_halves
@@ -318,7 +320,7 @@ class OneDiffusionPipeline(ImgDiTPipeline):
             if any(frame.kind == "rays" for frame in scene):
                 default = (PUBLISHED_SIZE, PUBLISHED_SIZE)
             elif pictures:
-                default = bucket_size(*picture_size(pictures[0]))
+                default = bucket_size(*image_size(pictures[0]))
         return default[0] if height is None else height, default[1] if width is None else width
 
     def _check_options(self, given_level: str | None, noise_scale: float, scaling: tuple[float, float]) -> None:

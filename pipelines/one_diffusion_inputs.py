@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
+from imgdit.images.convert import image_size
+
 from ..tasks import TASKS, PictureFrame, check_frames, frames_of_mask, infer_task, task_frames
 from .checks import check_size
-from .frame_pictures import picture_size
 
 
 def read_scene(
@@ -109,7 +110,7 @@ def check_scene(
     check_size(height, width, cell, transformer.max_grid)
     drawn = [frame for frame in frames if frame.adapter is None and pictures_of(frame)]
     if any(frame.kind != "image" for frame in drawn):
-        sizes = sorted({picture_size(picture) for frame in drawn for picture in pictures_of(frame)})
+        sizes = sorted({image_size(picture) for frame in drawn for picture in pictures_of(frame)})
         if len(sizes) > 1:
             raise ValueError(
                 "a picture and what is drawn over it must be of one size, got "

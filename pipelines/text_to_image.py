@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import compat
 from ..adapters.condition import Condition
+from ..adapters.pairing import Pairing, Samples, Target
 from ..adapters.prepare import Mode, prepare_run
 from ..adapters.run import ConditionRun, Progress
 from ..data.words import unknown_words
@@ -238,11 +239,13 @@ class ImgDiTPipeline(compat.DiffusionPipeline, LoraLoaderMixin):
 
     def check_inputs(
         self, texts: Texts, options: SamplingOptions, height: int, width: int, latents: torch.Tensor | None
-    ) -> None:
-        """Refuse what cannot work before anything is computed; the arguments are those of a call."""
+    ) -> int:
+        """Refuse what cannot work before anything is computed; the arguments are those of a call. The number of images
+        that it makes."""
         check_size(height, width, self.vae_scale_factor * self.patch_size, self.transformer.max_grid)
         images = check_call(self, texts, options) * options.num_images_per_prompt
         check_latents(latents, self._latent_shape(images, height, width))
+        return images
 
     def _latent_shape(self, batch_size: int, height: int, width: int) -> tuple[int, int, int, int]:
         channels = self.vae.config.latent_channels
@@ -336,12 +339,16 @@ class ImgDiTPipeline(compat.DiffusionPipeline, LoraLoaderMixin):
             num_inference_steps, sigmas, guidance_scale, guidance_interval, num_images_per_prompt, generator,
             output_type, callback_on_step_end_tensor_inputs, true_cfg_scale,
         )  # fmt: skip
-        self.check_inputs(texts, options, height, width, latents)
+        count = self.check_inputs(texts, options, height, width, latents)
         run = prepare_run(
             self, self.transformer, self._infos, conditions,
             patch=self.patch_size, channels=self.transformer.token_channels, progress=lambda: self._progress,
             main_adapter=main_adapter, mode=mode, cache=cache, image_guidance_scale=image_guidance_scale,
             region=region, generator=condition_generator,
+            target=Target.of(
+                (height, width), self.vae_scale_factor * self.patch_size,
+                Samples(count, count // num_images_per_prompt),
+            ),
         ) if conditions else None  # fmt: skip
         self._guidance_scale, self._true_cfg_scale = guidance_scale, true_cfg_scale
         self._interrupt = False
@@ -439,8 +446,9 @@ class ImgDiTPipeline(compat.DiffusionPipeline, LoraLoaderMixin):
         def velocity(empty: bool) -> torch.Tensor:
             layout, cache, joined = FrameLayout.build([image], embeds.shape[1]), None, tokens
             if run is not None:
+                pairing = Pairing(len(tokens), run.samples)
                 _, layout, riders, cache = run.arrange(
-                    image, embeds.shape[1], len(tokens), pooled, step_cache=step_cache, empty=empty
+                    image, embeds.shape[1], pairing, pooled, step_cache=step_cache, empty=empty
                 )
                 joined = tokens if riders is None else torch.cat([tokens, riders.to(tokens)], dim=1)
             # Calls that differ in batch or content, which step caches must keep apart.
@@ -472,7 +480,8 @@ class ImgDiTPipeline(compat.DiffusionPipeline, LoraLoaderMixin):
         """The latents with what complement conditions know in its place."""
         if image.mask is None:
             return latents
-        known = unpack(run.known().to(latents), self.patch_size, image.size)
+        known = run.known(Pairing(len(latents), run.samples))  # (B, N, C)
+        known = unpack(known.to(latents), self.patch_size, image.size)
         made = image.mask.repeat_interleave(self.patch_size, 0).repeat_interleave(self.patch_size, 1)
         return torch.where(made.to(latents.device), latents, known)
 

@@ -133,7 +133,7 @@ def control(
         controls = _controls(given, strength=strength, start=start, end=end)
         if find:
             session.shelf.check(Request(controls=controls))
-            controls = _found(session, controls)
+            controls = _found(session, controls, (height, width))
         request = Request(prompt, negative, seed, steps, guidance, height, width, controls=controls)
 
         def beside(file: Path) -> dict[Path, tuple[str, Any]]:
@@ -298,14 +298,15 @@ def _files(given: Sequence[str]) -> list[tuple[str, Any]]:
     return pairs
 
 
-def _found(session: Session, controls: Sequence[Control]) -> tuple[Control, ...]:
-    """The controls with their photos turned into conditions."""
+def _found(session: Session, controls: Sequence[Control], size: tuple[int | None, int | None]) -> tuple[Control, ...]:
+    """The controls with their photos turned into conditions, for an image of a height and a width."""
     from dataclasses import replace
 
     from imgdit.apps.prepare import condition_of
 
-    session.studio.quiet(None)
-    return tuple(replace(one, picture=condition_of(session.studio, one.kind, one.picture)) for one in controls)
+    studio = session.studio
+    studio.quiet(None)
+    return tuple(replace(one, picture=condition_of(studio, one.kind, one.picture, size=size)) for one in controls)
 
 
 def _camera(text: str) -> tuple[float, float]:

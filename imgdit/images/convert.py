@@ -112,6 +112,15 @@ def to_pixels(image: Any, background: str = "white") -> torch.Tensor:
     return unit.expand(-1, 3, -1, -1)
 
 
+def image_size(image: Any) -> tuple[int, int]:
+    """Height and width in pixels of anything that `to_pixels` takes, as it is shown."""
+    if isinstance(image, Image.Image):
+        with readable(name_of(image)):
+            return image.size if is_turned(image) else image.size[::-1]
+    rows, columns = channels_first(image, "an image").shape[-2:]
+    return rows, columns
+
+
 def channels_first(image: Any, what: str) -> torch.Tensor:
     """An array (H, W), (H, W, C) or (B, H, W, C), or a tensor (H, W), (C, H, W) or (B, C, H, W), as (B, C, H, W).
 

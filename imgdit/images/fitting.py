@@ -12,6 +12,13 @@ from imgdit.images.convert import to_image, to_pixels, to_rgb
 
 Size = tuple[int, int]
 """Width and height in pixels."""
+SHARP = ("segmentation", "boxes")
+"""Kinds of images whose colours mean something and must not be blended with their neighbours'."""
+
+
+def filter_of(kind: str | None) -> Image.Resampling:
+    """The filter by which an image of a kind (depth, segmentation, …) is brought to another size."""
+    return Image.Resampling.NEAREST if kind in SHARP else Image.Resampling.LANCZOS
 
 
 def fit(image: Image.Image, size: Size, resample: Image.Resampling = Image.Resampling.LANCZOS) -> Image.Image:

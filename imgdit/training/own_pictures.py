@@ -21,7 +21,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from imgdit.images import fit, to_image, to_pixels
-from imgdit.images.fitting import Size
+from imgdit.images.fitting import SHARP, Size
 
 from ..cameras import FOCAL_LENGTH, RAY_CHANNELS, ray_frames, relative_rays, scale_positions
 from ..data.captions import TASK_TOKENS
@@ -47,8 +47,6 @@ from .scene_frames import PATCH
 
 logger = logging.getLogger(__name__)
 
-SHARP = ("segmentation", "boxes")
-"""Conditions whose colours mean something and must not be blended."""
 SHOWN = 5
 """Problems that a message names; `imgdit data check` lists all."""
 

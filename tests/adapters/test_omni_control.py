@@ -475,7 +475,11 @@ REFUSED = {
     "an adapter that is not loaded": ({"adapter": "cany"}, {}, "'cany' is not loaded; loaded are: canny, depth"),
     "a mask of another size": ({"mask": torch.ones(3, 5)}, {}, "4x4 tokens .* 16x16 pixels"),
     "a mask of nothing": ({"mask": torch.zeros(4, 4)}, {}, "leaves no token"),
-    "a picture of odd size": ({"image": torch.rand(3, 18, 16)}, {}, "multiple of 4 pixels.*resize it to 16x16"),
+    "a placed picture of odd size": (
+        {"image": torch.rand(3, 18, 16), "position": (0, 4)},
+        {},
+        "multiple of 4 pixels.*resize it to 16x16",
+    ),
     "a picture beyond its range": ({"image": torch.rand(3, 16, 16) * 255}, {}, r"values in \[0, 1\]"),
     "no picture": ({"image": "edges.png"}, {}, "PIL image, an array or a tensor, got str"),
     "an unknown main adapter": ({}, {"main_adapter": "style"}, "'style' is not loaded"),
