@@ -26,6 +26,13 @@ app.add_typer(lora.app, name="lora")
 app.add_typer(mup.app, name="mup")
 app.add_typer(sae.app, name="sae")
 
+TRAIN_OPTIONS = {
+    "pass resume=True": "go on with --resume,",
+    "pass accept_data=True": "give --accept-data",
+    r"run\.folder": "--folder",
+}
+"""What `train` calls its arguments, see `one_sentence`."""
+
 
 def _version(asked: bool) -> None:
     if asked:
@@ -56,6 +63,7 @@ def train(
     folder: Annotated[Path | None, typer.Option(help="Where the run writes, instead of the recipe's folder.")] = None,
     resume: Annotated[bool, typer.Option(help="Go on from the folder's latest checkpoint.")] = False,
     stop_at: Annotated[int | None, typer.Option(min=1, help="Stop with a checkpoint after this step.")] = None,
+    accept_data: Annotated[bool, typer.Option("--accept-data", help="Resume although the images changed.")] = False,
     plan: Annotated[bool, typer.Option("--plan", help="Print the memory it takes, and what would take less.")] = False,
     gpus: Annotated[int, typer.Option(min=1, help="With --plan: GPUs that share the weights (FSDP2).")] = 1,
     memory: Annotated[float | None, typer.Option(min=0, help="With --plan: a GPU's GB, if not this one's.")] = None,
@@ -65,7 +73,7 @@ def train(
     from imgdit.training.config import build_model
     from imgdit.training.sources import training_batches
 
-    with one_sentence({"pass resume=True": "go on with --resume,", r"run\.folder": "--folder"}):
+    with one_sentence(TRAIN_OPTIONS):
         loaded = load_recipe(recipe)
         if folder is not None:
             loaded = loaded.replace(run={"folder": str(folder)})
@@ -90,6 +98,7 @@ def train(
             on_sample=draw,
             resume=resume,
             stop_at=stop_at,
+            accept_data=accept_data,
         )
     typer.echo(f"step {result.step}: {result.checkpoint}")
 

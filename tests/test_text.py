@@ -78,7 +78,7 @@ STRANGE = "a red cube\u2028on a wooden floor,\x85 two\x0clines"
 def test_every_reader_of_text(tmp_path, encoding):
     """Lists of prompts of all kinds, recipes, metadata and JSON."""
     (tmp_path / "prompts.txt").write_bytes(f"{STRANGE}\r\n\r\na cone\r\n".encode(encoding))
-    assert _lines(tmp_path / "prompts.txt") == [STRANGE, "a cone"]
+    assert _lines(tmp_path / "prompts.txt", "prompt") == [STRANGE, "a cone"]
     assert SAEData(prompts_file=str(tmp_path / "prompts.txt"), held_out=1).sentences(0) == [STRANGE, "a cone"]
     assert [line.request.prompt for line in read_prompts(tmp_path / "prompts.txt", Request())] == [STRANGE, "a cone"]
     asked = json.dumps({"prompt": STRANGE, "name": "one"}, ensure_ascii=False)

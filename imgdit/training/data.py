@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import contextmanager
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch.utils.data import DataLoader
@@ -19,6 +19,30 @@ class MapDataset(Protocol):
 
     def __getitem__(self, index: int) -> Any:
         """The sample of this number; the same for the same number."""
+
+
+@runtime_checkable
+class Fingerprinted(Protocol):
+    """A data set that can be another one when a run goes on, such as a folder of people's images."""
+
+    def fingerprint(self) -> torch.Tensor:
+        """(N, 2) int64: hashes of each row's name and of its content, in the order of the rows."""
+
+
+def compare_rows(before: torch.Tensor, now: torch.Tensor) -> str | None:
+    """How the rows of a data set differ from those of an earlier fingerprint; `None`: not at all.
+
+    Args:
+        before, now: see `Fingerprinted`.
+    """
+    if torch.equal(before, now):
+        return None
+    old, new = (dict(rows.tolist()) for rows in (before, now))
+    added, gone = len(new.keys() - old.keys()), len(old.keys() - new.keys())
+    changed = sum(content != new[name] for name, content in old.items() if name in new)
+    if not (added or gone or changed):
+        return f"the same {len(now):,} rows in another order"
+    return f"{added:,} added, {gone:,} gone, {changed:,} changed; {len(before):,} rows then, {len(now):,} now"
 
 
 class DataOrder:
@@ -80,6 +104,7 @@ class Batches:
         seed: int,
         shuffle: bool = True,
         workers: int = 0,
+        whole: bool = False,
     ) -> None:
         """
         Args:
@@ -89,8 +114,9 @@ class Batches:
             seed: of the order.
             shuffle: see `DataOrder`.
             workers: processes that prepare samples.
+            whole: each sample of the data set is a batch already, whose samples are counted by its `tokens`.
         """
-        self.dataset, self.collate, self.workers = dataset, collate, workers
+        self.dataset, self.collate, self.workers, self.whole = dataset, collate, workers, whole
         length = len(dataset) if isinstance(dataset, Sized) else None
         self.order = DataOrder(length, seed, shuffle)
 

@@ -59,7 +59,7 @@ from .checkpoint import (
     shards_of,
 )
 from .config import OptimizerConfig, Recipe, build_scheduler
-from .data import Batches, lost_worker, mixed_seed
+from .data import Batches, Fingerprinted, compare_rows, lost_worker, mixed_seed
 from .objectives import ObjectiveOutput
 from .optimizers import build_optimizer
 from .shards import ShardError, load_shards, require_shards
@@ -98,6 +98,7 @@ def train(
     on_sample: Callable[[int], None] | None = None,
     resume: bool = False,
     stop_at: int | None = None,
+    accept_data: bool = False,
 ) -> TrainingResult:
     """Train until `recipe.run.steps`.
 
@@ -114,16 +115,18 @@ def train(
             evaluation mode. It may draw random numbers: the training's are put back.
         resume: go on from the folder's latest checkpoint, if there is one.
         stop_at: stop after this step with a checkpoint, as if the time had run out; the schedule stays the recipe's.
+        accept_data: resume although the data has other rows than the checkpoint was trained on.
 
     Raises:
         ValueError: the folder holds a run and `resume` is false, another process writes it, the batch does not divide,
-            or a checkpoint does not fit (`CheckpointError`).
+            the data's rows are others than before, or a checkpoint does not fit (`CheckpointError`).
         NonFiniteLoss: with the name of the file that holds the batch.
         RuntimeError: a data worker was killed.
     """
     first = os.environ.get("RANK", "0") == "0"  # the only rank that writes
     with only_writer(recipe.run.folder) if first else nullcontext(), lost_worker():
-        return _Run(recipe, model, batches, objective, scheduler, held_out, on_sample, resume).train(stop_at)
+        run = _Run(recipe, model, batches, objective, scheduler, held_out, on_sample, resume, accept_data)
+        return run.train(stop_at)
 
 
 def optimizer_groups(model: torch.nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
@@ -154,8 +157,12 @@ class _Run:
         held_out: Sequence[Any],
         on_sample: Callable[[int], None] | None,
         resume: bool,
+        accept_data: bool,
     ) -> None:
         run = recipe.run
+        dataset = batches.dataset
+        self.rows = dataset.fingerprint() if isinstance(dataset, Fingerprinted) else None
+        self.accept_data = accept_data
         self.recipe, self.batches = recipe, batches
         self.scheduler = build_scheduler(recipe) if scheduler is None else scheduler
         self.held_out, self.on_sample = held_out, on_sample
@@ -192,6 +199,8 @@ class _Run:
         self.size = run.batch_size // (run.accumulation * self.ranks)
         self.sharded = _writes_shards(self.accelerator)
         self.step, self.samples = 0, 0
+        self.seen = 0
+        """Samples trained on. `samples` counts positions in the data, each of which may be a whole batch."""
         self.model = model.train()
         config = recipe.optimizer
         self._check_sharding()
@@ -247,7 +256,7 @@ class _Run:
                 window.add(values)
                 progress.update()
                 if self.step % run.log_every == 0 or self.step == last:
-                    metrics = {**window.take(), "lr": float(rates[0]), "samples": float(self.samples)}
+                    metrics = {**window.take(), "lr": float(rates[0]), "samples": float(self.seen)}
                     self._log(metrics)
                     progress.set_postfix(loss=f"{metrics['loss']:.4f}")
                 if self.held_out and _due(self.step, run.evaluate_every, last):
@@ -281,7 +290,9 @@ class _Run:
             with accelerator.accumulate(self.wrapped):
                 output = self.objective(self.wrapped, self.scheduler, batch, self.generator)
                 accelerator.backward(output.loss)
-            outputs.append({**output.metrics, "loss": output.loss.detach()})
+            count = len(micro.batch.tokens) if self.batches.whole else self.size
+            seen_here = output.loss.new_full((), count, dtype=torch.float32)
+            outputs.append({**output.metrics, "loss": output.loss.detach(), "samples": seen_here})
         parameters = self.trained.values()
         clip = self.recipe.optimizer.clip_norm
         norm = accelerator.clip_grad_norm_(parameters, math.inf if clip is None else clip)
@@ -301,6 +312,7 @@ class _Run:
             self.ema.step(parameters)
         self.step += 1
         self.samples += run.batch_size
+        self.seen += round(values.pop("samples") * run.accumulation * self.ranks)
         return values
 
     def _refuse(self, values: Mapping[str, float], outputs: list[dict[str, torch.Tensor]], seen: list[Any]) -> None:
@@ -392,10 +404,13 @@ class _Run:
         }
         states = gather_object([rng_state(f"rank{self.rank}/")])
         tensors["rng"] = {name: state for part in states for name, state in part.items()}
+        if self.rows is not None:
+            tensors["rows"] = {"rows": self.rows}
         scaler = self.accelerator.scaler
         state = {
             "step": self.step,
             "samples": self.samples,
+            "seen": self.seen,
             "ranks": self.ranks,
             "partial": bool(self.frozen),
             "schedule": {"step": self.schedule.last_epoch, "lr": self.schedule.get_last_lr()},
@@ -441,6 +456,7 @@ class _Run:
             if name.startswith("run.folder "):  # the folder may have moved
                 continue
             logger.warning("%s: the recipe differs from the checkpoint's in %s", checkpoint, name)
+        self._check_rows(checkpoint, state)
         self._load_moments(checkpoint / "optimizer.safetensors")
         set_model_state_dict(
             self.wrapped, _fitted(checkpoint / "model.safetensors", own), options=StateDictOptions(strict=False)
@@ -462,6 +478,21 @@ class _Run:
         else:  # more ranks than before
             torch.manual_seed(mixed_seed(self.recipe.run.seed, self.rank, state["step"]))
         self.step, self.samples = state["step"], state["samples"]
+        self.seen = state.get("seen", self.samples)  # earlier versions counted positions
+
+    def _check_rows(self, checkpoint: Path, state: Mapping[str, Any]) -> None:
+        """Refuse other data than before; a checkpoint that tells nothing of its rows is taken."""
+        if self.rows is None or "rows.safetensors" not in state["files"]:
+            return
+        before = read_files(checkpoint / "rows.safetensors").get("rows", torch.empty(0, 2, dtype=torch.int64))
+        differ = compare_rows(before, self.rows)
+        if differ is not None and not self.accept_data:
+            raise ValueError(
+                f"{checkpoint} was trained on other rows: {differ}. Their order is another one, so the run would not "
+                "go on as it was: put the data back, or pass accept_data=True to go on with the data that is there now"
+            )
+        if differ is not None:
+            logger.warning("%s: going on with other rows: %s", checkpoint, differ)
 
     def _load_moments(self, path: Path) -> None:
         """Put the optimiser's state back, sharded as the weights are now."""

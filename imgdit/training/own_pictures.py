@@ -212,6 +212,20 @@ class OwnPictures:
         black = pack(self._black((width, height))[None], PATCH)[0]
         return replace(batch, empty_tokens=torch.cat([torch.zeros_like(black)] * (len(layout.frames) - 1) + [black]))
 
+    def fingerprint(self) -> torch.Tensor:
+        """(N, 2) int64: hashes of name and content of each row, by which a run that goes on knows them again."""
+        rows = [
+            (
+                tensor_key(row.name),
+                tensor_key(
+                    sorted(found.hashes.items()), row.captions, row.repeats, row.focal_length,
+                    None if row.cameras is None else row.cameras.tolist(),
+                ),
+            )
+            for row, found, _ in self.pictures
+        ]  # fmt: skip
+        return torch.tensor([[int(key[:15], 16) for key in pair] for pair in rows], dtype=torch.int64)
+
     # Caches
 
     def fill_all(self) -> None:

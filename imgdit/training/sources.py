@@ -77,6 +77,7 @@ def training_batches(recipe: Recipe) -> tuple[Batches, list[Any]]:
         seed=recipe.run.seed,
         shuffle=config.shuffle,
         workers=config.workers,
+        whole=source.whole_batches,
     )
     if not recipe.run.evaluate_every:
         return batches, []

@@ -4,13 +4,16 @@ import json
 import logging
 import pickle
 import shutil
+import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
 from tiny import rope_config, tiny_pipeline, tiny_vae
 from tiny_pictures import DEFECTS, ODDITIES, picture, write_folder
 
+from imgdit.apps.training_plan import training_plan
 from imgdit.data.geometry import camera_to_world
 from imgdit.data.own.convert import convert
 from imgdit.data.own.sources import open_rows
@@ -263,3 +266,112 @@ def test_a_shard_that_ends_early_is_no_broken_row(tmp_path, model):
     shard.write_bytes(shard.read_bytes()[:5000])
     with pytest.raises(ValueError, match=r"000000.tar ends early, after the row"):
         OwnPictures(str(tmp_path / "shards"), model, None, **BASE, max_broken=1.0)
+
+
+def resumed(folder, data, model, **options):
+    made = recipe(folder, data, model, cache=None)
+    made = made.replace(run={"steps": 3})
+    return train(made, model=build_model(made), batches=training_batches(made)[0], resume=True, **options)
+
+
+def edit_rows(data, change):
+    path = Path(data) / "metadata.jsonl"
+    path.write_text(
+        "\n".join(json.dumps(row) for row in change([json.loads(x) for x in path.read_text().split("\n")]))
+    )
+
+
+CHANGES = {
+    "a row less": (lambda rows: rows[1:], "0 added, 1 gone, 0 changed; 10 rows then, 9 now"),
+    "another caption": (lambda rows: [{**rows[0], "text": "new"}, *rows[1:]], "0 added, 0 gone, 1 changed; 10 rows"),
+    "another name": (lambda rows: [{**rows[0], "file_name": "new.png"}, *rows[1:]], "1 added, 1 gone, 0 changed"),
+    "another order": (lambda rows: rows[::-1], "the same 10 rows in another order"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_run_that_goes_on_with_other_rows_says_so(tmp_path, data, model, change, caplog):
+    resumed(tmp_path / "run", data, model, stop_at=1)
+    picture(99, (24, 16)).save(Path(data) / "new.png")
+    resumed(tmp_path / "run", data, model, stop_at=2)  # the rows are the same
+    edit_rows(data, CHANGES[change][0])
+    with pytest.raises(ValueError, match=f"was trained on other rows: {CHANGES[change][1]}.*accept_data=True"):
+        resumed(tmp_path / "run", data, model)
+    caplog.clear()
+    assert resumed(tmp_path / "run", data, model, accept_data=True).step == 3
+    assert any("going on with other rows" in record.getMessage() for record in caplog.records)
+    caplog.clear()
+    resumed(tmp_path / "run", data, model)  # the rows that were accepted are the run's own now
+    assert not [record for record in caplog.records if "other rows" in record.getMessage()]
+
+
+def test_another_image_under_the_same_name_is_another_row(tmp_path, data, model):
+    resumed(tmp_path / "run", data, model, stop_at=1)
+    picture(99, (24, 16)).save(Path(data) / "00000.png")
+    with pytest.raises(ValueError, match="0 added, 0 gone, 1 changed"):
+        resumed(tmp_path / "run", data, model)
+
+
+def test_checkpoints_that_tell_no_rows_go_on(tmp_path, data, model):
+    """Those of earlier versions."""
+    checkpoint = resumed(tmp_path / "run", data, model, stop_at=1).checkpoint
+    state = json.loads((checkpoint / "state.json").read_text())
+    del state["files"]["rows.safetensors"]
+    (checkpoint / "state.json").write_text(json.dumps(state))
+    (checkpoint / "rows.safetensors").unlink()
+    edit_rows(data, lambda rows: rows[1:])
+    assert resumed(tmp_path / "run", data, model).step == 3
+
+
+def test_repeats_fill_an_epoch(tmp_path, model):
+    folder = tmp_path / "data"
+    for name in ("3_red/a.png", "1_blue/b.png"):
+        (folder / name).parent.mkdir(parents=True)
+        picture(len(name), (16, 16)).save(folder / name)
+        (folder / name).with_suffix(".txt").write_text(name)
+    dataset = OwnPictures(str(folder), model, None, base=16, samples=2)
+    for epoch in range(2):
+        rows = [row for i in range(2) for row in dataset.rows_of(2 * epoch + i)]
+        assert Counter(dataset.pictures[row].row.name for row in rows) == {"3_red/a.png": 3, "1_blue/b.png": 1}
+
+
+def test_what_is_left_alone_and_bare_is_told(tmp_path, model, caplog):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for name in ("a", "b", "c"):
+        picture(1, (16, 16)).save(folder / f"{name}.png")
+    (folder / "a.txt").write_text("a wall")
+    (folder / "._a.png").write_bytes(b"\0")
+    OwnPictures(str(folder), model, None, base=16, samples=2)
+    said = [record.getMessage() for record in caplog.records]
+    assert any("1 file (._a.png) left by systems" in one for one in said)
+    assert any(
+        "2 images (b.png, c.png) of 3 have no caption and are trained with the empty text" in one for one in said
+    )
+
+
+def test_a_package_that_is_not_there_is_told_before_images_are_read(tmp_path, data, model, monkeypatch):
+    """And a plan of the memory does without."""
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    (Path(data) / "00000.png").write_bytes(b"no image")
+    options = {"condition": "canny", "preprocessor": "canny"}
+    with pytest.raises(ImportError, match=r"edges of photos need OpenCV"):
+        OwnPictures(data, model, None, **BASE, **options)
+    made = load_recipe("own/condition_lora")
+    arguments = {**made.data.arguments, **BASE, **options, "path": data, "model": model, "max_broken": 0.2}
+    arguments["cache"] = str(tmp_path / "cache")
+    made = made.replace(model={"pretrained": model}, data={"arguments": arguments})
+    assert any("fits into" in line for line in training_plan(made, gigabytes=24))
+
+
+def test_metrics_count_samples_and_not_batches(tmp_path, data, model):
+    """Ten rows of two shapes in batches of up to four, through a stop."""
+    made = recipe(tmp_path / "run", data, model, cache=None, samples=4)
+    batches, _ = training_batches(made)
+    sizes = [len(batches.dataset.rows_of(i)) for i in range(4)]
+    assert sum(sizes) == 10 and min(sizes) < 4
+    network = build_model(made)
+    train(made, model=network, batches=batches, stop_at=3)
+    train(made, model=network, batches=batches, resume=True)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["samples"] for line in lines] == [sum(sizes[: i + 1]) for i in range(4)]
