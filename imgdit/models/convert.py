@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 import torch.nn as nn
 
+from ..mup import MupSettings, configure, mup_settings
 from ..naming import nearest
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def read_config(cls: type[MMDiT], config: Mapping[str, Any]) -> dict[str, Any]:
     config = dict(config)
     name = config.get("_class_name", cls.__name__)
     if name == "FluxTransformer2DModel":
-        return {**_FLUX_FIXED, **_pick(config, _FLUX, name), "_class_name": cls.__name__}
+        return {**_FLUX_FIXED, **_pick(config, _FLUX, name), **_mup(config), "_class_name": cls.__name__}
     if name == "SD3Transformer2DModel":
         width = config["num_attention_heads"] * config["attention_head_dim"]
         if config.get("caption_projection_dim", width) != width:
@@ -67,7 +68,7 @@ def read_config(cls: type[MMDiT], config: Mapping[str, Any]) -> dict[str, Any]:
                 f"caption_projection_dim={config['caption_projection_dim']} differs from the width {width}; "
                 "the joint attention of such a model cannot run"
             )
-        return {**_SD3_FIXED, **_pick(config, _SD3, name), "_class_name": cls.__name__}
+        return {**_SD3_FIXED, **_pick(config, _SD3, name), **_mup(config), "_class_name": cls.__name__}
     if name != cls.__name__:
         raise ValueError(
             f"this folder holds a {name}; {cls.__name__} reads its own, FluxTransformer2DModel and "
@@ -90,6 +91,12 @@ def _pick(config: Mapping[str, Any], names: tuple[str, ...], class_name: str) ->
         raise ValueError(f"qk_norm={picked['qk_norm']!r} is not supported; expected 'rms_norm' or None")
     passed_on = {key: value for key, value in config.items() if key == "quantization_config"}
     return {**picked, **passed_on}
+
+
+def _mup(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The μP fields of a configuration, which a diffusers model has if `imgdit.mup.configure` wrote them."""
+    names = (f"mup_{name}" for name in MupSettings._fields)
+    return {name: config[name] for name in names if name in config}
 
 
 def _defaults(cls: type) -> dict[str, Any]:
@@ -126,6 +133,9 @@ def to_diffusers(model: MMDiT) -> ModelMixin:
         kwargs["out_channels"] = model.out_channels
     with torch.device("meta"):
         theirs = target(**kwargs)
+    settings = mup_settings(model.config)
+    if settings != MupSettings():
+        configure(theirs, **settings._asdict())
     return _share(model, theirs)
 
 

@@ -2,7 +2,8 @@
 
 They are plain torch files with the key names of the original DiT and PixArt-α and no configuration. The reference
 multiplies the readout's input by output multiplier * base width / width; that factor is folded into the readout's
-weight, which is exact, so nothing at run time has to know of μP.
+weight, which is exact, so nothing at run time has to know of μP. The configuration keeps the settings, by which
+`imgdit.mup.param_groups` scales the rates of further training.
 """
 
 from __future__ import annotations
@@ -18,8 +19,13 @@ import torch
 from diffusers import DiTTransformer2DModel, ModelMixin, PixArtTransformer2DModel
 from diffusers.models.embeddings import get_2d_sincos_pos_embed
 
+from imgdit.mup import configure
+
 BASE_WIDTH, HEAD_DIM = 288, 72
 """Of every published checkpoint."""
+
+_MLP_RATIO = 4
+"""Of diffusers' DiT and PixArt, whose configurations do not have it."""
 
 Renamed = Iterator[tuple[str, torch.Tensor]]
 
@@ -136,7 +142,10 @@ def convert_dit(
     }
     _positions_scale(weights, width, (1.0,))
     factor = output_mult * base_width / width
-    return _loaded(DiTTransformer2DModel, config, _renamed(weights, _DIT, factor, _blocks(weights), _DIT_EMBEDDERS))
+    renamed = _renamed(weights, _DIT, factor, _blocks(weights), _DIT_EMBEDDERS)
+    model = _loaded(DiTTransformer2DModel, config, renamed)
+    configure(model, base_width=base_width, output_mult=output_mult)
+    return model
 
 
 def convert_pixart(
@@ -156,7 +165,9 @@ def convert_pixart(
         "use_additional_conditions": "csize_embedder.mlp.0.weight" in weights,
     }
     factor = output_mult * base_width / width
-    return _loaded(PixArtTransformer2DModel, config, _renamed(weights, _PIXART, factor, _blocks(weights)))
+    model = _loaded(PixArtTransformer2DModel, config, _renamed(weights, _PIXART, factor, _blocks(weights)))
+    configure(model, base_width=base_width, output_mult=output_mult)
+    return model
 
 
 def original_timesteps(model: DiTTransformer2DModel) -> DiTTransformer2DModel:
@@ -238,6 +249,12 @@ def _width(weights: Mapping[str, torch.Tensor]) -> int:
 def _shape_config(weights: Mapping[str, torch.Tensor], head_dim: int) -> dict[str, Any]:
     """What the configurations of both models call alike."""
     width, channels, patch, _ = _get(weights, "x_embedder.proj.weight").shape
+    mlp = len(_get(weights, "blocks.0.mlp.fc1.weight"))
+    if mlp != _MLP_RATIO * width:
+        raise ValueError(
+            f"the checkpoint's MLPs have {mlp} features, {mlp / width:.4g} times its width {width}; diffusers' model "
+            f"has {_MLP_RATIO} times built in and cannot hold them"
+        )
     return {
         "num_attention_heads": _heads(width, head_dim),
         "attention_head_dim": head_dim,

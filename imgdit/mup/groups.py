@@ -43,7 +43,8 @@ def param_groups(
     Muon's groups have `"use_muon": True` and no `eps`; give them to `torch.optim.Muon`, the others to AdamW.
 
     Args:
-        model: the model, before or after DDP, FSDP2, compile or PEFT wrapped it; frozen parameters are left out.
+        model: the model, before or after DDP, FSDP (1 with `use_orig_params=True`, or 2), compile, activation
+            checkpointing or PEFT wrapped it or parts of it; frozen parameters are left out.
         lr: learning rate tuned at the base width.
         weight_decay: tuned at the base width.
         optimizer_kind: see the table.

@@ -72,6 +72,10 @@ class ParameterRule(NamedTuple):
     """How much its growing dimension (the incoming of two) has grown since the base; 1 if none grows."""
 
 
+_MATRICES: tuple[Role, ...] = ("input", "hidden", "modulation", "output")
+"""Roles of parameters of two dimensions and more."""
+
+
 class MupMixin:
     """μP for a model whose class `imgdit.mup.structure` knows, or that declares `_mup_structure`."""
 
@@ -106,6 +110,7 @@ def configure(model: Any, **settings: Any) -> None:
     Raises:
         ValueError: a model of unknown structure, or values that do not fit it.
     """
+    model = bare_model(model)
     structure = structure_of(model)
     changed = mup_settings(model.config)._replace(**settings)
     check_settings(changed, structure.head_dim_of(model.config), structure.head_dim_name)
@@ -207,6 +212,11 @@ def _kind(model: Any, structure: Structure, name: str) -> tuple[Kind, float | No
     try:
         return structure.kind(name)
     except KeyError:
+        if name.endswith("_flat_param"):
+            raise ValueError(
+                "FSDP1 has joined the parameters into flat ones, which have no roles; wrap the model with "
+                "use_orig_params=True, or make the parameter groups before"
+            ) from None
         raise ValueError(
             f"no μP role matches the parameter {name!r} of {type(model).__name__}; add a pattern for it to the "
             "class's Structure (imgdit/mup/structure.py)"
@@ -245,10 +255,18 @@ def init_weights(model: Any, generator: torch.Generator | None = None) -> None:
     Args:
         model: of a known class; sharded (FSDP2) or not, the same generator draws the same weights.
         generator: source of the draws, on the parameters' device.
+
+    Raises:
+        ValueError: a model of unknown structure, or one that FSDP1 has cut into shards.
     """
     for rule, parameter in zip(mup_table(model), model.parameters(), strict=True):
         if rule.role == "adapter":
             continue
+        if rule.role in _MATRICES and len(rule.shape) < 2:
+            raise ValueError(
+                f"{rule.name} is a flat shard {rule.shape} of FSDP1, from which its fan-in cannot be told; initialise "
+                "the model before it is wrapped"
+            )
         if rule.init_std is None:
             parameter.fill_(rule.fold)
         elif rule.init_std == 0.0:

@@ -12,17 +12,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from accelerate.utils import extract_model_from_parallel
-
 Role = Literal["input", "hidden", "modulation", "output", "vector", "finite", "adapter"]
 # What a pattern says: a role; "head" for a gain of one head, which is finite unless heads themselves grow; or "heads"
 # for a vector with one entry per head, which grows with their number.
 Kind = Role | Literal["head", "heads"]
 
-# Wrappers put their names into a parameter's, PEFT the base layer's; patterns are matched without them.
-_WRAPPERS = ("_orig_mod.", "module.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "base_layer.")
-# The width of an adapter is its rank, which does not grow with the model.
-_ADAPTER = "*.lora_*"
+# What torch.compile, DDP, FSDP1 and activation checkpointing call the module that they wrap.
+_WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+# PEFT wraps the whole model in two more, and single layers in layers of its own.
+_MODEL_WRAPPERS = (*_WRAPPERS, "base_model", "model")
+_LAYER_WRAPPERS = (*_WRAPPERS, "base_layer", "original_module")
+_TRAINED_COPY = "modules_to_save"  # PEFT's, followed by the adapter's name
+# Prefixes of PEFT's own parameters. The width of an adapter is its rank, which does not grow with the model.
+_ADAPTERS = (
+    *("lora_", "hada_", "lokr_", "oft_", "boft_", "ia3_", "vera_lambda_", "vblora_", "randlora_", "fourierft_"),
+    *("waveft_", "hra_", "c3a_", "miss_", "road_", "delora_", "gralora_", "glora_", "shira_"),
+)
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,7 @@ class Structure:
         Raises:
             KeyError: no pattern matches.
         """
-        if fnmatch.fnmatchcase(name, _ADAPTER):
+        if any(part.startswith(_ADAPTERS) for part in name.split(".")):
             return "adapter", None
         for pattern, kind, *std in self.roles:
             if fnmatch.fnmatchcase(name, pattern):
@@ -85,15 +90,25 @@ class Structure:
 
 
 def bare_model(model: Any) -> Any:
-    """The model inside DDP or torch.compile, untouched."""
-    return extract_model_from_parallel(model, keep_fp32_wrapper=True, keep_torch_compile=False)
+    """The model inside DDP, FSDP1, torch.compile, PEFT and activation checkpointing, in any order; untouched."""
+    while _declared(type(model)) is None:
+        children = dict(model.named_children())
+        if len(children) != 1 or not children.keys() <= set(_MODEL_WRAPPERS):
+            break
+        (model,) = children.values()
+    return model
 
 
 def plain_name(name: str) -> str:
-    """A parameter's name without the names of what wraps its module."""
-    for wrapper in _WRAPPERS:
-        name = name.replace(wrapper, "")
-    return name
+    """A parameter's name without the names of what wraps its module or the model."""
+    parts = iter(name.removeprefix("base_model.model.").split("."))
+    plain = []
+    for part in parts:
+        if part == _TRAINED_COPY:
+            next(parts, None)
+        elif part not in _LAYER_WRAPPERS:
+            plain.append(part)
+    return ".".join(plain)
 
 
 def matches(name: str, patterns: tuple[str, ...]) -> bool:
@@ -107,17 +122,24 @@ def structure_of(model: Any) -> Structure:
     Raises:
         ValueError: the class is not known; names its first parameter, which would have to be classified.
     """
-    for cls in type(model).__mro__:
-        declared = vars(cls).get("_mup_structure")
-        if declared is not None:
-            return declared
-        if cls.__name__ in STRUCTURES:
-            return STRUCTURES[cls.__name__]
+    declared = _declared(type(model))
+    if declared is not None:
+        return declared
     first = next((name for name, _ in model.named_parameters()), "none")
     raise ValueError(
         f"μP knows the structure of {', '.join(STRUCTURES)}, not of {type(model).__name__}; the first unclassified "
         f"parameter is {first!r}. Declare {type(model).__name__}._mup_structure = imgdit.mup.Structure(...)"
     )
+
+
+def _declared(kind: type) -> Structure | None:
+    for cls in kind.__mro__:
+        declared = vars(cls).get("_mup_structure")
+        if declared is not None:
+            return declared
+        if cls.__name__ in STRUCTURES:
+            return STRUCTURES[cls.__name__]
+    return None
 
 
 # FLUX.1, SD3/SD3.5 and MMDiT share their names.

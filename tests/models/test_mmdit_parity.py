@@ -10,6 +10,7 @@ from tiny import randomize
 from imgdit import Frame, FrameLayout, MMDiT
 from imgdit.models.blocks import BlockPlan, double_block, single_block
 from imgdit.models.functional import rope_table
+from imgdit.mup import configure, mup_settings, param_groups
 from imgdit.pipelines.text_to_image import pack
 
 FLUX = {
@@ -149,6 +150,36 @@ def test_reads_a_diffusers_folder(family, tmp_path):
     assert plain(again.config) == plain(ours.config)
     with torch.no_grad():
         assert (again(**inputs).sample - theirs(**inputs).sample).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("family", ["flux", "sd3"])
+def test_the_settings_of_mup_stay_with_the_weights(family, tmp_path):
+    """As `MMDiT` or as diffusers' class, copied, shared or from a folder: the same rates of training."""
+    theirs, _ = case(family, "plain")
+    configure(theirs, base_width=16, output_mult=2.0, wd_exponent=0.5, base_head_dim=8, base_depth=2)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = MMDiT.from_diffusers(theirs)
+    ours.save_pretrained(tmp_path / "ours")
+    again = type(theirs).from_pretrained(tmp_path / "theirs")
+    models = {
+        "from_diffusers": ours,
+        "a diffusers folder": MMDiT.from_pretrained(tmp_path / "theirs"),
+        "our folder": MMDiT.from_pretrained(tmp_path / "ours"),
+        "to_diffusers": ours.to_diffusers(),
+        "from_diffusers of a loaded one": MMDiT.from_diffusers(again),
+    }
+
+    def rates(model):
+        return {
+            name: (group["role"], group["lr"], group["weight_decay"], group["eps"])
+            for group in param_groups(model, 1e-2, 0.1)
+            for name in group["names"]
+        }
+
+    assert len({rate[1] for rate in rates(theirs).values()}) > 2
+    for name, model in models.items():
+        assert mup_settings(model.config) == mup_settings(theirs.config), name
+        assert rates(model) == rates(theirs), name
 
 
 def test_to_diffusers_refuses_what_diffusers_has_not():

@@ -292,6 +292,31 @@ def test_checkpoints_of_another_kind(change, message):
         convert_pixart(weights, head_dim=12)
 
 
+@pytest.mark.parametrize("ratio", [2, 3])
+def test_mlps_that_diffusers_cannot_hold_are_told_first(ratio):
+    weights = pixart_weights()
+    for i in range(2):
+        for name, shape in (
+            ("fc1.weight", (ratio * 48, 48)),
+            ("fc1.bias", (ratio * 48,)),
+            ("fc2.weight", (48, ratio * 48)),
+        ):
+            weights[f"blocks.{i}.mlp.{name}"] = torch.zeros(shape)
+    with pytest.raises(
+        ValueError, match=f"MLPs have {48 * ratio} features, {ratio} times its width 48; .* has 4 times"
+    ):
+        convert_pixart(weights, head_dim=12)
+
+
+def test_converted_models_train_with_the_rates_of_mup(tmp_path):
+    """Of the base width that the readout was folded with; their folders too."""
+    model = convert_pixart(pixart_weights(), head_dim=12, base_width=24, output_mult=3.0)
+    model.save_pretrained(tmp_path)
+    for one in (model, diffusers.PixArtTransformer2DModel.from_pretrained(tmp_path)):
+        rates = {group["role"]: group["lr_mult"] for group in param_groups(one, 1e-2)}
+        assert rates["hidden"] == rates["modulation"] == 0.5 and rates["output"] == 1.5 and rates["input"] == 1.0
+
+
 def test_head_dimension_that_does_not_divide():
     with pytest.raises(ValueError, match="width 48 is no multiple of the head dimension 72"):
         convert_pixart(pixart_weights())

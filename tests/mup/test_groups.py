@@ -5,11 +5,16 @@ import copy
 import pytest
 import torch
 import torch.distributed as dist
-from peft import LoraConfig
+from peft import IA3Config, LoHaConfig, LoKrConfig, LoraConfig, get_peft_model
 from tiny import randomize, rope_config, sincos_config, tiny_mmdit
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    apply_activation_checkpointing,
+    checkpoint_wrapper,
+)
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from imgdit import MMDiT, NextDiT
 from imgdit.mup import check_rates, configure, init_weights, mup_table, param_groups
@@ -137,21 +142,118 @@ def test_copies_and_wrappers_keep_everything():
     assert described(model) == expected
 
 
-def test_fully_sharded(tmp_path):
-    model, whole = (tiny_mmdit(rope_config(**MUP)) for _ in range(2))
+@pytest.fixture
+def one_rank(tmp_path):
+    """A process group of this process alone."""
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        mesh = init_device_mesh("cpu", (1,))
-        for part in (*model.transformer_blocks, *model.single_transformer_blocks, model):
-            fully_shard(part, mesh=mesh)
-        assert isinstance(model.proj_out.weight, DTensor)
-        assert described(model) == described(whole)
-        for each in (model, whole):
-            init_weights(each, torch.Generator().manual_seed(3))
-        for name, parameter in whole.named_parameters():
-            assert torch.equal(model.get_parameter(name).full_tensor(), parameter), name
-    finally:
-        dist.destroy_process_group()
+    yield
+    dist.destroy_process_group()
+
+
+def checkpointed(model):
+    apply_activation_checkpointing(
+        model, checkpoint_wrapper_fn=checkpoint_wrapper, check_fn=lambda part: "Block" in type(part).__name__
+    )
+    return model
+
+
+def fsdp1(model, **options):
+    return FullyShardedDataParallel(model, device_id=torch.device("cpu"), **options)
+
+
+def fsdp1_of_blocks(model):
+    for blocks in (model.transformer_blocks, model.single_transformer_blocks):
+        for i, block in enumerate(blocks):
+            blocks[i] = fsdp1(block, use_orig_params=True)
+    return fsdp1(model, use_orig_params=True)
+
+
+def compiled_blocks(model):
+    for i, block in enumerate(model.transformer_blocks):
+        model.transformer_blocks[i] = torch.compile(block)
+    return model
+
+
+WRAPPERS = {
+    "checkpoints": checkpointed,
+    "a checkpoint": checkpoint_wrapper,
+    "fsdp1": fsdp1_of_blocks,
+    "fsdp1 over checkpoints": lambda model: fsdp1_of_blocks(checkpointed(model)),
+    "ddp": DistributedDataParallel,
+    "data parallel": torch.nn.DataParallel,
+    "ddp, compiled": lambda model: torch.compile(DistributedDataParallel(model)),
+    "compiled blocks": compiled_blocks,
+}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+@pytest.mark.filterwarnings("ignore:FSDP is switching to use `NO_SHARD`", "ignore:.*deprecated:FutureWarning")
+def test_parts_and_wholes_may_be_wrapped(wrapper, one_rank):
+    """By role, in the model's order, over the same parameters."""
+    model, whole = (tiny_mmdit(rope_config(**MUP)) for _ in range(2))
+    wrapped = WRAPPERS[wrapper](model)
+    assert described(wrapped) == described(whole)
+    assert [rule.name for rule in mup_table(wrapped)] == [name for name, _ in whole.named_parameters()]
+    assert {id(p) for group in param_groups(wrapped, 1e-2) for p in group["params"]} == set(
+        map(id, wrapped.parameters())
+    )
+
+
+@pytest.mark.filterwarnings("ignore:FSDP is switching to use `NO_SHARD`", "ignore:.*deprecated:FutureWarning")
+def test_flat_parameters_of_fsdp1_are_refused(one_rank):
+    with pytest.raises(ValueError, match="wrap the model with use_orig_params=True"):
+        param_groups(fsdp1(tiny_mmdit(rope_config(**MUP))), 1e-2)
+    model = tiny_mmdit(rope_config(**MUP))
+    shard = model.context_embedder.weight.detach().flatten()[:10]  # what a rank of several holds of it
+    model.context_embedder.weight = torch.nn.Parameter(shard)
+    with pytest.raises(ValueError, match=r"context_embedder.weight is a flat shard \(10,\) of FSDP1"):
+        init_weights(model)
+
+
+ADAPTERS = {
+    "lora": (LoraConfig(r=2, target_modules=["to_q"], lora_bias=True), "lora"),
+    "dora": (LoraConfig(r=2, target_modules=["to_q"], use_dora=True), "lora"),
+    "loha": (LoHaConfig(r=2, target_modules=["to_q"]), "hada"),
+    "lokr": (LoKrConfig(r=2, target_modules=["to_q"]), "lokr"),
+    "ia3": (IA3Config(target_modules=["to_q"], feedforward_modules=[]), "ia3"),
+}
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_peft_models(kind):
+    """`get_peft_model`: the adapter's parameters have the base rate; the base's, unfrozen, their own."""
+    model, whole = (tiny_mmdit(rope_config(**MUP)) for _ in range(2))
+    config, part = ADAPTERS[kind]
+    wrapped = get_peft_model(model, config)
+    (group,) = param_groups(wrapped, 1e-2)
+    assert group["role"] == "adapter" and group["lr"] == 1e-2 and all(part in name for name in group["names"])
+    wrapped.requires_grad_(True)
+    assert [g for g in described(wrapped) if g["role"] != "adapter"] == described(whole)
+
+
+def test_layers_that_peft_trains_whole_keep_their_roles():
+    model, whole = (tiny_mmdit(rope_config(**MUP)) for _ in range(2))
+    config = LoraConfig(r=2, target_modules=["to_q"], modules_to_save=["norm_out.linear", "context_embedder"])
+    groups = param_groups(get_peft_model(model, config), 1e-2)
+    expected = {name: group["lr"] for group in param_groups(whole, 1e-2) for name in group["names"]}
+    trained_whole = {name: g["lr"] for g in groups if g["role"] != "adapter" for name in g["names"]}
+    assert trained_whole.keys() == {
+        f"{module}.{leaf}" for module in ("norm_out.linear", "context_embedder") for leaf in ("weight", "bias")
+    }
+    assert all(rate == expected[name] for name, rate in trained_whole.items())
+
+
+def test_fully_sharded(one_rank):
+    model, whole = (tiny_mmdit(rope_config(**MUP)) for _ in range(2))
+    mesh = init_device_mesh("cpu", (1,))
+    for part in (*model.transformer_blocks, *model.single_transformer_blocks, model):
+        fully_shard(part, mesh=mesh)
+    assert isinstance(model.proj_out.weight, DTensor)
+    assert described(model) == described(whole)
+    for each in (model, whole):
+        init_weights(each, torch.Generator().manual_seed(3))
+    for name, parameter in whole.named_parameters():
+        assert torch.equal(model.get_parameter(name).full_tensor(), parameter), name
 
 
 def test_adapters_are_left_alone():
