@@ -425,8 +425,8 @@ def unwrapped(module: Any) -> Any:
 
 def parameters_on_disk(model: torch.nn.Module) -> set[int]:
     """Ids of the parameters that diffusers' group offloading keeps on a disk, and that hold no weights meanwhile."""
-    registries = [module._diffusers_hook for module in model.modules() if hasattr(module, "_diffusers_hook")]
-    hooks = [hook for registry in registries for hook in registry.hooks.values()]
+    registries: list[Any] = [getattr(module, "_diffusers_hook", None) for module in model.modules()]
+    hooks = [hook for registry in registries if registry is not None for hook in registry.hooks.values()]
     groups = [hook.group for hook in hooks if isinstance(hook, GroupOffloadingHook)]
     stored = [group for group in groups if group.offload_to_disk_path is not None]
     return {id(p) for group in stored for module in group.modules for p in module.parameters()} | {

@@ -103,9 +103,10 @@ def _architecture_of(model: torch.nn.Module) -> dict[str, tuple[int, ...]] | Non
     """Shapes of the model that a configuration describes; `None` where none can be made of it."""
     if not isinstance(model, ConfigMixin):
         return None
-    taken = inspect.signature(type(model).__init__).parameters
+    kind: Any = type(model)
+    taken = inspect.signature(kind.__init__).parameters
     config = {name: value for name, value in dict(model.config).items() if name in taken}
-    return _architecture(type(model), json.dumps(config, sort_keys=True, default=str))
+    return _architecture(kind, json.dumps(config, sort_keys=True, default=str))
 
 
 @functools.lru_cache(maxsize=16)

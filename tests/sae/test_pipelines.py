@@ -17,6 +17,7 @@ from diffusers import (
     QwenImagePipeline,
     QwenImageTransformer2DModel,
     StableDiffusionInstructPix2PixPipeline,
+    StableDiffusionPAGPipeline,
     UNet2DConditionModel,
     ZImagePipeline,
     ZImageTransformer2DModel,
@@ -200,6 +201,16 @@ def test_guidance_in_three_parts():
         mixed = run(pipe, inputs)
     torch.testing.assert_close(mixed[0], results["one"][0], atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(mixed[1], results["other"][1], atol=1e-5, rtol=1e-4)
+
+
+def test_perturbed_attention_is_a_part_of_its_own():
+    plain, inputs = unet()
+    pipe = StableDiffusionPAGPipeline(
+        None, None, None, plain.unet, plain.scheduler, None, None, None, False, pag_applied_layers="mid"
+    )
+    hookpoint, inputs = "unet.mid_block.attentions.0", {**inputs, "pag_scale": 3.0}
+    assert seen_parts(pipe, inputs, hookpoint) == (slice(2, 4), slice(0, 2), 2)
+    assert seen_parts(pipe, {**inputs, "guidance_scale": 1.0}, hookpoint) == (slice(0, 2), None, 2)
 
 
 @pytest.mark.parametrize("make", [pixart, dit])
