@@ -104,6 +104,9 @@ class MultiFrameFlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
             model_output: velocity, (B, n, C) with a layout.
             sample: (B, N, C) with a layout: all its frames, of which the held ones come back bitwise as they are.
             generator: one, or one for each sample, of the noise that `stochastic_sampling` draws.
+            per_token_timesteps: without a layout, (B, N) of samples (B, N, C), or (B, h, w) of latent grids
+                (B, C, h, w), in [0, 1000]: each token or cell moves to the next lower level of the schedule. As in
+                the parent, `model_output` is then the negative velocity, data - noise.
             layout: the frames; `None`: everything moves, any shape.
             frame_timesteps: (B, F) in [0, 1000], where the frames stand at their own noise levels: each moves to the
                 next lower level of the schedule, one at 0 stays.
@@ -112,7 +115,9 @@ class MultiFrameFlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
         if layout is None:
             if frame_timesteps is not None:
                 raise ValueError("frame_timesteps needs the layout that says which tokens belong to which frame")
-            return super().step(model_output, timestep, sample, *options, per_token_timesteps, return_dict)
+            if per_token_timesteps is not None:
+                return self._step_cells(model_output, timestep, sample, options, per_token_timesteps, return_dict)
+            return super().step(model_output, timestep, sample, *options, None, return_dict)
         if per_token_timesteps is not None:
             raise ValueError("give noise levels per frame (frame_timesteps) or per token, not both")
         made = torch.cat([sample[:, rows] for rows in layout.predicted], dim=1)
@@ -129,6 +134,28 @@ class MultiFrameFlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
         prev_sample = sample.to(moved.dtype, copy=True)
         for rows, part in zip(layout.predicted, moved.split(lengths, dim=1)):
             prev_sample[:, rows] = part
+        return FlowMatchEulerDiscreteSchedulerOutput(prev_sample=prev_sample) if return_dict else (prev_sample,)
+
+    def _step_cells(
+        self,
+        model_output: torch.Tensor,
+        timestep: float | torch.Tensor,
+        sample: torch.Tensor,
+        options: tuple,
+        timesteps: torch.Tensor,
+        return_dict: bool,
+    ) -> FlowMatchEulerDiscreteSchedulerOutput | tuple[torch.Tensor]:
+        """The parent's branch for levels of single tokens, which knows (B, N, C) only, for grids as well."""
+        if sample.ndim == 3 and timesteps.shape == sample.shape[:2]:
+            return super().step(model_output, timestep, sample, *options, timesteps, return_dict)
+        if sample.ndim < 4 or timesteps.shape != (len(sample), *sample.shape[2:]):
+            raise ValueError(
+                "per_token_timesteps must be (B, N) for samples (B, N, C), or (B, h, w) for latent grids "
+                f"(B, C, h, w); got {tuple(timesteps.shape)} for samples of shape {tuple(sample.shape)}"
+            )
+        output, tokens = (x.flatten(2).transpose(1, 2) for x in (model_output, sample))  # (B, N, C)
+        (moved,) = super().step(output, timestep, tokens, *options, timesteps.flatten(1), return_dict=False)
+        prev_sample = moved.transpose(1, 2).unflatten(2, sample.shape[2:])
         return FlowMatchEulerDiscreteSchedulerOutput(prev_sample=prev_sample) if return_dict else (prev_sample,)
 
     def _step_frames(

@@ -77,6 +77,34 @@ def test_frames_at_their_own_levels(name):
     torch.testing.assert_close(moved[:, 4:], data[:, 4:], atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("name", ["static", "stochastic"])
+@pytest.mark.parametrize("grid", [(3, 5), (2, 3, 5)], ids=["image", "video"])
+def test_cells_at_their_own_levels(name, grid):
+    """A grid is what its tokens are one by one; the output is data - noise, as in the parent's branch."""
+    parent, scheduler = schedulers(name, 4, linear_sigmas(4))
+    data, noise = torch.randn(2, 4, *grid), torch.randn(2, 4, *grid)
+    place = torch.randint(0, 5, (2, *grid), generator=torch.Generator().manual_seed(3))
+    levels = scheduler.sigmas[place]
+    x = (1 - levels[:, None]) * data + levels[:, None] * noise
+    seed = [torch.Generator().manual_seed(0) for _ in range(2)]
+    moved = scheduler.step(
+        data - noise, scheduler.timesteps[0], x, per_token_timesteps=levels * 1000, generator=seed[0]
+    ).prev_sample
+    flat = parent.step(
+        (data - noise).flatten(2).mT, scheduler.timesteps[0], x.flatten(2).mT,
+        per_token_timesteps=levels.flatten(1) * 1000, generator=seed[1],
+    ).prev_sample  # fmt: skip
+    assert torch.equal(moved, flat.mT.unflatten(2, grid))
+    if name == "static":
+        after = scheduler.sigmas[(place + 1).clamp(max=4)][:, None]
+        torch.testing.assert_close(moved, (1 - after) * data + after * noise, atol=1e-5, rtol=1e-5)
+        tokens = scheduler.step(
+            (data - noise).flatten(2).mT, scheduler.timesteps[1], x.flatten(2).mT,
+            per_token_timesteps=levels.flatten(1) * 1000, return_dict=False,
+        )[0]  # fmt: skip
+        assert torch.equal(tokens, flat)
+
+
 @settings(max_examples=20, deadline=None)
 @given(st.integers(1, 12), st.sampled_from(["static", "dynamic"]))
 def test_the_true_velocity_leads_to_the_data(steps, name):
@@ -152,6 +180,14 @@ def test_clean_frames_and_shared_levels():
         (
             lambda s, x, lay: s.step(x, s.timesteps[0], x, per_token_timesteps=torch.ones(1, 5), layout=lay),
             "per frame .* or per token",
+        ),
+        (
+            lambda s, x, lay: s.step(x, s.timesteps[0], x, per_token_timesteps=torch.ones(1, 4)),
+            r"must be \(B, N\) .* got \(1, 4\) for samples of shape \(1, 5, 4\)",
+        ),
+        (
+            lambda s, x, lay: s.step(x[..., None], s.timesteps[0], x[..., None], per_token_timesteps=torch.ones(1, 4)),
+            r"or \(B, h, w\) for latent grids .* got \(1, 4\)",
         ),
         (lambda s, x, lay: s.sample_sigmas(2, distribution="normal"), "'logit_normal' or 'uniform', got 'normal'"),
         (lambda s, x, lay: s.sample_sigmas(2, clean=1.5), r"share of frames in \[0, 1\]"),
