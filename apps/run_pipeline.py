@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from imgdit import NextDiT, OneDiffusionPipeline
-from imgdit.training.config import EMBEDDED
+from imgdit.checkpoints import EMBEDDED
 from imgdit.training.own_encoding import Encoder
 from imgdit.training.trained import load_trained, trained_recipe
 

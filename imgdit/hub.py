@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from pathlib import Path
 
@@ -11,40 +12,50 @@ TIMEOUT = 5.0
 """Seconds in which the Hub has to answer whether it has a model."""
 INDEX = "model_index.json"
 """File of a pipeline's folder that names its parts."""
+_ID = r"\w[\w.-]*/\w[\w.-]*"
 
 
 def find_pipeline(source: str | Path) -> str:
-    """A pipeline's folder, or its Hub id where the Hub has it.
+    """A pipeline's folder, or its Hub id where the Hub has it, see `find_model`."""
+    return find_model(source, INDEX, "pipeline")
+
+
+def find_model(source: str | Path, file: str, what: str = "model") -> str:
+    """A model's folder, or its Hub id where the Hub has it.
 
     Without a network a model that was downloaded before is taken from the Hub's cache.
 
     Args:
         source: folder in diffusers' layout (`~` is expanded), Hub id such as "black-forest-labs/FLUX.1-dev", or
             "embedded" for the model that comes along.
+        file: what it must hold, such as "transformer/config.json".
+        what: what messages call it.
 
     Raises:
         ValueError: neither a folder here nor a model on the Hub, or the Hub cannot be reached.
     """
     folder = SCENES if source == EMBEDDED else Path(source).expanduser()
-    if (folder / INDEX).is_file():
+    if (folder / file).is_file():
         return str(folder)
     if folder.exists():
-        what = f"the folder holds no {INDEX}" if folder.is_dir() else "it is a file"
-        raise ValueError(f"{str(source)!r} is no pipeline: {what}; expected a folder as `save_pretrained` writes it")
-    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(source)):
-        raise ValueError(f"there is no folder {str(source)!r} here, and Hub ids look like owner/name")
-    return _on_the_hub(str(source))
+        why = f"the folder holds no {file}" if folder.is_dir() else "it is a file"
+        raise ValueError(f"{str(source)!r} is no {what}: {why}; expected a folder as `save_pretrained` writes it")
+    if not re.fullmatch(_ID, str(source)):
+        near = difflib.get_close_matches(str(source), [EMBEDDED], n=1)
+        hint = f"; did you mean {EMBEDDED!r}?" if near else ""
+        raise ValueError(f"there is no folder {str(source)!r} here, and Hub ids look like owner/name{hint}")
+    return _on_the_hub(str(source), file, what)
 
 
-def _on_the_hub(name: str) -> str:
+def _on_the_hub(name: str, file: str, what: str) -> str:
     """The Hub id, or the folder of its cached snapshot where the Hub cannot be asked."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_url, snapshot_download, try_to_load_from_cache
     from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HFValidationError, RepositoryNotFoundError
 
     nowhere = f"there is no folder {name!r} here, and"
     try:
-        cached = isinstance(try_to_load_from_cache(name, INDEX), str)
-        get_hf_file_metadata(hf_hub_url(name, INDEX), timeout=TIMEOUT)
+        cached = isinstance(try_to_load_from_cache(name, file), str)
+        get_hf_file_metadata(hf_hub_url(name, file), timeout=TIMEOUT)
     except (GatedRepoError, RepositoryNotFoundError) as error:
         if cached:
             return snapshot_download(name, local_files_only=True)
@@ -53,7 +64,7 @@ def _on_the_hub(name: str) -> str:
             f"{nowhere} the Hub {told}; see huggingface.co/{name}, and log in with `hf auth login`"
         ) from error
     except EntryNotFoundError as error:
-        raise ValueError(f"{nowhere} what the Hub has of that name is no pipeline: it holds no {INDEX}") from error
+        raise ValueError(f"{nowhere} what the Hub has of that name is no {what}: it holds no {file}") from error
     except HFValidationError as error:
         raise ValueError(f"{nowhere} it is no Hub id: {error}") from error
     except Exception as error:  # of whichever library carries the request: no network, no answer, offline mode
@@ -73,7 +84,7 @@ def find_dataset(name: str) -> str:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import RepositoryNotFoundError
 
-    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
+    if not re.fullmatch(_ID, name):
         raise ValueError(f"ids of data sets on the Hub look like owner/name, got {name!r}")
     try:
         HfApi().dataset_info(name, timeout=TIMEOUT)

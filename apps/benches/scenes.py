@@ -14,14 +14,13 @@ from typing import Any
 import torch
 
 from imgdit import DiffusionPipeline
-from imgdit.checkpoints import SCENES
+from imgdit.checkpoints import EMBEDDED, SCENES
 from imgdit.data.sheet import contact_sheet
 from imgdit.evaluation.any_tasks import drawing_scores, pose_scores, reference_scores, restoration_scores
 from imgdit.evaluation.control import control_scores, subject_scores
 from imgdit.evaluation.scenes import Score, condition_scores, probe_scores, text_scores, view_scores
 from imgdit.images import to_image
 from imgdit.models.scene_probe import SceneProbe
-from imgdit.training.config import EMBEDDED
 
 from .scene_maker import PipelineMaker
 

@@ -21,10 +21,10 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import torch
 import yaml
 
+from imgdit.hub import find_model
 from imgdit.io.paths import at_home
 from imgdit.io.text import decode_text
 
-from ..checkpoints import EMBEDDED, SCENES
 from ..naming import nearest
 from .checkpoint import find_checkpoint, load_weights
 from .quantized import load_options, quantize_rows
@@ -401,10 +401,10 @@ def build_model(recipe: Recipe) -> torch.nn.Module:
     return model.train()
 
 
-def pretrained_folder(config: ModelConfig) -> str | Path:
-    """Where a model's weights come from."""
+def pretrained_folder(config: ModelConfig) -> str:
+    """Where a model's weights come from, see `imgdit.hub.find_model`."""
     assert config.pretrained is not None
-    return SCENES if config.pretrained == EMBEDDED else config.pretrained
+    return find_model(config.pretrained, f"{config.subfolder}/config.json".lstrip("/"))
 
 
 def add_adapter(model: Any, config: AdapterConfig, seed: int) -> None:

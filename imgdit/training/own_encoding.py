@@ -11,12 +11,11 @@ import diffusers
 import torch
 from diffusers.utils import logging
 
+from imgdit.hub import find_pipeline
 from imgdit.untrusted import read_object
 
 from .. import compat
-from ..checkpoints import SCENES
 from ..models.autoencoding import encode_pictures
-from .config import EMBEDDED
 
 EMBEDS = {
     "ImgDiTPipeline": (0, 2, 4),
@@ -55,18 +54,16 @@ class Encoder:
     """
 
     def __init__(self, model: str):
-        self.folder = Path(SCENES) if model == EMBEDDED else Path(model)
-        if not (self.folder / "model_index.json").is_file():
+        try:
+            found = find_pipeline(model)
+        except ValueError as error:
+            raise ValueError(f"model is neither a pipeline's folder nor on the Hub: {error}") from error
+        self.folder = Path(found)
+        if not self.folder.is_dir():
             from huggingface_hub import snapshot_download
-            from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-            try:
-                kept = ["*.json", "vae/*", "text_encoder*/*", "tokenizer*/*"]
-                self.folder = Path(snapshot_download(model, allow_patterns=kept))
-            except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
-                raise ValueError(
-                    f"model is neither a pipeline's folder nor on the Hub, got {model!r}: {error}"
-                ) from error
+            kept = ["*.json", "vae/*", "text_encoder*/*", "tokenizer*/*"]
+            self.folder = Path(snapshot_download(found, allow_patterns=kept))
         index = read_object(self.folder / "model_index.json")
         self.name = index["_class_name"]
         """Class of the pipeline."""

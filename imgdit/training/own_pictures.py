@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from imgdit.checkpoints import EMBEDDED
 from imgdit.images import fit, to_image, to_pixels
 from imgdit.images.fitting import SHARP, Size
 
@@ -38,7 +39,7 @@ from ..data.tensor_cache import TensorCache, tensor_key
 from ..frames import Frame, FrameLayout
 from ..models.functional import pack
 from ..naming import check_choice, check_name
-from .config import ADAPTER, EMBEDDED, check_arguments
+from .config import ADAPTER, check_arguments
 from .data import mixed_seed
 from .objectives import Batch, Text
 from .own_encoding import Encoded, Encoder

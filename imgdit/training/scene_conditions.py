@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 import torch
 
+from imgdit.checkpoints import EMBEDDED
+
 from ..data.captions import caption
 from ..data.latents import LOOKS, MAPS, OTHERS, VIEWS, scene_views
 from ..data.scenes import STYLES, pick
@@ -16,7 +18,7 @@ from ..frames import Frame
 from ..models.autoencoding import encode_pictures
 from ..models.functional import pack
 from ..naming import check_choice, check_name
-from .config import ADAPTER, EMBEDDED
+from .config import ADAPTER
 from .data import mixed_seed
 from .objectives import Batch
 from .scene_frames import PATCH, CachedScenes, Sample, scene_components

@@ -24,6 +24,8 @@ import torch
 from diffusers import AutoencoderDC
 from transformers import AutoTokenizer, T5EncoderModel
 
+from imgdit.checkpoints import EMBEDDED
+
 from ..cameras import ray_frames, relative_rays, scale_positions
 from ..checkpoints import SCENES
 from ..data.captions import caption, leave_unsaid
@@ -36,7 +38,6 @@ from ..frames import Frame, FrameLayout
 from ..models.autoencoding import fingerprint
 from ..models.functional import pack
 from ..naming import check_name
-from .config import EMBEDDED
 from .data import mixed_seed
 from .objectives import Batch, Text
 from .trained import load_trained

@@ -1,4 +1,5 @@
 import math
+import re
 
 import pytest
 import yaml
@@ -7,7 +8,7 @@ from tiny import rope_config
 from imgdit import MMDiT
 from imgdit.sae.recipe import load_sae_recipe
 from imgdit.training import config
-from imgdit.training.config import ScheduleConfig, build_model, load_recipe, parse_recipe
+from imgdit.training.config import ScheduleConfig, build_model, load_recipe, packaged_recipes, parse_recipe
 from imgdit.training.loop import optimizer_groups
 
 RUN = {"folder": "out", "steps": 100, "batch_size": 8}
@@ -121,3 +122,25 @@ def test_autoencoder_of_a_recipe():
     model = build_model(recipe)
     groups = optimizer_groups(model, recipe.optimizer)
     assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+
+
+def test_a_model_that_is_nowhere_is_told_at_once(tmp_path):
+    """A misspelt name is never looked for on the Hub, and being offline is said without retries."""
+    told = {
+        "embeded": "there is no folder 'embeded' here.*did you mean 'embedded'",
+        str(tmp_path): "is no model: the folder holds no transformer/config.json",
+        "nobody/nothing": "there is no folder 'nobody/nothing' here, and the Hub cannot be reached",
+    }
+    for name, message in told.items():
+        run = {"folder": "x", "steps": 1, "batch_size": 1}
+        made = parse_recipe({"run": run, "model": {"pretrained": name, "subfolder": "transformer"}}, "recipe")
+        with pytest.raises(ValueError, match=message):
+            build_model(made)
+
+
+@pytest.mark.parametrize("name", sorted(packaged_recipes()))
+def test_packaged_recipes_name_nothing_of_the_checkout(name):
+    """They run in any folder: what comes along is called "embedded"."""
+    text = packaged_recipes()[name].read_text(encoding="utf-8")
+    values = yaml.safe_load(text)
+    assert not re.search(r"(imgdit|configs|docs|tests)/", yaml.safe_dump(values))
