@@ -43,6 +43,14 @@ def one_sentence(words: Mapping[str, str] = {}) -> Iterator[None]:
         raise typer.BadParameter(said) from error
 
 
+@contextmanager
+def at_work(words: Mapping[str, str] = {}) -> Iterator[None]:
+    """`one_sentence` for commands that load models, whose bars stay out of files and pipes."""
+    with one_sentence(words):
+        calm()
+        yield
+
+
 def _reason(error: Exception) -> str:
     """What an error says; of a system's error the file and what is wrong with it, without its number."""
     if not isinstance(error, OSError) or error.filename is None or error.strerror is None:

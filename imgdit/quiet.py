@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import warnings
 
 UNASKED = (
     ("xformers", "xFormers can't load C++/CUDA extensions"),  # wanted on CUDA only, see `_wanted`
@@ -14,6 +15,11 @@ UNASKED = (
     ("transformers.utils.import_utils", "requires torchvision (not installed)"),
 )
 """Logger and a part of its message."""
+UNWARNED = (
+    # Under autocast the gains of norms stay float32, as they are trained; the other kernel gives the same numbers.
+    ("Mismatch dtype between input and weight", UserWarning, r"torch\.nn\.functional"),
+)
+"""Beginning of a warning, its class, and the module it is laid to."""
 
 
 class _KeepBack(logging.Filter):
@@ -32,7 +38,9 @@ def _wanted(record: logging.LogRecord) -> bool:
 
 
 def keep_back() -> None:
-    """Keep the messages of `UNASKED` back, from now on and once for all. Costs no import."""
+    """Keep the messages of `UNASKED` and `UNWARNED` back, from now on and once for all. Costs no import."""
+    for text, category, module in UNWARNED:
+        warnings.filterwarnings("ignore", text, category, module)
     for name, text in UNASKED:
         logger = logging.getLogger(name)
         if not any(isinstance(one, _KeepBack) and one.text == text for one in logger.filters):

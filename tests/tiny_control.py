@@ -85,7 +85,7 @@ def _clip(width, kind):
         "num_attention_heads": 2,
         "num_hidden_layers": 2,
     }
-    return kind(CLIPTextConfig(vocab_size=32, max_position_embeddings=77, eos_token_id=1, **sizes))
+    return kind(CLIPTextConfig(vocab_size=32, max_position_embeddings=77, bos_token_id=0, eos_token_id=1, **sizes))
 
 
 def text(pipe, seed=3) -> dict:

@@ -22,6 +22,7 @@ from imgdit.io.text import lines_or_errors
 
 from ..training.checkpoint import latest_checkpoint, read_state, read_tensors, replace_text, save_checkpoint
 from ..training.data import DataOrder, mixed_seed
+from ..training.progress import Progress
 from .activations import ActivationRecorder, RecordedActivations, ShuffleBuffer, stream_activations
 from .config import SAEConfig
 from .files import load_sae
@@ -136,16 +137,21 @@ class _Run:
         last = run.steps if stop_at is None else min(stop_at, run.steps)
         metrics: dict[str, dict[str, float]] = {}
         self._open_log()
+        progress = Progress(self.folder.name, run.steps, self.step)
         while self.step < last:
             batch = self.data.next()
             metrics = {hookpoint: self.trainings[hookpoint].step(rows) for hookpoint, rows in batch.items()}
             self.step += 1
+            progress.update()
             if self.step % run.log_every == 0 or self.step == last:
                 for hookpoint, values in metrics.items():
                     density = self.trainings[hookpoint].density()
                     self._log(hookpoint, {**values, "density_median": float(density.median())})
+                unexplained = sum(values["fvu"] for values in metrics.values()) / len(metrics)
+                progress.note(self.step, f"fvu {unexplained:.4f}", last=self.step == last)
             if self.step % run.checkpoint_every == 0 or self.step == last:
                 self._save()
+        progress.close()
         folder = self.folder / "saes"
         unlearner = ConceptUnlearner({name: training.trained() for name, training in self.trainings.items()})
         if self.step == run.steps:

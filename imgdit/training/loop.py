@@ -14,7 +14,6 @@ import json
 import logging
 import math
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -36,7 +35,6 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
-from tqdm import tqdm
 
 from imgdit.io.lock import only_writer
 from imgdit.io.text import lines_or_errors
@@ -62,6 +60,7 @@ from .config import OptimizerConfig, Recipe, build_scheduler
 from .data import Batches, Fingerprinted, compare_rows, lost_worker, mixed_seed
 from .objectives import ObjectiveOutput
 from .optimizers import build_optimizer
+from .progress import Progress
 from .shards import ShardError, load_shards, require_shards
 
 logger = logging.getLogger(__name__)
@@ -243,8 +242,7 @@ class _Run:
         last = run.steps if stop_at is None else min(stop_at, run.steps)
         self._open_logs()
         stream = self.batches.stream(self.samples, self.size, self.rank, self.ranks)
-        quiet = not (accelerator.is_main_process and sys.stderr.isatty())
-        progress = tqdm(total=run.steps, initial=self.step, desc=self.folder.name, disable=quiet)
+        progress = Progress(self.folder.name, run.steps, self.step, silent=not accelerator.is_main_process)
         window = _Mean()
         metrics: dict[str, float] = {}
         try:
@@ -258,7 +256,7 @@ class _Run:
                 if self.step % run.log_every == 0 or self.step == last:
                     metrics = {**window.take(), "lr": float(rates[0]), "samples": float(self.seen)}
                     self._log(metrics)
-                    progress.set_postfix(loss=f"{metrics['loss']:.4f}")
+                    progress.note(self.step, f"loss {metrics['loss']:.4f}", last=self.step == last)
                 if self.held_out and _due(self.step, run.evaluate_every, last):
                     self._log(self._evaluate())
                 if self.on_sample is not None and _due(self.step, run.sample_every, last):
