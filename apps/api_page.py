@@ -17,6 +17,7 @@ SECTIONS = {
     "Pipelines": ("pipelines.text_to_image", "pipelines.one_diffusion", "pipelines.omni_control"),
     "Frames and tasks": ("tasks", "frames", "cameras"),
     "Conditions and LoRA files": ("adapters.condition", "adapters.omni_control", "lora_files"),
+    "Images": ("images",),
     "Models and sampling": (
         "models.mmdit",
         "models.nextdit",

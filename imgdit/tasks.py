@@ -56,7 +56,8 @@ class PictureFrame:
     kind: str = "image"
     """One of `KINDS`."""
     content: Any = None
-    """What is given: a picture (PIL, or an array H x W x 3 of bytes), or a list of them, one per prompt; latents
+    """What is given: an image (PIL of any mode, or an array (H, W) or (H, W, C); `imgdit.images.convert` says what its
+    values mean), or a list of them, one per prompt; latents
     (C, h, w) or (B, C, h, w) as a tensor; for rays a camera-to-world matrix (4, 4), OpenCV's axes, or an
     array (P, 4, 4) of one per prompt. `None`: to be made."""
     caption: str | None = None

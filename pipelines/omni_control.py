@@ -80,6 +80,7 @@ class _Conditions(compat.SafetensorsOnly):
         Raises:
             ValueError: texts, generators or latents that do not fit each other.
         """
+        conditions = (conditions,) if isinstance(conditions, Condition) else conditions
         call = signature(super().__call__).bind_partial(*args, **kwargs).arguments  # type: ignore[misc]
         call |= {name: list(text) for name, text in call.items() if "prompt" in name and isinstance(text, tuple)}
         prompts = self._check_counts(call, conditions)

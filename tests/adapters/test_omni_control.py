@@ -2,10 +2,12 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from diffusers import FirstBlockCacheConfig, FluxImg2ImgPipeline, FluxInpaintPipeline, FluxKontextPipeline
 from diffusers.hooks import HookRegistry
+from PIL import Image
 from tiny_control import SD3_TARGETS, SIZE, STYLE_TARGETS, flux, lora_file, make, picture, sd3, text
 
 from imgdit import Condition, FluxOmniControlPipeline, OmniControl, StableDiffusion3OmniControlPipeline
@@ -138,19 +140,33 @@ def test_two_conditions_and_their_strengths(control):
     assert torch.equal(used(control, first, off), used(control, first))
 
 
-@pytest.mark.parametrize("kind", ["PIL", "array", "tensor", "batch", "grey"])
+@pytest.mark.parametrize(
+    "kind", ["PIL", "array", "tensor", "batch", "grey", "16 bit", "uint16", "float", "cut-out", "turned"]
+)
 def test_pictures_of_any_kind(control, kind):
     from imgdit.images import to_image
 
     pixels = (picture() * 255).round() / 255
-    if kind == "grey":
+    if kind in ("grey", "16 bit", "uint16", "float"):
         pixels = pixels[:1].expand(3, -1, -1)
+    if kind == "cut-out":
+        pixels[:, :8] = 1.0
+    turned = Image.Exif()
+    turned[0x0112] = 3
+    deep = (pixels[0] * 65535).round().numpy().astype(np.uint16)
+    hidden, opacity = np.array(to_image(pixels)), np.full((SIZE, SIZE, 1), 255, np.uint8)
+    hidden[:8], opacity[:8] = (0, 255, 0), 0  # green that nobody sees
     given = {
         "PIL": lambda: to_image(pixels),
         "array": lambda: (pixels * 255).round().byte().permute(1, 2, 0).numpy(),
         "tensor": lambda: pixels,
         "batch": lambda: pixels[None],
         "grey": lambda: to_image(pixels).convert("L"),
+        "16 bit": lambda: Image.fromarray(deep),
+        "uint16": lambda: deep,
+        "float": lambda: Image.fromarray(pixels[0].numpy()),
+        "cut-out": lambda: Image.fromarray(np.concatenate([hidden, opacity], -1)),
+        "turned": lambda: with_exif(to_image(pixels.flip(1, 2)), turned),
     }[kind]()
     same(used(control, Condition(given, "canny")), used(control, Condition(pixels, "canny")))
 
@@ -164,6 +180,11 @@ def test_a_generator_draws_the_conditions_and_the_mode_is_the_default(control):
     drawn = [used(control, condition, generator=torch.Generator().manual_seed(seed)) for seed in (7, 7, 8)]
     assert torch.equal(drawn[0], drawn[1])
     differs(drawn[0], drawn[2], 1e-6)
+
+
+def with_exif(image, exif):
+    image.info["exif"] = exif.tobytes()
+    return image
 
 
 # Joint and independent

@@ -15,7 +15,7 @@ from imgdit.apps.cli import app
 from imgdit.apps.frames import frame_row
 from imgdit.apps.generate import same_pixels
 from imgdit.apps.request import Control, Request, read_origin, write_png
-from imgdit.images import open_image
+from imgdit.images import fit, open_image
 from imgdit.lora_files import AdapterInfo
 
 QUICK = ["--steps", "2"]
@@ -183,6 +183,40 @@ def test_find_writes_the_condition(model, tmp_path):
     assert done.exit_code == 0, done.output
     red, green, blue = open_image(tmp_path / "a-grey.png").split()
     assert same_pixels(red, green) and same_pixels(red, blue)
+
+
+def forms():
+    """A depth map, and how else the same may be kept."""
+    ramp = np.linspace(0, 255, 128).round().astype(np.uint8)[None].repeat(128, 0)
+    plain = Image.fromarray(ramp).convert("RGB")
+    clear = np.dstack([np.zeros((128, 128, 3), np.uint8), np.where(ramp > 250, 0, 255)]).astype(np.uint8)
+    on_white = Image.fromarray(np.where(ramp > 250, 255, 0).astype(np.uint8)).convert("RGB")
+    turned = Image.Exif()
+    turned[0x0112] = 3
+    return {
+        "16 bit": (Image.fromarray(ramp.astype(np.uint16) * 257), {}, plain),
+        "grey": (Image.fromarray(ramp), {}, plain),
+        "palette": (Image.fromarray(ramp).convert("P"), {}, plain),
+        "transparent": (Image.fromarray(clear), {}, on_white),
+        "turned": (plain.transpose(Image.Transpose.ROTATE_180), {"exif": turned}, plain),
+        "half as large": (plain.resize((64, 64)), {}, fit(plain.resize((64, 64)), (128, 128))),
+        "larger": (plain.resize((200, 200)), {}, fit(plain.resize((200, 200)), (128, 128))),
+        "wider": (plain.resize((256, 128)), {}, fit(plain.resize((256, 128)), (128, 128))),
+    }
+
+
+@pytest.mark.parametrize("form", list(forms()))
+def test_a_control_is_the_same_however_it_is_kept(model, tmp_path, form):
+    image, options, expected = forms()[form]
+    image.save(tmp_path / "map.png", **options)
+    one = studio.Studio(model)
+    controls = (Control("depth", open_image(tmp_path / "map.png")),)
+    (read,) = one.settled(Request("a cone", controls=controls)).controls
+    assert read.picture.mode == "RGB" and same_pixels(read.picture, expected)
+    if form == "half as large":
+        one.quiet()
+        made = [one.make(Request("a cone", steps=1, controls=(Control("depth", x),))) for x in (image, expected)]
+        assert same_pixels(*(x.pictures[0] for x in made))
 
 
 @pytest.mark.parametrize("make", [flux, sd3])

@@ -245,12 +245,18 @@ def picture_files() -> dict[str, bytes]:
     exif[0x0112] = 6
     palette = noise.quantize(8)
     wide = Image.frombytes("I;16", (8, 8), bytes(range(128)))
+    big = Image.frombytes("I;16B", (8, 8), bytes(range(128)))
+    unit = Image.new("F", (8, 8), 0.3)
+    whole = Image.new("I", (8, 8), 40_000)
     made = {
         "plain.png": (noise.convert("RGB"), {}), "alpha.png": (noise.convert("RGBA"), {}), "wide.png": (wide, {}),
         "palette.png": (palette, {"transparency": 3}), "photo.jpg": (noise.convert("RGB"), {"exif": exif}),
         "cmyk.jpg": (noise.convert("CMYK"), {}), "web.webp": (noise.convert("RGBA"), {"exif": exif}),
         "still.gif": (palette, {}), "page.tif": (noise.convert("RGB"), {"compression": "tiff_lzw"}),
-        "old.bmp": (noise.convert("RGB"), {}),
+        "old.bmp": (noise.convert("RGB"), {}), "soft.png": (noise.convert("LA"), {}),
+        "bits.png": (noise.convert("1"), {}), "key.png": (wide, {"transparency": 770}),
+        "big.tif": (big, {}), "unit.tif": (unit, {}), "whole.tif": (whole, {}), "turned.tif": (noise, {"exif": exif}),
+        "lab.tif": (noise.convert("RGB").convert("LAB"), {}),
     }  # fmt: skip
     files = {}
     for name, (picture, options) in made.items():
@@ -281,20 +287,26 @@ def make_pictures(folder: Path) -> None:
 
 
 def load_pictures(folder: Path) -> None:
-    """As training data, and as what the command line and the page are given; all of them, the first error last."""
+    """As training data, and as what the command line and the page are given; all of them, the first error last. What
+    is read has the whole range of 8 bits or of [0, 1], whatever it was."""
     from imgdit.apps.request import read_origin
     from imgdit.data.own.opening import open_picture
-    from imgdit.images import open_image, to_mask, to_pixels
+    from imgdit.images import open_image, to_pixels
+    from imgdit.images.masks import mask_values
+
+    def as_training_data(path: Path) -> None:
+        assert open_picture(path.read_bytes()).picture.mode == "RGB"
+
+    def as_condition(path: Path) -> None:
+        pixels = to_pixels(open_image(path))
+        assert pixels.shape[1] == 3 and pixels.min() >= 0 and pixels.max() <= 1
+
+    def as_mask(path: Path) -> None:
+        assert mask_values(open_image(path)).dtype == torch.bool
 
     errors = []
     for path in sorted(folder.iterdir()):
-        readers: tuple[Callable[[Path], Any], ...] = (
-            lambda p: open_picture(p.read_bytes()),
-            lambda p: to_pixels(open_image(p)),
-            lambda p: to_mask(open_image(p), (3, 2)),
-            read_origin,
-        )
-        for read in readers:
+        for read in (as_training_data, as_condition, as_mask, read_origin):
             try:
                 read(path)
             except (ValueError, OSError) as error:
@@ -321,7 +333,8 @@ def one_picture(rng: random.Random, folder: Path) -> None:
         )
         picture.save(path, pnginfo=info)
         return
-    path.write_bytes(mutations.of_bytes(rng, path.read_bytes()))
+    change = mutations.of_image if rng.random() < 0.5 else mutations.of_bytes
+    path.write_bytes(change(rng, path.read_bytes()))
 
 
 def make_folder(folder: Path) -> None:

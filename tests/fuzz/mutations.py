@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
 import pickle
 import random
 import struct
 from collections.abc import Callable
 from typing import Any
+
+from PIL import Image
 
 HUGE = [-1, 0, 1, 2**31 - 1, 2**31, 2**63 - 1, 2**64, 10**30, -(10**12), 1e308, 0.5, float("nan"), float("inf")]
 ODD = [None, True, "", "\0", "x" * 5000, "🙂" * 40, [], {}, [[]], {"a": {"b": []}}, "a.b", "nan", "1e-3", *HUGE]
@@ -54,6 +57,42 @@ def of_bytes(rng: random.Random, data: bytes) -> bytes:
     if rng.random() < 0.02:
         return rng.choice((b"", b"\0" * 64, PICKLE, b"PK\x03\x04" + bytes(60), rng.randbytes(200)))
     return bytes(changed)
+
+
+IMAGE_VALUES = {
+    "1": (0, 1), "L": (0, 1, 2, 254, 255), "LA": (0, 1, 255), "RGB": (0, 1, 255), "RGBA": (0, 1, 128, 255),
+    "CMYK": (0, 255), "I;16": (0, 1, 255, 256, 65535), "I": (-(2**31), -1, 0, 1, 255, 256, 65535, 65536, 2**31 - 1),
+    "F": (-1.0, 0.0, 1e-30, 1.0, 1.001, 255.0, 1e30, float("nan"), float("inf")),
+}  # fmt: skip
+"""Extreme values of Pillow's modes."""
+
+
+def of_image(rng: random.Random, data: bytes) -> bytes:
+    """An image of another mode, of extreme values, turned, with a transparent value or a profile; now and then
+    damaged besides."""
+    mode = rng.choice(list(IMAGE_VALUES))
+    size = rng.choice(((1, 1), (1, 9), (7, 3), (16, 16)))
+    values = rng.choices(IMAGE_VALUES[mode], k=rng.choice((1, 2, 4)))
+    image = Image.new(mode, size)
+    for x in range(size[0]):
+        for y in range(size[1]):
+            pixel = rng.choices(values, k=len(image.getbands()))
+            image.putpixel((x, y), pixel[0] if len(pixel) == 1 else tuple(pixel))
+    form = rng.choice(("TIFF", "PNG", "WEBP") if mode in ("L", "LA", "RGB", "RGBA") else ("TIFF", "PNG"))
+    if form == "PNG" and mode in ("F", "CMYK"):
+        form = "TIFF"
+    options: dict[str, Any] = {}
+    if rng.random() < 0.5:
+        exif = Image.Exif()
+        exif[0x0112] = rng.choice((0, 1, 3, 6, 8, 9, 65535))
+        options["exif"] = exif
+    if rng.random() < 0.3:
+        options["icc_profile"] = rng.choice((b"", b"x", rng.randbytes(200)))
+    if form == "PNG" and mode in ("1", "L", "I;16") and rng.random() < 0.5:
+        options["transparency"] = rng.choice((0, 1, 255))
+    stream = io.BytesIO()
+    image.save(stream, form, **options)
+    return of_bytes(rng, stream.getvalue()) if rng.random() < 0.2 else stream.getvalue()
 
 
 def of_value(rng: random.Random, value: Any, depth: int = 0) -> Any:

@@ -72,6 +72,20 @@ def test_a_colour_spreads_over_any_distance():
     assert (labels_of_pictures(picture, {"cat": "#FFFFFF"}) == 1).all()
 
 
+def test_pictures_of_every_kind_are_the_same_frame():
+    ramp = np.arange(0, 256, 4, dtype=np.uint8).reshape(8, 8)
+    clear = np.dstack([np.where(ramp[..., None] > 100, ramp[..., None], 0).repeat(3, 2), np.where(ramp > 100, 255, 0)])
+    kinds = [ramp.astype(np.uint16) * 257, Image.fromarray(ramp.astype(np.uint16) * 257), ramp / 255]
+    expected = pixels_of_pictures([Image.fromarray(ramp)], 8, 8)
+    for picture in kinds:
+        torch.testing.assert_close(pixels_of_pictures([picture], 8, 8), expected)
+    white = Image.fromarray(np.where(ramp > 100, ramp, 255).astype(np.uint8))
+    seen = pixels_of_pictures([Image.fromarray(clear.astype(np.uint8))], 8, 8)
+    torch.testing.assert_close(seen, pixels_of_pictures([white], 8, 8))
+    with pytest.raises(ValueError, match="one picture; give several as a list"):
+        pixels_of_pictures([np.zeros((2, 4, 4, 3), np.uint8)], 8, 8)
+
+
 @pytest.mark.parametrize(
     "picture", [np.zeros((3, 4, 5), np.uint8), np.full((4, 4, 3), 9.5), np.full((4, 4), np.nan), "photo.png"]
 )
