@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from imgdit.hub import INDEX, find_pipeline
-from imgdit.lora_files import read_adapter
+from imgdit.lora_files import FoundAdapter, find_adapters
 from imgdit.naming import check_name, nearest
 from imgdit.sae.concepts import check_concepts, concept_names
 from imgdit.sae.files import CONFIG
@@ -55,12 +55,16 @@ class Shelf:
     @cached_property
     def adapters(self) -> dict[str, Path]:
         """Files of condition adapters by name."""
-        return {file.stem: file for file in sorted(self.adapter_folder.glob("*.safetensors"))}
+        return {name: found.path for name, found in self._found.items()}
+
+    @cached_property
+    def _found(self) -> dict[str, FoundAdapter]:
+        return find_adapters(self.adapter_folder)
 
     @cached_property
     def _adapter_of(self) -> dict[str, str]:
         """Adapter by what its condition shows, as its header tells."""
-        return {task: name for name, file in self.adapters.items() if (task := read_adapter(file).info.task)}
+        return {task: name for name, found in self._found.items() if (task := found.info.task)}
 
     @property
     def tasks(self) -> list[str]:

@@ -24,7 +24,7 @@ from imgdit.data.scenes import Camera
 from imgdit.defaults import GUIDANCE
 from imgdit.images import fit, to_rgb
 from imgdit.images.fitting import filter_of
-from imgdit.lora_files import AdapterInfo, read_adapter
+from imgdit.lora_files import legal_name
 from imgdit.models.nextdit import NextDiT
 from imgdit.pipelines.one_diffusion import OneDiffusionPipeline
 from imgdit.pipelines.text_to_image import ImgDiTPipeline
@@ -86,8 +86,8 @@ class Studio(Shelf):
             self.any = over_components(OneDiffusionPipeline, self.pipe, loading)
             if not isinstance(self.pipe.transformer, NextDiT):
                 self.pipe = over_components(ImgDiTPipeline, self.pipe, loading)
-        self._infos: dict[str, AdapterInfo] = {}  # of adapter files that were read
-        self._loaded: set[str] = set()  # adapters that the pipeline has
+        self._loaded: dict[str, str] = {}
+        """Adapters that the pipeline has: its name for a file's."""
 
     def quiet(self, disable: bool | None = True) -> None:
         """Switch the sampler's bars off; `None`: where nobody looks on."""
@@ -288,15 +288,13 @@ class Studio(Shelf):
         name = self.adapter_for(control.kind)
         assert name is not None
         if name not in self._loaded:
-            self.pipe.load_control(self.adapters[name], adapter_name=name)
-            self._loaded.add(name)
-        return self._described(control, name)
+            report = self.pipe.load_control(self.adapters[name], adapter_name=legal_name(name, self._loaded.values()))
+            self._loaded[name] = report.adapter
+        return replace(self._described(control, name), adapter=self._loaded[name])
 
     def _described(self, control: Control, adapter: str) -> Condition:
         """A control as the condition of its adapter, whose header tells where it stands."""
-        if adapter not in self._infos:
-            self._infos[adapter] = read_adapter(self.adapters[adapter]).info
-        info = self._infos[adapter]
+        info = self._found[adapter].info
         position: Any = info.position or "aligned"
         return Condition(
             control.picture,

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import diffusers
 import torch
-from accelerate.hooks import CpuOffload
+from accelerate.hooks import AlignDevicesHook, CpuOffload
 from diffusers import ModelMixin, SchedulerMixin
 from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.hooks._helpers import (
@@ -480,6 +480,28 @@ def execution_device(pipe: Any) -> torch.device:
     return pipe._execution_device
 
 
+def offloading(pipe: Any) -> Callable[[], None] | None:
+    """What offloads a pipeline's models to the CPU again after diffusers took its hooks off to load a LoRA, which it
+    leaves so where loading fails; `None` for a pipeline that is not offloaded."""
+    if pipe is None:
+        return None
+    models = [model for model in pipe.components.values() if isinstance(model, torch.nn.Module)]
+    hooks = [model._hf_hook for model in models if hasattr(model, "_hf_hook")]
+    flat = [one for hook in hooks for one in getattr(hook, "hooks", (hook,))]  # a SequentialHook holds several
+    offloads = [hook for hook in flat if isinstance(hook, CpuOffload)]
+    enable = pipe.enable_model_cpu_offload if offloads else pipe.enable_sequential_cpu_offload
+    offloads = offloads or [hook for hook in flat if isinstance(hook, AlignDevicesHook)]
+    if not offloads:
+        return None
+    device = offloads[0].execution_device
+
+    def again() -> None:
+        if not any(hasattr(model, "_hf_hook") for model in models):
+            enable(device=device)
+
+    return again
+
+
 def attention_backend_name(backend: Any) -> str:
     """Name of a backend, or of the active one for `None`."""
     if backend is None:
@@ -522,6 +544,7 @@ __all__ += [
     "insert_hook",
     "is_offloaded_whole",
     "is_xformers_available",
+    "offloading",
     "onednn_linear",
     "parameters_on_disk",
     "processor_backend",

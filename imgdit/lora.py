@@ -127,7 +127,8 @@ def on_rows(module: LoraLayer, x: torch.Tensor, rows: AdapterRows, *, shared: bo
     )
     main = tuple(name for name in main if name not in fused)
     for part, owner in rows.rows:
-        for name in main if owner is None else (owner, *main) if shared else (owner,):
+        # A condition's adapter may be a main one as well, and acts once.
+        for name in main if owner is None else dict.fromkeys((owner, *main)) if shared else (owner,):
             if name not in module.lora_A:
                 continue
             if name in module.lora_variant:

@@ -5,12 +5,12 @@ Safetensors only: a pickle can run code when it is read.
 
 from __future__ import annotations
 
-import difflib
+import itertools
 import json
 import math
-import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,17 +19,43 @@ import torch
 import torch.nn as nn
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from diffusers.utils import logging
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from .lora_dialects import LoraPair, LoraShapeError, from_diffusers, to_diffusers
+from . import compat
+from .lora_config import CONFIG, of_transformer, scale_of
+from .lora_dialects import (
+    LoraKindError,
+    LoraPair,
+    LoraShapeError,
+    Names,
+    Scale,
+    family_of,
+    from_diffusers,
+    read_pairs,
+    sort_names,
+)
+from .lora_fitting import (
+    check_hotswap,
+    fitted,
+    keep_precision,
+    layers_of,
+    lora_weights,
+    nearest_modules,
+)
 from .naming import nearest
 from .untrusted import parse_object
 
 logger = logging.get_logger(__name__)
 
 _INFO_KEY = "imgdit"
+_PEFT_WEIGHTS = "adapter_model.safetensors"
+_SHOWN = 10
+"""Keys that a report names one by one."""
+_NEVER_MEANT = (".json", ".jsonl", ".md", ".txt", ".yaml", ".yml", ".png", ".jpg", ".jpeg", ".webp", ".csv")
+"""Endings of what lies beside adapters and is nobody's idea of one."""
 
 
 @dataclass(frozen=True)
@@ -58,17 +84,26 @@ class AdapterFile(NamedTuple):
     pairs: dict[str, LoraPair]
     """By module of the transformer."""
     dialect: str
-    """"peft", "comfyui" or "kohya"."""
+    """"peft", "comfyui", "kohya", "onetrainer" or "xlabs"; see `lora_dialects`."""
     unused: tuple[str, ...]
     """Keys that belong to no LoRA of the transformer."""
     info: AdapterInfo
     source: str
+    used: int = 0
+    """Keys that were read."""
+    aside: Mapping[str, str] = {}
+    """Those of the unused keys that are understood: key and what it is."""
 
     @property
     def ranks(self) -> tuple[int, ...]:
         """Ranks that occur, the most frequent first."""
         counts = Counter(pair.down.shape[0] for pair in self.pairs.values())
         return tuple(rank for rank, _ in counts.most_common())
+
+    @property
+    def unread(self) -> tuple[str, ...]:
+        """The unused keys that are not understood."""
+        return tuple(key for key in self.unused if key not in self.aside)
 
 
 class LoadReport(NamedTuple):
@@ -82,15 +117,31 @@ class LoadReport(NamedTuple):
     """Keys of the file that nothing was done with, each with the nearest module of the model."""
     ranks: tuple[int, ...]
     info: AdapterInfo
+    used: int = 0
+    """Keys of the file that were read."""
+    aside: Mapping[str, str] = {}
+    """Keys that were set aside, and what they are."""
 
     def __str__(self) -> str:
-        lines = [f"{self.adapter}: {len(self.matched)} modules of rank {', '.join(map(str, self.ranks))}"]
-        lines += [f"  not used: {key} (nearest module: {near})" for key, near in self.unused]
+        lines = [
+            f"{self.adapter}: {len(self.matched)} modules of rank {', '.join(map(str, self.ranks))} "
+            f"({self.used} keys, {self.dialect} names)"
+        ]
+        lines += [f"  set aside: {line}" for line in counted(self.aside)]
+        lines += [f"  not used: {key} (nearest module: {near})" for key, near in self.unused[:_SHOWN]]
+        if len(self.unused) > _SHOWN:
+            lines.append(f"  not used: {len(self.unused) - _SHOWN} more")
         return "\n".join(lines)
 
 
+def counted(aside: Mapping[str, str]) -> list[str]:
+    """A line for each reason by which keys were set aside."""
+    return [f"{count} keys {reason}" for reason, count in Counter(aside.values()).items()]
+
+
 def read_adapter(source: str | Path, weight_name: str | None = None, **hub: Any) -> AdapterFile:
-    """Read a LoRA file.
+    """Read a LoRA file. The factor of each module (alpha / rank) is multiplied in, wherever the alpha stands: in keys,
+    in the header, or in the `adapter_config.json` beside the weights.
 
     Args:
         source: a file, a folder, or a repository on the Hub.
@@ -100,31 +151,60 @@ def read_adapter(source: str | Path, weight_name: str | None = None, **hub: Any)
     Raises:
         ValueError: not a safetensors file, damaged, without a LoRA, or of a kind other than plain LoRA.
     """
-    path = _locate(source, weight_name, hub)
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-        tensors = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} cannot be read as safetensors, it is damaged or something else: {error}") from error
-    odd = next((key for key in tensors if re.search(r"magnitude_vector|dora_scale|lokr_|hada_", key)), None)
-    if odd is not None:
-        raise ValueError(
-            f"{path} holds {odd!r}: DoRA, LoKr and LoHa change whole weights and cannot act on one condition's "
-            "tokens; expected a plain LoRA (lora_A and lora_B, or lora_down and lora_up)"
-        )
-    config = parse_object(header.get(LORA_ADAPTER_METADATA_KEY, "{}"), f"{path}: its PEFT configuration")
-    try:
-        renamed = to_diffusers(tensors, _scales(config, tensors, str(path)))
-    except LoraShapeError as error:
-        raise ValueError(f"{path} is damaged or no plain LoRA: {error}") from error
-    if not renamed.pairs:
-        first = next(iter(tensors), "nothing")
-        raise ValueError(
-            f"{path} holds no LoRA of a transformer: expected keys like 'transformer.<module>.lora_A.weight', "
-            f"'diffusion_model.…' or 'lora_unet_…', got {first!r}"
-        )
-    return AdapterFile(renamed.pairs, renamed.dialect, renamed.unused, _read_info(header, str(path)), str(path))
+    path, config = _locate(source, weight_name, hub)
+    header, names, scale = _understood(path, config)
+    with _damage_told(path), safe_open(path, framework="pt") as file:
+        tensors = {key: file.get_tensor(key) for key in names.used}
+    pairs = _pairs(names, tensors, scale, str(path))
+    info = _read_info(header, str(path))
+    return AdapterFile(pairs, names.dialect, names.unused, info, str(path), len(names.used), names.aside)
+
+
+def read_info(source: str | Path) -> AdapterInfo:
+    """How an adapter was trained, from its file's header alone: no tensor is read.
+
+    Raises:
+        ValueError: as `read_adapter`, but for shapes.
+    """
+    path, config = _locate(source, None, {})
+    header, *_ = _understood(path, config)
+    return _read_info(header, str(path))
+
+
+class FoundAdapter(NamedTuple):
+    """A condition adapter of a folder."""
+
+    path: Path
+    info: AdapterInfo
+
+
+def find_adapters(folder: Path) -> dict[str, FoundAdapter]:
+    """The adapters of a folder by their files' names; only headers are read.
+
+    What else lies there (hidden files, half downloads, pickles, LoRAs of something else, whole models) is passed over
+    and named in one warning.
+    """
+    found: dict[str, FoundAdapter] = {}
+    strangers: list[str] = []
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        name = path.stem
+        if path.is_dir():  # as PEFT saves an adapter
+            name, path = path.name, path / _PEFT_WEIGHTS
+            if not path.is_file():
+                continue
+        if path.suffix.lower() in _NEVER_MEANT or path.name in (".DS_Store", "Thumbs.db"):
+            continue
+        try:
+            if path.name.startswith("."):
+                raise ValueError("a hidden file")
+            if path.suffix != ".safetensors":
+                raise ValueError(f"a {path.suffix or 'nameless'} file, no .safetensors")
+            found[name] = FoundAdapter(path, read_info(path))
+        except ValueError as error:
+            strangers.append(f"{path.relative_to(folder)}: {str(error).removeprefix(str(path)).strip(' :')}")
+    if strangers:
+        logger.warning("passed over in %s:\n  %s", folder, "\n  ".join(strangers))
+    return found
 
 
 def write_adapter(
@@ -142,13 +222,41 @@ def write_adapter(
     return path
 
 
+def pairs_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, LoraPair]:
+    """The LoRAs of a state dict, whose `alpha` keys alone tell its strength.
+
+    Raises:
+        ValueError: it holds no plain LoRA.
+    """
+    source = "the state dict"
+    names = _names(tensors, source)
+    return _pairs(names, tensors, None, source)
+
+
+def diffusers_state(pairs: Mapping[str, LoraPair]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """What diffusers' `load_lora_adapter` takes: a state dict, and its PEFT configuration."""
+    return from_diffusers(pairs, "peft"), _peft_config(pairs)
+
+
 def adapter_pairs(model: nn.Module, adapter: str) -> dict[str, LoraPair]:
-    """An adapter's weights on a model, its scale multiplied in, ready for `write_adapter`."""
+    """An adapter's weights on a model, its scale multiplied in, ready for `write_adapter`.
+
+    Raises:
+        ValueError: there is no adapter of that name, or it is more than a plain LoRA.
+    """
     pairs = {}
     for name, module in model.named_modules():
-        if isinstance(module, BaseTunerLayer) and adapter in getattr(module, "lora_A", {}):
+        if isinstance(module, LoraLayer) and adapter in module.lora_A:
+            if adapter in module.lora_variant or module.lora_bias.get(adapter):
+                raise ValueError(
+                    f"adapter {adapter!r} is no plain LoRA (DoRA, biases, …), which is all that can be written"
+                )
             down, up = (layer[adapter].weight.detach() for layer in (module.lora_A, module.lora_B))
-            scale = module.lora_alpha[adapter] / module.r[adapter]  # not `scaling`, which set_adapters() weights
+            if down.itemsize == 1:  # stored by layerwise casting, which has no products
+                down, up = down.bfloat16(), up.bfloat16()
+            rank = module.r[adapter]
+            # Not `scaling`, which set_adapters() weights.
+            scale = module.lora_alpha[adapter] / (math.sqrt(rank) if module.use_rslora.get(adapter) else rank)
             pairs[name] = LoraPair(down, up if scale == 1 else up * scale)
     if not pairs:
         raise ValueError(f"there is no adapter {nearest(adapter, loaded_adapters(model))}")
@@ -160,10 +268,32 @@ def loaded_adapters(model: nn.Module) -> list[str]:
     return list(getattr(model, "peft_config", {}))
 
 
+_NAMESPACE = nn.ModuleDict()
+"""What PEFT keeps adapters in."""
+
+
+def legal_name(name: str, taken: Iterable[str] = ()) -> str:
+    """The name of an adapter for a file of this name: torch takes no dots and none of the names of its own methods.
+
+    Args:
+        taken: names that it must not be; then a number is added.
+    """
+    name = name.replace(".", "_") or "adapter"
+    if hasattr(_NAMESPACE, name):
+        name += "_adapter"
+    taken, free = set(taken), name
+    for number in itertools.count(2):
+        if free not in taken:
+            break
+        free = f"{name}_{number}"
+    return free
+
+
 def attach_adapter(
     model: Any, file: AdapterFile, adapter: str, *, hotswap: bool = False, pipeline: Any = None
 ) -> LoadReport:
     """Put a LoRA on a transformer without activating it: the adapters that act in a plain run stay those they were.
+    Where that fails, the model is what it was.
 
     Args:
         model: a diffusers model with LoRA support.
@@ -172,45 +302,25 @@ def attach_adapter(
         pipeline: the model's pipeline, whose offloading has to be paused meanwhile.
 
     Raises:
-        ValueError: the name is taken, or a module of the file has another shape in this model.
+        ValueError: the name is taken or cannot be one, or a module of the file has another shape in this model.
     """
-    loaded = loaded_adapters(model)
-    if not hotswap and adapter in loaded:
-        raise ValueError(f"adapter {adapter!r} is loaded already; pass hotswap=True to replace it, or another name")
-    if hotswap and adapter not in loaded_adapters(model):
-        raise ValueError(
-            f"hotswap=True replaces a loaded adapter; there is no {nearest(adapter, loaded_adapters(model))}"
-        )
-    shapes = _shapes(model)
-    pairs = {}
-    unused = list(file.unused)
-    for name, pair in file.pairs.items():
-        if name not in shapes:
-            unused.append(name)
-            continue
-        theirs, ours = (pair.up.shape[0], math.prod(pair.down.shape[1:])), shapes[name]
-        if theirs != ours:
-            raise ValueError(
-                f"{file.source} is for another base model: its {name} is {theirs[0]}x{theirs[1]} (out x in), this "
-                f"model's is {ours[0]}x{ours[1]}"
-            )
-        pairs[name] = pair
-    if not pairs:
-        first = next(iter(file.pairs))
-        raise ValueError(f"{file.source} is for another base model: this one has no module {nearest(first, shapes)}")
-
+    _check_adapter_name(model, adapter, hotswap)
+    layers = layers_of(model)
+    pairs, unknown = fitted(file.pairs, file.source, model, layers)
+    if hotswap:
+        check_hotswap(model, adapter, pairs)
     before = active_adapters(model)
-    model.load_lora_adapter(
-        from_diffusers(pairs, "peft"),
-        prefix="transformer",
-        adapter_name=adapter,
-        hotswap=hotswap,
-        metadata=_peft_config(pairs),
-        _pipeline=pipeline,
-    )
+    with _all_or_nothing(model, adapter, hotswap, pipeline):
+        state, config = diffusers_state(pairs)
+        model.load_lora_adapter(
+            state, prefix="transformer", adapter_name=adapter, hotswap=hotswap, metadata=config, _pipeline=pipeline
+        )
+        keep_precision(model, adapter, pairs)
     activate(model, before)
-    near = tuple((key, _nearest_module(key, shapes)) for key in unused)
-    return LoadReport(adapter, file.dialect, tuple(pairs), near, file.ranks, file.info)
+    near = nearest_modules([*file.unread, *unknown], layers)
+    return LoadReport(
+        adapter, file.dialect, tuple(pairs), near, file.ranks, file.info, used=file.used, aside=file.aside
+    )
 
 
 def load_adapter(
@@ -222,12 +332,13 @@ def load_adapter(
     hotswap: bool = False,
     **hub: Any,
 ) -> LoadReport:
-    """`read_adapter`, then `attach_adapter` to a pipeline's transformer, by the file's name unless another is given;
-    what of the file was not used is logged."""
+    """`read_adapter`, then `attach_adapter` to a pipeline's transformer, by the file's name unless another is given
+    (`legal_name`); what of the file was not used is logged."""
     file = read_adapter(source, weight_name, **hub)
-    name = adapter_name or Path(file.source).stem
-    report = attach_adapter(pipe.transformer, file, name, hotswap=hotswap, pipeline=pipe)
-    if report.unused:
+    name = legal_name(Path(file.source).stem) if adapter_name is None else adapter_name
+    model = compat.unwrapped(pipe.transformer)
+    report = attach_adapter(model, file, name, hotswap=hotswap, pipeline=pipe)
+    if report.unused or report.aside:
         logger.warning(str(report))
     return report
 
@@ -245,30 +356,112 @@ def activate(model: nn.Module, adapters: list[str]) -> None:
             module.set_adapter(adapters)
 
 
-def _locate(source: str | Path, weight_name: str | None, hub: Mapping[str, Any]) -> Path:
-    """The file, downloaded where it is on the Hub."""
-    path = Path(source)
+def _understood(path: Path, config: Path | None) -> tuple[dict[str, str], Names, Scale | None]:
+    """A file's header, its keys, and the scale of its modules."""
+    with _damage_told(path), safe_open(path, framework="pt") as file:
+        header, keys = file.metadata() or {}, list(file.keys())
+    names, scale = _names(keys, str(path)), None
+    try:
+        if told := header.get(LORA_ADAPTER_METADATA_KEY):
+            scale = scale_of(of_transformer(parse_object(told, f"{path}: its PEFT configuration")), str(path))
+        if scale is None and config is not None:
+            scale = scale_of(parse_object(config.read_bytes(), str(config)), str(config))
+    except LoraKindError as error:
+        raise ValueError(f"{path} {error}") from error
+    return header, names, scale
+
+
+def _names(keys: Iterable[str], source: str) -> Names:
+    """Keys that hold a LoRA of a transformer."""
+    try:
+        names = sort_names(keys)
+    except LoraKindError as error:
+        raise ValueError(f"{source} {error}") from error
+    if names.parts:
+        return names
+    told = "; ".join(counted(names.aside)) or f"its first key is {next(iter(keys), 'nothing')!r}"
+    family = family_of(keys)
+    raise ValueError(
+        f"{source} holds no LoRA of a transformer of FLUX.1 or SD3: {told}"
+        + (f"; it has the names of {family}" if family else "")
+        + ". Expected keys like 'transformer.<module>.lora_A.weight', 'diffusion_model.…', 'lora_unet_…' or "
+        "'lora_transformer_…'"
+    )
+
+
+def _pairs(names: Names, tensors: Mapping[str, torch.Tensor], scale: Scale | None, source: str) -> dict[str, LoraPair]:
+    try:
+        return read_pairs(names, tensors, scale)
+    except LoraShapeError as error:
+        raise ValueError(f"{source} is damaged or no plain LoRA: {error}") from error
+
+
+@contextmanager
+def _damage_told(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} cannot be read as safetensors, it is damaged or something else: {error}") from error
+
+
+def _locate(source: str | Path, weight_name: str | None, hub: Mapping[str, Any]) -> tuple[Path, Path | None]:
+    """The file, downloaded where it is on the Hub, and its `adapter_config.json`."""
+    path = Path(source).expanduser()
     if path.is_dir():
-        files = sorted(file.name for file in path.glob("*.safetensors"))
-        if weight_name is None and len(files) != 1:
-            raise ValueError(f"{path} holds {files or 'no .safetensors file'}; name one by weight_name=")
-        path = path / (weight_name or files[0])
+        path = path / weight_name if weight_name is not None else _only_file(path)
     _refuse_pickle(path.name if path.is_file() or weight_name is None else weight_name)
     if path.is_file():
-        return path
+        return path, _config_beside(path)
     if path.suffix == ".safetensors" or str(source).count("/") != 1:
         raise ValueError(
             f"there is no file {str(path)!r}; expected a .safetensors file, its folder or owner/repository"
         )
+    return _download(str(source), weight_name, hub)
+
+
+def _only_file(folder: Path) -> Path:
+    """The weights in a folder; PEFT puts those of an adapter that is not called "default" one folder below."""
+    files = _visible(folder) or [path for path in sorted(folder.glob(f"*/{_PEFT_WEIGHTS}")) if _config_beside(path)]
+    if len(files) != 1:
+        names = [str(path.relative_to(folder)) for path in files]
+        raise ValueError(f"{folder} holds {names or 'no .safetensors file'}; name one by weight_name=")
+    return files[0]
+
+
+def _visible(folder: Path) -> list[Path]:
+    return [path for path in sorted(folder.glob("*.safetensors")) if not path.name.startswith(".")]
+
+
+def _config_beside(path: Path) -> Path | None:
+    """PEFT's configuration, which belongs to `adapter_model.safetensors`, or to the only weights of its folder."""
+    config = path.with_name(CONFIG)
+    ours = path.name == _PEFT_WEIGHTS or _visible(path.parent) == [path]
+    return config if ours and config.is_file() else None
+
+
+def _download(repository: str, weight_name: str | None, hub: Mapping[str, Any]) -> tuple[Path, Path | None]:
     from huggingface_hub import hf_hub_download, list_repo_files
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     if weight_name is None:
-        names = [name for name in list_repo_files(str(source), revision=hub.get("revision"), token=hub.get("token"))]
+        names = list_repo_files(repository, revision=hub.get("revision"), token=hub.get("token"))
         files = [name for name in names if name.endswith(".safetensors")]
         if len(files) != 1:
-            raise ValueError(f"{source} holds {files or 'no .safetensors file'}; name one by weight_name=")
+            raise ValueError(f"{repository} holds {files or 'no .safetensors file'}; name one by weight_name=")
         weight_name = files[0]
-    return Path(hf_hub_download(str(source), weight_name, **hub))
+    path = Path(hf_hub_download(repository, weight_name, **hub))
+    if path.name != _PEFT_WEIGHTS:
+        return path, None
+    name = weight_name.removesuffix(_PEFT_WEIGHTS) + CONFIG
+    try:
+        return path, Path(hf_hub_download(repository, name, **hub))
+    except LocalEntryNotFoundError as error:
+        raise ValueError(
+            f"{repository} has PEFT's {weight_name}, whose strength stands in {name}, and that is not in the cache; "
+            "go online once"
+        ) from error
+    except EntryNotFoundError:
+        return path, None
 
 
 def _refuse_pickle(name: str) -> None:
@@ -278,49 +471,6 @@ def _refuse_pickle(name: str) -> None:
             f"got {name!r}, expected a .safetensors file: pickled weights can run code when they are loaded. Convert "
             "the file first"
         )
-
-
-def _scales(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], source: str) -> dict[str, float]:
-    """alpha / rank of each module by the PEFT configuration in a file's header; empty without one."""
-    config = {key.removeprefix("transformer."): value for key, value in config.items()}
-    if "lora_alpha" not in config:
-        return {}
-    if config.get("use_dora"):
-        raise ValueError(
-            "a DoRA changes whole weights and cannot act on one condition's tokens; expected a plain LoRA"
-        )
-    patterns = _check_peft_config(config, source)
-    scales = {}
-    for key, tensor in tensors.items():
-        if key.startswith("transformer.") and key.endswith(".lora_A.weight"):
-            name = key.removeprefix("transformer.").removesuffix(".lora_A.weight")
-            matching = (p for p in patterns if re.match(rf"(.*\.)?({p.removeprefix('^')})$", name))
-            alpha = patterns.get(next(matching, ""), config["lora_alpha"])
-            rank = max(tensor.shape[0], 1) if tensor.ndim else 1
-            scales[name] = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    return scales
-
-
-_PATTERN = re.compile(r"(?:[\w.^$|()-]|\\[.d]|\\d\+)*")
-"""Module names and what PEFT's patterns have of regular expressions; nothing that takes exponential time to match."""
-
-
-def _check_peft_config(config: Mapping[str, Any], source: str) -> dict[str, float]:
-    """The alphas of a configuration by pattern."""
-    patterns = config.get("alpha_pattern") or {}
-    alphas = {"lora_alpha": config["lora_alpha"], **(patterns if isinstance(patterns, dict) else {"": patterns})}
-    for name, alpha in alphas.items():
-        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not abs(alpha) < 1e9:
-            raise ValueError(
-                f"{source}: its PEFT configuration has the alpha {alpha!r:.60} of {name!r:.60}; expected a number"
-            )
-        try:
-            sound = _PATTERN.fullmatch(name) and re.compile(f"({name.removeprefix('^')})$")
-        except re.error:
-            sound = None
-        if not sound:
-            raise ValueError(f"{source}: alpha_pattern has {name!r:.60}; expected names of modules")
-    return patterns
 
 
 def _read_info(header: Mapping[str, str], source: str) -> AdapterInfo:
@@ -338,18 +488,57 @@ def _read_info(header: Mapping[str, str], source: str) -> AdapterInfo:
     return AdapterInfo(**values)
 
 
-def _shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """(out, in) of every layer that can have a LoRA. From its attributes: quantised weights are packed."""
-    shapes = {}
-    for name, module in model.named_modules():
-        if re.search(r"\.(base_layer|lora_[AB])(\.|$)", name):
-            continue
-        layer: Any = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-        if isinstance(layer, nn.Conv2d):
-            shapes[name] = (layer.out_channels, layer.in_channels * math.prod(layer.kernel_size))
-        elif hasattr(layer, "in_features"):
-            shapes[name] = (layer.out_features, layer.in_features)
-    return shapes
+def _check_adapter_name(model: nn.Module, adapter: str, hotswap: bool) -> None:
+    loaded = loaded_adapters(model)
+    if hotswap and adapter not in loaded:
+        raise ValueError(f"hotswap=True replaces a loaded adapter; there is no {nearest(adapter, loaded)}")
+    if not hotswap and adapter in loaded:
+        raise ValueError(
+            f"adapter {adapter!r} is loaded already; pass hotswap=True to replace it, or another name (adapter_name=)"
+        )
+    if adapter != legal_name(adapter):
+        raise ValueError(f"an adapter cannot be called {adapter!r} in torch; take {legal_name(adapter, loaded)!r}")
+
+
+@contextmanager
+def _all_or_nothing(model: Any, adapter: str, hotswap: bool, pipeline: Any) -> Iterator[None]:
+    """Where loading fails, the adapters, what acts and the offloading are as before; other adapters stay in any case.
+    (PEFT's hot-swapping empties those whose name holds this one's.)"""
+    names, active = loaded_adapters(model), active_adapters(model)
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    kept = lora_weights(model) if hotswap else {}
+    weights = {name: parameter.detach().clone() for name, parameter in kept.items()}
+    scales = [(module, dict(module.scaling)) for module in model.modules() if isinstance(module, LoraLayer)]
+    offload = compat.offloading(pipeline)
+    try:
+        yield
+        for name, parameter in kept.items():
+            if name.split(".")[-2] != adapter:
+                parameter.data.copy_(weights[name])
+    except BaseException:
+        for name, parameter in kept.items():
+            parameter.data = weights[name]
+        for module, scaling in scales:
+            module.scaling.update(scaling)
+        if not hotswap:
+            _take_off(model, adapter, names)
+            activate(model, active)
+        for parameter, requires_grad in trained:
+            parameter.requires_grad_(requires_grad)
+        if offload is not None:
+            offload()
+        raise
+
+
+def _take_off(model: Any, adapter: str, names: list[str]) -> None:
+    """Remove what a load that failed left of an adapter."""
+    for module in model.modules():
+        if isinstance(module, LoraLayer) and adapter in module.lora_A:
+            module.delete_adapter(adapter)
+    if hasattr(model, "peft_config"):
+        model.peft_config.pop(adapter, None)
+    if not names:
+        model.unload_lora()
 
 
 def _peft_config(pairs: Mapping[str, LoraPair]) -> dict[str, Any]:
@@ -365,10 +554,3 @@ def _peft_config(pairs: Mapping[str, LoraPair]) -> dict[str, Any]:
         "target_modules": list(pairs),
     }
     return {f"transformer.{key}": value for key, value in config.items()}
-
-
-def _nearest_module(key: str, modules: Mapping[str, Any]) -> str:
-    name = key.removeprefix("transformer.").removeprefix("diffusion_model.")
-    name = re.sub(r"\.(lora_|alpha).*", "", name)
-    close = difflib.get_close_matches(name, modules, n=1, cutoff=0.0)
-    return close[0] if close else "none"

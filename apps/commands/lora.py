@@ -5,17 +5,24 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..console import one_sentence
 
+if TYPE_CHECKING:
+    from imgdit.lora_files import AdapterFile
+
+LoraFile = Annotated[Path, typer.Argument(help="A .safetensors file of any trainer, or PEFT's folder.")]
+
 app = typer.Typer(help="Look into LoRA files, convert and make them.", no_args_is_help=True)
 
 
 @app.command()
-def inspect(file: Annotated[Path, typer.Argument(help="A .safetensors file: PEFT, ComfyUI or kohya names.")]) -> None:
+def inspect(
+    file: LoraFile,
+) -> None:
     """Print a LoRA file's names, ranks, modules and settings."""
     from imgdit.lora_files import read_adapter
 
@@ -24,6 +31,7 @@ def inspect(file: Annotated[Path, typer.Argument(help="A .safetensors file: PEFT
     tensors = [tensor for pair in adapter.pairs.values() for tensor in pair]
     kinds = Counter(_kind(name) for name in adapter.pairs)
     typer.echo(f"{file.name}: {adapter.dialect} names, {len(adapter.pairs)} modules")
+    _tell_keys(adapter)
     typer.echo(f"  rank {', '.join(map(str, adapter.ranks))}, {sum(t.numel() for t in tensors):,} numbers")
     typer.echo(f"  stored as {', '.join(sorted({str(t.dtype).removeprefix('torch.') for t in tensors}))}")
     for kind, count in kinds.items():
@@ -31,13 +39,11 @@ def inspect(file: Annotated[Path, typer.Argument(help="A .safetensors file: PEFT
     for name, value in asdict(adapter.info).items():
         if value is not None:
             typer.echo(f"  {name}: {value}")
-    for key in adapter.unused:
-        typer.echo(f"  not a LoRA of the transformer: {key}")
 
 
 @app.command()
 def convert(
-    file: Annotated[Path, typer.Argument(help="A .safetensors file: PEFT, ComfyUI or kohya names.")],
+    file: LoraFile,
     to: Annotated[str, typer.Option("--to", help="peft (diffusers) or comfyui (FLUX's own names).")],
     out: Annotated[Path | None, typer.Option(help="File to write; beside the source by default.")] = None,
 ) -> None:
@@ -46,14 +52,13 @@ def convert(
     from imgdit.lora_files import read_adapter, write_adapter
     from imgdit.naming import check_name
 
-    out = out or file.with_name(f"{file.stem}.{to}.safetensors")
     with one_sentence():
         check_name("--to", to, DIALECTS)
         adapter = read_adapter(file)
+        out = out or file.with_name(f"{file.name.removesuffix('.safetensors')}.{to}.safetensors")
         path = write_adapter(out, adapter.pairs, adapter.info, dialect=to)
     typer.echo(f"wrote {path}: {len(adapter.pairs)} modules, {adapter.dialect} names to {to}")
-    for key in adapter.unused:
-        typer.echo(f"  left out, not a LoRA of the transformer: {key}")
+    _tell_keys(adapter)
 
 
 @app.command()
@@ -67,6 +72,19 @@ def export(
     with one_sentence():
         save_adapter(run, out)
     typer.echo(f"wrote {out}")
+
+
+def _tell_keys(adapter: AdapterFile) -> None:
+    """How many of a file's keys were read, and what became of the others."""
+    from imgdit.lora_files import counted
+
+    typer.echo(f"  keys: {adapter.used} read, {len(adapter.aside)} set aside, {len(adapter.unread)} not understood")
+    for line in counted(adapter.aside):
+        typer.echo(f"  set aside: {line}")
+    for key in adapter.unread[:10]:
+        typer.echo(f"  not a LoRA of the transformer: {key}")
+    if len(adapter.unread) > 10:
+        typer.echo(f"  not a LoRA of the transformer: {len(adapter.unread) - 10} more")
 
 
 def _kind(name: str) -> str:
