@@ -84,11 +84,15 @@ class OmniControl:
         """Load a condition adapter. It acts on its conditions' tokens only: a plain run does not change.
 
         Args:
-            source: a safetensors file, a folder, or a repository on the Hub; PEFT, ComfyUI and kohya names are read.
+            source: a safetensors file, a folder, or a repository on the Hub, by any trainer's names (docs/files.md).
             weight_name: file in the folder or repository.
-            adapter_name: what conditions call it; the file's name by default.
+            adapter_name: what conditions call it; the file's name with `_` for dots by default.
             hotswap: take the place of the loaded adapter of that name without compiling again.
             hub: options of `hf_hub_download`.
+
+        Raises:
+            ValueError: the file is for another model, of another kind or damaged, or the name is taken; the pipeline
+                is what it was.
         """
         if self.run is not None and not hotswap:
             raise ValueError("load adapters before use(): their layers would come under the hooks of the run")

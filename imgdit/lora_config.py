@@ -75,8 +75,9 @@ def scale_of(config: Mapping[str, Any], source: str) -> Scale | None:
 def _checked_patterns(config: Mapping[str, Any], source: str) -> dict[str, float]:
     """The alphas of a configuration by pattern."""
     patterns = config.get("alpha_pattern") or {}
-    alphas = {"lora_alpha": config["lora_alpha"], **(patterns if isinstance(patterns, dict) else {"": patterns})}
-    for name, alpha in alphas.items():
+    if not isinstance(patterns, dict):
+        raise ValueError(f"{source}: alpha_pattern has {patterns!r:.60}; expected names of modules with their alphas")
+    for name, alpha in {"lora_alpha": config["lora_alpha"], **patterns}.items():
         if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not abs(alpha) < 1e9:
             raise ValueError(
                 f"{source}: its PEFT configuration has the alpha {alpha!r:.60} of {name!r:.60}; expected a number"

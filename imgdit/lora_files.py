@@ -8,6 +8,8 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -136,7 +138,7 @@ class LoadReport(NamedTuple):
 
 def counted(aside: Mapping[str, str]) -> list[str]:
     """A line for each reason by which keys were set aside."""
-    return [f"{count} keys {reason}" for reason, count in Counter(aside.values()).items()]
+    return [f"{n} {'key' if n == 1 else 'keys'} {reason}" for reason, n in Counter(aside.values()).items()]
 
 
 def read_adapter(source: str | Path, weight_name: str | None = None, **hub: Any) -> AdapterFile:
@@ -201,7 +203,8 @@ def find_adapters(folder: Path) -> dict[str, FoundAdapter]:
                 raise ValueError(f"a {path.suffix or 'nameless'} file, no .safetensors")
             found[name] = FoundAdapter(path, read_info(path))
         except ValueError as error:
-            strangers.append(f"{path.relative_to(folder)}: {str(error).removeprefix(str(path)).strip(' :')}")
+            reason = re.split(r"[.;] [Ee]xpected", str(error).removeprefix(str(path)))[0].strip(" :")
+            strangers.append(f"{path.relative_to(folder)}: {reason}")
     if strangers:
         logger.warning("passed over in %s:\n  %s", folder, "\n  ".join(strangers))
     return found
@@ -310,8 +313,9 @@ def attach_adapter(
     if hotswap:
         check_hotswap(model, adapter, pairs)
     before = active_adapters(model)
-    with _all_or_nothing(model, adapter, hotswap, pipeline):
+    with _all_or_nothing(model, adapter, hotswap, pipeline), warnings.catch_warnings():
         state, config = diffusers_state(pairs)
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several adapters are meant
         model.load_lora_adapter(
             state, prefix="transformer", adapter_name=adapter, hotswap=hotswap, metadata=config, _pipeline=pipeline
         )

@@ -44,9 +44,8 @@ def fitted(
         ValueError: the file is for another model.
     """
     family, own = family_of(found), family_of(layers)
-    families = f"; the file has the names of {family or 'no known family'}, the model is a {type(model).__name__}" + (
-        f" ({own})" if own else ""
-    )
+    of_file = f"; the file has the names of {family}" if family else ""
+    families = f"{of_file}; the model is a {type(model).__name__}" + (f" ({own})" if own else "")
     for name in _INPUT:
         if name in found and name in layers:
             channels, ours = math.prod(found[name].down.shape[1:]), _shape(layers[name])

@@ -1,5 +1,6 @@
 """Tiny diffusers pipelines with LoRA files to put on them."""
 
+import json
 import re
 
 import torch
@@ -10,6 +11,7 @@ from diffusers import (
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
+from safetensors.torch import save_file
 from tiny import randomize, rope_config, tiny_text_encoder, tiny_tokenizer, tiny_vae
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -125,3 +127,34 @@ def lora_file(path, transformer, targets=OMINICONTROL_TARGETS, rank=2, seed=0, i
 
 SD3_TARGETS = r"pos_embed\.proj|transformer_blocks\.\d+\.(norm1\.linear|attn2?\.to_[qkv]|attn\.to_out\.0|ff\.net\.2)"
 STYLE_TARGETS = r"x_embedder|.*attn\.(to_q|add_k_proj)|.*ff\.net\.0\.proj|.*proj_mlp"
+
+ONE_LAYER = "transformer.transformer_blocks.0.attn.to_q"
+
+
+def one_layer(path, out=32, columns=32, name=ONE_LAYER, seed=0, **metadata):
+    generator = torch.Generator().manual_seed(seed)
+    down = torch.randn(2, columns, generator=generator)
+    tensors = {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": torch.randn(out, 2, generator=generator)}
+    save_file(tensors, path, metadata=metadata or None)
+    return path
+
+
+def strangers(folder):
+    """What lies beside adapters in people's folders."""
+    folder.mkdir(exist_ok=True)
+    good = one_layer(folder / "edges-v1.1.safetensors", imgdit=json.dumps({"task": "canny"}))
+    data = good.read_bytes()
+    (folder / "._edges-v1.1.safetensors").write_bytes(b"\0\5\x16\7" + bytes(100))
+    (folder / ".DS_Store").write_bytes(b"\0\0\0\1Bud1")
+    (folder / "notes.txt").write_text("edges: strength 0.8")
+    (folder / "half.safetensors").write_bytes(data[: len(data) // 2])
+    (folder / "x.safetensors.incomplete").write_bytes(data[:50])
+    (folder / "old.ckpt").write_bytes(b"x")
+    (folder / "empty.safetensors").write_bytes(b"")
+    save_file({"lora_te1_layers_0_fc1.lora_down.weight": torch.ones(2, 4)}, folder / "words.safetensors")
+    save_file({"double_blocks.0.img_attn.qkv.weight": torch.ones(2, 4)}, folder / "model.safetensors")
+    save_file({"lycoris_x_embedder.lokr_w1": torch.ones(2, 4)}, folder / "lokr.safetensors")
+    (folder / "style").mkdir()
+    one_layer(folder / "style" / "adapter_model.safetensors")
+    (folder / "samples").mkdir()
+    return folder

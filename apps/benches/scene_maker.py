@@ -14,6 +14,7 @@ from imgdit.adapters.condition import Condition
 from imgdit.data.geometry import intrinsics
 from imgdit.data.scenes import Camera
 from imgdit.images import to_image
+from imgdit.lora_files import find_adapters, legal_name
 from imgdit.pipelines.one_diffusion import OneDiffusionPipeline
 from imgdit.pipelines.text_to_image import ImgDiTPipeline
 from imgdit.tasks import TASKS, PictureFrame
@@ -50,11 +51,12 @@ class PipelineMaker:
         Raises:
             ValueError: there is none.
         """
-        files = sorted(folder.glob("*.safetensors"))
-        if not files:
+        adapters = find_adapters(folder)
+        if not adapters:
             raise ValueError(f"{folder} holds no adapter; train some: imgdit train scenes/control_depth")
-        for file in files:
-            self.positions[file.stem] = self.text.load_control(file, adapter_name=file.stem).info.position or "aligned"
+        for name, adapter in adapters.items():
+            report = self.text.load_control(adapter.path, adapter_name=legal_name(name, self.positions))
+            self.positions[report.adapter] = report.info.position or "aligned"
         return list(self.positions)
 
     def pictures(self, prompts: Sequence[str], seed: int) -> torch.Tensor:

@@ -9,7 +9,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny import rope_config, tiny_mmdit, tiny_pipeline
-from tiny_control import SD3_TARGETS, flux, lora_file, make, picture, sd3
+from tiny_control import ONE_LAYER as NAME
+from tiny_control import SD3_TARGETS, flux, lora_file, make, one_layer, picture, sd3, strangers
 
 from imgdit import Condition, OmniControl
 from imgdit.lora_files import (
@@ -23,16 +24,6 @@ from imgdit.lora_files import (
     read_info,
     write_adapter,
 )
-
-NAME = "transformer.transformer_blocks.0.attn.to_q"
-
-
-def small(path, out=32, columns=32, name=NAME, seed=0, **metadata):
-    generator = torch.Generator().manual_seed(seed)
-    down = torch.randn(2, columns, generator=generator)
-    tensors = {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": torch.randn(out, 2, generator=generator)}
-    save_file(tensors, path, metadata=metadata or None)
-    return path
 
 
 def forward(model):
@@ -93,8 +84,8 @@ def test_an_adapter_of_peft_acts_as_in_peft(tmp_path, config, saved):
 
 
 def test_a_configuration_belongs_to_pefts_weights_and_to_no_other_file_beside(tmp_path):
-    small(tmp_path / "adapter_model.safetensors")
-    other = small(tmp_path / "other.safetensors")
+    one_layer(tmp_path / "adapter_model.safetensors")
+    other = one_layer(tmp_path / "other.safetensors")
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 8}))
     plain = load_file(other)[f"{NAME}.lora_B.weight"]
     assert torch.equal(read_adapter(other).pairs[NAME.removeprefix("transformer.")].up, plain)
@@ -115,7 +106,7 @@ WRONG = {
 @pytest.mark.parametrize("kind", WRONG)
 def test_configurations_that_are_refused(tmp_path, kind):
     config, message = WRONG[kind]
-    small(tmp_path / "adapter_model.safetensors")
+    one_layer(tmp_path / "adapter_model.safetensors")
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     for read in (read_adapter, read_info):
         with pytest.raises(ValueError, match=message):
@@ -134,7 +125,7 @@ def test_what_is_no_plain_lora_on_a_model_is_not_written():
 
 def test_keys_of_text_encoders_cost_a_line_and_no_time(tmp_path, caplog):
     pipe = flux(num_layers=8, num_single_layers=12)
-    path = small(tmp_path / "style.safetensors")
+    path = one_layer(tmp_path / "style.safetensors")
     te = [
         f"lora_te1_text_model_encoder_layers_{n}_mlp_{p}.lora_down.weight" for n in range(300) for p in ("fc1", "fc2")
     ]
@@ -155,17 +146,17 @@ def test_keys_of_text_encoders_cost_a_line_and_no_time(tmp_path, caplog):
 def test_file_names_become_legal_names(tmp_path):
     pipe = flux()
     control = OmniControl(pipe)
-    report = control.load(small(tmp_path / "edges-v1.1.safetensors"))
+    report = control.load(one_layer(tmp_path / "edges-v1.1.safetensors"))
     assert report.adapter == "edges-v1_1"
     with control.use([Condition(picture(), report.adapter)]):
         make(pipe)
     with pytest.raises(ValueError, match=r"'edges-v1_1' is loaded already; .*adapter_name="):
-        control.load(small(tmp_path / "edges-v1_1.safetensors"))
+        control.load(one_layer(tmp_path / "edges-v1_1.safetensors"))
     with pytest.raises(ValueError, match=r"cannot be called 'v1\.1' in torch; take 'v1_1'"):
         control.load(tmp_path / "edges-v1_1.safetensors", adapter_name="v1.1")
     assert loaded_adapters(pipe.transformer) == ["edges-v1_1"]
     for name in ("train", "keys", "type"):  # methods of what PEFT keeps adapters in
-        assert control.load(small(tmp_path / f"{name}.safetensors")).adapter == f"{name}_adapter"
+        assert control.load(one_layer(tmp_path / f"{name}.safetensors")).adapter == f"{name}_adapter"
     assert legal_name("a.b", ["a_b", "a_b_2"]) == "a_b_3"
 
 
@@ -175,47 +166,26 @@ def test_file_names_become_legal_names(tmp_path):
 def test_another_base_model_is_named_with_its_shapes_and_family(tmp_path):
     model = flux().transformer
     before = model.state_dict().keys()
-    control = small(tmp_path / "depth.safetensors", columns=32, name="transformer.x_embedder")
+    control = one_layer(tmp_path / "depth.safetensors", columns=32, name="transformer.x_embedder")
     with pytest.raises(ValueError, match=r"is a FLUX Control LoRA.*FluxControlPipeline.*reads 32 channels.*16"):
         attach_adapter(model, read_adapter(control), "a")
     of_sd3 = lora_file(tmp_path / "sd3.safetensors", sd3().transformer, SD3_TARGETS)
-    with pytest.raises(ValueError, match=r"192x32.*names of SD3, the model is a FluxTransformer2DModel \(FLUX\.1\)"):
+    with pytest.raises(ValueError, match=r"192x32.*names of SD3; the model is a FluxTransformer2DModel \(FLUX\.1\)"):
         attach_adapter(model, read_adapter(of_sd3), "a")
-    xl = small(
+    xl = one_layer(
         tmp_path / "xl.safetensors", name="lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn2_to_q"
     )
     with pytest.raises(ValueError, match=r"holds no LoRA of a transformer.*names of Stable Diffusion 1, 2 or XL"):
         read_adapter(xl)
-    qwen = small(tmp_path / "qwen.safetensors", name="transformer.transformer_blocks.0.img_mlp.net.2")
+    qwen = one_layer(tmp_path / "qwen.safetensors", name="transformer.transformer_blocks.0.img_mlp.net.2")
     with pytest.raises(
-        ValueError, match=r"has no module .*names of Qwen-Image, the model is a FluxTransformer2DModel"
+        ValueError, match=r"has no module .*names of Qwen-Image; the model is a FluxTransformer2DModel"
     ):
         attach_adapter(model, read_adapter(qwen), "a")
     assert model.state_dict().keys() == before and not loaded_adapters(model)
 
 
 # Folders
-
-
-def strangers(folder):
-    """What lies beside adapters in people's folders."""
-    folder.mkdir(exist_ok=True)
-    good = small(folder / "edges-v1.1.safetensors", imgdit=json.dumps({"task": "canny"}))
-    data = good.read_bytes()
-    (folder / "._edges-v1.1.safetensors").write_bytes(b"\0\5\x16\7" + bytes(100))
-    (folder / ".DS_Store").write_bytes(b"\0\0\0\1Bud1")
-    (folder / "notes.txt").write_text("edges: strength 0.8")
-    (folder / "half.safetensors").write_bytes(data[: len(data) // 2])
-    (folder / "x.safetensors.incomplete").write_bytes(data[:50])
-    (folder / "old.ckpt").write_bytes(b"x")
-    (folder / "empty.safetensors").write_bytes(b"")
-    save_file({"lora_te1_layers_0_fc1.lora_down.weight": torch.ones(2, 4)}, folder / "words.safetensors")
-    save_file({"double_blocks.0.img_attn.qkv.weight": torch.ones(2, 4)}, folder / "model.safetensors")
-    save_file({"lycoris_x_embedder.lokr_w1": torch.ones(2, 4)}, folder / "lokr.safetensors")
-    (folder / "style").mkdir()
-    small(folder / "style" / "adapter_model.safetensors")
-    (folder / "samples").mkdir()
-    return folder
 
 
 def test_a_folder_of_adapters_with_strangers(tmp_path, caplog):
@@ -240,7 +210,7 @@ def test_a_folder_of_adapters_with_strangers(tmp_path, caplog):
 
 def test_only_headers_of_a_folder_are_read(tmp_path):
     """A tensor's data is not looked at: its length is right and its numbers are no LoRA's."""
-    path = small(tmp_path / "a.safetensors", columns=64)
+    path = one_layer(tmp_path / "a.safetensors", columns=64)
     tensors = load_file(path)
     tensors[f"{NAME}.lora_B.weight"] = torch.ones(3, 3)
     save_file(tensors, path)
@@ -272,13 +242,13 @@ def test_a_load_that_fails_halfway_leaves_everything(tmp_path, others, offload):
     model = pipe.transformer
     model.transformer_blocks[1].attn.to_q = Odd(model.transformer_blocks[1].attn.to_q)
     if others:
-        pipe.load_lora_weights(small(tmp_path / "first.safetensors"), adapter_name="first")
+        pipe.load_lora_weights(one_layer(tmp_path / "first.safetensors"), adapter_name="first")
     if offload:
         pipe.enable_model_cpu_offload(device="cpu")
     before, acts, state = make(pipe), active_adapters(model), dict(model.state_dict())
     trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     file = lora_file(tmp_path / "late.safetensors", model, r"(single_)?transformer_blocks\.0\.attn\.to_k")
-    tensors = load_file(file) | load_file(small(tmp_path / "b.safetensors", name=NAME.replace("0", "1")))
+    tensors = load_file(file) | load_file(one_layer(tmp_path / "b.safetensors", name=NAME.replace("0", "1")))
     save_file(tensors, file)
     with pytest.raises(ValueError, match="not supported"):
         OmniControl(pipe).load(file)
@@ -423,7 +393,7 @@ def test_load_lora_weights_of_our_pipelines_reads_every_dialect(tmp_path):
 
 def test_adapters_of_our_own_model(tmp_path):
     model = tiny_mmdit(rope_config())
-    file = small(tmp_path / "a.safetensors", name="lora_transformer_transformer_blocks_0_attn_to_q")
+    file = one_layer(tmp_path / "a.safetensors", name="lora_transformer_transformer_blocks_0_attn_to_q")
     tensors = {
         key.replace("lora_A", "lora_down").replace("lora_B", "lora_up"): t for key, t in load_file(file).items()
     }

@@ -6,7 +6,7 @@ import io
 import json
 import random
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ from fuzz.mutations import PATHS, PICKLE, by_name
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny import rope_config, tiny_mmdit, tiny_pipeline
+from tiny_control import strangers
 
 
 class Loader(NamedTuple):
@@ -36,8 +37,10 @@ class Loader(NamedTuple):
 
 def one_file(rng: random.Random, folder: Path) -> None:
     """One of the files changed; now and then lost, empty, a folder, or a pickle under its own or another name."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    path = rng.choice(files)
+    change_file(rng, rng.choice(sorted(path for path in folder.rglob("*") if path.is_file())))
+
+
+def change_file(rng: random.Random, path: Path) -> None:
     what = rng.random()
     if what < 0.01:
         path.unlink()
@@ -74,6 +77,29 @@ def make_lora(folder: Path) -> None:
     config = {"transformer.r": 2, "transformer.lora_alpha": 4, "transformer.alpha_pattern": {"attn.to_q": 8}}
     told = {"format": "pt", LORA_ADAPTER_METADATA_KEY: json.dumps(config)}
     save_file(load_file(folder / "peft.safetensors"), folder / "saved.safetensors", metadata=told)
+    # Other trainers' names.
+    fused = pair(96, 32)
+    kohya = {"lora_down.weight": fused.down, "lora_up.weight": fused.up, "alpha": torch.tensor(1.0)}
+    named = {f"lora_unet_double_blocks_0_img_attn_qkv.{part}": tensor for part, tensor in kohya.items()}
+    save_file(named | {"lora_te1_layers_0_fc1.alpha": torch.tensor(1.0)}, folder / "kohya.safetensors")
+    one = pair(32, 32)
+    parts = {"lora_down.weight": one.down, "lora_up.weight": one.up, "alpha": torch.tensor(1.0)}
+    named = {f"lora_transformer_single_transformer_blocks_0_attn_to_k.{part}": t for part, t in parts.items()}
+    save_file(named, folder / "onetrainer.safetensors")
+    named = {"down.weight": fused.down, "up.weight": fused.up}
+    save_file({f"double_blocks.1.processor.qkv_lora2.{p}": t for p, t in named.items()}, folder / "xlabs.safetensors")
+    peft_folder(folder / "trained")
+
+
+def peft_folder(folder: Path) -> None:
+    """As PEFT saves an adapter: the strength stands beside the weights."""
+    folder.mkdir()
+    tensors = {"lora_A.default.weight": torch.ones(2, 32), "lora_B.default.weight": torch.ones(32, 2)}
+    named = {f"base_model.model.transformer_blocks.0.attn.to_v.{part}": tensor for part, tensor in tensors.items()}
+    save_file(named, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 8, "use_rslora": True, "init_lora_weights": True}
+    config |= {"alpha_pattern": {"to_k": 4, "^transformer_blocks.0.attn.to_v": 6}, "target_modules": ["to_v"]}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
 
 
 class Once:
@@ -93,15 +119,40 @@ PIPE = Once(tiny_pipeline)
 
 
 def load_lora(folder: Path) -> None:
+    attach_all(sorted(path for path in folder.glob("*") if path.name != "adapter_config.json"))
+
+
+def attach_all(paths: Iterable[Path]) -> None:
+    """Read adapters and put them on a model; of one that fails nothing stays."""
     from imgdit.lora_files import attach_adapter, loaded_adapters, read_adapter
 
     model = MODEL.get()
-    for path in sorted(folder.glob("*")):
+    for path in paths:
         try:
             attach_adapter(model, read_adapter(path), "a")
-        finally:
-            if "a" in loaded_adapters(model):
-                model.delete_adapters("a")
+        except Exception:
+            assert not loaded_adapters(model), loaded_adapters(model)
+            raise
+        model.delete_adapters("a")
+
+
+def make_adapters(folder: Path) -> None:
+    strangers(folder)
+    peft_folder(folder / "trained")
+
+
+def one_adapter(rng: random.Random, folder: Path) -> None:
+    """One of the adapters; the strangers beside them are wrong as they are."""
+    names = ("edges-v1.1.safetensors", "style/adapter_model.safetensors", "trained/adapter_model.safetensors")
+    change_file(rng, folder / rng.choice((*names, "trained/adapter_config.json")))
+
+
+def load_adapters(folder: Path) -> None:
+    """A folder of adapters: whatever lies in it, the others are found; those that were found may be refused."""
+    from imgdit.lora_files import find_adapters
+
+    attach_all(found.path for found in find_adapters(folder).values())
+    attach_all([folder / "trained"])
 
 
 # Sparse autoencoders and their selections
@@ -430,6 +481,7 @@ def one_tar(rng: random.Random, folder: Path) -> None:
 
 LOADERS = {
     "lora": Loader(700, make_lora, load_lora, one_file),
+    "adapters": Loader(300, make_adapters, load_adapters, one_adapter),
     "sae": Loader(600, make_sae, load_one_sae, one_file),
     "selection": Loader(500, make_selection, load_selection, one_selection),
     "checkpoint": Loader(700, make_run, load_run, one_of_checkpoint),

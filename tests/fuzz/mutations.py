@@ -172,8 +172,9 @@ def _of_header(rng: random.Random, header: Any) -> Any:
     names = [name for name in header if name != "__metadata__"] if isinstance(header, dict) else []
     if not names or rng.random() < 0.3:
         told = header.get("__metadata__") if isinstance(header, dict) else None
-        if told and rng.random() < 0.7:  # JSON within the JSON
-            key = rng.choice(list(told))
+        texts = [key for key, value in told.items() if isinstance(value, str)] if isinstance(told, dict) else []
+        if texts and rng.random() < 0.7:  # JSON within the JSON
+            key = rng.choice(texts)
             try:
                 inner = of_json(rng, told[key]).decode(errors="replace")
             except (ValueError, RecursionError):
