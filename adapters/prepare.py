@@ -27,7 +27,7 @@ from ..models.blocks import MMDiTAttention
 from ..naming import check_choice
 from .condition import Condition
 from .encoding import Encoded, encode_conditions
-from .run import ConditionRun, Progress
+from .run import ConditionRun, Progress, at_the_start
 
 Mode = Literal["joint", "independent"]
 
@@ -106,7 +106,7 @@ def prepare_run(
             lora_layers=lora_layers,
             image_guidance_scale=image_guidance_scale,
             region=_region(encoded, region, side),
-            **({} if progress is None else {"progress": progress}),
+            progress=progress or at_the_start,
             side=side,
             samples=target.samples,
             refit=refit,

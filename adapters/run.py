@@ -30,6 +30,11 @@ class Progress(NamedTuple):
     steps: int
 
 
+def at_the_start() -> Progress:
+    """The only step of a run that nobody counts."""
+    return Progress(0, 1)
+
+
 @dataclass(eq=False)
 class Step:
     """What one forward pass needs to know. It travels to the blocks as an argument; nothing in them is switched."""
@@ -105,7 +110,7 @@ class ConditionRun:
     image_guidance_scale: float = 1.0
     region: torch.Tensor | None = None
     """Boolean (rows, columns): the tokens that are made; the others are the complements'. `None`: all."""
-    progress: Callable[[], Progress] = lambda: Progress(0, 1)
+    progress: Callable[[], Progress] = at_the_start
     side: int = 1
     """Pixels per side of a token."""
     samples: Samples | None = None

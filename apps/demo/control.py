@@ -8,7 +8,7 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
-from imgdit.images import open_image
+from imgdit.images import fit, open_image
 
 from ..prepare import condition_of
 from ..request import Control, Request
@@ -115,7 +115,7 @@ def build(holder: Holder) -> gr.ImageEditor:
                 yield gr.skip(), gr.skip(), gr.skip(), shown.status
                 continue
             made = open_image(shown.files[0])
-            before = photo.resize(made.size)
+            before = fit(photo, made.size)
             yield gr.skip(), (holder.keep(before), shown.files[0]), shown.files[0], shown.status
 
     make.click(

@@ -9,6 +9,7 @@ import gradio as gr
 from PIL import Image
 
 from imgdit.defaults import GUIDANCE, STEPS
+from imgdit.images import to_rgb
 
 from . import limits
 from .limits import LIMITS
@@ -75,13 +76,14 @@ def _drawing(sent: Any) -> Drawing | None:
     strokes = [layer for layer in layers if layer is not None and not _is_empty(layer)]
     if below is None and not strokes:
         return None if composite is None or _is_empty(composite) else _drawn_on(composite, [])._replace(below=None)
-    first = below if below is not None else Image.new("RGBA", strokes[0].size, "black")
+    # An upload is read as everywhere: what is transparent is white. A drawing on nothing is a map: there it is black.
+    first = Image.new("RGBA", strokes[0].size, "black") if below is None else to_rgb(below).convert("RGBA")
     drawing = _drawn_on(first, strokes)
     return drawing if below is not None else drawing._replace(below=None)
 
 
 def _drawn_on(below: Image.Image, strokes: Sequence[Image.Image]) -> Drawing:
-    """All in RGBA. What is transparent becomes black, as maps have nothing where nothing was drawn."""
+    """All in RGBA; what is transparent becomes black."""
     below = Image.alpha_composite(Image.new("RGBA", below.size, "black"), below)
     picture, drawn = below, Image.new("L", below.size)
     for stroke in strokes:

@@ -99,6 +99,13 @@ def _limit(most: int | None) -> str:
     return f"at most {limit / 1e6:.0f} million pixels are read; make it smaller{raised}"
 
 
+def heif_kind(data: bytes) -> str | None:
+    """ "heic" or "avif" by the first bytes of a file, `None` for what is neither."""
+    if data[4:8] != b"ftyp" or data[8:12] not in HEIF_BRANDS:
+        return None
+    return "avif" if data[8:12] in (b"avif", b"avis") else "heic"
+
+
 def _open_heif(stream: Any, name: str, most: int | None) -> Image.Image:
     """HEIC or AVIF by pillow-heif, which stays unregistered; what is neither is no image."""
     if hasattr(stream, "read"):
@@ -106,12 +113,13 @@ def _open_heif(stream: Any, name: str, most: int | None) -> Image.Image:
         data = stream.read()
     else:
         data = Path(stream).read_bytes()
-    if data[4:8] != b"ftyp" or data[8:12] not in HEIF_BRANDS:
+    kind = heif_kind(data)
+    if kind is None:
         raise ValueError(f"{name} cannot be read, it is damaged or no image: its first bytes are of no known format")
-    avif = data[8:12] in (b"avif", b"avis")
     try:
         import pillow_heif
     except ImportError as error:
+        avif = kind == "avif"
         needed = "Pillow 11.3 or newer, or pillow-heif" if avif else "pillow-heif"
         raise ValueError(
             f"{name} is {'an AVIF' if avif else 'a HEIC'} image, for which {needed} is needed; install it with: "

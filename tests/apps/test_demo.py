@@ -232,8 +232,13 @@ def test_hostile_inputs_leave_the_server_serving(demo, client, photo, tmp_path):
 
 @pytest.mark.parametrize(
     ("background", "stroke", "seen", "hole"),
-    [((9, 8, 7, 255), None, (9, 8, 7), 0), (None, (255,) * 4, (255,) * 3, 255), (None, None, None, 0)],
-    ids=["a photo", "drawn on nothing", "nothing"],
+    [
+        ((9, 8, 7, 255), None, (9, 8, 7), 0),
+        ((255, 0, 0, 51), None, (255, 204, 204), 0),
+        (None, (255,) * 4, (255,) * 3, 255),
+        (None, None, None, 0),
+    ],
+    ids=["a photo", "a cut-out", "drawn on nothing", "nothing"],
 )
 def test_a_canvas_is_read_as_a_browser_sends_it(tmp_path, background, stroke, seen, hole):
     """Parts of their own, and no composite where nothing was drawn."""

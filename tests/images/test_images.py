@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from PIL import Image, ImageCms
 
+from imgdit.data.own.convert import ending
 from imgdit.data.own.opening import open_picture
 from imgdit.images import fit, fit_pixels, open_image, to_image, to_pixels, to_rgb
 
@@ -252,6 +253,7 @@ def test_bombs_are_refused_by_their_header(tmp_path, monkeypatch):
 def test_heic_is_read_or_its_package_is_named(tmp_path):
     """Bytes of a HEIC file's header: with pillow-heif they are a damaged file, without it the package is named."""
     data = struct.pack(">I", 24) + b"ftypheic" + bytes(4) + b"mif1heic" + bytes(40)
+    assert ending(data) == "heic"
     with pytest.raises(ValueError, match=r"phone\.heic' (is a HEIC image.*pip install pillow-heif|cannot be read)"):
         (tmp_path / "phone.heic").write_bytes(data)
         open_image(tmp_path / "phone.heic")

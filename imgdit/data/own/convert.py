@@ -10,6 +10,8 @@ from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 
+from imgdit.images.opening import heif_kind
+
 from .folders import FILE, METADATA
 from .rows import Blob, Row, Rows
 from .shards import write_shards
@@ -102,5 +104,5 @@ def ending(data: bytes) -> str:
     try:
         form = str(Image.open(io.BytesIO(data)).format).lower()
     except (UnidentifiedImageError, OSError):
-        return "png"
+        return heif_kind(data) or "png"
     return {"jpeg": "jpg", "mpo": "jpg", "tiff": "tif"}.get(form, form)
