@@ -15,7 +15,7 @@ from imgdit import __version__
 from .commands import bench, convert, data, docs, lora, mup, pictures, sae
 from .commands.demo import demo
 from .commands.doctor import doctor
-from .console import Commands, one_sentence
+from .console import Commands, at_work
 
 app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False)
 app.add_typer(bench.app, name="bench")
@@ -73,7 +73,7 @@ def train(
     from imgdit.training.config import build_model
     from imgdit.training.sources import training_batches
 
-    with one_sentence(TRAIN_OPTIONS):
+    with at_work(TRAIN_OPTIONS):
         loaded = load_recipe(recipe)
         if folder is not None:
             loaded = loaded.replace(run={"folder": str(folder)})
@@ -115,7 +115,7 @@ def export(
     from .run_pipeline import run_pipeline
     from .weights import taught_by
 
-    with one_sentence():
+    with at_work():
         run_pipeline(run).save_pretrained(out)
         write_taught(out, taught_by(trained_recipe(run)))
     typer.echo(f"wrote {out}")
@@ -131,7 +131,7 @@ def assemble(
 
     from .weights import assemble, save_adapter, save_probe, save_saes
 
-    with one_sentence():
+    with at_work():
         scenes = out or checkpoints.SCENES
         assemble(runs / "transformer", scenes)
         for run in sorted(runs.glob("control_*")):

@@ -18,6 +18,8 @@ UNASKED = (
 UNWARNED = (
     # Under autocast the gains of norms stay float32, as they are trained; the other kernel gives the same numbers.
     ("Mismatch dtype between input and weight", UserWarning, r"torch\.nn\.functional"),
+    # A second condition's adapter beside the first is what is asked for.
+    ("Already found a `peft_config` attribute in the model", UserWarning, r"peft\.tuners\.tuners_utils"),
 )
 """Beginning of a warning, its class, and the module it is laid to."""
 

@@ -10,7 +10,7 @@ import typer
 
 from imgdit.defaults import GUIDANCE, STEPS
 
-from ..console import one_sentence
+from ..console import at_work, one_sentence
 from . import speed
 from .options import ModelFolder, Workers, model_folder
 
@@ -39,7 +39,7 @@ def scenes(
     from imgdit.checkpoints import SCENE_PROBE
     from imgdit.untrusted import read_object
 
-    with one_sentence():
+    with at_work():
         scores = scene_bench.run(model_folder(model), probe or SCENE_PROBE, out, count, steps, guidance)
     typer.echo(scene_bench.table(scores))
     for name, values in read_object(out / "scenes.json")["seconds"].items():
@@ -60,7 +60,7 @@ def any_tasks(
     from imgdit.apps.benches import scenes as scene_bench
     from imgdit.checkpoints import SCENE_PROBE
 
-    with one_sentence():
+    with at_work():
         scores = scene_bench.run_any(model_folder(model), probe or SCENE_PROBE, out, count, steps, guidance)
     typer.echo(scene_bench.table(scores))
     typer.echo(f"wrote {out}")
@@ -80,7 +80,7 @@ def control(
     from imgdit.apps.benches import scenes as scene_bench
     from imgdit.checkpoints import SCENE_PROBE
 
-    with one_sentence():
+    with at_work():
         model = model_folder(model)
         folder = adapters or model / "adapters"
         scores = scene_bench.run_control(model, folder, probe or SCENE_PROBE, out, count, steps, guidance)
@@ -124,7 +124,7 @@ def unlearn(
         "attack": attack,
     }
     plan = unlearn_bench.QUICK if quick else unlearn_bench.UnlearnPlan()
-    with one_sentence():
+    with at_work():
         plan = dataclasses.replace(plan, **{name: value for name, value in changed.items() if value is not None})
         model = model_folder(model)
         result = unlearn_bench.run(model, probe or SCENE_PROBE, saes or model / "sae", out, plan)

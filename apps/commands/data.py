@@ -10,7 +10,7 @@ import typer
 from imgdit.apps.load_options import LoadOptions
 from imgdit.defaults import GUIDANCE, STEPS
 
-from ..console import calm, one_sentence
+from ..console import at_work, one_sentence
 from .options import Engine, Workers, with_loading
 
 if TYPE_CHECKING:
@@ -162,8 +162,7 @@ def generate(
     from imgdit.apps.shelf import Shelf
     from imgdit.checkpoints import SCENES
 
-    with one_sentence():
-        calm()
+    with at_work():
         said = _lines(prompts, "prompt")
         shelf = Shelf(model or SCENES)
         shelf.check(Request())
@@ -188,7 +187,7 @@ def cache(
     from imgdit.apps.bulk_jobs import cache_all
     from imgdit.training import load_recipe
 
-    with one_sentence():
+    with at_work():
         rows = sum(item["count"] for item in cache_all(load_recipe(recipe), engine=engine, workers=workers))
     typer.echo(f"{rows:,} rows are cached")
 
@@ -214,7 +213,7 @@ def subjects(
 
     make: Any
     score: Any
-    with one_sentence():
+    with at_work():
         if model is None:
             ideas = subject_pairs.scene_ideas(count, seed)
             make, score = subject_pairs.ScenePairs(steps=steps, loading=loading), subject_pairs.ProbeScore()

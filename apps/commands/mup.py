@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..console import one_sentence
+from ..console import at_work, one_sentence
 
 app = typer.Typer(help="Tune small, train large: check, sweep and plan under μP.", no_args_is_help=True)
 
@@ -58,7 +58,7 @@ def coord_check(
     from imgdit.training import load_recipe
     from imgdit.training.coordinate_check import coordinate_check
 
-    with one_sentence():
+    with at_work():
         loaded = load_recipe(recipe)
         if log2lr is not None:
             loaded = loaded.replace(optimizer={"lr": 2.0**log2lr})
@@ -129,7 +129,7 @@ def transfer(
     else:
         chosen, rates = _numbers(widths, int, "widths"), _numbers(log2lr, float, "log2lr")
     own = None if standard_log2lr is None else _numbers(standard_log2lr, float, "standard-log2lr")
-    with one_sentence():
+    with at_work():
         loaded = load_recipe(recipe)
         if steps is not None:
             loaded = loaded.replace(run={"steps": steps})

@@ -10,7 +10,7 @@ import typer
 from imgdit.apps.load_options import LoadOptions
 from imgdit.defaults import STEPS
 
-from ..console import one_sentence
+from ..console import at_work, one_sentence
 from .options import Engine, Workers, with_loading
 
 app = typer.Typer(help="Sparse autoencoders: train them, look at their features.", no_args_is_help=True)
@@ -29,7 +29,7 @@ def train(
     from imgdit.sae.recipe import load_sae_recipe
     from imgdit.sae.run import train_saes
 
-    with one_sentence({"resume it": "go on with --resume,", r"run\.folder": "--folder"}):
+    with at_work({"resume it": "go on with --resume,", r"run\.folder": "--folder"}):
         loaded = load_sae_recipe(recipe)
         if folder is not None:
             loaded = dataclasses.replace(loaded, run=dataclasses.replace(loaded.run, folder=str(folder)))
@@ -50,7 +50,7 @@ def collect(
     from imgdit.apps.bulk_jobs import collect_all
     from imgdit.sae.recipe import load_sae_recipe
 
-    with one_sentence():
+    with at_work():
         loaded = load_sae_recipe(recipe)
         maps = sum(shard["maps"] for shard in collect_all(loaded, engine=engine, workers=workers))
     typer.echo(f"recorded {maps:,} maps per hookpoint into {loaded.data.shards}; the others were there")
@@ -80,7 +80,7 @@ def features(
     from imgdit.sae.files import load_sae
     from imgdit.sae.report import write_report
 
-    with one_sentence():
+    with at_work():
         model = load_sae(sae)
         pipe = load_pipeline(pipeline, loading)
         pipe.set_progress_bar_config(disable=True)

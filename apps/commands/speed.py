@@ -13,7 +13,7 @@ import typer
 from imgdit.defaults import STEPS
 from imgdit.naming import check_name
 
-from ..console import one_sentence
+from ..console import at_work
 from .options import ModelFolder, model_folder
 
 app = typer.Typer()
@@ -197,7 +197,7 @@ def caches(
     from imgdit.apps.benches import picture_speed as bench
 
     torch.set_num_threads(threads)
-    with one_sentence():
+    with at_work():
         pipe = bench.load(model_folder(model))
     typer.echo("| cache | time | spread | PSNR | SSIM |\n|---|---|---|---|---|")
     for row in bench.cache_table(pipe, count=count, steps=steps, rounds=rounds):

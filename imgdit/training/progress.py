@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import sys
 import time
 
 from tqdm import tqdm
 
 EVERY = 10.0
-"""Seconds between two lines; the first and the last step have theirs in any case."""
+"""Seconds between two lines; the last step has its line in any case."""
 
 
 class Progress:
@@ -26,7 +25,7 @@ class Progress:
         self.name, self.total, self.silent = name, total, silent
         self.looked_at = sys.stderr.isatty()
         self.bar = tqdm(total=total, initial=step, desc=name, disable=silent or not self.looked_at)
-        self.told = -math.inf  # the first note is told
+        self.told = time.monotonic()
 
     def update(self) -> None:
         """A step is done."""

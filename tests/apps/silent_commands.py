@@ -1,0 +1,21 @@
+"""Run commands of `imgdit`, one after another in one fresh process: a JSON array of them on the standard input.
+
+What other libraries say at import is said here, and a warning that is laid to a module of ours is an error.
+"""
+
+import json
+import sys
+import warnings
+
+import torch
+
+from imgdit.apps.cli import app
+
+warnings.filterwarnings("error", module=r"imgdit(\.|$)")
+torch.set_num_threads(1)
+for words in json.load(sys.stdin):
+    try:
+        app(words)
+    except SystemExit as end:
+        if end.code:
+            sys.exit(f"imgdit {' '.join(words)} ended with {end.code}")
