@@ -186,6 +186,7 @@ def find_checkpoint(folder: str | Path) -> Path:
 _KINDS: dict[str, Any] = {
     "step": int,
     "samples": int,
+    "seen": int,
     "partial": bool,
     "recipe": dict,
     "files": dict,
@@ -212,7 +213,7 @@ def read_state(checkpoint: str | Path, needs: Sequence[str] = ()) -> dict[str, A
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         got = state.get("format") if isinstance(state, dict) else type(state).__name__
         raise CheckpointError(f"{path} is not a checkpoint of this version: expected format {FORMAT!r}, got {got!r}")
-    for name in ("files", "step", *needs):
+    for name in ("files", "step", *needs, *(("seen",) if "seen" in state else ())):
         kind = _KINDS.get(name, object)
         if name not in state or not isinstance(state[name], kind) or (kind is int and not 0 <= state[name] < 2**63):
             raise CheckpointError(f"{path} is damaged: {name!r} is {reprlib.repr(state.get(name))}")

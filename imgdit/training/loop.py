@@ -466,6 +466,10 @@ class _Run:
             averages = _fitted(checkpoint / "ema.safetensors", self.trained)
             for name, shadow in zip(self.trained, self.ema.shadow_params):
                 shadow.copy_(averages[name])
+            if state["ema_updates"] is None:
+                raise CheckpointError(
+                    f"{checkpoint / 'state.json'} is damaged: 'ema_updates' is null beside an average"
+                )
             self.ema.optimization_step = state["ema_updates"]
         if state["scaler"] is not None and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
@@ -482,7 +486,9 @@ class _Run:
         """Refuse other data than before; a checkpoint that tells nothing of its rows is taken."""
         if self.rows is None or "rows.safetensors" not in state["files"]:
             return
-        before = read_files(checkpoint / "rows.safetensors").get("rows", torch.empty(0, 2, dtype=torch.int64))
+        before = read_files(checkpoint / "rows.safetensors").get("rows")
+        if before is None or before.shape[1:] != (2,) or before.dtype != torch.int64:
+            raise CheckpointError(f"{checkpoint / 'rows.safetensors'} is damaged: it holds no (N, 2) int64 'rows'")
         differ = compare_rows(before, self.rows)
         if differ is not None and not self.accept_data:
             raise ValueError(

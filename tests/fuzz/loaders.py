@@ -418,6 +418,62 @@ def one_metadata(rng: random.Random, folder: Path) -> None:
         (folder / "metadata.jsonl").write_text("")
 
 
+def make_captions(folder: Path) -> None:
+    files = picture_files()
+    (folder / "3_more").mkdir()
+    for name, data in {
+        "a.png": files["plain.png"], "a.txt": b"a cube", "b.jpg": files["photo.jpg"], "b.caption": b"a cone\r\n",
+        "3_more/c.png": files["plain.png"], "3_more/c.txt": "ein grüner Würfel".encode(), "d.png": files["alpha.png"],
+    }.items():  # fmt: skip
+        (folder / name).write_bytes(data)
+
+
+STRAYS = (
+    "._a.png",
+    ".DS_Store",
+    "Thumbs.db",
+    "x.png.part",
+    "sheet.png",
+    "..png",
+    "x.txt",
+    "notes.pdf",
+    "a.TXT",
+    "A.PNG",
+)
+FOLDERS = ("__MACOSX", ".ipynb_checkpoints", "0_x", "3_", "-1_x", "99999999999_x", "train", "b.png", "a.txt", "x\\y")
+ROWS = [{"file_name": "a.png", "text": "a; cube"}, {"file_name": "3_more\\c.png", "text": "x, y", "repeats": 2}]
+
+
+def one_stray(rng: random.Random, folder: Path) -> None:
+    """A caption in another encoding, a file or folder of other programs, metadata of any form, a link."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    path = rng.choice(files)
+    for _ in range(rng.choice((1, 1, 2, 4))):
+        what = rng.randrange(6)
+        if what == 0:
+            text = rng.choice([file for file in files if file.suffix in (".txt", ".caption")])
+            text.write_bytes(mutations.of_encoding(rng, "a cube\n🙂"))
+        elif what == 1:
+            (path.parent / rng.choice(STRAYS)).write_bytes(rng.choice((b"", b"\0\5\x16\7", path.read_bytes())))
+        elif what == 2:
+            place = folder / rng.choice(FOLDERS)
+            if not place.exists():
+                place.mkdir()
+                (place / path.name).write_bytes(path.read_bytes())
+        elif what == 3:
+            name = rng.choice(("metadata.jsonl", "metadata.json", "metadata.csv", "METADATA.CSV"))
+            table = "".join(f'{row["file_name"]}{rng.choice(",;|")}"{row["text"]}"\n' for row in ROWS)
+            forms = (json.dumps(ROWS), json.dumps(ROWS, indent=1), "\n".join(map(json.dumps, ROWS)))
+            forms += (rng.choice(("file_name;text\n", "file_name,text\n", "file_name\ttext\n")) + table,)
+            form, damaged = rng.choice(forms), rng.random() < 0.3
+            data = mutations.of_bytes(rng, form.encode()) if damaged else mutations.of_encoding(rng, form)
+            (folder / name).write_bytes(data)
+        elif what == 4 and not (folder / "loop").is_symlink():
+            (folder / "loop").symlink_to(rng.choice((folder, folder.parent, folder / "none")))
+        else:
+            path.write_bytes(mutations.of_bytes(rng, path.read_bytes()))
+
+
 def make_shard(folder: Path) -> None:
     files = picture_files()
     with tarfile.open(folder / "pictures.tar", "w") as tar:
@@ -471,7 +527,12 @@ def one_tar(rng: random.Random, folder: Path) -> None:
                 elif member.name.endswith(".json"):
                     data = mutations.of_json(rng, data.decode())
                 else:
-                    member.name = rng.choice(("a.png", "in/b.png", "c.json", "d.txt", "e.tar", "f.bin", "g.pickle"))
+                    member.name = rng.choice(
+                        ("a.png", "in/b.png", "c.json", "d.txt", "e.tar", "f.bin", "g.pickle", "._a.png", "a.caption",
+                         "__MACOSX/a.png", "in/.DS_Store", "a.jpg", "A.PNG", "c.png.part")
+                    )  # fmt: skip
+                    if member.name.endswith((".txt", ".caption")):
+                        data = mutations.of_encoding(rng, "a cube")
             member.size = len(data)
             try:
                 tar.addfile(member, io.BytesIO(data))
@@ -490,5 +551,6 @@ LOADERS = {
     "lines": Loader(600, make_lines, load_lines, one_list),
     "pictures": Loader(1200, make_pictures, load_pictures, one_picture),
     "metadata": Loader(500, make_folder, load_folder, one_metadata),
+    "captions": Loader(500, make_captions, load_folder, one_stray),
     "tar": Loader(500, make_shard, load_shard, one_tar),
 }

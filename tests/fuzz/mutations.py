@@ -208,6 +208,8 @@ def _of_header(rng: random.Random, header: Any) -> Any:
 
 def of_lines(rng: random.Random, text: str) -> bytes:
     """JSON lines with one changed, lost, doubled or torn."""
+    if rng.random() < 0.15:
+        return of_encoding(rng, text)
     lines = [line.encode() for line in text.splitlines()]
     place = rng.randrange(len(lines))
     what = rng.randrange(6)
@@ -220,6 +222,27 @@ def of_lines(rng: random.Random, text: str) -> bytes:
     else:
         lines[place] = of_json(rng, lines[place].decode())
     return b"\n".join(lines) + b"\n"
+
+
+ENCODINGS = ("utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-7")
+SEPARATORS = ("\u2028", "\u2029", "\x85", "\f", "\v", "\x1c", "\r", "\r\n", "\ufeff", "\0", "ü", "🙂")
+
+
+def of_encoding(rng: random.Random, text: str) -> bytes:
+    """The same text as another system writes it, now and then with what splits lines elsewhere, or torn."""
+    place = rng.randrange(len(text) + 1)
+    if rng.random() < 0.5:
+        text = text[:place] + rng.choice(SEPARATORS) + text[place:]
+    if rng.random() < 0.3:
+        text = text.replace("\n", "\r\n")
+    encoding = rng.choice(ENCODINGS)
+    what = rng.random()
+    if what < 0.1:
+        return text.encode("latin-1", errors="replace") + b"\xfc\n"
+    if what < 0.2:  # two programs wrote to one file
+        return text[:place].encode(encoding) + text[place:].encode()
+    data = text.encode(encoding)
+    return data[: rng.randrange(len(data) + 1)] if what < 0.4 else data
 
 
 BOMB = "[&a [x, x, x, x, x, x, x, x, x], " + ", ".join(
@@ -273,5 +296,5 @@ def by_name(name: str) -> Mutation:
     texts = {".json": of_json, ".jsonl": of_lines, ".yaml": of_yaml}
     for ending, mutate in texts.items():
         if name.endswith(ending):
-            return lambda rng, data, mutate=mutate: mutate(rng, data.decode())
+            return lambda rng, data, mutate=mutate: rng.choice((*(mutate,) * 9, of_encoding))(rng, data.decode())
     return of_bytes

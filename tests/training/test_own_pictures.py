@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tiny import rope_config, tiny_pipeline, tiny_vae
 from tiny_pictures import DEFECTS, ODDITIES, picture, write_folder
 
@@ -19,6 +20,7 @@ from imgdit.data.own.convert import convert
 from imgdit.data.own.sources import open_rows
 from imgdit.data.scenes import Scene
 from imgdit.training import load_recipe, train
+from imgdit.training.checkpoint import CheckpointError
 from imgdit.training.config import build_model, parse_recipe
 from imgdit.training.own_encoding import Encoder
 from imgdit.training.own_pictures import OwnPictures
@@ -321,6 +323,19 @@ def test_checkpoints_that_tell_no_rows_go_on(tmp_path, data, model):
     (checkpoint / "rows.safetensors").unlink()
     edit_rows(data, lambda rows: rows[1:])
     assert resumed(tmp_path / "run", data, model).step == 3
+
+
+def test_damaged_rows_of_a_checkpoint_are_told(tmp_path, data, model):
+    checkpoint = resumed(tmp_path / "run", data, model, stop_at=1).checkpoint
+    path = checkpoint / "rows.safetensors"
+    size = path.stat().st_size
+    save_file({"rows": torch.zeros(2, dtype=torch.int64)}, path)
+    state = checkpoint / "state.json"
+    state.write_text(
+        state.read_text().replace(f'"rows.safetensors": {size}', f'"rows.safetensors": {path.stat().st_size}')
+    )
+    with pytest.raises(CheckpointError, match=r"rows.safetensors is damaged"):
+        resumed(tmp_path / "run", data, model)
 
 
 def test_repeats_fill_an_epoch(tmp_path, model):

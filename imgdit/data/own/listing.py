@@ -70,7 +70,7 @@ class Listing:
         in how accents are composed, or by having `/` where the name has a backslash."""
         for exact in (name, name.replace("\\", "/")):
             path = str(PurePosixPath(base, exact))
-            if (self.folder / path).is_file():
+            if os.path.isfile(self.folder / path):
                 return [path]
         if self._alike is None:
             self._alike = {}
@@ -80,15 +80,18 @@ class Listing:
 
 
 def list_folder(folder: Path) -> Listing:
-    """Look through a folder. Links to folders are followed, each folder is seen once."""
+    """Look through a folder. Links to folders are followed, but for those to a folder that holds this one; each folder
+    is seen once."""
     found = Listing(folder)
     seen: set[str] = set()
+    home = os.path.realpath(folder)
     for place, folders, files in os.walk(folder, followlinks=True):
         real = os.path.realpath(place)
         if real in seen:
             folders.clear()
             continue
         seen.add(real)
+        folders[:] = [name for name in folders if not _leads_up(os.path.join(place, name), home)]
         base = Path(place).relative_to(folder).as_posix()
         inside = "" if base == "." else f"{base}/"
         found.strangers += [f"{inside}{name}/" for name in folders if is_stranger(name)]
@@ -98,6 +101,12 @@ def list_folder(folder: Path) -> Listing:
     for names in (found.images, found.captions, found.metadata, found.others, found.strangers):
         names.sort()
     return found
+
+
+def _leads_up(path: str, home: str) -> bool:
+    """Whether a link names a folder that holds `home`."""
+    real = os.path.realpath(path)
+    return os.path.islink(path) and os.path.commonpath([real, home]) == real
 
 
 def _kind(found: Listing, name: str) -> list[str]:

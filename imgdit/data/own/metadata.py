@@ -73,7 +73,7 @@ def _csv_rows(text: str, source: str, file_name: str) -> Iterator[tuple[int, Any
     """Rows with their columns' names; cells that are empty are left out."""
     head = text.lstrip("\r\n").partition("\n")[0].rstrip("\r")
     for delimiter in DELIMITERS:
-        columns = [name.strip() for name in next(csv.reader([head], delimiter=delimiter), [])]
+        columns = _cells(head, delimiter)
         if file_name in columns:
             break
     else:
@@ -96,6 +96,14 @@ def _csv_rows(text: str, source: str, file_name: str) -> Iterator[tuple[int, Any
         if started:
             yield reader.line_num, _csv_row(columns, cells, delimiter)
         started = True
+
+
+def _cells(line: str, delimiter: str) -> list[str]:
+    """The cells of one line, none of what is no CSV."""
+    try:
+        return [cell.strip() for cell in next(csv.reader([line], delimiter=delimiter), [])]
+    except csv.Error:
+        return []
 
 
 def _csv_row(columns: list[str], cells: list[str], delimiter: str) -> Any:
