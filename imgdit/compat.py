@@ -6,20 +6,23 @@ library "imgdit"), also from the Hub and without `trust_remote_code`.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
+import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from importlib import import_module
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import diffusers
 import torch
 from accelerate.hooks import AlignDevicesHook, CpuOffload
-from diffusers import ModelMixin, SchedulerMixin
-from diffusers.hooks import HookRegistry, ModelHook
+from diffusers import FasterCacheConfig, ModelMixin, SchedulerMixin, TaylorSeerCacheConfig
+from diffusers.hooks import HookRegistry, ModelHook, faster_cache
 from diffusers.hooks._helpers import (
     AttentionProcessorMetadata,
     AttentionProcessorRegistry,
@@ -35,7 +38,7 @@ from diffusers.models.attention_dispatch import (
 )
 from diffusers.models.cache_utils import CacheMixin
 from diffusers.pipelines import auto_pipeline, pipeline_loading_utils
-from diffusers.utils import is_xformers_available
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, is_xformers_available
 from diffusers.utils.torch_utils import unwrap_module
 from torch.nn.modules import module as torch_module
 
@@ -62,7 +65,25 @@ class SafetensorsOnly:
             ValueError: `use_safetensors=False` was asked for.
             OSError: the folder holds no safetensors weights.
         """
-        return super().from_pretrained(*args, **_safetensors_only(kwargs))  # type: ignore[misc]
+        options = _safetensors_only(kwargs)
+        try:
+            return super().from_pretrained(*args, **options)  # type: ignore[misc]
+        except OSError as error:
+            folder = Path(str(args[0] if args else ""), options.get("subfolder") or "")
+            if not args or not folder.is_dir() or f"{SAFETENSORS_WEIGHTS_NAME} found" not in str(error):
+                raise
+            raise OSError(f"{error} {_other_weights(folder)}") from error
+
+
+def _other_weights(folder: Path) -> str:
+    """What a model's folder holds instead of its weights."""
+    pickled = sorted(path.name for path in folder.glob("*.bin"))
+    if pickled:
+        return f"It holds pickled weights ({', '.join(pickled)}), which can run code; convert them to safetensors."
+    others = sorted(path.name for path in folder.glob("*.safetensors"))
+    return f"Error no file named {WEIGHTS_NAME} found in directory {folder} either" + (
+        f"; there are {', '.join(others)}: pass variant=, the part of the name between its dots." if others else "."
+    )
 
 
 def _safetensors_only(options: dict[str, Any]) -> dict[str, Any]:
@@ -161,21 +182,31 @@ class StepCaches(CacheMixin):
     """Regular expression of the attentions' names in the model."""
 
     def enable_cache(self, config: Any) -> None:
-        """diffusers' `enable_cache`.
+        """diffusers' `enable_cache`. Caches of attentions look for the names of diffusers' models, and for ours.
 
         Raises:
             ValueError: the cache found no block and no attention of this model, so no step would be faster.
         """
+        if isinstance(config, TaylorSeerCacheConfig) and not (config.cache_identifiers or config.use_lite_mode):
+            config = dataclasses.replace(config, cache_identifiers=[self._attention_pattern])
         before = self._parts_with_hooks()
         super().enable_cache(config)
+        if isinstance(config, FasterCacheConfig):
+            self._add_faster_cache(config)
         if self._parts_with_hooks() == before:
             self.disable_cache()
             raise ValueError(
                 f"{type(config).__name__} found nothing in {type(self).__name__} whose results it could keep, so no "
                 "step would be faster. FirstBlockCacheConfig and MagCacheConfig find its blocks; its attentions are "
-                f"those that {self._attention_pattern!r} names, for example TaylorSeerCacheConfig(cache_identifiers="
-                f"[{self._attention_pattern!r}])"
+                f"those that {self._attention_pattern!r} names"
             )
+
+    def _add_faster_cache(self, config: FasterCacheConfig) -> None:
+        model: Any = self
+        ours = dataclasses.replace(config, spatial_attention_block_identifiers=(self._attention_pattern,))
+        for name, part in model.named_modules():
+            if re.fullmatch(self._attention_pattern, name) and not has_step_cache(part):
+                faster_cache._apply_faster_cache_on_attention_class(name, part, ours)
 
     def _parts_with_hooks(self) -> set[tuple[int, str]]:
         model: Any = self

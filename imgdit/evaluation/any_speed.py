@@ -69,7 +69,7 @@ def per_token_forward(
     """
     weight = mask[..., None].to(text)
     pooled = (text * weight).sum(1) / (weight.sum(1) + 1e-8)
-    condition = model.t_embedder(timestep) + model.y_embedder(pooled)[:, None]  # (B, N, E)
+    condition = model.t_embedder(timestep, text.dtype) + model.y_embedder(pooled)[:, None]  # (B, N, E)
     x = model.x_embedder(tokens)
     block: Any
     for block in model.layers:

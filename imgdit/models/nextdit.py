@@ -310,11 +310,15 @@ class TimestepEmbedder(nn.Module):
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(self.frequencies, features), nn.SiLU(), nn.Linear(features, features))
 
-    def forward(self, timestep: torch.Tensor) -> torch.Tensor:
+    def forward(self, timestep: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """
+        Args:
+            dtype: in which the model computes. Its weights may be kept in another one (float8, packed bits).
+        """
         waves = get_timestep_embedding(
             timestep.flatten(), self.frequencies, flip_sin_to_cos=True, downscale_freq_shift=0
         )
-        return self.mlp(waves.to(self.mlp[0].weight.dtype)).unflatten(0, timestep.shape)
+        return self.mlp(waves.to(dtype)).unflatten(0, timestep.shape)
 
 
 class FinalLayer(nn.Module):
@@ -472,7 +476,8 @@ class NextDiT(SafetensorsOnly, ModelMixin, ConfigMixin, PeftAdapterMixin, StepCa
         check_tokens(self, hidden_states, memory.embeddings, pooled_projections, timestep, layout)
 
         levels = _levels(layout, timestep.float() * self.config.timestep_scale)  # (B, F) or (B, N)
-        temb = self.t_embedder(levels) + self._text_vector(memory, pooled_projections)[:, None]  # (B, F or N, E)
+        temb = self.t_embedder(levels, hidden_states.dtype)  # (B, F or N, E)
+        temb = temb + self._text_vector(memory, pooled_projections)[:, None]
         rope = self._rope(layout, levels, scale_factor, scale_watershed, hidden_states.device)
         plan = self._plan(layout, levels, memory, hidden_states.dtype, cache)
         hidden_states = self.x_embedder(self._channels_last(hidden_states))  # (B, N, D)

@@ -82,20 +82,18 @@ def next_dit():
     return pipe
 
 
+def make_any(pipe):
+    call = {"height": 32, "width": 32, "num_inference_steps": STEPS, "output_type": "latent"}
+    return pipe("a cat", frames=[PictureFrame.make()], generator=torch.Generator().manual_seed(0), **call).latents
+
+
 FIND_NOTHING = {
     "text keys": (tiny_pipeline, lambda pipe: TextKVCacheConfig()),
     "text keys of NextDiT": (next_dit, lambda pipe: TextKVCacheConfig()),
-    "taylor": (next_dit, lambda pipe: TaylorSeerCacheConfig(**TAYLOR)),
     "taylor lite": (next_dit, lambda pipe: TaylorSeerCacheConfig(**TAYLOR, use_lite_mode=True)),
     "taylor of other names": (
         tiny_pipeline,
         lambda pipe: TaylorSeerCacheConfig(**TAYLOR, cache_identifiers=["blocks"]),
-    ),
-    "faster": (
-        next_dit,
-        lambda pipe: FasterCacheConfig(
-            tensor_format="BCHW", current_timestep_callback=lambda: 0, attention_weight_callback=lambda _: 0.5
-        ),
     ),
 }
 
@@ -110,15 +108,27 @@ def test_a_cache_that_finds_nothing_is_refused(case):
     assert not any(getattr(part, "_diffusers_hook", None) and part._diffusers_hook.hooks for part in model.modules())
 
 
-def test_the_names_that_the_refusal_gives_are_found():
+def test_faster_cache_finds_the_attentions_of_next_dit():
+    """Where guidance is distilled; otherwise it splits a batch whose parts are named as in diffusers' models."""
     pipe = next_dit()
-    names = [pipe.transformer._attention_pattern]
 
-    def call():
-        options = {"height": 32, "width": 32, "num_inference_steps": STEPS, "output_type": "latent"}
-        return pipe(
-            "a cat", frames=[PictureFrame.make()], generator=torch.Generator().manual_seed(0), **options
-        ).latents
+    def config(within):
+        return FasterCacheConfig(
+            spatial_attention_block_skip_range=2,
+            spatial_attention_timestep_skip_range=within,
+            current_timestep_callback=lambda: pipe.current_timestep,
+            attention_weight_callback=lambda _: 0.5,
+            tensor_format="BCHW",
+            is_guidance_distilled=True,
+        )
 
+    check(pipe.transformer, (config((-2, -1)), config((-1, 901))), lambda: make_any(pipe))
+
+
+@pytest.mark.parametrize("names", [None, [r"layers\.\d+\.attention"]])
+def test_taylor_seer_finds_the_attentions_of_next_dit(names):
+    pipe = next_dit()
     nothing = TaylorSeerCacheConfig(cache_interval=100, disable_cache_before_step=100, cache_identifiers=names)
-    check(pipe.transformer, (nothing, TaylorSeerCacheConfig(**TAYLOR, cache_identifiers=names)), call)
+    check(
+        pipe.transformer, (nothing, TaylorSeerCacheConfig(**TAYLOR, cache_identifiers=names)), lambda: make_any(pipe)
+    )

@@ -296,8 +296,13 @@ def test_a_pickled_lora_is_refused(pipe, tmp_path):
 
 def test_pickled_model_weights_are_refused(pipe, tmp_path):
     pipe.transformer.save_pretrained(tmp_path / "model", safe_serialization=False)
-    with pytest.raises(OSError, match=r"diffusion_pytorch_model\.safetensors"):
+    with pytest.raises(
+        OSError, match=r"_model\.safetensors found .* holds pickled weights \(diffusion_pytorch_model\.bin\)"
+    ):
         imgdit.MMDiT.from_pretrained(tmp_path / "model")
+    pipe.transformer.save_pretrained(tmp_path / "half", variant="fp16")
+    with pytest.raises(OSError, match=r"there are diffusion_pytorch_model\.fp16\.safetensors: pass variant="):
+        imgdit.MMDiT.from_pretrained(tmp_path / "half")
     with pytest.raises(ValueError, match="pickled weights can run code"):
         imgdit.MMDiT.from_pretrained(tmp_path / "model", use_safetensors=False)
     pipe.save_pretrained(tmp_path / "pipe", safe_serialization=False)
