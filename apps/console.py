@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import click
 import typer
 import typer.core
 
@@ -19,7 +18,7 @@ from imgdit.io.paths import at_home_in_word
 class Commands(typer.core.TyperGroup):
     """The whole command line, in which `~` is the home folder also where the shell leaves it alone."""
 
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         return super().parse_args(ctx, [at_home_in_word(word) for word in args])
 
 

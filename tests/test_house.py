@@ -236,3 +236,21 @@ def test_lock_satisfies_the_declared_ranges() -> None:
     for requirement in map(Requirement, declared + extras["dev"] + extras["xformers"]):
         version = locked[canonicalize_name(requirement.name)]
         assert requirement.specifier.contains(version), f"the lock has {requirement.name} {version}, not {requirement}"
+
+
+TEXT_READERS = {"imgdit/io/text.py", "imgdit/io/lock.py", "imgdit/kernels.py", "apps/api_page.py"}
+"""Files that read what they or the system wrote, or split docstrings."""
+
+
+def test_text_is_read_in_one_place_and_written_as_utf_8() -> None:
+    """`Path.read_text` knows no byte-order mark, `str.splitlines` splits at U+2028, and systems' encodings differ."""
+    for folder in ROOMS:
+        for file in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(file.read_text())):
+                if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+                    continue
+                place, name = f"{file.relative_to(ROOT)}:{node.lineno}", node.func.attr
+                if str(file.relative_to(ROOT)) not in TEXT_READERS:
+                    assert name not in ("read_text", "splitlines"), f"{place} calls {name}; imgdit.io.text reads text"
+                if name == "write_text":
+                    assert any(key.arg == "encoding" for key in node.keywords), f"{place} writes without encoding"

@@ -99,7 +99,7 @@ def write(path: Path, scores: list[Score], settings: dict[str, Any]) -> None:
     """The scores with every raw count, as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
     plain = {**settings, "scores": [asdict(score) for score in scores]}
-    path.write_text(json.dumps(plain, indent=1, ensure_ascii=False))
+    path.write_text(json.dumps(plain, indent=1, ensure_ascii=False), encoding="utf-8")
 
 
 def seconds(maker: PipelineMaker, model: Path, rounds: int = 3) -> dict[str, list[float]]:

@@ -203,4 +203,4 @@ def write(path: Path, rows: list[Row], about: dict[str, Any]) -> None:
     """The raw numbers."""
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {"machine": about, "rows": [{**asdict(row), "met": row.met} for row in rows]}
-    path.write_text(json.dumps(content, indent=1))
+    path.write_text(json.dumps(content, indent=1), encoding="utf-8")

@@ -151,7 +151,7 @@ def unlearn_canvas(
         result = canvas.run(folder, style_classifier, object_classifier, labels, engine=engine, workers=workers)
     typer.echo(canvas.table(result))
     if out is not None:
-        out.write_text(json.dumps(result, indent=1, ensure_ascii=False))
+        out.write_text(json.dumps(result, indent=1, ensure_ascii=False), encoding="utf-8")
         typer.echo(f"wrote {out}")
 
 

@@ -81,7 +81,7 @@ def coord_check(
         for name, check in checks.items()
     }
     out.mkdir(parents=True, exist_ok=True)
-    (out / "coordinates.json").write_text(json.dumps(values, indent=1))
+    (out / "coordinates.json").write_text(json.dumps(values, indent=1), encoding="utf-8")
     typer.echo(f"wrote {out / 'coordinates.json'} and {plot_coordinates(checks, out / 'coordinates.png')}")
     if beyond := mup.beyond(tolerance):
         worst = max(beyond, key=lambda s: abs(s.at_end or 0.0))
@@ -156,7 +156,7 @@ def transfer(
         f"cost in runs of {whole}: the narrowest width's μP runs {result.proxy_share:.1%}, all runs "
         f"{result.sweep_share:.1%}; {result.cpu_seconds:.0f} s of processor time"
     )
-    (out / "transfer.json").write_text(json.dumps(result.to_dict(), indent=1))
+    (out / "transfer.json").write_text(json.dumps(result.to_dict(), indent=1), encoding="utf-8")
     typer.echo(f"wrote {out / 'transfer.json'} and {plot_curves(result.curves, out / 'transfer.png')}")
 
 

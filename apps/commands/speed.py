@@ -237,7 +237,7 @@ def growth(
         typer.echo(f"| {line.work} | {line.axis} | {line.time:.2f} | {line.memory:.2f} |")
     out.mkdir(parents=True, exist_ok=True)
     raw = {"points": [point._asdict() for point in points], "exponents": [line._asdict() for line in found]}
-    (out / "growth.json").write_text(json.dumps(raw, indent=1))
+    (out / "growth.json").write_text(json.dumps(raw, indent=1), encoding="utf-8")
     typer.echo(f"wrote {out / 'growth.json'} and {bench.plot(points, out / 'growth.png')}")
 
 

@@ -144,7 +144,7 @@ def _shard(path: Path, columns: Columns, strangers: list[str]) -> Iterator[Row |
     if problem is not None and groups:
         groups.pop()  # the last key may lack what was cut off
     unknown = _Strange({}, {}, {})
-    rows = []
+    rows: list[list[Row | Problem]] = []
     for key, group in groups:
         parts = {_split(m.name)[1]: FileBlob(path, m.offset_data, m.size) for m in group}
         pictures = [m.name for m in group if f".{_split(m.name)[1]}" in PICTURE_ENDINGS]
