@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from . import compat
-from .frames import RowGroup
+from .frames import FrameLayout, RowGroup
 
 # Backends that take a boolean (B, 1, 1, keys) mask, and those that want it additive and spelled out for every query.
 # The rest (flash, sage, ...) take no mask at all: padded samples are attended one by one.
@@ -210,6 +210,8 @@ class KVCache:
 
     def __init__(self) -> None:
         self.mode: Literal["write", "read"] = "write"
+        self.rotation: tuple[float, float] | None = None
+        """Divisor of the positions and base of the rotations, for a model that changes them during a run."""
         self._layers: dict[str, LayerCache] = {}
 
     def layer(self, name: str) -> LayerCache:
@@ -224,6 +226,39 @@ class KVCache:
         layer.mode = self.mode
         return layer
 
+    def begin(self, layout: FrameLayout, batch: int, rotation: tuple[float, float] | None = None) -> None:
+        """Begin a forward pass.
+
+        Args:
+            layout: of the pass.
+            batch: of its samples.
+            rotation: what it turns positions by; see the attribute.
+
+        Raises:
+            ValueError: it reads keys and values that are of another layout, batch or rotation.
+        """
+        if self.mode == "read" and layout.cached:
+            stored = next((layer.size() for layer in self._layers.values()), None)
+            asked = batch, sum(frame.length for i, frame in enumerate(layout.frames) if i not in layout.live)
+            if stored is not None and stored != asked:
+                raise ValueError(
+                    f"the key/value cache holds {stored[1]} tokens of batch {stored[0]}, this call reads {asked[1]} "
+                    f"of batch {asked[0]}; call clear() and run one step with all frames, or keep a cache per batch"
+                )
+            if self.rotation != rotation:
+                raise ValueError(
+                    f"the key/value cache holds keys of divisor and base {self.rotation}, this call turns its queries "
+                    f"by {rotation}: the noise level crossed scale_watershed. Call clear() and run one step with all "
+                    "frames"
+                )
+        elif layout.cached:
+            raise ValueError(
+                "the layout leaves its frozen frames to a key/value cache, whose mode is 'write'; run one step with "
+                "all frames first and set mode='read'"
+            )
+        if self.mode == "write":
+            self.rotation = rotation
+
     def clear(self) -> None:
         """Forget everything; the next run writes."""
         self._layers.clear()
@@ -236,6 +271,12 @@ class LayerCache:
     def __init__(self) -> None:
         self.mode: Literal["write", "read"] = "write"
         self._stored: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def size(self) -> tuple[int, int] | None:
+        """Batch and tokens of what is kept."""
+        for key, _ in self._stored.values():
+            return key.shape[0], key.shape[1]
+        return None
 
     def exchange(
         self, attention: str, key: torch.Tensor, value: torch.Tensor, frozen: Sequence[slice]

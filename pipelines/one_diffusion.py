@@ -470,9 +470,13 @@ class OneDiffusionPipeline(ImgDiTPipeline):
             # A step cache compares tokens over steps, so the same frames are in every one.
             keeps = run.layout.frozen and not getattr(self.transformer, "is_cache_enabled", False)
             texts = run.texts[guided] = _Texts(sources, text, KVCache() if keeps else None)
+        timestep = (t / config.timestep_scale).expand(len(sources) * state["latents"].shape[0])
         layout = run.layout
         if texts.cache is not None and texts.cache.mode == "read":
-            layout = run.rest
+            if self._turned_otherwise(run, texts.cache, timestep):
+                texts.cache.clear()
+            else:
+                layout = run.rest
 
         latents = state["latents"][:, list(layout.live)].to(dtype)  # (B, F, C, h, w)
         tokens = pack(latents.flatten(0, 1), self.patch_size).unflatten(0, latents.shape[:2]).flatten(1, 2)
@@ -486,7 +490,7 @@ class OneDiffusionPipeline(ImgDiTPipeline):
                 hidden_states=tokens,
                 encoder_hidden_states=texts.text,
                 pooled_projections=run.pooled[rows].to(dtype),
-                timestep=(t / config.timestep_scale).expand(tokens.shape[0]),
+                timestep=timestep,
                 encoder_attention_mask=None if isinstance(texts.text, TextMemory) else mask,
                 layout=layout,
                 cache=texts.cache,
@@ -499,6 +503,13 @@ class OneDiffusionPipeline(ImgDiTPipeline):
         grid = layout.frames[0].size
         cells = unpack(velocity.float().unflatten(1, (made, -1)).flatten(0, 1), self.patch_size, grid)
         return cells.unflatten(0, (-1, made))
+
+    def _turned_otherwise(self, run: _Run, cache: KVCache, timestep: torch.Tensor) -> bool:
+        """Whether the noise level crossed `scale_watershed`: the kept keys are of other rotations than this step's."""
+        if not self.follows_reference:
+            return False
+        scaling = run.options["scale_factor"], run.options["scale_watershed"]
+        return self.transformer.rotation(run.rest, timestep, *scaling) != cache.rotation
 
     # Output
 

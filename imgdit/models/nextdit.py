@@ -32,6 +32,7 @@ from ..mup import MupMixin
 from .functional import apply_rope, gated_add, multiply_add, pack, rope_table, unpack
 from .nextdit_validation import check_config, check_tokens, read_config
 from .softcap import softcap_attention
+from .validation import check_cache
 
 ROPE_THETA = 10000.0
 SOFTCAP = 30.0
@@ -478,7 +479,9 @@ class NextDiT(SafetensorsOnly, ModelMixin, ConfigMixin, PeftAdapterMixin, StepCa
         levels = _levels(layout, timestep.float() * self.config.timestep_scale)  # (B, F) or (B, N)
         temb = self.t_embedder(levels, hidden_states.dtype)  # (B, F or N, E)
         temb = temb + self._text_vector(memory, pooled_projections)[:, None]
-        rope = self._rope(layout, levels, scale_factor, scale_watershed, hidden_states.device)
+        rotation = self._rotation(layout, levels, scale_factor, scale_watershed)
+        check_cache(layout, cache, hidden_states.shape[0], rotation)
+        rope = self._rope(layout, rotation, hidden_states.device)
         plan = self._plan(layout, levels, memory, hidden_states.dtype, cache)
         hidden_states = self.x_embedder(self._channels_last(hidden_states))  # (B, N, D)
         for i, module in enumerate(self.layers):
@@ -537,17 +540,30 @@ class NextDiT(SafetensorsOnly, ModelMixin, ConfigMixin, PeftAdapterMixin, StepCa
                 pooled = (text * weight).sum(1) / (weight.sum(1) + 1e-8)
         return self.y_embedder(pooled)
 
-    def _rope(
-        self, layout: FrameLayout, levels: torch.Tensor, factor: float, watershed: float, device: torch.device
-    ) -> torch.Tensor:
+    def rotation(
+        self, layout: FrameLayout, timestep: torch.Tensor, scale_factor: float, scale_watershed: float
+    ) -> tuple[float, float]:
+        """What positions are divided by and the base of their rotations, in a call of `forward` with these arguments.
+
+        Keys and values of frozen frames are those of one rotation: where a run's changes, its cache begins anew.
+        """
+        levels = _levels(layout, timestep.float() * self.config.timestep_scale)
+        return self._rotation(layout, levels, scale_factor, scale_watershed)
+
+    def _rotation(
+        self, layout: FrameLayout, levels: torch.Tensor, factor: float, watershed: float
+    ) -> tuple[float, float]:
+        if factor == 1.0:
+            return 1.0, ROPE_THETA
+        frozen = [layout.frames[i].sigma for i in range(len(layout.frames)) if i not in layout.live]
+        largest = max([float(levels.max()), *(1000.0 * sigma for sigma in frozen if sigma is not None)])
+        return (factor, ROPE_THETA) if largest < watershed else (1.0, ROPE_THETA * factor)
+
+    def _rope(self, layout: FrameLayout, rotation: tuple[float, float], device: torch.device) -> torch.Tensor:
         """Rotations of the tokens, computed from their positions."""
-        ids, theta = layout.ids(device), ROPE_THETA
-        if factor != 1.0 or watershed != 1.0:
-            if float(levels.max()) < watershed:
-                ids = ids / factor
-            else:
-                theta = theta * factor
-        return rope_table(ids, (self.config.hidden_size // self.config.num_heads // 3,) * 3, theta)
+        divisor, theta = rotation
+        axes = (self.config.hidden_size // self.config.num_heads // 3,) * 3
+        return rope_table(layout.ids(device) / divisor, axes, theta)
 
     def _plan(
         self,

@@ -111,6 +111,7 @@ def check_inputs(
         _check_ids("img_ids", img_ids, hidden_states.shape[1])
     elif img_ids is not None:
         raise ValueError("img_ids are rotary positions; this model adds sin-cos positions (pos_embed_type='sincos')")
+    check_cache(layout, cache, batch)
     if txt_ids is not None:
         _check_ids("txt_ids", txt_ids, text)
     if tuple(pooled_projections.shape) != (samples, config.pooled_projection_dim):
@@ -129,6 +130,21 @@ def check_inputs(
     if encoder_attention_mask is not None and tuple(encoder_attention_mask.shape) != (batch, text):
         raise ValueError(
             f"encoder_attention_mask must be ({batch}, {text}), got {tuple(encoder_attention_mask.shape)}"
+        )
+
+
+def check_cache(
+    layout: FrameLayout | None, cache: KVCache | None, batch: int, rotation: tuple[float, float] | None = None
+) -> None:
+    """Refuse a cache, or none, that does not go with the layout of a forward pass."""
+    if layout is None:
+        return
+    if cache is not None:
+        cache.begin(layout, batch, rotation)
+    elif layout.cached:
+        raise ValueError(
+            "the layout leaves its frozen frames to a key/value cache; pass the cache= that a step with the whole "
+            "layout wrote, or the whole layout"
         )
 
 

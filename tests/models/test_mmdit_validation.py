@@ -170,3 +170,31 @@ def test_a_truncated_checkpoint(tmp_path):
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises((OSError, ValueError, RuntimeError), match=r"(?i)safetensor|incomplete|checkpoint"):
         MMDiT.from_pretrained(tmp_path)
+
+
+WITH_FROZEN = FrameLayout.build([Frame((2, 3)), Frame((2, 2), sigma=0.0, sees="self")], 3)
+
+
+@torch.no_grad()
+def test_a_cache_of_something_else():
+    model = tiny_mmdit(rope_config())
+
+    def run(layout, batch=2, cache=None):
+        inputs = {"encoder_hidden_states": torch.randn(batch, 3, 32), "pooled_projections": torch.randn(batch, 32)}
+        tokens = torch.randn(batch, layout.image_length, 16)
+        return model(tokens, **inputs, timestep=torch.rand(batch), layout=layout, cache=cache).sample
+
+    rest, cache = WITH_FROZEN.without_frozen(), KVCache()
+    with pytest.raises(ValueError, match="leaves its frozen frames to a key/value cache; pass the cache="):
+        run(rest)
+    with pytest.raises(ValueError, match="whose mode is 'write'; run one step with all frames first"):
+        run(rest, cache=cache)
+    run(WITH_FROZEN, cache=cache)
+    cache.mode = "read"
+    run(rest, cache=cache)
+    with pytest.raises(ValueError, match="holds 4 tokens of batch 2, this call reads 4 of batch 3; call clear"):
+        run(rest, batch=3, cache=cache)
+    other = FrameLayout.build([Frame((2, 3)), Frame((2, 3), sigma=0.0, sees="self")], 3).without_frozen()
+    with pytest.raises(ValueError, match="holds 4 tokens of batch 2, this call reads 6 of batch 2"):
+        run(other, cache=cache)
+    run(rest, cache=cache)

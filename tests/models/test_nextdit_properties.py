@@ -135,6 +135,45 @@ def test_frozen_frames_are_read_from_a_cache(model, scene, cap):
 
 
 @torch.no_grad()
+def test_a_cache_is_of_one_rotation_of_the_positions(model, scene):
+    """Deeper keys depend on it through the attention among frozen frames, so turning them anew would not do."""
+    _, tokens, text, mask = scene
+    whole, cache = layout({}, {"sigma": 0.0, "sees": "self"}), KVCache()
+    rest, scaled = whole.without_frozen(), {"scale_factor": 1.5, "scale_watershed": 700.0}
+
+    def predict(x, t, layout, **options):
+        t = torch.full((2,), t)
+        return model(x, text, None, t, encoder_attention_mask=mask, layout=layout, **options, **scaled).sample
+
+    assert not near(predict(tokens, 699.0, whole), predict(tokens, 701.0, whole))
+    predict(tokens, 900.0, whole, cache=cache)
+    cache.mode = "read"
+    assert near(predict(tokens[:, :12], 800.0, rest, cache=cache), predict(tokens, 800.0, whole))
+    with pytest.raises(ValueError, match=r"crossed scale_watershed\. Call clear\(\)"):
+        predict(tokens[:, :12], 600.0, rest, cache=cache)
+    cache.clear()
+    predict(tokens, 650.0, whole, cache=cache)
+    cache.mode = "read"
+    assert near(predict(tokens[:, :12], 600.0, rest, cache=cache), predict(tokens, 600.0, whole))
+
+
+@torch.no_grad()
+def test_a_noisy_frozen_frame_counts_for_the_rotation(model, scene):
+    _, tokens, text, mask = scene
+    whole, cache = layout({}, {"sigma": 0.9, "sees": "self"}), KVCache()
+
+    def predict(x, t, layout, **options):
+        scaled = {"scale_factor": 1.5, "scale_watershed": 700.0}
+        t = torch.full((2,), t)
+        return model(x, text, None, t, encoder_attention_mask=mask, layout=layout, **options, **scaled).sample
+
+    predict(tokens, 950.0, whole, cache=cache)
+    cache.mode = "read"
+    got = predict(tokens[:, :12], 300.0, whole.without_frozen(), cache=cache)
+    assert near(got, predict(tokens, 300.0, whole))
+
+
+@torch.no_grad()
 def test_softcap_by_groups_is_softcap_by_mask():
     frames = layout({}, {"sees": "self"})
     q, k, v = (torch.randn(2, 24, 3, 8) * 3 for _ in range(3))

@@ -207,6 +207,27 @@ def test_frozen_frames_are_computed_once(pipe, monkeypatch):
     assert not near(cached.images, run(pipe, task="depth", images=picture(), num_inference_steps=3).images)
 
 
+def test_frozen_frames_are_computed_anew_where_the_positions_change(pipe, monkeypatch):
+    """At `scale_watershed`, and in every step where `scale_factor` turns positions as the step before did."""
+    if not pipe.follows_reference:
+        pytest.skip("scale_factor is NextDiT's")
+    lengths = []
+    hook = pipe.transformer.register_forward_hook(
+        lambda module, args, kwargs, output: lengths.append(kwargs["hidden_states"].shape[1]), with_kwargs=True
+    )
+    frames = [PictureFrame.make(), PictureFrame.given(picture(), "depth", sees="self")]
+    call = {"frames": frames, "num_inference_steps": 4, "scale_factor": 1.5}
+    try:
+        cached = run(pipe, **call, scale_watershed=700.0)
+        run(pipe, **call)
+        monkeypatch.setattr(FrameLayout, "frozen", frozenset())
+        plain = run(pipe, **call, scale_watershed=700.0)
+    finally:
+        hook.remove()
+    assert sorted(lengths[:4]) == [4, 4, 8, 8] and lengths[0] == 8 and lengths[4:8] == [8, 4, 4, 4]
+    assert near(cached.images, plain.images)
+
+
 def test_a_long_prompt_says_what_was_cut(pipe, caplog):
     import logging
 
