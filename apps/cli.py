@@ -124,7 +124,7 @@ def export(
 @app.command()
 def assemble(
     runs: Annotated[Path, typer.Argument(help="Folder of the runs of the recipes scenes/…")] = Path("outputs/scenes"),
-    out: Annotated[Path | None, typer.Option(help="Folder to write; the embedded model's by default.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to write; in a checkout the embedded model's.")] = None,
 ) -> None:
     """Put trained runs together: pipeline, condition adapters, sparse autoencoders and probe of the embedded model."""
     from imgdit import checkpoints
@@ -132,6 +132,8 @@ def assemble(
     from .weights import assemble, save_adapter, save_probe, save_saes
 
     with at_work():
+        if out is None and not (checkpoints.SCENES.parents[2] / "pyproject.toml").is_file():
+            raise ValueError("say where by --out: the embedded model of an installed package is not replaced")
         scenes = out or checkpoints.SCENES
         assemble(runs / "transformer", scenes)
         for run in sorted(runs.glob("control_*")):

@@ -1,5 +1,6 @@
 """What commands say: versions, addresses, names and files; one sentence where something is wrong."""
 
+import inspect
 import json
 import re
 import shutil
@@ -10,15 +11,19 @@ from pathlib import Path
 import pytest
 from PIL import Image
 from tiny_runs import small_pipeline
+from typer.main import get_command
 from typer.testing import CliRunner
 
 import imgdit
 from imgdit.apps import studio
 from imgdit.apps.cli import app
+from imgdit.apps.demo import widgets
 from imgdit.apps.demo.app import serve
 from imgdit.apps.generate import same_pixels
+from imgdit.apps.request import Request
 from imgdit.apps.studio import Studio
 from imgdit.checkpoints import SCENES
+from imgdit.defaults import GUIDANCE, STEPS
 from imgdit.images import open_image
 
 QUICK = ["--steps", "1"]
@@ -182,3 +187,22 @@ def test_a_size_that_was_never_taught_is_told_before(desk):
     assert "was taught 128x128" in done.stderr and "It takes at least" in done.stderr
     assert run("generate", "a red cube", "--out", "b.png", *QUICK).stderr == ""
     assert "got 250x128; try 240x128" in said(run("generate", "a red cube", "--size", "250x128", "--out", "c.png"))
+
+
+def test_steps_and_guidance_are_the_same_everywhere():
+    def defaults(function):
+        return {name: one.default for name, one in inspect.signature(function).parameters.items()}
+
+    api = defaults(imgdit.ImgDiTPipeline.__call__)
+    assert (api["num_inference_steps"], api["guidance_scale"]) == (STEPS, GUIDANCE) == (28, 3.0)
+    assert Request().steps == STEPS
+    assert (defaults(widgets.sampling)["steps"], defaults(widgets.sampling)["guidance"]) == (STEPS, GUIDANCE)
+    for name, command in get_command(app).commands.items():
+        found = {one.name: one.default for one in command.params}
+        assert found.get("steps", STEPS) == STEPS and found.get("guidance") in (None, GUIDANCE), name
+
+
+def test_an_installed_package_is_not_written_to(tmp_path, monkeypatch):
+    monkeypatch.setattr(imgdit.checkpoints, "SCENES", tmp_path / "site-packages/imgdit/checkpoints/scenes")
+    done = run("assemble", "nowhere")
+    assert done.exit_code == 2 and "--out" in said(done) and not (tmp_path / "site-packages").exists()
