@@ -160,7 +160,8 @@ def _phrases() -> frozenset[tuple[str, ...]]:
 @cache
 def _colours() -> dict[str, tuple[float, float, float]]:
     """sRGB in [0, 1] of the colours that have a name on the web, by it."""
-    return {name: tuple(v / 255 for v in ImageColor.getrgb(name)[:3]) for name in ImageColor.colormap}
+    values = {name: ImageColor.getrgb(name) for name in ImageColor.colormap}
+    return {name: (rgb[0] / 255, rgb[1] / 255, rgb[2] / 255) for name, rgb in values.items()}
 
 
 def _unlike(one: tuple[float, float, float], other: tuple[float, float, float]) -> float:
