@@ -61,12 +61,7 @@ def prepare_run(
 
     The others are those of `OmniControl.use`.
     """
-    conditions = (conditions,) if isinstance(conditions, Condition) else conditions
-    wrong = [item for item in conditions if not isinstance(item, Condition)]
-    if wrong:
-        raise ValueError(
-            f"conditions are Condition(image, adapter) objects, one or a list; got {type(wrong[0]).__name__}"
-        )
+    conditions = _listed(conditions)
     main = (main_adapter,) if isinstance(main_adapter, str) else main_adapter
     modes = _check(model, infos, conditions, main, mode, cache)
     kept = [(item, one) for item, one in zip(conditions, modes) if item.strength > 0]
@@ -93,12 +88,7 @@ def prepare_run(
                 target=target,
                 sharp={name for name, info in infos.items() if info.task in SHARP},
             )
-        got = encoded[0].tokens.shape[2]
-        if got != channels:
-            raise ValueError(
-                f"the transformer takes tokens of {channels} channels, a condition's have {got}: pipelines that join "
-                "pictures by channels (Control, Fill) cannot take conditions"
-            )
+        _check_channels(encoded[0].tokens.shape[2], channels)
         return ConditionRun(
             encoded,
             None if main is None else tuple(main),
@@ -121,6 +111,24 @@ def prepare_run(
         return build(replace(target, grid=grid))
 
     return build(target)
+
+
+def _listed(conditions: Condition | Sequence[Condition]) -> Sequence[Condition]:
+    conditions = (conditions,) if isinstance(conditions, Condition) else conditions
+    wrong = [item for item in conditions if not isinstance(item, Condition)]
+    if wrong:
+        raise ValueError(
+            f"conditions are Condition(image, adapter) objects, one or a list; got {type(wrong[0]).__name__}"
+        )
+    return conditions
+
+
+def _check_channels(got: int, channels: int) -> None:
+    if got != channels:
+        raise ValueError(
+            f"the transformer takes tokens of {channels} channels, a condition's have {got}: pipelines that join "
+            "pictures by channels (Control, Fill) cannot take conditions"
+        )
 
 
 def _check(
