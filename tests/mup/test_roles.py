@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from parity.mup_cases import assert_trained_alike
 from safetensors.torch import load_file
 from tiny import rope_config, tiny_mmdit
 
@@ -106,7 +107,7 @@ def test_four_training_steps():
         if key.startswith("w4."):
             name = key[3:]
             got = parameters[name] / (readout if name == "proj_out.weight" else 1)
-            torch.testing.assert_close(got.detach(), expected, atol=1e-5, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+            assert_trained_alike(got.detach(), expected, name)
 
 
 @pytest.mark.parametrize("adaln", ["zero", "normal"])
