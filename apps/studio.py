@@ -168,15 +168,20 @@ class Studio(Shelf):
         """
         return [said for said in (self.about_words([request.prompt]), self.about_size(request)) if said]
 
-    def about_size(self, request: Request) -> str | None:
-        """A sentence on a size that was never taught, see `remarks`; `None`: nothing speaks against it."""
+    def about_size(self, request: Request, timed: bool = True) -> str | None:
+        """A sentence on a size that was never taught, see `remarks`; `None`: nothing speaks against it.
+
+        Args:
+            request: what is asked for.
+            timed: say how long it will take as well.
+        """
         check_sides(request.width, request.height, self.cell)
         own = self.default_size
         size = (request.width or own, request.height or own)
         if size[0] is None or size[1] is None or (request.width is None and request.height is None):
             return None
         said = unsuited((size[0], size[1]), self.taught.sizes, own, self.cell)
-        if said is None or own is None or size[0] * size[1] <= own**2:
+        if said is None or not timed or own is None or size[0] * size[1] <= own**2:
             return said
         # Attention grows faster than the area, hence "at least".
         seconds = request.steps * self._step_seconds * size[0] * size[1] / own**2

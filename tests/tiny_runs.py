@@ -3,8 +3,12 @@
 from contextlib import contextmanager
 from unittest.mock import patch
 
+from imgdit.apps.loading import load_pipeline
 from imgdit.apps.weights import assemble
 from imgdit.data import latents
+from imgdit.sae.config import SAEConfig
+from imgdit.sae.model import SparseAutoencoder
+from imgdit.sae.unlearning import ConceptUnlearner
 from imgdit.training import load_recipe, scene_frames, train
 from imgdit.training.config import build_model
 from imgdit.training.sources import training_batches
@@ -69,3 +73,17 @@ def small_pipeline(folder):
         train(recipe, model=build_model(recipe), batches=training_batches(recipe)[0], stop_at=1)
         assemble(folder / "transformer", folder / "pipeline")
     return folder / "pipeline"
+
+
+def with_concepts(folder, side=None):
+    """A pipeline's folder that gets a sparse autoencoder with the concepts neon and photo, learned at some size."""
+    pipe = load_pipeline(folder)
+    pipe.set_progress_bar_config(disable=True)
+    hookpoint = "transformer.transformer_blocks.0"
+    learner = ConceptUnlearner(
+        {hookpoint: SparseAutoencoder(SAEConfig(pipe.transformer.inner_dim, 32, 4, hookpoint=hookpoint))}
+    )
+    call = {"num_inference_steps": 1, "height": side, "width": side}
+    learner.learn(pipe, {"neon": ["a neon cube"], "photo": ["a photo"]}, top_n=2, **call)
+    learner.save_pretrained(folder / "sae")
+    return folder

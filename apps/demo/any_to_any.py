@@ -3,53 +3,65 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import gradio as gr
-from PIL import Image
 
 from imgdit.tasks import TASKS
 
 from ..request import AskedFrame, Request
-from . import limits, widgets
-from .holder import DEVICE, Holder
+from ..studio import Studio
+from . import examples, limits, widgets
+from .holder import DEVICE, QUICK, Holder
 
 GIVEN, MADE = "given", "to be made"
 TURN, RISE = 45.0, 15.0
 """Degrees that the other camera may be away; views were taught up to 40 around."""
 ELEVATION = 24.0
 """Of the camera of a given picture, in degrees: the middle of what the scenes are seen from."""
+UNSAID = "Without a caption the colours of a segmentation are guessed; name what is seen."
+
+
+def pairs(studio: Studio) -> list[str]:
+    """What the other frame may be."""
+    return [name for name in studio.tasks if TASKS[name].frames == (2, 2)]
 
 
 def build(holder: Holder) -> None:
-    """Lay the tab out."""
+    """Lay the tab out, for a model that knows pairs or views."""
     studio = holder.studio
-    pairs = [name for name in studio.tasks if TASKS[name].frames == (2, 2)]
-    if not pairs:
-        gr.Markdown(
-            "This model makes pictures from text and conditions only; any-to-any needs the embedded model or a "
-            "OneDiffusion folder."
-        )
+    if kinds := pairs(studio):
+        _pairs(holder, kinds)
+    if "views" in studio.tasks:
+        gr.Markdown("### Another view")
+        _views(holder)
+
+
+def _pairs(holder: Holder, kinds: list[str]) -> None:
+    told = examples.of_scenes(holder.studio)
+    first = "depth" if "depth" in kinds else kinds[0]
     with gr.Row():
-        with gr.Column(min_width=240):
+        with gr.Column(min_width=280):
             picture_is = gr.Radio([GIVEN, MADE], value=GIVEN, label="The picture is")
             picture = widgets.upload("Picture", height=220)
-            gr.Examples([[file] for file in holder.examples], [picture], label="Examples")
-        with gr.Column(min_width=240):
-            kind = gr.Dropdown(pairs, value="depth" if "depth" in pairs else None, label="The other frame is a")
-            other_is = gr.Radio([GIVEN, MADE], value=MADE, label="It is")
+            if holder.examples:
+                gr.Examples([[file] for file in holder.examples], [picture], label="Examples")
+            with gr.Row():
+                kind = gr.Dropdown(kinds, value=first, label="The other frame is a", min_width=120)
+                other_is = gr.Radio([GIVEN, MADE], value=MADE, label="It is", min_width=200)
+            legend = gr.Markdown(examples.legend(), visible=told and first == "segmentation", elem_classes="note")
             other = widgets.upload("Other frame", height=160)
-        with gr.Column(min_width=240):
             prompt = widgets.prompt_box(label="Caption, or the instruction of editing (may be empty)")
             sampled = widgets.sampling()
             make, stop = widgets.buttons("Make frames")
-    status = widgets.status()
-    frames = gr.Gallery(label="Frames that were made", columns=2, height=300, format="png", interactive=False)
+        with gr.Column(min_width=280):
+            status = widgets.status()
+            frames = widgets.results("Frames that were made", columns=2)
 
-    @limits.refusing
+    @limits.refusing(status)
     def any_to_any(
-        prompt: str, picture_is: str, picture: Image.Image | None, kind: str, other_is: str, other: Image.Image | None,
+        prompt: str, picture_is: str, picture: str | None, kind: str, other_is: str, other: str | None,
         steps: int, guidance: float, seed: int, person: gr.Request,
     ) -> Iterator[tuple[list[tuple[str, str]], str]]:  # fmt: skip
         """Make frames from others: depth of a picture, a picture of depth, both from text.
@@ -68,50 +80,52 @@ def build(holder: Holder) -> None:
         Returns:
             PNG files of the frames that were made with their kinds, and how far it is.
         """
-        limits.choice(kind, "the other frame", pairs)
+        limits.choice(kind, "the other frame", kinds)
         asked = []
         for name, what, is_given, content in (
             ("image", "the picture", picture_is, picture),
             (kind, f"the {kind}", other_is, other),
         ):
             if limits.choice(is_given, what, (GIVEN, MADE)) == GIVEN and content is None:
-                raise limits.Refused(f"{what} is given, but there is no picture; upload one, or let it be made")
-            asked.append(AskedFrame(name, content if is_given == GIVEN else None))
+                raise limits.Refused(
+                    f"{what} is given, but there is no image of it; upload one first, or let it be made"
+                )
+            asked.append(AskedFrame(name, limits.picture(content, what) if is_given == GIVEN else None))
         base = widgets.read_sampling(steps, guidance, seed)
         if asked[0].picture is not None and TASKS[kind].condition != "image":
             base["guidance"] = None
-        kinds = [frame.kind for frame in asked if frame.picture is None]
-        yield from _shown(holder, Request(limits.text(prompt), frames=tuple(asked), **base), kinds, person)
+        made = [frame.kind for frame in asked if frame.picture is None]
+        request = Request(limits.text(prompt), frames=tuple(asked), **base)
+        unsaid = told and made == ["segmentation"] and not request.prompt
+        yield from _shown(holder, request, made, person, [UNSAID] if unsaid else [])
 
     make.click(
         any_to_any, [prompt, picture_is, picture, kind, other_is, other, *sampled], [frames, status],
         api_name="any_to_any", trigger_mode="once", **DEVICE,
     )  # fmt: skip
-    stop.click(holder.stop, None, status, queue=False, api_visibility="private")
-    if "views" in studio.tasks:
-        gr.Markdown("### Another view")
-        _views(holder)
+    stop.click(holder.stop, None, status, **QUICK)
+    kind.change(lambda name: gr.Markdown(visible=told and name == "segmentation"), kind, legend, **QUICK)
 
 
 def _views(holder: Holder) -> None:
     with gr.Row():
-        with gr.Column(min_width=240):
+        with gr.Column(min_width=280):
             picture = widgets.upload("Picture seen from the front", height=220)
-            gr.Examples([[file] for file in holder.examples], [picture], label="Examples")
-        with gr.Column(min_width=240):
+            if holder.examples:
+                gr.Examples([[file] for file in holder.examples], [picture], label="Examples")
             turn = gr.Slider(-TURN, TURN, 25, step=1, label="Turn (degrees around)")
             rise = gr.Slider(-RISE, RISE, 0, step=1, label="Rise (degrees up)")
             dial = gr.HTML(_dial(25, 0), label="Camera")
-        with gr.Column(min_width=240):
             prompt = widgets.prompt_box(label="Caption (may be empty)")
             sampled = widgets.sampling()
             make, stop = widgets.buttons("Show view")
+        with gr.Column(min_width=280):
             status = widgets.status()
-    views = gr.Gallery(label="The other view", columns=2, height=300, format="png", interactive=False)
+            views = widgets.results("The other view", columns=2)
 
-    @limits.refusing
+    @limits.refusing(status)
     def other_view(
-        prompt: str, picture: Image.Image | None, turn: float, rise: float,
+        prompt: str, picture: str | None, turn: float, rise: float,
         steps: int, guidance: float, seed: int, person: gr.Request,
     ) -> Iterator[tuple[list[tuple[str, str]], str]]:  # fmt: skip
         """Make a picture from another camera.
@@ -128,12 +142,13 @@ def _views(holder: Holder) -> None:
         Returns:
             PNG file of the view, and how far it is.
         """
-        if picture is None:
-            raise limits.Refused("there is no picture to look at from elsewhere; upload one")
+        seen = limits.picture(picture, "the picture")
+        if seen is None:
+            raise limits.Refused("upload an image first, which is then seen from elsewhere")
         around = float(limits.number(turn, "the turn", -TURN, TURN))
         higher = float(limits.number(rise, "the rise", -RISE, RISE))
         frames = (
-            AskedFrame("image", picture),
+            AskedFrame("image", seen),
             AskedFrame("rays", camera=(0.0, ELEVATION)),
             AskedFrame("image"),
             AskedFrame("rays", camera=(around, ELEVATION + higher)),
@@ -146,15 +161,15 @@ def _views(holder: Holder) -> None:
         other_view, [prompt, picture, turn, rise, *sampled], [views, status],
         api_name="other_view", trigger_mode="once", **DEVICE,
     )  # fmt: skip
-    stop.click(holder.stop, None, status, queue=False, api_visibility="private")
+    stop.click(holder.stop, None, status, **QUICK)
     for slider in (turn, rise):
-        slider.input(_dial, [turn, rise], dial, queue=False, api_visibility="private", show_progress="hidden")
+        slider.input(_dial, [turn, rise], dial, **QUICK)
 
 
 def _shown(
-    holder: Holder, request: Request, captions: list[str], person: gr.Request
+    holder: Holder, request: Request, captions: list[str], person: gr.Request, remarks: Sequence[str] = ()
 ) -> Iterator[tuple[list[tuple[str, str]], str]]:
-    for shown in holder.make([request], person):
+    for shown in holder.make([request], person, remarks):
         yield list(zip(shown.files, captions)), shown.status
 
 

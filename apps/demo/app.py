@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,14 +20,21 @@ from PIL import Image
 from imgdit.checkpoints import SCENES
 
 from ..studio import Studio
-from . import any_to_any, control, create, features, scale, unlearn
+from . import any_to_any, control, create, features, limits, scale, unlearn
 from .holder import Holder
 from .limits import LIMITS
 
 CSS = """
 .gradio-container, .gradio-container main { width: 100% !important; }
-.gradio-container { max-width: 1200px !important; margin: auto; }
+.gradio-container { max-width: 1500px !important; margin: auto; }
 footer { display: none !important; }
+/* Results are shown whole, as large as the window allows, small ones enlarged. */
+.result.square { aspect-ratio: 1; max-height: 76vh; }
+.result img { width: 100%; height: 100%; max-height: 76vh; object-fit: contain; }
+.results .grid-wrap { min-height: 0 !important; max-height: none !important; overflow: visible; }
+.results .grid-container img { max-height: 70vh; object-fit: contain; }
+.block > .wrap.hide { display: none; } /* gradio's progress, which is switched off and would say "Error" unseen */
+.note { font-size: 0.9em; opacity: 0.85; }
 """
 THEME = gr.themes.Default(
     primary_hue="orange",
@@ -52,27 +60,57 @@ def build(holder: Holder, results: Path) -> gr.Blocks:
         source = str(holder.studio.places["model"])
         name = "the embedded model" if source == str(SCENES) else f"`{Path(source).name}`"
         gr.Markdown(f"# imgdit\nControllable pictures from {name}.")
+        hidden = _hidden(holder)
+        if hidden:
+            gr.Markdown(" ".join(hidden.values()), elem_classes="note")
+        canvas = None
         with gr.Tabs() as tabs:
             with gr.Tab("Create", id="create"):
                 created = create.build(holder)
-            with gr.Tab("Control", id="control"):
-                canvas = control.build(holder)
-            with gr.Tab("Any-to-any", id="any"):
-                any_to_any.build(holder)
-            with gr.Tab("Unlearn", id="unlearn"):
-                unlearn.build(holder)
-            with gr.Tab("Features", id="features"):
-                features.build(holder)
+            if "Control" not in hidden:
+                with gr.Tab("Control", id="control"):
+                    canvas = control.build(holder)
+            if "Any-to-any" not in hidden:
+                with gr.Tab("Any-to-any", id="any"):
+                    any_to_any.build(holder)
+            if "Unlearn" not in hidden:
+                with gr.Tab("Unlearn", id="unlearn"):
+                    unlearn.build(holder)
+            if "Features" not in hidden:
+                with gr.Tab("Features", id="features"):
+                    features.build(holder)
             with gr.Tab("Scale", id="scale"):
                 scale.build(holder, results)
 
-        def use(file: str | None) -> tuple[Any, Any]:
+        @limits.refusing(created.status)
+        def use(file: str | None) -> Iterator[Any]:
             if file is None:
-                raise gr.Error("Make a picture first.", print_exception=False)
-            return {"background": file, "layers": [], "composite": None}, gr.Tabs(selected="control")
+                raise limits.Refused("create an image first, which then can be the condition of others")
+            yield {"background": file, "layers": [], "composite": None}, gr.Tabs(selected="control"), gr.skip()
 
-        created.use.click(use, created.chosen, [canvas, tabs], queue=False, api_visibility="private")
+        if canvas is not None:
+            created.use.click(
+                use, created.chosen, [canvas, tabs, created.status], api_visibility="private", show_progress="hidden"
+            )
     return page.queue(max_size=LIMITS.queue, default_concurrency_limit=4)
+
+
+def _hidden(holder: Holder) -> dict[str, str]:
+    """Tabs that this model has nothing for, and why, in a sentence each."""
+    studio = holder.studio
+    adapters = "/".join(studio.adapter_folder.parts[-2:])
+    found = {}
+    if not studio.controls:
+        found["Control"] = f"Without Control: there are no condition adapters in `{adapters}`."
+    if not any_to_any.pairs(studio) and "views" not in studio.tasks:
+        found["Any-to-any"] = "Without Any-to-any: this model makes images from text and conditions only."
+    if not studio.has_sae:
+        trains = "`imgdit sae train RECIPE` makes one"
+        reason = f"there is no sparse autoencoder in `{holder.sae_place}`; {trains}."
+        found |= {"Unlearn": f"Without Unlearn and Features: {reason}", "Features": ""}
+    elif not studio.unlearner.concepts:
+        found["Unlearn"] = f"Without Unlearn: the sparse autoencoder in `{holder.sae_place}` has no concepts."
+    return found
 
 
 def serve(

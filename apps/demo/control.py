@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import gradio as gr
@@ -10,10 +11,11 @@ from PIL import Image
 
 from imgdit.images import fit, open_image
 
-from ..prepare import condition_of
+from ..prepare import condition_of, drawn_map, lines_on_black
 from ..request import Control, Request
-from . import limits, widgets
-from .holder import DEVICE, Holder
+from ..studio import Studio
+from . import examples, limits, widgets
+from .holder import DEVICE, QUICK, Holder
 from .limits import LIMITS
 
 NAMES = {
@@ -24,11 +26,13 @@ NAMES = {
     "subject": "subject: the same thing elsewhere",
 }
 """What people read; other kinds by their own names."""
+INVERTED = "Inverted: the model reads white on black."
 
 
-def build(holder: Holder) -> gr.ImageEditor:
+def build(holder: Holder) -> widgets.Canvas:
     """Lay the tab out; its canvas."""
     studio = holder.studio
+    texts, told = examples.texts(studio), examples.of_scenes(studio)
     kinds = [kind for kind in NAMES if kind in studio.controls]
     kinds += [kind for kind in studio.controls if kind not in kinds]
     choices = [(NAMES.get(kind, kind.replace("_", " ")), kind) for kind in kinds]
@@ -36,33 +40,36 @@ def build(holder: Holder) -> gr.ImageEditor:
     side = studio.default_size or 512
     with gr.Row():
         with gr.Column(min_width=280):
-            canvas = widgets.canvas("Upload a picture or draw one", side, height=360)
-            examples = [[{"background": file, "layers": [], "composite": file}] for file in holder.examples]
-            gr.Examples(examples, [canvas], label="Examples")
+            canvas = widgets.canvas("Upload an image or draw one", side, height=360)
+            given = [[{"background": file, "layers": [], "composite": file}] for file in holder.examples]
+            if given:
+                gr.Examples(given, [canvas], label="Examples")
             kind = gr.Dropdown(choices, value=first, label="It is a", interactive=bool(kinds))
+            legend = gr.Markdown(examples.legend(), visible=told and first == "segmentation", elem_classes="note")
             find = gr.Checkbox(True, label="It is a photo: find the condition in it")
-            prompt = widgets.prompt_box("a photo of a green cone on a wooden floor")
+            prompt = widgets.prompt_box(texts.control)
             with gr.Accordion("Strength", open=False):
                 gr.Markdown(_about_adapters(holder))
                 strength = gr.Slider(0, 3, 1, step=0.05, label="Strength", info="1: as trained; 0: nothing")
                 start = gr.Slider(0, 1, 0, step=0.05, label="Begins after this share of the steps")
                 end = gr.Slider(0, 1, 1, step=0.05, label="Ends after this share of the steps")
             with gr.Accordion("A second condition", open=False):
-                second = widgets.upload("Second picture", height=200)
+                second = widgets.upload("Second image", height=200)
                 second_kind = gr.Dropdown(choices, value=first, label="It is a", interactive=bool(kinds))
                 second_strength = gr.Slider(0, 3, 1, step=0.05, label="Strength of the second")
             sampled = widgets.sampling()
             make, stop = widgets.buttons("Control")
         with gr.Column(min_width=280):
-            condition = widgets.result("Condition, as the model reads it", height=220)
-            slider = gr.ImageSlider(label="Before and after", interactive=False, max_height=520, format="png")
             status = widgets.status()
-            file = gr.File(label="PNG that tells how it was made", interactive=False, height=90)
+            slider = gr.ImageSlider(label="Before and after", interactive=False, format="png", elem_classes="result")
+            with gr.Row():
+                condition = widgets.result("Condition, as the model reads it")
+                file = gr.File(label="PNG that tells how it was made", interactive=False, height=120, min_width=120)
 
-    @limits.refusing
+    @limits.refusing(status)
     def control(
-        prompt: str, drawing: widgets.Drawing | None, kind: str, find: bool, strength: float, start: float, end: float,
-        second: Image.Image | None, second_kind: str, second_strength: float,
+        prompt: str, drawing: Any, kind: str, find: bool, strength: float, start: float, end: float,
+        second: str | None, second_kind: str, second_strength: float,
         steps: int, guidance: float, seed: int, person: gr.Request,
     ) -> Iterator[tuple[Any, Any, Any, str]]:  # fmt: skip
         """Make a picture that follows another one.
@@ -85,9 +92,8 @@ def build(holder: Holder) -> gr.ImageEditor:
         Returns:
             the condition, the given picture beside the made one, its PNG file, and how far it is.
         """
-        if drawing is None:
-            raise limits.Refused("there is no picture to follow; upload one or draw one")
         chosen = limits.choice(kind, "the kind", kinds)
+        given = _given(drawing, chosen)
         base = widgets.read_sampling(steps, guidance, seed)
         text = limits.text(prompt)
         acts = {
@@ -95,22 +101,22 @@ def build(holder: Holder) -> gr.ImageEditor:
             "start": float(limits.number(start, "start", 0, 1)),
             "end": float(limits.number(end, "end", 0, 1)),
         }
-        photo = drawing.picture
-        if chosen == "mask" and drawing.below is not None:
-            photo = drawing.below
-        yield gr.skip(), gr.skip(), gr.skip(), "Looking for the condition."
-        found = photo
-        if find or chosen == "mask":
-            hole = drawing.drawn if drawing.drawn.getbbox() else None
-            with holder.busy(person):
-                found = condition_of(studio, chosen, photo, hole)
+        other = limits.picture(second, "the second image")
+        other_kind = None if other is None else limits.choice(second_kind, "the second kind", kinds)
+        looking = find or chosen == "mask"
+        if looking:
+            yield gr.skip(), gr.skip(), gr.skip(), "Looking for the condition."
+        with holder.busy(person) if looking else nullcontext():
+            photo, found, inverted = _condition(studio, chosen, given, find, text)
         yield holder.keep(found), gr.skip(), gr.skip(), "Waiting for the first step."
         controls = [Control(chosen, found, **acts)]
-        if second is not None:
-            other = limits.choice(second_kind, "the second kind", kinds)
+        if other is not None and other_kind is not None:
+            other, also = lines_on_black(other_kind, other)
+            inverted = inverted or also
             weight = float(limits.number(second_strength, "the second strength", 0, 10))
-            controls.append(Control(other, second, weight))
-        for shown in holder.make([Request(text, controls=tuple(controls), **base)], person):
+            controls.append(Control(other_kind, other, weight))
+        request = Request(text, controls=tuple(controls), **base)
+        for shown in holder.make([request], person, [INVERTED] if inverted else []):
             if not shown.files:
                 yield gr.skip(), gr.skip(), gr.skip(), shown.status
                 continue
@@ -123,8 +129,34 @@ def build(holder: Holder) -> gr.ImageEditor:
         [prompt, canvas, kind, find, strength, start, end, second, second_kind, second_strength, *sampled],
         [condition, slider, file, status], api_name="control", trigger_mode="once", **DEVICE,
     )  # fmt: skip
-    stop.click(holder.stop, None, status, queue=False, api_visibility="private")
+    stop.click(holder.stop, None, status, **QUICK)
+    kind.change(lambda name: gr.Markdown(visible=told and name == "segmentation"), kind, legend, **QUICK)
     return canvas
+
+
+def _given(drawing: Any, kind: str) -> widgets.Drawing:
+    """What stands on the canvas."""
+    given = widgets.read_drawing(drawing)
+    if given is None or given.is_blank:
+        raise limits.Refused("draw or upload an image first")
+    if kind == "mask" and given.below is None:
+        raise limits.Refused("upload an image first, and paint over what is to be filled")
+    return given
+
+
+def _condition(
+    studio: Studio, kind: str, given: widgets.Drawing, find: bool, caption: str
+) -> tuple[Image.Image, Image.Image, bool]:
+    """The image that is followed, the condition in it or that it is, and whether that is the image inverted."""
+    if kind == "mask" and given.below is not None:
+        hole = given.drawn if given.drawn.getbbox() else None
+        return given.below, condition_of(studio, kind, given.below, hole), False
+    if find:
+        told = caption if kind == "segmentation" else ""
+        return given.picture, condition_of(studio, kind, given.picture, caption=told), False
+    if given.below is None:
+        return given.picture, *drawn_map(kind, given.picture, given.strokes)
+    return given.picture, *lines_on_black(kind, given.picture)
 
 
 def _about_adapters(holder: Holder) -> str:

@@ -1,4 +1,4 @@
-"""Tab: pictures from sentences, with a preview of the denoising."""
+"""Tab: images from prompts, seen while they are denoised."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from typing import Any, NamedTuple
 
 import gradio as gr
 
-from ..generate import PROMPTS
 from ..request import Request
-from . import limits, widgets
-from .holder import DEVICE, Holder
+from . import examples, limits, widgets
+from .holder import DEVICE, QUICK, Holder
 from .limits import LIMITS
 
 
@@ -19,34 +18,38 @@ class Create(NamedTuple):
     """What other tabs use of this one."""
 
     use: gr.Button
+    status: gr.Textbox
     chosen: gr.State
-    """File of the picture that was clicked last."""
+    """File of the image that was clicked last, or made last."""
 
 
 def build(holder: Holder) -> Create:
     """Lay the tab out."""
     low, high, step = holder.sides
     side = holder.studio.default_size or 512
+    texts = examples.texts(holder.studio)
     with gr.Row():
         with gr.Column(min_width=280):
-            prompt = widgets.prompt_box(PROMPTS[-1])
+            prompt = widgets.prompt_box(texts.create)
+            if examples.of_scenes(holder.studio):
+                gr.Markdown(f"What this model can draw:  \n{examples.vocabulary_note()}", elem_classes="note")
             negative = widgets.prompt_box(label="Steer away from", lines=1)
-            with gr.Row():
+            with gr.Row(visible=len(holder.studio.taught.sizes) != 1):  # a model of one size makes no other well
                 width = gr.Slider(low, high, side, step=step, label="Width", min_width=120)
                 height = gr.Slider(low, high, side, step=step, label="Height", min_width=120)
-            count = gr.Slider(1, LIMITS.batch, 1, step=1, label="Pictures")
+            count = gr.Slider(1, LIMITS.batch, 1, step=1, label="Images")
             sampled = widgets.sampling()
             dice = gr.Button("Draw another seed", size="sm")
             make, stop = widgets.buttons("Create")
-            gr.Examples([[text] for text in PROMPTS], [prompt], label="Examples")
+            gr.Examples([[text] for text in texts.prompts], [prompt], label="Examples")
         with gr.Column(min_width=280):
-            preview = gr.Image(label="Preview", interactive=False, height=280, buttons=[])
             status = widgets.status()
-            gallery = gr.Gallery(label="Pictures", columns=2, height=360, format="png", interactive=False)
-            use = gr.Button("Use as condition")
+            image = widgets.result("Image")
+            gallery = widgets.results("All images", columns=LIMITS.batch, enlarged=False)
+            use = gr.Button("Use as condition", visible=bool(holder.studio.controls))
             chosen = gr.State()
 
-    @limits.refusing
+    @limits.refusing(status)
     def create(
         prompt: str, negative: str, width: int, height: int, steps: int, guidance: float, seed: int, count: int,
         person: gr.Request,
@@ -60,29 +63,33 @@ def build(holder: Holder) -> Create:
             height: in pixels.
             steps: of the sampler.
             guidance: scale.
-            seed: of the first picture; the others count up.
-            count: pictures.
+            seed: of the first image; the others count up.
+            count: images.
 
         Returns:
-            preview, PNG files that tell how they were made, and how far it is.
+            the last image, PNG files that tell how they were made, and how far it is.
         """
         size = {name: limits.whole(side, name, low, high) for name, side in (("width", width), ("height", height))}
         base = widgets.read_sampling(steps, guidance, seed)
         said = (limits.text(prompt), limits.text(negative, "the text to steer away from"))
-        number = limits.whole(count, "the number of pictures", 1, LIMITS.batch)
+        number = limits.whole(count, "the number of images", 1, LIMITS.batch)
         requests = [Request(*said, **{**size, **base, "seed": base["seed"] + i}) for i in range(number)]
         for shown in holder.make(requests, person):
-            yield shown.preview if shown.preview is not None else gr.skip(), shown.files, shown.status
+            if shown.over:  # what was made, not a step on the way
+                yield shown.files[-1] if shown.files else None, shown.files, shown.status
+            else:
+                yield shown.preview if shown.preview is not None else gr.skip(), shown.files, shown.status
 
-    def chose(event: gr.SelectData) -> str:
-        return event.value["image"]["path"]
+    def chose(event: gr.SelectData) -> tuple[str, str]:
+        file = event.value["image"]["path"]
+        return file, file
 
     run = gr.on(
         [make.click, prompt.submit], create, [prompt, negative, width, height, *sampled, count],
-        [preview, gallery, status], api_name="create", trigger_mode="once", **DEVICE,
+        [image, gallery, status], api_name="create", trigger_mode="once", **DEVICE,
     )  # fmt: skip
-    stop.click(holder.stop, None, status, queue=False, api_visibility="private")
-    run.then(lambda files: files[-1][0] if files else None, gallery, chosen, queue=False, api_visibility="private")
-    gallery.select(chose, None, chosen, queue=False, api_visibility="private")
-    dice.click(lambda: random.randrange(2**31), None, sampled.seed, queue=False, api_visibility="private")
-    return Create(use, chosen)
+    stop.click(holder.stop, None, status, **QUICK)
+    run.then(lambda files: files[-1][0] if files else None, gallery, chosen, **QUICK)
+    gallery.select(chose, None, [chosen, image], **QUICK)
+    dice.click(lambda: random.randrange(2**31), None, sampled.seed, **QUICK)
+    return Create(use, status, chosen)

@@ -2,49 +2,73 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
-from random import Random
 from typing import Any
 
 import gradio as gr
 
-from imgdit.data.captions import caption
-from imgdit.data.scenes import Scene
-from imgdit.sae.features import contrast_features, heat_maps, survey_features
+from imgdit.images import open_image
+from imgdit.sae.features import FeatureSurvey, contrast_features, heat_maps, survey_features
+from imgdit.sae.model import SparseAutoencoder
 
+from ..generate import same_pixels
 from ..request import Request
-from . import limits, widgets
+from ..studio import Studio
+from . import examples, limits, widgets
 from .heat import overlay
-from .holder import DEVICE, Holder
+from .holder import DEVICE, QUICK, Holder
 
-BANK, STEPS = 24, 8
-"""Sentences whose pictures are looked through for a feature's strongest, and steps of each."""
+STEPS = 8
+"""Of each image that is searched for features."""
 FOUND, TOP = 12, 6
 """Features that a search tells, and pictures of one."""
 
 
 def build(holder: Holder) -> None:
-    """Lay the tab out."""
+    """Lay the tab out, for a model with an autoencoder."""
     studio = holder.studio
-    last = 0
-    if studio.has_sae:
-        last = studio.unlearner.saes[studio.seen_at].config.num_latents - 1
-    else:
-        gr.Markdown(f"There is no sparse autoencoder in `{holder.sae_place}`; `imgdit sae train RECIPE` makes one.")
+    texts = examples.texts(studio)
+    last = studio.unlearner.saes[studio.seen_at].config.num_latents - 1
+    concept, first = _first(studio, texts.steer)
 
     def sae() -> Any:
-        if not studio.has_sae:
-            raise limits.Refused(f"there is no sparse autoencoder in {holder.sae_place}, so there are no features")
         return studio.unlearner.saes[studio.seen_at]
 
     @lru_cache(maxsize=1)
     def survey() -> Any:
-        return survey_features(studio.pipe, sae(), bank(), num_inference_steps=STEPS, guidance_scale=1.0)
+        return survey_features(studio.pipe, sae(), texts.bank, num_inference_steps=STEPS, guidance_scale=1.0)
 
-    @limits.refusing
-    def search_features(words: str, against: str, person: gr.Request) -> list[list[Any]]:
+    with gr.Row():
+        with gr.Column(min_width=280):
+            words = widgets.prompt_box(texts.words, "Words with what is looked for", 1)
+            against = widgets.prompt_box(texts.against, "Words without it", 1)
+            search = gr.Button("Search", variant="primary")
+            table = gr.Dataframe(
+                headers=["feature", "score"], label="Features, the best first", interactive=False, max_height=240
+            )
+            feature = gr.Number(
+                first, label="Feature", precision=0, minimum=0, maximum=last,
+                info=f"At first {concept}; after a search the best one. A click on a row takes another.",
+            )  # fmt: skip
+            look = gr.Button("Top pictures")
+        with gr.Column(min_width=280):
+            prompt = widgets.prompt_box(texts.steer)
+            factor = gr.Slider(
+                -4, 8, -1, step=0.5, label="Multiply the feature by",
+                info="Its own activation: 0 removes it, below 0 it becomes its opposite, above 1 there is more of it.",
+            )  # fmt: skip
+            sampled = widgets.sampling()
+            make, stop = widgets.buttons("Steer")
+            status = widgets.status()
+            with gr.Row():
+                plain = widgets.result("As it is")
+                steered = widgets.result("Steered")
+    pictures = widgets.results("Where the feature is strongest", columns=3)
+
+    @limits.refusing(status)
+    def search_features(words: str, against: str, person: gr.Request) -> Iterator[tuple[Any, Any, str]]:
         """Find the features that one sentence's pictures have and another's have not.
 
         Args:
@@ -52,21 +76,23 @@ def build(holder: Holder) -> None:
             against: without it.
 
         Returns:
-            rows of feature and score, the best first.
+            rows of feature and score, the best first; the best; and how far it is.
         """
         read = [limits.text(text, what) for text, what in ((words, "the words"), (against, "the other words"))]
         if not all(read):
             raise limits.Refused("give words with what is looked for, and words without it")
+        yield gr.skip(), gr.skip(), "Searching."
         with holder.busy(person):
             found = contrast_features(
                 studio.pipe, sae(), read[:1], read[1:], num_inference_steps=STEPS, guidance_scale=1.0
             )
-        best = found.scores("prompts").mean(0).topk(FOUND)
-        return [[int(number), round(float(score), 5)] for score, number in zip(*best)]
+        best = found.scores("prompts").mean(0).topk(min(FOUND, last + 1))
+        rows = [[int(number), round(float(score), 5)] for score, number in zip(*best)]
+        yield rows, rows[0][0], f"Feature {rows[0][0]} is chosen, the best of these."
 
-    @limits.refusing
-    def feature_pictures(feature: int, person: gr.Request) -> tuple[list[tuple[str, str]], str]:
-        """The pictures on which a feature is strongest, of a bank of scenes, and where in them.
+    @limits.refusing(status)
+    def feature_pictures(feature: int, person: gr.Request) -> Iterator[tuple[Any, str]]:
+        """The pictures on which a feature is strongest, of a bank of prompts, and where in them.
 
         Args:
             feature: its number.
@@ -74,23 +100,19 @@ def build(holder: Holder) -> None:
         Returns:
             files of pictures under their heat maps with their sentences, and a note.
         """
-        autoencoder = sae()
         number = limits.whole(feature, "the feature", 0, last)
+        yield gr.skip(), f"Looking through {len(texts.bank)} images."
         with holder.busy(person):
-            rows = survey().top_pictures(number, TOP)
-            shown = []
-            for row, value, _ in rows:
-                found = heat_maps(
-                    studio.pipe, autoencoder, [bank()[row]], [number], seed=row, num_inference_steps=STEPS,
-                    guidance_scale=1.0, output_type="pil",
-                )  # fmt: skip
-                picture = found.pictures[0]
-                if found.maps is not None:
-                    picture = overlay(picture, found.maps[0, 0])
-                shown.append((holder.keep(picture), f"{value:.2f}: {bank()[row]}"))
-        return shown, f"active on {len(shown)} of the {BANK} pictures that were looked at, the strongest first"
+            shown = _strongest(holder, sae(), survey(), texts.bank, number)
+        if not shown:
+            yield shown, f"Feature {number} was not active on any of {len(texts.bank)} images; choose another."
+            return
+        yield (
+            shown,
+            f"active on {len(shown)} of the {len(texts.bank)} pictures that were looked at, the strongest first",
+        )
 
-    @limits.refusing
+    @limits.refusing(status)
     def steer(
         prompt: str, feature: int, factor: float, steps: int, guidance: float, seed: int, person: gr.Request
     ) -> Iterator[tuple[Any, Any, str]]:
@@ -107,50 +129,62 @@ def build(holder: Holder) -> None:
         Returns:
             PNG files of the plain picture and the steered one, and how far it is.
         """
-        sae()
         number = limits.whole(feature, "the feature", 0, last)
         base = Request(limits.text(prompt), **widgets.read_sampling(steps, guidance, seed))
         by = float(limits.number(factor, "the factor", -100, 100))
         for shown in holder.make([base, replace(base, features=((number, by),))], person):
             first, second = [*shown.files, gr.skip(), gr.skip()][:2]
-            yield first, second, shown.status
+            note = ""
+            if shown.over and len(shown.files) == 2 and same_pixels(*map(open_image, shown.files)):
+                note = (
+                    " Nothing changed: multiplied by 1."
+                    if by == 1
+                    else f" Nothing changed: feature {number} is never active in this image. Search for one that is."
+                )
+            yield first, second, shown.status + note
 
-    with gr.Row():
-        with gr.Column(min_width=280):
-            words = widgets.prompt_box("a red cube, neon style", "Words with what is looked for", 1)
-            against = widgets.prompt_box("a red cube, photo style", "Words without it", 1)
-            search = gr.Button("Search", variant="primary")
-            table = gr.Dataframe(
-                headers=["feature", "score"], label="Features, the best first", interactive=False, max_height=240
-            )
-            feature = gr.Number(0, label="Feature", precision=0, minimum=0, maximum=last)
-            look = gr.Button("Top pictures")
-        with gr.Column(min_width=280):
-            prompt = widgets.prompt_box("a green pyramid at night, neon style")
-            factor = gr.Slider(-10, 10, 3, step=0.5, label="Multiply the feature by")
-            sampled = widgets.sampling()
-            make, stop = widgets.buttons("Steer")
-            with gr.Row():
-                plain = widgets.result("As it is", height=200)
-                steered = widgets.result("Steered", height=200)
-    status = widgets.status()
-    pictures = gr.Gallery(label="Where the feature is strongest", columns=3, height=320, interactive=False)
-
-    search.click(search_features, [words, against], table, api_name="search_features", **DEVICE)
-    table.select(_clicked, table, feature, queue=False, api_visibility="private")
-    look.click(feature_pictures, feature, [pictures, status], api_name="feature_pictures", **DEVICE)
+    search.click(
+        search_features, [words, against], [table, feature, status],
+        api_name="search_features", trigger_mode="once", **DEVICE,
+    )  # fmt: skip
+    table.select(_clicked, table, [feature, status], **QUICK)
+    look.click(
+        feature_pictures, feature, [pictures, status], api_name="feature_pictures", trigger_mode="once", **DEVICE
+    )
     make.click(
         steer, [prompt, feature, factor, *sampled], [plain, steered, status],
         api_name="steer", trigger_mode="once", **DEVICE,
     )  # fmt: skip
-    stop.click(holder.stop, None, status, queue=False, api_visibility="private")
+    stop.click(holder.stop, None, status, **QUICK)
 
 
-@lru_cache(maxsize=1)
-def bank() -> list[str]:
-    """Sentences of scenes that were held out of training."""
-    return [caption(Scene.sample(i, "heldout"), Random(i)) for i in range(BANK)]
+def _first(studio: Studio, prompt: str) -> tuple[str, int]:
+    """A feature to begin with that is active for a prompt, and what it is: the most its own of a concept in it."""
+    book = studio.unlearner.books.get(studio.seen_at)
+    for name, selection in reversed(book.selections.items() if book is not None else ()):
+        if name in prompt and len(selection.features):
+            excess = (selection.means - selection.thresholds).mean(0)
+            return f'one of "{name}"', int(selection.features[excess.argmax()])
+    return "any", 0
 
 
-def _clicked(table: Any, event: gr.SelectData) -> int:
-    return int(table.iloc[event.index[0], 0])
+def _strongest(
+    holder: Holder, sae: SparseAutoencoder, survey: FeatureSurvey, bank: Sequence[str], number: int
+) -> list[tuple[str, str]]:
+    """Files and captions of the images on which a feature is strongest, under its heat maps."""
+    shown = []
+    for row, value, _ in survey.top_pictures(number, TOP):
+        found = heat_maps(
+            holder.studio.pipe, sae, [bank[row]], [number], seed=row, num_inference_steps=STEPS,
+            guidance_scale=1.0, output_type="pil",
+        )  # fmt: skip
+        picture = found.pictures[0]
+        if found.maps is not None:
+            picture = overlay(picture, found.maps[0, 0])
+        shown.append((holder.keep(picture), f"{value:.2f}: {bank[row]}"))
+    return shown
+
+
+def _clicked(table: Any, event: gr.SelectData) -> tuple[int, str]:
+    number = int(table.iloc[event.index[0], 0])
+    return number, f"Feature {number} is chosen."

@@ -24,12 +24,20 @@ from imgdit.images import to_image
 from ..generate import output_file
 from ..request import Origin, Request, write_png
 from ..studio import Made, Stopped, Studio
-from .limits import LIMITS
+from .examples import of_scenes
+from .limits import LIMITS, sentence
 from .turns import Place, Turns
 
-DEVICE: dict[str, Any] = {"concurrency_id": "device", "concurrency_limit": LIMITS.queue}
-"""Of every event that computes. Gradio would serve who came first, however much they ask for; so it lets all in that
-may wait, and `Turns` says whose turn it is."""
+DEVICE: dict[str, Any] = {
+    "concurrency_id": "device",
+    "concurrency_limit": LIMITS.queue,
+    "show_progress": "hidden",
+}
+"""Of every event that computes. The status tells how far it is, and what went wrong: gradio's own progress would lie
+over the images. Gradio would serve who came first, however much they ask for; so it lets all in that may wait, and
+`Turns` says whose turn it is."""
+QUICK: dict[str, Any] = {"queue": False, "api_visibility": "private", "show_progress": "hidden"}
+"""Of what the page does to itself."""
 WAKE = 1.0
 """Seconds after which who waits is told how many go before; a window that was closed is noticed then."""
 PREVIEWS = 8
@@ -46,6 +54,8 @@ class Shown:
     preview: Image.Image | None = None
     files: list[str] = field(default_factory=list)
     """Finished pictures."""
+    over: bool = False
+    """Whether this is the last of it."""
 
 
 class Holder:
@@ -103,15 +113,26 @@ class Holder:
                     if not self._asked[session]:
                         del self._asked[session]
 
-    def make(self, requests: Sequence[Request], person: gr.Request | None) -> Iterator[Shown]:
-        """Work through requests, and show how far they are; the last thing shown has all files."""
+    def make(
+        self, requests: Sequence[Request], person: gr.Request | None, remarks: Sequence[str] = ()
+    ) -> Iterator[Shown]:
+        """Work through requests, and show how far they are; the last thing shown has all files. Words and sizes that
+        the model was never taught are told by a notice before, and at the end.
+
+        Args:
+            requests: in their order.
+            person: who asks.
+            remarks: what there is to say of what was made, in sentences.
+        """
         files: list[str] = []
         with self._line(person) as (place, stop):
             while ahead := self.turns.ahead(place, WAKE):
                 if stop.is_set():
-                    yield Shown("Stopped.", None, files)
+                    yield Shown("Stopped.", None, files, over=True)
                     return
                 yield Shown(f"{ahead} before you", None, files)
+            for said in dict.fromkeys(sentence(said) for request in requests for said in self.studio.remarks(request)):
+                gr.Warning(said)
             for i, request in enumerate(requests):
                 label = f"picture {i + 1} of {len(requests)}, " if len(requests) > 1 else ""
                 for event in self._stream(request, stop):
@@ -121,9 +142,15 @@ class Holder:
                     step, steps, preview = event
                     yield Shown(f"{label}step {step} of {steps}", preview, list(files))
                 else:
-                    yield Shown("Stopped.", None, files)
+                    yield Shown("Stopped.", None, files, over=True)
                     return
-        yield Shown("Done.", None, files)
+        yield Shown(" ".join(["Done.", *remarks, *self._untaught(requests)]), None, files, over=True)
+
+    def _untaught(self, requests: Sequence[Request]) -> list[str]:
+        """Sentences on words and sizes that the model was never taught."""
+        words = self.studio.about_words([request.prompt for request in requests])
+        sizes = dict.fromkeys(self.studio.about_size(request, timed=False) for request in requests)
+        return [sentence(said) for said in (words, *sizes) if said]
 
     def _stream(self, request: Request, stop: threading.Event) -> Iterator[Any]:
         """(step, steps, picture or `None`) after each step, then `Made`; nothing more after a stop.
@@ -176,8 +203,10 @@ class Holder:
 
     @cached_property
     def examples(self) -> list[str]:
-        """Files of pictures to try the tabs with: scenes that were held out of training."""
-        files = []
+        """Files of pictures to try the tabs with: scenes that were held out of training; none for other models."""
+        files: list[str] = []
+        if not of_scenes(self.studio):
+            return files
         for i in range(EXAMPLES):
             scene = render([Scene.sample(i, "heldout")], self.studio.default_size or 512)
             files.append(self.keep(to_image(scene.rgb[0])))

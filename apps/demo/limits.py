@@ -100,36 +100,53 @@ def check_size(width: int, height: int, what: str = "the picture") -> None:
         raise Refused(f"{what} may have {millions:.0f} million pixels, got {width}x{height}; make it smaller")
 
 
-def refusing(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A handler whose errors reach the person as one sentence and the log as a traceback."""
+def sentence(text: str) -> str:
+    """A message as it stands on the page."""
+    return f"{text[:1].upper()}{text[1:]}" + ("" if text.endswith((".", "!", "?")) else ".")
 
-    def told(error: Exception) -> gr.Error:
-        if isinstance(error, (Refused, ValueError, ImportError)):
-            logger.info("refused: %s", error)
-            return gr.Error(" ".join(str(error).split())[:400], print_exception=False)
-        logger.exception("a request failed")
-        return gr.Error("Something went wrong here; the log of the server tells what.", print_exception=False)
 
-    if inspect.isgeneratorfunction(function):
+def refusing(status: Any = None) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorator of a handler: what it refuses reaches the person once, as a notice and in the status, without a veil
+    over what they work on; programs get it as an error. The log has the traceback of what went wrong here.
+
+    Args:
+        status: the output that says it, of a handler that yields.
+    """
+
+    def decorated(function: Callable[..., Any]) -> Callable[..., Any]:
+        if inspect.isgeneratorfunction(function):
+
+            @functools.wraps(function)
+            def stream(*args: Any, **kwargs: Any) -> Iterator[Any]:
+                try:
+                    yield from function(*args, **kwargs)
+                except Exception as error:
+                    said, failure = _told(error)
+                    if status is not None:
+                        yield {status: said}
+                    raise failure from error
+
+            return stream
 
         @functools.wraps(function)
-        def stream(*args: Any, **kwargs: Any) -> Iterator[Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
             try:
-                yield from function(*args, **kwargs)
-            except gr.Error:
-                raise
+                return function(*args, **kwargs)
             except Exception as error:
-                raise told(error) from error
+                raise _told(error)[1] from error
 
-        return stream
+        return call
 
-    @functools.wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return function(*args, **kwargs)
-        except gr.Error:
-            raise
-        except Exception as error:
-            raise told(error) from error
+    return decorated
 
-    return call
+
+def _told(error: Exception) -> tuple[str, gr.Error]:
+    """What a person is told, and what a program gets; the notice is on its way."""
+    if isinstance(error, (ValueError, ImportError)):
+        logger.info("refused: %s", error)
+        text = " ".join(str(error).split())[:400]
+        gr.Warning(sentence(text))
+        return sentence(text), gr.Error(text, visible=False, print_exception=False)
+    logger.exception("a request failed")
+    text = "Something went wrong here; the log of the server tells what."
+    return text, gr.Error(text, print_exception=False)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import gradio as gr
 
@@ -39,13 +41,16 @@ def build(holder: Holder, results: Path) -> None:
             run = gr.Button("Check", variant="primary")
             table = gr.Dataframe(headers=["module", "μP", "standard"], label="Slopes at the last step", max_height=260)
         with gr.Column(min_width=280):
-            plot = widgets.result("Coordinate check")
-    recorded = gr.Gallery(_recorded(results), label="Recorded results", columns=2, height=320, interactive=False)
+            status = widgets.status()
+            plot = widgets.result("Coordinate check", square=False)
+    recorded = gr.Gallery(
+        _recorded(results), label="Recorded results", columns=2, object_fit="contain", interactive=False
+    )
     refresh = gr.Button("Look for results again", size="sm")
     told = gr.Markdown(_missing(results))
 
-    @limits.refusing
-    def coordinate_check(widths: list[int], steps: int, person: gr.Request) -> tuple[str, list[list[str]]]:
+    @limits.refusing(status)
+    def coordinate_check(widths: list[int], steps: int, person: gr.Request) -> Iterator[tuple[Any, Any, str]]:
         """Run the coordinate check.
 
         Args:
@@ -53,7 +58,7 @@ def build(holder: Holder, results: Path) -> None:
             steps: forward passes, with an update between two.
 
         Returns:
-            the plot, and per module the slopes under μP and under the standard parametrisation.
+            the plot, per module the slopes under μP and under the standard parametrisation, and how far it is.
         """
         from imgdit.mup.plots import plot_coordinates
         from imgdit.training.coordinate_check import coordinate_check as check
@@ -62,13 +67,14 @@ def build(holder: Holder, results: Path) -> None:
         if len(chosen) < 2 or not set(chosen) <= set(WIDTHS):
             raise limits.Refused(f"choose at least two widths of {', '.join(map(str, WIDTHS))}, got {chosen}")
         number = limits.whole(steps, "steps", 2, 6)
+        yield gr.skip(), gr.skip(), "Training small backbones."
         with holder.busy(person):
             found = check(load_recipe("mup/coordinates"), chosen, steps=number, seeds=1)
         holder.folder.mkdir(parents=True, exist_ok=True)
         path = plot_coordinates(found, holder.new_file())
-        return str(path), _slopes(found["mup"], found["standard"])
+        yield str(path), _slopes(found["mup"], found["standard"]), "Done."
 
-    @limits.refusing
+    @limits.refusing()
     def recorded_plots() -> tuple[list[tuple[str, str]], str]:
         """The plots that `imgdit mup` wrote: coordinate check and learning-rate transfer.
 
@@ -77,7 +83,10 @@ def build(holder: Holder, results: Path) -> None:
         """
         return _recorded(results), _missing(results)
 
-    run.click(coordinate_check, [widths, steps], [plot, table], api_name="coordinate_check", **DEVICE)
+    run.click(
+        coordinate_check, [widths, steps], [plot, table, status],
+        api_name="coordinate_check", trigger_mode="once", **DEVICE,
+    )  # fmt: skip
     refresh.click(recorded_plots, None, [recorded, told], api_name="recorded_plots", queue=False)
 
 

@@ -7,49 +7,49 @@ from dataclasses import replace
 from typing import Any
 
 import gradio as gr
+import torch
 
 from imgdit.images import open_image
-from imgdit.sae.features import heat_maps
+from imgdit.sae.concept_maps import concept_maps
+from imgdit.sae.hooks import site
 
 from ..request import Request
-from . import limits, widgets
+from . import examples, limits, widgets
 from .heat import overlay
-from .holder import DEVICE, Holder
+from .holder import DEVICE, QUICK, Holder
 from .limits import LIMITS
 
 MODES = ("scale", "remove", "replace")
 
-EXAMPLE = "a green pyramid at night, neon style"
+FAINT = 0.5
+"""Share of its activation in its own images below which a concept is hardly seen."""
+SEARCHING = "Looking where the concepts are seen."
 
 
 def build(holder: Holder) -> None:
-    """Lay the tab out."""
+    """Lay the tab out, for a model with concepts."""
     studio = holder.studio
-    concepts = studio.unlearner.concepts if studio.has_sae else []
-    if not concepts:
-        gr.Markdown(
-            f"There is no sparse autoencoder with concepts in `{holder.sae_place}`; `imgdit sae train RECIPE` makes "
-            "one."
-        )
-    books = studio.unlearner.books.values() if studio.has_sae else ()
+    concepts = studio.unlearner.concepts
+    example = examples.texts(studio).unlearn
+    books = studio.unlearner.books.values()
     stored = next((selection.multiplier for book in books for selection in book.selections.values()), -1.0)
     with gr.Row():
         with gr.Column(min_width=280):
-            said = [name for name in concepts if name in EXAMPLE][:1]  # so that one click shows something
-            chosen = gr.CheckboxGroup(concepts, value=said, label="Concepts to unlearn", interactive=bool(concepts))
-            prompt = widgets.prompt_box(EXAMPLE)
+            said = [name for name in concepts if name in example][:1] or concepts[:1]  # one click shows something
+            chosen = gr.CheckboxGroup(concepts, value=said, label="Concepts to unlearn")
+            prompt = widgets.prompt_box(example)
             mode = gr.Radio(MODES, value="scale", label="How")
             multiplier = gr.Slider(-20, 1, stored, step=0.1, label="Multiplier (of scale)", info="lower: stronger")
             sampled = widgets.sampling()
             make, stop = widgets.buttons("Unlearn")
-            status = widgets.status()
         with gr.Column(min_width=280):
+            status = widgets.status()
             with gr.Row():
-                plain = widgets.result("As it is", height=220)
-                without = widgets.result("Unlearned", height=220)
-            heat = widgets.result("Where the concepts are seen", height=220)
+                plain = widgets.result("As it is")
+                without = widgets.result("Unlearned")
+            heat = widgets.result("Where the concepts are seen")
 
-    @limits.refusing
+    @limits.refusing(status)
     def unlearn(
         prompt: str, chosen: Sequence[str], mode: str, multiplier: float,
         steps: int, guidance: float, seed: int, person: gr.Request,
@@ -68,8 +68,6 @@ def build(holder: Holder) -> None:
         Returns:
             PNG files of the plain picture, the other one, a heat map of the concepts, and how far it is.
         """
-        if not studio.has_sae:
-            raise limits.Refused(f"there is no sparse autoencoder in {holder.sae_place}, so nothing can be unlearned")
         names = [limits.choice(name, "a concept", concepts) for name in chosen or ()]
         if not names:
             raise limits.Refused("choose at least one concept")
@@ -80,35 +78,42 @@ def build(holder: Holder) -> None:
             mode=limits.choice(mode, "the mode", MODES),
             multiplier=float(limits.number(multiplier, "the multiplier", -100, 1)),
         )
-        files: list[str] = []
+        shown = None
         for shown in holder.make([base, other], person):
-            files = shown.files
-            first, second = [*files, gr.skip(), gr.skip()][:2]
-            yield first, second, gr.skip(), shown.status
-        if len(files) == 2:
+            first, second = [*shown.files, gr.skip(), gr.skip()][:2]
+            said = SEARCHING if shown.over and len(shown.files) == 2 else shown.status
+            yield first, second, None, said
+        if shown is not None and len(shown.files) == 2:
             with holder.busy(person):
-                found = _seen(holder, base, names)
-            seen = None if found is None else holder.keep(overlay(open_image(files[0]), found))
-            yield files[0], files[1], seen, "Done."
+                seen, note = _seen(holder, base, names)
+            picture = None if seen is None else overlay(open_image(shown.files[0]), seen, full=1.0)
+            yield *shown.files, None if picture is None else holder.keep(picture), f"{shown.status} {note}".strip()
 
     make.click(
         unlearn, [prompt, chosen, mode, multiplier, *sampled], [plain, without, heat, status],
         api_name="unlearn", trigger_mode="once", **DEVICE,
     )  # fmt: skip
-    stop.click(holder.stop, None, status, queue=False, api_visibility="private")
+    stop.click(holder.stop, None, status, **QUICK)
     gr.Markdown(f"Both pictures start from the same noise; up to {LIMITS.steps} steps.")
 
 
-def _seen(holder: Holder, request: Request, names: Sequence[str]) -> Any:
-    """Mean activation (rows, columns) of the features of concepts; `None` where no SAE sees them in the picture."""
+def _seen(holder: Holder, request: Request, names: Sequence[str]) -> tuple[torch.Tensor | None, str]:
+    """Where concepts are seen (rows, columns), in units of how they are in their own images; and what is to be said of
+    it. `None` where there is no map."""
     unlearner, hookpoint = holder.studio.unlearner, holder.studio.seen_at
     book = unlearner.books.get(hookpoint)
-    known = [] if book is None else [book.selections[name] for name in names if name in book.selections]
-    if not known:
-        return None
-    features = sorted({int(feature) for selection in known for feature in selection.features})
-    found = heat_maps(
-        holder.studio.pipe, unlearner.saes[hookpoint], [request.prompt], features, hookpoint=hookpoint,
-        seed=request.seed, num_inference_steps=request.steps, guidance_scale=request.guidance,
+    if book is None or site(holder.studio.pipe, hookpoint).text:
+        return None, "No autoencoder with concepts reads the image, so there is no map of where they are seen."
+    found = concept_maps(
+        holder.studio.pipe, unlearner.saes[hookpoint], book, [name for name in names if name in book.selections],
+        [request.prompt], hookpoint=hookpoint, seed=request.seed, num_inference_steps=request.steps,
+        guidance_scale=request.guidance,
     )  # fmt: skip
-    return None if found.maps is None else found.maps[0].mean(0)
+    unknown = [name for name in names if name not in found.concepts]
+    faint = [name for name, heat in zip(found.concepts, found.maps[0]) if float(heat.max()) < FAINT]
+    notes = []
+    if unknown:
+        notes.append(f"Not on the map, as no feature stands for it in the image: {', '.join(unknown)}.")
+    if faint:
+        notes.append(f"Hardly seen in this image: {', '.join(faint)}.")
+    return (found.maps[0].amax(0) if found.concepts else None), " ".join(notes)

@@ -1,7 +1,8 @@
-"""Components that several tabs share, with their limits on them."""
+"""Components that several tabs share."""
 
 from __future__ import annotations
 
+from abc import ABCMeta
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -9,37 +10,77 @@ import gradio as gr
 from PIL import Image
 
 from imgdit.defaults import GUIDANCE, STEPS
-from imgdit.images import to_rgb
 
 from . import limits
 from .limits import LIMITS
+
+PAPER = "white"
+"""Colour of an empty canvas in the browser."""
+COLOURS = ("#000000", "#808080", "#ffffff", "#ff0000", "#00ff00", "#0000ff", "#ffff00", "#ff00ff", "#00ffff")
+"""Of the brush, the first by default: it must be seen on paper. The last six are kinds in a segmentation."""
+
+
+class _WithoutStub(type(gr.Image)):  # type: ignore[misc]
+    """Of subclasses of components: gradio's own metaclass would write a stub file beside this module for each."""
+
+    def __new__(cls, name: str, bases: tuple[type, ...], attributes: dict[str, Any]) -> Any:
+        return ABCMeta.__new__(cls, name, bases, attributes)
+
+
+# Both components hand on what was sent as it is: handlers open it, so that a refusal is theirs to tell, and a header
+# is looked at before anything is unpacked. They are classes because gradio makes a component anew for each visitor
+# whose page changes it.
+
+
+class Upload(gr.Image, metaclass=_WithoutStub):
+    """A place for an image; handlers get its file, for `limits.picture`."""
+
+    def get_block_name(self) -> str:
+        return "image"
+
+    def preprocess(self, payload: Any) -> Any:
+        return getattr(payload, "path", None)
+
+
+class Canvas(gr.ImageEditor, metaclass=_WithoutStub):
+    """An image that is uploaded, drawn, or drawn on; handlers get its parts, for `read_drawing`."""
+
+    def get_block_name(self) -> str:
+        return "imageeditor"
+
+    def preprocess(self, payload: Any) -> Any:
+        # A browser sends the parts beside the request, a program within it.
+        return payload if payload is None or payload.id is None else self.blob_storage.get(payload.id)
 
 
 class Drawing(NamedTuple):
     """What came from a canvas."""
 
     picture: Image.Image
-    """With what was drawn on it."""
+    """As it is seen, with what was drawn on it."""
     below: Image.Image | None
-    """What was drawn on, if anything was uploaded."""
-    drawn: Image.Image
-    """White where something was drawn."""
+    """What was drawn on; `None`: empty paper."""
+    strokes: Image.Image
+    """What was drawn, RGBA on nothing."""
+
+    @property
+    def drawn(self) -> Image.Image:
+        """White where something was drawn, however thinly."""
+        return self.strokes.getchannel("A").point(_any)
+
+    @property
+    def is_blank(self) -> bool:
+        """Whether nothing is to be seen: paper, or white on it."""
+        return _is_paper(self.picture) and (self.below is None or _is_paper(self.below))
 
 
-def upload(label: str, height: int) -> gr.Image:
-    """A place for a picture, whose header is looked at before it is unpacked; handlers get it in RGB."""
-    box = gr.Image(label=label, height=height, type="pil", sources=["upload", "clipboard"])
-
-    def preprocess(payload: Any) -> Image.Image | None:
-        return limits.picture(getattr(payload, "path", None), label.lower())
-
-    # Not a subclass: gradio would write a stub file into this folder for it.
-    box.preprocess = limits.refusing(preprocess)  # type: ignore[method-assign]
-    return box
+def upload(label: str, height: int) -> Upload:
+    """A place for an image."""
+    return Upload(label=label, height=height, type="filepath", sources=["upload", "clipboard"])
 
 
-def canvas(label: str, side: int, height: int) -> gr.ImageEditor:
-    """A picture that is uploaded, drawn, or drawn on; handlers get a `Drawing`, or `None` of an empty one.
+def canvas(label: str, side: int, height: int) -> Canvas:
+    """A place to draw, and to draw on an image.
 
     Args:
         label: above it.
@@ -47,58 +88,60 @@ def canvas(label: str, side: int, height: int) -> gr.ImageEditor:
         height: in pixels of the page.
     """
     side = max(side, 256)
-    box = gr.ImageEditor(
+    return Canvas(
         label=label,
         height=height,
         type="pil",
         sources=["upload", "clipboard"],
-        brush=gr.Brush(default_size=side // 16, colors=["#ffffff", "#000000", "#808080"]),
+        brush=gr.Brush(default_size=side // 48, colors=list(COLOURS), default_color=COLOURS[0]),
         layers=False,
         canvas_size=(side, side),
+        elem_classes="canvas",
     )
 
-    def preprocess(payload: Any) -> Drawing | None:
-        # A browser sends the parts beside the request, a program within it. gradio's own reading would unpack them
-        # before their size is looked at, and put what is drawn on nothing on white.
-        sent = payload if payload is None or payload.id is None else box.blob_storage.get(payload.id)
-        return None if sent is None else _drawing(sent)
 
-    box.preprocess = limits.refusing(preprocess)  # type: ignore[method-assign]
-    return box
+def read_drawing(sent: Any) -> Drawing | None:
+    """What a `Canvas` handed on; `None` where nothing was uploaded or drawn.
 
-
-def _drawing(sent: Any) -> Drawing | None:
+    A browser sends the paper as a white background, a program none; what is transparent shows the paper.
+    """
+    if sent is None:
+        return None
     background, composite, *layers = (
         limits.picture(getattr(part, "path", part), "the drawing", "RGBA")
         for part in (sent.background, sent.composite, *(sent.layers or ()))
     )
-    below = None if _is_empty(background) else background
     strokes = [layer for layer in layers if layer is not None and not _is_empty(layer)]
-    if below is None and not strokes:
-        return None if composite is None or _is_empty(composite) else _drawn_on(composite, [])._replace(below=None)
-    # An upload is read as everywhere: what is transparent is white. A drawing on nothing is a map: there it is black.
-    first = Image.new("RGBA", strokes[0].size, "black") if below is None else to_rgb(below).convert("RGBA")
-    drawing = _drawn_on(first, strokes)
-    return drawing if below is not None else drawing._replace(below=None)
+    if background is not None and not _is_empty(background) and not _is_paper(background):
+        return _drawn_on(background, strokes)
+    if not strokes:  # a program may send the whole alone
+        return None if composite is None or _is_empty(composite) else _drawn_on(composite, [])
+    drawing = _drawn_on(Image.new("RGBA", strokes[0].size, PAPER), strokes)
+    if _is_paper(drawing.picture) and (background is None or _is_empty(background)):  # white on nothing: a map
+        drawing = _drawn_on(Image.new("RGBA", strokes[0].size, "black"), strokes)
+    return drawing._replace(below=None)
 
 
 def _drawn_on(below: Image.Image, strokes: Sequence[Image.Image]) -> Drawing:
-    """All in RGBA; what is transparent becomes black."""
-    below = Image.alpha_composite(Image.new("RGBA", below.size, "black"), below)
-    picture, drawn = below, Image.new("L", below.size)
+    """All in RGBA."""
+    below = Image.alpha_composite(Image.new("RGBA", below.size, PAPER), below)
+    drawn = Image.new("RGBA", below.size, (0, 0, 0, 0))
     for stroke in strokes:
-        stroke = stroke.resize(below.size)
-        picture = Image.alpha_composite(picture, stroke)
-        drawn.paste(255, mask=stroke.getchannel("A").point(_any))
-    return Drawing(picture.convert("RGB"), below.convert("RGB"), drawn)
+        drawn = Image.alpha_composite(drawn, stroke.resize(below.size))
+    return Drawing(Image.alpha_composite(below, drawn).convert("RGB"), below.convert("RGB"), drawn)
 
 
 def _any(alpha: int) -> int:
     return 255 if alpha else 0
 
 
-def _is_empty(picture: Image.Image | None) -> bool:
-    return picture is None or picture.getchannel("A").getbbox() is None
+def _is_empty(picture: Image.Image) -> bool:
+    return picture.getchannel("A").getbbox() is None
+
+
+def _is_paper(picture: Image.Image) -> bool:
+    """Whether every channel of every pixel is full."""
+    return all(low == 255 for low, _ in picture.getextrema())
 
 
 class Sampling(NamedTuple):
@@ -109,11 +152,29 @@ class Sampling(NamedTuple):
     seed: gr.Number
 
 
-def result(label: str, height: int | None = None) -> gr.Image:
-    """A picture that was made; it can be downloaded and enlarged, and is sent nowhere."""
+def result(label: str, square: bool = True) -> gr.Image:
+    """An image that was made, shown whole; it can be downloaded and enlarged, and is sent nowhere.
+
+    Args:
+        square: as high as it is wide, also while it is empty.
+    """
     return gr.Image(
-        label=label, height=height, min_width=120, interactive=False, format="png", buttons=["download", "fullscreen"]
-    )
+        label=label, min_width=120, interactive=False, format="png", buttons=["download", "fullscreen"],
+        elem_classes="result square" if square else "result",
+    )  # fmt: skip
+
+
+def results(label: str, columns: int, enlarged: bool = True) -> gr.Gallery:
+    """Several images that were made, shown whole.
+
+    Args:
+        columns: at most.
+        enlarged: fewer of them than columns fill the width.
+    """
+    return gr.Gallery(
+        label=label, columns=columns, format="png", interactive=False, object_fit="contain", fit_columns=enlarged,
+        buttons=["download", "fullscreen"], elem_classes="results",
+    )  # fmt: skip
 
 
 def prompt_box(value: str = "", label: str = "Prompt", lines: int = 2) -> gr.Textbox:
@@ -121,12 +182,12 @@ def prompt_box(value: str = "", label: str = "Prompt", lines: int = 2) -> gr.Tex
     return gr.Textbox(value, label=label, lines=lines, max_length=LIMITS.prompt)
 
 
-def sampling(steps: int = STEPS, guidance: float = GUIDANCE) -> Sampling:
+def sampling() -> Sampling:
     """Steps, guidance and seed, folded away."""
     with gr.Accordion("Sampling", open=False):
         return Sampling(
-            gr.Slider(1, LIMITS.steps, steps, step=1, label="Steps"),
-            gr.Slider(0, LIMITS.guidance, guidance, step=0.1, label="Guidance"),
+            gr.Slider(1, LIMITS.steps, STEPS, step=1, label="Steps"),
+            gr.Slider(0, LIMITS.guidance, GUIDANCE, step=0.1, label="Guidance"),
             gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**31 - 1),
         )
 
@@ -148,4 +209,4 @@ def buttons(name: str) -> tuple[gr.Button, gr.Button]:
 
 def status() -> gr.Textbox:
     """Says how far it is."""
-    return gr.Textbox(label="Status", interactive=False, lines=1)
+    return gr.Textbox(label="Status", interactive=False, lines=1, max_lines=4)

@@ -1,26 +1,35 @@
 """The demo's endpoints with a tiny model: what they make, what they refuse, and what they survive."""
 
+import copy
+import io
 import json
 import math
 import random
 import re
 import struct
 import zlib
+from pathlib import Path
 
+import httpx
 import pytest
+import torch
+from gradio import FileData
 from gradio.components.image_editor import EditorData, EditorDataBlobs
+from gradio.data_classes import ImageData
 from gradio_client import Client, handle_file
-from PIL import Image
-from tiny_runs import small_pipeline
+from PIL import Image, ImageColor
+from tiny_control import flux, sd3, with_texts
+from tiny_runs import small_pipeline, with_concepts
 
-from imgdit.apps.demo import app, features, limits, widgets
+from imgdit.apps.demo import app, examples, features, limits, widgets
 from imgdit.apps.generate import same_pixels
-from imgdit.apps.request import read_origin
+from imgdit.apps.prepare import drawn_map, lines_on_black
+from imgdit.apps.request import Request, read_origin
 from imgdit.apps.studio import Studio
+from imgdit.data.scenes import OBJECTS
+from imgdit.data.tasks import PALETTE
+from imgdit.defaults import GUIDANCE, STEPS
 from imgdit.images import open_image
-from imgdit.sae.config import SAEConfig
-from imgdit.sae.model import SparseAutoencoder
-from imgdit.sae.unlearning import ConceptUnlearner
 
 SAMPLING = {"steps": 2, "guidance": 1.0, "seed": 3}
 
@@ -29,14 +38,7 @@ SAMPLING = {"steps": 2, "guidance": 1.0, "seed": 3}
 def demo(tmp_path_factory):
     """Address of a running demo, its model, and a folder to write in."""
     folder = tmp_path_factory.mktemp("demo")
-    model = small_pipeline(folder)
-    studio = Studio(model)
-    studio.quiet()
-    width = studio.pipe.transformer.inner_dim
-    sae = SparseAutoencoder(SAEConfig(width, 32, 4, hookpoint="transformer.transformer_blocks.0"))
-    learner = ConceptUnlearner({"transformer.transformer_blocks.0": sae})
-    learner.learn(studio.pipe, {"neon": ["a neon cube"], "photo": ["a photo"]}, top_n=2, num_inference_steps=1)
-    learner.save_pretrained(model / "sae")
+    model = with_concepts(small_pipeline(folder))
     page, address, holder = app.serve(Studio(model), results=folder / "mup")
     yield address, holder, folder
     page.close(verbose=False)
@@ -75,12 +77,12 @@ def test_every_tab_is_a_documented_endpoint(client):
 
 
 def test_create_makes_pictures_that_repeat(demo, client):
-    _, gallery, status = create(client, count=2)
-    assert status == "Done." and len(gallery) == 2
+    last, gallery, status = create(client, count=2)
+    assert status.startswith("Done. The model was taught 128x128; at 64x96 ") and len(gallery) == 2
     origin = read_origin(gallery[1]["image"])
     assert origin.request.seed == 4 and (origin.request.width, origin.request.height) == (64, 96)
     again = demo[1].studio.make(origin.request).pictures[0]
-    assert same_pixels(again, open_image(gallery[1]["image"]))
+    assert same_pixels(again, open_image(gallery[1]["image"])) and same_pixels(again, open_image(last))
 
 
 def test_control_follows_a_picture(client, photo):
@@ -118,10 +120,9 @@ def test_unlearning_stands_beside_the_plain_picture(client):
 
 
 def test_features_are_found_shown_and_steered(client, monkeypatch):
-    monkeypatch.setattr(features, "bank", lambda: ["a neon cube", "a photo", "a red cone"])
-    monkeypatch.setattr(features, "STEPS", 2)
-    table = client.predict(words="a neon cube", against="a photo", api_name="/search_features")
-    feature = int(table["data"][0][0])
+    monkeypatch.setattr(features, "STEPS", 1)
+    table, feature, said = client.predict(words="a neon cube", against="a photo", api_name="/search_features")
+    assert feature == int(table["data"][0][0]) and f"Feature {feature} is chosen" in said
     pictures, note = client.predict(feature=feature, api_name="/feature_pictures")
     assert "active on" in note and len(pictures) <= 6
     plain, steered, status = client.predict(
@@ -131,7 +132,7 @@ def test_features_are_found_shown_and_steered(client, monkeypatch):
 
 
 def test_the_check_draws_and_tells_slopes(client):
-    plot, table = client.predict(widths=[64, 96], steps=2, api_name="/coordinate_check")
+    plot, table, _ = client.predict(widths=[64, 96], steps=2, api_name="/coordinate_check")
     assert open_image(plot).width > 200 and len(table["data"][0]) == 3
     assert "imgdit mup coord-check" in client.predict(api_name="/recorded_plots")[1]
 
@@ -226,7 +227,7 @@ def test_hostile_inputs_leave_the_server_serving(demo, client, photo, tmp_path):
         refused(lambda said=said: client.predict(**said, **SAMPLING, api_name="/any_to_any"), kind)
     assert len(told) == 200
     assert not [text for text in told if "Traceback" in text or "log of the server" in text]
-    assert create(client)[2] == "Done."
+    assert create(client)[2].startswith("Done.")
     assert {file.suffix for file in demo[1].folder.iterdir()} <= {".png"}
 
 
@@ -250,12 +251,191 @@ def test_a_canvas_is_read_as_a_browser_sends_it(tmp_path, background, stroke, se
     sent = EditorDataBlobs(background=part("b.png", background), layers=[part("l.png", stroke)], composite=None)
     box = widgets.canvas("Draw", 64, 100)
     box.blob_storage["1"] = sent
-    read = box.preprocess(EditorData(background=None, layers=[], composite=None, id="1"))
+    read = widgets.read_drawing(box.preprocess(EditorData(background=None, layers=[], composite=None, id="1")))
     if seen is None:
         assert read is None
         return
     assert read.picture.getpixel((3, 3)) == seen and read.drawn.getpixel((3, 3)) == hole
     assert (read.below is not None) == (background is not None)
+
+
+def test_what_gradio_makes_anew_for_a_visitor_reads_as_before(photo):
+    """It makes a component of the class again from its arguments where a handler changes it."""
+    box, place = widgets.canvas("Draw", 64, 100), widgets.upload("Image", 100)
+    box, place = (type(one)(**one.constructor_args) for one in (box, place))
+    sent = EditorData(background=FileData(path=str(photo)), layers=[], composite=None)
+    assert widgets.read_drawing(box.preprocess(sent)).below.size == (160, 128)
+    assert limits.picture(place.preprocess(ImageData(path=str(photo)))).size == (160, 128)
+    assert (box.get_block_name(), place.get_block_name()) == ("imageeditor", "image")
+    assert not list(Path(widgets.__file__).parent.glob("*.pyi"))
+
+
+def parts(colour, alpha=255, background="white"):
+    """A canvas with a bar of a colour drawn across empty paper, or on another background."""
+    stroke = Image.new("RGBA", (16, 16), (0, 0, 0, 0))
+    stroke.paste((*colour, alpha), (4, 0, 12, 16))
+    data = []
+    for picture in (Image.new("RGBA", (16, 16), background), stroke):
+        file = io.BytesIO()
+        picture.save(file, "PNG")
+        data.append(file.getvalue())
+    return EditorDataBlobs(background=data[0], layers=[data[1]], composite=None)
+
+
+@pytest.mark.parametrize("background", ["white", (0, 0, 0, 0)], ids=["paper", "transparent"])
+def test_a_drawing_arrives_as_it_is_seen(background):
+    drawing = widgets.read_drawing(parts((0, 0, 0), background=background))
+    assert drawing.below is None and not drawing.is_blank
+    assert drawing.picture.getpixel((1, 1)) == (255, 255, 255) and drawing.picture.getpixel((8, 8)) == (0, 0, 0)
+    white = widgets.read_drawing(parts((255, 255, 255), background=background))
+    assert white.is_blank == (background == "white")  # a program's white on nothing is a map
+    if not white.is_blank:
+        found, inverted = drawn_map("canny", white.picture, white.strokes)
+        assert not inverted and (found.getpixel((8, 8)), found.getpixel((1, 1))) == ((255,) * 3, (0,) * 3)
+    on_photo = widgets.read_drawing(parts((255, 255, 255), background=(9, 8, 7, 255)))
+    assert not on_photo.is_blank and on_photo.below.getpixel((8, 8)) == (9, 8, 7)
+
+
+@pytest.mark.parametrize(
+    ("kind", "colour", "made", "inverted"),
+    [
+        ("canny", (0, 0, 0), (255, 255, 255), True),
+        ("depth", (100, 100, 100), (155, 155, 155), True),
+        ("segmentation", (255, 0, 0), (255, 0, 0), False),
+        ("subject", (0, 0, 0), (0, 0, 0), False),
+    ],
+)
+def test_a_drawing_becomes_the_map_that_is_read(kind, colour, made, inverted):
+    drawing = widgets.read_drawing(parts(colour))
+    found, told = drawn_map(kind, drawing.picture, drawing.strokes)
+    ground = (255, 255, 255) if kind == "subject" else (0, 0, 0)
+    assert (found.getpixel((8, 8)), found.getpixel((1, 1)), told) == (made, ground, inverted)
+
+
+def test_a_whole_that_a_program_sends_alone_is_an_upload():
+    lines = Image.new("RGBA", (16, 16), "black")
+    lines.paste("white", (2, 0, 4, 16))
+    file = io.BytesIO()
+    lines.save(file, "PNG")
+    sent = widgets.read_drawing(EditorDataBlobs(background=None, layers=[], composite=file.getvalue()))
+    assert sent.below is not None and not sent.is_blank
+    assert sent.picture.tobytes() == lines.convert("RGB").tobytes()
+
+
+def test_colours_that_mean_something_are_neither_black_nor_mixed():
+    drawing = widgets.read_drawing(parts((0, 0, 0)))
+    with pytest.raises(ValueError, match="choose one for the brush"):
+        drawn_map("segmentation", drawing.picture, drawing.strokes)
+    drawing = widgets.read_drawing(parts((255, 0, 0), alpha=200))
+    assert drawn_map("segmentation", drawing.picture, drawing.strokes)[0].getpixel((8, 8)) == (255, 0, 0)
+
+
+def test_lines_on_a_light_ground_are_inverted_for_edges_alone():
+    dark, light = Image.new("RGB", (8, 8), "black"), Image.new("RGB", (8, 8), "white")
+    for picture, line in ((dark, "white"), (light, "black")):
+        picture.paste(line, (2, 0, 3, 8))
+    assert lines_on_black("canny", light)[0].tobytes() == dark.tobytes()
+    for kind, picture in (("canny", dark), ("depth", light)):
+        found, inverted = lines_on_black(kind, picture)
+        assert found is picture and not inverted
+
+
+def test_what_is_refused_is_said_once_and_programs_get_an_error(demo, client):
+    empty = {"background": None, "layers": [], "composite": None}
+    said = {"prompt": "a cone", "drawing": empty, "kind": "depth", "find": True, "strength": 1.0, "start": 0.0}
+    said |= {"end": 1.0, "second": None, "second_kind": "canny", "second_strength": 1.0}
+    job = client.submit(**said, **SAMPLING, api_name="/control")
+    with pytest.raises(Exception, match="draw or upload an image first"):
+        job.result(timeout=60)
+    assert job.outputs()[-1][-1] == "Draw or upload an image first."
+
+
+def test_a_word_that_was_never_taught_is_told(client):
+    status = create(client, prompt="a white cat", width=128, height=128, steps=1)[2]
+    assert status.startswith('Done. The model was never taught "white" ') and '"cat"' in status
+
+
+def above(node, number):
+    """Numbers of what a component lies in."""
+    if node["id"] == number:
+        return [number]
+    inner = next(filter(None, (above(child, number) for child in node.get("children", ()))), None)
+    return inner and [node["id"], *inner]
+
+
+def test_the_defaults_are_those_of_the_command_line(demo):
+    """And widths and heights that were never taught are not offered."""
+    config = httpx.get(f"{demo[0]}config").json()["components"]
+    sliders = [c["props"] for c in config if c["type"] == "slider"]
+    steps = {p["value"] for p in sliders if p["label"] == "Steps" and p["maximum"] == limits.LIMITS.steps}
+    assert steps == {STEPS} == {Request().steps}
+    assert {p["value"] for p in sliders if p["label"] == "Guidance"} == {GUIDANCE}
+    hidden = {c["id"] for c in config if c["props"].get("visible") is False}
+    layout = httpx.get(f"{demo[0]}config").json()["layout"]
+    for label in ("Width", "Height"):
+        size = next(c["id"] for c in config if c["props"].get("label") == label)
+        assert hidden & set(above(layout, size))
+
+
+def test_a_feature_that_is_never_active_says_so(demo, client, monkeypatch):
+    sae = demo[1].studio.unlearner.saes[demo[1].studio.seen_at]
+    monkeypatch.setattr(sae, "encoder", copy.deepcopy(sae.encoder))
+    with torch.no_grad():
+        sae.encoder.bias[7] = -1e4
+    said = {"prompt": "a cube", "feature": 7, **SAMPLING}
+    assert "feature 7 is never active in this image" in client.predict(**said, factor=3.0, api_name="/steer")[2]
+
+
+def test_the_legend_names_the_palette():
+    """`green` is what the web calls lime."""
+    exact = [ImageColor.getrgb({"green": "lime", "grey": "#808080"}.get(name, name)) for name in examples.SHADES]
+    assert [tuple(round(v * 255 + 0.01) for v in colour) for colour in PALETTE] == exact
+    assert all(kind in examples.legend() for kind in OBJECTS)
+
+
+@pytest.mark.parametrize("make", [flux, sd3])
+def test_other_models_get_their_own_examples_and_only_tabs_with_something_in_them(make, tmp_path):
+    folder = tmp_path / "model"
+    pipe = with_texts(make())
+    pipe.save_pretrained(folder)
+    page, address, holder = app.serve(Studio(folder), results=tmp_path / "mup")
+    try:
+        text = json.dumps(httpx.get(f"{address}config").json()["components"], ensure_ascii=False)
+        assert not re.search("octahedr|pyramid|torus|What this model can draw", text)
+        tabs = re.findall(r'"type": "tabitem".*?"label": "(.*?)"', text)
+        assert tabs == ["Create", "Scale"]
+        assert "no condition adapters" in text and "no sparse autoencoder" in text
+    finally:
+        page.close(verbose=False)
+        holder.close()
+
+
+@pytest.mark.parametrize("make", [flux, sd3])
+def test_features_and_concepts_of_other_models(make, tmp_path, monkeypatch):
+    monkeypatch.setattr(features, "STEPS", 1)
+    folder = tmp_path / "model"
+    with_texts(make()).save_pretrained(folder)
+    studio = Studio(with_concepts(folder, 32))
+    studio.pipe.default_sample_size = 8
+    page, address, holder = app.serve(studio, results=tmp_path / "mup")
+    try:
+        client = Client(address, verbose=False)
+        _, feature, said = client.predict(words="a cat", against="a dog", api_name="/search_features")
+        assert f"Feature {feature} is chosen" in said
+        made = {"prompt": "a red cube", **SAMPLING}
+        assert client.predict(**made, feature=feature, factor=-1.0, api_name="/steer")[2].startswith("Done.")
+        dead = (int(feature) + 1) % 32
+        with torch.no_grad():
+            studio.unlearner.saes[studio.seen_at].encoder.bias[dead] = -1e4
+        pictures, said = client.predict(feature=dead, api_name="/feature_pictures")
+        assert pictures == [] and f"Feature {dead} was not active on any" in said
+        assert "active on" in client.predict(feature=feature, api_name="/feature_pictures")[1]
+        options = {"chosen": ["neon"], "mode": "scale", "multiplier": -1.0}
+        plain, _, heat, said = client.predict(**made, **options, api_name="/unlearn")
+        assert said.startswith("Done.") and open_image(heat).size == open_image(plain).size
+    finally:
+        page.close(verbose=False)
+        holder.close()
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, True, "7", None, 10**400])
@@ -275,8 +455,6 @@ def test_a_header_is_looked_at_before_the_picture(tmp_path):
 
 
 def test_files_outside_cannot_be_read(demo):
-    import httpx
-
     address, _, folder = demo
     secret = folder / "secret.txt"
     secret.write_text("secret")
@@ -286,8 +464,6 @@ def test_files_outside_cannot_be_read(demo):
 
 
 def test_the_page_asks_nothing_of_the_network(demo):
-    import httpx
-
     page = httpx.get(demo[0]).text
     config = json.loads(httpx.get(f"{demo[0]}config").text)
     assert config["analytics_enabled"] is False

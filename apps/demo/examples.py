@@ -1,0 +1,95 @@
+"""What stands in the boxes of the page at first, in the words that the model knows."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from itertools import product
+from random import Random
+from typing import Any, NamedTuple
+
+from imgdit.data.captions import caption
+from imgdit.data.meanings import KINDS
+from imgdit.data.scenes import OBJECTS, Scene
+
+from ..generate import PROMPTS
+
+BANK = 24
+"""Prompts whose images are looked through for a feature's strongest."""
+
+SHADES = ("black", "red", "green", "blue", "yellow", "magenta", "cyan", "white", "grey")
+"""What people call the colours of `imgdit.data.tasks.PALETTE`."""
+
+
+class Texts(NamedTuple):
+    """Prompts to try the tabs with."""
+
+    prompts: tuple[str, ...]
+    create: str
+    control: str
+    unlearn: str
+    steer: str
+    words: str
+    """What features are searched for, …"""
+    against: str
+    """… and the same without it."""
+    bank: tuple[str, ...]
+    """Prompts whose images are looked through for a feature's strongest."""
+
+
+def of_scenes(studio: Any) -> bool:
+    """Whether a model was taught the sentences of scenes, and nothing else."""
+    return studio.taught.words == "scenes"
+
+
+def texts(studio: Any) -> Texts:
+    """For this model."""
+    return _scenes() if of_scenes(studio) else _others()
+
+
+@lru_cache(maxsize=1)
+def _scenes() -> Texts:
+    return Texts(
+        prompts=PROMPTS,
+        create=PROMPTS[-1],
+        control="a photo of a green cone on a wooden floor",
+        unlearn="a green pyramid at night, neon style",
+        steer="a photo of a red cube on a wooden floor",
+        words="a red cube",
+        against="a blue cube",
+        bank=tuple(caption(Scene.sample(i, "heldout"), Random(i)) for i in range(BANK)),  # held out of training
+    )
+
+
+@lru_cache(maxsize=1)
+def _others() -> Texts:
+    subjects = ("a cat", "a bicycle", "an old tree", "a bowl of fruit", "a lighthouse", "a portrait of a woman")
+    looks = ("a photo of {}", "an oil painting of {}", "a pencil sketch of {}", "{} at night, cinematic light")
+    return Texts(
+        prompts=(
+            "a photo of a red bicycle in front of a brick wall",
+            "a watercolour of a lighthouse at sunset",
+            "a bowl of oranges on a wooden table, studio light",
+            "a pencil sketch of an old tree",
+        ),
+        create="a photo of a red bicycle in front of a brick wall",
+        control="a watercolour of a lighthouse at sunset",
+        unlearn="an oil painting of a cat",
+        steer="a photo of a cat on a sofa",
+        words="a photo of a cat",
+        against="a photo of a dog",
+        bank=tuple(look.format(subject) for look, subject in product(looks, subjects)),
+    )
+
+
+def vocabulary_note() -> str:
+    """What scenes are made of, in Markdown."""
+    return "  \n".join(f"**{kind.capitalize()}s** {', '.join(names)}" for kind, names in KINDS.items())
+
+
+def legend() -> str:
+    """Which colour of a segmentation is which object, in Markdown."""
+    told = ", ".join(f"{colour} {kind}" for colour, kind in zip(SHADES[1:], OBJECTS))
+    return (
+        f"A segmentation has a colour per object: {told}; the ground is black. The colours of a found one are right "
+        "where the caption names what is seen; without a caption only the outlines are."
+    )
