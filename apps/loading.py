@@ -143,5 +143,5 @@ def _place(pipe: Any, options: LoadOptions, device: torch.device) -> None:
         pipe.enable_sequential_cpu_offload(device=device)
     elif options.offload == "group":
         pipe.enable_group_offload(device, offload_type="leaf_level", use_stream=device.type == "cuda")
-    else:
+    elif pipe.device != device:  # diffusers tells of half precision on a CPU at every `to`
         pipe.to(device)

@@ -80,6 +80,14 @@ def test_commands_run_on_a_half_precision_folder(model, dtype, tmp_path):
     assert again.exit_code == 0 and "the same bit for bit" in again.output  # in the precision it was made in
 
 
+def test_features_come_from_any_pipeline(model, tmp_path):
+    out = tmp_path / "features"
+    done = run("sae", "features", model / "sae" / HOOKPOINT, model, "--prompt", "a cube", "--count", 1, "--out", out,
+               "--steps", 1, "--dtype", "bf16")  # fmt: skip
+    assert done.exit_code == 0, f"{done.output}{done.exception!r}"
+    assert (out / "index.html").is_file()
+
+
 def test_training_data_comes_from_any_pipeline(model, tmp_path):
     (tmp_path / "prompts.txt").write_text("a cube\na cone\n")
     made = tmp_path / "made"
