@@ -11,6 +11,7 @@ import functools
 import inspect
 import re
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
@@ -31,6 +32,7 @@ from diffusers.hooks._helpers import (
 )
 from diffusers.hooks.group_offloading import GroupOffloadingHook
 from diffusers.hooks.hooks import BaseState, StateManager
+from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention_dispatch import (
     AttentionBackendName,
     _AttentionBackendRegistry,
@@ -212,6 +214,29 @@ class StepCaches(CacheMixin):
         model: Any = self
         parts = [part for part in model.modules() if part is not model and hasattr(part, "_diffusers_hook")]
         return {(id(part), name) for part in parts for name in part._diffusers_hook.hooks}
+
+
+@contextmanager
+def several_adapters() -> Iterator[None]:
+    """Keeps back PEFT's warning that a model already has an adapter: several are what our models and pipelines are
+    for, and PEFT has no argument that says so."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+        yield
+
+
+class Adapters(PeftAdapterMixin):
+    """diffusers' adapters of a model, of which it may have several. Mixed in instead of `PeftAdapterMixin`."""
+
+    def load_lora_adapter(self, *args: Any, **kwargs: Any) -> Any:
+        """diffusers' `load_lora_adapter`."""
+        with several_adapters():
+            return super().load_lora_adapter(*args, **kwargs)
+
+    def add_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """diffusers' `add_adapter`."""
+        with several_adapters():
+            super().add_adapter(*args, **kwargs)
 
 
 class CallNameHook(ModelHook):
@@ -561,6 +586,7 @@ def dispatch_attention(
 
 
 __all__ += [
+    "Adapters",
     "CallNameHook",
     "StepCaches",
     "add_hook",
@@ -583,6 +609,7 @@ __all__ += [
     "register_block",
     "register_pipeline",
     "remove_hook",
+    "several_adapters",
     "step_cache_set_aside",
     "uncompiled",
     "unwrapped",

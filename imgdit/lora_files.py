@@ -9,7 +9,6 @@ import itertools
 import json
 import math
 import re
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -313,9 +312,8 @@ def attach_adapter(
     if hotswap:
         check_hotswap(model, adapter, pairs)
     before = active_adapters(model)
-    with _all_or_nothing(model, adapter, hotswap, pipeline), warnings.catch_warnings():
+    with _all_or_nothing(model, adapter, hotswap, pipeline), compat.several_adapters():
         state, config = diffusers_state(pairs)
-        warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several adapters are meant
         model.load_lora_adapter(
             state, prefix="transformer", adapter_name=adapter, hotswap=hotswap, metadata=config, _pipeline=pipeline
         )

@@ -56,11 +56,16 @@ class _Conditions(compat.SafetensorsOnly):
         """`OmniControl.load`."""
         return self.control.load(source, weight_name, adapter_name, **options)
 
+    def load_lora_weights(self, *args: Any, **kwargs: Any) -> None:
+        """diffusers' `load_lora_weights`; a style beside adapters of conditions is nothing to warn of."""
+        with compat.several_adapters():
+            super().load_lora_weights(*args, **kwargs)  # type: ignore[misc]
+
     @torch.no_grad()
     def __call__(
         self,
         *args: Any,
-        conditions: Sequence[Condition] = (),
+        conditions: Condition | Sequence[Condition] = (),
         main_adapter: str | Sequence[str] | None = None,
         mode: Mode | None = None,
         cache: bool | None = None,

@@ -284,7 +284,7 @@ class ImgDiTPipeline(compat.DiffusionPipeline, LoraLoaderMixin):
         callback_on_step_end: Callable[..., dict] | PipelineCallback | MultiPipelineCallbacks | None = None,
         callback_on_step_end_tensor_inputs: list[str] | None = None,
         max_sequence_length: int = 256,
-        conditions: Sequence[Condition] = (),
+        conditions: Condition | Sequence[Condition] = (),
         main_adapter: str | Sequence[str] | None = None,
         mode: Mode | None = None,
         cache: bool | None = None,
@@ -316,7 +316,7 @@ class ImgDiTPipeline(compat.DiffusionPipeline, LoraLoaderMixin):
             callback_on_step_end: called as `callback(pipe, step, timestep, tensors)`; may return changed tensors.
             callback_on_step_end_tensor_inputs: which tensors it gets; `["latents"]` by default.
             max_sequence_length: text tokens that are read; a longer prompt is cut with a warning.
-            conditions: pictures that steer, each through its loaded adapter.
+            conditions: images that steer, one or several, each through its loaded adapter.
             main_adapter, mode, cache, image_guidance_scale, region: see `OmniControl.use`.
             condition_generator: draws the conditions' latents from the posterior; `None` takes its mode.
             true_cfg_scale: the formula of `guidance_scale` for guidance-distilled models, with a negative prompt, as

@@ -19,7 +19,6 @@ import torch.nn as nn
 from diffusers import ModelMixin
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.hooks.tensor_parallel import PackedRowwiseParallel
-from diffusers.loaders import PeftAdapterMixin
 from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
 from diffusers.models.attention import AttentionMixin
 from diffusers.models.embeddings import (
@@ -33,7 +32,7 @@ from diffusers.utils import apply_lora_scale
 
 from .. import compat
 from ..attention import KVCache, PackedRows, packed_backend
-from ..compat import SafetensorsOnly, StepCaches
+from ..compat import Adapters, SafetensorsOnly, StepCaches
 from ..frames import Frame, FrameLayout
 from ..lora import LoraPlan, linear, lora_plan, main_rows
 from ..mup import MupMixin
@@ -45,7 +44,7 @@ from .validation import check_config, check_inputs
 _ONE_FRAME = FrameLayout.build([Frame((1, 1))], 1)
 
 
-class MMDiT(SafetensorsOnly, ModelMixin, ConfigMixin, PeftAdapterMixin, StepCaches, AttentionMixin, MupMixin):
+class MMDiT(SafetensorsOnly, ModelMixin, ConfigMixin, Adapters, StepCaches, AttentionMixin, MupMixin):
     """Multi-modal diffusion transformer over frames.
 
     Args:

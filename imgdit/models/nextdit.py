@@ -18,7 +18,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from diffusers import ModelMixin
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin, AttentionModuleMixin
 from diffusers.models.embeddings import get_timestep_embedding
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
@@ -26,7 +25,7 @@ from diffusers.utils import apply_lora_scale
 
 from .. import compat
 from ..attention import KVCache, LayerCache, grouped_attention
-from ..compat import SafetensorsOnly, StepCaches
+from ..compat import Adapters, SafetensorsOnly, StepCaches
 from ..frames import Frame, FrameLayout, RowGroup
 from ..mup import MupMixin
 from .functional import apply_rope, gated_add, multiply_add, pack, rope_table, unpack
@@ -335,7 +334,7 @@ class FinalLayer(nn.Module):
         return self.linear(_scaled(normed, self.adaLN_modulation(temb), lengths))
 
 
-class NextDiT(SafetensorsOnly, ModelMixin, ConfigMixin, PeftAdapterMixin, StepCaches, AttentionMixin, MupMixin):
+class NextDiT(SafetensorsOnly, ModelMixin, ConfigMixin, Adapters, StepCaches, AttentionMixin, MupMixin):
     """OneDiffusion's diffusion transformer over frames.
 
     Args:

@@ -12,7 +12,7 @@ from tiny import rope_config, tiny_mmdit, tiny_pipeline
 from tiny_control import ONE_LAYER as NAME
 from tiny_control import SD3_TARGETS, flux, lora_file, make, one_layer, picture, sd3, strangers
 
-from imgdit import Condition, OmniControl
+from imgdit import Condition, FluxOmniControlPipeline, OmniControl, StableDiffusion3OmniControlPipeline
 from imgdit.lora_files import (
     active_adapters,
     adapter_pairs,
@@ -400,3 +400,28 @@ def test_adapters_of_our_own_model(tmp_path):
     save_file(tensors, file)
     report = attach_adapter(model, read_adapter(file), "a")
     assert report.dialect == "onetrainer" and report.matched == ("transformer_blocks.0.attn.to_q",)
+
+
+# A second adapter
+
+
+def test_several_adapters_are_nothing_to_warn_of(tmp_path, recwarn):
+    """PEFT warns where a model already has one, which is what several conditions and a style need."""
+    for build, targets in ((flux, {}), (sd3, {"targets": SD3_TARGETS})):
+        pipe = build()
+        kind = FluxOmniControlPipeline if build is flux else StableDiffusion3OmniControlPipeline
+        ours = kind.from_pipe(pipe)
+        files = [lora_file(tmp_path / f"{build.__name__}{n}.safetensors", pipe.transformer, **targets) for n in "abcd"]
+        for file in files[:3]:
+            ours.load_control(file)
+        ours.load_lora_weights(str(files[3]), adapter_name="style")
+        assert len(loaded_adapters(pipe.transformer)) == 4
+    pipe = tiny_pipeline()
+    files = [lora_file(tmp_path / f"own{n}.safetensors", pipe.transformer) for n in "abcd"]
+    for file in files[:2]:
+        pipe.load_control(file)
+    pipe.load_lora_weights(str(files[2]), adapter_name="style")
+    pipe.transformer.load_lora_adapter(str(files[3]), prefix="transformer", adapter_name="direct")
+    pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"]), "fresh")
+    assert len(loaded_adapters(pipe.transformer)) == 5
+    assert not [str(one.message) for one in recwarn if "peft" in str(one.message)]

@@ -486,6 +486,7 @@ def test_pipeline_classes(cls, tmp_path):
         same(make(pipe), plain)
         got = make(pipe, conditions=[Condition(picture(), "canny")])
         differs(got, plain)
+        assert torch.equal(make(pipe, conditions=Condition(picture(), "canny")), got)
         pipe.control.remove()
 
 

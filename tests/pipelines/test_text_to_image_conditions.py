@@ -50,6 +50,12 @@ def test_identity_effect_and_removal(pipe):
     same(make(pipe), plain)
 
 
+def test_one_condition_needs_no_list(pipe):
+    condition, generator = Condition(picture(), "canny"), torch.Generator().manual_seed(3)
+    call = {"prompt": "a red cube", "height": 16, "width": 16, "num_inference_steps": 3, "output_type": "latent"}
+    assert torch.equal(pipe(**call, conditions=condition, generator=generator).images, make(pipe, condition))
+
+
 def test_cached_conditions_equal_computed_ones(pipe):
     own = [Condition(picture(), "own"), Condition(picture(1), "own", position="subject", end=0.7)]
     same(make(pipe, *own), make(pipe, *own, cache=False))
