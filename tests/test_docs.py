@@ -25,7 +25,7 @@ from imgdit.sae.config import SAEConfig
 from imgdit.sae.model import SparseAutoencoder
 from imgdit.sae.recipe import SAERecipe
 from imgdit.sae.unlearning import ConceptUnlearner
-from imgdit.training.config import parse_as, parse_recipe
+from imgdit.training.config import packaged_recipes, parse_as, parse_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = {page.relative_to(ROOT).as_posix(): page.read_text() for page in [ROOT / "README.md", *ROOT.glob("docs/*.md")]}
@@ -200,6 +200,21 @@ def test_every_room_of_the_readme_is_there():
 def test_every_page_is_in_the_readme():
     linked = set(re.findall(r"\]\((docs/[\w-]+\.md)\)", PAGES["README.md"]))
     assert linked == PAGES.keys() - {"README.md"}
+
+
+def test_no_command_writes_where_recipes_read_images():
+    """What `imgdit generate` made must never be taken for data by a recipe that is run after it."""
+    recipes = [yaml.safe_load(file.read_text(encoding="utf-8")) for file in packaged_recipes().values()]
+    arguments = [recipe.get("data", {}).get("arguments", {}) for recipe in recipes if isinstance(recipe, dict)]
+    read = {values["path"] for values in arguments if "path" in values}
+    assert read == {"training_images"}
+    written = {word for text in PAGES.values() for word in re.findall(r"--(?:out|folder)[ =](\S+)", text)}
+    commands = [typer.main.get_command(app)]
+    for command in commands:
+        commands += getattr(command, "commands", {}).values()
+        written |= {str(option.default) for option in command.params}
+    assert len(commands) > 30
+    assert not [place for place in written if Path(place).parts[:1] == ("training_images",)]
 
 
 def test_the_api_page_is_up_to_date():

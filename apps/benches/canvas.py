@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from imgdit.data.own.listing import is_stranger
 from imgdit.evaluation.unlearning_pictures import ENDINGS, Cell, Classify, cells, read_folder
 from imgdit.evaluation.unlearning_table import TargetScores, domain_means, score_pictures
 
@@ -30,7 +31,8 @@ def run(
     Raises:
         ValueError: no folder of a style or object, or one that lacks pictures.
     """
-    targets = sorted(inner for inner in folder.iterdir() if inner.is_dir()) if folder.is_dir() else []
+    inside = sorted(folder.iterdir()) if folder.is_dir() else []
+    targets = [inner for inner in inside if inner.is_dir() and not is_stranger(inner.name)]
     if not targets:
         raise ValueError(f"{folder} holds no folder of pictures; expected one for each unlearned style or object")
     names = {inner: _cells(inner) for inner in targets}
@@ -60,17 +62,19 @@ def _classifiers(
     sources = {"style": style, "object": thing}
     if labels is None:
         return [classifier(source, domain) for domain, source in sources.items()]
-    files = [file for inner in targets for file in sorted(inner.iterdir()) if file.suffix in ENDINGS]
+    files = [file for inner in targets for file in _images(inner)]
     said = label_all(files, sources, labels, **engine)
     return [lambda asked, known=known: [known[file] for file in asked] for known in said.values()]  # type: ignore[misc]
+
+
+def _images(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.iterdir() if file.suffix in ENDINGS and not is_stranger(file.name))
 
 
 def _cells(folder: Path) -> list[Cell]:
     """What the names of a folder's pictures say. Styles may have underscores in them, objects do not."""
     found = []
-    for file in sorted(folder.iterdir()):
-        if file.suffix not in ENDINGS:
-            continue
+    for file in _images(folder):
         parts = file.stem.rsplit("_", 2)
         if len(parts) != 3 or not parts[2].removeprefix("seed").isdigit():
             raise ValueError(f"{file} is not called <style>_<object>_seed<number>")

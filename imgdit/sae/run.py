@@ -21,7 +21,7 @@ from imgdit.io.lock import only_writer
 from imgdit.io.text import lines_or_errors
 
 from ..training.checkpoint import latest_checkpoint, read_state, read_tensors, replace_text, save_checkpoint
-from ..training.data import DataOrder, mixed_seed
+from ..training.data import DataOrder, compare_rows, mixed_seed, text_rows
 from ..training.progress import Progress
 from .activations import ActivationRecorder, RecordedActivations, ShuffleBuffer, stream_activations
 from .config import SAEConfig
@@ -210,7 +210,12 @@ class _Run:
             "data": self.data.numbers(),
         }
         tensors["data"] = self.data.tensors()
+        tensors["prompts"] = {"rows": self._prompt_rows()}
         save_checkpoint(self.checkpoints, self.step, tensors, state, self.recipe.run.keep)
+
+    def _prompt_rows(self) -> torch.Tensor:
+        """A fingerprint of the prompts, see `compare_rows`: their file may be another one when the run goes on."""
+        return text_rows(self.prompts)
 
     def _load(self, checkpoint: Path) -> None:
         state = read_state(checkpoint)
@@ -218,6 +223,13 @@ class _Run:
         for section in ("pipeline", "data", "sae", "train"):
             if before[section] != json.loads(json.dumps(now[section])):
                 raise ValueError(f"{checkpoint} was made with another {section} section; restore it or start anew")
+        if "prompts.safetensors" in state["files"]:  # earlier versions told nothing of them
+            rows = read_tensors(checkpoint / "prompts.safetensors")["rows"]
+            if (differ := compare_rows(rows, self._prompt_rows())) is not None:
+                raise ValueError(
+                    f"{checkpoint} was made with other prompts: {differ}. Bring back what "
+                    f"{self.recipe.data.prompts_file} said, or start anew"
+                )
         for hookpoint, training in self.trainings.items():
             training.load(read_tensors(checkpoint / f"{hookpoint}.safetensors"), state["saes"][hookpoint])
         self.data.load(read_tensors(checkpoint / "data.safetensors"), state["data"])

@@ -331,7 +331,7 @@ class _AtHome(yaml.SafeLoader):
 
 def read_yaml(path_or_name: str | Path) -> tuple[Any, str]:
     """Plain values of a recipe's file or of a packaged recipe, and what errors in them should name."""
-    path = Path(path_or_name)
+    path = Path(at_home(path_or_name))
     source: Path | Traversable = path
     if not path.is_file():
         known = packaged_recipes()

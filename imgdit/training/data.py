@@ -6,6 +6,8 @@ the batch size, the number of ranks, the number of workers, or where the run was
 
 from __future__ import annotations
 
+import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -29,6 +31,21 @@ class Fingerprinted(Protocol):
         """(N, 2) int64: hashes of each row's name and of its content, in the order of the rows."""
 
 
+def row_hash(*parts: Any) -> int:
+    """60 bits of a hash of plain values, as fingerprints hold them."""
+    return int(hashlib.sha256(repr(parts).encode()).hexdigest()[:15], 16)
+
+
+def text_rows(texts: Sequence[str]) -> torch.Tensor:
+    """The fingerprint (N, 2) of a list of texts, whose names they are themselves; one that comes again is numbered."""
+    seen: Counter[str] = Counter()
+    rows = []
+    for text in texts:
+        rows.append((row_hash(text, seen[text]), 0))
+        seen[text] += 1
+    return torch.tensor(rows, dtype=torch.int64).reshape(-1, 2)
+
+
 def compare_rows(before: torch.Tensor, now: torch.Tensor) -> str | None:
     """How the rows of a data set differ from those of an earlier fingerprint; `None`: not at all.
 
@@ -42,7 +59,7 @@ def compare_rows(before: torch.Tensor, now: torch.Tensor) -> str | None:
     changed = sum(content != new[name] for name, content in old.items() if name in new)
     if not (added or gone or changed):
         return f"the same {len(now):,} rows in another order"
-    return f"{added:,} added, {gone:,} gone, {changed:,} changed; {len(before):,} rows then, {len(now):,} now"
+    return f"{added:,} added, {gone:,} gone, {changed:,} changed; {len(before):,} rows then, {len(now):,} rows now"
 
 
 class DataOrder:

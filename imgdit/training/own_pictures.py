@@ -40,7 +40,7 @@ from ..frames import Frame, FrameLayout
 from ..models.functional import pack
 from ..naming import check_choice, check_name
 from .config import ADAPTER, check_arguments
-from .data import mixed_seed
+from .data import mixed_seed, row_hash
 from .objectives import Batch, Text
 from .own_encoding import Encoded, Encoder
 from .own_needs import least_side, unfit
@@ -217,15 +217,15 @@ class OwnPictures:
         """(N, 2) int64: hashes of name and content of each row, by which a run that goes on knows them again."""
         rows = [
             (
-                tensor_key(row.name),
-                tensor_key(
+                row_hash(row.name),
+                row_hash(
                     sorted(found.hashes.items()), row.captions, row.repeats, row.focal_length,
                     None if row.cameras is None else row.cameras.tolist(),
                 ),
             )
             for row, found, _ in self.pictures
         ]  # fmt: skip
-        return torch.tensor([[int(key[:15], 16) for key in pair] for pair in rows], dtype=torch.int64)
+        return torch.tensor(rows, dtype=torch.int64)
 
     # Caches
 

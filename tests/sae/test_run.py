@@ -75,6 +75,17 @@ def test_run_and_resume(tmp_path, where):
         pipe("a red cube", **CALL, output_type="latent")
 
 
+def test_a_run_that_goes_on_with_other_prompts_says_so(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("\n".join(PROMPTS))
+    recipe = recipe_of(tmp_path, data={"prompts": [], "prompts_file": str(file)})
+    train_saes(recipe, pipe=tiny_pipeline(), stop_at=1)
+    train_saes(recipe, pipe=tiny_pipeline(), stop_at=2, resume=True)
+    file.write_text("\n".join(["a yellow ring", *PROMPTS]))
+    with pytest.raises(ValueError, match="was made with other prompts: 1 added, 0 gone, 0 changed; 4 rows then"):
+        train_saes(recipe, pipe=tiny_pipeline(), resume=True)
+
+
 def test_go_on_from_saved_autoencoders(tmp_path):
     first = train_saes(recipe_of(tmp_path), pipe=tiny_pipeline())
     more = recipe_of(tmp_path, run={"folder": str(tmp_path / "more")}, sae={"pretrained": str(first.folder)})

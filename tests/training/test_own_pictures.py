@@ -284,7 +284,7 @@ def edit_rows(data, change):
 
 
 CHANGES = {
-    "a row less": (lambda rows: rows[1:], "0 added, 1 gone, 0 changed; 10 rows then, 9 now"),
+    "a row less": (lambda rows: rows[1:], "0 added, 1 gone, 0 changed; 10 rows then, 9 rows now"),
     "another caption": (lambda rows: [{**rows[0], "text": "new"}, *rows[1:]], "0 added, 0 gone, 1 changed; 10 rows"),
     "another name": (lambda rows: [{**rows[0], "file_name": "new.png"}, *rows[1:]], "1 added, 1 gone, 0 changed"),
     "another order": (lambda rows: rows[::-1], "the same 10 rows in another order"),
