@@ -614,3 +614,10 @@ __all__ += [
     "uncompiled",
     "unwrapped",
 ]
+
+
+def forget_renames(model: Any) -> None:
+    """Let a transformers model that was loaded under renamed keys be saved under its own: transformers remembers the
+    renames and would undo them."""
+    if getattr(model, "_weight_conversions", None):
+        model._weight_conversions = []
