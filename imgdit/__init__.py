@@ -24,6 +24,9 @@ _EXPORTS = {
     "ImgDiTPipelineOutput": "imgdit.pipelines.text_to_image",
     "KVCache": "imgdit.attention",
     "MMDiT": "imgdit.models.mmdit",
+    "MaskedTextPipeline": "imgdit.pipelines.masked_text",
+    "MaskedTextPipelineOutput": "imgdit.pipelines.masked_text",
+    "MaskedTextScheduler": "imgdit.schedulers.masked_text",
     "ModelMixin": "imgdit.compat",
     "MultiFrameFlowMatchScheduler": "imgdit.schedulers.flow_match",
     "NextDiT": "imgdit.models.nextdit",
@@ -55,6 +58,8 @@ if TYPE_CHECKING:
     from imgdit.frames import FrameLayout as FrameLayout
     from imgdit.models.mmdit import MMDiT as MMDiT
     from imgdit.models.nextdit import NextDiT as NextDiT
+    from imgdit.pipelines.masked_text import MaskedTextPipeline as MaskedTextPipeline
+    from imgdit.pipelines.masked_text import MaskedTextPipelineOutput as MaskedTextPipelineOutput
     from imgdit.pipelines.omni_control import FluxOmniControlPipeline as FluxOmniControlPipeline
     from imgdit.pipelines.omni_control import (
         StableDiffusion3OmniControlPipeline as StableDiffusion3OmniControlPipeline,
@@ -66,6 +71,7 @@ if TYPE_CHECKING:
     from imgdit.sae.model import SparseAutoencoder as SparseAutoencoder
     from imgdit.sae.unlearning import ConceptUnlearner as ConceptUnlearner
     from imgdit.schedulers.flow_match import MultiFrameFlowMatchScheduler as MultiFrameFlowMatchScheduler
+    from imgdit.schedulers.masked_text import MaskedTextScheduler as MaskedTextScheduler
     from imgdit.tasks import PictureFrame as PictureFrame
 else:
     # Hidden from type checkers, which would otherwise accept any attribute of this package.

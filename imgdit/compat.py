@@ -621,3 +621,21 @@ def forget_renames(model: Any) -> None:
     renames and would undo them."""
     if getattr(model, "_weight_conversions", None):
         model._weight_conversions = []
+
+
+# How diffusers' text schedulers draw tokens, which its classes keep as private static methods.
+top_p_logits = diffusers.BlockRefinementScheduler._top_p_filtering
+top_k_logits = diffusers.BlockRefinementScheduler._top_k_filtering
+
+
+def sample_tokens(
+    logits: torch.Tensor,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    generator: torch.Generator | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens (…) drawn from logits (…, V) as `BlockRefinementScheduler` draws them, and their probabilities."""
+    return diffusers.BlockRefinementScheduler._sample_from_logits(
+        logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator, use_multinomial=True
+    )

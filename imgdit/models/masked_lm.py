@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import snapshot_download
 
 from imgdit import compat
@@ -80,7 +81,8 @@ def load_masked_lm(
         options: of `from_pretrained`: dtype, device_map, quantization_config, attn_implementation and others.
 
     Returns:
-        The model in evaluation mode. `config.mask_token_id` is the mask token; `config.is_causal` is false.
+        The model in evaluation mode. `config.mask_token_id` is the mask token, `config.is_causal` is false, and
+        `config.logit_shift` says whether a place is predicted by the output of the place before it (Dream).
 
     Raises:
         ValueError: no such folder, a model of another kind, or settings that Llama does not have.
@@ -158,7 +160,8 @@ def masked_lm_config(values: Mapping[str, Any], source: str) -> tuple[Any, dict[
     if values.get("rope_scaling") and not values.get("rope_parameters"):
         raise ValueError(f"{source}: scaled rotations are not known for these models, got {values['rope_scaling']}")
     make: Any = Qwen2Config if qwen else LlamaConfig
-    return make(**taken, rope_parameters=rope, use_cache=False, is_causal=False, **special), {}
+    shift = bool(values.get("logit_shift", kind == "Dream"))
+    return make(**taken, rope_parameters=rope, use_cache=False, is_causal=False, logit_shift=shift, **special), {}
 
 
 def _llada_config(values: Mapping[str, Any], special: Mapping[str, int], source: str) -> Any:
@@ -229,3 +232,28 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"{folder / 'config.json'} must hold an object, got {type(values).__name__}")
     return values
+
+
+def logit_rows(model: Any, places: torch.Tensor) -> torch.Tensor:
+    """Rows of a model's output that predict the tokens of some places, both counted from the first token given.
+
+    Dream and Fast-dLLM v2 predict a token at the place before it, and the first token at its own.
+    """
+    return (places - 1).clamp(min=0) if getattr(model.config, "logit_shift", False) else places
+
+
+def masked_logits(model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+    """Logits (B, L, V) for the tokens at their own places.
+
+    Args:
+        input_ids: (B, L).
+        attention_mask: (B, L), 1 on real tokens; positions count these only, so that padding changes nothing.
+    """
+    given = {} if attention_mask is None else {"position_ids": real_positions(attention_mask)}
+    logits = model(input_ids=input_ids, attention_mask=attention_mask, **given).logits
+    return logits[:, logit_rows(model, torch.arange(input_ids.shape[1], device=input_ids.device))]
+
+
+def real_positions(attention_mask: torch.Tensor) -> torch.Tensor:
+    """Positions (B, L) that count real tokens only, from 0."""
+    return (attention_mask.long().cumsum(1) - 1).clamp(min=0)

@@ -1,0 +1,119 @@
+"""Passes of a masked language model over a grid of tokens, block by block, with cached keys and values if wanted.
+
+B rows, N places of the whole grid, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, Literal
+
+import torch
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from imgdit.models.masked_lm import logit_rows, real_positions
+
+CacheKind = Literal["prefix", "dual"]
+APPROXIMATE = {
+    "prefix": "keys and values of the tokens before a block stay as they were in the block's first pass",
+    "dual": "keys and values of all tokens outside a block stay as they were in the block's first pass",
+}
+
+
+class SlotLayer(DynamicLayer):
+    """Keys and values of a whole grid, of which a pass over some places overwrites theirs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.start = 0
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not self.get_seq_length():
+            return super().update(key_states, value_states, *args, **kwargs)
+        stop = self.start + key_states.shape[-2]
+        self.keys[..., self.start : stop, :] = key_states
+        self.values[..., self.start : stop, :] = value_states
+        return self.keys, self.values
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.get_seq_length() or query_length, 0
+
+
+class BlockPasses:
+    """Logits of a block's tokens given the whole grid.
+
+    Without a cache each pass is over the whole grid and exact. With one, so is the first pass over a block; the others
+    are approximate (Fast-dLLM, arXiv 2505.22618): "prefix" computes the block and what follows it, "dual" the block.
+
+    Args:
+        model: a bidirectional language model of transformers.
+        cache: "prefix", "dual" or `None`.
+        attention_mask: (B, N), 1 on real tokens; `None`: all are.
+        guidance_scale: g of u + g (c - u), where c is the prediction and u the one with the prompt masked; at most 1
+            is off. LLaDA's `cfg_scale` is g - 1.
+        prompt: boolean (B, N), what u masks.
+        mask_token_id: with which.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        cache: CacheKind | None,
+        attention_mask: torch.Tensor | None,
+        guidance_scale: float,
+        prompt: torch.Tensor,
+        mask_token_id: int,
+    ):
+        self.model, self.kind = model, cache
+        self.guidance_scale, self.prompt, self.mask_token_id = guidance_scale, prompt, mask_token_id
+        self.attention_mask = attention_mask
+        self.positions = None if attention_mask is None else real_positions(attention_mask)
+        self.keeps_rows = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self.start = self.stop = 0
+        self.cache: Cache | None = None
+
+    @property
+    def guided(self) -> bool:
+        return self.guidance_scale > 1
+
+    def begin(self, start: int, stop: int) -> None:
+        """Go to the block of places start to stop."""
+        self.start, self.stop, self.cache = start, stop, None
+
+    def __call__(self, grid: torch.Tensor) -> torch.Tensor:
+        """Logits (B, stop - start, V) of the block's tokens, given the grid (B, N)."""
+        ids = torch.cat([grid, grid.masked_fill(self.prompt, self.mask_token_id)]) if self.guided else grid
+        length = grid.shape[1]
+        first, last = 0, length  # the places that are computed
+        if self.kind is not None and self.cache is not None:
+            first, last = self.start, length if self.kind == "prefix" else self.stop
+        elif self.kind == "prefix":
+            self.cache = DynamicCache()
+        elif self.kind == "dual":
+            self.cache = Cache(layer_class_to_replicate=SlotLayer)
+        logits = self._run(ids, first, last)
+        if self.kind == "prefix":
+            self.cache.crop(self.start - length)  # type: ignore[union-attr]
+        elif self.kind == "dual":
+            for layer in self.cache.layers:  # type: ignore[union-attr]
+                layer.start = self.start
+        if not self.guided:
+            return logits
+        given, free = logits.chunk(2)
+        return free + self.guidance_scale * (given - free)
+
+    def _run(self, ids: torch.Tensor, first: int, last: int) -> torch.Tensor:
+        rows = logit_rows(self.model, torch.arange(self.start - first, self.stop - first, device=ids.device))
+        options: dict[str, Any] = {"logits_to_keep": rows} if self.keeps_rows else {}
+        copies = 2 if self.guided else 1
+        if self.attention_mask is not None:
+            options["attention_mask"] = self.attention_mask.repeat(copies, 1)
+        if self.positions is not None:
+            options["position_ids"] = self.positions[:, first:last].repeat(copies, 1)
+        elif self.cache is not None:
+            options["position_ids"] = torch.arange(first, last, device=ids.device)[None].repeat(len(ids), 1)
+        if self.cache is not None:
+            options |= {"past_key_values": self.cache, "use_cache": True}
+        logits = self.model(input_ids=ids[:, first:last], **options).logits
+        return logits if self.keeps_rows else logits[:, rows]

@@ -1,0 +1,365 @@
+"""Text from masked diffusion language models: LLaDA, Dream and their relatives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from diffusers import BlockRefinementScheduler
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.utils import BaseOutput, logging
+
+from imgdit import compat
+from imgdit.models.masked_text_passes import APPROXIMATE, BlockPasses
+from imgdit.pipelines.masked_text_inputs import (
+    Prompts,
+    TextOptions,
+    check_ids,
+    encode_prompts,
+    find_holes,
+    new_tokens,
+)
+from imgdit.schedulers.masked_text import MaskedTextScheduler, TextDraws
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class MaskedTextPipelineOutput(BaseOutput):
+    """What `MaskedTextPipeline` returns."""
+
+    sequences: torch.Tensor
+    """(B, G) new tokens; where a prompt has holes the whole rows (B, P + G), the prompt included."""
+    texts: list[str] | None = None
+    """The same as texts, each cut after the first end token among the new tokens; `None` without a tokenizer."""
+
+
+class Block(NamedTuple):
+    """Places of the grid that are revealed together."""
+
+    start: int
+    stop: int
+    count_from: int
+    """Masks from here to `stop` are counted, to decide how many a step reveals."""
+
+
+@dataclass
+class _Run:
+    """What a call works on: B rows of N = P + G places."""
+
+    grid: torch.Tensor
+    """(B, N) tokens."""
+    fillable: torch.Tensor
+    """Boolean (B, N), the places that may be revealed."""
+    prompt_length: int
+    passes: BlockPasses
+    options: TextOptions
+    mask_token_id: int
+    eos_token_ids: tuple[int, ...]
+    finished: torch.Tensor
+    """Boolean (B,), rows whose text has ended."""
+    callback: Callable[..., Any] | None
+    callback_inputs: Sequence[str]
+    calls: int = 0
+
+    def find_finished(self) -> None:
+        """Rows with an end token among the new tokens and no mask before it."""
+        if not self.options.eos_early_stop or not self.eos_token_ids:
+            return
+        new = self.grid[:, self.prompt_length :]
+        whole = (new == self.mask_token_id).cumsum(1) == 0
+        self.finished = self.finished | (self.ends(new) & whole).any(1)
+
+    def ends(self, tokens: torch.Tensor) -> torch.Tensor:
+        return torch.isin(tokens, torch.tensor(self.eos_token_ids, dtype=tokens.dtype, device=tokens.device))
+
+
+class MaskedTextPipeline(compat.DiffusionPipeline):
+    """Texts by masked diffusion. Arguments, callback keys and outputs are those of diffusers' `LLaDA2Pipeline`.
+
+    Unlike there, blocks begin where the prompt ends, the model always sees the whole masked text (as LLaDA samples),
+    steps are counted by the masks that each row really has, and padding changes nothing.
+
+    Args:
+        model: a bidirectional language model of transformers, such as `load_masked_lm` returns.
+        scheduler: rules of revealing; a `BlockRefinementScheduler` is taken with its settings.
+        tokenizer: of the model; without it, give `input_ids`.
+    """
+
+    model_cpu_offload_seq = "model"
+    _optional_components = ["tokenizer"]
+    _callback_tensor_inputs = [
+        "block_x", "transfer_index", "editing_transfer_index", "sampled_tokens", "sampled_probs", "active_block",
+    ]  # fmt: skip
+
+    model: Any
+    scheduler: MaskedTextScheduler
+    tokenizer: Any
+
+    def __init__(self, model: Any, scheduler: BlockRefinementScheduler, tokenizer: Any | None = None):
+        super().__init__()
+        if not isinstance(scheduler, MaskedTextScheduler):
+            scheduler = MaskedTextScheduler.from_config(scheduler.config)
+        self.register_modules(model=model, scheduler=scheduler, tokenizer=tokenizer)
+        self._num_timesteps = 0
+        self._interrupt = False
+        self._told: set[str] = set()  # caches that a warning has named
+
+    @property
+    def num_timesteps(self) -> int:
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        """Set `_interrupt` in a callback to stop after that step."""
+        return self._interrupt
+
+    @property
+    def mask_token_id(self) -> int | None:
+        """The model's; tokenizers of published models do not name it."""
+        found = getattr(self.model.config, "mask_token_id", None)
+        return getattr(self.tokenizer, "mask_token_id", None) if found is None else found
+
+    @property
+    def eos_token_id(self) -> int | list[int] | None:
+        found = getattr(self.tokenizer, "eos_token_id", None)
+        return getattr(self.model.config, "eos_token_id", None) if found is None else found
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        messages: list[Any] | None = None,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        use_chat_template: bool = True,
+        add_generation_prompt: bool = True,
+        gen_length: int | None = None,
+        block_length: int | None = None,
+        num_inference_steps: int = 32,
+        temperature: float = 0.0,
+        top_p: float | None = None,
+        top_k: int | None = None,
+        sampling_method: str = "auto",
+        threshold: float | None = None,
+        editing_threshold: float | None = None,
+        max_post_steps: int = 16,
+        minimal_topk: int = 1,
+        eos_early_stop: bool = True,
+        eos_token_id: int | list[int] | None = None,
+        mask_token_id: int | None = None,
+        generator: torch.Generator | None = None,
+        output_type: str = "text",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[..., Any] | PipelineCallback | MultiPipelineCallbacks | None = None,
+        callback_on_step_end_tensor_inputs: list[str] | None = None,
+        *,
+        infill_mask: torch.Tensor | None = None,
+        guidance_scale: float = 1.0,
+        cache: str | None = None,
+        remasking: str | None = None,
+        forbidden_tokens: Sequence[int] = (),
+        late_tokens: Sequence[int] = (),
+        allow_mask_token: bool = False,
+    ) -> MaskedTextPipelineOutput | tuple:
+        """Write texts, or fill the holes of given ones.
+
+        Args: see `docs/text.md` for a table; what `LLaDA2Pipeline` has means the same.
+            prompt, messages, input_ids: one of them; B rows. Mask tokens among them are holes, which are filled.
+            attention_mask: (B, P) of `input_ids`, 0 on padding, left, right or between.
+            gen_length: new tokens G; `None`: 2048, or as many as the model has positions for, or 0 where a prompt has
+                holes. The last block is shorter if blocks do not divide it.
+            block_length: tokens of a block; `None`: the scheduler's.
+            num_inference_steps: steps of each block.
+            threshold, editing_threshold: `None`: the scheduler's.
+            eos_early_stop: a row ends with an end token before which nothing is masked; what is masked behind it
+                becomes the end token.
+            infill_mask: (B, P), true on the holes, in place of the mask tokens. All else stays as it is.
+            guidance_scale: above 1, steer away from the prediction with a masked prompt; LLaDA's `cfg_scale` plus 1.
+            cache: "prefix" or "dual" (Fast-dLLM): fewer computations, approximate but for each block's first pass.
+            remasking: "low_confidence", "random" (LLaDA) or a name of the scheduler's `choose`; `None`: its own.
+            forbidden_tokens: tokens that do not exist (LLaDA's `logits_eos_inf`: the end token).
+            late_tokens: tokens that are revealed last (LLaDA's `confidence_eos_eot_inf`: both end tokens).
+            allow_mask_token: let the model predict the mask token, as published samplers do; such masks are left over.
+
+        Raises:
+            ValueError: prompts or options that do not fit the model or each other.
+        """
+        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        options = TextOptions(
+            self.scheduler.config.block_length if block_length is None else block_length, num_inference_steps,
+            temperature, top_p, top_k, sampling_method, threshold, editing_threshold, max_post_steps, minimal_topk,
+            guidance_scale, cache, remasking, tuple(forbidden_tokens), tuple(late_tokens),  # type: ignore[arg-type]
+            allow_mask_token, eos_early_stop, generator, output_type,
+        )  # fmt: skip
+        options.check()
+        mask_id, eos_ids = self._special_tokens(mask_token_id, eos_token_id, options)
+        if input_ids is None:
+            pad = eos_ids[0] if eos_ids else 0
+            input_ids, attention_mask = encode_prompts(
+                self.tokenizer, prompt, messages, use_chat_template, add_generation_prompt, pad
+            )
+        ids, mask = check_ids(input_ids, attention_mask, self._vocabulary)
+        device = self._execution_device
+        prompts = find_holes(ids.to(device), mask.to(device), infill_mask, mask_id)
+        new = new_tokens(gen_length, prompts, getattr(self.model.config, "max_position_embeddings", None))
+        wanted = callback_on_step_end_tensor_inputs or ["block_x"]
+        unknown = [name for name in wanted if name not in self._callback_tensor_inputs]
+        if unknown:
+            raise ValueError(f"callbacks may ask for {self._callback_tensor_inputs}, got {unknown}")
+        run = self._prepare(prompts, new, options, mask_id, eos_ids, callback_on_step_end, wanted)
+        self._write(run)
+        output = self._output(run, prompts)
+        return output if return_dict else (output.sequences, output.texts)
+
+    @property
+    def _vocabulary(self) -> int:
+        return int(self.model.config.vocab_size)
+
+    def _special_tokens(self, mask: int | None, eos: Any, options: TextOptions) -> tuple[int, tuple[int, ...]]:
+        """The mask token and the end tokens, checked."""
+        config = self.model.config
+        if getattr(config, "model_type", "") in ("llama", "qwen2") and getattr(config, "is_causal", True) is not False:
+            raise ValueError(
+                f"this {config.model_type} model is causal: config.is_causal is not false, so that no place sees what "
+                "follows it. Load a masked language model, by load_masked_lm"
+            )
+        mask = self.mask_token_id if mask is None else mask
+        if mask is None:
+            raise ValueError(
+                "neither model.config nor the tokenizer names a mask_token_id; give mask_token_id=…, or use a masked "
+                "language model"
+            )
+        eos = self.eos_token_id if eos is None else eos
+        eos_ids = () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
+        named = {"mask_token_id": (mask,), "eos_token_id": eos_ids}
+        named |= {"forbidden_tokens": options.forbidden_tokens, "late_tokens": options.late_tokens}
+        for name, tokens in named.items():
+            wrong = [token for token in tokens if not 0 <= token < self._vocabulary]
+            if wrong:
+                raise ValueError(f"{name} must lie in 0..{self._vocabulary - 1}, the vocabulary, got {wrong}")
+        return mask, eos_ids
+
+    def _prepare(
+        self, prompts: Prompts, new: int, options: TextOptions, mask_id: int, eos_ids: tuple[int, ...],
+        callback: Any, callback_inputs: Sequence[str],
+    ) -> _Run:  # fmt: skip
+        rows, length = prompts.ids.shape
+        device = prompts.ids.device
+        grid = torch.cat([prompts.ids, torch.full((rows, new), mask_id, device=device)], 1)
+        fillable = torch.cat([prompts.holes, torch.ones(rows, new, dtype=torch.bool, device=device)], 1)
+        real = torch.cat([prompts.mask, torch.ones(rows, new, dtype=torch.bool, device=device)], 1)
+        passes = BlockPasses(
+            self.model, options.cache, None if real.all() else real.long(), options.guidance_scale,
+            prompt=grid != mask_id, mask_token_id=mask_id,
+        )  # fmt: skip
+        if options.cache is not None and options.cache not in self._told:
+            self._told.add(options.cache)
+            logger.warning(
+                f"cache={options.cache!r} is approximate: {APPROXIMATE[options.cache]}, though they depend on the "
+                "tokens revealed since; cache=None is exact"
+            )
+        finished = torch.zeros(rows, dtype=torch.bool, device=device)
+        return _Run(
+            grid, fillable, length, passes, options, mask_id, eos_ids, finished, callback, callback_inputs
+        )  # fmt: skip
+
+    def _blocks(self, run: _Run) -> list[Block]:
+        """Blocks in the order in which they are revealed: all holes of the prompts, then the new tokens."""
+        first, total, size = run.prompt_length, run.grid.shape[1], run.options.block_length
+        holes = [Block(0, first, 0)] if run.fillable[:, :first].any() else []
+        starts = range(first, total, size)
+        return holes + [Block(start, min(start + size, total), start) for start in starts]
+
+    def _write(self, run: _Run) -> None:
+        blocks = self._blocks(run)
+        self._num_timesteps = run.options.steps * len(blocks)
+        self._interrupt = False
+        with self.progress_bar(total=len(blocks)) as bar:
+            for block in blocks:
+                if run.finished.all() or self._interrupt:
+                    break
+                self._write_block(run, block)
+                bar.update()
+
+    def _write_block(self, run: _Run, block: Block) -> None:
+        """Reveal a block's masks, then edit its tokens if the scheduler does. Ends after a known number of steps."""
+        options, scheduler = run.options, self.scheduler
+        start, stop, count_from = block
+        fillable = run.fillable[:, start:stop]
+        editing = options.editing_threshold or scheduler.config.editing_threshold or 0.0
+        scheduler.set_timesteps(options.steps, run.grid.device, stop - start)
+        counted = (run.grid == run.mask_token_id) & run.fillable & ~run.finished[:, None]
+        limit = scheduler.start_block(counted[:, count_from:stop].sum(1))
+        by_first = options.cache is not None and getattr(self.model.config, "logit_shift", False)
+        limit += int(by_first)  # whose first pass reveals one token only
+        run.passes.begin(start, stop)
+        active, edits, step = counted[:, start:stop].any(1), torch.zeros_like(run.finished, dtype=torch.long), 0
+        while active.any() and not self._interrupt:
+            tokens = run.grid[:, start:stop]
+            masked = ((tokens == run.mask_token_id) & fillable).any(1)
+            if step >= limit:
+                active = active & ~masked  # those that predict the mask token for ever
+                if not active.any():
+                    break
+            open_ = (tokens == run.mask_token_id) & fillable & active[:, None]
+            first = open_ & (torch.arange(stop - start, device=open_.device) == 0) if by_first and not step else None
+            output = scheduler.step(
+                run.passes(run.grid), step, tokens, mask_token_id=run.mask_token_id, temperature=options.temperature,
+                top_p=options.top_p, top_k=options.top_k, sampling_method=options.sampling_method,
+                threshold=options.threshold, editing_threshold=editing, prompt_mask=~fillable | ~active[:, None],
+                fillable=open_, forbidden=options.forbidden_tokens, forbid_mask=not options.allow_mask_token,
+                late=options.late_tokens, choose=options.choose, draws=self._draws(run, step, first),
+                generator=options.generator,
+            )  # fmt: skip
+            run.grid[:, start:stop] = output.prev_sample
+            step += 1
+            edits = edits + (active & ~masked)
+            self._tell(run, block, step - 1, output, tokens)
+            run.find_finished()
+            left = ((run.grid[:, start:stop] == run.mask_token_id) & fillable).any(1)
+            again = left | masked | (output.editing_transfer_index.any(1) & (edits <= options.max_post_steps))
+            active = active & ~run.finished & (again if editing > 0 else left)
+
+    def _draws(self, run: _Run, step: int, revealed: torch.Tensor | None) -> TextDraws:
+        """What a step uses in place of its generator's draws.
+
+        Args:
+            revealed: places that are revealed whatever the rule. With a cache, a model that predicts a token at the
+                place before it predicts a block's first one in the first pass only, which reveals just that.
+        """
+        return TextDraws(revealed=revealed)
+
+    def _tell(self, run: _Run, block: Block, step: int, output: Any, before: torch.Tensor) -> None:
+        """Call back with what the step did, and take a changed `block_x` from it."""
+        run.calls += 1
+        if run.callback is None:
+            return
+        known = {
+            "block_x": run.grid[:, : block.stop],
+            "transfer_index": output.transfer_index,
+            "editing_transfer_index": output.editing_transfer_index,
+            "sampled_tokens": output.sampled_tokens,
+            "sampled_probs": output.sampled_probs,
+            "active_block": before == run.mask_token_id,
+        }
+        given = run.callback(self, run.calls - 1, step, {name: known[name] for name in run.callback_inputs}) or {}
+        if "block_x" in given:
+            run.grid[:, : block.stop] = given["block_x"]
+
+    def _output(self, run: _Run, prompts: Prompts) -> MaskedTextPipelineOutput:
+        new = run.grid[:, run.prompt_length :]
+        if run.finished.any():  # what is masked behind the end is never read
+            new[(new == run.mask_token_id) & run.finished[:, None]] = run.eos_token_ids[0]
+        texts = None
+        if run.options.output_type == "text" and self.tokenizer is not None:
+            ends = [run.ends(tokens).nonzero() for tokens in new]
+            kept = [tokens[: int(end[0]) + 1] if len(end) else tokens for tokens, end in zip(new, ends)]
+            if prompts.infills:
+                filled = run.grid[:, : run.prompt_length]
+                kept = [torch.cat([row[real], tokens]) for row, real, tokens in zip(filled, prompts.mask, kept)]
+            texts = self.tokenizer.batch_decode(kept, skip_special_tokens=True)
+        return MaskedTextPipelineOutput(sequences=run.grid if prompts.infills else new, texts=texts)

@@ -1,0 +1,195 @@
+"""What `MaskedTextPipeline` is given: prompts as rows of tokens, and what it refuses.
+
+B rows, P prompt tokens, G new tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, get_args
+
+import torch
+
+from imgdit.models.masked_text_passes import CacheKind
+from imgdit.naming import check_choice
+from imgdit.schedulers.masked_text import Choose, Sampling
+
+REMASKING = {"low_confidence": "probability"}
+"""LLaDA's names of how masks are chosen -> the scheduler's; "random" is called the same."""
+GEN_LENGTH = 2048
+"""`LLaDA2Pipeline`'s."""
+
+
+@dataclass(frozen=True)
+class TextOptions:
+    """How `MaskedTextPipeline` writes; the names are those of its arguments."""
+
+    block_length: int
+    num_inference_steps: int
+    temperature: float
+    top_p: float | None
+    top_k: int | None
+    sampling_method: str
+    threshold: float | None
+    editing_threshold: float | None
+    max_post_steps: int
+    minimal_topk: int
+    guidance_scale: float
+    cache: CacheKind | None
+    remasking: str | None
+    forbidden_tokens: tuple[int, ...]
+    late_tokens: tuple[int, ...]
+    allow_mask_token: bool
+    eos_early_stop: bool
+    generator: torch.Generator | None
+    output_type: str
+
+    def check(self) -> None:
+        """Refuse values that mean nothing."""
+        for name in ("block_length", "num_inference_steps", "minimal_topk"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+        if not self.temperature >= 0:
+            raise ValueError(f"temperature must be at least 0, got {self.temperature}")
+        if not self.guidance_scale >= 0:
+            raise ValueError(f"guidance_scale must be at least 0 (up to 1 is off), got {self.guidance_scale}")
+        if self.threshold is not None and not self.threshold >= 0:
+            raise ValueError(f"threshold must be at least 0 (above 1: off), got {self.threshold}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
+        check_choice("sampling_method", self.sampling_method, get_args(Sampling))
+        check_choice("cache", self.cache, (None, *get_args(CacheKind)))
+        check_choice("remasking", self.remasking, (None, *REMASKING, *get_args(Choose)))
+        check_choice("output_type", self.output_type, ("text", "seq"))
+        if self.generator is not None and not isinstance(self.generator, torch.Generator):
+            raise ValueError(f"generator must be one torch.Generator, got {type(self.generator).__name__}")
+
+    @property
+    def choose(self) -> str | None:
+        return REMASKING.get(self.remasking, self.remasking) if self.remasking is not None else None
+
+    @property
+    def steps(self) -> int:
+        """Steps per block, so few that each reveals `minimal_topk` tokens."""
+        if self.minimal_topk == 1:
+            return self.num_inference_steps
+        return max(1, min(self.num_inference_steps, self.block_length // self.minimal_topk))
+
+
+class Prompts(NamedTuple):
+    """Prompts as rows of tokens."""
+
+    ids: torch.Tensor
+    """(B, P)."""
+    mask: torch.Tensor
+    """Boolean (B, P), true on real tokens."""
+    holes: torch.Tensor
+    """Boolean (B, P), true on masks to be filled."""
+    infills: bool
+    """Whether holes were asked for, though there may be none."""
+
+
+def encode_prompts(
+    tokenizer: Any,
+    prompt: str | Sequence[str] | None,
+    messages: Sequence[Any] | None,
+    use_chat_template: bool,
+    add_generation_prompt: bool,
+    pad_token_id: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens and mask (B, P) of texts or chats, padded on the left.
+
+    Args:
+        messages: one chat (a list of messages), or a list of chats.
+        use_chat_template: put each prompt into the tokenizer's chat template, if it has one, as a user's message.
+    """
+    if prompt is not None and messages is not None:
+        raise ValueError("give either prompt or messages, not both")
+    if prompt is None and messages is None:
+        raise ValueError("give one of prompt, messages or input_ids")
+    if tokenizer is None:
+        raise ValueError("this pipeline has no tokenizer; give input_ids")
+    if messages is not None:
+        if not messages:
+            raise ValueError("messages is an empty list; give at least one message")
+        chats = [messages] if isinstance(messages[0], dict) else messages
+    else:
+        texts = [prompt] if isinstance(prompt, str) else list(prompt or ())
+        if not texts or not all(isinstance(text, str) for text in texts):
+            raise ValueError(f"prompt must be a text or a list of texts, at least one, got {prompt!r}")
+        if not (use_chat_template and getattr(tokenizer, "chat_template", None)):
+            return _padded([tokenizer(text)["input_ids"] for text in texts], pad_token_id)
+        chats = [[{"role": "user", "content": text}] for text in texts]
+    # The template writes special tokens itself.
+    rendered = [
+        tokenizer.apply_chat_template(chat, add_generation_prompt=add_generation_prompt, tokenize=False)
+        for chat in chats
+    ]
+    return _padded([tokenizer(text, add_special_tokens=False)["input_ids"] for text in rendered], pad_token_id)
+
+
+def _padded(rows: list[list[int]], pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    length = max(map(len, rows))
+    ids = torch.tensor([[pad_token_id] * (length - len(row)) + row for row in rows], dtype=torch.long)
+    mask = torch.tensor([[False] * (length - len(row)) + [True] * len(row) for row in rows], dtype=torch.bool)
+    return ids.view(len(rows), length), mask.view(len(rows), length)
+
+
+def check_ids(input_ids: Any, attention_mask: Any, vocabulary: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens and boolean mask (B, P) as given, a single row without its batch included."""
+    if not isinstance(input_ids, torch.Tensor) or input_ids.ndim not in (1, 2) or not len(input_ids):
+        shown = tuple(input_ids.shape) if isinstance(input_ids, torch.Tensor) else type(input_ids).__name__
+        raise ValueError(f"input_ids must be a tensor (batch, tokens) with at least one row, got {shown}")
+    if input_ids.dtype != torch.long:
+        raise ValueError(f"input_ids must be int64 token ids, got {input_ids.dtype}")
+    ids = input_ids if input_ids.ndim == 2 else input_ids[None]
+    if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= vocabulary):
+        raise ValueError(
+            f"input_ids must lie in 0..{vocabulary - 1}, the model's vocabulary, got {int(ids.min())} to "
+            f"{int(ids.max())}"
+        )
+    mask = torch.ones_like(ids) if attention_mask is None else attention_mask
+    mask = mask if mask.ndim == 2 else mask[None]
+    if mask.shape != ids.shape:
+        raise ValueError(f"attention_mask must be {tuple(ids.shape)} like input_ids, got {tuple(mask.shape)}")
+    return ids, mask.to(ids.device).bool()
+
+
+def find_holes(ids: torch.Tensor, mask: torch.Tensor, infill_mask: torch.Tensor | None, mask_token_id: int) -> Prompts:
+    """Prompts with their holes: the places of `infill_mask`, else the mask tokens among them."""
+    if infill_mask is None:
+        holes = (ids == mask_token_id) & mask
+        return Prompts(ids, mask, holes, bool(holes.any()))
+    holes = (infill_mask if infill_mask.ndim == 2 else infill_mask[None]).to(ids.device)
+    if holes.shape != ids.shape:
+        raise ValueError(f"infill_mask must be {tuple(ids.shape)} like the prompt, got {tuple(holes.shape)}")
+    holes = holes.bool()
+    if (holes & ~mask).any():
+        raise ValueError("infill_mask marks padding; mark real tokens only")
+    return Prompts(ids.masked_fill(holes, mask_token_id), mask, holes, True)
+
+
+def new_tokens(gen_length: int | None, prompts: Prompts, positions: int | None) -> int:
+    """G, checked against the model's positions.
+
+    Args:
+        gen_length: as given; `None`: 0 where a prompt has holes, else 2048 or as many as there are positions for.
+        positions: of the model; `None`: no limit.
+    """
+    longest = int(prompts.mask.sum(1).max()) if prompts.mask.numel() else 0
+    room = None if positions is None else positions - longest
+    if gen_length is None:
+        gen_length = 0 if prompts.infills else min(GEN_LENGTH, GEN_LENGTH if room is None else max(room, 1))
+    if not isinstance(gen_length, int) or gen_length < 0 or (gen_length == 0 and not prompts.infills):
+        raise ValueError(
+            "gen_length must be a whole number of at least 1, or 0 to only fill holes of the prompt, got "
+            f"{gen_length!r}"
+        )
+    if room is not None and gen_length > room:
+        raise ValueError(
+            f"{longest} prompt tokens and gen_length={gen_length} new ones exceed the model's {positions} positions; "
+            f"take at most gen_length={max(room, 0)}, or shorten the prompt"
+        )
+    return gen_length
