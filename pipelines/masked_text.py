@@ -192,7 +192,7 @@ class MaskedTextPipeline(compat.DiffusionPipeline):
         options = TextOptions(
             self.scheduler.config.block_length if block_length is None else block_length, num_inference_steps,
             temperature, top_p, top_k, sampling_method, threshold, editing_threshold, max_post_steps, minimal_topk,
-            guidance_scale, cache, remasking, tuple(forbidden_tokens), tuple(late_tokens),  # type: ignore[arg-type]
+            guidance_scale, cache, remasking, tuple(forbidden_tokens), tuple(late_tokens),
             allow_mask_token, eos_early_stop, generator, output_type,
         )  # fmt: skip
         options.check()

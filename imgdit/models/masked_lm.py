@@ -129,6 +129,9 @@ def masked_lm_config(values: Mapping[str, Any], source: str) -> tuple[Any, dict[
             "transformers.AutoModelForCausalLM and give it to MaskedTextPipeline"
         )
     special = {name: values[name] for name in _SPECIAL if values.get(name) is not None}
+    if special.get("pad_token_id") == special.get("eos_token_id"):
+        # transformers gives the padding token's embedding no gradient, but end tokens that pad an answer are learnt.
+        special.pop("pad_token_id", None)
     size = values.get("embedding_size") or values.get("vocab_size") or 0
     if "mask_token_id" not in special and kind == "llava_llada" and size > LLADA_MASK:
         special["mask_token_id"] = LLADA_MASK

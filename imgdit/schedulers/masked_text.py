@@ -210,7 +210,7 @@ class MaskedTextScheduler(BlockRefinementScheduler):
         draws: TextDraws | None = None,
         generator: torch.Generator | None = None,
         return_dict: bool = True,
-    ) -> BlockRefinementSchedulerOutput | tuple:
+    ) -> Any:
         """Reveal some of a block's masks.
 
         Args:

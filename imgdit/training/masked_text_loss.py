@@ -1,0 +1,224 @@
+"""Losses and likelihoods of masked diffusion language models, as functions of a prediction.
+
+`predict(ids)` returns logits (B, L, V) for tokens (B, L); `partial(masked_logits, model)` is one. LLaDA, arXiv
+2502.09992; LaViDa's complementary masks, arXiv 2505.16839.
+
+B rows, L tokens, A answer tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch.nn import functional
+
+from imgdit.naming import check_choice
+
+Predict = Callable[[torch.Tensor], torch.Tensor]
+Weight = Literal["none", "rate", "rate_and_length"]
+EPS = 1e-3
+"""LLaDA's least masking rate."""
+
+
+class Noised(NamedTuple):
+    """Tokens of which some are masked."""
+
+    ids: torch.Tensor
+    """(B, L)."""
+    masked: torch.Tensor
+    """Boolean (B, L)."""
+    rate: torch.Tensor
+    """(B,), the probability with which a token was masked."""
+
+
+def mask_tokens(
+    ids: torch.Tensor,
+    mask_token_id: int,
+    *,
+    maskable: torch.Tensor | None = None,
+    complement: bool = False,
+    eps: float = EPS,
+    times: torch.Tensor | None = None,
+    uniforms: torch.Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Noised:
+    """Mask each token with a probability of its row, (1 - eps) t + eps for t uniform in [0, 1].
+
+    Args:
+        ids: (B, L).
+        maskable: boolean (B, L); `None`: all tokens.
+        complement: also return the rows with the other maskable tokens masked, 2 B rows in all: each token is
+            masked once.
+        times: t (B,), in place of drawn ones.
+        uniforms: (B, L), in place of drawn ones; a token is masked where its number is below the rate.
+        generator: on the device of `ids`, or on the CPU.
+    """
+    device = ids.device
+    source = device if generator is None else generator.device
+    if times is None:
+        times = torch.rand(len(ids), device=source, generator=generator).to(device)
+    if uniforms is None:
+        uniforms = torch.rand(ids.shape, device=source, generator=generator).to(device)
+    rate = (1 - eps) * times + eps
+    masked = uniforms < rate[:, None]
+    maskable = torch.ones_like(masked) if maskable is None else maskable
+    if complement:
+        masked, maskable = torch.cat([masked, ~masked]), maskable.repeat(2, 1)
+        ids, rate = ids.repeat(2, 1), torch.cat([rate, (1 - rate).clamp(min=eps)])
+    masked = masked & maskable
+    return Noised(ids.masked_fill(masked, mask_token_id), masked, rate)
+
+
+def masked_text_loss(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    noised: Noised,
+    *,
+    weight: Weight = "rate",
+    lengths: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Cross entropy of masked tokens.
+
+    Args:
+        logits: (B, L, V) for `noised.ids`.
+        targets: (B, L) tokens before masking.
+        weight: "rate": each token by 1 / rate, divided by all tokens B L (LLaDA's pre-training, a bound on the
+            negative log-likelihood per token); "rate_and_length": each by 1 / (rate · answer length), divided by the
+            rows B (LLaDA's fine-tuning); "none": the mean over masked tokens (LaViDa).
+        lengths: answer lengths (B,) of "rate_and_length".
+
+    Returns:
+        A number in nats per token; 0 where nothing is masked.
+    """
+    check_choice("weight", weight, get_args(Weight))
+    if (lengths is None) == (weight == "rate_and_length"):
+        raise ValueError(f"lengths are what weight='rate_and_length' divides by, got weight={weight!r}, {lengths=}")
+    masked = noised.masked
+    rows = torch.arange(len(masked), device=masked.device)[:, None].expand_as(masked)[masked]  # (masked,)
+    found = functional.cross_entropy(logits[masked].float(), targets[masked], reduction="none")
+    if weight == "none":
+        return found.sum() / masked.sum().clamp(min=1)
+    found = found / noised.rate[rows]
+    if lengths is None:
+        return found.sum() / masked.numel()
+    return (found / lengths[rows]).sum() / len(masked)
+
+
+def pretrain_loss(
+    predict: Predict,
+    ids: torch.Tensor,
+    mask_token_id: int,
+    *,
+    weight: Weight = "rate",
+    complement: bool = False,
+    times: torch.Tensor | None = None,
+    uniforms: torch.Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> torch.Tensor:
+    """LLaDA's pre-training loss of tokens (B, L); arguments as in `mask_tokens` and `masked_text_loss`."""
+    noised = mask_tokens(
+        ids, mask_token_id, complement=complement, times=times, uniforms=uniforms, generator=generator
+    )
+    targets = ids.repeat(2, 1) if complement else ids
+    lengths = torch.full((len(targets),), ids.shape[1], device=ids.device) if weight == "rate_and_length" else None
+    return masked_text_loss(predict(noised.ids), targets, noised, weight=weight, lengths=lengths)
+
+
+def sft_loss(
+    predict: Predict,
+    ids: torch.Tensor,
+    prompt_lengths: torch.Tensor,
+    mask_token_id: int,
+    *,
+    weight: Weight = "rate_and_length",
+    complement: bool = False,
+    times: torch.Tensor | None = None,
+    uniforms: torch.Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> torch.Tensor:
+    """LLaDA's fine-tuning loss: the prompt is never masked, and end tokens that pad the answer are part of it.
+
+    Args:
+        ids: (B, L), prompt and answer, padded with the end token.
+        prompt_lengths: (B,).
+    """
+    if (prompt_lengths >= ids.shape[1]).any() or (prompt_lengths < 0).any():
+        raise ValueError(f"prompts of {prompt_lengths.tolist()} tokens leave no answer in {ids.shape[1]} tokens")
+    maskable = torch.arange(ids.shape[1], device=ids.device) >= prompt_lengths[:, None]
+    noised = mask_tokens(
+        ids, mask_token_id, maskable=maskable, complement=complement, times=times, uniforms=uniforms,
+        generator=generator,
+    )  # fmt: skip
+    targets, lengths = ids, maskable.sum(1)
+    if complement:
+        targets, lengths = ids.repeat(2, 1), lengths.repeat(2)
+    lengths = lengths if weight == "rate_and_length" else None
+    return masked_text_loss(predict(noised.ids), targets, noised, weight=weight, lengths=lengths)
+
+
+@torch.no_grad()
+def log_likelihood(
+    predict: Predict,
+    prompt: torch.Tensor,
+    answer: torch.Tensor,
+    mask_token_id: int,
+    *,
+    samples: int = 128,
+    batch_size: int = 16,
+    guidance_scale: float = 1.0,
+    counts: torch.Tensor | None = None,
+    permutations: torch.Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> torch.Tensor:
+    """Estimate of LLaDA's lower bound on the log-likelihood of an answer given a prompt, in nats over all its tokens.
+
+    Each row masks a fixed number of answer tokens, and the numbers of a batch are spread evenly, which varies less
+    than masking each token by chance.
+
+    Args:
+        predict: of rows (batch, P + A).
+        prompt: (P,).
+        answer: (A,).
+        samples: rows in all, a multiple of `batch_size`; one is enough for a single token.
+        guidance_scale: above 1, of the prediction with the prompt masked; LLaDA's `cfg_scale` plus 1.
+        counts: masks of the first row of each batch (samples / batch_size,), in place of drawn ones.
+        permutations: of the answer's places (samples, A), in place of drawn ones.
+    """
+    length, rows = len(answer), batch_size
+    if not length:
+        raise ValueError("the answer is empty; give at least one token")
+    if rows < 1 or samples < 1 or samples % rows:
+        raise ValueError(f"samples must be a multiple of batch_size, got {samples} and {batch_size}")
+    whole = torch.cat([prompt, answer]).expand(rows, -1)
+    inside = torch.arange(whole.shape[1], device=whole.device) >= len(prompt)
+    total = torch.zeros((), dtype=torch.float64, device=whole.device)
+    for batch in range(samples // rows):
+        if counts is None:
+            source = whole.device if generator is None else generator.device
+            first = int(torch.randint(1, length + 1, (), device=source, generator=generator))
+        else:
+            first = int(counts[batch])
+        # Numbers 1..A at even distances on a ring; rounding in float32, half to even, as published.
+        spread = torch.linspace(first, first + (rows - 1) * (length / rows), rows).round().long()
+        number = ((spread - 1) % length + 1).to(whole.device)
+        places = _permutations(rows, length, whole.device, generator) if permutations is None else permutations[
+            batch * rows : (batch + 1) * rows
+        ].to(whole.device)  # fmt: skip
+        masked = torch.zeros_like(whole, dtype=torch.bool)
+        masked[:, inside] = places < number[:, None]
+        noised = Noised(whole.masked_fill(masked, mask_token_id), masked, number / length)
+        logits = predict(noised.ids)
+        if guidance_scale > 1:
+            free = predict(noised.ids.masked_fill(~inside, mask_token_id))
+            logits = free + guidance_scale * (logits - free)
+        ones = torch.ones(rows, device=whole.device)
+        total += masked_text_loss(logits, whole, noised, weight="rate_and_length", lengths=ones)
+    return -total / (samples // rows)
+
+
+def _permutations(rows: int, length: int, device: torch.device, generator: torch.Generator | None) -> torch.Tensor:
+    source = device if generator is None else generator.device
+    drawn = [torch.randperm(length, device=source, generator=generator) for _ in range(rows)]
+    return torch.stack(drawn).to(device)
