@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from pathlib import Path
+from typing import Any
 
 from imgdit.checkpoints import EMBEDDED, SCENES
 
@@ -12,7 +13,7 @@ TIMEOUT = 5.0
 """Seconds in which the Hub has to answer whether it has a model."""
 INDEX = "model_index.json"
 """File of a pipeline's folder that names its parts."""
-_ID = r"\w[\w.-]*/\w[\w.-]*"
+HUB_ID = r"\w[\w.-]*/\w[\w.-]*"
 
 
 def find_pipeline(source: str | Path) -> str:
@@ -40,7 +41,7 @@ def find_model(source: str | Path, file: str, what: str = "model") -> str:
     if folder.exists():
         why = f"the folder holds no {file}" if folder.is_dir() else "it is a file"
         raise ValueError(f"{str(source)!r} is no {what}: {why}; expected a folder as `save_pretrained` writes it")
-    if not re.fullmatch(_ID, str(source)):
+    if not re.fullmatch(HUB_ID, str(source)):
         near = difflib.get_close_matches(str(source), [EMBEDDED], n=1)
         hint = f"; did you mean {EMBEDDED!r}?" if near else ""
         raise ValueError(f"there is no folder {str(source)!r} here, and Hub ids look like owner/name{hint}")
@@ -74,6 +75,35 @@ def _on_the_hub(name: str, file: str, what: str) -> str:
     return name
 
 
+def hub_file(repository: str, file: str, **options: Any) -> Path:
+    """A file of a repository on the Hub, downloaded; of its cached snapshot where the Hub cannot be asked.
+
+    Args:
+        options: of `hf_hub_download`.
+
+    Raises:
+        EntryNotFoundError: the repository has no such file.
+        Exception: of whichever library carries the request; there is no such repository, no network, nothing cached.
+    """
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    if not options.get("local_files_only"):
+        url = hf_hub_url(repository, file, revision=options.get("revision"))
+        try:
+            get_hf_file_metadata(
+                url, token=options.get("token"), timeout=TIMEOUT
+            )  # the download tries for half a minute
+        except EntryNotFoundError:
+            raise
+        except Exception as error:
+            try:
+                return Path(hf_hub_download(repository, file, **{**options, "local_files_only": True}))
+            except LocalEntryNotFoundError:
+                raise error from None
+    return Path(hf_hub_download(repository, file, **options))
+
+
 def find_dataset(name: str) -> str:
     """The id of a data set that the Hub has, or that was downloaded before.
 
@@ -84,7 +114,7 @@ def find_dataset(name: str) -> str:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import RepositoryNotFoundError
 
-    if not re.fullmatch(_ID, name):
+    if not re.fullmatch(HUB_ID, name):
         raise ValueError(f"ids of data sets on the Hub look like owner/name, got {name!r}")
     try:
         HfApi().dataset_info(name, timeout=TIMEOUT)

@@ -261,7 +261,9 @@ def _by_module(read: list[tuple[str, str, str, re.Match[str]]], unused: list[str
     parts = plain | own
     for name in [name for name, keys in parts.items() if not {"down", "up"} <= keys.keys()]:
         unused += parts.pop(name).values()
-    return Names(parts, parts.keys() & own.keys(), _dialect(parts, own), tuple(sorted([*unused, *aside])), aside)
+    return Names(
+        parts, frozenset(parts.keys() & own.keys()), _dialect(parts, own), tuple(sorted([*unused, *aside])), aside
+    )
 
 
 def _dialect(parts: Mapping[str, Mapping[str, str]], own: Mapping[str, Any]) -> str:

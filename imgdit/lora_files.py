@@ -5,6 +5,7 @@ Safetensors only: a pickle can run code when it is read.
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import math
@@ -26,6 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from . import compat
+from .hub import HUB_ID, TIMEOUT, hub_file
 from .lora_config import CONFIG, of_transformer, scale_of
 from .lora_dialects import (
     LoraKindError,
@@ -306,18 +308,18 @@ def attach_adapter(
     Raises:
         ValueError: the name is taken or cannot be one, or a module of the file has another shape in this model.
     """
-    _check_adapter_name(model, adapter, hotswap)
+    check_adapter_name(model, adapter, hotswap)
     layers = layers_of(model)
     pairs, unknown = fitted(file.pairs, file.source, model, layers)
     if hotswap:
         check_hotswap(model, adapter, pairs)
     before = active_adapters(model)
-    with _all_or_nothing(model, adapter, hotswap, pipeline), compat.several_adapters():
+    with all_or_nothing(model, adapter, hotswap, pipeline), compat.several_adapters():
         state, config = diffusers_state(pairs)
         model.load_lora_adapter(
             state, prefix="transformer", adapter_name=adapter, hotswap=hotswap, metadata=config, _pipeline=pipeline
         )
-        keep_precision(model, adapter, pairs)
+        keep_precision(model, adapter, state)
     activate(model, before)
     near = nearest_modules([*file.unread, *unknown], layers)
     return LoadReport(
@@ -414,7 +416,7 @@ def _locate(source: str | Path, weight_name: str | None, hub: Mapping[str, Any])
     _refuse_pickle(path.name if path.is_file() or weight_name is None else weight_name)
     if path.is_file():
         return path, _config_beside(path)
-    if path.suffix == ".safetensors" or str(source).count("/") != 1:
+    if isinstance(source, Path) or not re.fullmatch(HUB_ID, str(source)) or path.parent.is_dir():
         raise ValueError(
             f"there is no file {str(path)!r}; expected a .safetensors file, its folder or owner/repository"
         )
@@ -442,28 +444,37 @@ def _config_beside(path: Path) -> Path | None:
 
 
 def _download(repository: str, weight_name: str | None, hub: Mapping[str, Any]) -> tuple[Path, Path | None]:
-    from huggingface_hub import hf_hub_download, list_repo_files
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import EntryNotFoundError
 
+    files: list[str] = []
+    try:
+        if weight_name is None:
+            asked = {name: hub[name] for name in ("revision", "token") if name in hub}
+            found = HfApi().model_info(repository, **asked, timeout=TIMEOUT).siblings or []
+            files = [file.rfilename for file in found if file.rfilename.endswith(".safetensors")]
+            weight_name = files[0] if len(files) == 1 else None
+        if weight_name is not None:
+            path = hub_file(repository, weight_name, **hub)
+    except Exception as error:  # of whichever library carries the request: no repository, no network, offline mode
+        told = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"there is no file or folder {repository!r} here, and on the Hub {weight_name or 'its list of files'} "
+            f"could not be read: {type(error).__name__}: {told}"
+        ) from error
     if weight_name is None:
-        names = list_repo_files(repository, revision=hub.get("revision"), token=hub.get("token"))
-        files = [name for name in names if name.endswith(".safetensors")]
-        if len(files) != 1:
-            raise ValueError(f"{repository} holds {files or 'no .safetensors file'}; name one by weight_name=")
-        weight_name = files[0]
-    path = Path(hf_hub_download(repository, weight_name, **hub))
+        raise ValueError(f"{repository} holds {files or 'no .safetensors file'}; name one by weight_name=")
     if path.name != _PEFT_WEIGHTS:
         return path, None
     name = weight_name.removesuffix(_PEFT_WEIGHTS) + CONFIG
     try:
-        return path, Path(hf_hub_download(repository, name, **hub))
-    except LocalEntryNotFoundError as error:
-        raise ValueError(
-            f"{repository} has PEFT's {weight_name}, whose strength stands in {name}, and that is not in the cache; "
-            "go online once"
-        ) from error
+        return path, hub_file(repository, name, **hub)
     except EntryNotFoundError:
         return path, None
+    except Exception as error:  # as above
+        raise ValueError(
+            f"{repository} has PEFT's {weight_name}, whose strength stands in {name}, which could not be read: {error}"
+        ) from error
 
 
 def _refuse_pickle(name: str) -> None:
@@ -490,7 +501,8 @@ def _read_info(header: Mapping[str, str], source: str) -> AdapterInfo:
     return AdapterInfo(**values)
 
 
-def _check_adapter_name(model: nn.Module, adapter: str, hotswap: bool) -> None:
+def check_adapter_name(model: nn.Module, adapter: str, hotswap: bool) -> None:
+    """Refuse a name that is taken (or, for `hotswap`, is not), or that torch cannot have."""
     loaded = loaded_adapters(model)
     if hotswap and adapter not in loaded:
         raise ValueError(f"hotswap=True replaces a loaded adapter; there is no {nearest(adapter, loaded)}")
@@ -503,14 +515,14 @@ def _check_adapter_name(model: nn.Module, adapter: str, hotswap: bool) -> None:
 
 
 @contextmanager
-def _all_or_nothing(model: Any, adapter: str, hotswap: bool, pipeline: Any) -> Iterator[None]:
+def all_or_nothing(model: Any, adapter: str, hotswap: bool, pipeline: Any) -> Iterator[None]:
     """Where loading fails, the adapters, what acts and the offloading are as before; other adapters stay in any case.
     (PEFT's hot-swapping empties those whose name holds this one's.)"""
     names, active = loaded_adapters(model), active_adapters(model)
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     kept = lora_weights(model) if hotswap else {}
     weights = {name: parameter.detach().clone() for name, parameter in kept.items()}
-    scales = [(module, dict(module.scaling)) for module in model.modules() if isinstance(module, LoraLayer)]
+    scales = [(layer, copy.deepcopy(layer.scaling)) for layer in model.modules() if isinstance(layer, LoraLayer)]
     offload = compat.offloading(pipeline)
     try:
         yield
@@ -520,8 +532,8 @@ def _all_or_nothing(model: Any, adapter: str, hotswap: bool, pipeline: Any) -> I
     except BaseException:
         for name, parameter in kept.items():
             parameter.data = weights[name]
-        for module, scaling in scales:
-            module.scaling.update(scaling)
+        for layer, scaling in scales:
+            layer.scaling.update(scaling)
         if not hotswap:
             _take_off(model, adapter, names)
             activate(model, active)

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 import torch.nn as nn
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -111,15 +112,23 @@ def lora_weights(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: weight for name, weight in model.named_parameters() if ".lora_A." in name or ".lora_B." in name}
 
 
-def keep_precision(model: Any, adapter: str, pairs: Mapping[str, LoraPair]) -> None:
+def keep_precision(model: Any, adapter: str, state: Mapping[str, torch.Tensor]) -> None:
     """PEFT gives an adapter the type of the base weights. Where those are stored in 8 bits, which have no products, it
-    has the type that is computed in."""
-    for name, pair in pairs.items():
-        module = model.get_submodule(name)
-        for part, tensor in ((module.lora_A, pair.down), (module.lora_B, pair.up)):
-            weight = part[adapter].weight
+    has the type that is computed in.
+
+    Args:
+        state: the adapter's tensors by diffusers' names.
+    """
+    for name, module in model.named_modules():
+        if not isinstance(module, LoraLayer) or adapter not in module.lora_A:
+            continue
+        for side, layers in (("A", module.lora_A), ("B", module.lora_B)):
+            weight = layers[adapter].weight
             if weight.itemsize == 1:
-                weight.data = tensor.to(weight.device, model.dtype)
+                tensor = state[f"transformer.{name}.lora_{side}.weight"]
+                exact = torch.zeros_like(weight, dtype=model.dtype)  # larger where ranks are padded for hot-swapping
+                exact[tuple(slice(length) for length in tensor.shape)] = tensor
+                weight.data = exact
 
 
 def nearest_modules(keys: Sequence[str], modules: Iterable[str]) -> tuple[tuple[str, str], ...]:

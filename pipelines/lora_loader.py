@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 from diffusers.loaders import AuraFlowLoraLoaderMixin
+from diffusers.utils import get_adapter_name
 
 from imgdit.lora_dialects import LoraPair
-from imgdit.lora_files import diffusers_state, pairs_of, read_adapter
+from imgdit.lora_files import all_or_nothing, check_adapter_name, diffusers_state, pairs_of, read_adapter
+from imgdit.lora_fitting import keep_precision
 
 _PLAIN = re.compile(r"transformer\.(?!base_model\.).+\.lora_(A|B|magnitude_vector)(\.weight|\.bias)?")
 """A key as diffusers' pipelines write it, which its own loader reads as it stands."""
@@ -52,6 +54,30 @@ class LoraLoaderMixin(AuraFlowLoraLoaderMixin):
                 pairs_of(source) if isinstance(source, dict) else _read(source, **kwargs)
             )
         return (tensors, metadata) if with_metadata else tensors
+
+    @classmethod
+    def load_lora_into_transformer(
+        cls,
+        state_dict: dict[str, torch.Tensor],
+        transformer: Any,
+        adapter_name: str | None = None,
+        _pipeline: Any = None,
+        *,
+        hotswap: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """diffusers' own, which leaves the transformer as it was where it fails.
+
+        Raises:
+            ValueError: the name is taken, or torch cannot have it.
+        """
+        name = get_adapter_name(transformer) if adapter_name is None else adapter_name
+        check_adapter_name(transformer, name, hotswap)
+        with all_or_nothing(transformer, name, hotswap, _pipeline):
+            super().load_lora_into_transformer(
+                state_dict, transformer, name, _pipeline=_pipeline, hotswap=hotswap, **kwargs
+            )
+            keep_precision(transformer, name, state_dict)
 
     def unfuse_lora(self, components: Sequence[str] = ("transformer",), **kwargs: Any) -> None:
         """Take fused adapters out of the base again. (The parent's default names text encoders, and fails.)"""

@@ -3,6 +3,7 @@
 import json
 import logging
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from imgdit.lora_files import (
     read_info,
     write_adapter,
 )
+from imgdit.training.quantized import quantize_rows
 
 
 def forward(model):
@@ -91,6 +93,29 @@ def test_a_configuration_belongs_to_pefts_weights_and_to_no_other_file_beside(tm
     assert torch.equal(read_adapter(other).pairs[NAME.removeprefix("transformer.")].up, plain)
     scaled = read_adapter(tmp_path, "adapter_model.safetensors").pairs[NAME.removeprefix("transformer.")].up
     assert torch.equal(scaled, plain * 4)
+
+
+def test_a_downloaded_repository_has_its_strength_without_a_network(tmp_path):
+    """As the Hub's cache keeps PEFT's files; without the configuration the strength is unknown."""
+    snapshot = tmp_path / "models--imgdit-tests--no-such-lora/snapshots/0123456789abcdef0123456789abcdef01234567"
+    snapshot.mkdir(parents=True)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs/main").write_text(snapshot.name)
+    plain = load_file(one_layer(snapshot / "adapter_model.safetensors"))[f"{NAME}.lora_B.weight"]
+    source = ("imgdit-tests/no-such-lora", "adapter_model.safetensors")
+    with pytest.raises(ValueError, match=r"whose strength stands in adapter_config\.json, which could not be read"):
+        read_adapter(*source, cache_dir=str(tmp_path))
+    (snapshot / "adapter_config.json").write_text(json.dumps({"lora_alpha": 6}))
+    (pair,) = read_adapter(*source, cache_dir=str(tmp_path)).pairs.values()
+    assert torch.equal(pair.up, plain * 3)
+
+
+def test_a_path_is_never_a_repository_of_that_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "adapters").mkdir()
+    for source in ("adapters/depth", Path("someone/depth"), "./depth", "depth"):
+        with pytest.raises(ValueError, match="there is no file"):
+            read_adapter(source)
 
 
 WRONG = {
@@ -326,6 +351,21 @@ def test_eight_bit_storage_before_or_after_an_adapter(tmp_path, style):
     assert (results["casting"] - results["adapter"]).abs().max() < 0.1 * results["casting"].abs().max()
 
 
+def test_an_adapter_on_a_quantised_base(tmp_path):
+    """Its own numbers stay as the file has them, whatever the base's are stored in."""
+    pipe = flux()
+    quantize_rows(pipe.transformer)
+    control, plain = OmniControl(pipe), make(pipe)
+    file = lora_file(tmp_path / "canny.safetensors", pipe.transformer)
+    control.load(file)
+    exact = read_adapter(file).pairs
+    for name, pair in adapter_pairs(pipe.transformer, "canny").items():
+        assert torch.equal(pair.down, exact[name].down) and torch.equal(pair.up, exact[name].up)
+    assert torch.equal(make(pipe), plain)
+    with control.use([Condition(picture(), "canny")]):
+        assert (make(pipe) - plain).abs().max() > 1e-2
+
+
 # An adapter that is a condition's and a main one
 
 
@@ -389,6 +429,25 @@ def test_load_lora_weights_of_our_pipelines_reads_every_dialect(tmp_path):
         pipe.unload_lora_weights()
     with pytest.raises(ValueError, match="holds no LoRA of a transformer"):
         pipe.load_lora_weights({"lora_te1_text_model_encoder_layers_0_mlp_fc1.alpha": torch.tensor(1.0)})
+
+
+def test_load_lora_weights_of_our_pipelines_leaves_what_it_cannot_change(tmp_path):
+    pipe = tiny_pipeline()
+    model = pipe.transformer
+    good = one_layer(tmp_path / "good.safetensors")
+    keys, trained = set(model.state_dict()), [parameter.requires_grad for parameter in model.parameters()]
+    for name, message in (("v1.1", "cannot be called 'v1.1' in torch"), ("train", "take 'train_adapter'")):
+        with pytest.raises(ValueError, match=message):
+            pipe.load_lora_weights(good, adapter_name=name)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        pipe.load_lora_weights(one_layer(tmp_path / "wide.safetensors", 64, 64))
+    assert set(model.state_dict()) == keys and not loaded_adapters(model)
+    assert [parameter.requires_grad for parameter in model.parameters()] == trained
+    model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    pipe.load_lora_weights(good, adapter_name="good")
+    (pair,) = adapter_pairs(model, "good").values()
+    (expected,) = read_adapter(good).pairs.values()
+    assert torch.equal(pair.up, expected.up)
 
 
 def test_adapters_of_our_own_model(tmp_path):
