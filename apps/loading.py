@@ -9,6 +9,7 @@ from typing import Any
 
 import diffusers
 import torch
+from diffusers.hooks import apply_group_offloading
 from diffusers.quantizers import PipelineQuantizationConfig
 
 import imgdit
@@ -142,6 +143,20 @@ def _place(pipe: Any, options: LoadOptions, device: torch.device) -> None:
     elif options.offload == "sequential":
         pipe.enable_sequential_cpu_offload(device=device)
     elif options.offload == "group":
-        pipe.enable_group_offload(device, offload_type="leaf_level", use_stream=device.type == "cuda")
+        _offload_groups(pipe, device)
     elif pipe.device != device:  # diffusers tells of half precision on a CPU at every `to`
         pipe.to(device)
+
+
+def _offload_groups(pipe: Any, device: torch.device) -> None:
+    """Keep single layers off the device. Those of the denoiser are fetched ahead; a T5 encoder has one that is never
+    called, which fetching ahead warns of, and runs once."""
+    for part in pipe.components.values():
+        if not isinstance(part, torch.nn.Module):
+            continue
+        ahead = part is denoiser(pipe) and device.type == "cuda"
+        options: Any = {"onload_device": device, "offload_type": "leaf_level", "use_stream": ahead}
+        if hasattr(part, "enable_group_offload"):
+            part.enable_group_offload(**options)
+        else:
+            apply_group_offloading(part, **options)
