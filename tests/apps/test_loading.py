@@ -11,12 +11,14 @@ from tiny_control import flux, lora_file, sd3, with_texts
 from typer.testing import CliRunner
 
 from imgdit.apps.cli import app
+from imgdit.apps.generate import same_pixels
 from imgdit.apps.load_options import LoadOptions
 from imgdit.apps.loading import load_pipeline
 from imgdit.apps.request import Request, read_origin
 from imgdit.apps.studio import Studio
 from imgdit.checkpoints import SCENES
 from imgdit.hub import find_pipeline
+from imgdit.images import open_image
 from imgdit.lora_files import AdapterInfo
 from imgdit.sae.config import SAEConfig
 from imgdit.sae.model import SparseAutoencoder
@@ -78,6 +80,22 @@ def test_commands_run_on_a_half_precision_folder(model, dtype, tmp_path):
     assert told["dtype"] == {"auto": "float32", "bf16": "bfloat16"}[dtype]
     again = run("generate", "--like", tmp_path / "plain.png", "--out", tmp_path / "again.png", "--device", "cpu")
     assert again.exit_code == 0 and "the same bit for bit" in again.output  # in the precision it was made in
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("offload", ["model", "sequential", "group"])
+def test_offloading_changes_no_bit(model, tmp_path, offload):
+    sized = ["--model", model, "--steps", "2", "--size", "32"]
+    for name, *command in (
+        ["control", "control", "a cube", "--with", f"canny={model / 'edges.png'}"],
+        ["unlearned", "unlearn", "a cone", "--concept", "cone"],
+    ):
+        for kind in ("none", offload):
+            done = run(*command, *sized, "--offload", kind, "--out", tmp_path / f"{name}-{kind}.png")
+            assert done.exit_code == 0, f"{command}\n{done.output}{done.exception!r}"
+        plain, offloaded = (open_image(tmp_path / f"{name}-{kind}.png") for kind in ("none", offload))
+        assert same_pixels(plain, offloaded)
+    assert read_origin(tmp_path / f"control-{offload}.png").made_with["dtype"] == "bfloat16"  # auto
 
 
 def test_features_come_from_any_pipeline(model, tmp_path):
