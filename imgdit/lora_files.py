@@ -383,7 +383,8 @@ def _names(keys: Iterable[str], source: str) -> Names:
         raise ValueError(f"{source} {error}") from error
     if names.parts:
         return names
-    told = "; ".join(counted(names.aside)) or f"its first key is {next(iter(keys), 'nothing')!r}"
+    first = next(iter(keys), None)
+    told = "; ".join(counted(names.aside)) or ("it is empty" if first is None else f"its first key is {first!r}")
     family = family_of(keys)
     raise ValueError(
         f"{source} holds no LoRA of a transformer of FLUX.1 or SD3: {told}"
@@ -405,7 +406,13 @@ def _damage_told(path: Path) -> Iterator[None]:
     try:
         yield
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} cannot be read as safetensors, it is damaged or something else: {error}") from error
+        start = path.read_bytes()[:64] if path.is_file() and path.stat().st_size < 2**20 else b""
+        what = "damaged or something else"
+        if start.startswith(b"version https://git-lfs"):
+            what = "Git LFS's note of the file; fetch the file itself (git lfs pull)"
+        elif start.lstrip().lower().startswith((b"<!doctype", b"<html")):
+            what = "a web page, as a download without a login gives; download the file again"
+        raise ValueError(f"{path} cannot be read as safetensors, it is {what}: {error}") from error
 
 
 def _locate(source: str | Path, weight_name: str | None, hub: Mapping[str, Any]) -> tuple[Path, Path | None]:

@@ -14,7 +14,6 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from .lora_dialects import CONTROL, PREFIXES, LoraPair, family_of
-from .naming import nearest
 
 
 def layers_of(model: nn.Module) -> dict[str, Any]:
@@ -65,9 +64,12 @@ def fitted(
         pairs[name] = _shaped(pair, layers[name])
     missing = [name for name in found if name not in pairs]
     if not pairs or (family and own and family != own):
+        name = next(iter(missing or found))
+        out, columns = found[name].up.shape[0], math.prod(found[name].down.shape[1:])
+        ((_, near),) = nearest_modules([name], layers)
         raise ValueError(
-            f"{source} is for another base model: this one has no module "
-            f"{nearest(next(iter(missing or found)), layers)}{families}"
+            f"{source} is for another base model: this one has no module {name!r} ({out}x{columns}, out x in; nearest "
+            f"is {near!r}){families}"
         )
     return pairs, missing
 

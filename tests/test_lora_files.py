@@ -123,6 +123,8 @@ REFUSED = {
     "pickle.bin": (b"x", "pickled weights can run code"),
     "broken.safetensors": (b"\x10\0\0\0\0\0\0\0nonsense", "damaged"),
     "text.safetensors": (b"not a model", "damaged"),
+    "pointer.safetensors": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "git lfs pull"),
+    "page.safetensors": (b"\n<!DOCTYPE html><html>Log in</html>", "a web page.*download the file again"),
 }
 
 
