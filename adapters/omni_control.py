@@ -41,7 +41,7 @@ class OmniControl:
             image = pipe("a lighthouse at dusk").images[0]
 
     Make it before a step cache is enabled or the blocks are compiled if you can; offloading may come before or after.
-    Pipelines made by `from_pipe` share the transformer, so `use` reaches them as well.
+    Pipelines made by `from_pipe` share the transformer, so `use` reaches them as well, also in other threads.
 
     Args:
         pipe: a diffusers pipeline whose transformer is a `FluxTransformer2DModel` or `SD3Transformer2DModel`.
@@ -220,15 +220,16 @@ class OmniControl:
         return [first, (model.time_text_embed, TimeHook()), (model.norm_out, OutputHook())]
 
     def progress(self, timestep: torch.Tensor) -> Progress:
-        """Where the pipeline that calls is, by the scheduler of this control's pipeline.
+        """Where the pipeline that calls is, by its scheduler.
 
         Args:
             timestep: as the transformer gets it.
 
         Raises:
-            ValueError: that scheduler is not the one in use.
+            ValueError: the scheduler is not at this timestep.
         """
-        scheduler = self.pipe.scheduler
+        pipe = compat.calling_pipeline(self.transformer) or self.pipe
+        scheduler = pipe.scheduler
         begin, index = getattr(scheduler, "begin_index", None), getattr(scheduler, "step_index", None)
         first = begin or 0
         index = first if index is None else index
@@ -238,10 +239,8 @@ class OmniControl:
         started = getattr(scheduler, "num_inference_steps", None) is not None and index < len(timesteps)
         if not started or abs(float(timesteps[index]) - float(now)) > near:
             raise ValueError(
-                f"start and end of a condition are counted by the scheduler of the {type(self.pipe).__name__} that "
-                f"this OmniControl was made for, which is not at the timestep {float(now):g} of this call: the "
-                "pipeline that runs has a scheduler of its own. Give it the same scheduler (from_pipe does), or make "
-                "an OmniControl of that pipeline and call its use()"
+                f"start and end of a condition are counted by the scheduler of the {type(pipe).__name__}, which is "
+                f"not at the timestep {float(now):g} of this call; step that scheduler, or use start=0 and end=1"
             )
         return Progress(index - first, len(timesteps) - first)
 

@@ -558,6 +558,22 @@ def offloading(pipe: Any) -> Callable[[], None] | None:
     return again
 
 
+def calling_pipeline(model: Any) -> Any:
+    """The pipeline of diffusers in whose call a model runs; `None`: it is called by something else.
+
+    Found on the stack: a model is not told who calls it, several pipelines may hold it, each with a scheduler of its
+    own, and they may run in several threads at once.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        mine = isinstance(caller, diffusers.DiffusionPipeline) and getattr(caller, "transformer", None)
+        if mine and unwrap_module(mine) is model:
+            return caller
+        frame = frame.f_back
+    return None
+
+
 def attention_backend_name(backend: Any) -> str:
     """Name of a backend, or of the active one for `None`."""
     if backend is None:
@@ -593,6 +609,7 @@ __all__ += [
     "attention_backend_name",
     "block_streams",
     "called",
+    "calling_pipeline",
     "dispatch_attention",
     "execution_device",
     "guides",

@@ -100,19 +100,39 @@ def test_half_precision_timesteps_are_recognised(tmp_path):
     assert got == [False] * 14 + [True] * 14
 
 
-def test_another_scheduler_is_refused_where_steps_are_counted(kind, tmp_path):
+def test_the_scheduler_of_the_pipeline_that_runs_counts(kind, tmp_path):
     control = controlled(kind, tmp_path)
     other = quiet(getattr(diffusers, KINDS[kind][2]).from_pipe(control.pipe))
     other.scheduler = FlowMatchEulerDiscreteScheduler(shift=5.0)
     late = Condition(picture(), "canny", start=0.5)
     for _ in range(2):  # before the first pipeline ran, and after
-        with control.use([late]), pytest.raises(ValueError, match=r"has a scheduler of its own.*from_pipe"):
-            make(other, strength=0.7, **IMAGE)
+        got = acting(control, other, [late], num_inference_steps=10, strength=0.6, **IMAGE)
+        assert got == [False] * 3 + [True] * 3
         make(control.pipe)
-    with control.use([Condition(picture(), "canny")]):  # without start and end nothing is counted
-        make(other, strength=0.7, **IMAGE)
-    own = OmniControl(other)
-    assert acting(own, other, [late], num_inference_steps=4, strength=0.5, **IMAGE) == [False, True]
+
+
+def test_a_timestep_that_is_not_the_schedulers_is_refused(kind, tmp_path):
+    """A loop of one's own, which steps another scheduler than the pipeline's."""
+    control = controlled(kind, tmp_path)
+    scheduler = control.pipe.scheduler
+    inputs = {
+        "encoder_hidden_states": torch.randn(1, 5, 32),
+        "pooled_projections": torch.randn(1, 32),
+        "hidden_states": torch.randn(1, 16, 16) if kind == "flux" else torch.randn(1, 4, 8, 8),
+    }
+    if kind == "flux":
+        inputs |= {"img_ids": torch.zeros(16, 3), "txt_ids": torch.zeros(5, 3)}
+
+    def run(timestep):
+        return control.transformer(**inputs, timestep=torch.tensor([timestep / (1000 if kind == "flux" else 1)]))
+
+    with torch.no_grad(), control.use([Condition(picture(), "canny", start=0.5)]):
+        with pytest.raises(ValueError, match="which is not at the timestep 1000 of this call; step that scheduler"):
+            run(1000.0)  # nobody has set its timesteps
+        scheduler.set_timesteps(4)
+        run(float(scheduler.timesteps[0]))
+        with pytest.raises(ValueError, match="not at the timestep"):
+            run(float(scheduler.timesteps[0]) - 7.0)
 
 
 # Several threads
@@ -159,6 +179,19 @@ def test_pipelines_in_threads_under_one_use_are_exact(mode, kind, tmp_path):
             got = in_threads([lambda pipe=pipe, call=call: make(pipe, **call) for pipe, call in zip(pipes, calls)])
             for one, right in zip(got, expected):
                 assert torch.equal(one, right)
+
+
+def test_start_and_end_in_threads_are_exact(kind, tmp_path):
+    """Each thread counts by the scheduler of its own pipeline, of another number of steps."""
+    control = controlled(kind, tmp_path)
+    conditions = [Condition(picture(), "canny", end=0.5), Condition(picture(1), "canny", start=0.5)]
+    calls = [{"seed": n, "num_inference_steps": steps} for n, steps in enumerate((4, 8, 2, 5))]
+    with control.use(conditions):
+        expected = [make(pipe, **call) for pipe, call in zip(clones(control.pipe, 4), calls)]
+        pipes = clones(control.pipe, 4)
+        got = in_threads([lambda pipe=pipe, call=call: make(pipe, **call) for pipe, call in zip(pipes, calls)])
+    for one, right in zip(got, expected):
+        assert torch.equal(one, right)
 
 
 def test_hooked_modules_in_threads_are_exact(tmp_path):
