@@ -294,9 +294,9 @@ class MaskedTextPipeline(compat.DiffusionPipeline):
         scheduler.set_timesteps(options.steps, run.grid.device, stop - start)
         counted = (run.grid == run.mask_token_id) & run.fillable & ~run.finished[:, None]
         limit = scheduler.start_block(counted[:, count_from:stop].sum(1))
-        by_first = options.cache is not None and getattr(self.model.config, "logit_shift", False)
-        limit += int(by_first)  # whose first pass reveals one token only
         run.passes.begin(start, stop)
+        outside = run.passes.first_is_outside
+        limit += int(outside is not None)  # the first pass reveals one token only
         active, edits, step = counted[:, start:stop].any(1), torch.zeros_like(run.finished, dtype=torch.long), 0
         while active.any() and not self._interrupt:
             tokens = run.grid[:, start:stop]
@@ -306,7 +306,9 @@ class MaskedTextPipeline(compat.DiffusionPipeline):
                 if not active.any():
                     break
             open_ = (tokens == run.mask_token_id) & fillable & active[:, None]
-            first = open_ & (torch.arange(stop - start, device=open_.device) == 0) if by_first and not step else None
+            first = None
+            if outside is not None and step == 0:
+                first = open_ & outside[:, None] & (torch.arange(stop - start, device=open_.device) == 0)
             output = scheduler.step(
                 run.passes(run.grid), step, tokens, mask_token_id=run.mask_token_id, temperature=options.temperature,
                 top_p=options.top_p, top_k=options.top_k, sampling_method=options.sampling_method,
@@ -362,4 +364,7 @@ class MaskedTextPipeline(compat.DiffusionPipeline):
                 filled = run.grid[:, : run.prompt_length]
                 kept = [torch.cat([row[real], tokens]) for row, real, tokens in zip(filled, prompts.mask, kept)]
             texts = self.tokenizer.batch_decode(kept, skip_special_tokens=True)
-        return MaskedTextPipelineOutput(sequences=run.grid if prompts.infills else new, texts=texts)
+        if not prompts.infills:
+            return MaskedTextPipelineOutput(sequences=new, texts=texts)
+        filled = prompts.as_given(run.grid[:, : run.prompt_length])
+        return MaskedTextPipelineOutput(sequences=torch.cat([filled, new], 1), texts=texts)

@@ -89,6 +89,12 @@ class Prompts(NamedTuple):
     """Boolean (B, P), true on masks to be filled."""
     infills: bool
     """Whether holes were asked for, though there may be none."""
+    order: torch.Tensor
+    """(B, P), where each token was before padding went to the left."""
+
+    def as_given(self, filled: torch.Tensor) -> torch.Tensor:
+        """Rows (B, P) with their padding where it was."""
+        return torch.empty_like(filled).scatter(1, self.order, filled)
 
 
 def encode_prompts(
@@ -158,17 +164,21 @@ def check_ids(input_ids: Any, attention_mask: Any, vocabulary: int) -> tuple[tor
 
 
 def find_holes(ids: torch.Tensor, mask: torch.Tensor, infill_mask: torch.Tensor | None, mask_token_id: int) -> Prompts:
-    """Prompts with their holes: the places of `infill_mask`, else the mask tokens among them."""
+    """Prompts with their holes: the places of `infill_mask`, else the mask tokens among them. Padding goes to the
+    left, so that what is written follows the prompt."""
     if infill_mask is None:
         holes = (ids == mask_token_id) & mask
-        return Prompts(ids, mask, holes, bool(holes.any()))
-    holes = (infill_mask if infill_mask.ndim == 2 else infill_mask[None]).to(ids.device)
-    if holes.shape != ids.shape:
-        raise ValueError(f"infill_mask must be {tuple(ids.shape)} like the prompt, got {tuple(holes.shape)}")
-    holes = holes.bool()
-    if (holes & ~mask).any():
-        raise ValueError("infill_mask marks padding; mark real tokens only")
-    return Prompts(ids.masked_fill(holes, mask_token_id), mask, holes, True)
+    else:
+        holes = (infill_mask if infill_mask.ndim == 2 else infill_mask[None]).to(ids.device)
+        if holes.shape != ids.shape:
+            raise ValueError(f"infill_mask must be {tuple(ids.shape)} like the prompt, got {tuple(holes.shape)}")
+        holes = holes.bool()
+        if (holes & ~mask).any():
+            raise ValueError("infill_mask marks padding; mark real tokens only")
+        ids = ids.masked_fill(holes, mask_token_id)
+    order = torch.argsort(mask.long(), dim=1, stable=True)
+    infills = infill_mask is not None or bool(holes.any())
+    return Prompts(ids.gather(1, order), mask.gather(1, order), holes.gather(1, order), infills, order)
 
 
 def new_tokens(gen_length: int | None, prompts: Prompts, positions: int | None) -> int:

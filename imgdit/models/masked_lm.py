@@ -237,12 +237,20 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return values
 
 
-def logit_rows(model: Any, places: torch.Tensor) -> torch.Tensor:
-    """Rows of a model's output that predict the tokens of some places, both counted from the first token given.
+def predicting_places(model: Any, attention_mask: torch.Tensor) -> torch.Tensor:
+    """Places (B, L) of the outputs that predict the tokens of all places.
 
-    Dream and Fast-dLLM v2 predict a token at the place before it, and the first token at its own.
+    Dream and Fast-dLLM v2 (`config.logit_shift`) predict a token at the real one before it, and the first at its own.
+
+    Args:
+        attention_mask: (B, L), 1 on real tokens.
     """
-    return (places - 1).clamp(min=0) if getattr(model.config, "logit_shift", False) else places
+    places = torch.arange(attention_mask.shape[1], device=attention_mask.device).expand(attention_mask.shape)
+    if not getattr(model.config, "logit_shift", False):
+        return places
+    latest = places.masked_fill(~attention_mask.bool(), -1).cummax(1).values
+    before = torch.cat([torch.full_like(latest[:, :1], -1), latest[:, :-1]], 1)
+    return torch.where(before < 0, places, before)
 
 
 def masked_logits(model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -254,7 +262,15 @@ def masked_logits(model: Any, input_ids: torch.Tensor, attention_mask: torch.Ten
     """
     given = {} if attention_mask is None else {"position_ids": real_positions(attention_mask)}
     logits = model(input_ids=input_ids, attention_mask=attention_mask, **given).logits
-    return logits[:, logit_rows(model, torch.arange(input_ids.shape[1], device=input_ids.device))]
+    if not getattr(model.config, "logit_shift", False):
+        return logits
+    real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    return rows_of(logits, predicting_places(model, real))
+
+
+def rows_of(logits: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """The outputs (B, n, V) at places (B, n) of all (B, L, V)."""
+    return logits[torch.arange(len(logits), device=logits.device)[:, None], places]
 
 
 def real_positions(attention_mask: torch.Tensor) -> torch.Tensor:

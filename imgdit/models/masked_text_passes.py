@@ -12,7 +12,7 @@ import torch
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from imgdit.models.masked_lm import logit_rows, real_positions
+from imgdit.models.masked_lm import predicting_places, real_positions, rows_of
 
 CacheKind = Literal["prefix", "dual"]
 APPROXIMATE = {
@@ -49,7 +49,7 @@ class BlockPasses:
     Args:
         model: a bidirectional language model of transformers.
         cache: "prefix", "dual" or `None`.
-        attention_mask: (B, N), 1 on real tokens; `None`: all are.
+        attention_mask: (B, N), 1 on real tokens, padding at the left; `None`: all are real.
         guidance_scale: g of u + g (c - u), where c is the prediction and u the one with the prompt masked; at most 1
             is off. LLaDA's `cfg_scale` is g - 1.
         prompt: boolean (B, N), what u masks.
@@ -70,6 +70,9 @@ class BlockPasses:
         self.attention_mask = attention_mask
         self.positions = None if attention_mask is None else real_positions(attention_mask)
         self.keeps_rows = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self.shifted = bool(getattr(model.config, "logit_shift", False))
+        real = torch.ones_like(prompt, dtype=torch.long) if attention_mask is None else attention_mask
+        self.predicting = predicting_places(model, real)
         self.start = self.stop = 0
         self.cache: Cache | None = None
 
@@ -80,6 +83,15 @@ class BlockPasses:
     def begin(self, start: int, stop: int) -> None:
         """Go to the block of places start to stop."""
         self.start, self.stop, self.cache = start, stop, None
+
+    @property
+    def first_is_outside(self) -> torch.Tensor | None:
+        """Boolean (B,), rows whose block begins with a token that is predicted at a place outside the block, which
+        only the first cached pass computes; `None` without a cache or where there is no such row."""
+        if self.kind is None or self.start == self.stop:
+            return None
+        outside = self.predicting[:, self.start] < self.start
+        return outside if outside.any() else None
 
     def __call__(self, grid: torch.Tensor) -> torch.Tensor:
         """Logits (B, stop - start, V) of the block's tokens, given the grid (B, N)."""
@@ -104,7 +116,9 @@ class BlockPasses:
         return free + self.guidance_scale * (given - free)
 
     def _run(self, ids: torch.Tensor, first: int, last: int) -> torch.Tensor:
-        rows = logit_rows(self.model, torch.arange(self.start - first, self.stop - first, device=ids.device))
+        # A token may be predicted at the place before it, if that is computed.
+        lowest = max(self.start - 1, first) if self.shifted else self.start
+        rows = torch.arange(lowest - first, self.stop - first, device=ids.device)
         options: dict[str, Any] = {"logits_to_keep": rows} if self.keeps_rows else {}
         copies = 2 if self.guided else 1
         if self.attention_mask is not None:
@@ -116,4 +130,8 @@ class BlockPasses:
         if self.cache is not None:
             options |= {"past_key_values": self.cache, "use_cache": True}
         logits = self.model(input_ids=ids[:, first:last], **options).logits
-        return logits if self.keeps_rows else logits[:, rows]
+        logits = logits if self.keeps_rows else logits[:, rows]
+        if not self.shifted:
+            return logits
+        places = (self.predicting[:, self.start : self.stop] - lowest).clamp(min=0)
+        return rows_of(logits, places.repeat(copies, 1))

@@ -40,7 +40,7 @@ class TextDraws:
     tokens: torch.Tensor | None = None
     """(B, L) tokens."""
     revealed: torch.Tensor | None = None
-    """Boolean (B, L): the masks to reveal, in place of the rule."""
+    """Boolean (B, L): the masks to reveal, in place of the rule, in rows that have any."""
 
 
 class _Drawn(NamedTuple):
@@ -269,6 +269,8 @@ class MaskedTextScheduler(BlockRefinementScheduler):
         self._planned = False
         drawn = self._draw(logits, options)
         chosen = self._chosen(self._confidence(drawn, options), drawn.probability, fillable, options) & fillable
+        if (revealed := options.draws.revealed) is not None:
+            chosen = torch.where(revealed.any(1, keepdim=True), revealed & fillable, chosen)
         edited = torch.zeros_like(chosen)
         if options.editing_threshold is not None and options.editing_threshold > 0:
             editable = ~masked if options.prompt_mask is None else ~masked & ~options.prompt_mask
@@ -351,8 +353,6 @@ class MaskedTextScheduler(BlockRefinementScheduler):
             probability: (B, L), which is compared with thresholds.
             fillable: boolean (B, L).
         """
-        if options.draws.revealed is not None:
-            return options.draws.revealed
         reveal, open_ = self.config.reveal, fillable.sum(1)  # (B,)
         if options.choose == "ancestral":
             share = self._share(open_, options.step)[:, None]
