@@ -14,7 +14,12 @@ from typing import Any
 import imgdit
 
 SECTIONS = {
-    "Pipelines": ("pipelines.text_to_image", "pipelines.one_diffusion", "pipelines.omni_control"),
+    "Pipelines": (
+        "pipelines.text_to_image",
+        "pipelines.one_diffusion",
+        "pipelines.omni_control",
+        "pipelines.masked_text",
+    ),
     "Frames and tasks": ("tasks", "frames", "cameras"),
     "Conditions and LoRA files": ("adapters.condition", "adapters.omni_control", "lora_files"),
     "Images": ("images",),
@@ -22,13 +27,24 @@ SECTIONS = {
         "models.mmdit",
         "models.nextdit",
         "attention",
+        "models.masked_lm",
+        "models.text_embeddings",
         "schedulers.flow_match",
+        "schedulers.masked_text",
         "schedulers.schedule",
         "compat",
     ),
     "Sparse autoencoders": ("sae.config", "sae.model", "sae.files", "sae.unlearning", "sae.features", "sae.concepts"),
     "μP": ("mup",),
-    "Training": ("training", "training.trained", "training.config", "sae.recipe", "data.own.rows", "data.own.sources"),
+    "Training": (
+        "training",
+        "training.trained",
+        "training.config",
+        "training.masked_text_loss",
+        "sae.recipe",
+        "data.own.rows",
+        "data.own.sources",
+    ),
 }
 """Modules of `imgdit` by heading: the names of their `__all__`, otherwise what they define."""
 ONLY = {"compat": ("DiffusionPipeline", "ModelMixin", "SchedulerMixin"), "attention": ("KVCache",)}

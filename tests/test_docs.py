@@ -13,6 +13,7 @@ from onediffusion_fixtures import TINY
 from PIL import Image
 from tiny_control import flux, lora_file, with_texts
 from tiny_pictures import write_folder
+from tiny_text import make_model, make_tokenizer
 from typer.testing import CliRunner
 
 import imgdit
@@ -72,7 +73,10 @@ def hub(tmp_path_factory):
     pipe.save_pretrained(folder / "flux")
     for name in ("experimental/canny", "omini/subject_512", "my_edges"):
         lora_file(folder / f"omini/{name}.safetensors", pipe.transformer)
+    make_model(max_position_embeddings=512).save_pretrained(folder / "llada")
+    make_tokenizer(template=True).save_pretrained(folder / "llada")
     return {
+        "GSAI-ML/LLaDA-8B-Instruct": folder / "llada",
         "black-forest-labs/FLUX.1-dev": folder / "flux",
         "Yuanshi/OminiControl": folder / "omini",
         "lehduong/OneDiffusion": TINY,

@@ -19,6 +19,7 @@ import torch
 from huggingface_hub import snapshot_download
 
 from imgdit import compat
+from imgdit.io.text import read_text
 from imgdit.naming import nearest
 
 LLADA_KEYS = {
@@ -229,7 +230,7 @@ def _folder(source: str | Path, subfolder: str, revision: str | None, token: Any
 
 def _read_config(folder: Path) -> dict[str, Any]:
     try:
-        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        values = json.loads(read_text(folder / "config.json"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{folder / 'config.json'} is damaged, expected JSON: {error}") from error
     if not isinstance(values, dict):

@@ -7,40 +7,11 @@ import logging
 import pytest
 import torch
 from diffusers import BlockRefinementScheduler, LLaDA2Pipeline
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from tiny_text import EOS, MASK, VOCABULARY, make_model, make_tokenizer
 
 import imgdit
 from imgdit.pipelines.masked_text import MaskedTextPipeline
 from imgdit.schedulers.masked_text import MaskedTextScheduler
-
-VOCABULARY, MASK, EOS = 40, 39, 38
-WORDS = {f"w{n}": n for n in range(36)} | {"user": 36, "assistant": 37, "<eos>": EOS, "<mask>": MASK}
-TEMPLATE = (
-    "{% for m in messages %}{{ m['role'] + ' ' + m['content'] + ' ' }}{% endfor %}"
-    "{% if add_generation_prompt %}assistant{% endif %}"
-)
-
-
-def make_model(kind: str = "llama", **changes):
-    torch.manual_seed(0)
-    config, owner = (LlamaConfig, LlamaForCausalLM) if kind == "llama" else (Qwen2Config, Qwen2ForCausalLM)
-    settings = {
-        "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 48, "is_causal": False,
-        "mask_token_id": MASK, "eos_token_id": EOS, "bos_token_id": None, "pad_token_id": None,
-        "initializer_range": 0.4, "logit_shift": kind == "dream",
-    }  # fmt: skip
-    return owner(config(**settings | changes)).eval()
-
-
-def make_tokenizer(template: bool = False) -> PreTrainedTokenizerFast:
-    tokenizer = Tokenizer(models.WordLevel(WORDS, unk_token="w0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    # As LLaDA's: the mask token is not registered as one.
-    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", unk_token="w0")
-    made.chat_template = TEMPLATE if template else None
-    return made
 
 
 def make_pipe(kind: str = "llama", tokenizer=None, **settings) -> MaskedTextPipeline:
@@ -129,7 +100,7 @@ def test_only_holes_are_filled():
     assert torch.equal(torch.cat(alone), output.sequences)
     written = pipe(input_ids=ids, **SHORT).sequences  # and 8 new tokens
     assert written.shape == (2, 14) and torch.equal(written[:, :6][known], ids[known]) and not (written == MASK).any()
-    assert pipe("w1 <mask> w2").texts[0].split()[::2] == ["w1", "w2"]
+    assert pipe("w1 <|mdm_mask|> w2").texts[0].split()[::2] == ["w1", "w2"]
 
 
 @pytest.mark.parametrize("kind", ["llama", "dream"])
