@@ -12,7 +12,7 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.utils import BaseOutput, logging
 
 from imgdit import compat
-from imgdit.models.masked_text_passes import APPROXIMATE, BlockPasses
+from imgdit.models.masked_text_passes import APPROXIMATE, BlockPasses, CacheKind
 from imgdit.pipelines.masked_text_inputs import (
     Prompts,
     TextOptions,
@@ -158,7 +158,7 @@ class MaskedTextPipeline(compat.DiffusionPipeline):
         *,
         infill_mask: torch.Tensor | None = None,
         guidance_scale: float = 1.0,
-        cache: str | None = None,
+        cache: CacheKind | None = None,
         remasking: str | None = None,
         forbidden_tokens: Sequence[int] = (),
         late_tokens: Sequence[int] = (),

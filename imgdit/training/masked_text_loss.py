@@ -151,11 +151,9 @@ def sft_loss(
         ids, mask_token_id, maskable=maskable, complement=complement, times=times, uniforms=uniforms,
         generator=generator,
     )  # fmt: skip
-    targets, lengths = ids, maskable.sum(1)
-    if complement:
-        targets, lengths = ids.repeat(2, 1), lengths.repeat(2)
-    lengths = lengths if weight == "rate_and_length" else None
-    return masked_text_loss(predict(noised.ids), targets, noised, weight=weight, lengths=lengths)
+    copies = 2 if complement else 1
+    lengths = maskable.sum(1).repeat(copies) if weight == "rate_and_length" else None
+    return masked_text_loss(predict(noised.ids), ids.repeat(copies, 1), noised, weight=weight, lengths=lengths)
 
 
 @torch.no_grad()
