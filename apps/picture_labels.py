@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from imgdit.evaluation.unlearning_pictures import Classify
+from imgdit.hub import find_model
 from imgdit.images import open_image, to_pixels, to_rgb
 from imgdit.models.scene_probe import SceneProbe
 from imgdit.untrusted import read_object
@@ -24,6 +25,7 @@ def classifier(source: str | Path, domain: str) -> Classify:
         source: folder of a `SceneProbe`; or folder or Hub repository of a transformers image classifier, whose
             `id2label` are the labels.
     """
+    source = find_model(source, "config.json", "image classifier")
     config = Path(source) / "config.json"
     if config.is_file() and read_object(config).get("_class_name") == "SceneProbe":
         return probe_classifier(SceneProbe.from_pretrained(source).eval(), domain)

@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from imgdit.checkpoints import EMBEDDED, SCENES
 from imgdit.hub import INDEX, find_pipeline
 from imgdit.lora_files import FoundAdapter, find_adapters
 from imgdit.naming import check_name, nearest
@@ -47,7 +48,7 @@ class Shelf:
             "adapters": None if adapters is None else str(adapters),
             "sae": None if sae is None else str(sae),
         }
-        self.home = Path(source).expanduser()
+        self.home = SCENES if source == EMBEDDED else Path(source).expanduser()
         """The pipeline's folder; of a model on the Hub there is none."""
         self.adapter_folder = self.home / ADAPTERS if adapters is None else adapters.expanduser()
         self.sae_folder = self.home / SAE if sae is None else sae.expanduser()

@@ -18,6 +18,7 @@ from imgdit.data.captions import TASK_TOKENS, caption
 from imgdit.data.own.subjects import Idea, Pair
 from imgdit.data.scenes import Scene, another_look
 from imgdit.defaults import GUIDANCE, STEPS
+from imgdit.hub import find_model
 from imgdit.images import to_pixels
 from imgdit.models.scene_probe import SceneProbe
 from imgdit.pipelines.one_diffusion import OneDiffusionPipeline
@@ -140,6 +141,7 @@ class FeatureScore:
     def __init__(self, model: str):
         from transformers import AutoImageProcessor, AutoModel
 
+        model = find_model(model, "config.json", "image encoder")
         self.processor = AutoImageProcessor.from_pretrained(model)
         self.model = AutoModel.from_pretrained(model).eval()
 

@@ -92,9 +92,10 @@ def check(
         typer.echo("\n".join([*lines, str(report)]))
         if out is not None:
             if report.rows:
-                draw_sheet(rows, out / "sheet.png")
+                typer.echo(f"wrote {draw_sheet(rows, out / 'sheet.png')}")
             out.mkdir(parents=True, exist_ok=True)
             (out / "check.txt").write_text("\n".join([*lines, str(report)]) + "\n", encoding="utf-8")
+            typer.echo(f"wrote {out / 'check.txt'}")
     if lacking:
         raise typer.Exit(1)
     if len(report.problems) > max_broken * (report.rows + len(report.problems)):

@@ -26,7 +26,7 @@ def model_folder(model: Path | None) -> Path:
     from imgdit.checkpoints import SCENES
     from imgdit.hub import find_pipeline
 
-    found = Path(find_pipeline(model or SCENES))
+    found = Path(find_pipeline(str(model or SCENES)))
     if not found.is_dir():
         raise ValueError(f"benchmarks read a folder of this machine; download {str(model)!r} first")
     return found

@@ -14,8 +14,10 @@ from imgdit.apps.cli import app
 from imgdit.apps.generate import same_pixels
 from imgdit.apps.load_options import LoadOptions
 from imgdit.apps.loading import load_pipeline
+from imgdit.apps.picture_labels import classifier
 from imgdit.apps.request import Request, read_origin
 from imgdit.apps.studio import Studio
+from imgdit.apps.subject_pairs import FeatureScore
 from imgdit.checkpoints import SCENES
 from imgdit.hub import find_pipeline
 from imgdit.images import open_image
@@ -153,6 +155,9 @@ def test_a_model_that_is_nowhere_is_said_at_once(tmp_path, monkeypatch):
     ):
         with pytest.raises(ValueError, match=said):
             find_pipeline(source)
+    for reader in (FeatureScore, lambda model: classifier(model, "style")):
+        with pytest.raises(ValueError, match="Hub cannot be reached"):
+            reader("nobody/nothing")
     assert time.perf_counter() - start < 5
 
 
