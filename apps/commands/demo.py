@@ -24,7 +24,7 @@ def demo(
     host: Annotated[str, typer.Option(help="Address to listen at; 127.0.0.1 is this machine alone.")] = "127.0.0.1",
     port: Annotated[int | None, typer.Option(min=1, max=65535, help="A free one from 7860 on by default.")] = None,
     root_path: Annotated[
-        str | None, typer.Option(help="Path under which a proxy shows the demo, such as /imgdit.")
+        str | None, typer.Option(help="Path under which a proxy shows the demo, such as /imgdit; it passes on Host.")
     ] = None,
     mcp: Annotated[bool, typer.Option("--mcp", help="Offer every tab to programs as tools (MCP).")] = False,
     *,

@@ -30,7 +30,7 @@ CSS = """
 footer { display: none !important; }
 /* Results are shown whole, as large as the window allows, small ones enlarged. */
 .result.square { aspect-ratio: 1; max-height: 76vh; }
-.result img { width: 100%; height: 100%; max-height: 76vh; object-fit: contain; }
+.result img { width: 100%; height: 100%; max-height: 76vh !important; object-fit: contain; }
 .results .grid-wrap { min-height: 0 !important; max-height: none !important; overflow: visible; }
 .results .grid-container img { max-height: 70vh; object-fit: contain; }
 .block > .wrap.hide { display: none; } /* gradio's progress, which is switched off and would say "Error" unseen */

@@ -64,7 +64,7 @@ def build(holder: Holder) -> widgets.Canvas:
             slider = gr.ImageSlider(label="Before and after", interactive=False, format="png", elem_classes="result")
             with gr.Row():
                 condition = widgets.result("Condition, as the model reads it")
-                file = gr.File(label="PNG that tells how it was made", interactive=False, height=120, min_width=120)
+                file = gr.File(label="PNG that tells how it was made", interactive=False, height=120, min_width=220)
 
     @limits.refusing(status)
     def control(

@@ -87,7 +87,8 @@ def build(holder: Holder) -> None:
             with holder.busy(person):
                 seen, note = _seen(holder, base, names)
             picture = None if seen is None else overlay(open_image(shown.files[0]), seen, full=1.0)
-            yield *shown.files, None if picture is None else holder.keep(picture), f"{shown.status} {note}".strip()
+            kept = None if picture is None else holder.keep(picture)
+            yield shown.files[0], shown.files[1], kept, f"{shown.status} {note}".strip()
 
     make.click(
         unlearn, [prompt, chosen, mode, multiplier, *sampled], [plain, without, heat, status],

@@ -141,7 +141,7 @@ def _is_empty(picture: Image.Image) -> bool:
 
 def _is_paper(picture: Image.Image) -> bool:
     """Whether every channel of every pixel is full."""
-    return all(low == 255 for low, _ in picture.getextrema())
+    return all(extrema == (255, 255) for extrema in picture.getextrema())
 
 
 class Sampling(NamedTuple):
