@@ -156,7 +156,8 @@ def _offload_groups(pipe: Any, device: torch.device) -> None:
             continue
         ahead = part is denoiser(pipe) and device.type == "cuda"
         options: Any = {"onload_device": device, "offload_type": "leaf_level", "use_stream": ahead}
-        if hasattr(part, "enable_group_offload"):
-            part.enable_group_offload(**options)
+        enable: Any = getattr(part, "enable_group_offload", None)
+        if enable is not None:
+            enable(**options)
         else:
             apply_group_offloading(part, **options)

@@ -127,10 +127,11 @@ def check_guidance(texts: Texts, guidance_scale: float, true_cfg_scale: float, d
         true_cfg_scale: of two predictions of a distilled model, as in `FluxPipeline`.
         distilled: whether the model takes the guidance scale as an input.
     """
-    for name, scale in (("guidance_scale", guidance_scale), ("true_cfg_scale", true_cfg_scale)):
+    scales: dict[str, Any] = {"guidance_scale": guidance_scale, "true_cfg_scale": true_cfg_scale}
+    for name, scale in scales.items():
         if not isinstance(scale, Real):
             raise ValueError(f"{name} is one number for all images, got {_named(scale)}")
-        if not scale >= 0:
+        if not float(scale) >= 0:
             raise ValueError(f"{name} must not be negative, got {scale}")
     if not distilled and true_cfg_scale != 1.0:
         raise ValueError(
@@ -158,7 +159,8 @@ def check_size(height: int, width: int, cell: int, max_grid: float) -> None:
         cell: pixels per side of a token.
         max_grid: tokens per side.
     """
-    for name, side in (("height", height), ("width", width)):
+    sides: dict[str, Any] = {"height": height, "width": width}
+    for name, side in sides.items():
         if not isinstance(side, Integral):
             raise ValueError(f"{name} is a whole number of pixels, got {side!r}")
     if height < cell or width < cell or height % cell or width % cell:

@@ -79,7 +79,7 @@ def step_options(scheduler: Any, generator: Any) -> dict[str, Any]:
     return {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
 
 
-def check_schedule(scheduler: Any, num_inference_steps: int, sigmas: Iterable[float] | None = None) -> None:
+def check_schedule(scheduler: Any, num_inference_steps: Any, sigmas: Iterable[float] | None = None) -> None:
     """Refuse steps, noise levels and schedulers that do not lead from noise to data by flow matching.
 
     Raises:
@@ -100,7 +100,7 @@ def check_schedule(scheduler: Any, num_inference_steps: int, sigmas: Iterable[fl
                 "FlowMatchEulerDiscreteScheduler"
             )
         sigmas = levels
-    fault = _fault(scheduler, num_inference_steps, sigmas)
+    fault = _fault(scheduler, int(num_inference_steps), sigmas)
     if fault is not None:
         raise ValueError(
             f"{name} as it is configured is no flow-matching schedule ({fault}). These work: {WORKING}. Make one "
