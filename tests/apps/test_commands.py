@@ -8,6 +8,7 @@ import socket
 import urllib.request
 from pathlib import Path
 
+import gradio
 import pytest
 from PIL import Image
 from tiny_runs import small_pipeline
@@ -196,7 +197,9 @@ def test_steps_and_guidance_are_the_same_everywhere():
     api = defaults(imgdit.ImgDiTPipeline.__call__)
     assert (api["num_inference_steps"], api["guidance_scale"]) == (STEPS, GUIDANCE) == (28, 3.0)
     assert Request().steps == STEPS
-    assert (defaults(widgets.sampling)["steps"], defaults(widgets.sampling)["guidance"]) == (STEPS, GUIDANCE)
+    with gradio.Blocks():
+        shown = widgets.sampling()
+    assert (shown.steps.value, shown.guidance.value) == (STEPS, GUIDANCE)
     for name, command in get_command(app).commands.items():
         found = {one.name: one.default for one in command.params}
         assert found.get("steps", STEPS) == STEPS and found.get("guidance") in (None, GUIDANCE), name
