@@ -51,8 +51,10 @@ ALIKE = {
     },
 }
 """Words that people say, by the known one that is nearest."""
-LINKS = frozenset(words("a an the and or of in on at to by with its that as is are it from"))
-"""Words that no object's adjective reaches over."""
+LINKS = frozenset(words("a an the and or of in on at to by with its that as is are was it this from for some"))
+"""Words that join others: none is a mistake, and no object's adjective reaches over one."""
+SPELLED = 0.74
+"""Likeness from which a word is taken for a known one that is misspelt: one letter of four."""
 SCENERY = ("background", "floor", "ground", "wall", "sky", "room")
 """Nouns that a colour makes a background of."""
 
@@ -78,7 +80,7 @@ def meaningless(prompt: str) -> list[Meaningless]:
     told = _told(text)
     found: dict[str, Meaningless] = {}
     for i, word in enumerate(text):
-        if i in told:
+        if i in told or word in LINKS:
             continue
         if word in _colours() and i + 1 < len(text) and text[i + 1] in SCENERY:
             phrase = f"{word} {text[i + 1]}"
@@ -114,7 +116,7 @@ def _describes(text: list[str], i: int) -> bool:
     """Whether a word stands before an object as what it is like ("a small red cube")."""
     for word in text[i:]:
         if word in OBJECTS:
-            return text[i] not in LINKS
+            return True
         if word in LINKS or word in STYLES:
             return False
     return False
@@ -125,13 +127,12 @@ def _named(word: str) -> Meaningless:
         for known, others in alike.items():
             if word in others.split() or word.removesuffix("s") in others.split():
                 return Meaningless(word, kind, known)
-    if word in _colours():
-        return Meaningless(
-            word, "colour", min(COLOURS, key=lambda name: _unlike(_colours()[word], COLOUR_VALUES[name]))
-        )
-    for kind in ("object", "colour", "style"):
-        if close := _close(word, KINDS[kind], 0.8):
-            return Meaningless(word, kind, close)
+    known = next((kind for kind in ("object", "colour", "style") if _close(word, KINDS[kind], SPELLED)), None)
+    if known is not None and word not in _colours():
+        return Meaningless(word, known, _close(word, KINDS[known]))
+    if colour := _close(word, _colours(), 0.8):
+        value = _colours()[colour]
+        return Meaningless(word, "colour", min(COLOURS, key=lambda name: _unlike(value, COLOUR_VALUES[name])))
     return Meaningless(word)
 
 
@@ -169,4 +170,4 @@ def _unlike(one: tuple[float, float, float], other: tuple[float, float, float]) 
     (hue, light, _), (other_hue, other_light, _) = colorsys.rgb_to_hls(*one), colorsys.rgb_to_hls(*other)
     turn = abs(hue - other_hue)
     chroma = max(one) - min(one)
-    return 4 * chroma * min(turn, 1 - turn) + abs(light - other_light)
+    return 24 * chroma * min(turn, 1 - turn) + abs(light - other_light)

@@ -23,6 +23,9 @@ def test_what_the_grammar_says_has_a_meaning():
         ("a navy torus", [("navy", "colour", "blue")]),
         ("a small red cube", [("small", None, None)]),  # from "a mosaic of small tiles"
         ("a wooden cube", [("wooden", None, None)]),
+        ("a maroon cuve", [("maroon", "colour", "red"), ("cuve", "object", "cube")]),
+        ("a golden torus", [("golden", "colour", "yellow")]),
+        ("the cube is red", []),
         ("blue balls", [("balls", "object", "sphere")]),
         ("red cubes", [("cubes", "object", "cube")]),
         ("a red cube on a white background", [("white background", "background", "on a grey background")]),
