@@ -127,9 +127,9 @@ def _named(word: str) -> Meaningless:
         for known, others in alike.items():
             if word in others.split() or word.removesuffix("s") in others.split():
                 return Meaningless(word, kind, known)
-    known = next((kind for kind in ("object", "colour", "style") if _close(word, KINDS[kind], SPELLED)), None)
-    if known is not None and word not in _colours():
-        return Meaningless(word, known, _close(word, KINDS[known]))
+    misspelt = next((kind for kind in ("object", "colour", "style") if _close(word, KINDS[kind], SPELLED)), None)
+    if misspelt is not None and word not in _colours():
+        return Meaningless(word, misspelt, _close(word, KINDS[misspelt]))
     if colour := _close(word, _colours(), 0.8):
         value = _colours()[colour]
         return Meaningless(word, "colour", min(COLOURS, key=lambda name: _unlike(value, COLOUR_VALUES[name])))

@@ -130,8 +130,9 @@ def test_all_masks_and_nothing_at_all_are_prompts():
     assert filled.shape == (1, 6) and not (filled == MASK).any()
     empty = pipe("", **SHORT)
     assert empty.sequences.shape == (1, 8) and not (empty.sequences == MASK).any()
+    pipe.model.double()  # an even choice between two tokens must not hang on rounding
     both = pipe(["", "w3 w7"], **SHORT)
-    assert torch.equal(both.sequences[:1], empty.sequences)
+    assert torch.equal(both.sequences[:1], pipe("", **SHORT).sequences)
 
 
 def biased(pipe, **logits):

@@ -38,7 +38,7 @@ def test_a_flux_folder_gives_what_its_pipeline_gives(folder):
     embeddings, pooled, _ = pipe.encode_prompt("a red cube", "a red cube")
     encoded = encoder.text("a red cube")
     assert encoded.embeddings.shape == (512, 32)
-    torch.testing.assert_close(encoded.embeddings, embeddings[0].detach(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(encoded.embeddings, embeddings[0].detach(), atol=5e-5, rtol=1e-5)
     torch.testing.assert_close(encoded.pooled, pooled[0].detach(), atol=1e-5, rtol=1e-5)
     picture = torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
