@@ -601,38 +601,6 @@ def dispatch_attention(
     )
 
 
-__all__ += [
-    "Adapters",
-    "CallNameHook",
-    "StepCaches",
-    "add_hook",
-    "attention_backend_name",
-    "block_streams",
-    "called",
-    "calling_pipeline",
-    "dispatch_attention",
-    "execution_device",
-    "guides",
-    "has_hooks",
-    "has_step_cache",
-    "insert_hook",
-    "is_offloaded_whole",
-    "is_xformers_available",
-    "offloading",
-    "onednn_linear",
-    "parameters_on_disk",
-    "processor_backend",
-    "register_attention_processor",
-    "register_block",
-    "register_pipeline",
-    "remove_hook",
-    "several_adapters",
-    "step_cache_set_aside",
-    "uncompiled",
-    "unwrapped",
-]
-
-
 def forget_renames(model: Any) -> None:
     """Let a transformers model that was loaded under renamed keys be saved under its own: transformers remembers the
     renames and would undo them."""
@@ -656,3 +624,39 @@ def sample_tokens(
     return diffusers.BlockRefinementScheduler._sample_from_logits(
         logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator, use_multinomial=True
     )
+
+
+__all__ += [
+    "Adapters",
+    "CallNameHook",
+    "StepCaches",
+    "add_hook",
+    "attention_backend_name",
+    "block_streams",
+    "called",
+    "calling_pipeline",
+    "dispatch_attention",
+    "execution_device",
+    "forget_renames",
+    "guides",
+    "has_hooks",
+    "has_step_cache",
+    "insert_hook",
+    "is_offloaded_whole",
+    "is_xformers_available",
+    "offloading",
+    "onednn_linear",
+    "parameters_on_disk",
+    "processor_backend",
+    "register_attention_processor",
+    "register_block",
+    "register_pipeline",
+    "remove_hook",
+    "sample_tokens",
+    "several_adapters",
+    "step_cache_set_aside",
+    "top_k_logits",
+    "top_p_logits",
+    "uncompiled",
+    "unwrapped",
+]

@@ -49,10 +49,12 @@ def ours(config=None):
     return pipe, inputs
 
 
-def unet():
+def small_unet(**channels):
+    """A random U-Net of one level with attention; `channels` in and out if they are not 4."""
     torch.manual_seed(0)
-    model = UNet2DConditionModel(
+    return UNet2DConditionModel(
         sample_size=8,
+        **channels,
         layers_per_block=1,
         block_out_channels=(16, 32),
         norm_num_groups=4,
@@ -61,6 +63,10 @@ def unet():
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
     )
+
+
+def unet():
+    model = small_unet()
     pipe = StableDiffusionPipeline(None, None, None, model, DDIMScheduler(), None, None, None, False)
     return pipe, {**embeds("prompt_embeds", "negative_prompt_embeds"), "height": 64, "width": 96}
 

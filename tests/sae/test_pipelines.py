@@ -18,7 +18,6 @@ from diffusers import (
     QwenImageTransformer2DModel,
     StableDiffusionInstructPix2PixPipeline,
     StableDiffusionPAGPipeline,
-    UNet2DConditionModel,
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
@@ -42,6 +41,7 @@ from tiny_sae import (
     sana,
     sd3,
     selection,
+    small_unet,
     tiny_sae,
     unet,
     unlearner_of,
@@ -158,19 +158,7 @@ def test_delta_is_encode_edit_decode(place):
 
 
 def pix2pix():
-    torch.manual_seed(0)
-    model = UNet2DConditionModel(
-        sample_size=8,
-        in_channels=8,
-        out_channels=4,
-        layers_per_block=1,
-        block_out_channels=(16, 32),
-        norm_num_groups=4,
-        cross_attention_dim=32,
-        attention_head_dim=4,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-    )
+    model = small_unet(in_channels=8, out_channels=4)
     pipe = StableDiffusionInstructPix2PixPipeline(
         tiny_vae(), None, None, model, DDIMScheduler(), None, None, None, False
     )

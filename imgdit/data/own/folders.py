@@ -16,9 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from imgdit.data.own.listing import (
-    METADATA as METADATA_FILES,
-)
-from imgdit.data.own.listing import (
+    METADATA_FILES,
     SHEET,
     Listing,
     caption_files,
@@ -45,8 +43,10 @@ from imgdit.untrusted import climbs
 METADATA = METADATA_FILES[0]
 FILE = "_file_name"
 """What a condition's column ends in."""
-KNOWN = ("file_name", "text", *(name + FILE for name in CONDITIONS), "frames_file_names", "cameras", "focal_length")
-KNOWN += ("repeats",)
+KNOWN = (
+    "file_name", "text", *(name + FILE for name in CONDITIONS), "frames_file_names", "cameras", "focal_length",
+    "repeats",
+)  # fmt: skip
 """Columns."""
 SPLITS = {
     "train": ("train", "training"),

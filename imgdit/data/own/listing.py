@@ -12,7 +12,7 @@ from imgdit.data.own.rows import PICTURE_ENDINGS, Note
 
 CAPTION_ENDINGS = (".txt", ".caption")
 """Of captions beside an image, in lower case; the first one counts."""
-METADATA = ("metadata.jsonl", "metadata.csv", "metadata.json")
+METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.json")
 """Files that tell rows, in lower case; the first one counts. `metadata.parquet` is read by `datasets`."""
 _LEFT_BEHIND = (
     "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "__macosx", "@eadir", "$recycle.bin",
@@ -113,7 +113,7 @@ def _kind(found: Listing, name: str) -> list[str]:
     ending = os.path.splitext(name)[1].lower()
     if is_stranger(name):
         return found.strangers
-    if name.lower() in METADATA:
+    if name.lower() in METADATA_FILES:
         return found.metadata
     if ending in PICTURE_ENDINGS:
         return found.images
