@@ -10,14 +10,13 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
+from imgdit.adapters.condition import Condition
 from imgdit.adapters.pairing import UNKNOWN, Target
+from imgdit.frames import Frame
 from imgdit.images.convert import image_size
 from imgdit.images.fitting import cut_off, fit_pixels
-
-from ..frames import Frame
-from ..models.autoencoding import cell_size, encode_pictures, scale_latents
-from ..models.functional import pack
-from .condition import Condition
+from imgdit.images.latents import cell_size, encode_pictures, scale_latents
+from imgdit.models.functional import pack
 
 logger = logging.getLogger(__name__)
 

@@ -16,18 +16,17 @@ import torch
 from diffusers.hooks import ModelHook
 from peft.tuners.lora import LoraLayer
 
-from .. import compat
-from ..frames import Frame
-from ..lora import linear, on_rows
-from ..models.blocks import double_block, single_block
-from ..models.functional import pack, table_positions, unpack
-from .pairing import COPIES, Pairing
-from .prepare import blocks_of, refuse_processors
-from .run import Step
+from imgdit import compat
+from imgdit.adapters.pairing import COPIES, Pairing
+from imgdit.adapters.prepare import blocks_of, refuse_processors
+from imgdit.adapters.run import Step
+from imgdit.frames import Frame
+from imgdit.lora.rows import linear, on_rows
+from imgdit.models.blocks import double_block, single_block
+from imgdit.models.functional import pack, table_positions, unpack
 
 if TYPE_CHECKING:
-    from .omni_control import OmniControl
-    from .run import ConditionRun
+    from imgdit.adapters.run import ConditionRun
 
 NAME = "imgdit_condition"
 _STEP = "condition_step"
@@ -150,7 +149,7 @@ class OutputHook(EdgeHook):
 class ModelInputHook(ConditionHook):
     """On the transformer: plans each pass, guides by a second one, fills in the tokens that were given."""
 
-    def __init__(self, control: OmniControl, model: Any):
+    def __init__(self, control: Any, model: Any):
         super().__init__()
         self.control = control
         self.signature = inspect.signature(type(model).forward)

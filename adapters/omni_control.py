@@ -11,8 +11,14 @@ from typing import Any
 import torch
 from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
 
-from .. import compat
-from ..lora_files import (
+from imgdit import compat
+from imgdit.adapters.condition import Condition
+from imgdit.adapters.hooks import NAME, BlockHook, ModelInputHook, OutputHook, PatchHook, TimeHook, TokenHook
+from imgdit.adapters.pairing import Samples, Target
+from imgdit.adapters.prepare import Mode, blocks_of, prepare_run
+from imgdit.adapters.run import ConditionRun, Progress
+from imgdit.images.latents import cell_size
+from imgdit.lora.files import (
     AdapterInfo,
     LoadReport,
     adapter_pairs,
@@ -20,13 +26,7 @@ from ..lora_files import (
     loaded_adapters,
     write_adapter,
 )
-from ..models.autoencoding import cell_size
-from ..naming import nearest
-from .condition import Condition
-from .hooks import NAME, BlockHook, ModelInputHook, OutputHook, PatchHook, TimeHook, TokenHook
-from .pairing import Samples, Target
-from .prepare import Mode, blocks_of, prepare_run
-from .run import ConditionRun, Progress
+from imgdit.naming import nearest
 
 _USE_LOCK = threading.Lock()
 """Held while `use` begins: two threads may ask for it on one transformer."""

@@ -15,19 +15,18 @@ from diffusers.models.attention_processor import (
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from peft.tuners.lora import LoraLayer
 
+from imgdit import compat
+from imgdit.adapters.condition import Condition
+from imgdit.adapters.encoding import Encoded, encode_conditions
 from imgdit.adapters.pairing import UNKNOWN, Target
+from imgdit.adapters.run import ConditionRun, Progress, at_the_start
 from imgdit.images.fitting import SHARP
+from imgdit.images.latents import cell_size
 from imgdit.images.masks import to_mask
-
-from .. import compat
-from ..lora import refuse_fused
-from ..lora_files import AdapterInfo, loaded_adapters
-from ..models.autoencoding import cell_size
-from ..models.blocks import MMDiTAttention
-from ..naming import check_choice
-from .condition import Condition
-from .encoding import Encoded, encode_conditions
-from .run import ConditionRun, Progress, at_the_start
+from imgdit.lora.files import AdapterInfo, loaded_adapters
+from imgdit.lora.rows import refuse_fused
+from imgdit.models.blocks import MMDiTAttention
+from imgdit.naming import check_choice
 
 Mode = Literal["joint", "independent"]
 
@@ -82,7 +81,7 @@ def prepare_run(
                 [item for item, _ in kept],
                 sees,
                 patch=patch,
-                device=pipe._execution_device,
+                device=compat.execution_device(pipe),
                 generator=generator,
                 with_empty=image_guidance_scale != 1.0,
                 target=target,

@@ -13,14 +13,14 @@ from typing import NamedTuple
 import torch
 from peft.tuners.lora import LoraLayer
 
+from imgdit.adapters.encoding import Encoded
 from imgdit.adapters.pairing import ONE, Pairing, Samples
-
-from ..attention import KVCache
-from ..frames import Frame, FrameLayout
-from ..lora import lora_plan
-from ..models.blocks import BlockPlan
-from ..models.functional import rope_table
-from .encoding import Encoded
+from imgdit.attention.cache import KVCache
+from imgdit.frames import Frame
+from imgdit.layout import FrameLayout
+from imgdit.lora.rows import lora_plan
+from imgdit.models.blocks import BlockPlan
+from imgdit.models.functional import rope_table
 
 
 class Progress(NamedTuple):

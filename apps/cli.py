@@ -11,11 +11,10 @@ from typing import Annotated
 import typer
 
 from imgdit import __version__
-
-from .commands import bench, convert, data, docs, lora, mup, pictures, sae
-from .commands.demo import demo
-from .commands.doctor import doctor
-from .console import Commands, at_work
+from imgdit.apps.commands import bench, convert, data, docs, lora, mup, pictures, sae
+from imgdit.apps.commands.demo import demo
+from imgdit.apps.commands.doctor import doctor
+from imgdit.apps.console import Commands, at_work
 
 app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False)
 app.add_typer(bench.app, name="bench")
@@ -70,7 +69,7 @@ def train(
 ) -> None:
     """Train by a recipe. Several processes: `accelerate launch -m imgdit.apps.cli train RECIPE`."""
     from imgdit.training import load_recipe, train
-    from imgdit.training.config import build_model
+    from imgdit.training.build import build_model
     from imgdit.training.sources import training_batches
 
     with at_work(TRAIN_OPTIONS):
@@ -78,7 +77,7 @@ def train(
         if folder is not None:
             loaded = loaded.replace(run={"folder": str(folder)})
         if plan:
-            from .training_plan import training_plan
+            from imgdit.apps.chores.training_plan import training_plan
 
             for line in training_plan(loaded, gpus=gpus, gigabytes=memory):
                 typer.echo(line)
@@ -86,8 +85,8 @@ def train(
         batches, held_out = training_batches(loaded)
         model = build_model(loaded)
         draw = None
-        if loaded.data.name == "scene_frames" and loaded.run.sample_every:
-            from .training_sheet import TrainingSheet
+        if loaded.data.name == "imgdit.scenes.sources:frames" and loaded.run.sample_every:
+            from imgdit.apps.chores.training_sheet import TrainingSheet
 
             draw = TrainingSheet(loaded, model)
         result = train(
@@ -109,11 +108,10 @@ def export(
     out: Annotated[Path, typer.Argument(help="Folder of the pipeline to write.")],
 ) -> None:
     """Write the pipeline of a run's latest checkpoint. For runs that trained a LoRA: `imgdit lora export`."""
+    from imgdit.apps.chores.run_pipeline import run_pipeline
+    from imgdit.apps.chores.weights import taught_by
     from imgdit.taught import write_taught
     from imgdit.training.trained import trained_recipe
-
-    from .run_pipeline import run_pipeline
-    from .weights import taught_by
 
     with at_work():
         run_pipeline(run).save_pretrained(out)
@@ -128,8 +126,7 @@ def assemble(
 ) -> None:
     """Put trained runs together: pipeline, condition adapters, sparse autoencoders and probe of the embedded model."""
     from imgdit import checkpoints
-
-    from .weights import assemble, save_adapter, save_probe, save_saes
+    from imgdit.apps.chores.weights import assemble, save_adapter, save_probe, save_saes
 
     with at_work():
         if out is None and not (checkpoints.SCENES.parents[2] / "pyproject.toml").is_file():

@@ -14,12 +14,12 @@ from PIL import Image
 from tqdm import tqdm
 
 from imgdit.apps.console import Steps, calm
-from imgdit.apps.generate import Job, Result, at_free_name, run, same_pixels
-from imgdit.apps.load_options import AUTO, LoadOptions
-from imgdit.apps.request import Request
-from imgdit.apps.shelf import Shelf
+from imgdit.apps.jobs.generate import Job, Result, at_free_name, run, same_pixels
+from imgdit.apps.jobs.request import Request
+from imgdit.apps.jobs.shelf import Shelf
 from imgdit.checkpoints import SCENES
 from imgdit.images import open_image
+from imgdit.pipelines.load_options import AUTO, LoadOptions
 
 LISTED = 8
 """Files that are named each; of more, their number and folder."""

@@ -18,27 +18,26 @@ from PIL import Image
 
 import imgdit
 from imgdit.adapters.condition import Condition
+from imgdit.apps.jobs.request import AskedFrame, Control, Request, fitted
+from imgdit.apps.jobs.shelf import Shelf
+from imgdit.apps.jobs.sizes import check_sides, duration, unsuited
 from imgdit.cameras import FOCAL_LENGTH, orbit_cameras, scale_positions
-from imgdit.data.geometry import intrinsics
-from imgdit.data.scenes import Camera
 from imgdit.defaults import GUIDANCE
 from imgdit.images import fit, to_rgb
 from imgdit.images.fitting import filter_of
-from imgdit.lora_files import legal_name
+from imgdit.lora.files import legal_name
 from imgdit.models.nextdit import NextDiT
+from imgdit.pipelines.load_options import AUTO, LoadOptions
+from imgdit.pipelines.loading import chosen_device, chosen_dtype, denoiser, load_pipeline, over_components
 from imgdit.pipelines.one_diffusion import OneDiffusionPipeline
 from imgdit.pipelines.text_to_image import ImgDiTPipeline
 from imgdit.sae.fingerprints import model_fingerprint
 from imgdit.sae.hooks import site
 from imgdit.sae.unlearning import ConceptUnlearner, steer
+from imgdit.scenes.geometry import intrinsics
+from imgdit.scenes.training_frames import scene_poses
+from imgdit.scenes.world import Camera
 from imgdit.tasks import TASKS, PictureFrame, infer_task
-from imgdit.training.scene_frames import scene_poses
-
-from .load_options import AUTO, LoadOptions
-from .loading import chosen_device, chosen_dtype, denoiser, load_pipeline, over_components
-from .request import AskedFrame, Control, Request, fitted
-from .shelf import Shelf
-from .sizes import check_sides, duration, unsuited
 
 Watch = Callable[[int, int, Callable[[], Image.Image] | None], bool]
 """Called after each step with its number from 1, their count and what draws the picture so far, if anything does;

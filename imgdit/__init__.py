@@ -9,6 +9,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from imgdit.moved import install as install_old_names
 from imgdit.quiet import keep_back
 
 __version__ = "0.1.0"
@@ -19,10 +20,10 @@ _EXPORTS = {
     "DiffusionPipeline": "imgdit.compat",
     "FluxOmniControlPipeline": "imgdit.pipelines.omni_control",
     "Frame": "imgdit.frames",
-    "FrameLayout": "imgdit.frames",
+    "FrameLayout": "imgdit.layout",
     "ImgDiTPipeline": "imgdit.pipelines.text_to_image",
     "ImgDiTPipelineOutput": "imgdit.pipelines.text_to_image",
-    "KVCache": "imgdit.attention",
+    "KVCache": "imgdit.attention.cache",
     "MMDiT": "imgdit.models.mmdit",
     "MaskedTextPipeline": "imgdit.pipelines.masked_text",
     "MaskedTextPipelineOutput": "imgdit.pipelines.masked_text",
@@ -47,15 +48,17 @@ if not (_here / "pipelines").exists() and (_here.parent / "pipelines" / "__init_
 
 keep_back()  # before diffusers is imported, which tells of optional packages at once
 
+install_old_names()
+
 if TYPE_CHECKING:
     from imgdit.adapters.condition import Condition as Condition
     from imgdit.adapters.omni_control import OmniControl as OmniControl
-    from imgdit.attention import KVCache as KVCache
+    from imgdit.attention.cache import KVCache as KVCache
     from imgdit.compat import DiffusionPipeline as DiffusionPipeline
     from imgdit.compat import ModelMixin as ModelMixin
     from imgdit.compat import SchedulerMixin as SchedulerMixin
     from imgdit.frames import Frame as Frame
-    from imgdit.frames import FrameLayout as FrameLayout
+    from imgdit.layout import FrameLayout as FrameLayout
     from imgdit.models.mmdit import MMDiT as MMDiT
     from imgdit.models.nextdit import NextDiT as NextDiT
     from imgdit.pipelines.masked_text import MaskedTextPipeline as MaskedTextPipeline

@@ -33,6 +33,8 @@ from diffusers.hooks._helpers import (
 from diffusers.hooks.group_offloading import GroupOffloadingHook
 from diffusers.hooks.hooks import BaseState, StateManager
 from diffusers.loaders import PeftAdapterMixin
+from diffusers.models._modeling_parallel import ContextParallelInput as ContextParallelInput
+from diffusers.models._modeling_parallel import ContextParallelOutput as ContextParallelOutput
 from diffusers.models.attention_dispatch import (
     AttentionBackendName,
     _AttentionBackendRegistry,
@@ -42,7 +44,10 @@ from diffusers.models.cache_utils import CacheMixin
 from diffusers.pipelines import auto_pipeline, pipeline_loading_utils
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, is_xformers_available
 from diffusers.utils.torch_utils import unwrap_module
+from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
 from torch.nn.modules import module as torch_module
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+from torch.utils._pytree import tree_leaves as tree_leaves
 
 __all__ = ["DiffusionPipeline", "ModelMixin", "SchedulerMixin"]
 
@@ -601,6 +606,36 @@ def dispatch_attention(
     )
 
 
+def checkpointed(model: Any, block: torch.nn.Module) -> Callable[..., Any]:
+    """A block of a model under gradient checkpointing, as a function whose activations are computed again."""
+    return functools.partial(model._gradient_checkpointing_func, block)
+
+
+def init_keys(cls: type) -> set[str]:
+    """Names of a configured class' settings."""
+    return cls._get_init_keys(cls) - {"self"}  # type: ignore[attr-defined]
+
+
+def put_tensor(module: torch.nn.Module, name: str, tensor: torch.Tensor) -> None:
+    """Give a module another's parameter or buffer, the object itself."""
+    if isinstance(tensor, torch.nn.Parameter):
+        module._parameters[name] = tensor
+    else:
+        module._buffers[name] = tensor
+
+
+def flux_latents(pipe: Any, tokens: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """FLUX's tokens (B, N, 64) as latents (B, 16, h, w) of an image of a size in pixels."""
+    return pipe._unpack_latents(tokens, height, width, pipe.vae_scale_factor)
+
+
+def graph_counters() -> Any:
+    """What torch.compile counts: graphs, breaks."""
+    from torch._dynamo.utils import counters
+
+    return counters
+
+
 def forget_renames(model: Any) -> None:
     """Let a transformers model that was loaded under renamed keys be saved under its own: transformers remembers the
     renames and would undo them."""
@@ -635,12 +670,16 @@ __all__ += [
     "block_streams",
     "called",
     "calling_pipeline",
+    "checkpointed",
     "dispatch_attention",
     "execution_device",
+    "flux_latents",
     "forget_renames",
+    "graph_counters",
     "guides",
     "has_hooks",
     "has_step_cache",
+    "init_keys",
     "insert_hook",
     "is_offloaded_whole",
     "is_xformers_available",
@@ -648,6 +687,7 @@ __all__ += [
     "onednn_linear",
     "parameters_on_disk",
     "processor_backend",
+    "put_tensor",
     "register_attention_processor",
     "register_block",
     "register_pipeline",

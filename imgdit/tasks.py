@@ -12,8 +12,25 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from .data.captions import TASK_TOKENS
-from .naming import check_name, nearest
+from imgdit.naming import check_name, nearest
+
+TASK_TOKENS = {
+    "text_to_image": "[[text2image]]",
+    "canny": "[[canny2image]]",
+    "depth": "[[depth2image]]",
+    "segmentation": "[[semanticmap2image]]",
+    "boxes": "[[boundingbox2image]]",
+    "blur": "[[deblurring]]",
+    "grey": "[[colorization]]",
+    "mask": "[[image_inpainting]]",
+    "super_resolution": "[[super_resolution]]",
+    "subject": "[[subject_driven]]",
+    "style_reference": "[[style_transfer]]",
+    "editing": "[[image_editing]]",
+    "views": "[[multiview]]",
+}
+"""What a prompt begins with to say what the frames are to each other (OneDiffusion, arXiv 2411.16318), by task. The
+inverse of a task has its token: the frames tell which is given. Those for colours, sizes and styles are ours."""
 
 COLOURS = {
     "red": "#FF0000",
@@ -327,3 +344,8 @@ def task_prompt(task: str | None, prompt: str, frames: Sequence[PictureFrame], i
     else:
         parts.append(prompt)
     return " ".join(part for part in parts if part)
+
+
+def task_caption(caption: str, task: str | None = None) -> str:
+    """A caption behind the token of a task, as training prompts are written."""
+    return " ".join(part for part in (TASK_TOKENS[task] if task else "", caption) if part)

@@ -9,8 +9,8 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from imgdit.io.safe_json import read_object
 from imgdit.naming import check_choice, check_name
-from imgdit.untrusted import read_object
 
 FILE = "taught.json"
 
@@ -22,7 +22,7 @@ class Taught:
     sizes: tuple[tuple[int, int], ...] = ()
     """Width and height in pixels of the pictures it was trained on; empty: not known."""
     words: str | None = None
-    """"scenes": the sentences of `imgdit.data.captions` and nothing else. `None`: any words."""
+    """"scenes": the sentences of `imgdit.scenes.captions` and nothing else. `None`: any words."""
 
     def __post_init__(self) -> None:
         check_choice("words", self.words, (None, "scenes"))

@@ -13,9 +13,8 @@ import torch
 import torch.nn.functional as F
 
 from imgdit.images.convert import to_pixels
-
-from ..data.tasks import areas_of_colours
-from ..tasks import hex_colour
+from imgdit.images.preprocess import areas_of_colours
+from imgdit.tasks import hex_colour
 
 # Height and width of OneDiffusion's pictures of about 512 x 512 pixels, from wide to tall.
 BUCKETS = (

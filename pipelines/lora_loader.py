@@ -11,9 +11,9 @@ import torch
 from diffusers.loaders import AuraFlowLoraLoaderMixin
 from diffusers.utils import get_adapter_name
 
-from imgdit.lora_dialects import LoraPair
-from imgdit.lora_files import all_or_nothing, check_adapter_name, diffusers_state, pairs_of, read_adapter
-from imgdit.lora_fitting import keep_precision
+from imgdit.lora.dialects import LoraPair
+from imgdit.lora.files import all_or_nothing, check_adapter_name, diffusers_state, pairs_of, read_adapter
+from imgdit.lora.fitting import keep_precision
 
 _PLAIN = re.compile(r"transformer\.(?!base_model\.).+\.lora_(A|B|magnitude_vector)(\.weight|\.bias)?")
 """A key as diffusers' pipelines write it, which its own loader reads as it stands."""

@@ -203,7 +203,7 @@ class MaskedTextPipeline(compat.DiffusionPipeline):
                 self.tokenizer, prompt, messages, use_chat_template, add_generation_prompt, pad
             )
         ids, mask = check_ids(input_ids, attention_mask, self._vocabulary)
-        device = self._execution_device
+        device = compat.execution_device(self)
         prompts = find_holes(ids.to(device), mask.to(device), infill_mask, mask_id)
         new = new_tokens(gen_length, prompts, getattr(self.model.config, "max_position_embeddings", None))
         wanted = callback_on_step_end_tensor_inputs or ["block_x"]

@@ -13,13 +13,13 @@ import torch
 from diffusers import FluxPipeline, StableDiffusion3Pipeline
 from diffusers.pipelines.flux import FluxPipelineOutput
 
-from .. import compat
-from ..adapters.condition import Condition
-from ..adapters.omni_control import OmniControl
-from ..adapters.pairing import Pairing, Samples
-from ..adapters.prepare import Mode
-from ..lora_files import LoadReport
-from .checks import Texts, check_count, check_generators, check_latents, check_texts
+from imgdit import compat
+from imgdit.adapters.condition import Condition
+from imgdit.adapters.omni_control import OmniControl
+from imgdit.adapters.pairing import Pairing, Samples
+from imgdit.adapters.prepare import Mode
+from imgdit.lora.files import LoadReport
+from imgdit.pipelines.checks import Texts, check_count, check_generators, check_latents, check_texts
 
 
 class _Conditions(compat.SafetensorsOnly):
@@ -184,7 +184,7 @@ class FluxOmniControlPipeline(_Conditions, FluxPipeline):
                 height,
                 width,
                 self.transformer.dtype,
-                self._execution_device,
+                compat.execution_device(self),
                 kwargs.get("generator"),
             )
         made = run.region.flatten()
@@ -194,7 +194,7 @@ class FluxOmniControlPipeline(_Conditions, FluxPipeline):
         picture = run.known(Pairing(len(sampled), run.samples)).to(sampled)
         picture[:, made] = sampled
         if output_type != "latent":
-            picture = self._unpack_latents(picture, height, width, self.vae_scale_factor)
+            picture = compat.flux_latents(self, picture, height, width)
             picture = picture / self.vae.config.scaling_factor + self.vae.config.shift_factor
             picture = self.vae.decode(picture.to(self.vae.dtype), return_dict=False)[0]
             picture = self.image_processor.postprocess(picture, output_type=output_type)

@@ -15,25 +15,30 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from imgdit import compat
+from imgdit.attention.cache import KVCache
+from imgdit.cameras import FOCAL_LENGTH, cameras_of_rays, ray_frames, rays_of_frames, relative_rays
+from imgdit.frames import Frame
 from imgdit.images.convert import image_size
-
-from .. import compat
-from ..attention import KVCache
-from ..cameras import FOCAL_LENGTH, cameras_of_rays, ray_frames, rays_of_frames, relative_rays
-from ..frames import Frame, FrameLayout
-from ..models.autoencoding import decode_latents, encode_pictures
-from ..models.functional import pack, unpack
-from ..models.mmdit import MMDiT
-from ..models.nextdit import NextDiT, TextMemory
-from ..naming import check_choice
-from ..schedulers.flow_match import MultiFrameFlowMatchScheduler
-from ..schedulers.schedule import set_schedule, step_options
-from ..tasks import PictureFrame, task_prompt
-from .checks import SamplingOptions, Texts, check_call, check_latents
-from .frame_pictures import bucket_size, depth_of_pictures, labels_of_pictures, pixels_of_pictures
-from .one_diffusion_inputs import check_scene, entry, pictures_of, read_scene
-from .text_to_image import ImgDiTPipeline
-from .texts import join_halves
+from imgdit.images.latents import decode_latents, encode_pictures
+from imgdit.layout import FrameLayout
+from imgdit.models.functional import pack, unpack
+from imgdit.models.mmdit import MMDiT
+from imgdit.models.nextdit import NextDiT, TextMemory
+from imgdit.naming import check_choice
+from imgdit.pipelines.checks import SamplingOptions, Texts, check_call, check_latents
+from imgdit.pipelines.frame_pictures import (
+    bucket_size,
+    depth_of_pictures,
+    labels_of_pictures,
+    pixels_of_pictures,
+)
+from imgdit.pipelines.one_diffusion_inputs import check_scene, entry, pictures_of, read_scene
+from imgdit.pipelines.text_to_image import ImgDiTPipeline
+from imgdit.pipelines.texts import join_halves
+from imgdit.schedulers.flow_match import MultiFrameFlowMatchScheduler
+from imgdit.schedulers.schedule import set_schedule, step_options
+from imgdit.tasks import PictureFrame, task_prompt
 
 PUBLISHED_SIZE = 512
 """Side in pixels at which the published weights make anything but pictures from text."""
@@ -243,7 +248,7 @@ class OneDiffusionPipeline(ImgDiTPipeline):
         latents = self._given_latents(latents, (scenes, len(scene), self.vae.config.latent_channels, *cells))
         self._guidance_scale = guidance_scale
         self._interrupt = False
-        device = self._execution_device
+        device = compat.execution_device(self)
 
         if prompt is not None:
             told = [task_prompt(task, one, scene, item) for one in ([prompt] if isinstance(prompt, str) else prompt)]

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 
 from imgdit.images.convert import image_size
-
-from ..tasks import TASKS, PictureFrame, check_frames, frames_of_mask, infer_task, task_frames
-from .checks import check_size
+from imgdit.pipelines.checks import check_size
+from imgdit.tasks import TASKS, PictureFrame, check_frames, frames_of_mask, infer_task, task_frames
 
 
 def read_scene(

@@ -18,22 +18,22 @@ from diffusers.utils import BaseOutput, logging
 from diffusers.utils.torch_utils import randn_tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .. import compat
-from ..adapters.condition import Condition
-from ..adapters.pairing import Pairing, Samples, Target
-from ..adapters.prepare import Mode, prepare_run
-from ..adapters.run import ConditionRun, Progress
-from ..data.words import unknown_words
-from ..frames import Frame, FrameLayout
-from ..lora_files import AdapterInfo, LoadReport, load_adapter
-from ..models.autoencoding import cell_size
-from ..models.functional import pack, unpack
-from ..models.mmdit import MMDiT
-from ..schedulers.flow_match import MultiFrameFlowMatchScheduler
-from ..schedulers.schedule import set_schedule, step_options
-from .checks import SamplingOptions, Texts, check_call, check_latents, check_size
-from .lora_loader import LoraLoaderMixin
-from .texts import join_halves
+from imgdit import compat
+from imgdit.adapters.condition import Condition
+from imgdit.adapters.pairing import Pairing, Samples, Target
+from imgdit.adapters.prepare import Mode, prepare_run
+from imgdit.adapters.run import ConditionRun, Progress
+from imgdit.frames import Frame
+from imgdit.images.latents import cell_size
+from imgdit.layout import FrameLayout
+from imgdit.lora.files import AdapterInfo, LoadReport, load_adapter
+from imgdit.models.functional import pack, unpack
+from imgdit.models.mmdit import MMDiT
+from imgdit.pipelines.checks import SamplingOptions, Texts, check_call, check_latents, check_size
+from imgdit.pipelines.lora_loader import LoraLoaderMixin
+from imgdit.pipelines.texts import join_halves, unknown_words
+from imgdit.schedulers.flow_match import MultiFrameFlowMatchScheduler
+from imgdit.schedulers.schedule import set_schedule, step_options
 
 logger = logging.get_logger(__name__)
 
@@ -165,7 +165,7 @@ class ImgDiTPipeline(compat.DiffusionPipeline, LoraLoaderMixin):
             `negative_pooled_prompt_embeds`, `prompt_embeds_mask` (B, T) boolean, `negative_prompt_embeds_mask`; the
             negative ones `None` without guidance. B counts `num_images_per_prompt` pictures for each prompt.
         """
-        options = (num_images_per_prompt, max_sequence_length, device or self._execution_device)
+        options = (num_images_per_prompt, max_sequence_length, device or compat.execution_device(self))
         prompt_embeds, pooled_prompt_embeds, prompt_embeds_mask = self._encode(
             prompt, prompt_embeds, pooled_prompt_embeds, prompt_embeds_mask, *options
         )
@@ -352,7 +352,7 @@ class ImgDiTPipeline(compat.DiffusionPipeline, LoraLoaderMixin):
         ) if conditions else None  # fmt: skip
         self._guidance_scale, self._true_cfg_scale = guidance_scale, true_cfg_scale
         self._interrupt = False
-        device = self._execution_device
+        device = compat.execution_device(self)
 
         halves = self.encode_prompt(
             **texts._asdict(),

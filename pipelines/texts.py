@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 
 class JoinedText(NamedTuple):
@@ -44,3 +45,21 @@ def _pad(x: torch.Tensor, length: int) -> torch.Tensor:
     """Zeros (False) behind the tokens up to a length."""
     missing = length - x.shape[1]
     return x if missing == 0 else torch.cat([x, x.new_zeros(x.shape[0], missing, *x.shape[2:])], dim=1)
+
+
+BYTES = tuple(f"<0x{value:02X}>" for value in range(256))
+"""Tokens that a tokenizer with byte fallback spells unknown words in."""
+
+
+def unknown_words(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[str]:
+    """Words of a prompt that a tokenizer with byte fallback spells in bytes, in their order, each once."""
+    if not isinstance(tokenizer, PreTrainedTokenizerFast) or BYTES[0] not in tokenizer.get_vocab():
+        return []
+    backend = tokenizer.backend_tokenizer
+    text = prompt if backend.normalizer is None else backend.normalizer.normalize_str(prompt)
+    encoded = backend.encode(text)
+    spans: dict[int, tuple[int, int]] = {}
+    for word, token in zip(encoded.word_ids, encoded.tokens):
+        if token in BYTES:
+            spans.setdefault(word, encoded.word_to_chars(word))
+    return list(dict.fromkeys(text[start:end] for start, end in spans.values()))

@@ -7,8 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from imgdit.sae.files import load_sae
-from imgdit.sae.model import SparseAutoencoder
+from imgdit.sae.model import SparseAutoencoder, load_sae
 
 FOLDER = Path(__file__).parent / "parity" / "saeuron"
 CASES = json.loads((FOLDER / "cases.json").read_text())

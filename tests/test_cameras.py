@@ -7,8 +7,8 @@ import torch
 from onediffusion_fixtures import assert_near, case, named, tensors
 
 from imgdit import cameras
-from imgdit.data.geometry import camera_to_world
-from imgdit.data.scenes import FIELD_OF_VIEW, Camera
+from imgdit.scenes.geometry import camera_to_world
+from imgdit.scenes.world import FIELD_OF_VIEW, Camera
 
 # The recorded matrices have x right, y up, z backward, and their world's axes turned once more.
 RECORDED_WORLD = torch.tensor([[0.0, 1, 0, 0], [1, 0, 0, 0], [0, 0, -1, 0], [0, 0, 0, 1]])

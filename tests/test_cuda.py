@@ -5,7 +5,8 @@ import torch
 from tiny import rope_config, tiny_mmdit
 
 from imgdit import Frame, FrameLayout
-from imgdit.attention import PackedRows, grouped_attention, packed_attention, packed_backend
+from imgdit.attention.grouped import grouped_attention
+from imgdit.attention.packed import PackedRows, packed_attention, packed_backend
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

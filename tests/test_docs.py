@@ -17,16 +17,17 @@ from tiny_text import make_model, make_tokenizer
 from typer.testing import CliRunner
 
 import imgdit
-from imgdit.apps.api_page import api_page
-from imgdit.apps.benches import scenes as scene_bench
+from imgdit.apps.chores.api_page import api_page
 from imgdit.apps.cli import app
+from imgdit.benchmarks.scenes import run as scene_bench
 from imgdit.checkpoints import SCENES
-from imgdit.lora_files import AdapterInfo
+from imgdit.lora.files import AdapterInfo
+from imgdit.recipes import packaged_recipes, parse_as
 from imgdit.sae.config import SAEConfig
 from imgdit.sae.model import SparseAutoencoder
-from imgdit.sae.recipe import SAERecipe
 from imgdit.sae.unlearning import ConceptUnlearner
-from imgdit.training.config import packaged_recipes, parse_as, parse_recipe
+from imgdit.training.recipe import parse_recipe
+from imgdit.training.sae_recipe import SAERecipe
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = {page.relative_to(ROOT).as_posix(): page.read_text() for page in [ROOT / "README.md", *ROOT.glob("docs/*.md")]}

@@ -238,7 +238,7 @@ def test_lock_satisfies_the_declared_ranges() -> None:
         assert requirement.specifier.contains(version), f"the lock has {requirement.name} {version}, not {requirement}"
 
 
-TEXT_READERS = {"imgdit/io/text.py", "imgdit/io/lock.py", "imgdit/kernels.py", "apps/api_page.py"}
+TEXT_READERS = {"imgdit/io/text.py", "imgdit/io/lock.py", "imgdit/kernels.py", "apps/chores/api_page.py"}
 """Files that read what they or the system wrote, or split docstrings."""
 
 

@@ -6,8 +6,8 @@ from diffusers.loaders import FluxLoraLoaderMixin
 from tiny import rope_config, sincos_config, tiny_mmdit
 from tiny_control import flux, sd3
 
-from imgdit.lora_dialects import LoraKindError, family_of, from_diffusers, sort_names, to_diffusers
-from imgdit.lora_fitting import layers_of
+from imgdit.lora.dialects import LoraKindError, family_of, from_diffusers, sort_names, to_diffusers
+from imgdit.lora.fitting import layers_of
 
 QKV = ("to_q", "to_k", "to_v")
 ADDED = ("add_q_proj", "add_k_proj", "add_v_proj")

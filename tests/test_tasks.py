@@ -2,9 +2,9 @@
 
 import pytest
 
-from imgdit.data.captions import TASK_TOKENS
 from imgdit.tasks import (
     COLOURS,
+    TASK_TOKENS,
     TASKS,
     PictureFrame,
     check_frames,

@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 from tiny import randomize, rope_config, tiny_text_encoder, tiny_tokenizer, tiny_vae
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from imgdit.adapters.speed import OMINICONTROL_TARGETS
-from imgdit.lora_dialects import LoraPair
-from imgdit.lora_files import AdapterInfo, write_adapter
+from imgdit.benchmarks.speed.conditions import OMINICONTROL_TARGETS
+from imgdit.lora.dialects import LoraPair
+from imgdit.lora.files import AdapterInfo, write_adapter
 
 SIZE = 16
 """Pixels per side: 4x4 tokens of 4 pixels."""

@@ -3,14 +3,15 @@
 from contextlib import contextmanager
 from unittest.mock import patch
 
-from imgdit.apps.loading import load_pipeline
-from imgdit.apps.weights import assemble
-from imgdit.data import latents
+from imgdit.apps.chores.weights import assemble
+from imgdit.pipelines.loading import load_pipeline
 from imgdit.sae.config import SAEConfig
 from imgdit.sae.model import SparseAutoencoder
 from imgdit.sae.unlearning import ConceptUnlearner
-from imgdit.training import load_recipe, scene_frames, train
-from imgdit.training.config import build_model
+from imgdit.scenes import latents
+from imgdit.scenes import training_frames as scene_frames
+from imgdit.training import load_recipe, train
+from imgdit.training.build import build_model
 from imgdit.training.sources import training_batches
 
 STAGES = [8, 8, 8, 16]

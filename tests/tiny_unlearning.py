@@ -4,7 +4,7 @@ import dataclasses
 
 import torch
 
-from imgdit.evaluation.unlearning_methods.material import Material, collect
+from imgdit.benchmarks.unlearning.methods.material import Material, collect
 from imgdit.sae.config import SAEConfig
 from imgdit.sae.model import SparseAutoencoder
 

@@ -8,11 +8,10 @@ from typing import Annotated
 
 import typer
 
+from imgdit.apps.commands import speed
+from imgdit.apps.commands.options import ModelFolder, Workers, model_folder
+from imgdit.apps.console import at_work, one_sentence
 from imgdit.defaults import GUIDANCE, STEPS
-
-from ..console import at_work, one_sentence
-from . import speed
-from .options import ModelFolder, Workers, model_folder
 
 app = typer.Typer(
     help="Measure: what a model makes, and how fast (speed as ratios within one run).", no_args_is_help=True
@@ -35,9 +34,9 @@ def scenes(
     guidance: Guidance = GUIDANCE,
 ) -> None:
     """Measure a model of the scenes against exact ground truth: text, depth, edges, segmentation, views, time."""
-    from imgdit.apps.benches import scenes as scene_bench
+    from imgdit.benchmarks.scenes import run as scene_bench
     from imgdit.checkpoints import SCENE_PROBE
-    from imgdit.untrusted import read_object
+    from imgdit.io.safe_json import read_object
 
     with at_work():
         scores = scene_bench.run(model_folder(model), probe or SCENE_PROBE, out, count, steps, guidance)
@@ -57,7 +56,7 @@ def any_tasks(
     guidance: Guidance = GUIDANCE,
 ) -> None:
     """Measure the any-to-any tasks of a model of the scenes: restoring, maps, editing, subjects, views, cameras."""
-    from imgdit.apps.benches import scenes as scene_bench
+    from imgdit.benchmarks.scenes import run as scene_bench
     from imgdit.checkpoints import SCENE_PROBE
 
     with at_work():
@@ -77,7 +76,7 @@ def control(
     guidance: Guidance = GUIDANCE,
 ) -> None:
     """Measure condition adapters on scenes: are depth, edges, hole and subject obeyed, and the sentence still?"""
-    from imgdit.apps.benches import scenes as scene_bench
+    from imgdit.benchmarks.scenes import run as scene_bench
     from imgdit.checkpoints import SCENE_PROBE
 
     with at_work():
@@ -110,7 +109,7 @@ def unlearn(
     import dataclasses
     from typing import Any
 
-    from imgdit.apps.benches import unlearn as unlearn_bench
+    from imgdit.benchmarks.unlearning import run as unlearn_bench
     from imgdit.checkpoints import SCENE_PROBE
 
     changed: dict[str, Any] = {
@@ -143,7 +142,7 @@ def unlearn_canvas(
     workers: Workers = 1,
 ) -> None:
     """Score pictures in UnlearnCanvas' own layout with given classifiers."""
-    from imgdit.apps.benches import canvas
+    from imgdit.benchmarks.unlearning import canvas
 
     with one_sentence():
         if labels is None and engine != "local":

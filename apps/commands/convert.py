@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..console import one_sentence
+from imgdit.apps.console import one_sentence
 
 app = typer.Typer(help="Turn published checkpoints into diffusers folders.", no_args_is_help=True)
 

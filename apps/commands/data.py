@@ -7,14 +7,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from imgdit.apps.load_options import LoadOptions
+from imgdit.apps.commands.options import Engine, Workers, with_loading
+from imgdit.apps.console import at_work, one_sentence
 from imgdit.defaults import GUIDANCE, STEPS
-
-from ..console import at_work, one_sentence
-from .options import Engine, Workers, with_loading
+from imgdit.pipelines.load_options import LoadOptions
 
 if TYPE_CHECKING:
-    from imgdit.data.own import Rows
+    from imgdit.data import Rows
 
 app = typer.Typer(help="Look at training data, check, convert and make it.", no_args_is_help=True)
 
@@ -38,8 +37,8 @@ def preview(
     rename: Rename = None,
 ) -> None:
     """Write a contact sheet of data over its captions."""
-    from imgdit.data.own.preview import draw_sheet
-    from imgdit.data.preview import preview
+    from imgdit.data.preview import draw_sheet
+    from imgdit.scenes.preview import preview
 
     with one_sentence(OPTIONS):
         if source is None:
@@ -66,13 +65,14 @@ def check(
 ) -> None:
     """Read everything once and list what is wrong, file by file. Exit code 1 if too much is, or something is missing
     that the recipe needs."""
-    from imgdit.data.own.linter import check
-    from imgdit.data.own.preview import draw_sheet
+    from imgdit.data.linter import check
+    from imgdit.data.preview import draw_sheet
     from imgdit.training import load_recipe
     from imgdit.training.own_needs import needs_of
+    from imgdit.training.own_pictures import OwnPictures
 
     with one_sentence(OPTIONS):
-        needs = None if recipe is None else needs_of(load_recipe(recipe))
+        needs = None if recipe is None else needs_of(load_recipe(recipe), OwnPictures)
         if source is None and needs is None:
             raise ValueError("name the data, or a recipe by --recipe")
         if needs is not None:
@@ -114,7 +114,7 @@ def convert(
     rename: Rename = None,
 ) -> None:
     """Write data in another form: a folder as shards, or shards and `datasets` as a folder."""
-    from imgdit.data.own.convert import convert
+    from imgdit.data.convert import convert
     from imgdit.naming import check_name
 
     with one_sentence(OPTIONS):
@@ -158,9 +158,9 @@ def generate(
     loading: LoadOptions,
 ) -> None:
     """Make a picture per line, however many; start it again to go on where it stopped."""
-    from imgdit.apps.bulk_jobs import generate_all
-    from imgdit.apps.request import Request
-    from imgdit.apps.shelf import Shelf
+    from imgdit.apps.jobs.bulk import generate_all
+    from imgdit.apps.jobs.request import Request
+    from imgdit.apps.jobs.shelf import Shelf
     from imgdit.checkpoints import SCENES
 
     with at_work():
@@ -185,7 +185,7 @@ def cache(
     workers: Workers = 1,
 ) -> None:
     """Compute the latents and text that a recipe's training reads; start it again to go on."""
-    from imgdit.apps.bulk_jobs import cache_all
+    from imgdit.apps.jobs.bulk import cache_all
     from imgdit.training import load_recipe
 
     with at_work():
@@ -209,8 +209,8 @@ def subjects(
     loading: LoadOptions,
 ) -> None:
     """Make pairs of pictures of the same thing, score them and keep the good ones."""
-    from imgdit.apps import subject_pairs
-    from imgdit.data.own.subjects import make_subjects
+    from imgdit.data.subjects import make_subjects
+    from imgdit.scenes import subject_pairs
 
     make: Any
     score: Any
@@ -230,8 +230,8 @@ def subjects(
 
 
 def _rows(source: str, ignore: list[str] | None, rename: list[str] | None, split: str) -> Rows:
-    from imgdit.data.own.rows import Columns
-    from imgdit.data.own.sources import open_rows
+    from imgdit.data.rows import Columns
+    from imgdit.data.sources import open_rows
 
     renamed = dict(pair.partition("=")[::2] for pair in rename or [])
     return open_rows(source, Columns(renamed, tuple(ignore or ())), split)

@@ -7,10 +7,9 @@ from typing import Annotated
 
 import typer
 
-from imgdit.apps.load_options import LoadOptions
-
-from ..console import calm, one_sentence
-from .options import with_loading
+from imgdit.apps.commands.options import with_loading
+from imgdit.apps.console import calm, one_sentence
+from imgdit.pipelines.load_options import LoadOptions
 
 
 @with_loading
@@ -41,10 +40,9 @@ def demo(
             raise ValueError(f"--root-path begins with a slash, such as /imgdit; got {root_path!r}")
         if port is not None:
             _check_free(host, port)
+        from imgdit.apps.demo.app import serve
+        from imgdit.apps.studio import Studio
         from imgdit.checkpoints import SCENES
-
-        from ..demo.app import serve
-        from ..studio import Studio
 
         studio = Studio(model or SCENES, adapters=adapters, sae=sae, loading=loading)
         page, address, holder = serve(studio, results=mup, host=host, port=port, root_path=root_path, mcp=mcp)

@@ -8,10 +8,9 @@ from typing import Annotated
 
 import typer
 
+from imgdit.apps.commands.mup import coord_check, transfer
+from imgdit.apps.console import calm, one_sentence
 from imgdit.defaults import STEPS
-
-from ..console import calm, one_sentence
-from .mup import coord_check, transfer
 
 app = typer.Typer(help="Make the parts of docs/ that are made by commands.", no_args_is_help=True)
 
@@ -21,7 +20,7 @@ def api(
     out: Annotated[Path, typer.Argument(help="File to write.")] = Path("docs/api.md"),
 ) -> None:
     """Write the API page from the docstrings."""
-    from ..api_page import api_page
+    from imgdit.apps.chores.api_page import api_page
 
     out.write_text(api_page(), encoding="utf-8")
     typer.echo(f"wrote {out}")
@@ -39,9 +38,8 @@ def pictures(
     """Make the pictures of the documentation, and the numbers of the benchmark whose sheets are among them."""
     with one_sentence():
         calm()
+        from imgdit.apps.chores.docs_pictures import make_pictures
         from imgdit.checkpoints import SCENES
-
-        from ..docs_pictures import make_pictures
 
         for file in make_pictures(out, model=model or SCENES, count=count, steps=steps):
             typer.echo(f"wrote {file}")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ..console import calm
+from imgdit.apps.console import calm
 
 
 def doctor(
@@ -15,7 +15,7 @@ def doctor(
 ) -> None:
     """Tell versions, devices, memory and working attention backends. Exits with 1 if something needed is missing."""
     calm()
-    from ..doctor import checkup, report
+    from imgdit.apps.doctor import checkup, report
 
     found = checkup()
     typer.echo(json.dumps(found, indent=1) if as_json else "\n".join(report(found)))

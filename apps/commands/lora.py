@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..console import one_sentence
+from imgdit.apps.console import one_sentence
 
 if TYPE_CHECKING:
-    from imgdit.lora_files import AdapterFile
+    from imgdit.lora.files import AdapterFile
 
 LoraFile = Annotated[Path, typer.Argument(help="A .safetensors file of any trainer, or PEFT's folder.")]
 
@@ -24,7 +24,7 @@ def inspect(
     file: LoraFile,
 ) -> None:
     """Print a LoRA file's names, ranks, modules and settings."""
-    from imgdit.lora_files import read_adapter
+    from imgdit.lora.files import read_adapter
 
     with one_sentence():
         adapter = read_adapter(file)
@@ -48,8 +48,8 @@ def convert(
     out: Annotated[Path | None, typer.Option(help="File to write; beside the source by default.")] = None,
 ) -> None:
     """Write a LoRA file by other names; its settings stay in the header."""
-    from imgdit.lora_dialects import DIALECTS
-    from imgdit.lora_files import read_adapter, write_adapter
+    from imgdit.lora.dialects import DIALECTS
+    from imgdit.lora.files import read_adapter, write_adapter
     from imgdit.naming import check_name
 
     with one_sentence():
@@ -67,7 +67,7 @@ def export(
     out: Annotated[Path, typer.Argument(help="A .safetensors file to write.")],
 ) -> None:
     """Write the adapter of a run's latest checkpoint as a LoRA file, with how it was trained in its header."""
-    from ..weights import save_adapter
+    from imgdit.apps.chores.weights import save_adapter
 
     with one_sentence():
         save_adapter(run, out)
@@ -76,7 +76,7 @@ def export(
 
 def _tell_keys(adapter: AdapterFile) -> None:
     """How many of a file's keys were read, and what became of the others."""
-    from imgdit.lora_files import counted
+    from imgdit.lora.files import counted
 
     typer.echo(f"  keys: {adapter.used} read, {len(adapter.aside)} set aside, {len(adapter.unread)} not understood")
     for line in counted(adapter.aside):

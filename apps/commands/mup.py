@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..console import at_work, one_sentence
+from imgdit.apps.console import at_work, one_sentence
 
 app = typer.Typer(help="Tune small, train large: check, sweep and plan under μP.", no_args_is_help=True)
 
@@ -24,7 +24,7 @@ def table(recipe: Annotated[str, typer.Argument(help=_RECIPE)]) -> None:
 
     from imgdit.mup import mup_table
     from imgdit.training import load_recipe
-    from imgdit.training.config import build_model
+    from imgdit.training.build import build_model
 
     with one_sentence():
         with torch.device("meta"):
@@ -174,8 +174,8 @@ def plan(
 
     The formulas are in docs/mup.md.
     """
+    from imgdit.recipes import packaged_recipes
     from imgdit.training import load_recipe
-    from imgdit.training.config import packaged_recipes
     from imgdit.training.plan import plan, proxy_plan
 
     options: dict[str, Any] = {

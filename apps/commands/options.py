@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from imgdit.apps.load_options import Dtype, LoadOptions, Offload, Quantize
+from imgdit.pipelines.load_options import Dtype, LoadOptions, Offload, Quantize
 
 ModelFolder = Annotated[Path | None, typer.Option(help="Folder of a pipeline; the embedded model by default.")]
 Engine = Annotated[str, typer.Option(help="local, or ray: several processes or machines.")]

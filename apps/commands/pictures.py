@@ -11,11 +11,11 @@ import typer
 
 from imgdit.apps.commands.options import with_loading
 from imgdit.apps.console import one_sentence
-from imgdit.apps.load_options import LoadOptions
 from imgdit.defaults import STEPS
+from imgdit.pipelines.load_options import LoadOptions
 
 if TYPE_CHECKING:
-    from imgdit.apps.request import Control
+    from imgdit.apps.jobs.request import Control
     from imgdit.apps.session import Session
 
 Model = Annotated[str | None, typer.Option(help="Folder or Hub id; the embedded model by default.")]
@@ -64,8 +64,16 @@ def generate(
     with one_sentence():
         from dataclasses import replace
 
-        from imgdit.apps.generate import PROMPTS, Line, at_free_names, named, plan, read_lines, write_sheet
-        from imgdit.apps.request import Request
+        from imgdit.apps.jobs.generate import (
+            PROMPTS,
+            Line,
+            at_free_names,
+            named,
+            plan,
+            read_lines,
+            write_sheet,
+        )
+        from imgdit.apps.jobs.request import Request
         from imgdit.apps.session import Session
 
         if like is not None:
@@ -124,8 +132,8 @@ def control(
     With --find the conditions are written beside the picture, as NAME-KIND.png.
     """
     with one_sentence():
-        from imgdit.apps.generate import Job
-        from imgdit.apps.request import Request
+        from imgdit.apps.jobs.generate import Job
+        from imgdit.apps.jobs.request import Request
         from imgdit.apps.session import Session
 
         height, width = _size(size)
@@ -165,9 +173,9 @@ def any_to_any(
 ) -> None:
     """Make any frames from any others: depth of a picture, a picture of depth, both, or another view."""
     with one_sentence():
-        from imgdit.apps.frames import frame_row
-        from imgdit.apps.generate import Job
-        from imgdit.apps.request import Request
+        from imgdit.apps.jobs.frames import frame_row
+        from imgdit.apps.jobs.generate import Job
+        from imgdit.apps.jobs.request import Request
         from imgdit.apps.session import Session
 
         if not (prompt or given or make or camera):
@@ -211,8 +219,8 @@ def unlearn(
     with one_sentence():
         from dataclasses import replace
 
-        from imgdit.apps.generate import Job
-        from imgdit.apps.request import Request
+        from imgdit.apps.jobs.generate import Job
+        from imgdit.apps.jobs.request import Request
         from imgdit.apps.session import Session
 
         height, width = _size(size)
@@ -235,11 +243,11 @@ def _again(
     """Make a picture again from what it tells; exits with 1 if a bit differs."""
     from dataclasses import replace
 
-    from imgdit.apps.generate import check_png, first_free, same_pixels
-    from imgdit.apps.loading import as_it_was
-    from imgdit.apps.request import read_origin, write_png
+    from imgdit.apps.jobs.generate import check_png, first_free, same_pixels
+    from imgdit.apps.jobs.request import read_origin, write_png
     from imgdit.apps.session import Session
     from imgdit.images import open_image
+    from imgdit.pipelines.loading import as_it_was
 
     origin = read_origin(picture)
     if origin is None:
@@ -280,7 +288,7 @@ def _again(
 def _controls(
     given: Sequence[str], strength: float = 1.0, start: float = 0.0, end: float = 1.0
 ) -> tuple[Control, ...]:
-    from imgdit.apps.request import Control
+    from imgdit.apps.jobs.request import Control
 
     return tuple(Control(kind, picture, strength, start, end) for kind, picture in _files(given))
 
@@ -302,7 +310,7 @@ def _found(session: Session, controls: Sequence[Control], size: tuple[int | None
     """The controls with their photos turned into conditions, for an image of a height and a width."""
     from dataclasses import replace
 
-    from imgdit.apps.prepare import condition_of
+    from imgdit.apps.jobs.prepare import condition_of
 
     studio = session.studio
     studio.quiet(None)

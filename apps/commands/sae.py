@@ -7,11 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
-from imgdit.apps.load_options import LoadOptions
+from imgdit.apps.commands.options import Engine, Workers, with_loading
+from imgdit.apps.console import at_work, one_sentence
 from imgdit.defaults import STEPS
-
-from ..console import at_work, one_sentence
-from .options import Engine, Workers, with_loading
+from imgdit.pipelines.load_options import LoadOptions
 
 app = typer.Typer(help="Sparse autoencoders: train them, look at their features.", no_args_is_help=True)
 
@@ -26,8 +25,8 @@ def train(
     """Train autoencoders on the activations of a pipeline, and select the features of concepts."""
     import dataclasses
 
-    from imgdit.sae.recipe import load_sae_recipe
-    from imgdit.sae.run import train_saes
+    from imgdit.training.sae_recipe import load_sae_recipe
+    from imgdit.training.sae_run import train_saes
 
     with at_work({"resume it": "go on with --resume,", r"run\.folder": "--folder"}):
         loaded = load_sae_recipe(recipe)
@@ -47,8 +46,8 @@ def collect(
     workers: Workers = 1,
 ) -> None:
     """Record the activations that a recipe trains on; start it again to go on."""
-    from imgdit.apps.bulk_jobs import collect_all
-    from imgdit.sae.recipe import load_sae_recipe
+    from imgdit.apps.jobs.bulk import collect_all
+    from imgdit.training.sae_recipe import load_sae_recipe
 
     with at_work():
         loaded = load_sae_recipe(recipe)
@@ -75,9 +74,9 @@ def features(
     loading: LoadOptions,
 ) -> None:
     """Write what features do: data, a sheet of pictures for each, and one page to open in a browser."""
-    from imgdit.apps.loading import chosen_device, load_pipeline
+    from imgdit.pipelines.loading import chosen_device, load_pipeline
     from imgdit.sae.features import contrast_features, heat_maps, survey_features
-    from imgdit.sae.files import load_sae
+    from imgdit.sae.model import load_sae
     from imgdit.sae.report import write_report
 
     with at_work():
@@ -105,7 +104,7 @@ def convert(
     folder: Annotated[Path, typer.Argument(help="Folder to write cfg.json and sae.safetensors to.")],
 ) -> None:
     """Make safetensors of sdxl-unbox's published pickles, once, by a reader that admits nothing but tensors."""
-    from imgdit.sae.files import convert_sdxl_unbox
+    from imgdit.sae.model import convert_sdxl_unbox
 
     with one_sentence():
         convert_sdxl_unbox(source, folder)

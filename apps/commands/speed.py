@@ -10,11 +10,10 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from imgdit.apps.commands.options import ModelFolder, model_folder
+from imgdit.apps.console import at_work
 from imgdit.defaults import STEPS
 from imgdit.naming import check_name
-
-from ..console import at_work
-from .options import ModelFolder, model_folder
 
 app = typer.Typer()
 
@@ -46,7 +45,7 @@ def forward(
     """
     import torch
 
-    from imgdit.evaluation import speed
+    from imgdit.benchmarks.speed import timing as speed
 
     torch.set_num_threads(threads)
     if not as_json:
@@ -79,7 +78,7 @@ def sae_speed(
     """
     import torch
 
-    from imgdit.evaluation import sae_speed as bench
+    from imgdit.benchmarks.speed import sae as bench
 
     torch.set_num_threads(threads)
     if not as_json:
@@ -109,7 +108,7 @@ def any_speed(
     """
     import torch
 
-    from imgdit.evaluation.any_speed import any_comparisons
+    from imgdit.benchmarks.speed.any_to_any import any_comparisons
 
     torch.set_num_threads(threads)
     if not as_json:
@@ -135,7 +134,7 @@ def control_speed(
     """Time steps under conditions against steps without, on a medium FLUX, and their share of the GEMM peak."""
     import torch
 
-    from imgdit.adapters.speed import condition_costs
+    from imgdit.benchmarks.speed.conditions import condition_costs
 
     torch.set_num_threads(threads)
     typer.echo(f"torch {torch.__version__}, {device}, {dtype}, {threads} thread(s)")
@@ -169,7 +168,7 @@ def all_speed(
     """
     import torch
 
-    from imgdit.apps.benches import speed as bench
+    from imgdit.benchmarks.speed import command_line as bench
 
     groups = list(bench.GROUPS) if only is None else _chosen("--only", only, bench.GROUPS)
     torch.set_num_threads(threads)
@@ -194,7 +193,7 @@ def caches(
     """What diffusers' step caches save, and how far their pictures are from those without: held-out scenes."""
     import torch
 
-    from imgdit.apps.benches import picture_speed as bench
+    from imgdit.benchmarks.speed import pipeline as bench
 
     torch.set_num_threads(threads)
     with at_work():
@@ -220,7 +219,7 @@ def growth(
     """
     import torch
 
-    from imgdit.evaluation import growth as bench
+    from imgdit.benchmarks.speed import growth as bench
 
     torch.set_num_threads(threads)
     points = []
@@ -255,7 +254,7 @@ def large_speed(
     """Time a 1.4 B MMDiT at 1024 x 1024 on a GPU: 0, 1 and 2 conditions, attention backends, compilers."""
     import torch
 
-    from imgdit.adapters import large_speed as bench
+    from imgdit.benchmarks.speed import large as bench
 
     if device == "cuda" and not torch.cuda.is_available():
         raise typer.BadParameter("this machine has no CUDA device; --device cpu --tiny shows that the command runs")

@@ -8,12 +8,11 @@ from typing import Any
 
 import gradio as gr
 
+from imgdit.apps.demo import examples, limits, widgets
+from imgdit.apps.demo.holder import DEVICE, QUICK, Holder
+from imgdit.apps.jobs.request import AskedFrame, Request
+from imgdit.apps.studio import Studio
 from imgdit.tasks import TASKS
-
-from ..request import AskedFrame, Request
-from ..studio import Studio
-from . import examples, limits, widgets
-from .holder import DEVICE, QUICK, Holder
 
 GIVEN, MADE = "given", "to be made"
 TURN, RISE = 45.0, 15.0

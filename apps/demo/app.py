@@ -17,12 +17,11 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 import gradio as gr
 from PIL import Image
 
+from imgdit.apps.demo import any_to_any, control, create, features, limits, scale, unlearn
+from imgdit.apps.demo.holder import Holder
+from imgdit.apps.demo.limits import LIMITS
+from imgdit.apps.studio import Studio
 from imgdit.checkpoints import SCENES
-
-from ..studio import Studio
-from . import any_to_any, control, create, features, limits, scale, unlearn
-from .holder import Holder
-from .limits import LIMITS
 
 CSS = """
 .gradio-container, .gradio-container main { width: 100% !important; }

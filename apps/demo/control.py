@@ -9,14 +9,13 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
+from imgdit.apps.demo import examples, limits, widgets
+from imgdit.apps.demo.holder import DEVICE, QUICK, Holder
+from imgdit.apps.demo.limits import LIMITS
+from imgdit.apps.jobs.prepare import condition_of, drawn_map, lines_on_black
+from imgdit.apps.jobs.request import Control, Request
+from imgdit.apps.studio import Studio
 from imgdit.images import fit, open_image
-
-from ..prepare import condition_of, drawn_map, lines_on_black
-from ..request import Control, Request
-from ..studio import Studio
-from . import examples, limits, widgets
-from .holder import DEVICE, QUICK, Holder
-from .limits import LIMITS
 
 NAMES = {
     "canny": "canny: edges",

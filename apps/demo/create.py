@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 
 import gradio as gr
 
-from ..request import Request
-from . import examples, limits, widgets
-from .holder import DEVICE, QUICK, Holder
-from .limits import LIMITS
+from imgdit.apps.demo import examples, limits, widgets
+from imgdit.apps.demo.holder import DEVICE, QUICK, Holder
+from imgdit.apps.demo.limits import LIMITS
+from imgdit.apps.jobs.request import Request
 
 
 class Create(NamedTuple):

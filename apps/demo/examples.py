@@ -7,17 +7,16 @@ from itertools import product
 from random import Random
 from typing import Any, NamedTuple
 
-from imgdit.data.captions import caption
-from imgdit.data.meanings import KINDS
-from imgdit.data.scenes import OBJECTS, Scene
-
-from ..generate import PROMPTS
+from imgdit.apps.jobs.generate import PROMPTS
+from imgdit.scenes.captions import caption
+from imgdit.scenes.meanings import KINDS
+from imgdit.scenes.world import OBJECTS, Scene
 
 BANK = 24
 """Prompts whose images are looked through for a feature's strongest."""
 
 SHADES = ("black", "red", "green", "blue", "yellow", "magenta", "cyan", "white", "grey")
-"""What people call the colours of `imgdit.data.tasks.PALETTE`."""
+"""What people call the colours of `imgdit.scenes.tasks.PALETTE`."""
 
 
 class Texts(NamedTuple):

@@ -9,16 +9,15 @@ from typing import Any
 
 import gradio as gr
 
+from imgdit.apps.demo import examples, limits, widgets
+from imgdit.apps.demo.heat import overlay
+from imgdit.apps.demo.holder import DEVICE, QUICK, Holder
+from imgdit.apps.jobs.generate import same_pixels
+from imgdit.apps.jobs.request import Request
+from imgdit.apps.studio import Studio
 from imgdit.images import open_image
 from imgdit.sae.features import FeatureSurvey, contrast_features, heat_maps, survey_features
 from imgdit.sae.model import SparseAutoencoder
-
-from ..generate import same_pixels
-from ..request import Request
-from ..studio import Studio
-from . import examples, limits, widgets
-from .heat import overlay
-from .holder import DEVICE, QUICK, Holder
 
 STEPS = 8
 """Of each image that is searched for features."""

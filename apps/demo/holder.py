@@ -17,16 +17,15 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
-from imgdit.data.render import render
-from imgdit.data.scenes import Scene
+from imgdit.apps.demo.examples import of_scenes
+from imgdit.apps.demo.limits import LIMITS, sentence
+from imgdit.apps.demo.turns import Place, Turns
+from imgdit.apps.jobs.generate import output_file
+from imgdit.apps.jobs.request import Origin, Request, write_png
+from imgdit.apps.studio import Made, Stopped, Studio
 from imgdit.images import to_image
-
-from ..generate import output_file
-from ..request import Origin, Request, write_png
-from ..studio import Made, Stopped, Studio
-from .examples import of_scenes
-from .limits import LIMITS, sentence
-from .turns import Place, Turns
+from imgdit.scenes.render import render
+from imgdit.scenes.world import Scene
 
 DEVICE: dict[str, Any] = {
     "concurrency_id": "device",

@@ -8,11 +8,10 @@ from typing import Any
 
 import gradio as gr
 
+from imgdit.apps.demo import limits, widgets
+from imgdit.apps.demo.holder import DEVICE, Holder
 from imgdit.mup.coordinates import CoordinateCheck
 from imgdit.training import load_recipe
-
-from . import limits, widgets
-from .holder import DEVICE, Holder
 
 WIDTHS = (64, 96, 128, 192, 256)
 """That the check may be run at here: multiples of its head dimension that take seconds on a laptop."""

@@ -9,15 +9,14 @@ from typing import Any
 import gradio as gr
 import torch
 
+from imgdit.apps.demo import examples, limits, widgets
+from imgdit.apps.demo.heat import overlay
+from imgdit.apps.demo.holder import DEVICE, QUICK, Holder
+from imgdit.apps.demo.limits import LIMITS
+from imgdit.apps.jobs.request import Request
 from imgdit.images import open_image
 from imgdit.sae.concept_maps import concept_maps
 from imgdit.sae.hooks import site
-
-from ..request import Request
-from . import examples, limits, widgets
-from .heat import overlay
-from .holder import DEVICE, QUICK, Holder
-from .limits import LIMITS
 
 MODES = ("scale", "remove", "replace")
 

@@ -9,10 +9,9 @@ from typing import Any, NamedTuple
 import gradio as gr
 from PIL import Image
 
+from imgdit.apps.demo import limits
+from imgdit.apps.demo.limits import LIMITS
 from imgdit.defaults import GUIDANCE, STEPS
-
-from . import limits
-from .limits import LIMITS
 
 PAPER = "white"
 """Colour of an empty canvas in the browser."""

@@ -1,1 +1,6 @@
-"""Data: scenes with exact ground truth, their sentences, and the tasks made of them."""
+"""Data that people have: folders, shards and data sets of pictures with captions."""
+
+from imgdit.data.rows import Blob, Problem, Row, Rows
+from imgdit.data.sources import open_rows
+
+__all__ = ["Blob", "Problem", "Row", "Rows", "open_rows"]

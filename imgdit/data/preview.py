@@ -1,4 +1,4 @@
-"""A contact sheet: scenes drawn by lot over their sentences."""
+"""A contact sheet of people's own data."""
 
 from __future__ import annotations
 
@@ -7,51 +7,30 @@ from random import Random
 
 from PIL import Image
 
-from imgdit.images import to_image
-
-from .captions import caption
-from .render import render
-from .scenes import Scene
-from .sheet import contact_sheet
-from .tasks import from_scene
+from imgdit.data.opening import open_picture
+from imgdit.data.rows import Rows
+from imgdit.images.fitting import fit
+from imgdit.images.sheet import contact_sheet
 
 
-def preview(
-    out: Path,
-    count: int = 24,
-    seed: int = 0,
-    *,
-    split: str = "train",
-    size: int = 128,
-    columns: int = 6,
-    task: str | None = None,
-) -> Path:
-    """Draw a sheet and return where it is.
+def draw_sheet(rows: Rows, out: Path, count: int = 24, seed: int = 0, size: int = 128, columns: int = 6) -> Path:
+    """A contact sheet of rows drawn by lot: conditions and frames beside the picture, over a caption.
 
-    Args:
-        out: a picture file, or a folder that gets `scenes.png`.
-        count: scenes, with the seeds `seed`, `seed + 1` and so on.
-        seed: of the first.
-        split: of `Scene.sample`.
-        size: pixels per side of a picture.
-        columns: pictures in a row.
-        task: a key of `TASKS`: show its condition at the left of every picture.
+    Raises:
+        ValueError: none of the rows that were drawn can be read.
     """
-    if count < 1 or columns < 1:
-        raise ValueError(f"a sheet needs at least one picture and one column, got count={count}, columns={columns}")
-    tiles = []
-    for number in range(seed, seed + count):
-        scene, rng = Scene.sample(number, split), Random(number)
-        rendering = render([scene], size)
-        pictures = [to_image(rendering.rgb[0])]
-        if task is not None:
-            condition = to_image(from_scene(task, scene, rng, rendering).condition)
-            pictures.insert(0, condition.resize((size, size), Image.Resampling.NEAREST))
-        tiles.append((pictures, caption(scene, rng)))
-
-    sheet = contact_sheet(tiles, columns)
-    out = Path(out)
-    path = out if out.suffix else out / "scenes.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
-    return path
+    tiles: list[tuple[list[Image.Image], str]] = []
+    for row in Random(seed).sample(rows.rows, len(rows.rows)):
+        if len(tiles) == count:
+            break
+        try:
+            blobs = [*row.conditions.values(), row.picture, *row.frames]
+            pictures = [fit(open_picture(blob.read()).picture, (size, size)) for blob in blobs]
+        except (ValueError, OSError):
+            continue  # `check` names them
+        tiles.append((pictures, row.captions[0] if row.captions else "(no caption)"))
+    if not tiles:
+        raise ValueError(f"{rows.source} has no picture that can be read; `imgdit data check` says why")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    contact_sheet(tiles, columns, size, title=f"{rows.source}: {len(rows.rows):,} rows").save(out)
+    return out

@@ -23,11 +23,13 @@ from diffusers.models.normalization import (
     SD35AdaLayerNormZeroX,
 )
 
-from .. import compat
-from ..attention import LayerCache, PackedRows, grouped_attention
-from ..frames import FrameLayout, RowGroup
-from ..lora import AdapterRows, LoraPlan, feed_forward, linear
-from .functional import apply_rope, gated_add, modulate
+from imgdit import compat
+from imgdit.attention.cache import LayerCache
+from imgdit.attention.grouped import grouped_attention
+from imgdit.attention.packed import PackedRows
+from imgdit.layout import FrameLayout, RowGroup
+from imgdit.lora.rows import AdapterRows, LoraPlan, feed_forward, linear
+from imgdit.models.functional import apply_rope, gated_add, modulate
 
 
 class BlockPlan(NamedTuple):

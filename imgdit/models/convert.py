@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 import torch.nn as nn
 
-from ..mup import MupSettings, configure, mup_settings
-from ..naming import nearest
+from imgdit import compat
+from imgdit.mup import MupSettings, configure, mup_settings
+from imgdit.naming import nearest
 
 if TYPE_CHECKING:
     from diffusers import ModelMixin
 
-    from .mmdit import MMDiT
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -51,7 +51,7 @@ _SD3_FIXED: dict[str, Any] = {
 }
 
 
-def read_config(cls: type[MMDiT], config: Mapping[str, Any]) -> dict[str, Any]:
+def read_config(cls: Any, config: Mapping[str, Any]) -> dict[str, Any]:
     """Our configuration, from ours or from a diffusers FLUX or SD3 transformer's.
 
     Raises:
@@ -74,7 +74,7 @@ def read_config(cls: type[MMDiT], config: Mapping[str, Any]) -> dict[str, Any]:
             f"this folder holds a {name}; {cls.__name__} reads its own, FluxTransformer2DModel and "
             "SD3Transformer2DModel folders"
         )
-    known = cls._get_init_keys(cls) - {"self"}
+    known = compat.init_keys(cls)
     unknown = [key for key in config if not key.startswith("_") and key not in known | {"quantization_config"}]
     if unknown:
         raise ValueError(f"unknown configuration key {nearest(unknown[0], known)}")
@@ -103,7 +103,7 @@ def _defaults(cls: type) -> dict[str, Any]:
     return {name: p.default for name, p in inspect.signature(cls).parameters.items()}
 
 
-def from_diffusers(cls: type[MMDiT], model: ModelMixin) -> MMDiT:
+def from_diffusers(cls: Any, model: ModelMixin) -> Any:
     """See `MMDiT.from_diffusers`."""
     name = type(model).__name__
     if name not in ("FluxTransformer2DModel", "SD3Transformer2DModel"):
@@ -114,7 +114,7 @@ def from_diffusers(cls: type[MMDiT], model: ModelMixin) -> MMDiT:
     return _share(model, ours)
 
 
-def to_diffusers(model: MMDiT) -> ModelMixin:
+def to_diffusers(model: Any) -> ModelMixin:
     """See `MMDiT.to_diffusers`."""
     import diffusers
 
@@ -156,9 +156,6 @@ def _share(source: nn.Module, target: M) -> M:
     for name, tensor in theirs.items():
         owner, _, leaf = name.rpartition(".")
         module = target.get_submodule(owner)
-        if isinstance(tensor, nn.Parameter):
-            module._parameters[leaf] = tensor
-        else:
-            module._buffers[leaf] = tensor
+        compat.put_tensor(module, leaf, tensor)
     target.train(source.training)
     return target

@@ -10,7 +10,10 @@ from typing import Any
 
 import torch
 
-from ..frames import FrameLayout
+from imgdit.layout import FrameLayout
+
+PATCH = 2
+"""Latent cells per side of a token, as in FLUX."""
 
 
 def pack(latents: torch.Tensor, patch: int) -> torch.Tensor:

@@ -19,7 +19,6 @@ import torch.nn as nn
 from diffusers import ModelMixin
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.hooks.tensor_parallel import PackedRowwiseParallel
-from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
 from diffusers.models.attention import AttentionMixin
 from diffusers.models.embeddings import (
     CombinedTimestepGuidanceTextProjEmbeddings,
@@ -30,16 +29,18 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.normalization import AdaLayerNormContinuous
 from diffusers.utils import apply_lora_scale
 
-from .. import compat
-from ..attention import KVCache, PackedRows, packed_backend
-from ..compat import Adapters, SafetensorsOnly, StepCaches
-from ..frames import Frame, FrameLayout
-from ..lora import LoraPlan, linear, lora_plan, main_rows
-from ..mup import MupMixin
-from . import convert
-from .blocks import BlockPlan, MMDiTBlock, MMDiTSingleBlock, Modulation, adaptive_norm
-from .functional import rope_table, table_positions
-from .validation import check_config, check_inputs
+from imgdit import compat
+from imgdit.attention.cache import KVCache
+from imgdit.attention.packed import PackedRows, packed_backend
+from imgdit.compat import Adapters, SafetensorsOnly, StepCaches
+from imgdit.frames import Frame
+from imgdit.layout import FrameLayout
+from imgdit.lora.rows import LoraPlan, linear, lora_plan, main_rows
+from imgdit.models import convert
+from imgdit.models.blocks import BlockPlan, MMDiTBlock, MMDiTSingleBlock, Modulation, adaptive_norm
+from imgdit.models.functional import rope_table, table_positions
+from imgdit.models.validation import check_config, check_inputs
+from imgdit.mup import MupMixin
 
 _ONE_FRAME = FrameLayout.build([Frame((1, 1))], 1)
 
@@ -84,12 +85,12 @@ class MMDiT(SafetensorsOnly, ModelMixin, ConfigMixin, Adapters, StepCaches, Atte
     # Every token-wise input is split along its tokens; the text too, so both lengths must divide by the ranks.
     _cp_plan = {
         "": {
-            "hidden_states": ContextParallelInput(split_dim=1, expected_dims=3, split_output=False),
-            "encoder_hidden_states": ContextParallelInput(split_dim=1, expected_dims=3, split_output=False),
-            "img_ids": ContextParallelInput(split_dim=0, expected_dims=2, split_output=False),
-            "txt_ids": ContextParallelInput(split_dim=0, expected_dims=2, split_output=False),
+            "hidden_states": compat.ContextParallelInput(split_dim=1, expected_dims=3, split_output=False),
+            "encoder_hidden_states": compat.ContextParallelInput(split_dim=1, expected_dims=3, split_output=False),
+            "img_ids": compat.ContextParallelInput(split_dim=0, expected_dims=2, split_output=False),
+            "txt_ids": compat.ContextParallelInput(split_dim=0, expected_dims=2, split_output=False),
         },
-        "proj_out": ContextParallelOutput(gather_dim=1, expected_dims=3),
+        "proj_out": compat.ContextParallelOutput(gather_dim=1, expected_dims=3),
     }
     # Modulation and QK norms are replicated: they work on the whole width, or after the heads are split.
     _tp_plan = {
@@ -243,7 +244,7 @@ class MMDiT(SafetensorsOnly, ModelMixin, ConfigMixin, Adapters, StepCaches, Atte
                 if blocks.startswith("single") and layout is not None and i == self.config.num_single_layers - 1:
                     plan = plan.last(layout)
                 if torch.is_grad_enabled() and self.gradient_checkpointing:
-                    block = partial(self._gradient_checkpointing_func, block)
+                    block = compat.checkpointed(self, block)
                 hidden_states, encoder_hidden_states = block(
                     hidden_states, encoder_hidden_states, temb, context_temb, rope, plan, layer
                 )

@@ -10,7 +10,6 @@ E features of the condition vector, H heads, K key/value heads, d features of a 
 from __future__ import annotations
 
 import math
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -23,15 +22,17 @@ from diffusers.models.embeddings import get_timestep_embedding
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.utils import apply_lora_scale
 
-from .. import compat
-from ..attention import KVCache, LayerCache, grouped_attention
-from ..compat import Adapters, SafetensorsOnly, StepCaches
-from ..frames import Frame, FrameLayout, RowGroup
-from ..mup import MupMixin
-from .functional import apply_rope, gated_add, multiply_add, pack, rope_table, unpack
-from .nextdit_validation import check_config, check_tokens, read_config
-from .softcap import softcap_attention
-from .validation import check_cache
+from imgdit import compat
+from imgdit.attention.cache import KVCache, LayerCache
+from imgdit.attention.grouped import grouped_attention
+from imgdit.attention.softcap import softcap_attention
+from imgdit.compat import Adapters, SafetensorsOnly, StepCaches
+from imgdit.frames import Frame
+from imgdit.layout import FrameLayout, RowGroup
+from imgdit.models.functional import apply_rope, gated_add, multiply_add, pack, rope_table, unpack
+from imgdit.models.nextdit_validation import check_config, check_tokens, read_config
+from imgdit.models.validation import check_cache
+from imgdit.mup import MupMixin
 
 ROPE_THETA = 10000.0
 SOFTCAP = 30.0
@@ -486,7 +487,7 @@ class NextDiT(SafetensorsOnly, ModelMixin, ConfigMixin, Adapters, StepCaches, At
         for i, module in enumerate(self.layers):
             block: Any = module
             if torch.is_grad_enabled() and self.gradient_checkpointing:
-                block = partial(self._gradient_checkpointing_func, module)
+                block = compat.checkpointed(self, module)
             layer = None if cache is None else cache.layer(f"layers.{i}")
             pairs = memory.pairs(i) if keep else None
             if i == len(self.layers) - 1:

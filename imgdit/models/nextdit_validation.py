@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from ..frames import FrameLayout
-from ..mup import check_settings, mup_settings
-from ..naming import check_choice, nearest
-
-if TYPE_CHECKING:
-    from .nextdit import NextDiT
+from imgdit import compat
+from imgdit.layout import FrameLayout
+from imgdit.mup import check_settings, mup_settings
+from imgdit.naming import check_choice, nearest
 
 # What training left in the published configuration: its averaging of weights and its memory saving.
 _LEFT_OVER = {
@@ -21,7 +19,7 @@ _LEFT_OVER = {
 }
 
 
-def read_config(cls: type[NextDiT], config: Mapping[str, Any]) -> dict[str, Any]:
+def read_config(cls: Any, config: Mapping[str, Any]) -> dict[str, Any]:
     """A configuration without what training left in it.
 
     Raises:
@@ -30,7 +28,7 @@ def read_config(cls: type[NextDiT], config: Mapping[str, Any]) -> dict[str, Any]
     name = config.get("_class_name", cls.__name__)
     if name != cls.__name__:
         raise ValueError(f"this folder holds a {name}, not a {cls.__name__}; load it with its own class")
-    known = cls._get_init_keys(cls) - {"self"}
+    known = compat.init_keys(cls)
     kept = {key: value for key, value in config.items() if key not in _LEFT_OVER}
     unknown = [key for key in kept if not key.startswith("_") and key not in known | {"quantization_config"}]
     if unknown:
@@ -64,7 +62,7 @@ def check_config(config: Mapping[str, Any]) -> None:
 
 
 def check_tokens(
-    model: NextDiT,
+    model: Any,
     hidden_states: torch.Tensor,
     text: torch.Tensor,
     pooled: torch.Tensor | None,
@@ -105,7 +103,7 @@ def check_tokens(
     check_positions(model, layout)
 
 
-def check_positions(model: NextDiT, layout: FrameLayout) -> None:
+def check_positions(model: Any, layout: FrameLayout) -> None:
     """Refuse frames beyond the positions the model was built for; the reference fails there."""
     for i in layout.live:
         frame = layout.frames[i]

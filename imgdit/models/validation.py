@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from ..attention import KVCache
-from ..frames import FrameLayout
-from ..mup import check_settings, mup_settings
-from ..naming import check_choice
-
-if TYPE_CHECKING:
-    from .mmdit import MMDiT
+from imgdit.attention.cache import KVCache
+from imgdit.layout import FrameLayout
+from imgdit.mup import check_settings, mup_settings
+from imgdit.naming import check_choice
 
 
 def check_config(config: Mapping[str, Any]) -> None:
@@ -53,7 +50,7 @@ def check_config(config: Mapping[str, Any]) -> None:
 
 
 def check_inputs(
-    model: MMDiT,
+    model: Any,
     hidden_states: torch.Tensor,
     encoder_hidden_states: torch.Tensor,
     pooled_projections: torch.Tensor,
@@ -148,7 +145,7 @@ def check_cache(
         )
 
 
-def _check_grid(model: MMDiT, latents: torch.Tensor) -> None:
+def _check_grid(model: Any, latents: torch.Tensor) -> None:
     patch, side = model.config.patch_size, model.config.pos_embed_max_size
     height, width = latents.shape[-2:]
     if latents.shape[1] != model.config.in_channels:

@@ -1,7 +1,7 @@
 """μP: hyper-parameters that transfer from small to large models (arXiv 2505.15270)."""
 
-from .groups import check_rates, param_groups
-from .roles import (
+from imgdit.mup.groups import check_rates, param_groups
+from imgdit.mup.roles import (
     MupMixin,
     MupSettings,
     ParameterRule,
@@ -12,7 +12,7 @@ from .roles import (
     mup_table,
     width_multiplier,
 )
-from .structure import Structure, structure_of
+from imgdit.mup.structure import Structure, structure_of
 
 __all__ = [
     "MupMixin",

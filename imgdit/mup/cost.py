@@ -16,12 +16,9 @@ N image tokens, T text tokens, S = N + T, D width, L blocks, b samples of a micr
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
-from .roles import mup_table
-
-if TYPE_CHECKING:
-    from ..models.mmdit import MMDiT
+from imgdit.mup.roles import mup_table
 
 WEIGHT_BYTES, GRADIENT_BYTES, MOMENT_BYTES, AVERAGE_BYTES = 4, 4, 8, 4
 """Per trained parameter."""
@@ -60,7 +57,7 @@ class ModelCost(NamedTuple):
         return state + GATHERED_BYTES * self.largest_block + kept * rows
 
 
-def model_cost(model: MMDiT, image_tokens: int, text_tokens: int) -> ModelCost:
+def model_cost(model: Any, image_tokens: int, text_tokens: int) -> ModelCost:
     """Cost of a model, which may be on the meta device.
 
     Args:

@@ -7,9 +7,9 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 
-from ..naming import check_choice
-from .roles import ParameterRule, mup_settings, mup_table
-from .structure import Role, bare_model
+from imgdit.mup.roles import ParameterRule, mup_settings, mup_table
+from imgdit.mup.structure import Role, bare_model
+from imgdit.naming import check_choice
 
 OptimizerKind = Literal["adam", "muon", "sgd"]
 _NO_DECAY: tuple[Role, ...] = ("vector", "finite")

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..plotting import panels, save_figure
-from .coordinates import CoordinateCheck
-from .optimum import Curve
-from .roles import Parametrisation
+from imgdit.mup.coordinates import CoordinateCheck
+from imgdit.mup.optimum import Curve
+from imgdit.mup.roles import Parametrisation
+from imgdit.plotting import panels, save_figure
 
 TITLES: dict[Parametrisation, str] = {"mup": "μP", "standard": "standard parametrisation"}
 

@@ -23,8 +23,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from ..naming import check_choice
-from .structure import Kind, Role, Structure, bare_model, matches, plain_name, structure_of
+from imgdit.mup.structure import Kind, Role, Structure, bare_model, matches, plain_name, structure_of
+from imgdit.naming import check_choice
 
 Parametrisation = Literal["mup", "standard"]
 """What may be compared: μP, or one learning rate for all parameters."""

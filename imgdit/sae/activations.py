@@ -19,16 +19,14 @@ from typing import Any, Literal, NamedTuple
 import torch
 from safetensors import safe_open
 
-from imgdit.untrusted import read_object
-
-from ..training.checkpoint import replace_text
-from ..training.data import mixed_seed
-from .calls import Grid
-from .files import write_tensors
-from .fingerprints import model_fingerprint, same_model
-from .hooks import hooked
-from .sampling import prompt_batches
-from .streams import Tokens
+from imgdit.io.atomic import write_tensors, write_text
+from imgdit.io.order import mixed_seed
+from imgdit.io.safe_json import read_object
+from imgdit.sae.calls import Grid
+from imgdit.sae.fingerprints import model_fingerprint, same_model
+from imgdit.sae.hooks import hooked
+from imgdit.sae.sampling import prompt_batches
+from imgdit.sae.streams import Tokens
 
 FORMAT = "imgdit-activations-1"
 _INDEX = "index.json"
@@ -249,7 +247,7 @@ class ActivationRecorder:
             }
             count = len(tensors["values"])
             (self.folder / hookpoint).mkdir(parents=True, exist_ok=True)
-            write_tensors(tensors, self.folder / hookpoint / _shard(number))
+            write_tensors(self.folder / hookpoint / _shard(number), tensors)
         return {"file": _shard(number), "prompts": recording.prompts, "maps": count}
 
     def record_all(self) -> None:
@@ -262,7 +260,7 @@ class ActivationRecorder:
         index = self._index()
         others = [known for known in index["shards"] if known["file"] != shard["file"]]
         index["shards"] = sorted([*others, shard], key=_number)
-        replace_text(self.folder / _INDEX, json.dumps(index, indent=1))
+        write_text(self.folder / _INDEX, json.dumps(index, indent=1))
 
     def _index(self) -> dict[str, Any]:
         path = self.folder / _INDEX

@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .concepts import ConceptBook, ConceptSelection, check_concepts
-from .edits import ChosenFeatures
-from .hooks import hooked, site
-from .model import SparseAutoencoder
-from .sampling import prompt_batches
-from .streams import Tokens
+from imgdit.sae.concepts import ConceptBook, ConceptSelection, check_concepts
+from imgdit.sae.edits import ChosenFeatures
+from imgdit.sae.hooks import hooked, site
+from imgdit.sae.model import SparseAutoencoder
+from imgdit.sae.sampling import prompt_batches
+from imgdit.sae.streams import Tokens
 
 OWN = 2.0
 """How many times as active as for the other concepts a feature must be to be a concept's own. Selections hold further

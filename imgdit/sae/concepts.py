@@ -15,12 +15,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..naming import check_name
-from ..training.checkpoint import read_tensors, replace_text
-from ..untrusted import read_object
-from .config import SAEConfig
-from .files import write_tensors
-from .fingerprints import is_fingerprint_of, model_fingerprint
+from imgdit.io.atomic import write_tensors, write_text
+from imgdit.io.checkpoints import read_tensors
+from imgdit.io.safe_json import read_object
+from imgdit.naming import check_name
+from imgdit.sae.config import SAEConfig
+from imgdit.sae.fingerprints import is_fingerprint_of, model_fingerprint
 
 SCORE_EPS = 1e-8
 FORMAT = "imgdit-concepts-1"
@@ -223,13 +223,13 @@ class ConceptBook:
             for name, selection in self.selections.items()
             for part in _STORED
         }
-        write_tensors(tensors, folder / _TENSORS)
+        write_tensors(folder / _TENSORS, tensors)
         concepts = {
             name: {"timesteps": s.timesteps, "multiplier": s.multiplier, "origin": s.origin}
             for name, s in self.selections.items()
         }
         values = {"format": FORMAT, "sae": self.sae, "model": self.model, "concepts": concepts}
-        replace_text(folder / _JSON, json.dumps(values, indent=1))
+        write_text(folder / _JSON, json.dumps(values, indent=1))
 
     @classmethod
     def load(cls, folder: str | Path) -> ConceptBook | None:

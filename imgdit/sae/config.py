@@ -6,8 +6,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ..naming import check_choice
-from ..training.config import parse_as
+from imgdit.naming import check_choice
+from imgdit.recipes import parse_as
 
 _ACTIVATIONS = ("topk", "batch_topk", "sample_topk", "groupmax")
 

@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from .model import DeviceCopies, RowScale, SparseAutoencoder
+from imgdit.sae.model import DeviceCopies, RowScale, SparseAutoencoder
 
 _CHUNK = 2**25
 """Entries of the largest (rows, L) block that is encoded at once: 128 MiB in float32."""

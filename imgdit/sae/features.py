@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .concepts import ConceptStatistics
-from .edits import ChosenFeatures
-from .hooks import hooked, site
-from .model import DeviceCopies, SparseAutoencoder
-from .sampling import prompt_batches
-from .statistics import collect_statistics
-from .streams import Tokens
+from imgdit.sae.concepts import ConceptStatistics
+from imgdit.sae.edits import ChosenFeatures
+from imgdit.sae.hooks import hooked, site
+from imgdit.sae.model import DeviceCopies, SparseAutoencoder
+from imgdit.sae.sampling import prompt_batches
+from imgdit.sae.statistics import collect_statistics
+from imgdit.sae.streams import Tokens
 
 
 class FeatureSurvey(NamedTuple):

@@ -11,22 +11,21 @@ once, with torch's loader that only admits tensors.
 from __future__ import annotations
 
 import dataclasses
-import json
+import warnings
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from ..training.checkpoint import replace_text
-from ..untrusted import read_object
-from .config import SAEConfig
-from .model import SparseAutoencoder
+from imgdit.io.safe_json import read_object
+from imgdit.sae.config import SAEConfig
 
 CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
-_UNBOX_CONFIG, _UNBOX_WEIGHTS, _UNBOX_PICKLE = "config.json", "state_dict.safetensors", "state_dict.pth"
+UNBOX_CONFIG, _UNBOX_WEIGHTS, UNBOX_PICKLE = "config.json", "state_dict.safetensors", "state_dict.pth"
 _PICKLES = ("*.pt", "*.pth", "*.pkl", "*.bin", "*.ckpt")
 
 
@@ -47,8 +46,10 @@ def local_folder(path_or_repo: str | Path, subfolder: str | None = None) -> Path
     return path
 
 
-def load_sae(path_or_repo: str | Path, subfolder: str | None = None) -> SparseAutoencoder:
-    """Read a sparse autoencoder, float32 on the CPU.
+def read_autoencoder(
+    path_or_repo: str | Path, subfolder: str | None = None
+) -> tuple[SAEConfig, dict[str, torch.Tensor], Path]:
+    """The configuration and weights of a saved sparse autoencoder, and the folder they lie in.
 
     Args:
         path_or_repo: folder, or Hub repository.
@@ -59,9 +60,9 @@ def load_sae(path_or_repo: str | Path, subfolder: str | None = None) -> SparseAu
     """
     folder = local_folder(path_or_repo, subfolder)
     if (folder / CONFIG).is_file():
-        config, tensors = SAEConfig.from_dict(_read_json(folder / CONFIG)), _read_weights(folder, WEIGHTS)
-    elif (folder / _UNBOX_CONFIG).is_file():
-        config, tensors = _from_unbox(_read_json(folder / _UNBOX_CONFIG), _read_weights(folder, _UNBOX_WEIGHTS))
+        config, tensors = SAEConfig.from_dict(read_config_file(folder / CONFIG)), _read_weights(folder, WEIGHTS)
+    elif (folder / UNBOX_CONFIG).is_file():
+        config, tensors = from_unbox(read_config_file(folder / UNBOX_CONFIG), _read_weights(folder, _UNBOX_WEIGHTS))
     else:
         inner = sorted(entry.parent.name for entry in folder.glob(f"*/{CONFIG}"))
         hint = f"; its hookpoints are {', '.join(inner)}, name one as subfolder" if inner else ""
@@ -69,52 +70,15 @@ def load_sae(path_or_repo: str | Path, subfolder: str | None = None) -> SparseAu
     if config.hookpoint is None and "." in folder.name:  # SAeUron and sparsify call the folder by its hookpoint
         config = dataclasses.replace(config, hookpoint=folder.name)
     # Before anything of these sizes is made.
-    _check_tensors(folder, tensors, {"encoder.weight": (config.num_latents, config.d_in)}, complete=False)
-    with torch.random.fork_rng(devices=[]):
-        sae = SparseAutoencoder(config)
-    _check_tensors(folder, tensors, {name: tuple(t.shape) for name, t in sae.state_dict().items()})
-    sae.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
-    return sae.requires_grad_(False).eval()
+    check_tensors(folder, tensors, {"encoder.weight": (config.num_latents, config.d_in)}, complete=False)
+    return config, tensors, folder
 
 
-def save_sae(sae: SparseAutoencoder, folder: str | Path) -> None:
-    """Write a sparse autoencoder; each file appears whole or not at all."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_tensors({name: t.detach().cpu().contiguous() for name, t in sae.state_dict().items()}, folder / WEIGHTS)
-    config = dataclasses.replace(sae.config, threshold=sae.threshold)
-    replace_text(folder / CONFIG, json.dumps(config.to_dict(), indent=1))
-
-
-def write_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """A safetensors file that appears whole or not at all."""
-    temporary = path.with_name(f".{path.name}.new")
-    save_file(tensors, temporary)
-    temporary.replace(path)
-
-
-def convert_sdxl_unbox(source: str | Path, folder: str | Path) -> None:
-    """Make our files of a published sdxl-unbox folder (`config.json`, `state_dict.pth`).
-
-    The pickle is read by torch's restricted loader, which builds tensors and nothing else.
-    """
-    source = Path(source)
-    for name in (_UNBOX_CONFIG, _UNBOX_PICKLE):
-        if not (source / name).is_file():
-            raise ValueError(f"{source} is no sdxl-unbox folder: it has no {name}")
-    state = torch.load(source / _UNBOX_PICKLE, map_location="cpu", weights_only=True)
-    config, tensors = _from_unbox(_read_json(source / _UNBOX_CONFIG), state.get("state_dict", state))
-    sae = SparseAutoencoder(config)
-    _check_tensors(source, tensors, {name: tuple(t.shape) for name, t in sae.state_dict().items()})
-    sae.load_state_dict(tensors)
-    save_sae(sae, folder)
-
-
-def _from_unbox(values: dict[str, Any], tensors: dict[str, torch.Tensor]) -> tuple[SAEConfig, dict[str, torch.Tensor]]:
+def from_unbox(values: dict[str, Any], tensors: dict[str, torch.Tensor]) -> tuple[SAEConfig, dict[str, torch.Tensor]]:
     """sdxl-unbox: the decoder is transposed, the biases have other names, a block's update is what is coded."""
     for name in ("d_model", "n_dirs_local", "k"):
         if name not in values:
-            raise ValueError(f"{_UNBOX_CONFIG} is not sdxl-unbox's: it has no {name!r}")
+            raise ValueError(f"{UNBOX_CONFIG} is not sdxl-unbox's: it has no {name!r}")
     config = SAEConfig(values["d_model"], values["n_dirs_local"], values["k"], source="update")
     names = {
         "encoder.weight": "encoder.weight",
@@ -128,7 +92,7 @@ def _from_unbox(values: dict[str, Any], tensors: dict[str, torch.Tensor]) -> tup
     return config, ours
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_config_file(path: Path) -> dict[str, Any]:
     return read_object(path)
 
 
@@ -147,7 +111,7 @@ def _read_weights(folder: Path, name: str) -> dict[str, torch.Tensor]:
         raise ValueError(f"{folder / name} is damaged or no safetensors file: {error}") from error
 
 
-def _check_tensors(
+def check_tensors(
     folder: Path, tensors: dict[str, torch.Tensor], expected: dict[str, tuple[int, ...]], complete: bool = True
 ) -> None:
     """Refuse tensors that are not of the expected shapes, or not `complete` all that there are."""
@@ -161,3 +125,11 @@ def _check_tensors(
     extra = sorted(tensors.keys() - expected.keys())
     if extra and complete:
         raise ValueError(f"the weights in {folder} hold {extra[0]!r}, which no configuration of ours has")
+
+
+def __getattr__(name: str) -> Any:
+    """Names of version 0.1; they go with version 0.3."""
+    if name not in ("load_sae", "save_sae", "convert_sdxl_unbox"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    warnings.warn(f"imgdit.sae.files.{name} is now in imgdit.sae.model", DeprecationWarning, stacklevel=2)
+    return getattr(import_module("imgdit.sae.model"), name)

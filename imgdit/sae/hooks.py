@@ -23,9 +23,8 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 
 from imgdit import compat
-
-from .calls import DenoiserCall, Grid, bind, describe_call, family_of
-from .streams import Site, Tokens
+from imgdit.sae.calls import DenoiserCall, Grid, bind, describe_call, family_of
+from imgdit.sae.streams import Site, Tokens
 
 Function = Callable[[Tokens], torch.Tensor | None]
 """Gets the tokens at a hookpoint, returns others of the same shape, or `None` to leave them."""

@@ -8,15 +8,27 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
+import json
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 
-from .. import kernels
-from .config import SAEConfig
-from .sparse import Pattern, Selection, SparseCode, above, decode, select, selected_scores
+from imgdit import kernels
+from imgdit.io.atomic import write_tensors, write_text
+from imgdit.sae.config import SAEConfig
+from imgdit.sae.files import (
+    CONFIG,
+    UNBOX_CONFIG,
+    UNBOX_PICKLE,
+    WEIGHTS,
+    check_tensors,
+    from_unbox,
+    read_autoencoder,
+    read_config_file,
+)
+from imgdit.sae.sparse import Pattern, Selection, SparseCode, above, decode, select, selected_scores
 
 UNIT_NORM_EPS = 1e-5
 _SAMPLE, _SAMPLED = "sample:", 4096
@@ -106,16 +118,29 @@ class SparseAutoencoder(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path_or_repo: str | Path, subfolder: str | None = None) -> SparseAutoencoder:
-        """Read ours, SAeUron's, sparsify's or sdxl-unbox's files, from a folder or the Hub."""
-        from .files import load_sae
+        """Read a sparse autoencoder, float32 on the CPU.
 
-        return load_sae(path_or_repo, subfolder)
+        Args:
+            path_or_repo: folder, or Hub repository.
+            subfolder: of a hookpoint, as in "unet.up_blocks.1.attentions.1".
+
+        Raises:
+            ValueError: files missing, pickled, damaged or of other shapes than the configuration says.
+        """
+        config, tensors, folder = read_autoencoder(path_or_repo, subfolder)
+        with torch.random.fork_rng(devices=[]):
+            sae = cls(config)
+        check_tensors(folder, tensors, {name: tuple(t.shape) for name, t in sae.state_dict().items()})
+        sae.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
+        return sae.requires_grad_(False).eval()
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write `cfg.json` and `sae.safetensors`, as SAeUron's loader reads them."""
-        from .files import save_sae
-
-        save_sae(self, folder)
+        """Write a sparse autoencoder; each file appears whole or not at all."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_tensors(folder / WEIGHTS, {name: t.detach().cpu().contiguous() for name, t in self.state_dict().items()})
+        config = dataclasses.replace(self.config, threshold=self.threshold)
+        write_text(folder / CONFIG, json.dumps(config.to_dict(), indent=1))
 
     # The map
 
@@ -370,3 +395,30 @@ def geometric_median(points: torch.Tensor, max_iter: int = 100, tol: float = 1e-
 def auto_lr(num_latents: int) -> float:
     """Learning rate by size: 2e-4 at 2^14 latents, falling with the square root (sparsify, SAeUron)."""
     return 2e-4 / (num_latents / 2**14) ** 0.5
+
+
+def load_sae(path_or_repo: str | Path, subfolder: str | None = None) -> SparseAutoencoder:
+    """See `SparseAutoencoder.from_pretrained`."""
+    return SparseAutoencoder.from_pretrained(path_or_repo, subfolder)
+
+
+def save_sae(sae: SparseAutoencoder, folder: str | Path) -> None:
+    """See `SparseAutoencoder.save_pretrained`."""
+    sae.save_pretrained(folder)
+
+
+def convert_sdxl_unbox(source: str | Path, folder: str | Path) -> None:
+    """Make our files of a published sdxl-unbox folder (`config.json`, `state_dict.pth`).
+
+    The pickle is read by torch's restricted loader, which builds tensors and nothing else.
+    """
+    source = Path(source)
+    for name in (UNBOX_CONFIG, UNBOX_PICKLE):
+        if not (source / name).is_file():
+            raise ValueError(f"{source} is no sdxl-unbox folder: it has no {name}")
+    state = torch.load(source / UNBOX_PICKLE, map_location="cpu", weights_only=True)
+    config, tensors = from_unbox(read_config_file(source / UNBOX_CONFIG), state.get("state_dict", state))
+    sae = SparseAutoencoder(config)
+    check_tensors(source, tensors, {name: tuple(t.shape) for name, t in sae.state_dict().items()})
+    sae.load_state_dict(tensors)
+    sae.save_pretrained(folder)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from .features import FeatureSurvey, HeatMaps
+from imgdit.sae.features import FeatureSurvey, HeatMaps
 
 _TILE = 128
 """Side of a picture on a sheet, in pixels."""

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from .concepts import ConceptStatistics
-from .hooks import hooked
-from .model import DeviceCopies, SparseAutoencoder
-from .sampling import prompt_batches
-from .streams import Tokens
+from imgdit.sae.concepts import ConceptStatistics
+from imgdit.sae.hooks import hooked
+from imgdit.sae.model import DeviceCopies, SparseAutoencoder
+from imgdit.sae.sampling import prompt_batches
+from imgdit.sae.streams import Tokens
 
 
 class _Means:

@@ -17,8 +17,7 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 
 from imgdit import compat
-
-from .calls import DenoiserCall, Grid
+from imgdit.sae.calls import DenoiserCall, Grid
 
 
 class Tokens(NamedTuple):

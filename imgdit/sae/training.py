@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import get_scheduler
 
-from .model import SparseAutoencoder, auto_lr, geometric_median
+from imgdit.sae.model import SparseAutoencoder, auto_lr, geometric_median
 
 ADAM_EPS = 6.25e-10
 """SAeUron's; gradients of a loss that is a ratio are small."""

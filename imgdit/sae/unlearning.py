@@ -10,21 +10,15 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from ..naming import check_choice
-from .calls import DenoiserCall
-from .concepts import (
-    ConceptBook,
-    ConceptSelection,
-    check_concepts,
-    check_fit,
-    select_concept,
-)
-from .edits import ChosenFeatures, Edit, edit_by_decoding
-from .files import CONFIG, load_sae, local_folder, save_sae
-from .hooks import denoiser_of, hooked, site
-from .model import DeviceCopies, SparseAutoencoder
-from .statistics import collect_statistics
-from .streams import Tokens
+from imgdit.naming import check_choice
+from imgdit.sae.calls import DenoiserCall
+from imgdit.sae.concepts import ConceptBook, ConceptSelection, check_concepts, check_fit, select_concept
+from imgdit.sae.edits import ChosenFeatures, Edit, edit_by_decoding
+from imgdit.sae.files import CONFIG, local_folder
+from imgdit.sae.hooks import denoiser_of, hooked, site
+from imgdit.sae.model import DeviceCopies, SparseAutoencoder, load_sae, save_sae
+from imgdit.sae.statistics import collect_statistics
+from imgdit.sae.streams import Tokens
 
 Mode = Literal["scale", "remove", "replace"]
 Halves = Literal["both", "conditional", "unconditional"]

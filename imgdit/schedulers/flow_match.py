@@ -17,7 +17,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteSchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
 
-from ..frames import FrameLayout
+from imgdit.layout import FrameLayout
 
 
 def linear_sigmas(num_inference_steps: int) -> list[float]:

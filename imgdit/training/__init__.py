@@ -1,7 +1,7 @@
 """Training: recipes, one loop, objectives, checkpoints that resume."""
 
-from .config import Recipe, load_recipe
-from .data import Batches
-from .loop import train
+from imgdit.io.order import Batches
+from imgdit.training.loop import train
+from imgdit.training.recipe import Recipe, load_recipe
 
 __all__ = ["Batches", "Recipe", "load_recipe", "train"]

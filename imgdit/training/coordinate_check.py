@@ -7,14 +7,14 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from ..mup.coordinates import CoordinateCheck, Means, average, record
-from ..mup.roles import Parametrisation
-from . import objectives
-from .config import Recipe, build_model, build_scheduler
-from .data import mixed_seed
-from .loop import optimizer_groups
-from .sources import training_batches
-from .widths import PARAMETRISATIONS, at_width, base_width_of
+from imgdit.io.order import mixed_seed
+from imgdit.mup.coordinates import CoordinateCheck, Means, average, record
+from imgdit.mup.roles import Parametrisation
+from imgdit.training.build import build_model, build_scheduler
+from imgdit.training.loop import optimizer_groups
+from imgdit.training.recipe import Recipe
+from imgdit.training.sources import training_batches
+from imgdit.training.widths import PARAMETRISATIONS, at_width, base_width_of
 
 
 def coordinate_check(
@@ -68,7 +68,7 @@ def _record(recipe: Recipe, steps: int) -> Means:
     batch, model, scheduler = batch.to(device), build_model(recipe).to(device), build_scheduler(recipe)
     config = recipe.optimizer
     optimizer = torch.optim.AdamW(optimizer_groups(model, config), lr=config.lr, betas=config.betas)
-    objective = functools.partial(getattr(objectives, recipe.objective.name), **recipe.objective.arguments)
+    objective = functools.partial(recipe.objective.function, **recipe.objective.arguments)
 
     def loss(model: torch.nn.Module) -> torch.Tensor:
         generator = torch.Generator(device).manual_seed(mixed_seed(recipe.run.seed))  # the same noise every time

@@ -36,12 +36,8 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from imgdit.io.lock import only_writer
-from imgdit.io.text import lines_or_errors
-
-from ..mup import MupMixin, param_groups
-from . import objectives
-from .checkpoint import (
+from imgdit.io.atomic import write_text
+from imgdit.io.checkpoints import (
     CheckpointError,
     begin_checkpoint,
     check_architecture,
@@ -49,19 +45,22 @@ from .checkpoint import (
     read_files,
     read_state,
     read_tensors,
-    replace_text,
     rng_state,
     save_checkpoint,
     save_sharded,
     set_rng_state,
     shards_of,
 )
-from .config import OptimizerConfig, Recipe, build_scheduler
-from .data import Batches, Fingerprinted, compare_rows, lost_worker, mixed_seed
-from .objectives import ObjectiveOutput
-from .optimizers import build_optimizer
-from .progress import Progress
-from .shards import ShardError, load_shards, require_shards
+from imgdit.io.lock import only_writer
+from imgdit.io.order import Batches, Fingerprinted, compare_rows, lost_worker, mixed_seed
+from imgdit.io.sharded import ShardError, load_shards, require_shards
+from imgdit.io.text import lines_or_errors
+from imgdit.mup import MupMixin, param_groups
+from imgdit.training.batches import ObjectiveOutput
+from imgdit.training.build import build_scheduler
+from imgdit.training.optimizers import build_optimizer
+from imgdit.training.progress import Progress
+from imgdit.training.recipe import OptimizerConfig, Recipe
 
 logger = logging.getLogger(__name__)
 
@@ -165,9 +164,7 @@ class _Run:
         self.recipe, self.batches = recipe, batches
         self.scheduler = build_scheduler(recipe) if scheduler is None else scheduler
         self.held_out, self.on_sample = held_out, on_sample
-        self.objective = objective or functools.partial(
-            getattr(objectives, recipe.objective.name), **recipe.objective.arguments
-        )
+        self.objective = objective or functools.partial(recipe.objective.function, **recipe.objective.arguments)
         if not any(p.requires_grad for p in model.parameters()):
             raise ValueError("no parameter of the model has requires_grad=True: there is nothing to train")
         self.folder = Path(run.folder)
@@ -378,7 +375,7 @@ class _Run:
             path = self.folder / "metrics.jsonl"
             lines = lines_or_errors(path.read_bytes(), str(path)) if path.exists() else []
             kept = [line for line in lines if isinstance(line, str) and _step_of(line) <= self.step]
-            replace_text(path, "".join(f"{line}\n" for line in kept))
+            write_text(path, "".join(f"{line}\n" for line in kept))
         accelerator.wait_for_everyone()
         if accelerator.log_with:
             accelerator.init_trackers("logs", init_kwargs={"tensorboard": {"purge_step": self.step + 1}})

@@ -4,7 +4,7 @@ P parameters of the model, T trained ones, G GPUs that share weights (FSDP2).
 
 | part | bytes per GPU |
 |---|---|
-| weights | those of each parameter's type / G; of quantised ones as `imgdit.training.quantized` says |
+| weights | those of each parameter's type / G; of quantised ones as `imgdit.models.quantized` says |
 | gradients | 4 T / G |
 | optimiser | 8 T / G, 2 T / G with moments in 8 bits |
 | average | 4 T / G |
@@ -23,16 +23,15 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.utils.checkpoint
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from ..frames import FrameLayout
-from ..mup.cost import AVERAGE_BYTES, GATHERED_BYTES, GRADIENT_BYTES
-from .config import Recipe, add_adapter, pretrained_folder
-from .objectives import Batch
-from .optimizers import STATE_BYTES
-from .quantized import KINDS, Int8Linear, quantize_rows
+from imgdit.compat import FakeTensorMode, TorchDispatchMode, tree_leaves
+from imgdit.layout import FrameLayout
+from imgdit.models.quantized import KINDS, Int8Linear, quantize_rows
+from imgdit.mup.cost import AVERAGE_BYTES, GATHERED_BYTES, GRADIENT_BYTES
+from imgdit.training.batches import Batch
+from imgdit.training.build import add_adapter, pretrained_folder
+from imgdit.training.optimizers import STATE_BYTES
+from imgdit.training.recipe import Recipe
 
 
 class Load(NamedTuple):

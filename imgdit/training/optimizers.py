@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from ..mup.cost import MOMENT_BYTES
-from .config import OptimizerConfig
-from .quantized import need
+from imgdit.models.quantized import need
+from imgdit.mup.cost import MOMENT_BYTES
+from imgdit.training.recipe import OptimizerConfig
 
 BITSANDBYTES = {
     "adamw_8bit": "AdamW8bit",

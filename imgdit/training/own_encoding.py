@@ -11,11 +11,10 @@ import diffusers
 import torch
 from diffusers.utils import logging
 
+from imgdit import compat
 from imgdit.hub import find_pipeline
-from imgdit.untrusted import read_object
-
-from .. import compat
-from ..models.autoencoding import encode_pictures
+from imgdit.images.latents import encode_pictures
+from imgdit.io.safe_json import read_object
 
 EMBEDS = {
     "ImgDiTPipeline": (0, 2, 4),

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from imgdit.cameras import scale_positions
-from imgdit.data.own.rows import Columns, Problem, Row
-from imgdit.data.tasks import check_photo_task
-from imgdit.training.config import Recipe
+from imgdit.data.rows import Columns, Problem, Row
+from imgdit.images.preprocess import check_preprocessor
+from imgdit.training.recipe import Recipe
 
 
 class DataNeeds(NamedTuple):
@@ -44,23 +44,25 @@ class DataNeeds(NamedTuple):
         if computed:
             assert self.preprocessor is not None
             try:
-                check_photo_task(self.preprocessor, self.preprocessor_options)
+                check_preprocessor(self.preprocessor, self.preprocessor_options)
             except (ImportError, ValueError) as error:
                 found.append(f"{len(computed):,} rows have no {self.condition!r}, which is computed: {error}")
         return found
 
 
-def needs_of(recipe: Recipe) -> DataNeeds:
+def needs_of(recipe: Recipe, dataset: Any) -> DataNeeds:
     """What a recipe asks of its data.
+
+    Args:
+        recipe: on people's own images.
+        dataset: its data set's class, whose defaults count where the recipe says nothing.
 
     Raises:
         ValueError: it is not trained on people's own images.
     """
-    from imgdit.training.own_pictures import OwnPictures
-
     if recipe.data.name != "own_pictures":
         raise ValueError(f"the recipe's data is {recipe.data.name!r}; only own_pictures are people's own files")
-    given = {name: p.default for name, p in inspect.signature(OwnPictures).parameters.items()} | recipe.data.arguments
+    given = {name: p.default for name, p in inspect.signature(dataset).parameters.items()} | recipe.data.arguments
     return DataNeeds(
         given["path"], Columns(given["columns"], tuple(given["ignore"])), given["source_split"],
         least_side(given["min_side"], given["base"]), given["samples"], given["views"], given["cameras"],

@@ -20,31 +20,30 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from imgdit.cameras import FOCAL_LENGTH, RAY_CHANNELS, ray_frames, relative_rays, scale_positions
 from imgdit.checkpoints import EMBEDDED
+from imgdit.data.buckets import bucket_sizes, nearest_bucket
+from imgdit.data.inspections import inspected
+from imgdit.data.linter import Inspection
+from imgdit.data.listing import some
+from imgdit.data.opening import open_picture
+from imgdit.data.rows import CONDITIONS, Blob, Columns, Note, Problem, Row
+from imgdit.data.sources import open_rows
+from imgdit.frames import Frame
 from imgdit.images import fit, to_image, to_pixels
 from imgdit.images.fitting import SHARP, Size
-
-from ..cameras import FOCAL_LENGTH, RAY_CHANNELS, ray_frames, relative_rays, scale_positions
-from ..data.captions import TASK_TOKENS
-from ..data.own.buckets import bucket_sizes, nearest_bucket
-from ..data.own.inspections import inspected
-from ..data.own.linter import Inspection
-from ..data.own.listing import some
-from ..data.own.opening import open_picture
-from ..data.own.rows import CONDITIONS, Blob, Columns, Note, Problem, Row
-from ..data.own.sources import open_rows
-from ..data.sentences import prompt
-from ..data.tasks import TASKS, check_photo_task, from_photo
-from ..data.tensor_cache import TensorCache, tensor_key
-from ..frames import Frame, FrameLayout
-from ..models.functional import pack
-from ..naming import check_choice, check_name
-from .config import ADAPTER, check_arguments
-from .data import mixed_seed, row_hash
-from .objectives import Batch, Text
-from .own_encoding import Encoded, Encoder
-from .own_needs import least_side, unfit
-from .scene_frames import PATCH
+from imgdit.images.preprocess import PREPROCESSORS, check_preprocessor, preprocess
+from imgdit.io.order import mixed_seed, row_hash
+from imgdit.io.tensor_cache import TensorCache, tensor_key
+from imgdit.layout import FrameLayout
+from imgdit.models.functional import PATCH, pack
+from imgdit.naming import check_choice, check_name
+from imgdit.recipes import check_arguments
+from imgdit.tasks import TASK_TOKENS, task_caption
+from imgdit.training.batches import Batch, Text
+from imgdit.training.own_encoding import Encoded, Encoder
+from imgdit.training.own_needs import least_side, unfit
+from imgdit.training.recipe import ADAPTER
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +63,7 @@ class OwnPictures:
     """Endless: sample i is a `Batch`, the same for the same i. What is missing of the caches is made first.
 
     Args:
-        path: the data, see `data.own.open_rows`. Rows count as often in an epoch as their `repeats` say.
+        path: the data, see `imgdit.data.open_rows`. Rows count as often in an epoch as their `repeats` say.
         model: pipeline folder or Hub id of the autoencoder and text encoders; "embedded" for the one that comes along.
         cache: folder that keeps what was computed, for any number of runs; `None`: compute again every time.
         base: side of the square bucket in pixels; the others have its area.
@@ -138,9 +137,8 @@ class OwnPictures:
         if task_token:
             check_name("condition with a token" if condition else "task of views without cameras", task, TASK_TOKENS)
         if preprocessor is not None:
-            able = {name: task.photo for name, task in TASKS.items() if task.photo is not None}
-            check_name("preprocessor", preprocessor, able)
-            check_arguments(able[preprocessor], preprocessor_options, "preprocessor_options")
+            check_name("preprocessor", preprocessor, PREPROCESSORS)
+            check_arguments(PREPROCESSORS[preprocessor], preprocessor_options, "preprocessor_options")
         self.samples, self.seed, self.split = samples, seed, split
         self.condition, self.preprocessor, self.preprocessor_options = condition, preprocessor, preprocessor_options
         self.mode, self.position, self.task = mode, position, task if task_token else None
@@ -152,7 +150,7 @@ class OwnPictures:
             if problem.kind == "shard":
                 raise ValueError(problem.message)
         if ahead and preprocessor is not None and any(condition not in row.conditions for row in source.rows):
-            check_photo_task(preprocessor, preprocessor_options)  # before all images are read
+            check_preprocessor(preprocessor, preprocessor_options)  # before all images are read
         found = inspected(source.rows, least_side(min_side, base), cache)
         checked = [(row, f, f.problem or unfit(row, views, cameras)) for row, f in zip(source.rows, found)]
         problems = [*source.problems, *(problem for _, _, problem in checked if problem is not None)]
@@ -289,7 +287,7 @@ class OwnPictures:
 
     def _computed(self, task: str, picture: torch.Tensor) -> torch.Tensor:
         """A condition by its preprocessor, at the picture's size."""
-        made = from_photo(task, to_image(picture), **self.preprocessor_options).condition
+        made = preprocess(task, to_image(picture), **self.preprocessor_options)[0]
         if made.shape == picture.shape:
             return made
         return to_pixels(to_image(made).resize((picture.shape[2], picture.shape[1]), Image.Resampling.BICUBIC))[0]
@@ -343,7 +341,7 @@ class OwnPictures:
 
     def _sentences(self, row: Row) -> list[str]:
         """Everything that may be said about a row."""
-        return [prompt(caption, self.task) for caption in row.captions or ("",)]
+        return [task_caption(caption, self.task) for caption in row.captions or ("",)]
 
     def _sentence(self, row: int, rng: Random) -> str:
         said = self._sentences(self.pictures[row].row)
@@ -365,7 +363,7 @@ class OwnPictures:
     def _check_conditions(self, path: str) -> None:
         for number, picture in enumerate(self.pictures):
             if self.condition not in picture.row.conditions:
-                able = ", ".join(name for name, task in TASKS.items() if task.photo)
+                able = ", ".join(PREPROCESSORS)
                 raise ValueError(
                     f"{path}: row {number}, {picture.row.name}, has no condition {self.condition!r} and no "
                     f"preprocessor is named that would compute it; preprocessors are {able}"

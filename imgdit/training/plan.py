@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..mup.cost import ModelCost, model_cost
-from .config import Recipe, build_model
-from .widths import at_width, base_width_of
+from imgdit.mup.cost import ModelCost, model_cost
+from imgdit.training.build import build_model
+from imgdit.training.recipe import Recipe
+from imgdit.training.widths import at_width, base_width_of
 
 PROXY_SHARE = 0.01
 """Parameters of the proxy over the target's, at one depth: 0.18B for 18B (arXiv 2505.15270)."""

@@ -5,20 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import torch
-
-from ..data.pictures import ScenePictures
-from ..data.readings import SceneReadings
-from ..data.sentences import SceneSentences
-from ..naming import nearest
-from .blobs import BlobLatents, collate_blobs
-from .config import Recipe, check_arguments
-from .data import Batches, MapDataset
-from .objectives import Batch, Pictures
-from .own_pictures import OwnPictures
-from .reader import collate_readings, collate_sentences
-from .scene_conditions import SceneConditions
-from .scene_frames import SceneFrames
+from imgdit.io.order import Batches, MapDataset
+from imgdit.recipes import check_arguments, find_object
+from imgdit.training.batches import Batch
+from imgdit.training.own_pictures import OwnPictures
+from imgdit.training.recipe import Recipe
+from imgdit.training.toy_data import BlobLatents, collate_blobs
 
 
 class Source(NamedTuple):
@@ -34,11 +26,6 @@ class Source(NamedTuple):
     """Whether a sample is a batch already."""
 
 
-def collate_pictures(samples: Sequence[torch.Tensor]) -> Pictures:
-    """Samples (K, 3, S, S) to one batch of all their pictures."""
-    return Pictures(torch.cat(list(samples)))
-
-
 def only_batch(samples: Sequence[Batch]) -> Batch:
     """The only sample, which is a batch already."""
     if len(samples) != 1:
@@ -49,15 +36,23 @@ def only_batch(samples: Sequence[Batch]) -> Batch:
     return samples[0]
 
 
-SOURCES = {
-    "blobs": Source(BlobLatents, collate_blobs, held_out=512),
-    "scene_pictures": Source(ScenePictures, collate_pictures, held_out=16),
-    "scene_sentences": Source(SceneSentences, collate_sentences, held_out=512),
-    "scene_readings": Source(SceneReadings, collate_readings, held_out=64),
-    "scene_frames": Source(SceneFrames, only_batch, held_out=8, whole_batches=True),
-    "own_pictures": Source(OwnPictures, only_batch, held_out=8, whole_batches=True),
-    "scene_conditions": Source(SceneConditions, only_batch, held_out=4, whole_batches=True),
-}
+toy = Source(BlobLatents, collate_blobs, held_out=512)
+own_pictures = Source(OwnPictures, only_batch, held_out=8, whole_batches=True)
+
+SOURCES = {name: f"imgdit.training.sources:{name}" for name in ("own_pictures", "toy")}
+"""Short names of `data.name`."""
+
+
+def source_of(recipe: Recipe) -> Source:
+    """The data that a recipe names.
+
+    Raises:
+        ValueError: no such data.
+    """
+    found = find_object(recipe.data.name, SOURCES, "imgdit.data", "data.name is")
+    if not isinstance(found, Source):
+        raise ValueError(f"data.name must name an imgdit.training.sources.Source, got {found!r}")
+    return found
 
 
 def training_batches(recipe: Recipe) -> tuple[Batches, list[Any]]:
@@ -66,10 +61,7 @@ def training_batches(recipe: Recipe) -> tuple[Batches, list[Any]]:
     Raises:
         ValueError: no such data, or arguments that it does not take.
     """
-    config = recipe.data
-    if config.name not in SOURCES:
-        raise ValueError(f"data.name is {nearest(config.name, SOURCES)}")
-    source = SOURCES[config.name]
+    config, source = recipe.data, source_of(recipe)
     check_arguments(source.dataset, config.arguments, "data.arguments")
     batches = Batches(
         source.dataset(**config.arguments),

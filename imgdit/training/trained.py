@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .checkpoint import (
+from imgdit.io.checkpoints import (
     CheckpointError,
     check_architecture,
     find_checkpoint,
@@ -15,7 +15,8 @@ from .checkpoint import (
     read_shapes,
     read_state,
 )
-from .config import Recipe, build_model, parse_recipe
+from imgdit.training.build import build_model
+from imgdit.training.recipe import Recipe, parse_recipe
 
 
 def load_trained(folder: str | Path) -> Any:

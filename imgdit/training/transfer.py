@@ -21,16 +21,16 @@ from typing import Any, NamedTuple
 
 import torch
 
+from imgdit.io.atomic import write_text
+from imgdit.io.safe_json import read_object
 from imgdit.io.text import read_lines
-from imgdit.untrusted import read_object
-
-from ..mup.optimum import Curve, curve, loss_at, shift
-from ..mup.roles import Parametrisation
-from .checkpoint import replace_text
-from .config import Recipe, build_model
-from .loop import NonFiniteLoss, train
-from .sources import training_batches
-from .widths import PARAMETRISATIONS, at_width, base_width_of
+from imgdit.mup.optimum import Curve, curve, loss_at, shift
+from imgdit.mup.roles import Parametrisation
+from imgdit.training.build import build_model
+from imgdit.training.loop import NonFiniteLoss, train
+from imgdit.training.recipe import Recipe
+from imgdit.training.sources import training_batches
+from imgdit.training.widths import PARAMETRISATIONS, at_width, base_width_of
 
 # What tells a process that it is one of several; each of our runs is on its own.
 _LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -255,7 +255,7 @@ def _run_one(sweep: Sweep, run: Run) -> str:
         pass  # a learning rate beyond stability is a result, not a failure
     shutil.rmtree(recipe.run.folder)
     values = {"loss": loss, "seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - cpu}
-    replace_text(_result(sweep, run), json.dumps({**run._asdict(), **values}))
+    write_text(_result(sweep, run), json.dumps({**run._asdict(), **values}))
     return f"{run.name}: {'diverged' if loss is None else f'{loss:.4f}'} ({values['seconds']:.1f} s)"
 
 
@@ -272,7 +272,7 @@ def _claim(sweep: Sweep) -> None:
                 f"{sweep.folder} holds runs of another recipe: {', '.join(changed)} differ(s); choose another folder"
             )
     (sweep.folder / "runs").mkdir(parents=True, exist_ok=True)
-    replace_text(path, json.dumps(own, indent=1))
+    write_text(path, json.dumps(own, indent=1))
 
 
 def _result(sweep: Sweep, run: Run) -> Path:

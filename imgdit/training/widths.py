@@ -6,9 +6,9 @@ import inspect
 from collections.abc import Sequence
 from typing import Any
 
-from ..mup.roles import Parametrisation
-from ..mup.structure import STRUCTURES, Structure
-from .config import Recipe
+from imgdit.mup.roles import Parametrisation
+from imgdit.mup.structure import STRUCTURES, Structure
+from imgdit.training.recipe import Recipe
 
 PARAMETRISATIONS: tuple[Parametrisation, ...] = ("mup", "standard")
 

@@ -14,7 +14,7 @@ from tiny_control import ONE_LAYER as NAME
 from tiny_control import SD3_TARGETS, flux, lora_file, make, one_layer, picture, sd3, strangers
 
 from imgdit import Condition, FluxOmniControlPipeline, OmniControl, StableDiffusion3OmniControlPipeline
-from imgdit.lora_files import (
+from imgdit.lora.files import (
     active_adapters,
     adapter_pairs,
     attach_adapter,
@@ -25,7 +25,7 @@ from imgdit.lora_files import (
     read_info,
     write_adapter,
 )
-from imgdit.training.quantized import quantize_rows
+from imgdit.models.quantized import quantize_rows
 
 
 def forward(model):
@@ -372,7 +372,7 @@ def test_an_adapter_on_a_quantised_base(tmp_path):
 @pytest.mark.parametrize("model", ["flux", "sd3"])
 def test_an_adapter_that_is_main_too_acts_once_on_the_conditions_rows(tmp_path, model):
     """Outside OminiControl's list of modules main adapters act on all rows, and the condition's is not added again."""
-    from imgdit.lora import AdapterRows, linear
+    from imgdit.lora.rows import AdapterRows, linear
 
     pipe = {"flux": flux, "sd3": sd3}[model]()
     control = OmniControl(pipe)

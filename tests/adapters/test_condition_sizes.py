@@ -12,7 +12,7 @@ from tiny_control import SD3_TARGETS, SIZE, flux, lora_file, make, picture, sd3
 
 from imgdit import Condition, FluxOmniControlPipeline, OmniControl, StableDiffusion3OmniControlPipeline
 from imgdit.images import fit, fit_pixels, to_image
-from imgdit.lora_files import AdapterInfo
+from imgdit.lora.files import AdapterInfo
 
 OURS = {"prompt": "a red cube", "height": SIZE, "width": SIZE, "num_inference_steps": 1, "output_type": "latent"}
 

@@ -12,7 +12,7 @@ from tiny import tiny_pipeline
 from tiny_control import SD3_TARGETS, flux, lora_file, make, picture, quiet, sd3
 
 from imgdit import Condition, OmniControl, compat
-from imgdit.adapters.speed import OMINICONTROL_TARGETS
+from imgdit.benchmarks.speed.conditions import OMINICONTROL_TARGETS
 from imgdit.sae.hooks import hooked
 
 ATTENTIONS = r"|.*attn\.(to_out\.0|to_k|to_v|add_v_proj|to_add_out)|.*ff\.net\.0\.proj|.*proj_mlp|norm_out\.linear"
@@ -176,7 +176,8 @@ def test_backward_hooks_get_gradients(tmp_path):
     for place in ("ff", "attn.to_q", "attn.to_q.base_layer"):
         module = model.transformer_blocks[0].get_submodule(place)
         module.register_full_backward_hook(lambda m, given, out: grads.append(out[0].abs().sum()))
-    from imgdit.frames import Frame, FrameLayout
+    from imgdit.frames import Frame
+    from imgdit.layout import FrameLayout
 
     layout = FrameLayout.build([Frame((4, 4)), Frame((4, 4), adapter="canny", sigma=0.0)], 5)
     generator = torch.Generator().manual_seed(0)

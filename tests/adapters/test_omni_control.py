@@ -12,7 +12,7 @@ from tiny_control import SD3_TARGETS, SIZE, STYLE_TARGETS, flux, lora_file, make
 
 from imgdit import Condition, FluxOmniControlPipeline, OmniControl, StableDiffusion3OmniControlPipeline
 from imgdit.adapters import omni_control
-from imgdit.lora_files import AdapterInfo
+from imgdit.lora.files import AdapterInfo
 
 MAKERS = {"flux": (flux, {}), "sd3": (sd3, {"targets": SD3_TARGETS})}
 

@@ -11,7 +11,7 @@ from tiny import tiny_pipeline
 from tiny_control import SD3_TARGETS, flux, lora_file, make, picture, quiet, sd3
 
 from imgdit import Condition, FluxOmniControlPipeline, OmniControl
-from imgdit.lora_files import AdapterInfo
+from imgdit.lora.files import AdapterInfo
 
 KINDS = {
     "flux": (flux, {}, "FluxImg2ImgPipeline"),

@@ -12,7 +12,7 @@ from tiny_control import make as make_flux
 from tiny_pictures import picture as drawn
 
 from imgdit import Condition, OmniControl, OneDiffusionPipeline, PictureFrame
-from imgdit.lora_files import AdapterInfo
+from imgdit.lora.files import AdapterInfo
 
 MODES = pytest.mark.parametrize("mode", ["joint", "independent"])
 

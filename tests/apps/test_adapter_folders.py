@@ -12,9 +12,9 @@ from typer.testing import CliRunner
 
 from imgdit.apps.cli import app
 from imgdit.apps.commands import lora
-from imgdit.apps.request import Control, Request
+from imgdit.apps.jobs.request import Control, Request
 from imgdit.apps.studio import Studio
-from imgdit.lora_files import adapter_pairs, read_adapter
+from imgdit.lora.files import adapter_pairs, read_adapter
 
 
 @pytest.fixture(scope="module")

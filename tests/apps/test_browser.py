@@ -14,8 +14,8 @@ from PIL import Image, ImageStat
 from tiny_runs import small_pipeline, with_concepts
 
 from imgdit.apps.demo import app, features
-from imgdit.apps.generate import same_pixels
-from imgdit.apps.request import read_origin
+from imgdit.apps.jobs.generate import same_pixels
+from imgdit.apps.jobs.request import read_origin
 from imgdit.apps.studio import Studio
 from imgdit.images import open_image
 

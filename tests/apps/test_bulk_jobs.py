@@ -13,17 +13,18 @@ from PIL import Image
 from tiny import rope_config, tiny_pipeline
 from tiny_pictures import picture, write_folder
 
-from imgdit.apps import bulk_jobs
-from imgdit.apps.bulk_jobs import GeneratePictures, cache_all, collect_all, generate_all, label_all
-from imgdit.apps.picture_labels import classifier
-from imgdit.bulk import run_bulk
-from imgdit.data.own.sources import open_rows
+from imgdit.apps.jobs.bulk import GeneratePictures, cache_all, collect_all, generate_all
+from imgdit.benchmarks.unlearning import labels
+from imgdit.benchmarks.unlearning.labels import classifier, label_all
+from imgdit.data.sources import open_rows
+from imgdit.io.bulk import run_bulk
+from imgdit.recipes import parse_as
 from imgdit.sae.activations import RecordedActivations
-from imgdit.sae.recipe import SAERecipe
-from imgdit.sae.run import activation_recorder, load_pipeline
-from imgdit.training.config import parse_as, parse_recipe
+from imgdit.scenes.training_readers import scene_probe
 from imgdit.training.own_pictures import OwnPictures
-from imgdit.training.reader import scene_probe
+from imgdit.training.recipe import parse_recipe
+from imgdit.training.sae_recipe import SAERecipe
+from imgdit.training.sae_run import activation_recorder, load_pipeline
 
 QUICK = {"num_inference_steps": 1, "guidance_scale": 1.0, "height": 16, "width": 16}
 
@@ -148,7 +149,7 @@ def write_pictures(folder, count):
 
 def test_labels_are_kept(tmp_path, classifiers, monkeypatch):
     files = write_pictures(tmp_path / "pictures", 5)
-    monkeypatch.setattr(bulk_jobs, "CHUNK", 2)
+    monkeypatch.setattr(labels, "CHUNK", 2)
     found = label_all(files, classifiers, tmp_path / "labels")
     for domain, source in classifiers.items():
         assert list(found[domain].values()) == list(classifier(source, domain)(files))

@@ -20,8 +20,8 @@ from imgdit.apps import studio
 from imgdit.apps.cli import app
 from imgdit.apps.demo import widgets
 from imgdit.apps.demo.app import serve
-from imgdit.apps.generate import same_pixels
-from imgdit.apps.request import Request
+from imgdit.apps.jobs.generate import same_pixels
+from imgdit.apps.jobs.request import Request
 from imgdit.apps.studio import Studio
 from imgdit.checkpoints import SCENES
 from imgdit.defaults import GUIDANCE, STEPS

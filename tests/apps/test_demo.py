@@ -22,14 +22,14 @@ from tiny_control import flux, sd3, with_texts
 from tiny_runs import small_pipeline, with_concepts
 
 from imgdit.apps.demo import app, examples, features, limits, widgets
-from imgdit.apps.generate import same_pixels
-from imgdit.apps.prepare import drawn_map, lines_on_black
-from imgdit.apps.request import Request, read_origin
+from imgdit.apps.jobs.generate import same_pixels
+from imgdit.apps.jobs.prepare import drawn_map, lines_on_black
+from imgdit.apps.jobs.request import Request, read_origin
 from imgdit.apps.studio import Studio
-from imgdit.data.scenes import OBJECTS
-from imgdit.data.tasks import PALETTE
 from imgdit.defaults import GUIDANCE, STEPS
 from imgdit.images import open_image
+from imgdit.scenes.tasks import PALETTE
+from imgdit.scenes.world import OBJECTS
 
 SAMPLING = {"steps": 2, "guidance": 1.0, "seed": 3}
 

@@ -12,7 +12,7 @@ from gradio_client import Client
 from tiny import tiny_pipeline
 
 from imgdit.apps.demo import app
-from imgdit.apps.request import Request
+from imgdit.apps.jobs.request import Request
 from imgdit.apps.studio import Studio
 
 HERE = Path(__file__).parent

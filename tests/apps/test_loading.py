@@ -11,21 +11,21 @@ from tiny_control import flux, lora_file, sd3, with_texts
 from typer.testing import CliRunner
 
 from imgdit.apps.cli import app
-from imgdit.apps.generate import same_pixels
-from imgdit.apps.load_options import LoadOptions
-from imgdit.apps.loading import load_pipeline
-from imgdit.apps.picture_labels import classifier
-from imgdit.apps.request import Request, read_origin
+from imgdit.apps.jobs.generate import same_pixels
+from imgdit.apps.jobs.request import Request, read_origin
 from imgdit.apps.studio import Studio
-from imgdit.apps.subject_pairs import FeatureScore
+from imgdit.benchmarks.unlearning.labels import classifier
 from imgdit.checkpoints import SCENES
 from imgdit.hub import find_pipeline
 from imgdit.images import open_image
-from imgdit.lora_files import AdapterInfo
+from imgdit.lora.files import AdapterInfo
+from imgdit.models.quantized import Int8Linear
+from imgdit.pipelines.load_options import LoadOptions
+from imgdit.pipelines.loading import load_pipeline
 from imgdit.sae.config import SAEConfig
 from imgdit.sae.model import SparseAutoencoder
 from imgdit.sae.unlearning import ConceptUnlearner
-from imgdit.training.quantized import Int8Linear
+from imgdit.scenes.subject_pairs import FeatureScore
 
 HOOKPOINT = "transformer.transformer_blocks.0"
 

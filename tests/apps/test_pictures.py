@@ -12,11 +12,11 @@ from typer.testing import CliRunner
 
 from imgdit.apps import studio
 from imgdit.apps.cli import app
-from imgdit.apps.frames import frame_row
-from imgdit.apps.generate import same_pixels
-from imgdit.apps.request import Control, Request, read_origin, write_png
+from imgdit.apps.jobs.frames import frame_row
+from imgdit.apps.jobs.generate import same_pixels
+from imgdit.apps.jobs.request import Control, Request, read_origin, write_png
 from imgdit.images import fit, open_image
-from imgdit.lora_files import AdapterInfo
+from imgdit.lora.files import AdapterInfo
 
 QUICK = ["--steps", "2"]
 

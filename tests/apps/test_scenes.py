@@ -12,16 +12,17 @@ from typer.testing import CliRunner
 
 from imgdit import DiffusionPipeline
 from imgdit.adapters.condition import Condition
-from imgdit.apps.benches import scenes as scene_bench
+from imgdit.apps.chores.training_sheet import TrainingSheet
+from imgdit.apps.chores.weights import save_adapter, save_probe
 from imgdit.apps.cli import app
-from imgdit.apps.training_sheet import TrainingSheet
-from imgdit.apps.weights import save_adapter, save_probe
-from imgdit.evaluation.any_tasks import DRAWN
-from imgdit.lora_files import AdapterInfo, adapter_pairs, write_adapter
-from imgdit.models.scene_probe import SceneProbe
+from imgdit.benchmarks.scenes import run as scene_bench
+from imgdit.benchmarks.scenes.any_to_any import DRAWN
+from imgdit.lora.files import AdapterInfo, adapter_pairs, write_adapter
+from imgdit.recipes import packaged_recipes
+from imgdit.scenes.probe import SceneProbe
+from imgdit.scenes.training_frames import latent_scale
 from imgdit.training import load_recipe, train
-from imgdit.training.config import build_model, packaged_recipes
-from imgdit.training.scene_frames import latent_scale
+from imgdit.training.build import build_model
 from imgdit.training.sources import training_batches
 from imgdit.training.trained import load_trained, trained_recipe
 

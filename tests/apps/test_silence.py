@@ -11,7 +11,7 @@ from pathlib import Path
 from tiny_control import flux, lora_file, sd3, with_texts
 from tiny_pictures import write_folder
 
-from imgdit.lora_files import AdapterInfo
+from imgdit.lora.files import AdapterInfo
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICK = ["--steps", "1"]

@@ -5,8 +5,8 @@ import json
 import pytest
 from tiny_runs import small_pipeline
 
-from imgdit.apps.request import Request
-from imgdit.apps.sizes import check_sides, duration, unsuited
+from imgdit.apps.jobs.request import Request
+from imgdit.apps.jobs.sizes import check_sides, duration, unsuited
 from imgdit.apps.studio import Studio
 from imgdit.checkpoints import SCENES
 from imgdit.taught import FILE, Taught, read_taught, write_taught

@@ -6,12 +6,19 @@ from tiny import tiny_pipeline
 from tiny_pictures import picture
 from transformers import ViTConfig, ViTImageProcessor, ViTModel
 
-from imgdit.apps.subject_pairs import Diptychs, FeatureScore, ProbeScore, ScenePairs, named_ideas, scene_ideas
-from imgdit.data.own.sources import open_rows
-from imgdit.data.own.subjects import Idea, Pair, make_subjects
-from imgdit.data.scenes import Scene
-from imgdit.data.tasks import from_scene
+from imgdit.data.sources import open_rows
+from imgdit.data.subjects import Idea, Pair, make_subjects
 from imgdit.images import to_image
+from imgdit.scenes.subject_pairs import (
+    Diptychs,
+    FeatureScore,
+    ProbeScore,
+    ScenePairs,
+    named_ideas,
+    scene_ideas,
+)
+from imgdit.scenes.tasks import from_scene
+from imgdit.scenes.world import Scene
 
 IDEAS = [Idea(f"thing {n}", ("left", f"thing {n} on the right")) for n in range(6)]
 

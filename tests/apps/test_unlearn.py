@@ -9,17 +9,17 @@ from tiny import tiny_pipeline
 from transformers import T5Config, T5EncoderModel, ViTConfig, ViTForImageClassification, ViTImageProcessor
 from typer.testing import CliRunner
 
-from imgdit.apps.benches import unlearn as unlearn_bench
-from imgdit.apps.benches.unlearn_pictures import Studio
 from imgdit.apps.cli import app
-from imgdit.data.readings import QUESTIONS
-from imgdit.data.words import caption_tokenizer
-from imgdit.evaluation.unlearning_methods.catalogue import METHODS
-from imgdit.evaluation.unlearning_pictures import cells
-from imgdit.models.scene_probe import SceneProbe
+from imgdit.benchmarks.unlearning import run as unlearn_bench
+from imgdit.benchmarks.unlearning.methods.catalogue import METHODS
+from imgdit.benchmarks.unlearning.pictures import Studio
+from imgdit.benchmarks.unlearning.plan import cells
 from imgdit.sae.config import SAEConfig
 from imgdit.sae.model import SparseAutoencoder
 from imgdit.sae.unlearning import ConceptUnlearner
+from imgdit.scenes.probe import SceneProbe
+from imgdit.scenes.readings import QUESTIONS
+from imgdit.scenes.tokenizer import caption_tokenizer
 
 HOOKPOINTS = ("transformer.single_transformer_blocks.0", "transformer.context_embedder")
 STYLES, OBJECTS = ("photo", "neon"), ("cube", "cone")

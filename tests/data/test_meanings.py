@@ -4,10 +4,10 @@ from random import Random
 
 import pytest
 
-from imgdit.apps.generate import PROMPTS
-from imgdit.data.captions import caption
-from imgdit.data.meanings import about_words, meaningless
-from imgdit.data.scenes import Scene
+from imgdit.apps.jobs.generate import PROMPTS
+from imgdit.scenes.captions import caption
+from imgdit.scenes.meanings import about_words, meaningless
+from imgdit.scenes.world import Scene
 
 
 def test_what_the_grammar_says_has_a_meaning():

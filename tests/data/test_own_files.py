@@ -12,10 +12,10 @@ from tiny_pictures import picture
 from typer.testing import CliRunner
 
 from imgdit.apps.cli import app
-from imgdit.data.own.convert import convert
-from imgdit.data.own.linter import check
-from imgdit.data.own.rows import Columns
-from imgdit.data.own.sources import open_rows
+from imgdit.data.convert import convert
+from imgdit.data.linter import check
+from imgdit.data.rows import Columns
+from imgdit.data.sources import open_rows
 
 
 def files(folder, names):

@@ -8,10 +8,10 @@ from tiny_pictures import DEFECTS, ODDITIES, picture, write_folder
 from typer.testing import CliRunner
 
 from imgdit.apps.cli import app
-from imgdit.data.own.buckets import bucket_sizes, nearest_bucket
-from imgdit.data.own.linter import check
-from imgdit.data.own.opening import open_picture
-from imgdit.data.own.sources import open_rows
+from imgdit.data.buckets import bucket_sizes, nearest_bucket
+from imgdit.data.linter import check
+from imgdit.data.opening import open_picture
+from imgdit.data.sources import open_rows
 from imgdit.images import fit
 
 

@@ -61,8 +61,8 @@ def change_file(rng: random.Random, path: Path) -> None:
 
 
 def make_lora(folder: Path) -> None:
-    from imgdit.lora_dialects import LoraPair
-    from imgdit.lora_files import AdapterInfo, write_adapter
+    from imgdit.lora.dialects import LoraPair
+    from imgdit.lora.files import AdapterInfo, write_adapter
 
     generator = torch.Generator().manual_seed(0)
 
@@ -124,7 +124,7 @@ def load_lora(folder: Path) -> None:
 
 def attach_all(paths: Iterable[Path]) -> None:
     """Read adapters and put them on a model; of one that fails nothing stays."""
-    from imgdit.lora_files import attach_adapter, loaded_adapters, read_adapter
+    from imgdit.lora.files import attach_adapter, loaded_adapters, read_adapter
 
     model = MODEL.get()
     for path in paths:
@@ -149,7 +149,7 @@ def one_adapter(rng: random.Random, folder: Path) -> None:
 
 def load_adapters(folder: Path) -> None:
     """A folder of adapters: whatever lies in it, the others are found; those that were found may be refused."""
-    from imgdit.lora_files import find_adapters
+    from imgdit.lora.files import find_adapters
 
     attach_all(found.path for found in find_adapters(folder).values())
     attach_all([folder / "trained"])
@@ -160,14 +160,13 @@ def load_adapters(folder: Path) -> None:
 
 def make_sae(folder: Path) -> None:
     from imgdit.sae.config import SAEConfig
-    from imgdit.sae.files import save_sae
-    from imgdit.sae.model import SparseAutoencoder
+    from imgdit.sae.model import SparseAutoencoder, save_sae
 
     save_sae(SparseAutoencoder(SAEConfig(32, 16, 4, activation="batch_topk", threshold=0.1)), folder)
 
 
 def load_one_sae(folder: Path) -> None:
-    from imgdit.sae.files import load_sae
+    from imgdit.sae.model import load_sae
 
     load_sae(folder)
 
@@ -249,14 +248,14 @@ def one_of_checkpoint(rng: random.Random, folder: Path) -> None:
 
 
 def make_recipe(folder: Path) -> None:
-    from imgdit.training.config import packaged_recipes
+    from imgdit.recipes import packaged_recipes
 
     for name in ("scenes/transformer", "scenes/control_depth", "scenes/autoencoder"):
         (folder / f"{name.replace('/', '-')}.yaml").write_text(packaged_recipes()[name].read_text(encoding="utf-8"))
 
 
 def load_recipes(folder: Path) -> None:
-    from imgdit.training.config import load_recipe
+    from imgdit.training.recipe import load_recipe
 
     for path in sorted(folder.iterdir()):
         load_recipe(path)
@@ -273,8 +272,8 @@ def make_lines(folder: Path) -> None:
 
 
 def load_lines(folder: Path) -> None:
-    from imgdit.apps.generate import plan, read_lines
-    from imgdit.apps.request import Request
+    from imgdit.apps.jobs.generate import plan, read_lines
+    from imgdit.apps.jobs.request import Request
 
     plan(list(read_lines(folder / "prompts.jsonl", Request())), folder / "out")
 
@@ -322,7 +321,7 @@ def picture_files() -> dict[str, bytes]:
 
 
 def make_pictures(folder: Path) -> None:
-    from imgdit.apps.request import AskedFrame, Control, Origin, Request, write_png
+    from imgdit.apps.jobs.request import AskedFrame, Control, Origin, Request, write_png
 
     for name, data in picture_files().items():
         (folder / name).write_bytes(data)
@@ -340,8 +339,8 @@ def make_pictures(folder: Path) -> None:
 def load_pictures(folder: Path) -> None:
     """As training data, and as what the command line and the page are given; all of them, the first error last. What
     is read has the whole range of 8 bits or of [0, 1], whatever it was."""
-    from imgdit.apps.request import read_origin
-    from imgdit.data.own.opening import open_picture
+    from imgdit.apps.jobs.request import read_origin
+    from imgdit.data.opening import open_picture
     from imgdit.images import open_image, to_pixels
     from imgdit.images.masks import mask_values
 
@@ -406,8 +405,8 @@ def make_folder(folder: Path) -> None:
 
 def load_folder(folder: Path) -> None:
     """What is wrong with a row is told of that row."""
-    from imgdit.data.own import open_rows
-    from imgdit.data.own.linter import check
+    from imgdit.data import open_rows
+    from imgdit.data.linter import check
 
     check(open_rows(folder), min_side=8, workers=1)
 
@@ -488,9 +487,9 @@ def make_shard(folder: Path) -> None:
 
 
 def load_shard(folder: Path) -> None:
-    from imgdit.data.own import open_rows
-    from imgdit.data.own.convert import convert
-    from imgdit.data.own.linter import check
+    from imgdit.data import open_rows
+    from imgdit.data.convert import convert
+    from imgdit.data.linter import check
 
     rows = open_rows(folder / "pictures.tar")
     report = check(rows, min_side=8, workers=1)

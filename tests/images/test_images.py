@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from PIL import Image, ImageCms
 
-from imgdit.data.own.convert import ending
-from imgdit.data.own.opening import open_picture
+from imgdit.data.convert import ending
+from imgdit.data.opening import open_picture
 from imgdit.images import fit, fit_pixels, open_image, to_image, to_pixels, to_rgb
 
 GREY, RED = (102, 102, 102), (255, 0, 0)

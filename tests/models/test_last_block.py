@@ -5,7 +5,7 @@ import torch
 from tiny import rope_config, tiny_mmdit
 
 from imgdit import Frame, FrameLayout
-from imgdit.evaluation.speed import flops_of
+from imgdit.benchmarks.speed.timing import flops_of
 from imgdit.models.blocks import BlockPlan
 
 LAYOUTS = {

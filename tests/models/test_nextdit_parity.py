@@ -6,7 +6,8 @@ from onediffusion_fixtures import TINY, assert_near, case, named, tensors
 
 from imgdit import Frame, FrameLayout, MultiFrameFlowMatchScheduler, NextDiT
 from imgdit.models.functional import pack
-from imgdit.training.objectives import Batch, Text, flow_matching
+from imgdit.training.batches import Batch, Text
+from imgdit.training.objectives.flow_matching import flow_matching
 
 
 def procedural_weights(shapes: dict[str, list[int]]) -> dict[str, torch.Tensor]:

@@ -7,9 +7,9 @@ import torch
 from tiny import randomize
 
 from imgdit import Frame, FrameLayout, KVCache, NextDiT
+from imgdit.attention.softcap import softcap_attention
 from imgdit.models.functional import pack
 from imgdit.models.nextdit import TextMemory
-from imgdit.models.softcap import softcap_attention
 
 CONFIG = {
     "input_size": (1, 8, 8),

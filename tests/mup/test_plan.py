@@ -10,8 +10,9 @@ from typer.testing import CliRunner
 from imgdit import Frame
 from imgdit.apps.cli import app
 from imgdit.mup.cost import model_cost
+from imgdit.recipes import packaged_recipes
 from imgdit.training import load_recipe
-from imgdit.training.config import build_model, packaged_recipes
+from imgdit.training.build import build_model
 from imgdit.training.plan import plan, proxy_plan
 
 SCALE = {name.removeprefix("scale/"): name for name in packaged_recipes() if name.startswith("scale/")}

@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 
 from imgdit.apps.cli import app
 from imgdit.mup.optimum import Curve, NoOptimum, curve, find_optimum, loss_at, shift
+from imgdit.recipes import packaged_recipes
 from imgdit.training import load_recipe
-from imgdit.training.config import packaged_recipes
 from imgdit.training.transfer import Run, Sweep, analyse, run_sweep, sweep_table, transfer_lines
 
 SCENES_LOG2LR, SCENES_STANDARD = tuple(map(float, range(-10, -3))), tuple(map(float, range(-12, -5)))

@@ -18,7 +18,7 @@ from tiny_control import SD3_TARGETS, lora_file, picture
 from training.toy import Tokens, collate
 
 from imgdit import Condition, ImgDiTPipeline
-from imgdit.lora_files import AdapterInfo
+from imgdit.lora.files import AdapterInfo
 from imgdit.training import Batches
 
 SAME = 5e-5

@@ -156,7 +156,7 @@ def test_unknown_words_are_said_once(caplog):
 
     from transformers import T5Config, T5EncoderModel
 
-    from imgdit.data.words import caption_tokenizer
+    from imgdit.scenes.tokenizer import caption_tokenizer
 
     logging.getLogger("diffusers").propagate = True
     tokenizer = caption_tokenizer()

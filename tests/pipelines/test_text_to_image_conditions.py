@@ -7,7 +7,7 @@ from tiny import rope_config, sincos_config, tiny_pipeline
 from tiny_control import SD3_TARGETS, lora_file, picture
 
 from imgdit import Condition
-from imgdit.lora_files import AdapterInfo
+from imgdit.lora.files import AdapterInfo
 from imgdit.models.functional import pack
 
 

@@ -14,9 +14,8 @@ from typer.testing import CliRunner
 from imgdit.apps.cli import app
 from imgdit.sae.config import SAEConfig
 from imgdit.sae.features import contrast_features, heat_maps, survey_features
-from imgdit.sae.files import save_sae
 from imgdit.sae.hooks import hooked
-from imgdit.sae.model import SparseAutoencoder
+from imgdit.sae.model import SparseAutoencoder, save_sae
 from imgdit.sae.report import write_report
 
 HOOKPOINT = "transformer.transformer_blocks.1"

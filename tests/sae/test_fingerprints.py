@@ -25,11 +25,11 @@ from tiny_sae import (
 
 from imgdit import DiffusionPipeline
 from imgdit.checkpoints import SCENES
+from imgdit.models.quantized import quantize_rows
 from imgdit.sae.concepts import ConceptBook
 from imgdit.sae.fingerprints import is_fingerprint_of, model_fingerprint, same_model
 from imgdit.sae.model import SparseAutoencoder
 from imgdit.sae.unlearning import ConceptUnlearner
-from imgdit.training.quantized import quantize_rows
 
 HOOKPOINT = "transformer.transformer_blocks.1"
 

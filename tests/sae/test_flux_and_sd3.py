@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 from imgdit import Condition, FluxOmniControlPipeline, StableDiffusion3OmniControlPipeline
 from imgdit.apps.cli import app
 from imgdit.sae.features import contrast_features, heat_maps, survey_features
-from imgdit.sae.run import reconstruction_distance
 from imgdit.sae.unlearning import ConceptUnlearner
+from imgdit.training.sae_run import reconstruction_distance
 
 HOOKPOINT = "transformer.transformer_blocks.1"
 PROMPTS = ["a red cube", "the blue sphere", "a green cone", "the red cone"]

@@ -9,9 +9,9 @@ from tiny import tiny_pipeline
 
 from imgdit.sae.activations import RecordedActivations, ShuffleBuffer, record_activations, stream_activations
 from imgdit.sae.hooks import find_hookpoints
-from imgdit.sae.recipe import load_sae_recipe
-from imgdit.sae.run import load_pipeline, train_saes
 from imgdit.sae.unlearning import ConceptUnlearner
+from imgdit.training.sae_recipe import load_sae_recipe
+from imgdit.training.sae_run import load_pipeline, train_saes
 
 CALL = {"num_inference_steps": 3, "height": 16, "width": 24, "guidance_scale": 3.0}
 PROMPTS = ["a red cube", "the blue sphere", "a green cone", "the red cone", "a small sphere", "a blue cube"]

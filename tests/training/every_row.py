@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from imgdit.training import Batches, load_recipe, train
-from imgdit.training.config import build_model
+from imgdit.training.build import build_model
 from imgdit.training.sources import training_batches
 
 

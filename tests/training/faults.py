@@ -23,9 +23,9 @@ from safetensors.torch import save_file
 from training.killed_runs import check, final, forked
 from training.toy import batch, collate, global_noise, recipe, toy_train
 
-from imgdit.data.latents import SceneLatents
+from imgdit.io.checkpoints import CheckpointError, latest_checkpoint, read_state, read_tensors
+from imgdit.scenes.latents import SceneLatents
 from imgdit.training import Batches, loop
-from imgdit.training.checkpoint import CheckpointError, latest_checkpoint, read_state, read_tensors
 from imgdit.training.loop import NonFiniteLoss
 
 STEPS = 8
@@ -201,7 +201,7 @@ class FromShards:
 
 def lost_shard(root):
     """A file of the data goes away during a run, which says so, and goes on when it is back."""
-    from imgdit.data import latents
+    from imgdit.scenes import latents
 
     latents.SHARD = 2
     data = root / "data"

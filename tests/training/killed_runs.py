@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from training.toy import global_noise, recipe, toy_train
 
-from imgdit.training.checkpoint import latest_checkpoint, read_state, read_tensors
+from imgdit.io.checkpoints import latest_checkpoint, read_state, read_tensors
 
 STEPS, EVERY = 8, 3
 SECTIONS = {

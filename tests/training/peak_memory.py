@@ -11,8 +11,9 @@ from training.toy import collate as plain
 
 from imgdit import Frame, FrameLayout
 from imgdit.training import Batches, train
-from imgdit.training.config import build_model, load_recipe
-from imgdit.training.objectives import Batch, Text
+from imgdit.training.batches import Batch, Text
+from imgdit.training.build import build_model
+from imgdit.training.recipe import load_recipe
 
 SIDE, TEXT, SAMPLES = 24, 64, 2
 

@@ -5,11 +5,11 @@ import pytest
 import yaml
 from tiny import rope_config
 
-from imgdit import MMDiT
-from imgdit.sae.recipe import load_sae_recipe
-from imgdit.training import config
-from imgdit.training.config import ScheduleConfig, build_model, load_recipe, packaged_recipes, parse_recipe
+from imgdit import MMDiT, recipes
+from imgdit.training.build import build_model
 from imgdit.training.loop import optimizer_groups
+from imgdit.training.recipe import ScheduleConfig, load_recipe, parse_recipe
+from imgdit.training.sae_recipe import load_sae_recipe
 
 RUN = {"folder": "out", "steps": 100, "batch_size": 8}
 
@@ -78,7 +78,7 @@ def test_files_that_are_no_recipe(tmp_path):
 def test_packaged_recipes_have_names(tmp_path, monkeypatch):
     (tmp_path / "scenes").mkdir()
     (tmp_path / "scenes" / "small.yaml").write_text(yaml.safe_dump({"run": RUN}))
-    monkeypatch.setattr(config, "files", lambda package: tmp_path)
+    monkeypatch.setattr(recipes, "files", lambda package: tmp_path)
     assert load_recipe("scenes/small").run.steps == 100
     with pytest.raises(ValueError, match=r"no file and no packaged recipe 'scenes/smal'; did you mean 'scenes/small'"):
         load_recipe("scenes/smal")
@@ -86,7 +86,7 @@ def test_packaged_recipes_have_names(tmp_path, monkeypatch):
 
 def test_every_packaged_recipe_is_valid():
     """By the rules of the command that reads it."""
-    for name in config.packaged_recipes():
+    for name in recipes.packaged_recipes():
         read = load_sae_recipe if name.rpartition("/")[2].startswith("sae") else load_recipe
         read(name)
 
@@ -138,9 +138,9 @@ def test_a_model_that_is_nowhere_is_told_at_once(tmp_path):
             build_model(made)
 
 
-@pytest.mark.parametrize("name", sorted(packaged_recipes()))
+@pytest.mark.parametrize("name", sorted(recipes.packaged_recipes()))
 def test_packaged_recipes_name_nothing_of_the_checkout(name):
     """They run in any folder: what comes along is called "embedded"."""
-    text = packaged_recipes()[name].read_text(encoding="utf-8")
+    text = recipes.packaged_recipes()[name].read_text(encoding="utf-8")
     values = yaml.safe_load(text)
     assert not re.search(r"(imgdit|configs|docs|tests)/", yaml.safe_dump(values))

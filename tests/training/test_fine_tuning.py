@@ -15,12 +15,13 @@ from tiny_pictures import write_folder
 
 from imgdit.adapters.condition import Condition
 from imgdit.adapters.omni_control import OmniControl
-from imgdit.apps.weights import save_adapter
+from imgdit.apps.chores.weights import save_adapter
+from imgdit.models.quantized import KINDS, Int8Linear, quantize_rows
 from imgdit.training import train
-from imgdit.training.config import OptimizerConfig, build_model, load_recipe, parse_recipe
+from imgdit.training.build import build_model
 from imgdit.training.optimizers import BITSANDBYTES, build_optimizer
 from imgdit.training.own_encoding import Encoder
-from imgdit.training.quantized import KINDS, Int8Linear, quantize_rows
+from imgdit.training.recipe import OptimizerConfig, load_recipe, parse_recipe
 from imgdit.training.sources import training_batches
 from imgdit.training.trained import load_trained
 
@@ -180,7 +181,7 @@ def test_what_does_not_go_together(tmp_path, sections, message):
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "int8"])
 def test_missing_packages_are_named(tmp_path, flux, data, monkeypatch, kind):
-    monkeypatch.setattr("imgdit.training.quantized.find_spec", lambda name: None)
+    monkeypatch.setattr("imgdit.models.quantized.find_spec", lambda name: None)
     made = recipe(tmp_path, flux, data, adapter={"rank": 2}, model={"quantize": kind})
     with pytest.raises(
         ImportError, match=rf"{kind}' needs (torchao|bitsandbytes); .*pip install 'imgdit\[quantized\]'"

@@ -7,10 +7,12 @@ from safetensors import safe_open
 from tiny import rope_config, tiny_mmdit, tiny_vae
 from training.toy import Tokens, batch, fixed_noise, global_noise, recipe, toy_train
 
+from imgdit.io.checkpoints import load_weights
 from imgdit.training import Batches
-from imgdit.training.checkpoint import load_weights
+from imgdit.training.batches import Pictures
 from imgdit.training.loop import NonFiniteLoss, optimizer_groups, train
-from imgdit.training.objectives import Pictures, autoencoder, flow_matching
+from imgdit.training.objectives.autoencoder import autoencoder
+from imgdit.training.objectives.flow_matching import flow_matching
 
 
 def lines(folder):

@@ -17,9 +17,9 @@ from tiny_pictures import DEFECTS, ODDITIES, write_folder
 from typer.testing import CliRunner
 
 from imgdit.apps.cli import app
-from imgdit.data.own.linter import check
-from imgdit.data.own.sources import open_rows
-from imgdit.training.checkpoint import latest_checkpoint, read_state
+from imgdit.data.linter import check
+from imgdit.data.sources import open_rows
+from imgdit.io.checkpoints import latest_checkpoint, read_state
 from imgdit.training.own_pictures import OwnPictures
 
 HERE = Path(__file__).parent

@@ -8,7 +8,13 @@ import torch
 from masked_text_cases import CASES, model_of, named, recorded
 
 from imgdit.models.masked_lm import LLADA_KEYS, load_masked_lm, masked_logits
-from imgdit.training.masked_text_loss import log_likelihood, mask_tokens, masked_text_loss, pretrain_loss, sft_loss
+from imgdit.training.masked_text_loss import (
+    log_likelihood,
+    mask_tokens,
+    masked_text_loss,
+    pretrain_loss,
+    sft_loss,
+)
 
 
 def renamed(key: str) -> str:

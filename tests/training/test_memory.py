@@ -19,9 +19,9 @@ from typer.testing import CliRunner
 from imgdit import Frame, FrameLayout, MMDiT
 from imgdit.apps.cli import app
 from imgdit.training import load_recipe
-from imgdit.training.config import parse_recipe
-from imgdit.training.fitting import remedies
 from imgdit.training.memory import Load, _Live, memory_plan
+from imgdit.training.memory_advice import remedies
+from imgdit.training.recipe import parse_recipe
 
 HERE = Path(__file__).parent
 MODEL = {

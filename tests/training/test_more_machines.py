@@ -13,7 +13,7 @@ from tiny import rope_config, tiny_pipeline
 from tiny_pictures import write_folder
 
 from imgdit import MMDiT
-from imgdit.training.checkpoint import latest_checkpoint, read_state, read_tensors
+from imgdit.io.checkpoints import latest_checkpoint, read_state, read_tensors
 
 HERE = Path(__file__).parent
 CONFIGS = files("imgdit.configs") / "accelerate"

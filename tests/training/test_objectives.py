@@ -10,7 +10,10 @@ from tiny import randomize, rope_config, tiny_mmdit, tiny_vae
 from training.toy import LAYOUT, batch
 
 from imgdit import Frame, FrameLayout, MultiFrameFlowMatchScheduler
-from imgdit.training.objectives import Pictures, Text, autoencoder, condition_lora, flow_matching
+from imgdit.training.batches import Pictures, Text
+from imgdit.training.objectives.autoencoder import autoencoder
+from imgdit.training.objectives.condition_lora import condition_lora
+from imgdit.training.objectives.flow_matching import flow_matching
 
 SCHEDULER = MultiFrameFlowMatchScheduler()
 GIVEN = FrameLayout.build([Frame((2, 2)), Frame((2, 2), sigma=0.0, index=1.0)], 4)

@@ -14,16 +14,17 @@ from tiny_runs import QUICK, small_cache, small_pipeline
 from typer.testing import CliRunner
 
 from imgdit import ImgDiTPipeline, MMDiT, NextDiT, OneDiffusionPipeline, PictureFrame
+from imgdit.apps.chores.run_pipeline import run_pipeline
+from imgdit.apps.chores.weights import save_adapter
 from imgdit.apps.cli import app
-from imgdit.apps.run_pipeline import run_pipeline
-from imgdit.apps.weights import save_adapter
 from imgdit.cameras import orbit_cameras, scale_positions
-from imgdit.lora_files import read_adapter
+from imgdit.io.checkpoints import CheckpointError
+from imgdit.lora.files import read_adapter
+from imgdit.recipes import packaged_recipes
+from imgdit.scenes.training_frames import SceneFrames
 from imgdit.training import load_recipe, train
-from imgdit.training.checkpoint import CheckpointError
-from imgdit.training.config import build_model, packaged_recipes
+from imgdit.training.build import build_model
 from imgdit.training.own_pictures import OwnPictures
-from imgdit.training.scene_frames import SceneFrames
 from imgdit.training.sources import training_batches
 from imgdit.training.trained import load_trained, trained_recipe
 

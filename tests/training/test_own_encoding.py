@@ -6,7 +6,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 from tiny import tiny_text_encoder, tiny_tokenizer, tiny_vae
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from imgdit.models.autoencoding import cell_size, encode_pictures
+from imgdit.images.latents import cell_size, encode_pictures
 from imgdit.training.own_encoding import Encoder, folder_hash
 
 

@@ -10,10 +10,10 @@ from tiny_control import flux, folder_of, make, picture, sd3
 from tiny_pictures import write_folder
 
 from imgdit import Condition, OmniControl
-from imgdit.apps.run_pipeline import run_pipeline
-from imgdit.apps.weights import save_adapter
+from imgdit.apps.chores.run_pipeline import run_pipeline
+from imgdit.apps.chores.weights import save_adapter
 from imgdit.training import load_recipe, train
-from imgdit.training.config import build_model
+from imgdit.training.build import build_model
 from imgdit.training.sources import training_batches
 from imgdit.training.trained import load_trained
 

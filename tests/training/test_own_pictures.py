@@ -14,16 +14,17 @@ from safetensors.torch import save_file
 from tiny import rope_config, tiny_pipeline, tiny_vae
 from tiny_pictures import DEFECTS, ODDITIES, picture, write_folder
 
-from imgdit.apps.training_plan import training_plan
-from imgdit.data.geometry import camera_to_world
-from imgdit.data.own.convert import convert
-from imgdit.data.own.sources import open_rows
-from imgdit.data.scenes import Scene
+from imgdit.apps.chores.training_plan import training_plan
+from imgdit.data.convert import convert
+from imgdit.data.sources import open_rows
+from imgdit.io.checkpoints import CheckpointError
+from imgdit.scenes.geometry import camera_to_world
+from imgdit.scenes.world import Scene
 from imgdit.training import load_recipe, train
-from imgdit.training.checkpoint import CheckpointError
-from imgdit.training.config import build_model, parse_recipe
+from imgdit.training.build import build_model
 from imgdit.training.own_encoding import Encoder
 from imgdit.training.own_pictures import OwnPictures
+from imgdit.training.recipe import parse_recipe
 from imgdit.training.sources import training_batches
 
 BASE = {"base": 16, "samples": 2}

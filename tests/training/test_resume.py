@@ -8,7 +8,7 @@ import pytest
 import torch
 from training.toy import global_noise, recipe, toy_train
 
-from imgdit.training.checkpoint import latest_checkpoint, load_weights
+from imgdit.io.checkpoints import latest_checkpoint, load_weights
 
 HERE = Path(__file__).parent
 

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from imgdit.training.checkpoint import (
+from imgdit.io.checkpoints import (
     CheckpointError,
     begin_checkpoint,
     check_architecture,

@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from imgdit.training import load_recipe, train
-from imgdit.training.config import build_model, parse_recipe
+from imgdit.training.build import build_model
+from imgdit.training.recipe import parse_recipe
 from imgdit.training.sources import training_batches
 
 READY = ["scenes/autoencoder", "scenes/probe", "scenes/text_encoder"]  # the others stand on these
@@ -48,11 +49,11 @@ def test_a_reader_learns_its_sentences(tmp_path):
 
 def test_mistakes_in_the_data_section():
     values = {"run": {"folder": "x", "steps": 1, "batch_size": 1}}
-    with pytest.raises(ValueError, match=r"data\.name is 'scene_picture'; did you mean 'scene_pictures'"):
-        training_batches(parse_recipe({**values, "data": {"name": "scene_picture"}}, "toy"))
-    wrong = {"name": "scene_pictures", "arguments": {"look": 2}}
+    with pytest.raises(ValueError, match=r"data\.name is 'own_picture'; did you mean 'own_pictures'"):
+        training_batches(parse_recipe({**values, "data": {"name": "own_picture"}}, "toy"))
+    wrong = {"name": "imgdit.scenes.sources:pictures", "arguments": {"look": 2}}
     with pytest.raises(ValueError, match="unknown key 'look'; did you mean 'looks'"):
         training_batches(parse_recipe({**values, "data": wrong}, "toy"))
-    zero = {"name": "scene_pictures", "arguments": {"looks": 0}}
+    zero = {"name": "imgdit.scenes.sources:pictures", "arguments": {"looks": 0}}
     with pytest.raises(ValueError, match="at least 1, got 0"):
         training_batches(parse_recipe({**values, "data": zero}, "toy"))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from imgdit.training.checkpoint import latest_checkpoint, read_tensors
+from imgdit.io.checkpoints import latest_checkpoint, read_tensors
 
 HERE = Path(__file__).parent
 TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node=2")

@@ -9,8 +9,9 @@ from tiny import rope_config, tiny_mmdit
 
 from imgdit import Frame, FrameLayout, MultiFrameFlowMatchScheduler
 from imgdit.training import Batches, train
-from imgdit.training.config import Recipe, parse_recipe
-from imgdit.training.objectives import Batch, Text, flow_matching
+from imgdit.training.batches import Batch, Text
+from imgdit.training.objectives.flow_matching import flow_matching
+from imgdit.training.recipe import Recipe, parse_recipe
 
 LAYOUT = FrameLayout.build([Frame((2, 2)), Frame((2, 2), index=1.0)], 4)
 

@@ -1,1 +1,0 @@
-"""What `imgdit bench` runs."""

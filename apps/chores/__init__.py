@@ -1,0 +1,1 @@
+"""Commands for the maintainers: pages, weights, plans."""

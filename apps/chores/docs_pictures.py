@@ -1,0 +1,134 @@
+"""The pictures and numbers of docs/, made by the embedded model or a folder like it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from PIL import Image
+
+from imgdit.apps.jobs.generate import PROMPTS
+from imgdit.apps.jobs.prepare import condition_of
+from imgdit.apps.jobs.request import AskedFrame, Control, Request
+from imgdit.apps.studio import Studio
+from imgdit.benchmarks.scenes import run as scene_bench
+from imgdit.benchmarks.scenes.text_to_image import held_out
+from imgdit.checkpoints import SCENE_PROBE, SCENES
+from imgdit.images import to_image
+from imgdit.images.sheet import contact_sheet
+from imgdit.scenes.render import render
+from imgdit.scenes.world import OBJECTS
+
+QUALITY = 90
+"""Of JPEG files: the large sheets, whose pixels nobody counts."""
+STRENGTHS = (0.0, 0.5, 1.0)
+CONTROLLED = (
+    "a cartoon of a blue cube under a clear sky",
+    "a green cube at night, neon style",
+    "a mosaic of a yellow cube",
+)
+"""Other pictures of the first prompt's object."""
+UNLEARNED = ("neon", "sketch", "mosaic", "cube", "sphere", "cone")
+"""Concepts of the sheet, as far as the sparse autoencoder knows them."""
+TURNS = (-40.0, -20.0, 20.0, 40.0)
+"""Degrees between the given picture's camera and the others'."""
+VIEWED = 3
+"""Scenes that are looked at from around."""
+
+
+def make_pictures(out: Path, *, model: Path = SCENES, count: int = 100, steps: int = 28) -> Iterator[Path]:
+    """Make the sheets and the benchmark's numbers; each file as it is written.
+
+    Args:
+        out: folder; the sheets go into its `pictures`.
+        model: folder of a pipeline of the scenes. Sheets that need adapters or a sparse autoencoder are made where
+            its folder has them.
+        count: pictures of each kind of the benchmark.
+        steps: of the sampler.
+    """
+    pictures = out / "pictures"
+    pictures.mkdir(parents=True, exist_ok=True)
+    studio = Studio(model)
+    studio.quiet()
+    made = [studio.make(Request(text, seed=i, steps=steps)).pictures[0] for i, text in enumerate(PROMPTS)]
+    yield _save(contact_sheet([([picture], text) for picture, text in zip(made, PROMPTS)]), pictures / "generate.png")
+    yield _save(_any_sheet(studio, made[:3], steps), pictures / "any.png")
+    yield _save(_views_sheet(studio, steps), pictures / "views.png")
+    if studio.adapter_for("depth") is not None:
+        yield _save(_control_sheet(studio, made[0], steps), pictures / "control.png")
+    if studio.has_sae:
+        yield _save(_unlearn_sheet(studio, steps), pictures / "unlearn.png")
+    yield from _benchmark(out, model, count, steps)
+
+
+def _benchmark(out: Path, model: Path, count: int, steps: int) -> Iterator[Path]:
+    """The numbers of `imgdit bench scenes` and its sheets, as JPEG."""
+    work = out / "bench"
+    scene_bench.run(model, SCENE_PROBE, work, count, steps, 3.0)
+    yield (work / "scenes.json").replace(out / "bench-scenes.json")
+    for sheet in sorted(work.glob("*.png")):
+        yield _save(Image.open(sheet), out / "pictures" / f"{sheet.stem}.jpg")
+    shutil.rmtree(work)
+
+
+def _any_sheet(studio: Studio, pictures: list[Image.Image], steps: int) -> Image.Image:
+    """Each picture, what is found in it, and another picture of its depth."""
+    tiles = []
+    for picture, text in zip(pictures, PROMPTS):
+        found = {
+            kind: studio.make(Request(frames=(AskedFrame(picture=picture), AskedFrame(kind)), steps=steps)).pictures[0]
+            for kind in ("depth", "canny", "segmentation")
+        }
+        frames = (AskedFrame(), AskedFrame("depth", found["depth"]))
+        again = studio.make(Request(text, seed=100, steps=steps, frames=frames)).pictures[0]
+        tiles.append(([picture, *found.values(), again], f"{text}: depth, edges, segmentation; depth to picture"))
+    return contact_sheet(tiles, columns=1)
+
+
+def _views_sheet(studio: Studio, steps: int) -> Image.Image:
+    """Scenes from around them: as they are, and as the model makes them of the first view."""
+    held = held_out(VIEWED, objects=1)
+    told = ", ".join(f"{turn:+.0f}" for turn in TURNS)
+    tiles = []
+    for scene, text, rgb in zip(held.scenes, held.prompts, held.rendering.rgb):
+        start = scene.camera
+        truth = render([scene.with_camera(start.orbit(azimuth=turn)) for turn in TURNS]).rgb
+        given = to_image(rgb)
+        made = []
+        for turn in TURNS:
+            cameras = [AskedFrame("rays", camera=(start.azimuth + t, start.elevation)) for t in (0.0, turn)]
+            frames = (AskedFrame(picture=given), cameras[0], AskedFrame(), cameras[1])
+            made.append(studio.make(Request(text, steps=steps, frames=frames)).pictures[0])
+        tiles.append(([given, *map(to_image, truth)], f"a view; the camera turned by {told} degrees"))
+        tiles.append(([given, *made], "the same view; made from it and the cameras"))
+    return contact_sheet(tiles, columns=1)
+
+
+def _control_sheet(studio: Studio, picture: Image.Image, steps: int) -> Image.Image:
+    """A depth map, and pictures that follow it more and more."""
+    depth = condition_of(studio, "depth", picture)
+    tiles = []
+    for i, text in enumerate(CONTROLLED):
+        controls = [Control("depth", depth, strength) for strength in STRENGTHS]
+        made = [studio.make(Request(text, seed=i, steps=steps, controls=(c,))).pictures[0] for c in controls]
+        tiles.append(([depth, *made], f"{text}: depth; strength {', '.join(map(str, STRENGTHS))}"))
+    return contact_sheet(tiles, columns=1)
+
+
+def _unlearn_sheet(studio: Studio, steps: int) -> Image.Image:
+    """Pictures of concepts, and the same noise without them."""
+    tiles = []
+    for concept in (name for name in UNLEARNED if name in studio.unlearner.concepts):
+        thing = concept in OBJECTS
+        text = f"a blue {concept} on a wooden floor, photo style" if thing else f"a red torus, {concept} style"
+        plain, without = (
+            studio.make(Request(text, steps=steps, concepts=concepts)).pictures[0] for concepts in ((), (concept,))
+        )
+        tiles.append(([plain, without], f"{text}; without {concept}"))
+    return contact_sheet(tiles, columns=3)
+
+
+def _save(picture: Image.Image, file: Path) -> Path:
+    picture.convert("RGB").save(file, quality=QUALITY)
+    return file

@@ -1,0 +1,35 @@
+"""From the run of a backbone to a pipeline."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from imgdit import NextDiT, OneDiffusionPipeline
+from imgdit.apps.chores.weights import scene_pipeline
+from imgdit.checkpoints import EMBEDDED
+from imgdit.scenes.sources import FRAMES
+from imgdit.training.own_encoding import Encoder
+from imgdit.training.trained import load_trained, trained_recipe
+
+
+def run_pipeline(run: Path) -> Any:
+    """The pipeline of a run's latest checkpoint: with what reads the scenes for scenes, that of the
+    folder which `data.arguments.model` names for "own_pictures". A FLUX or SD3 folder's stays diffusers' own.
+
+    Raises:
+        ValueError: the run has no checkpoint, trained a LoRA, or trained no backbone.
+    """
+    recipe = trained_recipe(run)
+    if recipe.adapter.rank:
+        raise ValueError(f"{run} trained a LoRA, which is a file: imgdit lora export {run} FILE.safetensors")
+    if recipe.data.name == FRAMES:
+        return scene_pipeline(recipe, load_trained(run))
+    if recipe.data.name != "own_pictures":
+        raise ValueError(f"{run} trained on {recipe.data.name!r}; a pipeline comes of {FRAMES!r} and 'own_pictures'")
+    transformer, encoder = load_trained(run), Encoder(recipe.data.arguments.get("model", EMBEDDED))
+    pipe = encoder.load()
+    if encoder.name in ("FluxPipeline", "StableDiffusion3Pipeline"):
+        transformer = transformer.to_diffusers()
+    owner: Any = OneDiffusionPipeline if isinstance(transformer, NextDiT) else type(pipe)
+    return owner(**{**pipe.components, "transformer": transformer})

@@ -1,0 +1,87 @@
+"""What `imgdit train --plan` prints."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from imgdit.training.batches import Batch
+from imgdit.training.memory import Load, Memory, load_of, memory_plan
+from imgdit.training.memory_advice import remedies
+from imgdit.training.own_pictures import OwnPictures
+from imgdit.training.recipe import Recipe
+from imgdit.training.sources import training_batches
+
+PARTS = ("weights", "gradients", "optimizer", "average", "gathered", "step")
+
+
+def training_plan(recipe: Recipe, *, gpus: int = 1, gigabytes: float | None = None) -> Iterator[str]:
+    """The plan as lines. Reads one batch of the data, as training does; the model is not loaded.
+
+    Args:
+        recipe: of an MMDiT.
+        gpus: that share weights by FSDP2.
+        gigabytes: memory of a GPU; `None`: of this machine's, or of the machine itself.
+
+    Raises:
+        ValueError: another kind of model or data.
+    """
+    load = _load(recipe, gpus)
+    limit, owner = _limit(gigabytes)
+    found = memory_plan(recipe, load, gpus=gpus)
+    yield (
+        f"{found.parameters:,} parameters, {found.trained:,} trained; {load.samples} samples at once of "
+        f"{load.layout.image_length} image and {load.text_tokens} text tokens; {gpus} GPU{'s' * (gpus > 1)}"
+    )
+    yield from (f"  {part:<10}{getattr(found, part) / 1e9:>9.3f} GB" for part in PARTS if getattr(found, part))
+    yield f"  {'at most':<10}{found.total / 1e9:>9.3f} GB, {_verdict(found, limit)} {limit / 1e9:.1f} GB of {owner}"
+    if found.total <= limit:
+        return
+    yield "less memory:"
+    for what, memory in remedies(recipe, load, limit, gpus=gpus):
+        yield f"  {memory.total / 1e9:>9.3f} GB, {_verdict(memory, limit):<13} {what}"
+
+
+def _verdict(memory: Memory, limit: float) -> str:
+    return "fits into" if memory.total <= limit else "too much for"
+
+
+def _load(recipe: Recipe, gpus: int) -> Load:
+    """The load of the data's first full batch."""
+    if recipe.model.kind != "mmdit":
+        raise ValueError(f"costs are known for model.kind 'mmdit', got {recipe.model.kind!r}")
+    portions = recipe.run.accumulation * gpus
+    if recipe.run.batch_size % portions:
+        raise ValueError(
+            f"run.batch_size={recipe.run.batch_size} does not divide by run.accumulation={recipe.run.accumulation} "
+            f"times {gpus} GPUs"
+        )
+    if recipe.data.name == "own_pictures":  # nothing is computed beforehand
+        recipe = recipe.replace(data={"arguments": {**recipe.data.arguments, "ahead": False}})
+    recipe = recipe.replace(run={"evaluate_every": 0})
+    batches, _ = training_batches(recipe)
+    if isinstance(batches.dataset, OwnPictures) and batches.dataset.preprocessor is not None:
+        # Any condition has the image's size, and this one needs nothing installed.
+        batches.dataset.preprocessor, batches.dataset.preprocessor_options = "grey", {}
+    best: Load | None = None
+    for n, micro in enumerate(batches.stream(0, recipe.run.batch_size // portions)):
+        if not isinstance(micro.batch, Batch):
+            raise ValueError(f"data.name={recipe.data.name!r} has no batches of frames")
+        load = load_of(micro.batch)
+        best = load if best is None or load.samples > best.samples else best
+        if n == 4:  # the last batch of a bucket may be smaller
+            break
+    assert best is not None
+    return best
+
+
+def _limit(gigabytes: float | None) -> tuple[float, str]:
+    """Bytes there are, and whose."""
+    if gigabytes is not None:
+        return gigabytes * 1e9, "a GPU"
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_properties(0).total_memory, torch.cuda.get_device_name(0)
+    import psutil  # a dependency of accelerate
+
+    return psutil.virtual_memory().available, "this machine's free memory"

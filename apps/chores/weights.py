@@ -1,0 +1,142 @@
+"""From the runs of the scenes' recipes to pipelines, and to the folders of `imgdit.checkpoints`."""
+
+from __future__ import annotations
+
+import inspect
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from imgdit import ImgDiTPipeline, MMDiT, NextDiT, OneDiffusionPipeline
+from imgdit.data.buckets import bucket_sizes
+from imgdit.lora.dialects import LoraPair
+from imgdit.lora.files import AdapterInfo, adapter_pairs, write_adapter
+from imgdit.scenes import sources
+from imgdit.scenes.tokenizer import caption_tokenizer
+from imgdit.scenes.training_conditions import SceneConditions
+from imgdit.scenes.training_frames import PATCH, SceneFrames, latent_scale, scene_components
+from imgdit.taught import Taught, write_taught
+from imgdit.training.build import build_scheduler
+from imgdit.training.own_encoding import Encoder
+from imgdit.training.own_pictures import OwnPictures
+from imgdit.training.recipe import ADAPTER, Recipe
+from imgdit.training.trained import load_trained, trained_recipe
+
+
+def scene_pipeline(recipe: Recipe, transformer: MMDiT | NextDiT) -> ImgDiTPipeline:
+    """A pipeline around a transformer of the scenes' frames, with the autoencoder and text encoder it needs; for
+    `NextDiT` an `OneDiffusionPipeline`.
+
+    Raises:
+        ValueError: a run that the recipe's data names has no checkpoint.
+    """
+    data = _arguments(SceneFrames, recipe)
+    if data["model"] is None:
+        vae, text_encoder = load_trained(data["autoencoder"]), load_trained(data["text_encoder"]).encoder
+        vae.register_to_config(scaling_factor=latent_scale(data["latents"]))
+        tokenizer: Any = caption_tokenizer()
+    else:
+        vae, text_encoder, tokenizer = scene_components(data["model"])
+    owner: Any = OneDiffusionPipeline if isinstance(transformer, NextDiT) else ImgDiTPipeline
+    return owner(build_scheduler(recipe), vae, text_encoder, tokenizer, transformer)
+
+
+def assemble(run: Path, out: Path) -> None:
+    """Save the pipeline of a transformer's run.
+
+    Half precision, but for the small text encoder: transformers would compute in whatever is stored.
+
+    Args:
+        run: folder of the run.
+        out: folder of the pipeline.
+
+    Raises:
+        ValueError: a run has no checkpoint.
+    """
+    recipe = trained_recipe(run)
+    pipe = scene_pipeline(recipe, load_trained(run))
+    pipe.vae.half()
+    pipe.transformer.half()
+    pipe.save_pretrained(out)
+    write_taught(out, taught_by(recipe))
+
+
+def taught_by(recipe: Recipe) -> Taught:
+    """What a backbone's recipe teaches: its sizes, and whose words."""
+    if recipe.data.name == sources.FRAMES:
+        size = _arguments(SceneFrames, recipe)["size"]
+        return Taught(((size, size),), "scenes")
+    data = _arguments(OwnPictures, recipe)
+    return Taught(tuple(bucket_sizes(data["base"], Encoder(data["model"]).cell * PATCH, data["ratio"])))
+
+
+def save_adapter(run: Path, out: Path) -> None:
+    """Save the LoRA of a run as a file, in half precision, with what its user has to repeat.
+
+    Args:
+        run: folder of a run on the data of scenes or "own_pictures".
+        out: file.
+
+    Raises:
+        ValueError: the run has no checkpoint, or trained no adapter.
+    """
+    recipe = trained_recipe(run)
+    if not recipe.adapter.rank or recipe.data.name not in _ADAPTED:
+        raise ValueError(f"{run} trained no adapter: expected adapter.rank and data {' or '.join(_ADAPTED)}")
+    pairs = {
+        name: LoraPair(pair.down.half(), pair.up.half())
+        for name, pair in adapter_pairs(load_trained(run), ADAPTER).items()
+    }
+    write_adapter(out, pairs, _info(recipe))
+
+
+_ADAPTED: dict[str, Any] = {
+    sources.CONDITIONS: SceneConditions,
+    sources.FRAMES: SceneFrames,
+    "own_pictures": OwnPictures,
+}
+
+
+def _info(recipe: Recipe) -> AdapterInfo:
+    """How a recipe's adapter is trained: on a condition's tokens (OminiControl), or on those of all frames."""
+    data = _arguments(_ADAPTED[recipe.data.name], recipe)
+    own = recipe.data.name == "own_pictures"
+    shared: dict[str, Any] = {
+        "base_model": recipe.model.pretrained,
+        "size": data["base"] if own else None,
+        "licence": None if own else "Apache-2.0",  # of people's own pictures nothing is known
+    }
+    if recipe.data.name == sources.FRAMES:
+        tasks = [*data["pairs"]] if [*data["shares"]] == ["pairs"] else []
+        return AdapterInfo(task=tasks[0] if len(tasks) == 1 else None, **shared)
+    task = data["condition"] if own else data["task"]
+    if data["mode"] == "frame":
+        return AdapterInfo(task=task, **shared)
+    return AdapterInfo(task=task, position=data["position"], scale=1.0, mode=data["mode"], **shared)
+
+
+def _arguments(dataset: Any, recipe: Recipe) -> dict[str, Any]:
+    """What a recipe's data set is called with, defaults included."""
+    parameters = inspect.signature(dataset).parameters
+    return {name: parameter.default for name, parameter in parameters.items()} | recipe.data.arguments
+
+
+def save_probe(run: Path, out: Path) -> None:
+    """Save a probe's run in half precision.
+
+    Raises:
+        ValueError: the run has no checkpoint.
+    """
+    load_trained(run).half().save_pretrained(out)
+
+
+def save_saes(runs: Iterable[Path], out: Path) -> None:
+    """Save the sparse autoencoders of runs, which are files for use already, with their concepts; those that `out` had
+    go."""
+    fresh = out.with_name(f"{out.name}.new")
+    shutil.rmtree(fresh, ignore_errors=True)
+    for run in runs:
+        shutil.copytree(run / "saes", fresh, dirs_exist_ok=True)
+    shutil.rmtree(out, ignore_errors=True)
+    fresh.rename(out)

@@ -1,0 +1,183 @@
+"""What lies in a model's folder and beside it, read without loading the model: what it can be asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from imgdit.apps.jobs.request import Control, Request
+from imgdit.checkpoints import EMBEDDED, SCENES
+from imgdit.hub import INDEX, find_pipeline
+from imgdit.io.safe_json import read_object
+from imgdit.lora.files import FoundAdapter, find_adapters
+from imgdit.naming import check_name, nearest
+from imgdit.sae.concepts import check_concepts, concept_names
+from imgdit.sae.files import CONFIG
+from imgdit.tasks import KINDS, TASKS
+from imgdit.taught import Taught, read_taught
+
+ADAPTERS, SAE = "adapters", "sae"
+"""Folders, inside a pipeline's, of condition adapters (`NAME.safetensors`) and of sparse autoencoders."""
+MODES = ("scale", "remove", "replace")
+"""Ways to unlearn, see `ConceptUnlearner.attach`."""
+FRAMED = ("ImgDiTPipeline", "OneDiffusionPipeline")
+"""Pipelines that take frames."""
+
+
+class Shelf:
+    """Names and files around a model.
+
+    Args:
+        source: folder or Hub repository of a pipeline.
+        adapters: folder of condition adapters; the pipeline folder's own by default.
+        sae: folder of sparse autoencoders; the pipeline folder's own by default.
+
+    Raises:
+        ValueError: a folder that was named does not exist.
+    """
+
+    def __init__(self, source: str | Path, adapters: Path | None = None, sae: Path | None = None):
+        for what, folder in (("adapters", adapters), ("sparse autoencoders", sae)):
+            if folder is not None and not folder.expanduser().exists():
+                raise ValueError(f"there is no folder {str(folder)!r} of {what}")
+        self.places = {
+            "model": str(source),
+            "adapters": None if adapters is None else str(adapters),
+            "sae": None if sae is None else str(sae),
+        }
+        self.home = SCENES if source == EMBEDDED else Path(source).expanduser()
+        """The pipeline's folder; of a model on the Hub there is none."""
+        self.adapter_folder = self.home / ADAPTERS if adapters is None else adapters.expanduser()
+        self.sae_folder = self.home / SAE if sae is None else sae.expanduser()
+
+    @cached_property
+    def adapters(self) -> dict[str, Path]:
+        """Files of condition adapters by name."""
+        return {name: found.path for name, found in self._found.items()}
+
+    @cached_property
+    def _found(self) -> dict[str, FoundAdapter]:
+        return find_adapters(self.adapter_folder)
+
+    @cached_property
+    def _adapter_of(self) -> dict[str, str]:
+        """Adapter by what its condition shows, as its header tells."""
+        return {task: name for name, found in self._found.items() if (task := found.info.task)}
+
+    @property
+    def tasks(self) -> list[str]:
+        """Tasks of frames that the model can be asked for."""
+        index = self._index
+        if index.get("_class_name") not in FRAMED:
+            return []
+        if index.get("transformer", ["imgdit", "NextDiT"])[1] == "NextDiT":  # it reads any token
+            return list(TASKS)
+        from transformers import AutoTokenizer
+
+        taught = AutoTokenizer.from_pretrained(self.home, subfolder="tokenizer").get_vocab()
+        return [name for name, task in TASKS.items() if task.token in taught]
+
+    @property
+    def controls(self) -> list[str]:
+        """Kinds of pictures that can steer, through an adapter or as a given frame."""
+        framed = [name for name in self.tasks if TASKS[name].frames == (2, 2)]
+        return list(dict.fromkeys([*self._adapter_of, *self.adapters, *framed]))
+
+    def adapter_for(self, kind: str) -> str | None:
+        """Name of the adapter that reads a kind of picture."""
+        return kind if kind in self.adapters else self._adapter_of.get(kind)
+
+    @property
+    def has_sae(self) -> bool:
+        """Whether there is an autoencoder to unlearn and steer with."""
+        return self.sae_folder.is_dir() and any(self.sae_folder.rglob(CONFIG))
+
+    @cached_property
+    def taught(self) -> Taught:
+        """Sizes and words, where the folder tells them."""
+        return read_taught(self.home)
+
+    @cached_property
+    def _index(self) -> dict[str, Any]:
+        path = self.home / INDEX
+        return read_object(path) if path.is_file() else {}
+
+    # What may be asked
+
+    def check(self, request: Request) -> None:
+        """Refuse names that nothing here goes by: kinds, adapters, concepts, modes.
+
+        Of a model that is on the Hub only what lies here is looked at; the rest is refused when it is loaded.
+
+        Raises:
+            ValueError: an unknown name, with the nearest known one, or a model that is nowhere.
+        """
+        find_pipeline(self.places["model"] or "")
+        if request.concepts:
+            check_name("mode", request.mode, MODES)
+            self.need_sae()
+            check_concepts(request.concepts, concept_names(self.sae_folder))
+        if not self._index:
+            return
+        if request.controls:
+            self.as_frames(request.controls)
+        if request.frames:
+            self._check_kinds([frame.kind for frame in request.frames])
+
+    def about_words(self, prompts: Iterable[str]) -> str | None:
+        """One sentence on words that this model was never taught and draws as something else; `None`: nothing to say,
+        or nothing known of its words."""
+        if self.taught.words != "scenes":
+            return None
+        from imgdit.scenes.meanings import about_words
+
+        return about_words(prompts)
+
+    def need_sae(self) -> None:
+        """Refuse to go on without an autoencoder."""
+        if not self.has_sae:
+            raise ValueError(
+                f"there is no sparse autoencoder in {self.sae_folder}; train one with `imgdit sae train RECIPE`, or "
+                "name its folder"
+            )
+
+    def as_frames(self, controls: Sequence[Control]) -> bool:
+        """Whether the only control is a frame that the model was taught to read, instead of an adapter's condition.
+
+        Raises:
+            ValueError: nothing reads a control, or it is used as only an adapter's can be.
+        """
+        without = [control for control in controls if self.adapter_for(control.kind) is None]
+        for control in without:
+            if control.kind not in self.controls:
+                raise ValueError(
+                    f"nothing reads a control of kind {nearest(control.kind, self.controls)} "
+                    f"(adapters are looked for in {self.adapter_folder})"
+                )
+        if without and len(controls) > 1:
+            raise ValueError(
+                f"there is no adapter for {without[0].kind!r} in {self.adapter_folder}; without one it can only be "
+                "used alone, as a given frame"
+            )
+        if without and (without[0].strength, without[0].start, without[0].end) != (1.0, 0.0, 1.0):
+            raise ValueError(
+                f"strength, start and end belong to adapters, and there is none for {without[0].kind!r} in "
+                f"{self.adapter_folder}; leave them out"
+            )
+        return bool(without)
+
+    def _check_kinds(self, kinds: Sequence[str]) -> None:
+        """Refuse frames that the model does not know."""
+        name = self._index.get("_class_name")
+        if name not in FRAMED:
+            raise ValueError(
+                f"{name} makes pictures from text and conditions; for any-to-any take the embedded model or a "
+                "OneDiffusion folder"
+            )
+        tasks = self.tasks
+        taught = dict.fromkeys(["image", *tasks, *(TASKS[task].condition for task in tasks)])
+        known = [kind for kind in taught if kind in KINDS or TASKS[kind].frames == (2, 2)]
+        for kind in kinds:
+            check_name("kind of frame", kind, known)

@@ -1,0 +1,106 @@
+"""Keys and values of frozen rows, computed once and read in later steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+
+from imgdit.attention.grouped import _cat, _rows
+from imgdit.layout import FrameLayout
+
+
+class KVCache:
+    """Keys and values of frozen frames, one store per layer.
+
+    A run writes it once (`mode="write"`, all frames in the sequence) and reads it afterwards (`mode="read"`, with
+    `FrameLayout.without_frozen()`). It lives outside the model and belongs to one combination of frozen content,
+    pooled text, adapter weights and dtype: whoever keeps it must key it by these.
+    """
+
+    def __init__(self) -> None:
+        self.mode: Literal["write", "read"] = "write"
+        self.rotation: tuple[float, float] | None = None
+        """Divisor of the positions and base of the rotations, for a model that changes them during a run."""
+        self._layers: dict[str, LayerCache] = {}
+
+    def layer(self, name: str) -> LayerCache:
+        """The store of one block, in the cache's present mode."""
+        if self.mode == "write":
+            self._layers[name] = LayerCache()
+        elif name not in self._layers:
+            raise ValueError(
+                f"the key/value cache is read but holds nothing for {name}; run one step with mode='write' first"
+            )
+        layer = self._layers[name]
+        layer.mode = self.mode
+        return layer
+
+    def begin(self, layout: FrameLayout, batch: int, rotation: tuple[float, float] | None = None) -> None:
+        """Begin a forward pass.
+
+        Args:
+            layout: of the pass.
+            batch: of its samples.
+            rotation: what it turns positions by; see the attribute.
+
+        Raises:
+            ValueError: it reads keys and values that are of another layout, batch or rotation.
+        """
+        if self.mode == "read" and layout.cached:
+            stored = next((layer.size() for layer in self._layers.values()), None)
+            asked = batch, sum(frame.length for i, frame in enumerate(layout.frames) if i not in layout.live)
+            if stored is not None and stored != asked:
+                raise ValueError(
+                    f"the key/value cache holds {stored[1]} tokens of batch {stored[0]}, this call reads {asked[1]} "
+                    f"of batch {asked[0]}; call clear() and run one step with all frames, or keep a cache per batch"
+                )
+            if self.rotation != rotation:
+                raise ValueError(
+                    f"the key/value cache holds keys of divisor and base {self.rotation}, this call turns its queries "
+                    f"by {rotation}: the noise level crossed scale_watershed. Call clear() and run one step with all "
+                    "frames"
+                )
+        elif layout.cached:
+            raise ValueError(
+                "the layout leaves its frozen frames to a key/value cache, whose mode is 'write'; run one step with "
+                "all frames first and set mode='read'"
+            )
+        if self.mode == "write":
+            self.rotation = rotation
+
+    def clear(self) -> None:
+        """Forget everything; the next run writes."""
+        self._layers.clear()
+        self.mode = "write"
+
+
+class LayerCache:
+    """Keys (after position rotation) and values (B, K, H, D) of one block's attentions."""
+
+    def __init__(self) -> None:
+        self.mode: Literal["write", "read"] = "write"
+        self._stored: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def size(self) -> tuple[int, int] | None:
+        """Batch and tokens of what is kept."""
+        for key, _ in self._stored.values():
+            return key.shape[0], key.shape[1]
+        return None
+
+    def exchange(
+        self, attention: str, key: torch.Tensor, value: torch.Tensor, frozen: Sequence[slice]
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Write the frozen rows and return `None`, or return what was written.
+
+        Args:
+            attention: name of the attention in its block ("attn", "attn2").
+            key, value: (B, S, H, D) of the sequence.
+            frozen: the frozen frames' rows in it.
+        """
+        if self.mode == "write":
+            if frozen:
+                self._stored[attention] = (_cat(_rows(key, frozen)).clone(), _cat(_rows(value, frozen)).clone())
+            return None
+        return self._stored.get(attention)

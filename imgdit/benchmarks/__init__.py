@@ -1,0 +1,1 @@
+"""What `imgdit bench` measures: metrics, probes and tables."""

@@ -1,0 +1,1 @@
+"""Scores on scenes, whose truth is exact."""

@@ -1,0 +1,135 @@
+"""Any-to-any tasks of a model of scenes, each against exact ground truth; `scenes` has those with bars.
+
+Pictures are (N, 3, S, S) in [0, 1].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from random import Random
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+
+from imgdit.benchmarks.metrics import abs_rel, mean_iou, psnr
+from imgdit.benchmarks.scenes.text_to_image import (
+    Held,
+    Maker,
+    Score,
+    expected,
+    held_out,
+    mean_score,
+    read,
+    share_score,
+)
+from imgdit.cameras import rotation_error
+from imgdit.scenes.geometry import camera_to_world
+from imgdit.scenes.probe import SceneProbe
+from imgdit.scenes.render import render
+from imgdit.scenes.tasks import from_scene, scene_classes
+from imgdit.scenes.world import Camera, another_camera, another_look
+
+RESTORED = ("blur", "super_resolution", "grey", "mask")
+"""Tasks whose condition is a worse copy of the picture."""
+DRAWN = ("depth", "canny", "segmentation", "boxes")
+"""Tasks whose condition is a map of the picture."""
+
+
+class AnyMaker(Maker, Protocol):
+    """What is measured."""
+
+    def poses(self, prompts: Sequence[str], first: torch.Tensor, second: torch.Tensor, seed: int) -> torch.Tensor:
+        """Camera-to-world matrices (N, 4, 4) of second pictures, in the frame of the first ones' cameras."""
+
+
+Keep = Callable[[str, Any], None]
+
+
+def restoration_scores(maker: AnyMaker, count: int, keep: Keep) -> list[Score]:
+    """Blurred, coarse, grey and incomplete pictures to whole ones: decibels won over what was given."""
+    held, scores = held_out(count), []
+    truth = held.rendering.rgb
+    for task in RESTORED:
+        given = torch.stack([_shown(_condition(task, held, i), truth.shape[-1]) for i in range(count)])
+        made = maker.conditioned(task, held.prompts, given, seed=0)
+        keep(f"{task} → image", (held.prompts, torch.stack([given, made, truth], 1), []))
+        scores.append(
+            mean_score(f"{task} → image", "PSNR over the given picture, dB", psnr(made, truth) - psnr(given, truth))
+        )
+    return scores
+
+
+def drawing_scores(maker: AnyMaker, probe: SceneProbe, count: int, keep: Keep) -> list[Score]:
+    """Maps to pictures: is what the probe sees in the picture where the map had it?"""
+    held, scores = held_out(count), []
+    truth = held.rendering
+    classes = torch.stack([scene_classes(scene, truth.indices[i]) for i, scene in enumerate(held.scenes)])
+    for task in DRAWN:
+        given = torch.stack([_condition(task, held, i) for i in range(count)])
+        made = maker.conditioned(task, held.prompts, given, seed=0)
+        keep(f"{task} → image", (held.prompts, torch.stack([given, made], 1), []))
+        seen = read(probe, made)
+        scores.append(mean_score(f"{task} → image", "mIoU of what the probe sees", mean_iou(seen.classes, classes)))
+        scores.append(mean_score(f"{task} → image", "AbsRel of what the probe sees", abs_rel(seen.depth, truth.depth)))
+    boxes = torch.stack([_condition("boxes", held, i) for i in range(count)])
+    made = maker.condition("boxes", held.prompts, truth.rgb, seed=0)
+    keep("image → boxes", (held.prompts, torch.stack([truth.rgb, made], 1), []))
+    scores.append(mean_score("image → boxes", "PSNR in dB", psnr(made, boxes)))
+    return scores
+
+
+def reference_scores(maker: AnyMaker, probe: SceneProbe, count: int, keep: Keep) -> list[Score]:
+    """Editing keeps the geometry and changes the look; a subject keeps kind and colour in another place."""
+    held = held_out(count)
+    truth = held.rendering
+    looks = [another_look(scene, Random(i)) for i, scene in enumerate(held.scenes)]
+    given = render(looks).rgb
+    made = maker.conditioned("editing", held.prompts, given, seed=0)
+    keep("editing", (held.prompts, torch.stack([given, made], 1), []))
+    seen = read(probe, made)
+    style = [said["style"] == scene.style for said, scene in zip(seen.answers, held.scenes)]
+    scores = [
+        share_score("editing", "style as asked", style),
+        mean_score("editing", "AbsRel of the kept geometry", abs_rel(seen.depth, truth.depth)),
+    ]
+    single = held_out(count, objects=1)
+    given = torch.stack([_condition("subject", single, i) for i in range(count)])
+    made = maker.conditioned("subject", single.prompts, given, seed=0)
+    keep("subject", (single.prompts, torch.stack([given, made], 1), []))
+    kept = [
+        all(said[name] == expected(scene)[name] for name in ("left object", "left colour"))
+        for said, scene in zip(read(probe, made).answers, single.scenes)
+    ]
+    return [*scores, share_score("subject", "kind and colour kept", kept)]
+
+
+def pose_scores(maker: AnyMaker, count: int) -> list[Score]:
+    """The camera of a second picture: degrees between the found rotation and the true one."""
+    held = held_out(count)
+    others = [another_camera(scene, Random(i)) for i, scene in enumerate(held.scenes)]
+    found = maker.poses(held.prompts, held.rendering.rgb, render(others).rgb, seed=0)
+    cameras = [(scene.camera, other.camera) for scene, other in zip(held.scenes, others)]
+    truth = torch.stack([relative_pose(*pair) for pair in cameras])
+    still = torch.eye(3).expand(count, 3, 3)
+    return [
+        mean_score("two pictures → camera", "error of the rotation, degrees", rotation_error(found, truth)),
+        mean_score("two pictures → camera", "error if nothing had turned, degrees", rotation_error(still, truth)),
+    ]
+
+
+def relative_pose(first: Camera, second: Camera) -> torch.Tensor:
+    """Camera-to-world matrix (4, 4) of the second camera in the first one's coordinates; OpenCV's axes."""
+    matrices = camera_to_world([first, second])
+    return torch.linalg.inv(matrices[0]) @ matrices[1]
+
+
+def _condition(task: str, held: Held, i: int) -> torch.Tensor:
+    return from_scene(task, held.scenes[i], Random(i), held.rendering.one(i)).condition
+
+
+def _shown(picture: torch.Tensor, size: int) -> torch.Tensor:
+    """The picture at full size; super-resolution gives a small one."""
+    if picture.shape[-1] == size:
+        return picture
+    return F.interpolate(picture[None], size, mode="bicubic", antialias=True)[0].clamp(0, 1)

@@ -1,0 +1,141 @@
+"""What condition adapters do to a model of scenes: is the condition obeyed, and the sentence still?
+
+Pictures are (N, 3, S, S) in [0, 1].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from random import Random
+from typing import Any, Protocol
+
+import torch
+
+from imgdit.benchmarks.metrics import abs_rel, edge_f1, fitted
+from imgdit.benchmarks.scenes.text_to_image import (
+    Held,
+    Score,
+    Seen,
+    expected,
+    held_out,
+    mean_score,
+    read,
+    share_score,
+)
+from imgdit.scenes.captions import caption
+from imgdit.scenes.probe import SceneProbe
+from imgdit.scenes.tasks import Example, from_scene, scene_classes
+from imgdit.scenes.world import Scene
+
+TEXT = ("left object", "left colour", "right object", "right colour", "style")
+"""What of a sentence must be right."""
+
+
+class ControlMaker(Protocol):
+    """What is measured."""
+
+    def controlled(self, prompts: Sequence[str], conditions: Mapping[str, torch.Tensor], seed: int) -> torch.Tensor:
+        """A picture per prompt, under conditions (N, 3, S, S) by the adapters that read them; with none of them, plain
+        pictures from the same noise."""
+
+
+Keep = Callable[[str, Any], None]
+
+
+METRICS: dict[str, tuple[str, dict[str, float]]] = {
+    "AbsRel": ("AbsRel of depth", {"at_most": 0.5}),
+    "fitted": ("AbsRel of depth after fitting", {}),
+    "F1": ("F1 of outlines", {"at_least": 2.0}),
+    "AbsRel around": ("AbsRel of depth around the hole", {}),
+    "F1 around": ("F1 of outlines around the hole", {}),
+}
+"""How near pictures are to the truth: what it is called, and the bar of its ratio to that without a condition."""
+WANTED = {"depth": ("AbsRel", "fitted"), "canny": ("F1",), "inpainting": tuple(METRICS)}
+"""What each condition has to improve."""
+
+
+def outlines(classes: torch.Tensor) -> torch.Tensor:
+    """Where a segmentation (N, H, W) changes to the right or below, boolean (N, 1, H, W)."""
+    right, below = torch.zeros_like(classes, dtype=torch.bool), torch.zeros_like(classes, dtype=torch.bool)
+    right[..., :-1] = classes[..., :-1] != classes[..., 1:]
+    below[..., :-1, :] = classes[..., :-1, :] != classes[..., 1:, :]
+    return (right | below)[:, None]
+
+
+def control_scores(maker: ControlMaker, probe: SceneProbe, count: int, keep: Keep) -> list[Score]:
+    """Depth, edges and a hole to fill, alone and two at once, against the same prompts and noise without them."""
+    held = held_out(count)
+    truth = held.rendering
+    classes = torch.stack([scene_classes(scene, truth.indices[i]) for i, scene in enumerate(held.scenes)])
+    holes = _examples("mask", held)
+    given = {"depth": _conditions("depth", held), "canny": _conditions("canny", held), "inpainting": _stacked(holes)}
+    shown = torch.stack([~hole.details["mask"] for hole in holes])
+    plain = read(probe, maker.controlled(held.prompts, {}, seed=0))
+    base = _obeyed(plain, truth.depth, classes, shown)
+    right = _text_right(plain, held.scenes)
+    scores = [mean_score("no condition", METRICS[name][0], base[name]) for name in ("AbsRel", "fitted", "F1")]
+    scores.append(share_score("no condition", "text right", right))
+    for names in (("depth",), ("canny",), ("inpainting",), ("depth", "canny")):
+        conditions = {name: given[name] for name in names}
+        made = maker.controlled(held.prompts, conditions, seed=0)
+        task = " + ".join(names)
+        keep(task, (held.prompts, torch.stack([*conditions.values(), made], 1), []))
+        seen = read(probe, made)
+        got = _obeyed(seen, truth.depth, classes, shown)
+        for metric in dict.fromkeys(metric for name in names for metric in WANTED[name]):
+            title, bar = METRICS[metric]
+            ratio = got[metric] / base[metric].mean()
+            scores.append(mean_score(task, f"{title} over that without", ratio, **bar))
+        now = _text_right(seen, held.scenes)
+        change = torch.tensor([float(a) - float(b) for a, b in zip(now, right)])
+        scores.append(share_score(task, "text right", now))
+        scores.append(mean_score(task, "change of text right", change, at_least=-0.02))
+    return scores
+
+
+def subject_scores(maker: ControlMaker, probe: SceneProbe, count: int, keep: Keep) -> list[Score]:
+    """A subject in a new place and style, which the sentence does not name."""
+    held = held_out(count, objects=1)
+    prompts = [caption(scene, Random(i), ["subject"]) for i, scene in enumerate(held.scenes)]
+    given = _conditions("subject", held)
+    made = maker.controlled(prompts, {"subject": given}, seed=0)
+    keep("subject", (prompts, torch.stack([given, made], 1), []))
+    seen = read(probe, made)
+    kept = [
+        all(said[name] == expected(scene)[name] for name in ("left object", "left colour"))
+        for said, scene in zip(seen.answers, held.scenes)
+    ]
+    style = [said["style"] == scene.style for said, scene in zip(seen.answers, held.scenes)]
+    return [
+        share_score("subject", "kind and colour kept, unnamed", kept, 0.9),
+        share_score("subject", "style as asked", style),
+    ]
+
+
+def _conditions(task: str, held: Held) -> torch.Tensor:
+    return _stacked(_examples(task, held))
+
+
+def _examples(task: str, held: Held) -> list[Example]:
+    return [from_scene(task, scene, Random(i), held.rendering.one(i)) for i, scene in enumerate(held.scenes)]
+
+
+def _stacked(examples: Sequence[Example]) -> torch.Tensor:
+    return torch.stack([example.condition for example in examples])
+
+
+def _obeyed(seen: Seen, depth: torch.Tensor, classes: torch.Tensor, shown: torch.Tensor) -> dict[str, torch.Tensor]:
+    """How near pictures are to the truth; "around" counts only what a mask (N, 1, H, W) shows."""
+    made, real = outlines(seen.classes), outlines(classes)
+    return {
+        "AbsRel": abs_rel(seen.depth, depth),
+        "fitted": abs_rel(fitted(seen.depth, depth), depth),
+        "F1": edge_f1(made, real),
+        "AbsRel around": abs_rel(seen.depth, depth, shown),
+        "F1 around": edge_f1(made & shown, real & shown),
+    }
+
+
+def _text_right(seen: Seen, scenes: Sequence[Scene]) -> list[bool]:
+    truth = [expected(scene) for scene in scenes]
+    return [all(said[name] == real[name] for name in TEXT) for said, real in zip(seen.answers, truth)]

@@ -1,0 +1,1 @@
+"""Concept unlearning: methods, scores, tables."""

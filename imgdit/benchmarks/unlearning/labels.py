@@ -1,0 +1,119 @@
+"""Classifiers of picture files, for `imgdit bench unlearn` and `unlearn-canvas`."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from imgdit.benchmarks.unlearning.plan import Classify
+from imgdit.hub import find_model
+from imgdit.images import open_image, to_pixels, to_rgb
+from imgdit.io.atomic import check_index, write_text
+from imgdit.io.bulk import run_bulk
+from imgdit.io.safe_json import read_object
+from imgdit.scenes.probe import SceneProbe
+
+QUESTIONS = {"style": "style", "object": "left object"}
+"""What a `SceneProbe` is asked; a single object counts as the left one."""
+
+
+def classifier(source: str | Path, domain: str) -> Classify:
+    """Labels of the domain "style" or "object".
+
+    Args:
+        source: folder of a `SceneProbe`; or folder or Hub repository of a transformers image classifier, whose
+            `id2label` are the labels.
+    """
+    source = find_model(source, "config.json", "image classifier")
+    config = Path(source) / "config.json"
+    if config.is_file() and read_object(config).get("_class_name") == "SceneProbe":
+        return probe_classifier(SceneProbe.from_pretrained(source).eval(), domain)
+    from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+    processor = AutoImageProcessor.from_pretrained(source)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model: Any = AutoModelForImageClassification.from_pretrained(source).to(device).eval()
+
+    @torch.no_grad()
+    def classify(files: Sequence[Path]) -> list[str]:
+        pictures = [to_rgb(open_image(file)) for file in files]
+        logits = model(**processor(pictures, return_tensors="pt").to(device)).logits
+        return [model.config.id2label[number] for number in logits.argmax(1).tolist()]
+
+    return classify
+
+
+def probe_classifier(probe: SceneProbe, domain: str) -> Classify:
+    """Labels that a probe reads."""
+    choices = probe.questions[QUESTIONS[domain]]
+
+    @torch.no_grad()
+    def classify(files: Sequence[Path]) -> list[str]:
+        pixels = torch.cat([to_pixels(open_image(file)) for file in files])
+        logits = probe(pixels * 2 - 1).answers[QUESTIONS[domain]]
+        return [choices[number] for number in logits.argmax(1).tolist()]
+
+    return classify
+
+
+CHUNK = 64
+"""Images that a worker labels before it writes them."""
+
+
+class LabelPictures:
+    """Says what one chunk of pictures shows.
+
+    Args:
+        classifiers: what is told apart -> classifier of it, see `classifier`.
+        out: folder of what was said.
+    """
+
+    def __init__(self, classifiers: dict[str, str], out: str):
+        self.classify = {domain: classifier(source, domain) for domain, source in classifiers.items()}
+        self.out = Path(out)
+
+    def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
+        files = [Path(name) for name in item["files"]]
+        labels = {domain: list(classify(files)) for domain, classify in self.classify.items()}
+        write_text(self.out / item["chunk"], json.dumps({"files": list(item["files"]), "labels": labels}))
+        return {"count": len(files), "process": os.getpid()}
+
+
+def label_all(
+    files: Sequence[Path], classifiers: dict[str, str], out: Path, **engine: Any
+) -> dict[str, dict[Path, str]]:
+    """Labels of pictures; what is written in the folder already is not asked again.
+
+    Args:
+        files: pictures, in an order that is the same every time.
+        classifiers: what is told apart ("style", "object") -> folder or Hub repository of its classifier.
+        out: folder of what was said.
+        engine: see `run_bulk`.
+
+    Returns:
+        For each of `classifiers`, the label of each file.
+
+    Raises:
+        ValueError: the folder holds labels of other pictures or by other classifiers.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    names = [str(file.resolve()) for file in files]
+    stamps = [[name, os.stat(name).st_size, os.stat(name).st_mtime_ns] for name in names]
+    check_index(out, {"classifiers": dict(classifiers), "files": stamps}, "job")
+    chunks = {f"{first:08d}.json": names[first : first + CHUNK] for first in range(0, len(names), CHUNK)}
+    items = [{"chunk": chunk, "files": part} for chunk, part in chunks.items() if not (out / chunk).exists()]
+    arguments = {"classifiers": dict(classifiers), "out": str(out.resolve())}
+    for _ in run_bulk(items, LabelPictures, arguments, **engine):
+        pass
+    found: dict[str, dict[Path, str]] = {domain: {} for domain in classifiers}
+    places = dict(zip(names, files, strict=True))
+    for chunk in chunks:
+        said = read_object(out / chunk)
+        for domain, labels in said["labels"].items():
+            found[domain] |= dict(zip((places[name] for name in said["files"]), labels, strict=True))
+    return found

@@ -1,0 +1,1 @@
+"""Methods of unlearning, each in a file."""

@@ -1,0 +1,130 @@
+"""Unlearning by fine-tuning the attention's projections against the model's own guidance (ESD, arXiv 2303.07345)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from imgdit.benchmarks.unlearning.methods.denoiser import CallHook, denoiser, placed, rows
+from imgdit.benchmarks.unlearning.methods.material import Material, Unlearned
+from imgdit.benchmarks.unlearning.methods.weights import size_of, swapped
+from imgdit.sae.calls import DenoiserCall
+from imgdit.sae.sampling import prompt_batches
+
+_ATTENTION = re.compile(r"\.attn\d?\.(to_[qkv]|add_[qkv]_proj)\.weight$")
+
+
+def erased_by_finetuning(
+    pipe: Any,
+    concepts: Sequence[str],
+    material: Material,
+    *,
+    lr: float = 1e-4,
+    steps: int = 150,
+    batch_size: int = 4,
+    eta: float = 1.0,
+    pictures: int = 8,
+    seed: int = 0,
+) -> Unlearned:
+    """Train the attention's projections to predict v₀ − eta (v_c − v₀) of the frozen model for a concept's sentences.
+
+    v₀ is for the same sentence with another label in the concept's place instead of ESD's empty prompt, so that what
+    else the sentence says is kept. The latents are those of pictures that the frozen model makes of the sentences.
+
+    Args:
+        lr: of Adam.
+        steps, batch_size: of the training.
+        eta: how far beyond v₀.
+        pictures: trajectories for each concept.
+        seed: of the pictures and of the order of their steps.
+    """
+    model = denoiser(pipe)
+    names = [name for name, _ in model.named_parameters() if _ATTENTION.search(name)]
+    changed: dict[str, torch.Tensor] = {}
+    if concepts:
+        seen = _recorded(pipe, concepts, material, eta, pictures, seed)
+        changed = _trained(model, names, seen, lr, steps, batch_size, seed)
+
+    @contextmanager
+    def attach(pipe: Any) -> Iterator[dict[str, Any]]:
+        with swapped(denoiser(pipe), changed):
+            yield {}
+
+    return Unlearned(attach, size_of(changed))
+
+
+class _Recorder(CallHook):
+    """Keeps the conditional rows of each guided call with what they should become."""
+
+    def __init__(self, pipe: Any, eta: float) -> None:
+        super().__init__(pipe)
+        self.eta = eta
+        self.seen: list[tuple[dict[str, Any], torch.Tensor]] = []
+        self.given: tuple[dict[str, Any], DenoiserCall] | None = None
+
+    def before(self, arguments: dict[str, Any], call: DenoiserCall) -> dict[str, Any]:
+        self.given = (arguments, call)
+        return arguments
+
+    def after(self, prediction: torch.Tensor) -> torch.Tensor:
+        assert self.given is not None
+        arguments, call = self.given
+        if call.conditional is None or call.unconditional is None:
+            raise ValueError("fine-tuning against guidance needs a guidance_scale above 1 in Material.call")
+        base, concept = prediction[call.unconditional], prediction[call.conditional]
+        self.seen.append((rows(arguments, call.conditional), base - self.eta * (concept - base)))
+        return prediction
+
+
+def _recorded(
+    pipe: Any, concepts: Sequence[str], material: Material, eta: float, pictures: int, seed: int
+) -> list[tuple[dict[str, Any], torch.Tensor]]:
+    """Calls of the denoiser, a batch of pictures each, with their targets."""
+    recorder = _Recorder(pipe, eta)
+    with placed(recorder), torch.no_grad():
+        for concept in concepts:
+            lines = material.lines(concept)
+            other = material.lines(material.others(concept, concepts)[0])
+            for batch in prompt_batches(lines[:pictures], material.batch_size, seed):
+                without = list(other[batch.first : batch.first + len(batch.prompts)])
+                batch.run(pipe, negative_prompt=without, **material.call)
+    return recorder.seen
+
+
+def _trained(
+    model: torch.nn.Module,
+    names: Sequence[str],
+    seen: Sequence[tuple[dict[str, Any], torch.Tensor]],
+    lr: float,
+    steps: int,
+    batch_size: int,
+    seed: int,
+) -> dict[str, torch.Tensor]:
+    """The named parameters after training; the model's own are left alone."""
+    copies = {name: model.get_parameter(name).detach().clone() for name in names}
+    generator = torch.Generator().manual_seed(seed)
+    required = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    try:
+        with swapped(model, copies), torch.enable_grad():
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(name in copies)
+            trained = [model.get_parameter(name) for name in names]
+            optimizer = torch.optim.Adam(trained, lr=lr)
+            for _ in range(steps):
+                number = int(torch.randint(len(seen), (), generator=generator))
+                arguments, target = seen[number]
+                chosen = torch.randperm(len(target), generator=generator)[:batch_size]
+                some = rows(arguments, chosen)
+                loss = (model(**some)[0] - target[chosen]).square().mean()
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            return {name: parameter.detach().clone() for name, parameter in zip(names, trained)}
+    finally:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(required[name])
+            parameter.grad = None

@@ -1,0 +1,323 @@
+"""`imgdit bench unlearn`: UnlearnCanvas' protocol (arXiv 2402.11846) on the procedural scenes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from imgdit import DiffusionPipeline
+from imgdit.benchmarks.metrics import wilson
+from imgdit.benchmarks.unlearning.learning import build_material
+from imgdit.benchmarks.unlearning.methods.catalogue import METHODS
+from imgdit.benchmarks.unlearning.pictures import Eyes, Look, Studio
+from imgdit.benchmarks.unlearning.plan import VALIDATION, Cell, cells, scene_seeds
+from imgdit.benchmarks.unlearning.table import (
+    accuracies,
+    bootstrap_means,
+    domain_means,
+    interval,
+    score_pictures,
+    score_together,
+)
+from imgdit.io.atomic import write_text
+from imgdit.naming import check_name
+from imgdit.scenes.labels import kind_of
+from imgdit.scenes.probe import SceneProbe
+from imgdit.scenes.world import OBJECTS, STYLES
+
+SEQUENCE = ("neon", "cube", "sketch", "torus", "sepia", "cone")
+"""Unlearned one after the other, styles and objects in turn, so that some of both are always left."""
+FEW_TARGETS = ("neon", "mosaic", "cube", "torus")
+FEW_METHODS = ("none", "negative", "direction", "saeuron", "scale")
+OURS = ("scale", "replace")
+SCORES = ("UA", "IRA", "CRA")
+
+
+@dataclass(frozen=True)
+class UnlearnPlan:
+    """How much is measured."""
+
+    methods: tuple[str, ...] = tuple(METHODS)
+    """Names of `METHODS`; "none" is always among them."""
+    targets: tuple[str, ...] = (*STYLES, *OBJECTS)
+    """Labels that are unlearned, one at a time."""
+    seeds: int = 6
+    """Pictures of each style with each object, for each target and method."""
+    steps: int = 20
+    """Of the sampler."""
+    guidance: float = 3.0
+    """Scale."""
+    sentences: int = 16
+    """For each label, to learn from."""
+    tune: bool = False
+    """Choose each method's settings on other seeds first; otherwise the first of its grid are used."""
+    together: int = 2
+    """Seeds of the pictures for several labels at once, 1 to 6 of `SEQUENCE`; 0: none."""
+    attack: int = 5
+    """Prompts of each of `FEW_TARGETS` that are attacked; 0: none."""
+
+    def __post_init__(self) -> None:
+        for name in self.methods:
+            check_name("method", name, METHODS)
+        for target in self.targets:
+            kind_of(target)
+        if not self.targets:
+            raise ValueError("there is nothing to unlearn; give at least one target")
+        for name in ("seeds", "steps", "sentences"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.guidance <= 1:
+            raise ValueError(
+                f"half of the methods work through guidance; guidance must be above 1, got {self.guidance}"
+            )
+
+    @property
+    def needs_saes(self) -> bool:
+        return any(METHODS[name].needs_saes for name in self.methods)
+
+
+QUICK = UnlearnPlan(FEW_METHODS, FEW_TARGETS, seeds=2, steps=12, sentences=6, together=0, attack=0)
+"""1,632 pictures and 84 to learn from."""
+
+
+def run(model: Path, probe: Path, saes: Path, out: Path, plan: UnlearnPlan) -> dict[str, Any]:
+    """Measure methods; `out` gets unlearn.json and the pictures, and what it has already is not made again.
+
+    Args:
+        model, probe, saes: folders of the pipeline, of the `SceneProbe` and of the SAEs.
+        out: folder.
+        plan: how much.
+    """
+    if plan.needs_saes and not saes.is_dir():
+        needing = ", ".join(name for name in plan.methods if METHODS[name].needs_saes)
+        raise ValueError(
+            f"there is no folder {saes} of autoencoders; train them (`imgdit sae train scenes/sae` and "
+            "`scenes/sae_text`), name another folder with --saes, or leave out the methods that need them "
+            f"({needing})"
+        )
+    pipe = DiffusionPipeline.from_pretrained(model).to("cuda" if torch.cuda.is_available() else "cpu")
+    pipe.set_progress_bar_config(disable=True)
+    material, seconds = build_material(
+        pipe,
+        saes if plan.needs_saes else None,
+        out,
+        sentences=plan.sentences,
+        steps=plan.steps,
+        guidance=plan.guidance,
+    )
+    studio = Studio(pipe, material, out / "pictures", steps=plan.steps, guidance=plan.guidance)
+    bench = _Bench(plan, studio, Eyes(SceneProbe.from_pretrained(probe).eval()), seconds)
+    result = bench.result()
+    write_text(out / "unlearn.json", json.dumps(result, indent=1, ensure_ascii=False))
+    return result
+
+
+class _Bench:
+    def __init__(self, plan: UnlearnPlan, studio: Studio, eyes: Eyes, statistics_seconds: float) -> None:
+        self.plan, self.studio, self.eyes = plan, studio, eyes
+        self.statistics_seconds = statistics_seconds
+        self.methods = [name for name in METHODS if name in plan.methods or name == "none"]
+        self.domains = {target: kind_of(target) for target in plan.targets}
+        self.tried: dict[str, list[dict[str, Any]]] = {}
+
+    def result(self) -> dict[str, Any]:
+        plan = self.plan
+        wanted = cells(scene_seeds(plan.seeds))
+        settings = {name: self._tuned(name) if plan.tune else dict(self._grid(name)[0]) for name in self.methods}
+        looks = {name: self._of_targets(name, settings[name], wanted, timed=True) for name in self.methods}
+        seen = {name: {target: [look.seen for look in of[target]] for target in of} for name, of in looks.items()}
+        draws = {name: bootstrap_means(of, self.domains) for name, of in seen.items()}
+        rows = {
+            name: {
+                **self._summary(name, seen[name], draws[name], draws),
+                **self._side_effects(looks[name]),
+                **self._costs(name, settings[name], wanted),
+            }
+            for name in self.methods
+        }
+        plain = next(iter(seen["none"].values()))
+        return {
+            "plan": dataclasses.asdict(plan),
+            "model": self.studio.model,
+            "unmodified": {domain: accuracies(plain, domain) for domain in ("style", "object")},
+            "methods": rows,
+            "together": {name: self._together(name, settings[name]) for name in self.methods} if plan.together else {},
+            "attack": {name: self._attacked(name, settings[name]) for name in self.methods} if plan.attack else {},
+            "tuning": self.tried,
+            "pictures": {
+                name: {target: [_row(look) for look in found] for target, found in of.items()}
+                for name, of in looks.items()
+            },
+        }
+
+    def _looks(self, name: str, concepts: Sequence[str], settings: Mapping[str, Any], wanted: Any, **how: Any) -> Any:
+        album = self.studio.album(name, [] if name == "none" else concepts, wanted, settings, **how)
+        plain = self.studio.album("none", [], wanted)
+        return self.eyes.looks(album.folder, wanted, plain.folder)
+
+    def _of_targets(
+        self, name: str, settings: Mapping[str, Any], wanted: Sequence[Cell], timed: bool = False
+    ) -> dict[str, list[Look]]:
+        return {
+            target: self._looks(name, [target], settings, wanted, timed=timed and n == 0 and name != "none")
+            for n, target in enumerate(self.plan.targets)
+        }
+
+    def _grid(self, name: str) -> Sequence[Mapping[str, Any]]:
+        return METHODS[name].usable(self.studio.material.streams(self.studio.pipe))
+
+    def _tuned(self, name: str) -> dict[str, Any]:
+        """The settings of the grid with the best mean of UA, IRA and CRA, on seeds of their own."""
+        grid = self._grid(name)
+        if len(grid) == 1:
+            return dict(grid[0])
+        wanted, targets = cells(scene_seeds(1, VALIDATION)), [t for t in FEW_TARGETS if t in self.plan.targets]
+        tried = self.tried[name] = []
+        for settings in grid:
+            scores = [
+                score_pictures(t, kind_of(t), [look.seen for look in self._looks(name, [t], settings, wanted)])
+                for t in targets or self.plan.targets[:1]
+            ]
+            mean = sum(s.scores.mean for s in scores) / len(scores)
+            tried.append({"settings": dict(settings), "mean": mean, "targets": {s.target: s.scores for s in scores}})
+        return dict(max(tried, key=lambda entry: entry["mean"])["settings"])
+
+    def _summary(
+        self, name: str, seen: Mapping[str, Any], draws: Mapping[str, np.ndarray], everyone: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        scores = [score_pictures(target, self.domains[target], found) for target, found in seen.items()]
+        means = domain_means(scores)
+        six = [value for mean in means.values() for value in mean]
+        of_six = _of_six(draws)
+        against = {
+            other: interval(_of_six(everyone[other]) - of_six, float((_of_six(everyone[other]) - of_six).mean()))
+            for other in OURS
+            if other in everyone and other != name
+        }
+        return {
+            "title": METHODS[name].title,
+            "means": {
+                domain: {score: interval(draws[domain][:, i], mean[i])._asdict() for i, score in enumerate(SCORES)}
+                for domain, mean in means.items()
+            },
+            "mean": interval(of_six, sum(six) / len(six))._asdict(),
+            "minimum": min(six),
+            "ours_better_by": {other: value._asdict() for other, value in against.items()},
+            "targets": {s.target: _target(s) for s in scores},
+        }
+
+    def _side_effects(self, looks: Mapping[str, Sequence[Look]]) -> dict[str, Any]:
+        """Artefacts over all pictures, and changes of those whose prompt does not name the target."""
+        every = [look for found in looks.values() for look in found]
+        kept = [
+            look
+            for target, found in looks.items()
+            for look in found
+            if look.seen.cell.expected(self.domains[target]) != target
+        ]
+        bad = sum(look.artefact for look in every)
+        return {
+            "artefacts": {**wilson(bad, len(every))._asdict(), "pictures": bad, "of": len(every)},
+            "pixel_change": float(np.mean([look.pixels for look in kept])),
+            "feature_change": float(np.mean([look.features for look in kept])),
+        }
+
+    def _costs(self, name: str, settings: Mapping[str, Any], wanted: Sequence[Cell]) -> dict[str, Any]:
+        concepts = [[] if name == "none" else [target] for target in self.plan.targets]
+        albums = [self.studio.album(name, names, wanted, settings) for names in concepts]
+        labels = sum(len(of) for of in self.studio.material.prompts.values())
+        shared = self.statistics_seconds / labels if METHODS[name].needs_saes else 0.0
+        ratios = [album.time_ratio for album in albums if album.time_ratio is not None]
+        return {
+            "settings": dict(settings),
+            "tuned_values": METHODS[name].tuned,
+            "setup_seconds": float(np.mean([album.setup_seconds for album in albums])) + shared,
+            "bytes": float(np.mean([album.size for album in albums])),
+            "time_ratio": ratios[0] if ratios else 1.0,
+        }
+
+    def _together(self, name: str, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """One more label at a time."""
+        wanted = cells(scene_seeds(self.plan.together))
+        found = []
+        for count in range(1, len(SEQUENCE) + 1):
+            concepts = SEQUENCE[:count]
+            seen = [look.seen for look in self._looks(name, concepts, settings, wanted)]
+            found.append({"concepts": concepts, **score_together({c: kind_of(c) for c in concepts}, seen)})
+        return found
+
+    def _attacked(self, name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """How often the target is seen in pictures of its own prompts, before and under attack."""
+        before = after = total = 0
+        for target in (t for t in FEW_TARGETS if t in self.plan.targets):
+            domain = kind_of(target)
+            all_cells = [cell for cell in cells(scene_seeds(self.plan.seeds)) if cell.expected(domain) == target]
+            wanted = all_cells[:: max(1, len(all_cells) // self.plan.attack)][: self.plan.attack]
+            total += len(wanted)
+            for attack in (False, True):
+                looks = self._looks(name, [target], settings, wanted, attack=attack)
+                hits = sum(look.seen.right(domain) for look in looks)
+                before, after = (before, after + hits) if attack else (before + hits, after)
+        return {"shown": before, "shown_under_attack": after, "of": total}
+
+
+def _of_six(draws: Mapping[str, np.ndarray]) -> np.ndarray:
+    """(R,) mean of the scores of all domains."""
+    return np.mean([values.mean(1) for values in draws.values()], axis=0)
+
+
+def _target(scores: Any) -> dict[str, Any]:
+    named = dict(zip(SCORES, scores.scores))
+    return {
+        **named,
+        "domain": scores.domain,
+        "UA_interval": scores.unlearned._asdict(),
+        "CRA_everywhere": scores.cross_everywhere,
+        "confusion": scores.confusion,
+    }
+
+
+def _row(look: Look) -> list[Any]:
+    return [look.seen.cell.name, look.seen.style, look.seen.object, look.pixels, look.features]
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """The result as aligned text."""
+    domains = [domain for domain in ("style", "object") if domain in result["methods"]["none"]["means"]]
+    head = ["method", *(f"{domain} {score}" for domain in domains for score in SCORES)]
+    head += ["mean (95 %)", "min", "artefacts", "pixels", "features", "time", "set-up", "kB", "tuned"]
+    lines = [head]
+    for row in result["methods"].values():
+        cells_ = [row["title"]]
+        cells_ += [f"{100 * row['means'][domain][score]['value']:.1f}" for domain in domains for score in SCORES]
+        mean = {part: 100 * row["mean"][part] for part in ("value", "low", "high")}
+        cells_ += [f"{mean['value']:.1f} ({mean['low']:.1f}–{mean['high']:.1f})", f"{100 * row['minimum']:.1f}"]
+        cells_ += [f"{100 * row['artefacts']['value']:.1f} %", f"{row['pixel_change']:.3f}"]
+        cells_ += [f"{row['feature_change']:.3f}", f"{row['time_ratio']:.2f}", f"{row['setup_seconds']:.1f} s"]
+        cells_ += [f"{row['bytes'] / 1000:.0f}", str(row["tuned_values"])]
+        lines.append(cells_)
+    text = [_aligned(lines)]
+    if result["together"]:
+        lines = [["several at once: unlearned / retained", *(f"{n}" for n in range(1, len(SEQUENCE) + 1))]]
+        for name, rows in result["together"].items():
+            shares = [f"{100 * row['unlearned']:.0f} / {100 * row['retained']:.0f}" for row in rows]
+            lines.append([METHODS[name].title, *shares])
+        text.append(_aligned(lines))
+    if result["attack"]:
+        lines = [["the target is seen", "before", "under attack", "of"]]
+        for name, row in result["attack"].items():
+            lines.append([METHODS[name].title, *(str(row[k]) for k in ("shown", "shown_under_attack", "of"))])
+        text.append(_aligned(lines))
+    return "\n\n".join(text)
+
+
+def _aligned(lines: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)

@@ -1,1 +1,0 @@
-"""Ways to unlearn concepts, all with one interface, to be compared in one table."""

@@ -1,0 +1,476 @@
+"""The names that LoRA files of FLUX.1, SD3 and SD3.5 use, to diffusers' names and back.
+
+peft       `transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight`: diffusers, OminiControl, ours; also
+           without a prefix, behind `base_model.model.`, and with the adapter's name (`.lora_A.default.weight`)
+comfyui    `diffusion_model.single_blocks.0.linear1.lora_A.weight`: the names of the models' own repositories
+kohya      `lora_unet_single_blocks_0_linear1.lora_down.weight`: the same with underscores
+onetrainer `lora_transformer_single_transformer_blocks_0_attn_to_q.lora_down.weight`: diffusers' with underscores
+xlabs      `single_blocks.0.processor.qkv_lora.down.weight`
+
+The models' own names fuse projections that diffusers keeps apart: a fused LoRA is the parts' down-projections above
+each other and their up-projections on a block diagonal. diffusers' converters for FLUX.1 are written for its published
+size and lose layers of some dialects, so the tables are here; a test holds them to diffusers' converters at that size.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+
+from imgdit.naming import check_name
+
+_MLP_RATIO = 4  # FLUX.1: where a file has no LoRA for the MLP, its rows are still there in the fused layer
+_QKV, _ADDED_QKV = (
+    tuple(f"attn.{name}" for name in names)
+    for names in (("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj"))
+)
+
+# FLUX's own name of a layer in a block, and diffusers' names of its parts in the order of their rows.
+_DOUBLE = {
+    "img_mod.lin": ("norm1.linear",),
+    "txt_mod.lin": ("norm1_context.linear",),
+    "img_attn.qkv": _QKV,
+    "txt_attn.qkv": _ADDED_QKV,
+    "img_attn.proj": ("attn.to_out.0",),
+    "txt_attn.proj": ("attn.to_add_out",),
+    "img_mlp.0": ("ff.net.0.proj",),
+    "img_mlp.2": ("ff.net.2",),
+    "txt_mlp.0": ("ff_context.net.0.proj",),
+    "txt_mlp.2": ("ff_context.net.2",),
+}
+_SINGLE = {
+    "modulation.lin": ("norm.linear",),
+    "linear1": (*_QKV, "proj_mlp"),
+    "linear2": ("proj_out",),
+}
+_ROOT = {
+    "img_in": ("x_embedder",),
+    "txt_in": ("context_embedder",),
+    "time_in.in_layer": ("time_text_embed.timestep_embedder.linear_1",),
+    "time_in.out_layer": ("time_text_embed.timestep_embedder.linear_2",),
+    "guidance_in.in_layer": ("time_text_embed.guidance_embedder.linear_1",),
+    "guidance_in.out_layer": ("time_text_embed.guidance_embedder.linear_2",),
+    "vector_in.in_layer": ("time_text_embed.text_embedder.linear_1",),
+    "vector_in.out_layer": ("time_text_embed.text_embedder.linear_2",),
+    "final_layer.adaLN_modulation.1": ("norm_out.linear",),
+    "final_layer.linear": ("proj_out",),
+}
+# SD3's own names, which are read only.
+_JOINT = {
+    "x_block.adaLN_modulation.1": ("norm1.linear",),
+    "context_block.adaLN_modulation.1": ("norm1_context.linear",),
+    "x_block.attn.qkv": _QKV,
+    "context_block.attn.qkv": _ADDED_QKV,
+    "x_block.attn2.qkv": ("attn2.to_q", "attn2.to_k", "attn2.to_v"),
+    "x_block.attn.proj": ("attn.to_out.0",),
+    "context_block.attn.proj": ("attn.to_add_out",),
+    "x_block.attn2.proj": ("attn2.to_out.0",),
+    "x_block.mlp.fc1": ("ff.net.0.proj",),
+    "x_block.mlp.fc2": ("ff.net.2",),
+    "context_block.mlp.fc1": ("ff_context.net.0.proj",),
+    "context_block.mlp.fc2": ("ff_context.net.2",),
+}
+_SD3_ROOT = {
+    "x_embedder.proj": ("pos_embed.proj",),
+    "t_embedder.mlp.0": ("time_text_embed.timestep_embedder.linear_1",),
+    "t_embedder.mlp.2": ("time_text_embed.timestep_embedder.linear_2",),
+    "y_embedder.mlp.0": ("time_text_embed.text_embedder.linear_1",),
+    "y_embedder.mlp.2": ("time_text_embed.text_embedder.linear_2",),
+}
+# XLabs' names; 1 is the image's stream, 2 the text's.
+_XLABS_DOUBLE = {
+    "processor.qkv_lora1": _QKV,
+    "processor.qkv_lora2": _ADDED_QKV,
+    "processor.proj_lora1": ("attn.to_out.0",),
+    "processor.proj_lora2": ("attn.to_add_out",),
+}
+_XLABS_SINGLE = {"processor.qkv_lora": _QKV, "processor.proj_lora": ("proj_out",)}
+
+_OWN = {
+    "double": ("transformer_blocks", _DOUBLE | _XLABS_DOUBLE),
+    "single": ("single_transformer_blocks", _SINGLE | _XLABS_SINGLE),
+    "joint": ("transformer_blocks", _JOINT),
+}
+"""By own name of a list of blocks: diffusers' name of the list, and the layers."""
+_OWN_ROOT = _ROOT | _SD3_ROOT
+_OWN_BLOCK = re.compile(r"(double|single|joint)_blocks([._])(\d+)[._](.+)")
+_BLOCK = re.compile(r"((?:single_)?transformer_blocks)([._])(\d+)[._](.+)")
+_SWAPPED = "norm_out.linear"  # diffusers keeps scale before shift here, FLUX and SD3 shift before scale
+
+
+class LoraPair(NamedTuple):
+    """One module's LoRA; its change of the weights is `up @ down`."""
+
+    down: torch.Tensor
+    """A: (rank, in, ...)"""
+    up: torch.Tensor
+    """B: (out, rank, ...)"""
+
+
+class LoraShapeError(ValueError):
+    """Tensors that cannot be a LoRA; names the module."""
+
+
+class LoraKindError(ValueError):
+    """Keys of something that is no plain LoRA of one adapter; says what."""
+
+
+class Names(NamedTuple):
+    """What a file's keys are, by their names alone."""
+
+    parts: dict[str, dict[str, str]]
+    """By module: the keys of "down", "up" and, where there is one, "alpha". A fused layer has its own name here."""
+    own: frozenset[str]
+    """The modules under names of the model's own repository."""
+    dialect: str
+    unused: tuple[str, ...]
+    """Keys that are no part of a LoRA of the transformer, or of half a LoRA; sorted."""
+    aside: dict[str, str]
+    """Those of them that are understood: key and what it is."""
+
+    @property
+    def used(self) -> list[str]:
+        """Keys of the LoRA."""
+        return [key for parts in self.parts.values() for key in parts.values()]
+
+
+class Renamed(NamedTuple):
+    """A file's tensors under diffusers' names."""
+
+    pairs: dict[str, LoraPair]
+    """By module, as `transformer_blocks.0.attn.to_q`; the file's alphas are multiplied into `up`."""
+    dialect: str
+    unused: tuple[str, ...]
+    """Keys that are no part of a LoRA of the transformer, or of half a LoRA."""
+    aside: dict[str, str]
+    """Those of them that are understood: key and what it is."""
+
+
+Scale = Callable[[str, int], float]
+"""Factor of a module's change, by the module's name in the file and the rank."""
+
+
+# Reading names
+
+_KEY = re.compile(
+    r"(?P<module>.+?)\.?(?:"
+    r"(?<=\.)lora_(?P<peft>[AB])(?:\.(?P<adapter>(?!weight$|bias$)[^.]+))?(?:\.weight)?"
+    r"|(?<=\.)lora[_.](?P<kohya>down|up)\.weight"
+    r"|(?:(?<=_lora\.)|(?<=_lora[12]\.))(?P<xlabs>down|up)\.weight"
+    r"|(?<=\.)(?P<alpha>alpha))"
+)
+_PARTS = {"A": "down", "down": "down", "B": "up", "up": "up", "alpha": "alpha"}
+_OWN_PREFIXES = ("diffusion_model.", "lora_unet_", "lycoris_")
+PREFIXES = re.compile(
+    r"(?:(?:_orig_mod|module|base_model\.model|model\.diffusion_model|diffusion_model|transformer|model)\."
+    r"|(?:lora_unet|lora_transformer|lycoris)_)*"
+)
+_TEXT_ENCODER = re.compile(
+    r"(lora_)?(prior_)?(te|text_encoders?|text_model|clip(_[lg])?|t5(xxl)?|cond_stage_model|conditioner)(_?\d+)?[._]"
+    r"|encoder\.(block|layers)\."
+)
+_EMBEDDING = re.compile(r"(bundle_emb|emb_params|string_to_param)([._]|$)")
+_KINDS = {
+    "DoRA": r"magnitude_vector|dora_scale",
+    "LoKr": r"\.lokr_",
+    "LoHa": r"\.hada_",
+    "OFT or BOFT": r"\.b?oft_",
+    "(IA)³": r"\.ia3_",
+    "VeRA": r"\.vera_",
+    "LoCon with a core (Tucker)": r"\.lora_mid\.",
+    "LoRA with biases (lora_bias=True)": r"\.lora_B(\.[^.]+)?\.bias$",
+}
+OF_TEXT_ENCODER = "of a text encoder, which nothing here uses"
+_OF_EMBEDDING = "of a learned word (textual inversion), which nothing here uses"
+_WHOLE = "of whole weights or differences of them, which cannot act on some tokens only"
+_AGAIN = "of layers that the file holds under other names as well"
+CONTROL = (
+    "is a FLUX Control LoRA: it reads its condition as further channels of the latents. Use diffusers' "
+    "FluxControlPipeline with load_lora_weights(); OmniControl takes LoRAs that read a condition as tokens"
+)
+
+
+def sort_names(keys: Iterable[str]) -> Names:
+    """Understand a file by its keys.
+
+    Raises:
+        LoraKindError: an adapter of another kind, several adapters, or a FLUX Control LoRA.
+    """
+    keys = sorted(keys)
+    if any(key.endswith("norm.query_norm.scale") for key in keys):
+        raise LoraKindError(CONTROL)
+    aside: dict[str, str] = {}
+    unused: list[str] = []
+    read: list[tuple[str, str, str, re.Match[str]]] = []
+    for key in keys:
+        prefix = PREFIXES.match(key)[0]  # type: ignore[index]
+        name = key[len(prefix) :]
+        if _TEXT_ENCODER.match(name):
+            aside[key] = OF_TEXT_ENCODER
+        elif _EMBEDDING.match(name):
+            aside[key] = _OF_EMBEDDING
+        elif kind := next((kind for kind, pattern in _KINDS.items() if re.search(pattern, key)), None):
+            raise LoraKindError(
+                f"is a {kind}, by its key {key!r}; expected a plain LoRA (lora_A and lora_B, or lora_down and "
+                "lora_up). DoRA, LoKr, LoHa and the like change whole weights and cannot act on one condition's "
+                "tokens"
+            )
+        elif match := _KEY.fullmatch(name):
+            read.append((key, prefix, match["module"], match))
+        elif re.search(r"\.(weight|bias|scale|diff|diff_b|w_norm|b_norm)$", key):
+            aside[key] = _WHOLE
+        else:
+            unused.append(key)
+    adapters = sorted({match["adapter"] or "" for *_, match in read if match["peft"]})
+    if len(adapters) > 1:
+        raise LoraKindError(
+            f"holds the adapters {', '.join(map(repr, adapters))} in one file; expected one. Save them apart "
+            "(PEFT: save_pretrained(folder, selected_adapters=[name]))"
+        )
+    return _by_module(read, unused, aside)
+
+
+def _by_module(read: list[tuple[str, str, str, re.Match[str]]], unused: list[str], aside: dict[str, str]) -> Names:
+    """Put the parts of each module together."""
+    repositories = {prefix for _, prefix, module, _ in read if _OWN_BLOCK.match(module)}
+    others = {prefix for _, prefix, module, _ in read if _BLOCK.match(module)}
+    plain: dict[str, dict[str, str]] = {}
+    own: dict[str, dict[str, str]] = {}
+    sources: dict[str, str] = {}
+    for key, prefix, module, match in read:
+        # `img_in` is a name of FLUX's repository only where the file's blocks say so, or its prefix does.
+        native = prefix in repositories or (prefix not in others and prefix.endswith(_OWN_PREFIXES))
+        name = _dotted(module, native) if prefix.endswith("_") else module
+        if name is None:
+            unused.append(key)
+            continue
+        table = own if _own_parts(name) and (native or not _is_root(name)) else plain
+        taken = table.setdefault(name, {})
+        part = _PARTS[match["peft"] or match["kohya"] or match["xlabs"] or match["alpha"]]
+        if part in taken or sources.setdefault(name, prefix) != prefix:
+            aside[key] = _AGAIN
+        else:
+            taken[part] = key
+    for name in list(own):  # published files hold the same LoRA by two trainers' names
+        if any(part in plain for part in _own_parts(name)):
+            aside |= dict.fromkeys(own.pop(name).values(), _AGAIN)
+    parts = plain | own
+    for name in [name for name, keys in parts.items() if not {"down", "up"} <= keys.keys()]:
+        unused += parts.pop(name).values()
+    return Names(
+        parts, frozenset(parts.keys() & own.keys()), _dialect(parts, own), tuple(sorted([*unused, *aside])), aside
+    )
+
+
+def _dialect(parts: Mapping[str, Mapping[str, str]], own: Mapping[str, Any]) -> str:
+    """The dialect of most modules."""
+
+    def of(name: str) -> str:
+        key = parts[name]["down"]
+        if key.startswith("lora_transformer_"):
+            return "onetrainer"
+        if key.startswith(("lora_unet_", "lycoris_")):
+            return "kohya"
+        if ".processor." in key:
+            return "xlabs"
+        return "comfyui" if name in own or "diffusion_model." in key else "peft"
+
+    counts = Counter(of(name) for name in parts)
+    return counts.most_common(1)[0][0] if counts else "peft"
+
+
+def _is_root(name: str) -> bool:
+    return name in _OWN_ROOT
+
+
+def _own_parts(name: str) -> tuple[str, ...]:
+    """diffusers' names of the parts of a layer under its own name; none for any other name."""
+    match = _OWN_BLOCK.fullmatch(name)
+    if match is None:
+        return _OWN_ROOT.get(name, ())
+    blocks, table = _OWN[match[1]]
+    return tuple(f"{blocks}.{match[3]}.{part}" for part in table.get(match[4], ()))
+
+
+_LAYERS = {part.replace(".", "_"): part for _, table in _OWN.values() for parts in table.values() for part in parts}
+"""diffusers' names of the layers of a block, by themselves with underscores."""
+_ROOTS = {name.replace(".", "_"): name for own, parts in _OWN_ROOT.items() for name in (own, *parts)} | {
+    "context_embedder": "context_embedder"
+}
+
+
+def _dotted(name: str, native: bool) -> str | None:
+    """A module's name with dots; `None` for a name that neither FLUX nor SD3 has."""
+    if match := _OWN_BLOCK.fullmatch(name):
+        inner = next((own for own in _OWN[match[1]][1] if own.replace(".", "_") == match[4]), None)
+        return inner and f"{match[1]}_blocks.{match[3]}.{inner}"
+    if match := _BLOCK.fullmatch(name):
+        inner = _LAYERS.get(match[4])
+        return inner and f"{match[1]}.{match[3]}.{inner}"
+    return _ROOTS.get(name) if native or name not in _OWN_ROOT else name
+
+
+_FAMILIES = (
+    (r"(down|up)_blocks[._]|(in|out)put_blocks[._]|mid(dle)?_block", "Stable Diffusion 1, 2 or XL (a U-Net)"),
+    (r"to_qkv_mlp_proj|(double|single)_stream_modulation", "FLUX.2"),
+    (r"(double|single)_blocks[._]|single_transformer_blocks[._]", "FLUX.1"),
+    (r"transformer_blocks[._]\d+[._](img|txt)_(mlp|mod)", "Qwen-Image"),
+    (r"transformer_blocks[._]\d+[._]attn1[._]", "PixArt, Sana or Lumina"),
+    (r"joint_blocks[._]|transformer_blocks[._]\d+[._]attn2[._]|^pos_embed[._]proj", "SD3"),
+    (r"(layers|\w+_refiner)[._]\d+[._](attention|feed_forward)", "Z-Image or Lumina"),
+    (r"layers[._]\d+[._](self_attn|mlp)[._]", "a language model"),
+    (r"\bblocks[._]\d+[._](self_attn|cross_attn|ffn)", "Wan"),
+)
+
+
+def family_of(modules: Iterable[str]) -> str | None:
+    """The family of transformers whose modules are called so; `None` where the names do not tell."""
+    modules = list(modules)
+    return next((family for pattern, family in _FAMILIES if any(re.search(pattern, name) for name in modules)), None)
+
+
+# Reading tensors
+
+
+def to_diffusers(tensors: Mapping[str, torch.Tensor], scale: Scale | None = None) -> Renamed:
+    """Read any of the dialects.
+
+    Args:
+        tensors: as in the file.
+        scale: factor of each module, as a PEFT configuration has it; `alpha` keys of the file take its place.
+
+    Raises:
+        LoraShapeError: a pair whose shapes do not fit each other, or the layer that its name says.
+        LoraKindError: see `sort_names`.
+    """
+    names = sort_names(tensors)
+    return Renamed(read_pairs(names, tensors, scale), names.dialect, names.unused, names.aside)
+
+
+def read_pairs(names: Names, tensors: Mapping[str, torch.Tensor], scale: Scale | None = None) -> dict[str, LoraPair]:
+    """The LoRAs under diffusers' names; see `to_diffusers`."""
+    pairs: dict[str, LoraPair] = {}
+    for name, keys in names.parts.items():
+        parts = {part: tensors[key] for part, key in keys.items()}
+        down, up = _checked(name, parts)
+        if "alpha" in parts:
+            factor = float(parts["alpha"]) / down.shape[0]
+        else:
+            factor = 1.0 if scale is None else scale(name, down.shape[0])
+        pair = LoraPair(down, up if factor == 1.0 else up * factor)
+        pairs |= _split(name, pair) if name in names.own else {name: pair}
+    return pairs
+
+
+DIALECTS = ("peft", "comfyui")
+"""Names that a file can be written by."""
+
+
+def from_diffusers(pairs: Mapping[str, LoraPair], dialect: str) -> dict[str, torch.Tensor]:
+    """Tensors of a file, by the names of `dialect`; the inverse of `to_diffusers`."""
+    check_name("dialect", dialect, DIALECTS)
+    if dialect == "peft":
+        return _named("transformer.", pairs)
+    left = dict(pairs)
+    fused: dict[str, LoraPair] = {}
+    for name in pairs:
+        if name not in left:
+            continue
+        native, parts = _native(name)
+        fused[native] = _fuse([left.pop(part, None) for part in parts], parts)
+    return _named("diffusion_model.", fused)
+
+
+def _checked(module: str, parts: Mapping[str, torch.Tensor]) -> LoraPair:
+    """A pair that fits, in a type that can be computed with."""
+    down, up = parts["down"], parts["up"]
+    if not (down.is_floating_point() and up.is_floating_point()):
+        raise LoraShapeError(f"{module} has {down.dtype} and {up.dtype}; expected floating-point numbers")
+    fits = (
+        down.ndim >= 2 and up.ndim == down.ndim and up.shape[1] == down.shape[0] and max(up.shape[2:], default=1) == 1
+    )
+    if not (fits and down.numel() and up.numel()):
+        raise LoraShapeError(
+            f"{module} is {tuple(down.shape)} and {tuple(up.shape)}; expected (rank, in, …) and (out, rank, …)"
+        )
+    alpha = parts.get("alpha")
+    if alpha is not None and (alpha.numel() != 1 or alpha.is_complex() or not abs(float(alpha)) < 1e9):
+        raise LoraShapeError(
+            f"the alpha of {module} is {alpha.dtype} of shape {tuple(alpha.shape)}; expected one number"
+        )
+    if down.ndim > 2 and max(*down.shape[2:], *up.shape[2:]) == 1:  # a linear layer written as a 1x1 convolution
+        down, up = down.flatten(1), up.flatten(1)
+    small = torch.bfloat16  # which holds every 8-bit float, and has the operations that those lack
+    return LoraPair(*(t.to(small) if t.itemsize == 1 else t for t in (down, up)))
+
+
+def _named(prefix: str, pairs: Mapping[str, LoraPair]) -> dict[str, torch.Tensor]:
+    tensors = {}
+    for name, pair in pairs.items():
+        tensors[f"{prefix}{name}.lora_A.weight"] = pair.down.contiguous()
+        tensors[f"{prefix}{name}.lora_B.weight"] = pair.up.contiguous()
+    return tensors
+
+
+def _split(module: str, pair: LoraPair) -> dict[str, LoraPair]:
+    """The parts of a LoRA under its own name."""
+    parts, width = _own_parts(module), pair.down.shape[1]
+    if len(parts) == 1:
+        return {parts[0]: LoraPair(pair.down, _scale_first(pair.up) if _is_swapped(parts[0], pair) else pair.up)}
+    rest = pair.up.shape[0] - 3 * width
+    if pair.up.ndim != 2 or rest < 0 or (rest > 0) != (len(parts) > 3):
+        short = ", ".join(part.rpartition(".")[2] for part in parts)
+        raise LoraShapeError(f"{module} is {tuple(pair.up.shape)}, whose rows are no {short} of width {width}")
+    rows = [width] * 3 + [rest] * (len(parts) - 3)
+    split = {}
+    for part, up in zip(parts, pair.up.split(rows)):
+        used = up.any(dim=0)  # a LoRA of another part has nothing here
+        if used.any():
+            split[part] = LoraPair(pair.down[used], up[:, used])
+    return split or {part: LoraPair(pair.down, up) for part, up in zip(parts, pair.up.split(rows))}
+
+
+def _is_swapped(name: str, pair: LoraPair) -> bool:
+    """Whether a layer gives scale and shift, which diffusers keeps in the other order: the last norm of the image, and
+    of SD3's last block that of the text, which gives nothing else."""
+    return name == _SWAPPED or (name.endswith("norm1_context.linear") and pair.up.shape[0] == 2 * pair.down.shape[1])
+
+
+def _scale_first(up: torch.Tensor) -> torch.Tensor:
+    return torch.cat(up.chunk(2)[::-1])
+
+
+def _native(name: str) -> tuple[str, tuple[str, ...]]:
+    """FLUX's own name of the layer that holds a module, and diffusers' names of the layer's parts."""
+    match = re.fullmatch(r"(single_)?transformer_blocks\.(\d+)\.(.+)", name)
+    table = _ROOT if match is None else _SINGLE if match[1] else _DOUBLE
+    inner = match[3] if match else name
+    for native, parts in table.items():
+        if inner in parts:
+            if match is None:
+                return native, parts
+            prefix = f"{match[1] or ''}transformer_blocks.{match[2]}."
+            block = f"{'single' if match[1] else 'double'}_blocks.{match[2]}."
+            return block + native, tuple(prefix + part for part in parts)
+    raise ValueError(f"{name!r} has no name in FLUX's own repository; only LoRAs for FLUX can be written as 'comfyui'")
+
+
+def _fuse(pairs: list[LoraPair | None], parts: tuple[str, ...]) -> LoraPair:
+    present = [pair for pair in pairs if pair is not None]
+    if len(parts) == 1:
+        (down, up) = present[0]
+        return LoraPair(down, _scale_first(up) if parts[0] == _SWAPPED else up)
+    down = torch.cat([pair.down for pair in present])  # (sum of ranks, in)
+    width, blocks, rank = down.shape[1], [], 0
+    for pair, name in zip(pairs, parts):
+        rows = width * (_MLP_RATIO if name.endswith("proj_mlp") else 1)
+        up = down.new_zeros(rows if pair is None else pair.up.shape[0], down.shape[0])
+        if pair is not None:
+            up[:, rank : rank + pair.up.shape[1]] = pair.up
+            rank += pair.up.shape[1]
+        blocks.append(up)
+    return LoraPair(down, torch.cat(blocks))

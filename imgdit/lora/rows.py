@@ -1,0 +1,179 @@
+"""LoRA on rows: an adapter that acts on one frame's tokens and on no others.
+
+The adapters are ordinary PEFT layers (so files, `set_adapters` and quantised bases stay what they are). One base GEMM
+runs over all tokens, then each adapter adds its product on its own slice: `y[:, a:b] += scale * B(A(x[:, a:b]))`.
+Nothing is toggled, so no product is computed with scale 0 and two threads cannot disturb each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+from peft.tuners.lora import LoraLayer
+
+from imgdit import compat, kernels
+from imgdit.layout import FrameLayout
+
+
+class AdapterRows(NamedTuple):
+    """Which adapter acts on which rows of a tensor (B, rows, ...)."""
+
+    rows: tuple[tuple[slice, str | None], ...]
+    """Slices with the name of the adapter that owns them; `None`: the main rows."""
+    claimed: frozenset[str]
+    """Adapters that own rows somewhere in the run."""
+    main: tuple[str, ...] | None
+    """Adapters of the main rows; `None`: every active adapter that nobody claims."""
+
+
+class LoraPlan(NamedTuple):
+    """`AdapterRows` of every tensor a block works on: tokens of a stream, or one modulation vector per segment."""
+
+    text: AdapterRows
+    """Text tokens."""
+    image: AdapterRows
+    """Tokens of the frames."""
+    joint: AdapterRows
+    """Text tokens, then the frames' (single-stream blocks)."""
+    text_vectors: AdapterRows
+    """One row per text."""
+    image_vectors: AdapterRows
+    """One row per frame."""
+    joint_vectors: AdapterRows
+    """One row per text, then one per frame."""
+    made: AdapterRows
+    """Tokens of the frames being made (the model's output)."""
+    made_vectors: AdapterRows
+    """One row per frame being made."""
+
+
+def main_rows(length: int) -> AdapterRows:
+    """All rows of a tensor belong to nobody: every active adapter acts on them."""
+    return AdapterRows(((slice(0, length), None),), frozenset(), None)
+
+
+def lora_plan(layout: FrameLayout) -> LoraPlan | None:
+    """Adapter rows of a layout; `None` where no frame has an adapter, so that PEFT's own forward is right."""
+    if not layout.has_adapters:
+        return None
+    texts: list[tuple[int, str | None]] = [(n, None) for n in layout.text_lengths]
+    frames = [(n, layout.frames[i].adapter) for i, n in zip(layout.live, layout.lengths)]
+    made = [frame for i, frame in zip(layout.live, frames) if not layout.frames[i].held]
+
+    def rows(segments: Sequence[tuple[int, str | None]]) -> AdapterRows:
+        slices: list[tuple[slice, str | None]] = []
+        start = 0
+        for length, adapter in segments:
+            stop = start + length
+            if slices and slices[-1][1] == adapter:
+                slices[-1] = (slice(slices[-1][0].start, stop), adapter)
+            else:
+                slices.append((slice(start, stop), adapter))
+            start = stop
+        return AdapterRows(tuple(slices), layout.claimed, layout.main_adapters)
+
+    def vectors(segments: Sequence[tuple[int, str | None]]) -> AdapterRows:
+        return rows([(1, adapter) for _, adapter in segments])
+
+    return LoraPlan(
+        text=rows(texts),
+        image=rows(frames),
+        joint=rows(texts + frames),
+        text_vectors=vectors(texts),
+        image_vectors=vectors(frames),
+        joint_vectors=vectors(texts + frames),
+        made=rows(made),
+        made_vectors=vectors(made),
+    )
+
+
+def linear(module: nn.Module, x: torch.Tensor, rows: AdapterRows | None, *, shared: bool = False) -> torch.Tensor:
+    """`module(x)`, with every LoRA adapter on its own rows only.
+
+    Args:
+        module: a linear layer, or a convolution without overlap taken as one on patches, wrapped by PEFT or not.
+        x: (B, rows, features).
+        rows: who owns which rows; `None`: the module as it is.
+        shared: the adapters of the main rows act on all rows. OminiControl switches adapters in a fixed list of
+            modules; outside of it a style LoRA acts on every token, the conditions' too.
+
+    Raises:
+        ValueError: an adapter is merged into the base, or is of a kind (DoRA and the like) that cannot act on rows.
+    """
+    if not isinstance(module, LoraLayer):
+        return _call(module, x)
+    if rows is None:
+        if not _acts_on_rows(module):
+            return module(x)
+        rows = main_rows(x.shape[1])
+    return compat.called(module, partial(on_rows, module, rows=rows, shared=shared), x)
+
+
+def on_rows(module: LoraLayer, x: torch.Tensor, rows: AdapterRows, *, shared: bool = False) -> torch.Tensor:
+    """`linear` of a layer wrapped by PEFT, past the hooks on it: for a hook that computes the layer's result."""
+    if module.disable_adapters:
+        return _call(module.get_base_layer(), x)
+    fused = module.merged_adapters
+    refuse_fused(rows.claimed, fused)
+    out = _call(module.base_layer, x)
+    if compat.has_hooks(module.base_layer):
+        out = out.clone()  # the adapters are added in place: a hook that kept it keeps what it saw
+    main = (
+        tuple(name for name in module.active_adapters if name not in rows.claimed) if rows.main is None else rows.main
+    )
+    main = tuple(name for name in main if name not in fused)
+    for part, owner in rows.rows:
+        # A condition's adapter may be a main one as well, and acts once.
+        for name in main if owner is None else dict.fromkeys((owner, *main)) if shared else (owner,):
+            if name not in module.lora_A:
+                continue
+            if name in module.lora_variant:
+                raise ValueError(f"adapter {name!r} is not a plain LoRA (DoRA or the like) and cannot act on rows")
+            down, up = module.lora_A[name], module.lora_B[name]
+            delta = _call(up, _call(down, module.lora_dropout[name](x[:, part].to(down.weight.dtype))))
+            out[:, part] += (delta * module.scaling[name]).to(out.dtype)
+    return out
+
+
+def _acts_on_rows(module: LoraLayer) -> bool:
+    """Whether PEFT's own forward would compute what `linear` does: inference with plain, unmerged adapters."""
+    return not (torch.is_grad_enabled() or module.merged_adapters or module.lora_variant) and kernels.is_plain(module)
+
+
+def refuse_fused(claimed: Iterable[str], fused: Sequence[str]) -> None:
+    """Refuse a condition's adapter that is part of the base weights."""
+    wrong = [name for name in claimed if name in fused]
+    if wrong:
+        raise ValueError(
+            f"adapter {wrong[0]!r} is fused into the base weights and acts on every token, not on its condition's "
+            "alone; call unfuse_lora() first, and fuse style adapters only (adapter_names=[…])"
+        )
+
+
+def _call(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """A layer on (B, rows, features); features of a patch are ordered (channel, row, column)."""
+    if isinstance(layer, nn.Conv2d):  # one picture per patch; called as a module, so that offloading sees it
+        patches = x.reshape(-1, layer.in_channels, *layer.kernel_size)
+        return layer(patches).reshape(*x.shape[:2], -1)
+    return kernels.linear(layer, x)
+
+
+def feed_forward(module: nn.Module, x: torch.Tensor, rows: AdapterRows | None) -> torch.Tensor:
+    """diffusers' `FeedForward` (GELU projection, dropout, projection) with adapters on rows."""
+    parts: Sequence[nn.Module] = module.net  # type: ignore[assignment]
+    if rows is None and not all(kernels.is_plain(part) for part in (module, *parts)):
+        return module(x)
+    return compat.called(module, partial(_feed_forward, module, rows), x)
+
+
+def _feed_forward(module: nn.Module, rows: AdapterRows | None, x: torch.Tensor) -> torch.Tensor:
+    activation, dropout, project = module.net  # type: ignore[misc]
+
+    def activated(x: torch.Tensor) -> torch.Tensor:
+        return activation.gelu(linear(activation.proj, x, rows, shared=True))
+
+    return linear(project, dropout(compat.called(activation, activated, x)), rows)

@@ -1,0 +1,56 @@
+"""Sentences for every style and object that differ in nothing but the label: for selecting, unlearning and judging it.
+
+A label is a style or an object. Sentence i of every label of a kind has the same colour, place and other label.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from random import Random
+
+from imgdit.naming import check_name
+from imgdit.scenes.captions import PLACES
+from imgdit.scenes.world import BACKGROUNDS, COLOURS, OBJECTS, STYLES, pick
+
+LABELS: dict[str, tuple[str, ...]] = {"style": STYLES, "object": OBJECTS}
+"""The labels of each kind."""
+
+
+def kind_of(label: str) -> str:
+    """Whether a label is a "style" or an "object"."""
+    check_name("style or object", label, [*STYLES, *OBJECTS])
+    return "style" if label in STYLES else "object"
+
+
+def label_words(label: str) -> str:
+    """How a label is said alone."""
+    return f"{label} style" if kind_of(label) == "style" else label
+
+
+def label_sentence(style: str, thing: str, rng: Random) -> str:
+    """One object of some colour at some place, in a style."""
+    colour = pick(rng, COLOURS)
+    place = pick(rng, PLACES[pick(rng, BACKGROUNDS)])
+    return f"{'an' if colour[0] in 'aeiou' else 'a'} {colour} {thing} {place}, {style} style"
+
+
+def label_sentences(count: int, seed: int, kind: str) -> dict[str, list[str]]:
+    """`count` sentences for each label of a kind, the labels of the other kind in turn."""
+    check_name("kind of label", kind, LABELS)
+    if count < 1:
+        raise ValueError(f"each label needs a sentence, got count={count}")
+    others = _other_kind(kind)
+    found: dict[str, list[str]] = {}
+    for label in LABELS[kind]:
+        lines = []
+        for i in range(count):
+            rng = Random(f"labels {seed} {kind} {i}")
+            other = others[i % len(others)]
+            style, thing = (label, other) if kind == "style" else (other, label)
+            lines.append(label_sentence(style, thing, rng))
+        found[label] = lines
+    return found
+
+
+def _other_kind(kind: str) -> Sequence[str]:
+    return LABELS["object" if kind == "style" else "style"]

@@ -1,0 +1,321 @@
+"""Tasks: what is given beside the sentence, and what is to be made.
+
+A task turns a scene, whose truth the renderer knows, or a photo, whose truth a library estimates, into a condition
+picture and the picture that belongs to it. Some tasks have an inverse, which gives the picture and asks for the
+condition: depth from a picture, for one.
+
+Pictures are (3, H, W) in [0, 1].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
+
+from imgdit.images.convert import to_image, to_pixels
+from imgdit.images.preprocess import (
+    areas_of_colours,
+    blurred,
+    greyed,
+    opened,
+    photo_blur,
+    photo_canny,
+    photo_depth,
+    photo_grey,
+    photo_mask,
+    photo_super_resolution,
+    smaller,
+    with_hole,
+)
+from imgdit.naming import check_name
+from imgdit.scenes.render import FAR, Rendering, render
+from imgdit.scenes.world import OBJECTS, Scene, another_camera, between, draw, is_trained, pick
+
+NEAR = 1.5
+"""z-depth that a depth picture shows white; `FAR` is black."""
+PALETTE = (
+    (0.0, 0.0, 0.0),
+    (1.0, 0.0, 0.0),
+    (0.0, 1.0, 0.0),
+    (0.0, 0.0, 1.0),
+    (1.0, 1.0, 0.0),
+    (1.0, 0.0, 1.0),
+    (0.0, 1.0, 1.0),
+    (1.0, 1.0, 1.0),
+    (0.5, 0.5, 0.5),
+)
+"""Colours of a segmentation: ground and beyond, then the kinds of `scenes.OBJECTS` in their order."""
+
+
+class Example(NamedTuple):
+    """One pair of pictures for training or evaluation."""
+
+    condition: torch.Tensor
+    """(3, H, W) in [0, 1]: what is given. Super-resolution gives the small picture."""
+    target: torch.Tensor
+    """(3, H, W) in [0, 1]: what is to be made."""
+    details: dict[str, Any]
+    """What the task knows besides, under the names that `TASKS` lists."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task by its name."""
+
+    name: str
+    """Key in `TASKS`."""
+    help: str
+    """What is given and what is made, in a line."""
+    scene: Callable[[_Given], tuple[torch.Tensor, dict[str, Any]]]
+    """Condition picture and details of a rendered scene."""
+    photo: Callable[..., tuple[torch.Tensor, dict[str, Any]]] | None = None
+    """The same of a photo; `None`: no library can tell."""
+    invertible: bool = False
+    """Whether the condition can be asked for, given the picture."""
+
+
+class _Given(NamedTuple):
+    """What a task may look at."""
+
+    scene: Scene
+    rendering: Rendering
+    """Of this scene alone."""
+    rng: Random
+
+    @property
+    def rgb(self) -> torch.Tensor:
+        return self.rendering.rgb[0]
+
+    @property
+    def size(self) -> int:
+        return self.rendering.rgb.shape[-1]
+
+    def render(self, scene: Scene) -> Rendering:
+        return render([scene], self.size, self.rendering.rgb.device)
+
+
+def from_scene(
+    task: str,
+    scene: Scene,
+    rng: Random,
+    rendering: Rendering | None = None,
+    size: int = 128,
+    inverse: bool = False,
+) -> Example:
+    """Condition and target of a scene, both exact.
+
+    Args:
+        task: a key of `TASKS`.
+        scene: what is shown.
+        rng: draws holes, reference scenes and the other camera.
+        rendering: of this scene alone; rendered here if `None`.
+        size: pixels per side, if rendered here.
+        inverse: give the picture and ask for the condition.
+    """
+    chosen = _task(task, inverse)
+    rendering = render([scene], size) if rendering is None else rendering
+    if rendering.rgb.shape[0] != 1:
+        raise ValueError(f"got the rendering of {rendering.rgb.shape[0]} scenes; take one with `rendering.one(row)`")
+    condition, details = chosen.scene(_Given(scene, rendering, rng))
+    return _example(condition, rendering.rgb[0], details, inverse)
+
+
+def from_photo(task: str, photo: Image.Image | str | Path, inverse: bool = False, **options: Any) -> Example:
+    """Condition and target of a photo, by the libraries that people use for it.
+
+    Args:
+        task: a key of `TASKS` whose entry has a `photo` function; its options are that function's.
+        photo: a picture or its file.
+        inverse: give the photo and ask for the condition.
+    """
+    chosen = _task(task, inverse)
+    if chosen.photo is None:
+        able = ", ".join(name for name, other in TASKS.items() if other.photo)
+        raise ValueError(f"the task {task!r} needs a scene, a photo does not tell its truth. Photos can: {able}")
+    picture = opened(photo)
+    condition, details = chosen.photo(picture, **options)
+    return _example(condition, to_pixels(picture)[0], details, inverse)
+
+
+def _task(name: str, inverse: bool) -> Task:
+    check_name("task", name, TASKS)
+    if inverse and not TASKS[name].invertible:
+        able = ", ".join(task.name for task in TASKS.values() if task.invertible)
+        raise ValueError(f"the task {name!r} has no inverse. These have one: {able}")
+    return TASKS[name]
+
+
+def _example(condition: torch.Tensor, picture: torch.Tensor, details: dict[str, Any], inverse: bool) -> Example:
+    return Example(picture, condition, details) if inverse else Example(condition, picture, details)
+
+
+# Depth
+
+
+def depth_to_picture(depth: torch.Tensor) -> torch.Tensor:
+    """z-depth (…, 1, H, W) in world units to a picture (…, 3, H, W): white at `NEAR`, black at `FAR`, linear between.
+
+    Linear and not inverse, because a picture's error then costs the same length everywhere, 0.03 units for a step of 8
+    bits. What is nearer than `NEAR` or beyond `FAR` is cut off.
+    """
+    value = (FAR - depth.clamp(NEAR, FAR)) / (FAR - NEAR)
+    return value.expand(*depth.shape[:-3], 3, *depth.shape[-2:])
+
+
+def picture_to_depth(picture: torch.Tensor) -> torch.Tensor:
+    """The inverse of `depth_to_picture`; of a coloured picture the mean of the channels counts."""
+    return FAR - picture.mean(-3, keepdim=True).clamp(0, 1) * (FAR - NEAR)
+
+
+def _scene_depth(given: _Given) -> tuple[torch.Tensor, dict[str, Any]]:
+    depth = given.rendering.depth[0]
+    return depth_to_picture(depth), {"depth": depth}
+
+
+# Edges
+
+
+def _scene_canny(given: _Given) -> tuple[torch.Tensor, dict[str, Any]]:
+    return given.rendering.edges[0].float().expand(3, -1, -1), {}
+
+
+# Segmentation and boxes
+
+
+def segmentation_to_picture(classes: torch.Tensor) -> torch.Tensor:
+    """Classes (…, H, W), 0 ground and beyond, k the kind `OBJECTS[k - 1]`, to colours (…, 3, H, W) of `PALETTE`."""
+    return torch.tensor(PALETTE, device=classes.device)[classes.long()].movedim(-1, -3)
+
+
+def picture_to_segmentation(picture: torch.Tensor) -> torch.Tensor:
+    """Colours (…, 3, H, W) to classes (…, H, W), see `areas_of_colours` and `PALETTE`."""
+    return areas_of_colours(picture, torch.tensor(PALETTE, device=picture.device))
+
+
+def _classes(scene: Scene) -> list[int]:
+    return [0, *(OBJECTS.index(thing.kind) + 1 for thing in scene.objects)]
+
+
+def scene_classes(scene: Scene, indices: torch.Tensor) -> torch.Tensor:
+    """Classes of a scene's index map: 0 ground and beyond, k the kind `OBJECTS[k - 1]`."""
+    return torch.tensor(_classes(scene), device=indices.device)[indices]
+
+
+def _scene_segmentation(given: _Given) -> tuple[torch.Tensor, dict[str, Any]]:
+    classes = scene_classes(given.scene, given.rendering.indices[0])
+    return segmentation_to_picture(classes), {"classes": classes}
+
+
+def _scene_boxes(given: _Given) -> tuple[torch.Tensor, dict[str, Any]]:
+    """A frame around each object and a faint fill, in its kind's colour of `PALETTE`."""
+    boxes = given.rendering.boxes[0]
+    picture = boxes.new_zeros(3, given.size, given.size)
+    width = max(1, round(given.size / 64))
+    for box, kind in zip(boxes.long().tolist(), _classes(given.scene)[1:]):
+        left, top, right, bottom = box
+        colour = picture.new_tensor(PALETTE[kind])[:, None, None]
+        inside = picture[:, top:bottom, left:right]
+        middle = inside[:, width:-width, width:-width].clone()
+        inside[:] = colour
+        inside[:, width:-width, width:-width] = torch.maximum(middle, 0.25 * colour)
+    return picture, {"boxes": boxes, "kinds": [thing.kind for thing in given.scene.objects]}
+
+
+def _scene_blur(given: _Given) -> tuple[torch.Tensor, dict[str, Any]]:
+    radius = between(given.rng, 2.0, 5.0) * given.size / 128
+    return blurred(given.rgb, radius), {"radius": radius}
+
+
+def _scene_grey(given: _Given) -> tuple[torch.Tensor, dict[str, Any]]:
+    return greyed(given.rgb), {}
+
+
+def _scene_mask(given: _Given) -> tuple[torch.Tensor, dict[str, Any]]:
+    """Hides one object with some room around it, or a rectangle anywhere."""
+    size = given.size
+    mask = torch.zeros(1, size, size, dtype=torch.bool, device=given.rgb.device)
+    left, top, right, bottom = pick(given.rng, given.rendering.boxes[0, : len(given.scene.objects)].long().tolist())
+    if given.rng.random() < 0.5:
+        room = round(between(given.rng, 0.0, 0.08) * size)
+        mask[:, max(0, top - room) : bottom + room, max(0, left - room) : right + room] = True
+    else:
+        height, width = (round(between(given.rng, 0.25, 0.6) * size) for _ in range(2))
+        row, column = (int(given.rng.random() * (size - n)) for n in (height, width))
+        mask[:, row : row + height, column : column + width] = True
+    return with_hole(given.rgb, mask)
+
+
+def _scene_super_resolution(given: _Given) -> tuple[torch.Tensor, dict[str, Any]]:
+    small, details = smaller(to_image(given.rgb), pick(given.rng, (2, 4)))
+    return small.to(given.rgb.device), details
+
+
+# References: another picture
+
+
+def _scene_subject(given: _Given) -> tuple[torch.Tensor, dict[str, Any]]:
+    """The first object alone elsewhere: its kind and colour stay, camera, background and style are other ones."""
+    thing = given.scene.objects[0]
+    # No reference shows a held-out triple, whatever the split of the scene: it may be trained on. Neon and sepia would
+    # not show the colour well.
+    styles = [s for s in ("photo", "cartoon", "sketch", "mosaic") if is_trained(thing.kind, thing.colour, s)]
+    reference = draw(
+        given.rng,
+        allowed=lambda kind, colour, _: (kind, colour) == (thing.kind, thing.colour),
+        objects=1,
+        style=pick(given.rng, styles),
+    )
+    return given.render(reference).rgb[0], {"reference": reference}
+
+
+def _scene_style_reference(given: _Given) -> tuple[torch.Tensor, dict[str, Any]]:
+    """Another scene in the same style, with none of the kinds and colours."""
+    kinds = {thing.kind for thing in given.scene.objects}
+    colours = {thing.colour for thing in given.scene.objects}
+    reference = draw(
+        given.rng,
+        allowed=lambda kind, colour, style: (
+            is_trained(kind, colour, style) and kind not in kinds and colour not in colours
+        ),
+        style=given.scene.style,
+    )
+    return given.render(reference).rgb[0], {"reference": reference}
+
+
+def _scene_views(given: _Given) -> tuple[torch.Tensor, dict[str, Any]]:
+    """The same scene from another place on the camera's sphere, 10 to 40 degrees around."""
+    other = another_camera(given.scene, given.rng)
+    seen = given.render(other)
+    return seen.rgb[0], {
+        "cameras": (other.camera, given.scene.camera),
+        "poses": torch.cat([seen.pose, given.rendering.pose]),
+        "intrinsics": given.rendering.intrinsics,
+    }
+
+
+TASKS = {
+    task.name: task
+    for task in (
+        Task("canny", "edges, white on black → picture", _scene_canny, photo_canny, invertible=True),
+        Task("depth", "depth, near is white → picture", _scene_depth, photo_depth, invertible=True),
+        Task("segmentation", "a colour for each kind of object → picture", _scene_segmentation, invertible=True),
+        Task("boxes", "a coloured frame around each object → picture", _scene_boxes, invertible=True),
+        Task("blur", "blurred picture → sharp one", _scene_blur, photo_blur),
+        Task("grey", "grey picture → coloured one", _scene_grey, photo_grey),
+        Task("mask", "picture with a grey hole → whole one", _scene_mask, photo_mask),
+        Task("super_resolution", "small picture → large one", _scene_super_resolution, photo_super_resolution),
+        Task("subject", "an object elsewhere → the scene with it", _scene_subject),
+        Task("style_reference", "another scene → this one in its style", _scene_style_reference),
+        Task("views", "the scene from another place → from here", _scene_views, invertible=True),
+    )
+}
+"""The tasks by name. Details: `depth` depth (1, H, W), of photos estimate; `canny` low, high of photos; `segmentation`
+classes (H, W); `boxes` boxes (2, 4) in pixels and kinds; `blur` radius in pixels; `mask` mask (1, H, W), true where
+hidden; `super_resolution` factor; `subject` and `style_reference` reference, the scene shown; `views` cameras, poses
+(2, 4, 4) and intrinsics, the condition's first."""

@@ -1,0 +1,40 @@
+"""The tokenizer of the scenes' sentences: a token for every word the grammar says and for every task, bytes for all
+others."""
+
+from __future__ import annotations
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from imgdit.pipelines.texts import BYTES
+from imgdit.scenes.captions import vocabulary
+from imgdit.tasks import TASK_TOKENS
+
+SPECIAL = ("<pad>", "</s>", "<unk>")
+
+
+def caption_tokenizer(max_length: int = 128) -> PreTrainedTokenizerFast:
+    """Lower-cased words and punctuation; a word outside `captions.vocabulary` becomes its UTF-8 bytes, so no prompt
+    fails.
+
+    Args:
+        max_length: tokens that a prompt may have.
+    """
+    names = [*SPECIAL, *BYTES, ",", *vocabulary()]
+    # Without merges the model knows only whole words (`ignore_merges` looks them up first) and falls back to bytes.
+    model = models.BPE(
+        {name: i for i, name in enumerate(names)}, [], unk_token="<unk>", byte_fallback=True, ignore_merges=True
+    )
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.WordPiece(cleanup=True)])
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    tokenizer.add_tokens([AddedToken(token, normalized=True) for token in TASK_TOKENS.values()])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        model_max_length=max_length,
+    )

@@ -1,0 +1,71 @@
+"""The model, adapter and scheduler that a recipe names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from imgdit.hub import find_model
+from imgdit.io.checkpoints import find_checkpoint, load_weights
+from imgdit.models.quantized import load_options, quantize_rows
+from imgdit.training.recipe import ADAPTER, AdapterConfig, ModelConfig, Recipe
+
+
+def build_model(recipe: Recipe) -> torch.nn.Module:
+    """The model of a recipe, new weights drawn from `run.seed` or loaded; ready to train.
+
+    Raises:
+        CheckpointError: the run to start from has no checkpoint, or one of another architecture.
+        ImportError: what `model.quantize` names is not installed.
+    """
+    config = recipe.model
+    if config.pretrained is not None:
+        dtype = getattr(torch, config.dtype)
+        model = config.model_class.from_pretrained(
+            pretrained_folder(config), subfolder=config.subfolder or None, dtype=dtype,
+            **load_options(config.quantize, dtype),
+        )  # fmt: skip
+        if config.quantize == "int8":
+            quantize_rows(model)
+    else:
+        with torch.random.fork_rng():
+            torch.manual_seed(recipe.run.seed)
+            model = config.model_class(**config.arguments)
+        if hasattr(model, "init_weights"):
+            model.init_weights(torch.Generator().manual_seed(recipe.run.seed))
+        if config.start_from is not None and not any(p.is_meta for p in model.parameters()):
+            load_weights(model, find_checkpoint(config.start_from))
+    if recipe.adapter.rank:
+        add_adapter(model, recipe.adapter, recipe.run.seed)
+    if config.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+    return model.train()
+
+
+def pretrained_folder(config: ModelConfig) -> str:
+    """Where a model's weights come from, see `imgdit.hub.find_model`."""
+    assert config.pretrained is not None
+    return find_model(config.pretrained, f"{config.subfolder}/config.json".lstrip("/"))
+
+
+def add_adapter(model: Any, config: AdapterConfig, seed: int) -> None:
+    """Freeze a model and put a LoRA on it, called `ADAPTER`, that changes nothing yet."""
+    from diffusers.training_utils import cast_training_params
+    from peft import LoraConfig
+
+    model.requires_grad_(False)
+    pattern = "|".join(f"(?:{target})" for target in config.targets)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model.add_adapter(
+            LoraConfig(r=config.rank, lora_alpha=config.alpha or config.rank, target_modules=pattern), ADAPTER
+        )
+    cast_training_params(model)  # PEFT makes an adapter of what its layer is made of
+
+
+def build_scheduler(recipe: Recipe) -> Any:
+    """The `MultiFrameFlowMatchScheduler` of a recipe."""
+    from imgdit.schedulers.flow_match import MultiFrameFlowMatchScheduler
+
+    return MultiFrameFlowMatchScheduler(**recipe.scheduler)

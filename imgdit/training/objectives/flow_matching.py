@@ -1,0 +1,94 @@
+"""Multi-frame flow matching (OneDiffusion, arXiv 2411.16318).
+
+B batch, F frames, n tokens of the target frames, C channels. sigma is the noise level in [0, 1].
+"""
+
+from __future__ import annotations
+
+import torch
+
+from imgdit.schedulers.flow_match import MultiFrameFlowMatchScheduler, mix
+from imgdit.training.batches import Batch, ObjectiveOutput, live_frames
+from imgdit.training.objectives.frames import (
+    check_batch,
+    chosen_rows,
+    drop_text,
+    noise_of,
+    predict_velocity,
+    training_fractions,
+    velocity_loss,
+)
+
+
+def flow_matching(
+    model: torch.nn.Module,
+    scheduler: MultiFrameFlowMatchScheduler,
+    batch: Batch,
+    generator: torch.Generator | None,
+    *,
+    distribution: str = "logit_normal",
+    mean: float = 0.0,
+    std: float = 1.0,
+    shared: bool = False,
+    clean: float = 0.0,
+    text_dropout: float = 0.1,
+    condition_dropout: float = 0.0,
+    guidance: float = 1.0,
+) -> ObjectiveOutput:
+    """Multi-frame flow matching (OneDiffusion, arXiv 2411.16318): a noise level per frame, squared error of the
+    velocity on every frame that has noise.
+
+    Args:
+        model: MMDiT, wrapped for distributed training or not.
+        scheduler: draws and mixes.
+        batch: frames.
+        generator: source of noise levels, noise and dropout.
+        distribution, mean, std, shared: see `MultiFrameFlowMatchScheduler.sample_sigmas`.
+        clean: share of frames at level 0, as if given; they do not count, and one frame of a sample keeps its noise.
+        text_dropout: share of samples whose text becomes the empty one.
+        condition_dropout: share of samples whose given frames (held by the layout, or clean by draw) become pure
+            noise at level 1, which says nothing about them: the unconditional branch of guidance.
+        guidance: input of guidance-distilled models.
+
+    Raises:
+        ValueError: a packed layout, dropout without the empty text, or shapes that do not fit.
+    """
+    layout = batch.layout
+    check_batch(batch)
+    text_dropout, condition_dropout, clean = training_fractions(
+        model, text_dropout=text_dropout, condition_dropout=condition_dropout, clean=clean
+    )
+    size, device = len(batch.tokens), batch.tokens.device
+    made = [n for n, frame in enumerate(live_frames(layout)) if not frame.held]
+    sigmas = batch.sigmas
+    if sigmas is None:
+        drawn = scheduler.sample_sigmas(
+            size,
+            len(made),
+            distribution=distribution,  # type: ignore[arg-type]
+            mean=mean,
+            std=std,
+            shared=shared,
+            clean=clean,
+            num_tokens=sum(layout.predicted_lengths),
+            generator=generator,
+            device=device,
+        )
+        sigmas = batch.at(0.0).sigmas
+        assert sigmas is not None
+        sigmas = sigmas.to(drawn.dtype).index_copy(1, torch.tensor(made, device=device), drawn)
+    noise = noise_of(batch, generator)
+    text = drop_text(batch, text_dropout, generator)
+    given = sigmas == 0.0
+    given[:, [n for n in range(len(layout.live)) if n not in made]] = True
+    if condition_dropout:
+        dropped = chosen_rows(size, condition_dropout, generator, device)
+        sigmas = sigmas.masked_fill(given & dropped[:, None], 1.0)
+    predicted = predict_velocity(
+        model, mix(batch.tokens, noise, sigmas, layout.lengths), text, sigmas, layout, guidance
+    )
+    # A clean frame's velocity is not in its tokens: noise - data, and the noise is not there.
+    weights = (sigmas > 0.0)[:, made]
+    if batch.counts is not None:
+        weights = weights & batch.counts[:, made]
+    return velocity_loss(predicted, batch, noise, weights)

@@ -1,0 +1,116 @@
+"""What objectives on frames share: checks, dropout, the prediction and its error.
+
+B batch, F frames, N tokens of the frames, n tokens of the target frames, C channels, T text tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+from accelerate.utils import extract_model_from_parallel
+from diffusers.utils.torch_utils import randn_tensor
+
+from imgdit.layout import FrameLayout
+from imgdit.schedulers.flow_match import velocity
+from imgdit.training.batches import Batch, ObjectiveOutput, Text
+
+
+def check_batch(batch: Batch) -> None:
+    layout = batch.layout
+    if layout.is_packed:
+        raise ValueError(
+            f"a batch has one layout for all its samples, got a packed one of {layout.num_texts} scenes; "
+            "give scenes of one shape per batch, or one scene per micro-batch"
+        )
+    if batch.tokens.ndim != 3 or batch.tokens.shape[1] != layout.image_length:
+        raise ValueError(
+            f"tokens must be (batch, {layout.image_length}, channels) for the layout's frames {layout.lengths}, "
+            f"got {tuple(batch.tokens.shape)}"
+        )
+    levels = (len(batch.tokens), len(layout.live))
+    for name in ("counts", "sigmas"):
+        value = getattr(batch, name)
+        if value is not None and tuple(value.shape) != levels:
+            raise ValueError(f"{name} must be {levels}, one per sample and frame, got {tuple(value.shape)}")
+
+
+def training_fractions(model: torch.nn.Module, **shares: float) -> list[float]:
+    """The shares while training, zeros in evaluation."""
+    for name, share in shares.items():
+        if not 0.0 <= share <= 1.0:
+            raise ValueError(f"{name} is a share in [0, 1], got {share}")
+    return [share if model.training else 0.0 for share in shares.values()]
+
+
+def noise_of(batch: Batch, generator: torch.Generator | None) -> torch.Tensor:
+    """(B, N, C)."""
+    if batch.noise is not None:
+        return batch.noise
+    return randn_tensor(batch.tokens.shape, generator=generator, device=batch.tokens.device, dtype=batch.tokens.dtype)
+
+
+def chosen_rows(size: int, share: float, generator: torch.Generator | None, device: torch.device) -> torch.Tensor:
+    """Boolean (size,), each true with probability `share`."""
+    where = generator.device if generator is not None else device
+    return (torch.rand(size, generator=generator, device=where) < share).to(device)
+
+
+def drop_text(batch: Batch, share: float, generator: torch.Generator | None) -> Text:
+    if share == 0.0:
+        return batch.text
+    text, empty = batch.text, batch.empty
+    if empty is None:
+        raise ValueError(f"text_dropout={share} needs the empty text; give Batch(empty=...) or set text_dropout: 0.0")
+    dropped = chosen_rows(len(text.embeddings), share, generator, text.embeddings.device)
+    mask = None
+    if text.mask is not None or empty.mask is not None:
+        real, none = (_full(t) if t.mask is None else t.mask for t in (text, empty))
+        mask = torch.where(dropped[:, None], none, real)
+    return Text(
+        embeddings=torch.where(dropped[:, None, None], empty.embeddings, text.embeddings),
+        pooled=torch.where(dropped[:, None], empty.pooled, text.pooled),
+        mask=mask,
+    )
+
+
+def _full(text: Text) -> torch.Tensor:
+    return torch.ones(text.embeddings.shape[:2], dtype=torch.bool, device=text.embeddings.device)
+
+
+def predict_velocity(
+    model: torch.nn.Module,
+    noisy: torch.Tensor,
+    text: Text,
+    sigmas: torch.Tensor,
+    layout: FrameLayout,
+    guidance: float,
+) -> torch.Tensor:
+    """Velocity (B, n, C) of the frames being made, each frame at its own level."""
+    config = extract_model_from_parallel(model).config
+    return model(
+        noisy,
+        text.embeddings,
+        text.pooled,
+        sigmas * (1000.0 / config.timestep_scale),
+        guidance=sigmas.new_full((len(sigmas),), guidance) if config.guidance_embeds else None,
+        encoder_attention_mask=text.mask,
+        layout=layout,
+    ).sample
+
+
+def velocity_loss(
+    predicted: torch.Tensor, batch: Batch, noise: torch.Tensor, weights: torch.Tensor
+) -> ObjectiveOutput:
+    """Mean over samples of each one's mean over its counted tokens; `weights` is boolean (B, frames being made)."""
+    layout = batch.layout
+    target = torch.cat([velocity(batch.tokens[:, rows], noise[:, rows]) for rows in layout.predicted], dim=1)
+    errors = (predicted.float() - target.float()).square().mean(-1)  # (B, n)
+    lengths = errors.new_tensor(layout.predicted_lengths)
+    sums = torch.stack([part.sum(1) for part in errors.split(layout.predicted_lengths, dim=1)], dim=1)  # (B, made)
+    counted = weights * lengths
+    # A frame that does not count is left out by selection: 0 times an infinite error would still be NaN.
+    loss = (sums.where(weights, 0.0).sum(1) / counted.sum(1).clamp(min=1.0)).mean()
+    metrics = {}
+    if len(lengths) > 1:
+        per_frame = sums.where(weights, 0.0).sum(0) / counted.sum(0).clamp(min=1.0)
+        metrics = {f"frame_{n}": value for n, value in enumerate(per_frame.detach())}
+    return ObjectiveOutput(loss, metrics)

@@ -1,0 +1,129 @@
+"""Counts to scores: by hand on a few pictures, the recorded rule, and intervals."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from imgdit.benchmarks.unlearning.plan import Cell, Seen, cells, read_folder, scene_seeds
+from imgdit.benchmarks.unlearning.table import (
+    accuracies,
+    bootstrap_means,
+    domain_means,
+    score_pictures,
+    score_together,
+)
+from imgdit.scenes.labels import LABELS, kind_of, label_sentences, label_words
+
+STYLES, OBJECTS = ("neon", "photo", "sketch"), ("cube", "cone")
+CELLS = cells(range(4), STYLES, OBJECTS)
+
+
+def seen(wrong=()):
+    """Everything right but the pictures of `wrong`, which map a cell's attribute to what is seen instead."""
+    return [
+        Seen(cell, *(next((w[2] for w in wrong if w[0](cell) and w[1] == d), cell.expected(d)) for d in LABELS))
+        for cell in CELLS
+    ]
+
+
+def test_scores_by_hand():
+    pictures = seen(
+        [
+            (lambda c: c.style == "neon" and c.seed < 3, "style", "photo"),
+            (lambda c: c.style == "photo" and c.seed == 0, "style", "neon"),
+            (lambda c: c.style == "neon", "object", "nothing"),
+            (lambda c: c.style == "sketch" and c.object == "cone", "object", "cube"),
+        ]
+    )
+    scores = score_pictures("neon", "style", pictures)
+    assert scores.scores.unlearned == pytest.approx(3 / 4)
+    assert scores.scores.retained == pytest.approx((3 / 4 + 1) / 2)
+    # Of the prompts without neon: cubes are all right, of 8 cones 4 are called cubes.
+    assert scores.scores.cross == pytest.approx((1 + 1 / 2) / 2)
+    assert scores.cross_everywhere == pytest.approx((8 / 12 + 4 / 12) / 2)
+    assert scores.unlearned.value == 3 / 4 and scores.unlearned.low < 3 / 4 < scores.unlearned.high
+    assert scores.confusion["style"]["neon"] == {"photo": 6, "neon": 2}
+    assert sum(scores.confusion["object"]["cone"].values()) == 12
+    assert domain_means([scores])["style"] == scores.scores and "object" not in domain_means([scores])
+
+
+def test_labels_count_alike_however_many_pictures_they_have():
+    pictures = seen([(lambda c: c.style == "photo", "style", "neon")])
+    few = [s for s in pictures if s.cell.style != "photo" or s.cell.seed]
+    assert accuracies(few, "style") == {"neon": 1.0, "photo": 0.0, "sketch": 1.0}
+    assert score_pictures("neon", "style", few).scores.retained == 0.5
+
+
+def test_bootstrap_is_around_the_estimate_and_paired():
+    pictures = {
+        "neon": seen([(lambda c: c.style == "neon" and c.seed < 3, "style", "photo")]),
+        "cube": seen([(lambda c: c.object == "cube" and c.seed < 1, "object", "cone")]),
+    }
+    domains = {target: kind_of(target) for target in pictures}
+    draws = bootstrap_means(pictures, domains, draws=500)
+    assert draws["style"].shape == (500, 3)
+    assert draws["style"][:, 0].mean() == pytest.approx(3 / 4, abs=0.03)
+    assert draws["object"][:, 0].mean() == pytest.approx(1 / 4, abs=0.03)
+    assert (draws["style"][:, 1:] == 1).all()
+    assert 0.1 < np.quantile(draws["object"][:, 0], 0.975) - np.quantile(draws["object"][:, 0], 0.025) < 0.9
+    again = bootstrap_means(pictures, domains, draws=500)
+    assert all((draws[domain] == again[domain]).all() for domain in draws)
+    with pytest.raises(ValueError, match="not those of the other targets"):
+        bootstrap_means({**pictures, "cube": pictures["cube"][::-1]}, domains)
+
+
+def test_several_at_once():
+    pictures = seen(
+        [
+            (lambda c: c.style == "neon", "style", "photo"),
+            (lambda c: c.object == "cube" and c.seed < 2, "object", "cone"),
+            (lambda c: c.style == "sketch", "style", "photo"),
+        ]
+    )
+    found = score_together({"neon": "style", "cube": "object"}, pictures)
+    assert found["unlearned"] == pytest.approx((1 + 1 / 2) / 2)
+    # What is left are photo cones, right in both domains, and sketched cones, right as cones only.
+    assert found["retained"] == pytest.approx((1 + 0 + 1) / 3)
+    assert found["counts"]["cube"] == {"unlearned": 6, "of": 12}
+    with pytest.raises(ValueError, match="leaves no picture"):
+        score_together({"cube": "object", "cone": "object"}, pictures)
+
+
+def test_cells():
+    assert len(cells(scene_seeds(2))) == 96 and cells(scene_seeds(2))[:48] == cells(scene_seeds(1))
+    one, other = cells(scene_seeds(1))[:2]
+    assert one.noise != other.noise and one.noise == Cell(*one).noise
+    assert one.object in one.prompt and f"{one.style} style" in one.prompt
+
+
+def test_sentences_differ_in_the_label_alone():
+    for kind, labels in LABELS.items():
+        lines = label_sentences(5, 1, kind)
+        assert list(lines) == list(labels)
+        for label in labels:
+            swapped = [line.replace(label, labels[0]) for line in lines[label]]
+            assert swapped == lines[labels[0]]
+            assert all(label_words(label) in line for line in lines[label])
+    with pytest.raises(ValueError, match="unknown style or object 'neno'; did you mean 'neon'"):
+        kind_of("neno")
+
+
+def test_sentences_show_the_other_kind_in_turn():
+    lines = label_sentences(16, 1, "style")["neon"]
+    assert [sum(f" {thing} " in line for line in lines) for thing in OBJECTS] == [2] * len(OBJECTS)
+
+
+def test_reading_a_folder(tmp_path):
+    wanted = cells([188], ("Cold_Warm",), OBJECTS)
+    for cell, ending in zip(wanted, (".jpg", ".png")):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{cell.name}{ending}")
+    found = read_folder(tmp_path, wanted, lambda f: ["Cold_Warm"] * len(f), lambda f: ["cube"] * len(f), batch=1)
+    assert [s.right("object") for s in found] == [True, False] and all(s.right("style") for s in found)
+    (tmp_path / f"{wanted[1].name}.png").unlink()
+    with pytest.raises(ValueError, match="lacks 1 of 2 pictures, Cold_Warm_cone_seed188"):
+        read_folder(tmp_path, wanted, lambda f: f, lambda f: f)
+
+
+def test_a_target_nobody_painted():
+    with pytest.raises(ValueError, match="no picture's style is 'sepia'; there are neon, photo, sketch"):
+        score_pictures("sepia", "style", seen())

@@ -1,0 +1,107 @@
+import pytest
+import torch
+
+from imgdit import Frame, FrameLayout
+from imgdit.layout import RowGroup
+
+
+def test_ids_of_a_plain_frame_are_fluxs():
+    ids = Frame((2, 3)).ids()
+    assert ids.dtype == torch.float32
+    assert ids.tolist() == [[0, r, c] for r in range(2) for c in range(3)]
+
+
+def test_ids_of_a_compact_shifted_frame():
+    frame = Frame((2, 2), index=3, offset=(0, -2), scale=2.0)
+    assert frame.ids().tolist() == [[3, r, c] for r in (0.5, 2.5) for c in (-3.5, -1.5)]
+
+
+def test_mask_keeps_the_places_of_the_tokens_left():
+    mask = torch.tensor([[True, False], [False, True]])
+    frame = Frame((2, 2), mask=mask)
+    assert frame.length == 2
+    assert frame.ids().tolist() == [[0, 0, 0], [0, 1, 1]]
+
+
+def test_joint_conditions_see_all_but_each_other():
+    layout = FrameLayout.build(
+        [Frame((1, 2)), Frame((1, 1), 0.0, "a", "joint"), Frame((1, 1), 0.0, "b", "joint")], text_length=3
+    )
+    assert layout.visible.int().tolist() == [[1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 0, 1]]
+    assert layout.groups == (
+        RowGroup(queries=(slice(0, 5),), keys=(slice(0, 7),)),
+        RowGroup(queries=(slice(5, 6),), keys=(slice(0, 6),)),
+        RowGroup(queries=(slice(6, 7),), keys=(slice(0, 5), slice(6, 7))),
+    )
+    assert layout.frozen == frozenset()
+
+
+def test_frozen_is_derived():
+    def frozen(*sees):
+        frames = [Frame((1, 1)), *(Frame((1, 1), 0.0, name, rule) for name, rule in zip("abc", sees))]
+        return FrameLayout.build(frames, 1).frozen
+
+    assert frozen("self", "self") == {2, 3}
+    assert frozen("self", "joint") == {2}
+    assert frozen("all") == frozenset()
+    visible = torch.eye(4, dtype=torch.bool)
+    visible[3, 2] = True  # a held frame that sees only a frozen one is frozen too
+    frames = [Frame((1, 1)), Frame((1, 1), 0.0), Frame((1, 1), 0.0)]
+    assert FrameLayout.build(frames, 1, visible=visible).frozen == {2, 3}
+    visible[2, 0] = True  # … and not if that one sees the text
+    assert FrameLayout.build(frames, 1, visible=visible).frozen == frozenset()
+
+
+def test_without_frozen_reads_them_from_the_cache():
+    layout = FrameLayout.build([Frame((1, 2)), Frame((1, 3), 0.0, "a", "self"), Frame((1, 4))], 1).without_frozen()
+    assert layout.lengths == (2, 4)
+    assert layout.image_length == 6
+    assert layout.groups == (RowGroup((slice(0, 7),), (slice(0, 7),), (slice(0, 3),)),)
+    assert layout.rows == (slice(0, 2), slice(2, 6))
+    assert layout.frozen_rows() == ()
+
+
+def test_expand_holds_given_frames():
+    layout = FrameLayout.build([Frame((1, 1)), Frame((1, 1), sigma=0.0), Frame((1, 1))], 1)
+    levels = layout.expand(torch.tensor([0.5, 0.25]), [None, 0.0, None])
+    assert levels.tolist() == [[0.5, 0.0, 0.5], [0.25, 0.0, 0.25]]
+    own = torch.rand(2, 3)
+    assert layout.expand(own, [None, 0.0, None]) is own
+    with pytest.raises(ValueError, match="got 2 values per sample, expected one per frame: 3"):
+        layout.expand(own[:, :2])
+
+
+def test_packed_scenes_do_not_see_each_other():
+    a = FrameLayout.build([Frame((1, 2)), Frame((1, 1), 0.0, "c", "self")], 3)
+    b = FrameLayout.build([Frame((2, 2))], 1)
+    packed = FrameLayout.pack([a, b])
+    assert packed.is_packed and packed.text_lengths == (3, 1) and packed.lengths == (2, 1, 4)
+    assert packed.visible.int().tolist() == [
+        [1, 0, 1, 1, 0],
+        [0, 1, 0, 0, 1],
+        [1, 0, 1, 1, 0],
+        [0, 0, 0, 1, 0],
+        [0, 1, 0, 0, 1],
+    ]
+    assert packed.expand(torch.tensor([0.1, 0.2])).tolist() == [[pytest.approx(x) for x in (0.1, 0.1, 0.2)]]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Frame((0, 3)), "at least one row"),
+        (lambda: Frame((1, 1), sigma=2.0), r"noise level in \[0, 1\]"),
+        (lambda: Frame((1, 1), sees="others"), "'all', 'joint' or 'self', got 'others'"),
+        (lambda: Frame((1, 1), scale=0), "must be positive"),
+        (lambda: Frame((2, 2), mask=torch.ones(4, dtype=torch.bool)), r"\(2, 2\) \(rows, columns\)"),
+        (lambda: Frame((2, 2), mask=torch.zeros(2, 2, dtype=torch.bool)), "selects no token"),
+        (lambda: FrameLayout.build([], 1), "at least one frame"),
+        (lambda: FrameLayout.build([Frame((1, 1))], -1), "counts tokens"),
+        (lambda: FrameLayout.build([Frame((1, 1))], 1, visible=torch.ones(3, 3).bool()), r"shape \(2, 2\)"),
+        (lambda: FrameLayout.build([Frame((1, 1))], 1, visible=torch.zeros(2, 2).bool()), "at least itself"),
+        (lambda: FrameLayout.pack([]), "nothing to pack"),
+    ],
+)
+def test_bad_input(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

@@ -1,0 +1,56 @@
+"""Names of version 0.1 are found where they are now, with a warning."""
+
+import importlib
+import subprocess
+import sys
+
+import pytest
+
+from imgdit.moved import MOVED, PACKAGES, SPLIT
+
+
+@pytest.mark.parametrize("old", sorted(MOVED))
+def test_every_old_module_is_found(old):
+    sys.modules.pop(f"imgdit.{old}", None)
+    with pytest.warns(DeprecationWarning, match=f"imgdit.{old} is now imgdit.{MOVED[old]}"):
+        module = importlib.import_module(f"imgdit.{old}")
+    new = importlib.import_module(f"imgdit.{MOVED[old]}")
+    assert module.__doc__ == new.__doc__
+    for name in [name for name in vars(new) if not name.startswith("_")]:
+        assert getattr(module, name) is getattr(new, name)
+
+
+def test_no_old_name_hides_a_module():
+    for old in MOVED:
+        sys.modules.pop(f"imgdit.{old}", None)
+        spec = importlib.util.find_spec(f"imgdit.{old}")
+        assert type(spec.loader).__name__ == "MovedLoader", f"{old} is a module today"
+    assert SPLIT.keys() <= MOVED.keys()
+    assert MOVED.keys() >= PACKAGES
+
+
+def test_content_of_split_modules_is_found():
+    with pytest.warns(DeprecationWarning):
+        from imgdit.training.config import Recipe, build_model, parse_as
+    from imgdit import recipes
+    from imgdit.training import build, recipe
+
+    assert (Recipe, build_model, parse_as) == (recipe.Recipe, build.build_model, recipes.parse_as)
+    with pytest.warns(DeprecationWarning, match="imgdit.layout.FrameLayout"):
+        from imgdit.frames import FrameLayout
+    from imgdit import layout
+
+    assert FrameLayout is layout.FrameLayout
+
+
+def test_a_name_that_is_nowhere_is_refused():
+    with pytest.raises(ModuleNotFoundError, match=r"imgdit\.no_such"):
+        importlib.import_module("imgdit.no_such")
+    with pytest.warns(DeprecationWarning), pytest.raises(ImportError, match="no_such"):
+        sys.modules.pop("imgdit.lora_files", None)
+        exec("from imgdit.lora_files import no_such")
+
+
+def test_the_package_warns_of_nothing_by_itself():
+    code = "import imgdit, imgdit.apps.cli, imgdit.apps.demo, imgdit.adapters.omni_control"
+    subprocess.run([sys.executable, "-W", "error::DeprecationWarning:imgdit", "-c", code], check=True)
