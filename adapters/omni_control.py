@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,9 @@ from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
 from imgdit import compat
 from imgdit.adapters.condition import Condition
 from imgdit.adapters.hooks import NAME, BlockHook, ModelInputHook, OutputHook, PatchHook, TimeHook, TokenHook
+from imgdit.adapters.options import ConditionOptions, Mode
 from imgdit.adapters.pairing import Samples, Target
-from imgdit.adapters.prepare import Mode, blocks_of, prepare_run
+from imgdit.adapters.prepare import blocks_of, prepare_run
 from imgdit.adapters.run import ConditionRun, Progress
 from imgdit.images.latents import cell_size
 from imgdit.lora.files import (
@@ -132,7 +133,6 @@ class OmniControl:
 
     # Conditions
 
-    @contextmanager
     def use(
         self,
         conditions: Condition | Sequence[Condition],
@@ -146,19 +146,12 @@ class OmniControl:
         height: int | None = None,
         width: int | None = None,
         samples: int | Samples | None = None,
-    ) -> Iterator[OmniControl]:
+    ) -> AbstractContextManager[OmniControl]:
         """Let conditions act in the pipeline's calls, in this thread and in others until the context ends.
 
         Args:
             conditions: what steers, one or several; a condition of strength 0 is left out.
-            main_adapter: adapters of the text and of the picture. `None`: those active that no condition has; `()`:
-                none.
-            mode: "joint" (a condition sees text and picture) or "independent" (only itself). `None`: as each adapter
-                was trained, joint where its file does not say.
-            cache: keep keys and values of independent conditions between steps. `None`: where there are some.
-            image_guidance_scale: s in `v = v_black + s (v - v_black)`, v_black a second pass with black pictures.
-            region: tokens or pixels that are made where conditions are complements; by default all that they leave.
-            generator: draws the conditions' latents from the posterior; `None` takes its mode.
+            main_adapter, mode, cache, image_guidance_scale, region, generator: see `ConditionOptions`.
             height, width: in pixels, of the images that are generated, which conditions are fitted to. `None`: seen in
                 the pipeline's first step, where a condition of another size is encoded again.
             samples: images that a call generates, prompts times `num_images_per_prompt`, for conditions of several
@@ -168,27 +161,43 @@ class OmniControl:
             ValueError: an option that does not fit, before anything runs; a number of images that does not, in the
                 pipeline's first step where `samples` is not given.
         """
+        options = ConditionOptions(main_adapter, mode, cache, image_guidance_scale, region, generator)
+        return self.apply(conditions, options, (height, width), samples)
+
+    @contextmanager
+    def apply(
+        self,
+        conditions: Condition | Sequence[Condition],
+        options: ConditionOptions,
+        size: tuple[int | None, int | None] = (None, None),
+        samples: int | Samples | None = None,
+    ) -> Iterator[OmniControl]:
+        """`use` with its options in one object.
+
+        Args:
+            conditions: what steers, one or several; a condition of strength 0 is left out.
+            options: of all of them.
+            size: height and width of `use`.
+            samples: of `use`.
+
+        Raises:
+            ValueError: see `use`.
+        """
         if self._name not in getattr(getattr(self.transformer, "_diffusers_hook", None), "hooks", {}):
             raise ValueError("this OmniControl was removed; make a new one")
         self._refuse_second_use()
         config = self.transformer.config
         patch = 2 if self.rotary else config.patch_size
-        side = patch * cell_size(self.pipe.vae)
         samples = Samples(samples) if isinstance(samples, int) else samples
         run = prepare_run(
             self.pipe,
             self.transformer,
             self.infos,
             conditions,
+            options,
             patch=patch,
             channels=config.in_channels if self.rotary else config.in_channels * patch**2,
-            main_adapter=main_adapter,
-            mode=mode,
-            cache=cache,
-            image_guidance_scale=image_guidance_scale,
-            region=region,
-            generator=generator,
-            target=Target.of((height, width), side, samples),
+            target=Target.of(size, patch * cell_size(self.pipe.vae), samples),
         )
         if run is None:
             yield self

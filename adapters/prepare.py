@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from diffusers.models.attention_processor import (
@@ -18,6 +18,7 @@ from peft.tuners.lora import LoraLayer
 from imgdit import compat
 from imgdit.adapters.condition import Condition
 from imgdit.adapters.encoding import Encoded, encode_conditions
+from imgdit.adapters.options import ConditionOptions
 from imgdit.adapters.pairing import UNKNOWN, Target
 from imgdit.adapters.run import ConditionRun, Progress, at_the_start
 from imgdit.images.fitting import SHARP
@@ -26,9 +27,6 @@ from imgdit.images.masks import to_mask
 from imgdit.lora.files import AdapterInfo, loaded_adapters
 from imgdit.lora.rows import refuse_fused
 from imgdit.models.blocks import MMDiTAttention
-from imgdit.naming import check_choice
-
-Mode = Literal["joint", "independent"]
 
 
 def prepare_run(
@@ -36,16 +34,11 @@ def prepare_run(
     model: Any,
     infos: Mapping[str, AdapterInfo],
     conditions: Condition | Sequence[Condition],
+    options: ConditionOptions,
     *,
     patch: int,
     channels: int,
     progress: Callable[[], Progress] | None = None,
-    main_adapter: str | Sequence[str] | None = None,
-    mode: Mode | None = None,
-    cache: bool | None = None,
-    image_guidance_scale: float = 1.0,
-    region: Any = None,
-    generator: torch.Generator | None = None,
     target: Target = UNKNOWN,
 ) -> ConditionRun | None:
     """Check the conditions and encode them; `None` if none of them has a strength.
@@ -54,15 +47,14 @@ def prepare_run(
         pipe: has the autoencoder.
         model: its transformer.
         infos: how each adapter was trained.
+        conditions: one or several; a condition of strength 0 is left out.
+        options: of the call.
         patch: latent cells per side of a token; `channels`: of a token.
         progress: tells where the sampler is; `None`: whoever asks which conditions act tells it.
         target: what is known of the images that are generated.
-
-    The others are those of `OmniControl.use`.
     """
     conditions = _listed(conditions)
-    main = (main_adapter,) if isinstance(main_adapter, str) else main_adapter
-    modes = _check(model, infos, conditions, main, mode, cache)
+    modes = _check(model, infos, conditions, options)
     kept = [(item, one) for item, one in zip(conditions, modes) if item.strength > 0]
     if not kept:
         return None
@@ -82,19 +74,19 @@ def prepare_run(
                 sees,
                 patch=patch,
                 device=compat.execution_device(pipe),
-                generator=generator,
-                with_empty=image_guidance_scale != 1.0,
+                generator=options.generator,
+                with_empty=options.image_guidance_scale != 1.0,
                 target=target,
                 sharp={name for name, info in infos.items() if info.task in SHARP},
             )
         _check_channels(encoded[0].tokens.shape[2], channels)
         return ConditionRun(
             encoded,
-            None if main is None else tuple(main),
-            cached="self" in sees if cache is None else cache,
+            options.main_adapters,
+            cached="self" in sees if options.cache is None else options.cache,
             lora_layers=lora_layers,
-            image_guidance_scale=image_guidance_scale,
-            region=_region(encoded, region, side),
+            image_guidance_scale=options.image_guidance_scale,
+            region=_region(encoded, options.region, side),
             progress=progress or at_the_start,
             side=side,
             samples=target.samples,
@@ -134,15 +126,11 @@ def _check(
     model: Any,
     infos: Mapping[str, AdapterInfo],
     conditions: Sequence[Condition],
-    main: Sequence[str] | None,
-    mode: Mode | None,
-    cache: bool | None,
+    options: ConditionOptions,
 ) -> list[str]:
     """Refuse what cannot be right; the mode of each condition."""
-    if mode is not None:
-        check_choice("mode", mode, ("joint", "independent"))
     loaded = loaded_adapters(model)
-    for name in [condition.adapter for condition in conditions] + list(main or ()):
+    for name in [condition.adapter for condition in conditions] + list(options.main_adapters or ()):
         if name not in loaded:
             raise ValueError(f"adapter {name!r} is not loaded; loaded are: {', '.join(loaded) or 'none'}")
     if getattr(model, "_parallel_config", None) is not None:
@@ -157,8 +145,8 @@ def _check(
             refuse_fused(claimed, layer.merged_adapters)
         elif claimed and getattr(layer, "fused_projections", False):
             raise ValueError("adapters on tokens need separate projections; call unfuse_qkv_projections() first")
-    chosen = [mode or (infos.get(item.adapter) or AdapterInfo()).mode or "joint" for item in conditions]
-    if cache and "independent" not in chosen:
+    chosen = [options.mode or (infos.get(item.adapter) or AdapterInfo()).mode or "joint" for item in conditions]
+    if options.cache and "independent" not in chosen:
         raise ValueError(
             "cache=True keeps a condition's keys and values over the steps, but in joint mode they depend on the "
             "picture that is made. These adapters were not trained independently; pass mode='independent' to run "

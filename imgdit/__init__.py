@@ -17,6 +17,7 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "ConceptUnlearner": "imgdit.sae.unlearning",
     "Condition": "imgdit.adapters.condition",
+    "ConditionOptions": "imgdit.adapters.options",
     "DiffusionPipeline": "imgdit.compat",
     "FluxOmniControlPipeline": "imgdit.pipelines.omni_control",
     "Frame": "imgdit.frames",
@@ -53,6 +54,7 @@ install_old_names()
 if TYPE_CHECKING:
     from imgdit.adapters.condition import Condition as Condition
     from imgdit.adapters.omni_control import OmniControl as OmniControl
+    from imgdit.adapters.options import ConditionOptions as ConditionOptions
     from imgdit.attention.cache import KVCache as KVCache
     from imgdit.compat import DiffusionPipeline as DiffusionPipeline
     from imgdit.compat import ModelMixin as ModelMixin

@@ -16,8 +16,8 @@ from diffusers.pipelines.flux import FluxPipelineOutput
 from imgdit import compat
 from imgdit.adapters.condition import Condition
 from imgdit.adapters.omni_control import OmniControl
+from imgdit.adapters.options import ConditionOptions, Mode
 from imgdit.adapters.pairing import Pairing, Samples
-from imgdit.adapters.prepare import Mode
 from imgdit.lora.files import LoadReport
 from imgdit.pipelines.checks import Texts, check_count, check_generators, check_latents, check_texts
 
@@ -79,31 +79,21 @@ class _Conditions(compat.SafetensorsOnly):
         Args:
             args, kwargs: of the diffusers pipeline this one extends.
             conditions: what steers; none gives what that pipeline gives.
-            main_adapter, mode, cache, image_guidance_scale, region: see `OmniControl.use`.
+            main_adapter, mode, cache, image_guidance_scale, region: see `ConditionOptions`.
             condition_generator: its `generator`, for the conditions' latents.
 
         Raises:
             ValueError: texts, generators or latents that do not fit each other.
         """
+        options = ConditionOptions(main_adapter, mode, cache, image_guidance_scale, region, condition_generator)
         conditions = (conditions,) if isinstance(conditions, Condition) else conditions
         call = signature(super().__call__).bind_partial(*args, **kwargs).arguments  # type: ignore[misc]
         call |= {name: list(text) for name, text in call.items() if "prompt" in name and isinstance(text, tuple)}
         prompts = self._check_counts(call, conditions)
         if not conditions:
             return super().__call__(**call)  # type: ignore[misc]
-        size = self._target_size(call, conditions)
-        with self.control.use(
-            conditions,
-            main_adapter=main_adapter,
-            mode=mode,
-            cache=cache,
-            image_guidance_scale=image_guidance_scale,
-            region=region,
-            generator=condition_generator,
-            height=size[0],
-            width=size[1],
-            samples=Samples(prompts * call.get("num_images_per_prompt", 1), prompts),
-        ) as control:
+        samples = Samples(prompts * call.get("num_images_per_prompt", 1), prompts)
+        with self.control.apply(conditions, options, self._target_size(call, conditions), samples) as control:
             return self._sample(control, **call)
 
     def _check_counts(self, call: Mapping[str, Any], conditions: Sequence[Condition]) -> int:

@@ -20,8 +20,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from imgdit import compat
 from imgdit.adapters.condition import Condition
+from imgdit.adapters.options import ConditionOptions, Mode
 from imgdit.adapters.pairing import Pairing, Samples, Target
-from imgdit.adapters.prepare import Mode, prepare_run
+from imgdit.adapters.prepare import prepare_run
 from imgdit.adapters.run import ConditionRun, Progress
 from imgdit.frames import Frame
 from imgdit.images.latents import cell_size
@@ -317,7 +318,7 @@ class ImgDiTPipeline(compat.DiffusionPipeline, LoraLoaderMixin):
             callback_on_step_end_tensor_inputs: which tensors it gets; `["latents"]` by default.
             max_sequence_length: text tokens that are read; a longer prompt is cut with a warning.
             conditions: images that steer, one or several, each through its loaded adapter.
-            main_adapter, mode, cache, image_guidance_scale, region: see `OmniControl.use`.
+            main_adapter, mode, cache, image_guidance_scale, region: see `ConditionOptions`.
             condition_generator: draws the conditions' latents from the posterior; `None` takes its mode.
             true_cfg_scale: the formula of `guidance_scale` for guidance-distilled models, with a negative prompt, as
                 in diffusers' `FluxPipeline`; 1: one prediction.
@@ -339,12 +340,13 @@ class ImgDiTPipeline(compat.DiffusionPipeline, LoraLoaderMixin):
             num_inference_steps, sigmas, guidance_scale, guidance_interval, num_images_per_prompt, generator,
             output_type, callback_on_step_end_tensor_inputs, true_cfg_scale,
         )  # fmt: skip
+        condition_options = ConditionOptions(
+            main_adapter, mode, cache, image_guidance_scale, region, condition_generator
+        )
         count = self.check_inputs(texts, options, height, width, latents)
         run = prepare_run(
-            self, self.transformer, self._infos, conditions,
+            self, self.transformer, self._infos, conditions, condition_options,
             patch=self.patch_size, channels=self.transformer.token_channels, progress=lambda: self._progress,
-            main_adapter=main_adapter, mode=mode, cache=cache, image_guidance_scale=image_guidance_scale,
-            region=region, generator=condition_generator,
             target=Target.of(
                 (height, width), self.vae_scale_factor * self.patch_size,
                 Samples(count, count // num_images_per_prompt),

@@ -21,7 +21,7 @@ SECTIONS = {
         "pipelines.masked_text",
     ),
     "Frames and tasks": ("tasks", "frames", "layout", "cameras"),
-    "Conditions and LoRA files": ("adapters.condition", "adapters.omni_control", "lora.files"),
+    "Conditions and LoRA files": ("adapters.condition", "adapters.options", "adapters.omni_control", "lora.files"),
     "Images": ("images",),
     "Models and sampling": (
         "models.mmdit",
