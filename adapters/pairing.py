@@ -24,6 +24,11 @@ class Samples:
     prompts: int | None = None
     """`None`: not known; any divisor of `count` may be the number of prompts."""
 
+    @classmethod
+    def of_prompts(cls, prompts: int, images_per_prompt: int = 1) -> Samples:
+        """The batch of a call of a pipeline."""
+        return cls(prompts * images_per_prompt, prompts)
+
     def order(self, images: int) -> tuple[int, ...]:
         """Number of the image, of so many, that each sample meets.
 

@@ -30,3 +30,9 @@ def check_choice(field: str, value: Any, choices: Iterable[Any]) -> None:
     choices = list(choices)
     if value not in choices:
         raise ValueError(f"{field} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def shown(value: Any) -> str:
+    """A value as an error shows it: what kind it is, and itself where that is short."""
+    text = repr(value)
+    return type(value).__name__ + (f" {text}" if len(text) <= 40 else "")

@@ -6,15 +6,15 @@ B prompts, T text tokens, J text features, P pooled features.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from numbers import Integral, Real
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
 
-from imgdit.naming import check_choice
+from imgdit.adapters.pairing import Samples
+from imgdit.naming import shown
+from imgdit.pipelines.options import SamplingOptions
 from imgdit.schedulers.schedule import check_schedule
-
-OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
 class Texts(NamedTuple):
@@ -38,43 +38,23 @@ class Texts(NamedTuple):
         return self.negative_prompt is not None or self.negative_prompt_embeds is not None
 
 
-class SamplingOptions(NamedTuple):
-    """How a call samples, by the names of its arguments."""
-
-    num_inference_steps: int
-    sigmas: Sequence[float] | None
-    guidance_scale: float
-    guidance_interval: tuple[float, float]
-    num_images_per_prompt: int
-    generator: torch.Generator | list[torch.Generator] | None
-    output_type: str
-    callback_on_step_end_tensor_inputs: Sequence[str]
-    true_cfg_scale: float = 1.0
-
-
-def check_call(pipe: Any, texts: Texts, options: SamplingOptions, called: str = "images") -> int:
-    """Refuse texts and options that do not fit the pipeline or each other; the number of prompts.
+def check_call(pipe: Any, texts: Texts, options: SamplingOptions, called: str = "images") -> Samples:
+    """Refuse texts and options that do not fit the pipeline or each other; the samples of the call.
 
     Args:
         pipe: with a scheduler and a transformer of ours.
         called: what the pipeline makes of a prompt.
     """
     config = pipe.transformer.config
-    prompts = check_texts(texts, *text_features(config))
-    check_guidance(texts, options.guidance_scale, options.true_cfg_scale, config.guidance_embeds)
-    low, high = options.guidance_interval
-    if not 0.0 <= low <= high <= 1.0:
-        raise ValueError(f"guidance_interval must be 0 <= low <= high <= 1 in sigma, got {(low, high)}")
-    if options.num_images_per_prompt < 1:
-        raise ValueError(f"num_images_per_prompt must be at least 1, got {options.num_images_per_prompt}")
-    check_choice("output_type", options.output_type, OUTPUT_TYPES)
+    samples = Samples.of_prompts(check_texts(texts, *text_features(config)), options.num_images_per_prompt)
+    check_guidance(texts, options, config.guidance_embeds)
     known = pipe._callback_tensor_inputs
-    unknown = [name for name in options.callback_on_step_end_tensor_inputs if name not in known]
+    unknown = [name for name in options.callback_tensors if name not in known]
     if unknown:
         raise ValueError(f"callbacks may ask for {known}, got {unknown}")
     check_schedule(pipe.scheduler, options.num_inference_steps, options.sigmas)
-    check_generators(options.generator, prompts * options.num_images_per_prompt, called)
-    return prompts
+    check_generators(options.generator, samples.count, called)
+    return samples
 
 
 def check_texts(texts: Texts, features: int | None = None, pooled_features: int | None = None) -> int:
@@ -92,7 +72,7 @@ def check_texts(texts: Texts, features: int | None = None, pooled_features: int 
         if text is None or isinstance(text, str):
             continue
         if not isinstance(text, (list, tuple)) or not all(isinstance(one, str) for one in text):
-            raise ValueError(f"{name} must be a string or a list of strings, got {_named(text)}")
+            raise ValueError(f"{name} must be a string or a list of strings, got {shown(text)}")
         if not text:
             raise ValueError(f"{name} is an empty list; give at least one text")
     if negative is not None and texts.negative_prompt_embeds is not None:
@@ -118,21 +98,13 @@ def check_count(name: str, texts: Sequence[Any], prompts: int) -> None:
         raise ValueError(f"got {len(texts)} {name} for {prompts} prompts; give one, or as many")
 
 
-def check_guidance(texts: Texts, guidance_scale: float, true_cfg_scale: float, distilled: bool) -> None:
+def check_guidance(texts: Texts, options: SamplingOptions, distilled: bool) -> None:
     """Refuse guidance that the model has no use for.
 
     Args:
-        texts: of the call.
-        guidance_scale: of two predictions, or an input of a distilled model.
-        true_cfg_scale: of two predictions of a distilled model, as in `FluxPipeline`.
         distilled: whether the model takes the guidance scale as an input.
     """
-    scales: dict[str, Any] = {"guidance_scale": guidance_scale, "true_cfg_scale": true_cfg_scale}
-    for name, scale in scales.items():
-        if not isinstance(scale, Real):
-            raise ValueError(f"{name} is one number for all images, got {_named(scale)}")
-        if not float(scale) >= 0:
-            raise ValueError(f"{name} must not be negative, got {scale}")
+    true_cfg_scale = options.true_cfg_scale
     if not distilled and true_cfg_scale != 1.0:
         raise ValueError(
             f"this model is guided by guidance_scale; leave out true_cfg_scale={true_cfg_scale}, which is for models "
@@ -184,7 +156,7 @@ def check_generators(generator: Any, samples: int, called: str = "images") -> No
     if generator is None or isinstance(generator, torch.Generator):
         return
     if not isinstance(generator, list) or not all(isinstance(one, torch.Generator) for one in generator):
-        raise ValueError(f"generator must be a torch.Generator or a list of them, got {_named(generator)}")
+        raise ValueError(f"generator must be a torch.Generator or a list of them, got {shown(generator)}")
     if len(generator) != samples:
         raise ValueError(f"got {len(generator)} generators for {samples} {called}; give one, or one for each")
 
@@ -200,7 +172,7 @@ def check_latents(latents: Any, expected: tuple[int, ...], axes: str = "batch, c
     if latents is None:
         return
     if not isinstance(latents, torch.Tensor):
-        raise ValueError(f"latents must be a tensor {expected} ({axes}), got {_named(latents)}")
+        raise ValueError(f"latents must be a tensor {expected} ({axes}), got {shown(latents)}")
     if tuple(latents.shape) != expected:
         raise ValueError(f"latents must be {expected}, got {tuple(latents.shape)} ({axes})")
     if not latents.is_floating_point():
@@ -224,11 +196,5 @@ def _check_shape(name: str, tensor: torch.Tensor | None, expected: tuple[Any, ..
         not isinstance(want, int) or got == want for got, want in zip(tensor.shape, expected)
     )
     if not fits:
-        shown = ", ".join("features" if want is None else str(want) for want in expected)
-        raise ValueError(f"{name} must be ({shown}), got {tuple(tensor.shape)}")
-
-
-def _named(value: Any) -> str:
-    """A value as an error shows it: what kind it is, and itself where that is short."""
-    shown = repr(value)
-    return type(value).__name__ + (f" {shown}" if len(shown) <= 40 else "")
+        axes = ", ".join("features" if want is None else str(want) for want in expected)
+        raise ValueError(f"{name} must be ({axes}), got {tuple(tensor.shape)}")

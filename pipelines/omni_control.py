@@ -89,28 +89,27 @@ class _Conditions(compat.SafetensorsOnly):
         conditions = (conditions,) if isinstance(conditions, Condition) else conditions
         call = signature(super().__call__).bind_partial(*args, **kwargs).arguments  # type: ignore[misc]
         call |= {name: list(text) for name, text in call.items() if "prompt" in name and isinstance(text, tuple)}
-        prompts = self._check_counts(call, conditions)
+        samples = self._check_counts(call, conditions)
         if not conditions:
             return super().__call__(**call)  # type: ignore[misc]
-        samples = Samples(prompts * call.get("num_images_per_prompt", 1), prompts)
         with self.control.apply(conditions, options, self._target_size(call, conditions), samples) as control:
             return self._sample(control, **call)
 
-    def _check_counts(self, call: Mapping[str, Any], conditions: Sequence[Condition]) -> int:
-        """Refuse lists of other lengths than the prompts, and latents of another shape; the number of prompts."""
+    def _check_counts(self, call: Mapping[str, Any], conditions: Sequence[Condition]) -> Samples:
+        """Refuse lists of other lengths than the prompts, and latents of another shape; the samples of the call."""
         prompts = check_texts(Texts(*(call.get(name) for name in Texts._fields)))
         for name, text in call.items():
             if re.fullmatch(r"(negative_)?prompt_[23]", name) and isinstance(text, (list, tuple)):
                 check_count(name, text, prompts)
-        images = prompts * call.get("num_images_per_prompt", 1)
-        check_generators(call.get("generator"), images)
+        samples = Samples.of_prompts(prompts, call.get("num_images_per_prompt", 1))
+        check_generators(call.get("generator"), samples.count)
         for side in ("height", "width"):
             if call.get(side) == 0:  # which diffusers takes for the default
                 raise ValueError(f"{side} is a positive number of pixels, got 0; leave it out for the default")
         if not any(condition.complement for condition in conditions):  # whose size may be the image's to complete
             height, width = self._sizes(call)
-            check_latents(call.get("latents"), *self._latent_shape(images, height, width))
-        return prompts
+            check_latents(call.get("latents"), *self._latent_shape(samples.count, height, width))
+        return samples
 
     def _sizes(self, call: Mapping[str, Any]) -> tuple[int, int]:
         """Height and width of the images of a call, in pixels."""
@@ -165,11 +164,9 @@ class FluxOmniControlPipeline(_Conditions, FluxPipeline):
             )
         latents = kwargs.pop("latents", None)
         if latents is None:
-            prompt = kwargs.get("prompt")
-            prompts = 1 if isinstance(prompt, str) else len(kwargs["prompt_embeds"] if prompt is None else prompt)
-            batch = prompts * kwargs.get("num_images_per_prompt", 1)
+            assert run.samples is not None
             latents, _ = self.prepare_latents(
-                batch,
+                run.samples.count,
                 self.transformer.config.in_channels // 4,
                 height,
                 width,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -16,6 +17,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from imgdit import compat
+from imgdit.adapters.pairing import Samples
 from imgdit.attention.cache import KVCache
 from imgdit.cameras import FOCAL_LENGTH, cameras_of_rays, ray_frames, rays_of_frames, relative_rays
 from imgdit.frames import Frame
@@ -25,20 +27,20 @@ from imgdit.layout import FrameLayout
 from imgdit.models.functional import pack, unpack
 from imgdit.models.mmdit import MMDiT
 from imgdit.models.nextdit import NextDiT, TextMemory
-from imgdit.naming import check_choice
-from imgdit.pipelines.checks import SamplingOptions, Texts, check_call, check_latents
+from imgdit.pipelines.checks import Texts, check_call, check_latents
 from imgdit.pipelines.frame_pictures import (
     bucket_size,
     depth_of_pictures,
     labels_of_pictures,
     pixels_of_pictures,
 )
-from imgdit.pipelines.one_diffusion_inputs import check_scene, entry, pictures_of, read_scene
+from imgdit.pipelines.one_diffusion_inputs import FrameSource, check_scene, entry, pictures_of
+from imgdit.pipelines.options import FrameOptions, SamplingOptions
 from imgdit.pipelines.text_to_image import ImgDiTPipeline
-from imgdit.pipelines.texts import join_halves
+from imgdit.pipelines.texts import JoinedText
 from imgdit.schedulers.flow_match import MultiFrameFlowMatchScheduler
-from imgdit.schedulers.schedule import set_schedule, step_options
-from imgdit.tasks import PictureFrame, task_prompt
+from imgdit.schedulers.schedule import set_schedule
+from imgdit.tasks import PictureFrame
 
 PUBLISHED_SIZE = 512
 """Side in pixels at which the published weights make anything but pictures from text."""
@@ -222,92 +224,40 @@ class OneDiffusionPipeline(ImgDiTPipeline):
         Raises:
             ValueError: frames, texts or options that do not fit; nothing is repeated, dropped or guessed.
         """
-        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
-            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-        asked_tensors = callback_on_step_end_tensor_inputs or ["latents"]
         texts = Texts(
             prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, pooled_prompt_embeds,
             negative_pooled_prompt_embeds, prompt_embeds_mask, negative_prompt_embeds_mask,
         )  # fmt: skip
-        if num_inference_steps is None:
-            num_inference_steps = 50 if self.follows_reference else 28
-        if guidance_scale is None:
-            guidance_scale = 4.0 if self.follows_reference else 3.0
-        sampling = SamplingOptions(
-            num_inference_steps, sigmas, guidance_scale, guidance_interval, num_images_per_prompt, generator,
-            output_type, asked_tensors,
+        steps, scale = (50, 4.0) if self.follows_reference else (28, 3.0)
+        options = SamplingOptions(
+            steps if num_inference_steps is None else num_inference_steps, sigmas,
+            scale if guidance_scale is None else guidance_scale, 1.0, guidance_interval, num_images_per_prompt,
+            generator, max_sequence_length, output_type, joint_attention_kwargs, callback_on_step_end,
+            callback_on_step_end_tensor_inputs,
         )  # fmt: skip
-        prompts = check_call(self, texts, sampling, "scenes")
-        scenes = prompts * num_images_per_prompt
-        scene, task = read_scene(prompt, frames, task, images, cameras, inverse, captions, legend, denoise_mask)
-        height, width = self._size(scene, height, width)
+        framing = FrameOptions(crop, focal_length, given_level, noise_scale, scale_factor, scale_watershed)
+        source = FrameSource(frames, task, images, cameras, inverse, captions, legend, item, denoise_mask)
+        samples = check_call(self, texts, options, "scenes")
+        frames, task = source.read(prompt)
+        height, width = self._size(frames, height, width)
         cell = self.vae_scale_factor * self.patch_size
-        check_scene(scene, prompts, scenes, height, width, cell, self.transformer)
-        self._check_options(given_level, noise_scale, (scale_factor, scale_watershed))
+        check_scene(frames, samples, height, width, cell, self.transformer)
+        self._check_framing(framing)
         cells = (height // self.vae_scale_factor, width // self.vae_scale_factor)
-        latents = self._given_latents(latents, (scenes, len(scene), self.vae.config.latent_channels, *cells))
-        self._guidance_scale = guidance_scale
-        self._interrupt = False
-        device = compat.execution_device(self)
+        latents = self._given_latents(latents, (samples.count, len(frames), self.vae.config.latent_channels, *cells))
+        texts = texts._replace(prompt=source.prompts(prompt, task, frames))
+        self._begin(options)
+        text = self._encode_texts(texts, options)
+        latents = self.prepare_latents(frames, samples, cells, framing, generator, latents)  # (B, F, C, h, w) float32
 
-        if prompt is not None:
-            told = [task_prompt(task, one, scene, item) for one in ([prompt] if isinstance(prompt, str) else prompt)]
-            texts = texts._replace(prompt=told)
-        elif item is not None or captions is not None:
-            raise ValueError("item and captions are written into the prompt; prompt_embeds hold it already")
-        halves = self.encode_prompt(
-            **texts._asdict(),
-            do_classifier_free_guidance=self.do_classifier_free_guidance,
-            num_images_per_prompt=num_images_per_prompt,
-            max_sequence_length=max_sequence_length,
-            device=device,
-        )
-        embeds, negative_embeds, pooled, mask = join_halves(*halves)
-
-        made = [i for i, frame in enumerate(scene) if not frame.is_given]
-        latents = self.prepare_latents(
-            scene, scenes, num_images_per_prompt, cells, generator, latents, crop, focal_length, device
-        )  # (B, F, C, h, w) float32
+        generated = [i for i, frame in enumerate(frames) if not frame.is_given]
         grid = (cells[0] // self.patch_size, cells[1] // self.patch_size)
-        num_tokens = noise_scale * len(made) * grid[0] * grid[1]
-        timesteps = set_schedule(self.scheduler, num_inference_steps, sigmas, num_tokens, device)
-        draws = step_options(self.scheduler, generator)
-        self._num_timesteps = len(timesteps)
-        last = given_level == "last" or (given_level is None and self.follows_reference)
-        layout = self._layout(scene, grid, float(timesteps[-1]) / 1000 if last else 0.0, embeds.shape[1])
-        options: dict[str, Any] = {"joint_attention_kwargs": joint_attention_kwargs}
-        if self.follows_reference:
-            options |= {"scale_factor": scale_factor, "scale_watershed": scale_watershed}
-        run = _Run(layout, layout.without_frozen(), pooled, mask, options, {})
-
-        # What callbacks may see and change, by the names of `_callback_tensor_inputs`.
-        state: dict[str, Any] = {
-            "latents": latents,
-            "prompt_embeds": embeds,
-            "negative_prompt_embeds": negative_embeds,
-        }
-        low, high = guidance_interval
-        with self.progress_bar(total=len(timesteps)) as progress_bar:
-            for i, t in enumerate(timesteps):
-                if self.interrupt:
-                    continue
-                self._current_timestep = t
-                guided = self.do_classifier_free_guidance and low <= float(t) / 1000 <= high
-                velocity = self._velocity(state, t, guided, run)
-                if guided:
-                    negative, positive = velocity.chunk(2)
-                    velocity = negative + guidance_scale * (positive - negative)
-                (moved,) = self.scheduler.step(velocity, t, state["latents"][:, made], **draws, return_dict=False)
-                state["latents"] = state["latents"].clone()
-                state["latents"][:, made] = moved
-
-                if callback_on_step_end is not None:
-                    asked = {name: state[name] for name in asked_tensors}
-                    state |= callback_on_step_end(self, i, t, asked) or {}
-                progress_bar.update()
-        self._current_timestep = None
-
-        output = self._output(scene, state["latents"], output_type, focal_length)
+        num_tokens = noise_scale * len(generated) * grid[0] * grid[1]
+        device = compat.execution_device(self)
+        timesteps = set_schedule(self.scheduler, options.num_inference_steps, sigmas, num_tokens, device)
+        run = self._prepare(frames, grid, text, float(timesteps[-1]) / 1000, framing, joint_attention_kwargs)
+        latents = self._denoise(latents, text, timesteps, options, partial(self._velocity, run=run), generated)
+        output = self._output(frames, latents, output_type, focal_length)
         self.maybe_free_model_hooks()
         return output if return_dict else output.to_tuple()
 
@@ -328,16 +278,16 @@ class OneDiffusionPipeline(ImgDiTPipeline):
                 default = bucket_size(*image_size(pictures[0]))
         return default[0] if height is None else height, default[1] if width is None else width
 
-    def _check_options(self, given_level: str | None, noise_scale: float, scaling: tuple[float, float]) -> None:
-        check_choice("given_level", given_level, ("last", "clean", None))
-        if noise_scale != 1.0 and not self.scheduler.config.get("use_dynamic_shifting"):
+    def _check_framing(self, options: FrameOptions) -> None:
+        """Refuse options that this scheduler or this transformer has no use for."""
+        if options.noise_scale != 1.0 and not self.scheduler.config.get("use_dynamic_shifting"):
             raise ValueError(
-                f"noise_scale={noise_scale} changes a dynamic shift, this scheduler's is fixed; leave it out"
+                f"noise_scale={options.noise_scale} changes a dynamic shift, this scheduler's is fixed; leave it out"
             )
-        if not self.follows_reference and scaling != (1.0, 1.0):
+        if not self.follows_reference and set(options.scaling.values()) != {1.0}:
             raise ValueError(
-                f"scale_factor and scale_watershed change NextDiT's positions; got {scaling[0]} and {scaling[1]} for "
-                f"{type(self.transformer).__name__}"
+                "scale_factor and scale_watershed change NextDiT's positions; got "
+                f"{options.scale_factor} and {options.scale_watershed} for {type(self.transformer).__name__}"
             )
 
     # Latents
@@ -352,71 +302,70 @@ class OneDiffusionPipeline(ImgDiTPipeline):
 
     def prepare_latents(
         self,
-        scene: Sequence[PictureFrame],
-        scenes: int,
-        copies: int,
+        frames: Sequence[PictureFrame],
+        samples: Samples,
         cells: tuple[int, int],
-        generator: torch.Generator | list[torch.Generator] | None,
-        latents: torch.Tensor | None,
-        crop: bool,
-        focal_length: float | torch.Tensor,
-        device: torch.device,
+        options: FrameOptions,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Where the run starts: given frames as latents, noise in the places of the others.
 
         Args:
-            scene: the frames.
-            scenes: B.
-            copies: consecutive scenes that share one prompt, and so one entry of a list of pictures.
+            frames: of each sample.
+            samples: of the call; those of one prompt share one entry of a list of pictures.
             cells: rows and columns of the latents.
+            options: of the frames.
+            generator: source of the noise; one, or a list of one per sample.
+            latents: starting noise, instead of drawing it.
 
         Returns:
             (B, F, C, h, w) float32, whatever the model's dtype: the same seed gives the same start.
         """
         shape = (self.vae.config.latent_channels, *cells)
-        full = (scenes, len(scene), *shape)
-        if isinstance(generator, list):  # scene by scene, so that each is what it would be alone
+        full = (samples.count, len(frames), *shape)
+        if isinstance(generator, list):  # sample by sample, so that each is what it would be alone
             parts = []
             for i, one in enumerate(generator):
-                mine = [entry(frame, i, scenes // copies, scenes) for frame in scene]
+                mine = [entry(frame, i, samples) for frame in frames]
                 noise = None if latents is None else latents[i : i + 1]
-                parts.append(self.prepare_latents(mine, 1, 1, cells, one, noise, crop, focal_length, device))
+                parts.append(self.prepare_latents(mine, Samples.of_prompts(1), cells, options, one, noise))
             return torch.cat(parts)
 
-        pictures = {i: pictures_of(frame) for i, frame in enumerate(scene) if pictures_of(frame)}
+        device = compat.execution_device(self)
+        pictures = {i: pictures_of(frame) for i, frame in enumerate(frames) if pictures_of(frame)}
         drawn = {"generator": generator, "device": device, "dtype": torch.float32}
         given: dict[int, torch.Tensor] = {}
         if pictures:
             if self.follows_reference:
-                randn_tensor((scenes, *shape), **drawn)  # the reference draws it and throws it away
+                randn_tensor((samples.count, *shape), **drawn)  # the reference draws it and throws it away
             pixels = pixels_of_pictures(
                 [picture for some in pictures.values() for picture in some],
                 cells[0] * self.vae_scale_factor,
                 cells[1] * self.vae_scale_factor,
-                crop=crop,
+                crop=options.crop,
                 stretch_bright=self.follows_reference,
             )
             encoded = self._encode_pictures(pixels.to(device), drawn)
             given = dict(zip(pictures, encoded.split([len(some) for some in pictures.values()]), strict=True))
         noise = randn_tensor(full, **drawn) if latents is None else latents.to(device, torch.float32)
-        rays = self._ray_latents(scene, cells, focal_length)
+        rays = self._ray_latents(frames, cells, options.focal_length)
         start = noise.clone()
-        for i, frame in enumerate(scene):
+        for i, frame in enumerate(frames):
             if frame.is_given:
                 value = given.get(i, rays.get(i, frame.content))
-                start[:, i] = self._spread(value.to(device, torch.float32), i, full, copies)
+                start[:, i] = self._spread(value.to(device, torch.float32), i, full, samples)
         return start
 
-    def _spread(self, value: torch.Tensor, place: int, full: tuple[int, ...], copies: int) -> torch.Tensor:
-        """A given frame's latents (C, h, w), (1, …), one per prompt or one per scene, as (B, C, h, w)."""
+    def _spread(self, value: torch.Tensor, place: int, full: tuple[int, ...], samples: Samples) -> torch.Tensor:
+        """A given frame's latents (C, h, w), (1, …), one per prompt or one per sample, as (B, C, h, w)."""
         value = value if value.ndim == 4 else value[None]
-        prompts = full[0] // copies
-        if value.shape[1:] != full[2:] or value.shape[0] not in (1, prompts, full[0]):
+        if value.shape[1:] != full[2:] or value.shape[0] not in (1, samples.prompts, samples.count):
             raise ValueError(
-                f"frame {place} is given as {value.shape[0]} grids of {tuple(value.shape[1:])}, the run has {prompts} "
-                f"prompt(s) and grids of {full[2:]}; give one for all, or one per prompt"
+                f"frame {place} is given as {value.shape[0]} grids of {tuple(value.shape[1:])}, the run has "
+                f"{samples.prompts} prompt(s) and grids of {full[2:]}; give one for all, or one per prompt"
             )
-        return value.repeat_interleave(copies, dim=0) if value.shape[0] == prompts else value
+        return value[list(samples.order(len(value)))]
 
     def _encode_pictures(self, pixels: torch.Tensor, drawn: dict[str, Any]) -> torch.Tensor:
         """Pictures (P, 3, H, W) in [-1, 1] to latents (P, C, h, w)."""
@@ -446,21 +395,36 @@ class OneDiffusionPipeline(ImgDiTPipeline):
 
     # The run
 
-    def _layout(
-        self, scene: Sequence[PictureFrame], grid: tuple[int, int], level: float, text_length: int
-    ) -> FrameLayout:
-        frames = [
-            Frame(
-                grid,
-                sigma=level if frame.is_given else None,
-                adapter=frame.adapter,
-                sees=frame.sees,
-                index=i if frame.index is None else frame.index,
-                offset=frame.offset,
-            )
-            for i, frame in enumerate(scene)
-        ]
-        return FrameLayout.build(frames, text_length)
+    def _prepare(
+        self,
+        frames: Sequence[PictureFrame],
+        grid: tuple[int, int],
+        text: JoinedText,
+        last: float,
+        options: FrameOptions,
+        joint_attention_kwargs: dict[str, Any] | None,
+    ) -> _Run:
+        """What stays the same over a run, for frames of so many rows and columns of tokens; `last` is the lowest noise
+        level of the schedule."""
+        at_last = options.given_level == "last" or (options.given_level is None and self.follows_reference)
+        layout = FrameLayout.build(
+            [
+                Frame(
+                    grid,
+                    sigma=(last if at_last else 0.0) if frame.is_given else None,
+                    adapter=frame.adapter,
+                    sees=frame.sees,
+                    index=i if frame.index is None else frame.index,
+                    offset=frame.offset,
+                )
+                for i, frame in enumerate(frames)
+            ],
+            text.embeds.shape[1],
+        )
+        extra: dict[str, Any] = {"joint_attention_kwargs": joint_attention_kwargs}
+        if self.follows_reference:
+            extra |= options.scaling
+        return _Run(layout, layout.without_frozen(), text.pooled, text.mask, extra, {})
 
     def _velocity(self, state: dict[str, Any], t: torch.Tensor, guided: bool, run: _Run) -> torch.Tensor:
         """Velocity (k * B, M, C, h, w) float32 of the M frames being made, under k texts for each scene."""

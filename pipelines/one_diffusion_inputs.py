@@ -3,79 +3,113 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
+from imgdit.adapters.pairing import Samples
 from imgdit.images.convert import image_size
 from imgdit.pipelines.checks import check_size
-from imgdit.tasks import TASKS, PictureFrame, check_frames, frames_of_mask, infer_task, task_frames
+from imgdit.tasks import TASKS, PictureFrame, check_frames, frames_of_mask, infer_task, task_frames, task_prompt
 
 
-def read_scene(
-    prompt: str | list[str] | None,
-    frames: Sequence[PictureFrame] | None,
-    task: str | None,
-    images: Any,
-    cameras: Sequence[Any] | torch.Tensor | None,
-    inverse: bool,
-    captions: Sequence[str] | None,
-    legend: Mapping[str, str] | None,
-    denoise_mask: Sequence[int] | None,
-) -> tuple[list[PictureFrame], str | None]:
-    """The frames of a call and the task they are of; the task is `None` where the raw prompt says it.
+@dataclass(frozen=True, eq=False)
+class FrameSource:
+    """The frames of a call, however they were told, by the names of its arguments."""
 
-    Raises:
-        ValueError: two ways at once, or frames that are not the task's.
-    """
-    cameras = None if cameras is None else list(cameras)
-    first = (prompt if isinstance(prompt, str) else prompt[0] if prompt else "").lstrip()
-    if frames is not None:
+    frames: Sequence[PictureFrame] | None
+    task: str | None
+    images: Any
+    cameras: Sequence[Any] | torch.Tensor | None
+    inverse: bool
+    captions: Sequence[str] | None
+    legend: Mapping[str, str] | None
+    item: str | None
+    denoise_mask: Sequence[int] | None
+
+    def read(self, prompt: str | Sequence[str] | None) -> tuple[list[PictureFrame], str | None]:
+        """The frames and the task they are of; the task is `None` where the raw prompt says it.
+
+        Raises:
+            ValueError: two ways at once, or frames that are not the task's.
+        """
+        first = (prompt if isinstance(prompt, str) else prompt[0] if prompt else "").lstrip()
+        if self.frames is not None:
+            frames = self._listed(self.frames)
+        elif self.denoise_mask is not None:
+            frames = self._of_mask(self.denoise_mask, first)
+        elif self.task is None and (self.images is not None or self.cameras is not None):
+            raise ValueError("images and cameras are given for a task: add task= or denoise_mask=, or tell frames=")
+        else:
+            frames = task_frames(
+                self.task or "text_to_image",
+                () if self.images is None else self.images,
+                inverse=self.inverse,
+                captions=self.captions,
+                legend=self.legend,
+                cameras=self._cameras,
+            )
+        if self.task is None and first.startswith("[["):
+            return frames, None
+        task = self.task or infer_task(frames)
+        if task is None:
+            raise ValueError(
+                f"these frames ({', '.join(frame.kind for frame in frames)}) could be of several tasks; name it "
+                "(task='subject') or begin the prompt with its token"
+            )
+        check_frames(task, frames)
+        return frames, task
+
+    def prompts(
+        self, prompt: str | Sequence[str] | None, task: str | None, frames: Sequence[PictureFrame]
+    ) -> list[str] | None:
+        """The prompts as the model was taught them; `None` where embeddings hold them.
+
+        Raises:
+            ValueError: details that cannot be written into embeddings.
+        """
+        if prompt is not None:
+            prompts = [prompt] if isinstance(prompt, str) else prompt
+            return [task_prompt(task, one, frames, self.item) for one in prompts]
+        if self.item is not None or self.captions is not None:
+            raise ValueError("item and captions are written into the prompt; prompt_embeds hold it already")
+        return None
+
+    @property
+    def _cameras(self) -> list[Any] | None:
+        return None if self.cameras is None else list(self.cameras)
+
+    def _listed(self, frames: Sequence[PictureFrame]) -> list[PictureFrame]:
         rest = {
-            "images": images,
-            "cameras": cameras,
-            "denoise_mask": denoise_mask,
-            "captions": captions,
-            "legend": legend,
-            "inverse": inverse or None,
+            "images": self.images,
+            "cameras": self.cameras,
+            "denoise_mask": self.denoise_mask,
+            "captions": self.captions,
+            "legend": self.legend,
+            "inverse": self.inverse or None,
         }
         extra = [name for name, value in rest.items() if value is not None]
         if extra:
             raise ValueError(f"frames say everything; leave out {', '.join(extra)}")
         if not frames:
             raise ValueError("frames is empty; give at least one, such as PictureFrame.make()")
-        read = list(frames)
-    elif denoise_mask is not None:
-        if captions is not None or legend is not None or inverse:
+        return list(frames)
+
+    def _of_mask(self, denoise_mask: Sequence[int], first: str) -> list[PictureFrame]:
+        """Frames by the raw form, under a first prompt that may begin with the token of views."""
+        if self.captions is not None or self.legend is not None or self.inverse:
             raise ValueError("captions, legend and inverse go with task=; denoise_mask takes images and cameras")
-        views = task == "views" or first.startswith(TASKS["views"].token)
-        kind = TASKS[task].condition if task in TASKS and not views else "image"
+        views = self.task == "views" or first.startswith(TASKS["views"].token)
+        kind = TASKS[self.task].condition if self.task in TASKS and not views else "image"
+        images = self.images
         known = [] if images is None else images if isinstance(images, list | tuple) else [images]
-        read = frames_of_mask(denoise_mask, known, (cameras or ()) if views else cameras, kind)
-    elif task is None and (images is not None or cameras is not None):
-        raise ValueError("images and cameras are given for a task: add task= or denoise_mask=, or tell frames=")
-    else:
-        given = () if images is None else images
-        read = task_frames(
-            task or "text_to_image", given, inverse=inverse, captions=captions, legend=legend, cameras=cameras
-        )
-    if task is None and first.startswith("[["):
-        return read, None
-    task = task or infer_task(read)
-    if task is None:
-        raise ValueError(
-            f"these frames ({', '.join(frame.kind for frame in read)}) could be of several tasks; name it "
-            "(task='subject') or begin the prompt with its token"
-        )
-    check_frames(task, read)
-    return read, task
+        return frames_of_mask(denoise_mask, known, (self._cameras or ()) if views else self._cameras, kind)
 
 
 def check_scene(
     frames: Sequence[PictureFrame],
-    prompts: int,
-    samples: int,
+    samples: Samples,
     height: int,
     width: int,
     cell: int,
@@ -84,22 +118,22 @@ def check_scene(
     """Refuse frames that neither the task nor the transformer can take.
 
     Args:
-        prompts: how many the call has.
-        samples: how many it makes of all prompts; latents may be given for each.
+        samples: of the call; latents may be given for each.
         height, width: in pixels.
         cell: pixels per side of a token.
     """
     if all(frame.is_given for frame in frames):
         raise ValueError("every frame is given, so there is nothing to make; give at least one PictureFrame.make()")
     for i, frame in enumerate(frames):
-        entries, fitting = num_entries(frame), {1, prompts}
+        entries, fitting = num_entries(frame), {1, samples.prompts}
         if isinstance(frame.content, torch.Tensor) and frame.kind != "rays":
-            called, fitting = "latent grids", fitting | {samples}
+            called, fitting = "latent grids", fitting | {samples.count}
         else:
             called = "cameras" if frame.kind == "rays" else "pictures"
         if entries not in (None, *fitting):
             raise ValueError(
-                f"frame {i} is given as {entries} {called} for {prompts} prompt(s); give one, or one per prompt"
+                f"frame {i} is given as {entries} {called} for {samples.prompts} prompt(s); give one, or one per "
+                "prompt"
             )
     last = getattr(transformer, "max_frames", None)
     if last is not None and len(frames) > last:
@@ -129,7 +163,7 @@ def num_entries(frame: PictureFrame) -> int | None:
     return len(frame.content) if isinstance(frame.content, list | tuple) else 1
 
 
-def entry(frame: PictureFrame, sample: int, prompts: int, samples: int) -> PictureFrame:
+def entry(frame: PictureFrame, sample: int, samples: Samples) -> PictureFrame:
     """The frame as one sample has it, where it is given one per prompt or one per sample."""
     entries = num_entries(frame)
     if entries is None or (entries == 1 and not isinstance(frame.content, list | tuple)):
@@ -139,8 +173,7 @@ def entry(frame: PictureFrame, sample: int, prompts: int, samples: int) -> Pictu
         content = content if content.ndim == 3 else content[None]
     else:
         content = frame.content
-    place = 0 if entries == 1 else sample if entries == samples else sample * prompts // samples
-    return replace(frame, content=content[place])
+    return replace(frame, content=content[samples.order(entries)[sample]])
 
 
 def pictures_of(frame: PictureFrame) -> list[Any]:

@@ -30,9 +30,10 @@ from imgdit.layout import FrameLayout
 from imgdit.lora.files import AdapterInfo, LoadReport, load_adapter
 from imgdit.models.functional import pack, unpack
 from imgdit.models.mmdit import MMDiT
-from imgdit.pipelines.checks import SamplingOptions, Texts, check_call, check_latents, check_size
+from imgdit.pipelines.checks import Texts, check_call, check_latents, check_size
 from imgdit.pipelines.lora_loader import LoraLoaderMixin
-from imgdit.pipelines.texts import join_halves, unknown_words
+from imgdit.pipelines.options import SamplingOptions
+from imgdit.pipelines.texts import JoinedText, join_halves, unknown_words
 from imgdit.schedulers.flow_match import MultiFrameFlowMatchScheduler
 from imgdit.schedulers.schedule import set_schedule, step_options
 
@@ -240,13 +241,18 @@ class ImgDiTPipeline(compat.DiffusionPipeline, LoraLoaderMixin):
 
     def check_inputs(
         self, texts: Texts, options: SamplingOptions, height: int, width: int, latents: torch.Tensor | None
-    ) -> int:
-        """Refuse what cannot work before anything is computed; the arguments are those of a call. The number of images
-        that it makes."""
+    ) -> Samples:
+        """Refuse what cannot work before anything is computed; the samples of the call.
+
+        Args:
+            texts, options: of the call.
+            height, width: in pixels.
+            latents: starting noise, or `None`.
+        """
         check_size(height, width, self.vae_scale_factor * self.patch_size, self.transformer.max_grid)
-        images = check_call(self, texts, options) * options.num_images_per_prompt
-        check_latents(latents, self._latent_shape(images, height, width))
-        return images
+        samples = check_call(self, texts, options)
+        check_latents(latents, self._latent_shape(samples.count, height, width))
+        return samples
 
     def _latent_shape(self, batch_size: int, height: int, width: int) -> tuple[int, int, int, int]:
         channels = self.vae.config.latent_channels
@@ -326,10 +332,6 @@ class ImgDiTPipeline(compat.DiffusionPipeline, LoraLoaderMixin):
         Raises:
             ValueError: texts, counts, sizes, options or a scheduler that do not fit; nothing has been computed.
         """
-        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
-            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-        elif callback_on_step_end_tensor_inputs is None:
-            callback_on_step_end_tensor_inputs = ["latents"]
         height = self.default_size if height is None else height
         width = self.default_size if width is None else width
         texts = Texts(
@@ -337,55 +339,109 @@ class ImgDiTPipeline(compat.DiffusionPipeline, LoraLoaderMixin):
             negative_pooled_prompt_embeds, prompt_embeds_mask, negative_prompt_embeds_mask,
         )  # fmt: skip
         options = SamplingOptions(
-            num_inference_steps, sigmas, guidance_scale, guidance_interval, num_images_per_prompt, generator,
-            output_type, callback_on_step_end_tensor_inputs, true_cfg_scale,
+            num_inference_steps, sigmas, guidance_scale, true_cfg_scale, guidance_interval, num_images_per_prompt,
+            generator, max_sequence_length, output_type, joint_attention_kwargs, callback_on_step_end,
+            callback_on_step_end_tensor_inputs,
         )  # fmt: skip
-        condition_options = ConditionOptions(
-            main_adapter, mode, cache, image_guidance_scale, region, condition_generator
-        )
-        count = self.check_inputs(texts, options, height, width, latents)
-        run = prepare_run(
-            self, self.transformer, self._infos, conditions, condition_options,
-            patch=self.patch_size, channels=self.transformer.token_channels, progress=lambda: self._progress,
-            target=Target.of(
-                (height, width), self.vae_scale_factor * self.patch_size,
-                Samples(count, count // num_images_per_prompt),
-            ),
-        ) if conditions else None  # fmt: skip
-        self._guidance_scale, self._true_cfg_scale = guidance_scale, true_cfg_scale
-        self._interrupt = False
+        conditioning = ConditionOptions(main_adapter, mode, cache, image_guidance_scale, region, condition_generator)
+        samples = self.check_inputs(texts, options, height, width, latents)
+        run = self._encode_conditions(conditions, conditioning, (height, width), samples) if conditions else None
+        self._begin(options)
+        text = self._encode_texts(texts, options)
+
         device = compat.execution_device(self)
-
-        halves = self.encode_prompt(
-            **texts._asdict(),
-            do_classifier_free_guidance=self.do_classifier_free_guidance,
-            num_images_per_prompt=num_images_per_prompt,
-            max_sequence_length=max_sequence_length,
-            device=device,
-        )
-        embeds, negative_embeds, pooled, mask = join_halves(*halves)
-
-        batch_size = embeds.shape[0]
         if latents is None:
             # Float32 whatever the model's dtype: the same seed gives the same start, and steps do not round.
-            shape = self._latent_shape(batch_size, height, width)
+            shape = self._latent_shape(samples.count, height, width)
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         latents = latents.to(device, torch.float32)
         size = (latents.shape[2] // self.patch_size, latents.shape[3] // self.patch_size)
         image = Frame(size, mask=None if run is None else run.region)
 
-        timesteps = set_schedule(self.scheduler, num_inference_steps, sigmas, image.length, device)
-        draws = step_options(self.scheduler, generator)
-        order = self.scheduler.order  # predictions per step
-        self._num_timesteps = len(timesteps)
+        def predict(state: dict[str, Any], t: torch.Tensor, guided: bool) -> torch.Tensor:
+            embeds = state["prompt_embeds"]
+            if guided:
+                embeds = torch.cat([state["negative_prompt_embeds"], embeds])
+            rows = slice(-embeds.shape[0], None)
+            mask = None if text.mask is None else text.mask[rows]
+            return self._predict(
+                state["latents"], t, embeds, text.pooled[rows], mask, image, run, joint_attention_kwargs
+            )
 
+        timesteps = set_schedule(self.scheduler, num_inference_steps, sigmas, image.length, device)
+        latents = self._denoise(latents, text, timesteps, options, predict)
+        if run is not None:
+            latents = self._complete(latents, image, run)
+        images = latents if output_type == "latent" else self.decode_latents(latents, output_type)
+        self.maybe_free_model_hooks()
+        return ImgDiTPipelineOutput(images=images) if return_dict else (images,)
+
+    def _encode_conditions(
+        self,
+        conditions: Condition | Sequence[Condition],
+        options: ConditionOptions,
+        size: tuple[int, int],
+        samples: Samples,
+    ) -> ConditionRun | None:
+        """The conditions of a call for images of a height and a width in pixels."""
+        return prepare_run(
+            self,
+            self.transformer,
+            self._infos,
+            conditions,
+            options,
+            patch=self.patch_size,
+            channels=self.transformer.token_channels,
+            progress=lambda: self._progress,
+            target=Target.of(size, self.vae_scale_factor * self.patch_size, samples),
+        )
+
+    def _begin(self, options: SamplingOptions) -> None:
+        """What callbacks and step caches may read, as a call begins."""
+        self._guidance_scale, self._true_cfg_scale = options.guidance_scale, options.true_cfg_scale
+        self._interrupt = False
+
+    def _encode_texts(self, texts: Texts, options: SamplingOptions) -> JoinedText:
+        """The texts of a call, with those of guidance where there is any."""
+        halves = self.encode_prompt(
+            **texts._asdict(),
+            do_classifier_free_guidance=self.do_classifier_free_guidance,
+            num_images_per_prompt=options.num_images_per_prompt,
+            max_sequence_length=options.max_sequence_length,
+            device=compat.execution_device(self),
+        )
+        return join_halves(*halves)
+
+    def _denoise(
+        self,
+        latents: torch.Tensor,
+        text: JoinedText,
+        timesteps: torch.Tensor,
+        options: SamplingOptions,
+        predict: Callable[[dict[str, Any], torch.Tensor, bool], torch.Tensor],
+        generated: Sequence[int] | None = None,
+    ) -> torch.Tensor:
+        """The latents after all steps.
+
+        Args:
+            latents: (B, C, h, w) or (B, F, C, h, w) float32 at the first noise level.
+            text: of the call.
+            timesteps: in [0, 1000].
+            options: of the call.
+            predict: velocity of the generated latents under (what callbacks may change, timestep, guided); guided, of
+                the batch twice, first under the negative texts.
+            generated: numbers of the frames that are generated; `None`: all latents.
+        """
         # What callbacks may see and change, by the names of `_callback_tensor_inputs`.
         state: dict[str, Any] = {
             "latents": latents,
-            "prompt_embeds": embeds,
-            "negative_prompt_embeds": negative_embeds,
+            "prompt_embeds": text.embeds,
+            "negative_prompt_embeds": text.negative_embeds,
         }
-        low, high = guidance_interval
+        draws = step_options(self.scheduler, options.generator)
+        order = self.scheduler.order  # predictions per step
+        low, high = options.guidance_interval
+        self._num_timesteps = len(timesteps)
         with self.progress_bar(total=len(timesteps)) as progress_bar:
             for i, t in enumerate(timesteps):
                 if self.interrupt:
@@ -393,35 +449,23 @@ class ImgDiTPipeline(compat.DiffusionPipeline, LoraLoaderMixin):
                 self._current_timestep = t
                 self._progress = Progress(i // order, math.ceil(len(timesteps) / order))
                 guided = self.do_classifier_free_guidance and low <= float(t) / 1000 <= high
-                text = state["prompt_embeds"]
-                if guided:
-                    text = torch.cat([state["negative_prompt_embeds"], text])
-                rows = slice(-text.shape[0], None)
-                velocity = self._predict(
-                    state["latents"],
-                    t,
-                    text,
-                    pooled[rows],
-                    None if mask is None else mask[rows],
-                    image,
-                    run,
-                    joint_attention_kwargs,
-                )
+                velocity = predict(state, t, guided)
                 if guided:
                     negative, positive = velocity.chunk(2)
                     velocity = negative + self._cfg_scale * (positive - negative)
-                (state["latents"],) = self.scheduler.step(velocity, t, state["latents"], **draws, return_dict=False)
+                latents = state["latents"] if generated is None else state["latents"][:, generated]
+                (latents,) = self.scheduler.step(velocity, t, latents, **draws, return_dict=False)
+                if generated is not None:
+                    moved, latents = latents, state["latents"].clone()
+                    latents[:, generated] = moved
+                state["latents"] = latents
 
-                if callback_on_step_end is not None:
-                    asked = {name: state[name] for name in callback_on_step_end_tensor_inputs}
-                    state |= callback_on_step_end(self, i, t, asked) or {}
+                if options.callback_on_step_end is not None:
+                    seen = {name: state[name] for name in options.callback_tensors}
+                    state |= options.callback_on_step_end(self, i, t, seen) or {}
                 progress_bar.update()
-        latents = state["latents"] if run is None else self._complete(state["latents"], image, run)
         self._current_timestep = None
-
-        images = latents if output_type == "latent" else self.decode_latents(latents, output_type)
-        self.maybe_free_model_hooks()
-        return ImgDiTPipelineOutput(images=images) if return_dict else (images,)
+        return state["latents"]
 
     def _predict(
         self,

@@ -365,7 +365,7 @@ def test_sizes_follow_the_first_picture(trained, expected):
     class Enough(Exception):
         pass
 
-    def stop(scene, scenes, copies, cells, *rest):
+    def stop(frames, samples, cells, *rest):
         sizes.append(cells)
         raise Enough
 
