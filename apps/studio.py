@@ -37,7 +37,7 @@ from imgdit.sae.unlearning import ConceptUnlearner, steer
 from imgdit.scenes.geometry import intrinsics
 from imgdit.scenes.training_frames import scene_poses
 from imgdit.scenes.world import Camera
-from imgdit.tasks import TASKS, PictureFrame, infer_task
+from imgdit.tasks import TASKS, ImageFrame, infer_task
 
 Watch = Callable[[int, int, Callable[[], Image.Image] | None], bool]
 """Called after each step with its number from 1, their count and what draws the picture so far, if anything does;
@@ -324,7 +324,7 @@ class Studio(Shelf):
         for frame in frames:
             kind = TASKS[frame.kind].condition if frame.kind in TASKS else frame.kind
             content = next(rows) if frame.camera is not None else frame.picture
-            asked.append(PictureFrame.make(kind) if content is None else PictureFrame.given(content, kind))
+            asked.append(ImageFrame.make(kind) if content is None else ImageFrame.given(content, kind))
         pair = next((f.kind for f in frames if f.kind in TASKS and TASKS[f.kind].condition == "image"), None)
         return {"frames": asked, "task": task or pair or infer_task(asked), "focal_length": focal}
 

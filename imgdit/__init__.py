@@ -9,6 +9,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from imgdit.moved import RENAMED, renamed
 from imgdit.moved import install as install_old_names
 from imgdit.quiet import keep_back
 
@@ -22,6 +23,7 @@ _EXPORTS = {
     "FluxOmniControlPipeline": "imgdit.pipelines.omni_control",
     "Frame": "imgdit.frames",
     "FrameLayout": "imgdit.layout",
+    "ImageFrame": "imgdit.tasks",
     "ImgDiTPipeline": "imgdit.pipelines.text_to_image",
     "ImgDiTPipelineOutput": "imgdit.pipelines.text_to_image",
     "KVCache": "imgdit.attention.cache",
@@ -35,7 +37,6 @@ _EXPORTS = {
     "OmniControl": "imgdit.adapters.omni_control",
     "OneDiffusionPipeline": "imgdit.pipelines.one_diffusion",
     "OneDiffusionPipelineOutput": "imgdit.pipelines.one_diffusion",
-    "PictureFrame": "imgdit.tasks",
     "SchedulerMixin": "imgdit.compat",
     "SparseAutoencoder": "imgdit.sae.model",
     "StableDiffusion3OmniControlPipeline": "imgdit.pipelines.omni_control",
@@ -77,10 +78,12 @@ if TYPE_CHECKING:
     from imgdit.sae.unlearning import ConceptUnlearner as ConceptUnlearner
     from imgdit.schedulers.flow_match import MultiFrameFlowMatchScheduler as MultiFrameFlowMatchScheduler
     from imgdit.schedulers.masked_text import MaskedTextScheduler as MaskedTextScheduler
-    from imgdit.tasks import PictureFrame as PictureFrame
+    from imgdit.tasks import ImageFrame as ImageFrame
 else:
     # Hidden from type checkers, which would otherwise accept any attribute of this package.
     def __getattr__(name: str) -> object:
+        if name in RENAMED:
+            return renamed(__name__, name)
         if name not in _EXPORTS:
             from difflib import get_close_matches
 

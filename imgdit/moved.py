@@ -120,6 +120,22 @@ SPLIT = {
 }
 """Names of modules that were split -> the other modules that hold their content now."""
 
+RENAMED = {"PictureFrame": "tasks.ImageFrame"}
+"""Classes that are called otherwise now -> their module within `imgdit` and name. `imgdit` had them too."""
+
+
+def renamed(module: str, name: str) -> object:
+    """What a module gives for the old name of a class, with a DeprecationWarning.
+
+    Raises:
+        AttributeError: it is no old name.
+    """
+    if name not in RENAMED:
+        raise AttributeError(f"module {module!r} has no attribute {name!r}")
+    home, _, new = RENAMED[name].rpartition(".")
+    warnings.warn(f"{module}.{name} is now {new}; the old name goes with version 0.3", DeprecationWarning, 3)
+    return getattr(importlib.import_module(f"imgdit.{home}"), new)
+
 
 class MovedFinder:
     """Finds modules of `imgdit` by their old names; stands last in `sys.meta_path`."""

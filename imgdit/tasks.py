@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from imgdit.moved import renamed
 from imgdit.naming import check_name, nearest
 
 TASK_TOKENS = {
@@ -64,10 +65,12 @@ _WORDS = {"segmentation": "mask", "boxes": "boundingbox"}
 
 
 @dataclass(frozen=True, eq=False)
-class PictureFrame:
-    """One frame of a scene as a person gives it: what it shows, and whether it is given or made.
+class ImageFrame:
+    """A frame as `OneDiffusionPipeline` takes it: what it shows, and whether it is given or generated.
 
-    Write `PictureFrame.given(photo)` and `PictureFrame.make("depth")`.
+    In the transformer it becomes an `imgdit.Frame`.
+
+    Write `ImageFrame.given(photo)` and `ImageFrame.make("depth")`.
     """
 
     kind: str = "image"
@@ -102,15 +105,15 @@ class PictureFrame:
                 hex_colour(colour)
 
     @classmethod
-    def make(cls, kind: str = "image", **options: Any) -> PictureFrame:
+    def make(cls, kind: str = "image", **options: Any) -> ImageFrame:
         """A frame to be made."""
         return cls(kind, **options)
 
     @classmethod
-    def given(cls, content: Any, kind: str = "image", **options: Any) -> PictureFrame:
+    def given(cls, content: Any, kind: str = "image", **options: Any) -> ImageFrame:
         """A frame that is given."""
         if content is None:
-            raise ValueError(f"a given frame of kind {kind!r} needs its content, got None; write PictureFrame.make()")
+            raise ValueError(f"a given frame of kind {kind!r} needs its content, got None; write ImageFrame.make()")
         return cls(kind, content, **options)
 
     @property
@@ -178,7 +181,7 @@ def task_frames(
     captions: Sequence[str] | None = None,
     legend: Mapping[str, str] | None = None,
     cameras: Sequence[Any] | None = None,
-) -> list[PictureFrame]:
+) -> list[ImageFrame]:
     """The frames of a task.
 
     Args:
@@ -212,18 +215,18 @@ def task_frames(
     if inverse:
         if it.frames == (1, 1):
             raise ValueError(f"the task {task!r} has one frame and so no inverse")
-        return [PictureFrame.given(given[0]), PictureFrame.make(it.condition, legend=legend)]
+        return [ImageFrame.given(given[0]), ImageFrame.make(it.condition, legend=legend)]
     if captions is not None and len(captions) != len(given):
         raise ValueError(f"got {len(captions)} captions for {len(given)} given pictures; give one for each")
     told: Sequence[str | None] = captions if captions is not None else [None] * len(given)
     conditions = [
-        PictureFrame.given(picture, it.condition, caption=caption, legend=legend)
+        ImageFrame.given(picture, it.condition, caption=caption, legend=legend)
         for picture, caption in zip(given, told, strict=True)
     ]
-    return [PictureFrame.make(), *conditions]
+    return [ImageFrame.make(), *conditions]
 
 
-def _view_frames(pictures: list[Any], cameras: Sequence[Any] | None, inverse: bool) -> list[PictureFrame]:
+def _view_frames(pictures: list[Any], cameras: Sequence[Any] | None, inverse: bool) -> list[ImageFrame]:
     if inverse:
         raise ValueError("views have no inverse; give pictures or cameras as None where they are to be made")
     views = [None] * len(pictures) if cameras is None else list(cameras)
@@ -232,7 +235,7 @@ def _view_frames(pictures: list[Any], cameras: Sequence[Any] | None, inverse: bo
     pictures = pictures + [None] * (len(views) - len(pictures))
     frames = []
     for picture, camera in zip(pictures, views, strict=True):
-        frames += [PictureFrame("image", picture), PictureFrame("rays", camera)]
+        frames += [ImageFrame("image", picture), ImageFrame("rays", camera)]
     return frames
 
 
@@ -241,7 +244,7 @@ def frames_of_mask(
     pictures: Sequence[Any] = (),
     cameras: Sequence[Any] | None = None,
     kind: str = "image",
-) -> list[PictureFrame]:
+) -> list[ImageFrame]:
     """Frames by the raw form: 1 is made, 0 is given; what is given fills the zeros in order.
 
     Args:
@@ -258,7 +261,7 @@ def frames_of_mask(
     kinds = ["image" if i == 0 or cameras is not None else kind for i in range(len(denoise_mask))]
     if cameras is not None:
         kinds[1::2] = ["rays"] * len(kinds[1::2])
-    frames = [PictureFrame.make(k) for k in kinds]
+    frames = [ImageFrame.make(k) for k in kinds]
     for name, contents, is_rays in (("pictures", pictures, False), ("cameras", cameras or (), True)):
         places = [i for i, m in enumerate(denoise_mask) if m == 0 and (kinds[i] == "rays") == is_rays]
         if len(places) != len(contents):
@@ -266,11 +269,11 @@ def frames_of_mask(
                 f"denoise_mask {list(denoise_mask)} has {len(places)} places for {name}, got {len(contents)}"
             )
         for place, content in zip(places, contents, strict=True):
-            frames[place] = PictureFrame.given(content, kinds[place])
+            frames[place] = ImageFrame.given(content, kinds[place])
     return frames
 
 
-def infer_task(frames: Sequence[PictureFrame]) -> str | None:
+def infer_task(frames: Sequence[ImageFrame]) -> str | None:
     """The task that the frames' kinds tell; `None` where they could be of several (two images, for one)."""
     kinds = [frame.kind for frame in frames if frame.adapter is None]
     if kinds == ["image"]:
@@ -282,7 +285,7 @@ def infer_task(frames: Sequence[PictureFrame]) -> str | None:
     return None
 
 
-def check_frames(task: str, frames: Sequence[PictureFrame]) -> None:
+def check_frames(task: str, frames: Sequence[ImageFrame]) -> None:
     """Refuse frames that are not the task's: too many or too few, of other kinds, in another order."""
     check_name("task", task, TASKS)
     it = TASKS[task]
@@ -298,7 +301,7 @@ def check_frames(task: str, frames: Sequence[PictureFrame]) -> None:
         raise ValueError(f"the task {task!r} has an image first and then {it.condition}; got {', '.join(kinds)}")
 
 
-def task_prompt(task: str | None, prompt: str, frames: Sequence[PictureFrame], item: str | None = None) -> str:
+def task_prompt(task: str | None, prompt: str, frames: Sequence[ImageFrame], item: str | None = None) -> str:
     """The prompt as the model was taught it: the task's token, the legend or the frames' captions, the caption.
 
     A prompt that begins with a token is taken as it is.
@@ -349,3 +352,8 @@ def task_prompt(task: str | None, prompt: str, frames: Sequence[PictureFrame], i
 def task_caption(caption: str, task: str | None = None) -> str:
     """A caption behind the token of a task, as training prompts are written."""
     return " ".join(part for part in (TASK_TOKENS[task] if task else "", caption) if part)
+
+
+def __getattr__(name: str) -> Any:
+    """Names of version 0.1; they go with version 0.3."""
+    return renamed(__name__, name)

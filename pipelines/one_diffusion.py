@@ -40,7 +40,7 @@ from imgdit.pipelines.text_to_image import ImgDiTPipeline
 from imgdit.pipelines.texts import JoinedText
 from imgdit.schedulers.flow_match import MultiFrameFlowMatchScheduler
 from imgdit.schedulers.schedule import set_schedule
-from imgdit.tasks import PictureFrame
+from imgdit.tasks import ImageFrame
 
 PUBLISHED_SIZE = 512
 """Side in pixels at which the published weights make anything but pictures from text."""
@@ -137,7 +137,7 @@ class OneDiffusionPipeline(ImgDiTPipeline):
     def __call__(  # type: ignore[override]
         self,
         prompt: str | list[str] | None = None,
-        frames: Sequence[PictureFrame] | None = None,
+        frames: Sequence[ImageFrame] | None = None,
         task: str | None = None,
         images: Any = None,
         cameras: Sequence[Any] | torch.Tensor | None = None,
@@ -263,7 +263,7 @@ class OneDiffusionPipeline(ImgDiTPipeline):
 
     # Input
 
-    def _size(self, scene: list[PictureFrame], height: int | None, width: int | None) -> tuple[int, int]:
+    def _size(self, scene: list[ImageFrame], height: int | None, width: int | None) -> tuple[int, int]:
         """Height and width in pixels, where they are not both given."""
         for frame in scene:
             if isinstance(frame.content, torch.Tensor) and frame.kind != "rays":
@@ -302,7 +302,7 @@ class OneDiffusionPipeline(ImgDiTPipeline):
 
     def prepare_latents(
         self,
-        frames: Sequence[PictureFrame],
+        frames: Sequence[ImageFrame],
         samples: Samples,
         cells: tuple[int, int],
         options: FrameOptions,
@@ -376,7 +376,7 @@ class OneDiffusionPipeline(ImgDiTPipeline):
         return (posterior.mean.float() + posterior.std.float() * noise) * self.vae.config.scaling_factor
 
     def _ray_latents(
-        self, scene: Sequence[PictureFrame], cells: tuple[int, int], focal_length: float | torch.Tensor
+        self, scene: Sequence[ImageFrame], cells: tuple[int, int], focal_length: float | torch.Tensor
     ) -> dict[int, torch.Tensor]:
         """Latents (P, C, h, w) of the given rays by their places, P one or the prompts; all are relative to the first
         of them."""
@@ -397,7 +397,7 @@ class OneDiffusionPipeline(ImgDiTPipeline):
 
     def _prepare(
         self,
-        frames: Sequence[PictureFrame],
+        frames: Sequence[ImageFrame],
         grid: tuple[int, int],
         text: JoinedText,
         last: float,
@@ -492,7 +492,7 @@ class OneDiffusionPipeline(ImgDiTPipeline):
 
     def _output(
         self,
-        scene: Sequence[PictureFrame],
+        scene: Sequence[ImageFrame],
         latents: torch.Tensor,
         output_type: str,
         focal_length: float | torch.Tensor,

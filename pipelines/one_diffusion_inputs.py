@@ -11,14 +11,14 @@ import torch
 from imgdit.adapters.pairing import Samples
 from imgdit.images.convert import image_size
 from imgdit.pipelines.checks import check_size
-from imgdit.tasks import TASKS, PictureFrame, check_frames, frames_of_mask, infer_task, task_frames, task_prompt
+from imgdit.tasks import TASKS, ImageFrame, check_frames, frames_of_mask, infer_task, task_frames, task_prompt
 
 
 @dataclass(frozen=True, eq=False)
 class FrameSource:
     """The frames of a call, however they were told, by the names of its arguments."""
 
-    frames: Sequence[PictureFrame] | None
+    frames: Sequence[ImageFrame] | None
     task: str | None
     images: Any
     cameras: Sequence[Any] | torch.Tensor | None
@@ -28,7 +28,7 @@ class FrameSource:
     item: str | None
     denoise_mask: Sequence[int] | None
 
-    def read(self, prompt: str | Sequence[str] | None) -> tuple[list[PictureFrame], str | None]:
+    def read(self, prompt: str | Sequence[str] | None) -> tuple[list[ImageFrame], str | None]:
         """The frames and the task they are of; the task is `None` where the raw prompt says it.
 
         Raises:
@@ -62,7 +62,7 @@ class FrameSource:
         return frames, task
 
     def prompts(
-        self, prompt: str | Sequence[str] | None, task: str | None, frames: Sequence[PictureFrame]
+        self, prompt: str | Sequence[str] | None, task: str | None, frames: Sequence[ImageFrame]
     ) -> list[str] | None:
         """The prompts as the model was taught them; `None` where embeddings hold them.
 
@@ -80,7 +80,7 @@ class FrameSource:
     def _cameras(self) -> list[Any] | None:
         return None if self.cameras is None else list(self.cameras)
 
-    def _listed(self, frames: Sequence[PictureFrame]) -> list[PictureFrame]:
+    def _listed(self, frames: Sequence[ImageFrame]) -> list[ImageFrame]:
         rest = {
             "images": self.images,
             "cameras": self.cameras,
@@ -93,10 +93,10 @@ class FrameSource:
         if extra:
             raise ValueError(f"frames say everything; leave out {', '.join(extra)}")
         if not frames:
-            raise ValueError("frames is empty; give at least one, such as PictureFrame.make()")
+            raise ValueError("frames is empty; give at least one, such as ImageFrame.make()")
         return list(frames)
 
-    def _of_mask(self, denoise_mask: Sequence[int], first: str) -> list[PictureFrame]:
+    def _of_mask(self, denoise_mask: Sequence[int], first: str) -> list[ImageFrame]:
         """Frames by the raw form, under a first prompt that may begin with the token of views."""
         if self.captions is not None or self.legend is not None or self.inverse:
             raise ValueError("captions, legend and inverse go with task=; denoise_mask takes images and cameras")
@@ -108,7 +108,7 @@ class FrameSource:
 
 
 def check_scene(
-    frames: Sequence[PictureFrame],
+    frames: Sequence[ImageFrame],
     samples: Samples,
     height: int,
     width: int,
@@ -123,7 +123,7 @@ def check_scene(
         cell: pixels per side of a token.
     """
     if all(frame.is_given for frame in frames):
-        raise ValueError("every frame is given, so there is nothing to make; give at least one PictureFrame.make()")
+        raise ValueError("every frame is given, so there is nothing to make; give at least one ImageFrame.make()")
     for i, frame in enumerate(frames):
         entries, fitting = num_entries(frame), {1, samples.prompts}
         if isinstance(frame.content, torch.Tensor) and frame.kind != "rays":
@@ -151,7 +151,7 @@ def check_scene(
             )
 
 
-def num_entries(frame: PictureFrame) -> int | None:
+def num_entries(frame: ImageFrame) -> int | None:
     """Pictures, latent grids or cameras that a given frame holds; `None` for one to be made."""
     if not frame.is_given:
         return None
@@ -163,7 +163,7 @@ def num_entries(frame: PictureFrame) -> int | None:
     return len(frame.content) if isinstance(frame.content, list | tuple) else 1
 
 
-def entry(frame: PictureFrame, sample: int, samples: Samples) -> PictureFrame:
+def entry(frame: ImageFrame, sample: int, samples: Samples) -> ImageFrame:
     """The frame as one sample has it, where it is given one per prompt or one per sample."""
     entries = num_entries(frame)
     if entries is None or (entries == 1 and not isinstance(frame.content, list | tuple)):
@@ -176,7 +176,7 @@ def entry(frame: PictureFrame, sample: int, samples: Samples) -> PictureFrame:
     return replace(frame, content=content[samples.order(entries)[sample]])
 
 
-def pictures_of(frame: PictureFrame) -> list[Any]:
+def pictures_of(frame: ImageFrame) -> list[Any]:
     """Pictures of a given frame that have to be encoded: none of one to be made, of rays, or of latents."""
     if not frame.is_given or frame.kind == "rays" or isinstance(frame.content, torch.Tensor):
         return []

@@ -43,6 +43,14 @@ def test_content_of_split_modules_is_found():
     assert FrameLayout is layout.FrameLayout
 
 
+def test_a_renamed_class_is_found_where_it_was():
+    with pytest.warns(DeprecationWarning, match="imgdit.PictureFrame is now ImageFrame"):
+        from imgdit import PictureFrame
+    with pytest.warns(DeprecationWarning, match="imgdit.tasks.PictureFrame is now ImageFrame"):
+        from imgdit.tasks import PictureFrame as same
+    assert PictureFrame is same is importlib.import_module("imgdit.tasks").ImageFrame
+
+
 def test_a_name_that_is_nowhere_is_refused():
     with pytest.raises(ModuleNotFoundError, match=r"imgdit\.no_such"):
         importlib.import_module("imgdit.no_such")

@@ -6,7 +6,7 @@ from imgdit.tasks import (
     COLOURS,
     TASK_TOKENS,
     TASKS,
-    PictureFrame,
+    ImageFrame,
     check_frames,
     frames_of_mask,
     hex_colour,
@@ -67,7 +67,7 @@ def test_the_raw_form_fills_the_zeros_in_order():
 @pytest.mark.parametrize(
     ("task", "frames", "item", "prompt"),
     [
-        ("text_to_image", [PictureFrame.make()], None, "[[text2image]] a cat"),
+        ("text_to_image", [ImageFrame.make()], None, "[[text2image]] a cat"),
         ("depth", task_frames("depth", "x"), None, "[[depth2image]] a cat"),
         ("canny", task_frames("canny", "x", inverse=True), None, "[[canny2image]] a cat"),
         (
@@ -99,7 +99,7 @@ def test_the_raw_form_fills_the_zeros_in_order():
 )
 def test_prompts_are_what_the_model_was_taught(task, frames, item, prompt):
     assert task_prompt(task, "a cat", frames, item) == prompt
-    plain = [PictureFrame(frame.kind, frame.content) for frame in frames]
+    plain = [ImageFrame(frame.kind, frame.content) for frame in frames]
     assert task_prompt(task, prompt, plain) == prompt  # a raw prompt is taken as it is
     assert task_prompt(None, "anything", plain) == "anything"
 
@@ -109,12 +109,12 @@ def test_an_empty_caption_leaves_the_token_alone():
 
 
 def test_kinds_tell_the_task():
-    assert infer_task([PictureFrame.make()]) == "text_to_image"
-    assert infer_task([PictureFrame.make(), PictureFrame.given("x", "hed")]) == "hed"
+    assert infer_task([ImageFrame.make()]) == "text_to_image"
+    assert infer_task([ImageFrame.make(), ImageFrame.given("x", "hed")]) == "hed"
     assert infer_task(task_frames("views", cameras=[1])) == "views"
-    assert infer_task([PictureFrame.make(), PictureFrame.given("x")]) is None
-    condition = PictureFrame.given("x", adapter="subject")
-    assert infer_task([PictureFrame.given("y"), PictureFrame.make("depth"), condition]) == "depth"
+    assert infer_task([ImageFrame.make(), ImageFrame.given("x")]) is None
+    condition = ImageFrame.given("x", adapter="subject")
+    assert infer_task([ImageFrame.given("y"), ImageFrame.make("depth"), condition]) == "depth"
 
 
 def test_colours_are_the_published_twenty():
@@ -137,15 +137,15 @@ def test_colours_are_the_published_twenty():
         (lambda: task_frames("segmentation", "x", legend={"cat": "cian"}), "'cian'; did you mean 'cyan'"),
         (lambda: task_frames("views", ["a", "b"], cameras=[1]), "2 pictures for 1 cameras"),
         (lambda: task_frames("views", ["a"], inverse=True), "views have no inverse"),
-        (lambda: PictureFrame.make("dpth"), "'dpth'; did you mean 'depth'"),
-        (lambda: PictureFrame.given(None), "needs its content"),
+        (lambda: ImageFrame.make("dpth"), "'dpth'; did you mean 'depth'"),
+        (lambda: ImageFrame.given(None), "needs its content"),
         (lambda: frames_of_mask([1, 0, 0], ["x"]), "2 places for pictures, got 1"),
         (lambda: frames_of_mask([1, 0], ["x", "y"]), "1 places for pictures, got 2"),
         (lambda: frames_of_mask([1, 0, 1, 0], (), ["c"]), "2 places for cameras, got 1"),
         (lambda: frames_of_mask([1, 2], ["x"]), "a 1 for each frame"),
-        (lambda: check_frames("depth", [PictureFrame.given("x", "depth"), PictureFrame.make()]), "an image first"),
-        (lambda: check_frames("depth", [PictureFrame.make()]), "has 2 frames, got 1"),
-        (lambda: check_frames("views", [PictureFrame.make("rays"), PictureFrame.make()]), "in this order"),
+        (lambda: check_frames("depth", [ImageFrame.given("x", "depth"), ImageFrame.make()]), "an image first"),
+        (lambda: check_frames("depth", [ImageFrame.make()]), "has 2 frames, got 1"),
+        (lambda: check_frames("views", [ImageFrame.make("rays"), ImageFrame.make()]), "in this order"),
         (lambda: task_prompt("depth", "[[depth2img]] x", ()), r"'\[\[depth2img\]\]'; did you mean"),
         (lambda: task_prompt("depth", "[[canny2image]] x", ()), "the token of 'canny', but the frames are of 'depth'"),
         (lambda: task_prompt("subject", "[[subject_driven]] x", (), item="cat"), "write item and captions into it"),

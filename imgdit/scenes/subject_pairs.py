@@ -22,7 +22,7 @@ from imgdit.pipelines.one_diffusion import OneDiffusionPipeline
 from imgdit.scenes.captions import caption
 from imgdit.scenes.probe import SceneProbe
 from imgdit.scenes.world import Scene, another_look
-from imgdit.tasks import TASK_TOKENS, PictureFrame
+from imgdit.tasks import TASK_TOKENS, ImageFrame
 
 COPY = 0.03
 """Mean absolute difference of the pixels below which a pair is one picture twice and teaches nothing."""
@@ -82,7 +82,7 @@ class ScenePairs:
     def __call__(self, idea: Idea, seed: int) -> Pair:
         generator = torch.Generator().manual_seed(seed)
         reference = self.text(idea.places[0], generator=generator, **self.options).images[0]
-        frames = [PictureFrame.make(), PictureFrame.given(reference)]
+        frames = [ImageFrame.make(), ImageFrame.given(reference)]
         sentence = f"{TASK_TOKENS['subject']} {idea.places[1]}"
         return Pair(reference, self.any(sentence, frames, generator=generator, **self.options).images[0])
 

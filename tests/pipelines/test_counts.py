@@ -8,7 +8,7 @@ from tiny import rope_config, tiny_mmdit, tiny_pipeline
 from tiny_control import flux, sd3, with_texts
 
 import imgdit
-from imgdit import PictureFrame
+from imgdit import ImageFrame
 from imgdit.cameras import orbit_cameras
 
 SIZE = {"height": 16, "width": 16, "num_inference_steps": 1, "output_type": "latent"}
@@ -131,15 +131,13 @@ def test_given_latents_with_a_generator_per_scene(backbone, given):
     }
     if given == "cameras":
         cameras = orbit_cameras([0.0, 30.0], [0.0, 10.0])
-        frames = [PictureFrame.make(), PictureFrame.given(cameras, "rays")]
-        alone = [[PictureFrame.make(), PictureFrame.given(cameras[i // 2], "rays")] for i in range(samples)]
+        frames = [ImageFrame.make(), ImageFrame.given(cameras, "rays")]
+        alone = [[ImageFrame.make(), ImageFrame.given(cameras[i // 2], "rays")] for i in range(samples)]
     else:
         count = {"per prompt": 2, "per scene": samples, "one": 1}[given]
         content = latents_of(count, 16, 4, 4)
-        frames = [PictureFrame.make(), PictureFrame.given(content, "depth")]
-        alone = [
-            [PictureFrame.make(), PictureFrame.given(content[i * count // samples], "depth")] for i in range(samples)
-        ]
+        frames = [ImageFrame.make(), ImageFrame.given(content, "depth")]
+        alone = [[ImageFrame.make(), ImageFrame.given(content[i * count // samples], "depth")] for i in range(samples)]
     out = pipe(prompts, frames=frames, generator=seeds(samples), **options).latents
     for i in range(samples):
         options["num_images_per_prompt"] = 1
@@ -156,7 +154,7 @@ def test_given_latents_with_a_generator_per_scene(backbone, given):
 )
 @pytest.mark.parametrize("generators", [1, 2])
 def test_given_frames_of_another_number(content, kind, message, generators):
-    frames = [PictureFrame.make(), PictureFrame.given(content, kind)]
+    frames = [ImageFrame.make(), ImageFrame.given(content, kind)]
     generator = seeds(2) if generators == 2 else None
     with pytest.raises(ValueError, match=message):
         one_diffusion()(["a cat", "a dog"], frames=frames, height=32, width=32, generator=generator)

@@ -10,7 +10,7 @@ from PIL import Image
 from tiny import rope_config, tiny_mmdit
 
 import imgdit
-from imgdit import FrameLayout, OneDiffusionPipeline, PictureFrame
+from imgdit import FrameLayout, ImageFrame, OneDiffusionPipeline
 from imgdit.cameras import orbit_cameras
 
 CAMERAS = orbit_cameras([0.0, 30.0], [0.0, 10.0])
@@ -63,7 +63,7 @@ def test_each_frame_comes_out_as_what_it_is(pipe):
 
 
 def test_all_frames_may_be_made(pipe):
-    frames = [PictureFrame.make(), PictureFrame.make("depth")]
+    frames = [ImageFrame.make(), ImageFrame.make("depth")]
     out = run(pipe, frames=frames, num_images_per_prompt=2)
     assert out.images.shape == (2, 32, 32, 3) and out.depth.shape == (2, 32, 32)
     out = run(pipe, task="views", cameras=list(CAMERAS))
@@ -72,7 +72,7 @@ def test_all_frames_may_be_made(pipe):
 
 def test_three_ways_to_say_the_same(pipe):
     by_task = run(pipe, task="depth", images=picture())
-    by_frames = run(pipe, frames=[PictureFrame.make(), PictureFrame.given(picture(), "depth")])
+    by_frames = run(pipe, frames=[ImageFrame.make(), ImageFrame.given(picture(), "depth")])
     raw = run(pipe, "[[depth2image]] a cat", denoise_mask=[1, 0], images=[picture()])
     assert np.array_equal(by_task.images, by_frames.images) and np.array_equal(by_task.images, raw.images)
 
@@ -99,7 +99,7 @@ def test_latents_stand_for_pictures(pipe):
     whole = run(pipe, task="depth", images=picture())
     noise = torch.randn(1, 2, 16, 4, 4)
     given = whole.latents[0, 1]
-    again = run(pipe, frames=[PictureFrame.make(), PictureFrame.given(given, "depth")], latents=noise)
+    again = run(pipe, frames=[ImageFrame.make(), ImageFrame.given(given, "depth")], latents=noise)
     from_noise = run(pipe, task="depth", images=picture(), latents=noise)
     assert near(again.images, from_noise.images)
 
@@ -107,7 +107,7 @@ def test_latents_stand_for_pictures(pipe):
 def test_scenes_do_not_depend_on_their_batch(pipe):
     """One generator per scene: each is what it would be alone, given pictures of its own and all."""
     pictures = [picture(0), picture(1)]
-    frames = [PictureFrame.make(), PictureFrame.given(pictures, "depth")]
+    frames = [ImageFrame.make(), ImageFrame.given(pictures, "depth")]
     seeds = [torch.Generator().manual_seed(i) for i in range(4)]
     both = run(pipe, ["a cat", "a dog on the table"], frames=frames, num_images_per_prompt=2, generator=seeds)
     assert both.images.shape[0] == 4
@@ -195,7 +195,7 @@ def test_frozen_frames_are_computed_once(pipe, monkeypatch):
     hook = pipe.transformer.register_forward_hook(
         lambda module, args, kwargs, output: lengths.append(kwargs["hidden_states"].shape[1]), with_kwargs=True
     )
-    frames = [PictureFrame.make(), PictureFrame.given(picture(), "depth", sees="self")]
+    frames = [ImageFrame.make(), ImageFrame.given(picture(), "depth", sees="self")]
     try:
         cached = run(pipe, frames=frames, num_inference_steps=3)
         monkeypatch.setattr(FrameLayout, "frozen", frozenset())
@@ -215,7 +215,7 @@ def test_frozen_frames_are_computed_anew_where_the_positions_change(pipe, monkey
     hook = pipe.transformer.register_forward_hook(
         lambda module, args, kwargs, output: lengths.append(kwargs["hidden_states"].shape[1]), with_kwargs=True
     )
-    frames = [PictureFrame.make(), PictureFrame.given(picture(), "depth", sees="self")]
+    frames = [ImageFrame.make(), ImageFrame.given(picture(), "depth", sees="self")]
     call = {"frames": frames, "num_inference_steps": 4, "scale_factor": 1.5}
     try:
         cached = run(pipe, **call, scale_watershed=700.0)
@@ -247,13 +247,13 @@ def test_mmdit_composes_a_task_with_a_conditions_adapter():
     from peft import LoraConfig
 
     pipe = build("mmdit")
-    task = [PictureFrame.given(picture()), PictureFrame.make("depth")]
+    task = [ImageFrame.given(picture()), ImageFrame.make("depth")]
     plain = run(pipe, frames=task)
     pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"]), "subject")
     for name, parameter in pipe.transformer.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.5)
-    condition = PictureFrame.given(picture(2), adapter="subject", sees="joint", index=0, offset=(0, 2))
+    condition = ImageFrame.given(picture(2), adapter="subject", sees="joint", index=0, offset=(0, 2))
     steered = run(pipe, frames=[*task, condition])
     assert steered.depth.shape == (1, 32, 32) and not near(steered.depth, plain.depth)
     other = dataclasses.replace(condition, content=picture(3))
@@ -274,10 +274,10 @@ def test_cameras_come_back_through_the_pipeline(pipe):
         ({"task": "depth", "images": [picture(), picture()]}, "takes 1 given picture.* got 2"),
         ({"task": "identity", "images": [picture()] * 4}, "takes 1 to 3 given"),
         ({"images": picture()}, "add task="),
-        ({"frames": [PictureFrame.make(), PictureFrame.given(picture())]}, "could be of several tasks"),
-        ({"frames": [PictureFrame.given(picture())]}, "nothing to make"),
+        ({"frames": [ImageFrame.make(), ImageFrame.given(picture())]}, "could be of several tasks"),
+        ({"frames": [ImageFrame.given(picture())]}, "nothing to make"),
         ({"frames": []}, "frames is empty"),
-        ({"frames": [PictureFrame.make()], "images": picture()}, "leave out images"),
+        ({"frames": [ImageFrame.make()], "images": picture()}, "leave out images"),
         ({"task": "views", "cameras": list(CAMERAS), "width": 48}, "views are square, got 32x48"),
         ({"height": 40}, "multiples of 16 pixels, got 40x32; try 32x32"),
         ({"task": "depth", "images": picture(), "item": "cat"}, "item names"),
@@ -293,22 +293,22 @@ def test_cameras_come_back_through_the_pipeline(pipe):
         ({"negative_prompt": ["a", "b"]}, "2 negative prompts for 1 prompts"),
         ({"callback_on_step_end_tensor_inputs": ["noise"]}, "callbacks may ask for"),
         (
-            {"frames": [PictureFrame.make(), PictureFrame.given([picture()] * 3, "depth")]},
+            {"frames": [ImageFrame.make(), ImageFrame.given([picture()] * 3, "depth")]},
             r"3 pictures for 1 prompt\(s\)",
         ),
         (
             {
                 "prompt": "[[image_editing]] x",
                 "frames": [
-                    PictureFrame.given(picture(size=(32, 48))),
-                    PictureFrame.given(picture(), "depth"),
-                    PictureFrame.make("canny"),
+                    ImageFrame.given(picture(size=(32, 48))),
+                    ImageFrame.given(picture(), "depth"),
+                    ImageFrame.make("canny"),
                 ],
             },
             "must be of one size, got 32x32, 32x48",
         ),
         (
-            {"frames": [PictureFrame.make(), PictureFrame.given(torch.zeros(16, 2, 2), "depth")]},
+            {"frames": [ImageFrame.make(), ImageFrame.given(torch.zeros(16, 2, 2), "depth")]},
             r"grids of \(16, 2, 2\)",
         ),
     ],
@@ -374,7 +374,7 @@ def test_sizes_follow_the_first_picture(trained, expected):
         {"task": "depth", "images": picture(size=(720, 1280))},
         {"task": "views", "cameras": list(CAMERAS)},
         {},
-        {"frames": [PictureFrame.make(), PictureFrame.given(torch.zeros(16, 6, 4), "depth")]},
+        {"frames": [ImageFrame.make(), ImageFrame.given(torch.zeros(16, 6, 4), "depth")]},
     ):
         with pytest.raises(Enough):
             pipe("a cat", **options)

@@ -13,7 +13,7 @@ from tiny_pictures import picture, write_folder
 from tiny_runs import QUICK, small_cache, small_pipeline
 from typer.testing import CliRunner
 
-from imgdit import ImgDiTPipeline, MMDiT, NextDiT, OneDiffusionPipeline, PictureFrame
+from imgdit import ImageFrame, ImgDiTPipeline, MMDiT, NextDiT, OneDiffusionPipeline
 from imgdit.apps.chores.run_pipeline import run_pipeline
 from imgdit.apps.chores.weights import save_adapter
 from imgdit.apps.cli import app
@@ -174,7 +174,7 @@ def test_a_trained_nextdit_becomes_a_pipeline(stages, tmp_path):
     assert pipe.scheduler.config.shift == 3.0 and pipe.default_size == 128
     out = pipe("a red cube", num_inference_steps=2, generator=torch.Generator().manual_seed(0))
     assert out.images[0].size == (128, 128)
-    frames = [PictureFrame.given(out.images[0]), PictureFrame.make("depth")]
+    frames = [ImageFrame.given(out.images[0]), ImageFrame.make("depth")]
     assert pipe("", frames, num_inference_steps=2).depth.shape == (1, 128, 128)
 
 
@@ -188,7 +188,7 @@ def lora(world, tmp_path_factory):
 
 def made(pipe, **options):
     """Latents of depth and picture, from one seed."""
-    frames = [PictureFrame.make(), PictureFrame.make("canny")]
+    frames = [ImageFrame.make(), ImageFrame.make("canny")]
     options |= {"num_inference_steps": 2, "generator": torch.Generator().manual_seed(0), "output_type": "latent"}
     return pipe("a red cube", frames, height=64, width=64, **options).latents
 

@@ -18,7 +18,7 @@ from imgdit.pipelines.text_to_image import ImgDiTPipeline
 from imgdit.scenes.geometry import intrinsics
 from imgdit.scenes.training_frames import scene_poses
 from imgdit.scenes.world import Camera
-from imgdit.tasks import TASKS, PictureFrame
+from imgdit.tasks import TASKS, ImageFrame
 
 
 class PipelineMaker:
@@ -67,8 +67,8 @@ class PipelineMaker:
 
     def condition(self, task: str, prompts: Sequence[str], pictures: torch.Tensor, seed: int) -> torch.Tensor:
         def make(rows: range, options: dict) -> torch.Tensor:
-            given = PictureFrame.given(_images(pictures, rows))
-            frames = [given, PictureFrame.make(task)]
+            given = ImageFrame.given(_images(pictures, rows))
+            frames = [given, ImageFrame.make(task)]
             output = self.any([prompts[i] for i in rows], frames, guidance_scale=self.perception, **options)
             return output.maps[task]
 
@@ -76,7 +76,7 @@ class PipelineMaker:
 
     def conditioned(self, task: str, prompts: Sequence[str], conditions: torch.Tensor, seed: int) -> torch.Tensor:
         def make(rows: range, options: dict) -> torch.Tensor:
-            frames = [PictureFrame.make(), PictureFrame.given(_images(conditions, rows), TASKS[task].condition)]
+            frames = [ImageFrame.make(), ImageFrame.given(_images(conditions, rows), TASKS[task].condition)]
             options |= {"task": task, "guidance_scale": self.guidance}
             return self.any([prompts[i] for i in rows], frames, **options).images
 
@@ -90,10 +90,10 @@ class PipelineMaker:
         def make(rows: range, options: dict) -> torch.Tensor:
             poses = torch.stack([scene_poses(cameras[i]) for i in rows])  # (B, 2, 4, 4)
             frames = [
-                PictureFrame.given(_images(pictures, rows)),
-                PictureFrame.given(poses[:, 0], "rays"),
-                PictureFrame.make(),
-                PictureFrame.given(poses[:, 1], "rays"),
+                ImageFrame.given(_images(pictures, rows)),
+                ImageFrame.given(poses[:, 0], "rays"),
+                ImageFrame.make(),
+                ImageFrame.given(poses[:, 1], "rays"),
             ]
             options |= {"focal_length": focal_length, "guidance_scale": self.perception}
             return self.any([prompts[i] for i in rows], frames, **options).images
@@ -114,10 +114,10 @@ class PipelineMaker:
     def poses(self, prompts: Sequence[str], first: torch.Tensor, second: torch.Tensor, seed: int) -> torch.Tensor:
         def make(rows: range, options: dict) -> torch.Tensor:
             frames = [
-                PictureFrame.given(_images(first, rows)),
-                PictureFrame.given(torch.eye(4), "rays"),
-                PictureFrame.given(_images(second, rows)),
-                PictureFrame.make("rays"),
+                ImageFrame.given(_images(first, rows)),
+                ImageFrame.given(torch.eye(4), "rays"),
+                ImageFrame.given(_images(second, rows)),
+                ImageFrame.make("rays"),
             ]
             options |= {"focal_length": float(intrinsics(1)[0, 0]), "guidance_scale": self.perception}
             return self.any([prompts[i] for i in rows], frames, **options).cameras[:, 1]
