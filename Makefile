@@ -65,6 +65,7 @@ weights: $(STAMP) ## train the embedded model from nothing, or go on with it
 # MUP=1 makes the two plots of μP as well, ten minutes of processor time.
 docs: $(STAMP) ## make the pictures, numbers and API page of docs/
 	$(BIN)/imgdit docs api
+	$(BIN)/imgdit docs architecture
 	$(BIN)/imgdit docs pictures $(if $(MUP),--mup)
 
 clean: ## remove the environment, caches and build outputs

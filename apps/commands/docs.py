@@ -27,6 +27,17 @@ def api(
 
 
 @app.command()
+def architecture(
+    out: Annotated[Path, typer.Argument(help="File to write.")] = Path("docs/pictures/architecture.png"),
+) -> None:
+    """Draw the diagram of frames, attention and adapters."""
+    with one_sentence():
+        from imgdit.apps.chores.architecture import draw_architecture
+
+        typer.echo(f"wrote {draw_architecture(out)}")
+
+
+@app.command()
 def pictures(
     out: Annotated[Path, typer.Argument(help="Folder; the sheets go into its folder `pictures`.")] = Path("docs"),
     model: Annotated[Path | None, typer.Option(help="Folder of a pipeline; the embedded model by default.")] = None,
