@@ -1,16 +1,19 @@
-"""README.md and docs/: every block runs, every command that a sentence names exists, every link leads somewhere."""
+"""README.md, CONTRIBUTING.md and docs/: every block runs, every command in the prose exists, every link resolves."""
 
 import json
 import re
 import shlex
 import shutil
+import tomllib
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 import typer
 import yaml
 from onediffusion_fixtures import TINY
-from PIL import Image
+from PIL import Image, ImageChops, ImageStat
+from test_rooms import FLOORS
 from tiny_control import flux, lora_file, with_texts
 from tiny_pictures import write_folder
 from tiny_text import make_model, make_tokenizer
@@ -26,12 +29,21 @@ from imgdit.recipes import packaged_recipes, parse_as
 from imgdit.sae.config import SAEConfig
 from imgdit.sae.model import SparseAutoencoder
 from imgdit.sae.unlearning import ConceptUnlearner
+from imgdit.scenes.world import BACKGROUNDS, COLOURS, OBJECTS, STYLES
 from imgdit.training.recipe import parse_recipe
 from imgdit.training.sae_recipe import SAERecipe
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = {page.relative_to(ROOT).as_posix(): page.read_text() for page in [ROOT / "README.md", *ROOT.glob("docs/*.md")]}
+PAGES = {
+    page.relative_to(ROOT).as_posix(): page.read_text()
+    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md")]
+}
+HISTORY = {page.relative_to(ROOT).as_posix(): page.read_text() for page in ROOT.glob("docs/history/*.md")}
+"""Old entries of the log, whose commands and names are those of their day."""
+LINKED = PAGES | HISTORY
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
+NAMED = re.compile(r"# (\w+\.(?:py|yaml))\n")
+"""How a block begins that is a file: it is written, and modules are imported by the blocks and commands after it."""
 
 SMALLER = {
     r"num_inference_steps=\d+": "num_inference_steps=2",
@@ -113,6 +125,7 @@ def desk(tmp_path, trained, hub, monkeypatch):
     shutil.copy(hub["Yuanshi/OminiControl"] / "my_edges.safetensors", tmp_path / "outputs/own")
     (tmp_path / "prompts.jsonl").write_text('a red cube\n{"prompt": "a cone", "control": {"canny": "edges.png"}}\n')
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
     return tmp_path
 
 
@@ -120,19 +133,27 @@ def desk(tmp_path, trained, hub, monkeypatch):
 def test_blocks_run(page, desk, hub):
     names = {"__name__": page}
     for language, code in BLOCK.findall(PAGES[page]):
-        if language == "python":
+        if named := NAMED.match(code):
+            Path(named[1]).write_text(code)
+        if language == "python" and not named:
             exec(compile(_small(code, hub), f"{page}: {code[:40]!r}", "exec"), names)
         elif language == "sh":
             for number, line in enumerate(code.replace("\\\n", " ").splitlines(), start=1):
-                if words := shlex.split(line, comments=True):
+                if words := shlex.split(line.removeprefix("PYTHONPATH=. "), comments=True):
                     _command(words, number)
         elif language == "yaml":
             values = yaml.safe_load(code)
             recipe = parse_as(SAERecipe, values, page) if "sae" in values else parse_recipe(values, page)
             assert recipe.run.steps
+        elif language == "toml":
+            groups = tomllib.loads(code)["project"]["entry-points"]
+            assert groups.keys() <= {f"imgdit.{name}" for name in ("objectives", "data", "models", "preprocessors")}
+            for place in [place for group in groups.values() for place in group.values()]:
+                module, _, attribute = place.partition(":")
+                assert callable(getattr(import_module(module), attribute))
         elif language == "json":
             assert all(isinstance(json.loads(line), dict) for line in code.splitlines())
-        else:
+        elif not named:
             assert LISTINGS[language].startswith("a listing"), f"{page} has a block of no language:\n{code}"
 
 
@@ -180,9 +201,9 @@ def test_commands_in_sentences_exist(page):
         assert {word.partition("=")[0] for word in rest if word.startswith("--")} <= known, said
 
 
-@pytest.mark.parametrize("page", sorted(PAGES))
+@pytest.mark.parametrize("page", sorted(LINKED))
 def test_links_lead_somewhere(page):
-    for target in re.findall(r"\]\(([^)]+)\)", PAGES[page]):
+    for target in re.findall(r"\]\(([^)]+)\)", LINKED[page]):
         if re.match(r"https?:", target):
             continue
         path, _, anchor = target.partition("#")
@@ -202,9 +223,30 @@ def test_every_room_of_the_readme_is_there():
     assert packages | {"tests/", "docs/"} == set(rooms)
 
 
+def test_packages_of_contributing_are_the_floors_of_the_imports():
+    table = re.findall(r"^\| ((?:`\w+`(?:, )?)+) \|", PAGES["CONTRIBUTING.md"], re.M)
+    assert [tuple(re.findall(r"`(\w+)`", row)) for row in table] == [tuple(rooms) for rooms in FLOORS]
+
+
 def test_every_page_is_in_the_readme():
     linked = set(re.findall(r"\]\((docs/[\w-]+\.md)\)", PAGES["README.md"]))
-    assert linked == PAGES.keys() - {"README.md"}
+    assert linked == PAGES.keys() - {"README.md", "CONTRIBUTING.md"}
+
+
+def test_the_card_names_what_the_embedded_model_knows():
+    known = {"objects": OBJECTS, "colours": COLOURS, "styles": STYLES, "backgrounds": BACKGROUNDS}
+    rows = dict(re.findall(r"^\| (\w+) \| ([\w, ]+) \|$", PAGES["docs/embedded-model.md"], re.M))
+    assert {kind: rows[kind].split(", ") for kind in known} == {kind: list(words) for kind, words in known.items()}
+
+
+def test_numbers_of_the_log_are_in_its_history():
+    """The log repeats the newest numbers of dated entries: no number stands in it alone."""
+    number = re.compile(r"\d+(?:[.,]\d+)*")
+    entries = set(number.findall("\n".join(HISTORY.values())))
+    text = re.sub(r"\]\([^)]*\)", "]", PAGES["docs/log.md"])
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert len(rows) > 100
+    assert not [row for row in rows if not set(number.findall(row)) <= entries]
 
 
 def test_no_command_writes_where_recipes_read_images():
@@ -234,7 +276,18 @@ def test_versions_agree():
     assert citation["version"] == imgdit.__version__
     assert f"## [{imgdit.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
     papers = {reference["identifiers"][0]["value"].removeprefix("arXiv:") for reference in citation["references"]}
-    assert papers == set(re.findall(r"\[(\d{4}\.\d{5})\]", PAGES["README.md"].split("## Try it")[0]))
+    assert papers == set(re.findall(r"\[(\d{4}\.\d{5})\]", PAGES["README.md"].split("\n## ")[0]))
+
+
+def test_the_diagram_is_drawn_by_a_command(tmp_path):
+    """Twice the same bytes, and the committed file but for the rendering of other versions of matplotlib."""
+    files = [tmp_path / "one.png", tmp_path / "folder/two.png"]
+    for file in files:
+        assert CliRunner().invoke(app, ["docs", "architecture", str(file)]).exit_code == 0
+    assert files[0].read_bytes() == files[1].read_bytes()
+    drawn, committed = (Image.open(f).convert("L") for f in (files[0], ROOT / "docs/pictures/architecture.png"))
+    assert drawn.size == committed.size
+    assert ImageStat.Stat(ImageChops.difference(drawn, committed)).mean[0] < 1
 
 
 @pytest.mark.slow
@@ -253,6 +306,7 @@ def test_the_pictures_are_made_by_one_command(trained, tmp_path, monkeypatch):
     made = {file.name for file in (tmp_path / "docs/pictures").iterdir()}
     assert {"generate.png", "any.png", "views.png", "control.png", "unlearn.png", "text-one-object.jpg"} <= made
     shown = {name for text in PAGES.values() for name in re.findall(r"\((?:docs/)?pictures/([\w.-]+)\)", text)}
-    assert shown - {"failures.jpg"} <= made  # one picture of each kind may show no mistake
+    apart = {"failures.jpg", "architecture.png"}  # one image of each kind may show no mistake; has its own command
+    assert shown - apart <= made
     numbers = json.loads((tmp_path / "docs/bench-scenes.json").read_text())
     assert numbers["model"] == "model" and not (tmp_path / "docs/bench").exists()

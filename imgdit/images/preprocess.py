@@ -18,23 +18,41 @@ from PIL import Image, ImageFilter
 from imgdit.images.convert import to_image, to_pixels, to_rgb
 from imgdit.images.masks import mask_values
 from imgdit.images.opening import open_image
-from imgdit.naming import check_name
+from imgdit.recipes import find_object
 
 HOLE = 0.5
 """Grey of what an inpainting condition hides."""
 
 
-def check_preprocessor(task: str, options: Mapping[str, Any]) -> None:
+def find_preprocessor(name: str) -> Callable[..., tuple[torch.Tensor, dict[str, Any]]]:
+    """The function `(photo, **options) -> (condition (3, H, W) in [0, 1], details)` of a preprocessor.
+
+    Args:
+        name: a key of `PREPROCESSORS`, an entry point of the group "imgdit.preprocessors", or
+            "package.module:function".
+
+    Raises:
+        ValueError: no such preprocessor, or something that cannot be called.
+    """
+    if name in PREPROCESSORS:
+        return PREPROCESSORS[name]
+    found = find_object(name, dict.fromkeys(PREPROCESSORS, ""), "imgdit.preprocessors", "unknown preprocessor")
+    if not callable(found):
+        raise ValueError(f"preprocessor must name a function (photo, **options), got {name!r}, which is {found!r}")
+    return found
+
+
+def check_preprocessor(name: str, options: Mapping[str, Any]) -> None:
     """Refuse at once what `preprocess` would refuse at its first photo.
 
     Raises:
         ImportError: a package is not installed.
         ValueError: no such preprocessor, or an option is missing.
     """
-    check_name("task of photos", task, PREPROCESSORS)
-    if task == "canny":
+    find_preprocessor(name)
+    if name == "canny":
         opencv()
-    elif task == "depth":
+    elif name == "depth":
         check_depth_model(options.get("model"))
 
 
@@ -174,8 +192,7 @@ def preprocess(name: str, photo: Image.Image | str | Path, **options: Any) -> tu
     """A condition computed from a photo, (3, H, W) in [0, 1], and what is known of it besides.
 
     Args:
-        name: a key of `PREPROCESSORS`; its options are that function's.
+        name: see `find_preprocessor`; the options are that function's.
         photo: an image or its file.
     """
-    check_name("preprocessor", name, PREPROCESSORS)
-    return PREPROCESSORS[name](opened(photo), **options)
+    return find_preprocessor(name)(opened(photo), **options)

@@ -32,7 +32,7 @@ from imgdit.data.sources import open_rows
 from imgdit.frames import Frame
 from imgdit.images import fit, to_image, to_pixels
 from imgdit.images.fitting import SHARP, Size
-from imgdit.images.preprocess import PREPROCESSORS, check_preprocessor, preprocess
+from imgdit.images.preprocess import PREPROCESSORS, check_preprocessor, find_preprocessor, preprocess
 from imgdit.io.order import mixed_seed, row_hash
 from imgdit.io.tensor_cache import TensorCache, tensor_key
 from imgdit.layout import FrameLayout
@@ -72,7 +72,8 @@ class OwnPictures:
         min_side: pixels that a picture's shorter side must have; 0: half of `base`.
         max_broken: share of the rows that may be unusable. They are counted and left out.
         condition: name of the condition that each picture comes with; `None`: none.
-        preprocessor: task of `data.tasks` that computes the condition of rows that lack it.
+        preprocessor: computes the condition of rows that lack it: a key of `imgdit.images.preprocess.PREPROCESSORS`,
+            or "package.module:function" (`find_preprocessor`).
         preprocessor_options: its options, such as {"low": 50}.
         mode: what reads the condition. "frame": the model itself, as a second frame (OneDiffusion); "independent" or
             "joint": an adapter (OminiControl), and the condition sees only itself, or everything.
@@ -137,8 +138,7 @@ class OwnPictures:
         if task_token:
             check_name("condition with a token" if condition else "task of views without cameras", task, TASK_TOKENS)
         if preprocessor is not None:
-            check_name("preprocessor", preprocessor, PREPROCESSORS)
-            check_arguments(PREPROCESSORS[preprocessor], preprocessor_options, "preprocessor_options")
+            check_arguments(find_preprocessor(preprocessor), preprocessor_options, "preprocessor_options")
         self.samples, self.seed, self.split = samples, seed, split
         self.condition, self.preprocessor, self.preprocessor_options = condition, preprocessor, preprocessor_options
         self.mode, self.position, self.task = mode, position, task if task_token else None

@@ -66,6 +66,18 @@ def test_controlnet(kind, tmp_path):
     assert torch.equal(run(other), plain)
 
 
+@pytest.mark.parametrize("name", ["FluxFillPipeline", "FluxControlPipeline"])
+def test_pipelines_that_join_images_by_channels_are_refused(name, tmp_path):
+    channels = flux().transformer.config.in_channels
+    pipe = flux(in_channels=2 * channels, out_channels=channels)
+    file = lora_file(tmp_path / "canny.safetensors", pipe.transformer)
+    control = OmniControl(quiet(getattr(diffusers, name).from_pipe(pipe)))
+    control.load(file)
+    with pytest.raises(ValueError, match=rf"tokens of {2 * channels} channels, .*have {channels}: .*Control, Fill"):
+        with control.use([condition()]):
+            raise AssertionError("not reached")
+
+
 @pytest.mark.parametrize(
     ("name", "extra"),
     [("StableDiffusion3Img2ImgPipeline", IMAGE), ("StableDiffusion3InpaintPipeline", IMAGE | MASK)],

@@ -243,6 +243,7 @@ def test_a_step_takes_whole_batches(tmp_path, data, model):
         ({"condition": "depth"}, r"row 0, 00000.png, has no condition 'depth' and no preprocessor is named"),
         ({"condition": "dpeth"}, "unknown condition 'dpeth'; did you mean 'depth'"),
         ({"condition": "grey", "preprocessor": "gray"}, "unknown preprocessor 'gray'; did you mean 'grey'"),
+        ({"condition": "grey", "preprocessor": "imgdit.images.preprocess:HOLE"}, "must name a function .*HOLE"),
         (
             {"condition": "blur", "preprocessor": "blur", "preprocessor_options": {"radios": 1}},
             "unknown key 'radios'; did you mean 'radius'",
