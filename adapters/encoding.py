@@ -7,16 +7,15 @@ from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
 from imgdit.adapters.condition import Condition
 from imgdit.adapters.pairing import UNKNOWN, Target
+from imgdit.family import TokenFormat, find_family
 from imgdit.frames import Frame
 from imgdit.images.convert import image_size
 from imgdit.images.fitting import cut_off, fit_pixels
-from imgdit.images.latents import cell_size, encode_pictures, scale_latents
-from imgdit.models.functional import pack
+from imgdit.images.latents import cell_size
 
 logger = logging.getLogger(__name__)
 
@@ -37,12 +36,24 @@ class Encoded(NamedTuple):
     """Height and width of the image before it was fitted."""
 
 
+def token_format(model: Any) -> TokenFormat:
+    """How images become condition tokens of a transformer.
+
+    Raises:
+        ValueError: nothing is known of that.
+    """
+    family = find_family(model)
+    if family is None or family.tokens is None:
+        raise ValueError(f"a {type(model).__name__} takes no condition tokens")
+    return family.tokens
+
+
 def encode_conditions(
+    model: Any,
     vae: Any,
     conditions: Sequence[Condition],
     sees: Sequence[Any],
     *,
-    patch: int,
     device: torch.device,
     generator: torch.Generator | None = None,
     with_empty: bool = False,
@@ -52,15 +63,16 @@ def encode_conditions(
     """Encode conditions.
 
     Args:
+        model: the bare transformer.
         vae: diffusers' autoencoder.
         sees: "joint" or "self" for each condition.
-        patch: latent cells per side of a token.
         generator: draws from the posterior; `None` takes its mode.
         with_empty: encode a black picture of each size as well.
         target: what is generated; where its size is not known, conditions keep their own.
         sharp: adapters whose conditions' colours mean something and are not blended.
     """
-    side = cell_size(vae) * patch
+    written = token_format(model)
+    side = cell_size(vae) * written.patch(model, vae)
     encoded = []
     for condition, view in zip(conditions, sees, strict=True):
         how = Image.Resampling.NEAREST if condition.adapter in sharp else Image.Resampling.LANCZOS
@@ -71,7 +83,7 @@ def encode_conditions(
         frame = condition.frame((height // side, width // side), side, view, given)
 
         def tokens(pixels: torch.Tensor, frame: Frame = frame) -> torch.Tensor:
-            packed = pack(_latents(vae, pixels.to(device, vae.dtype), generator), patch)  # (b, rows * columns, C)
+            packed = written.encode(model, vae, pixels.to(device, vae.dtype), generator)  # (b, rows * columns, C)
             return packed if frame.mask is None else packed[:, frame.mask.flatten()]
 
         black = tokens(torch.full_like(pixels[:1], -1.0)) if with_empty else None
@@ -113,11 +125,3 @@ def read_condition(
         )  # fmt: skip
     pixels = torch.cat([fit_pixels(image, (width, height), resample) for image in images])
     return pixels * 2 - 1, sizes[0]
-
-
-def _latents(vae: Any, pixels: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
-    if generator is None:
-        return encode_pictures(vae, pixels)
-    posterior = vae.encode(pixels).latent_dist
-    noise = randn_tensor(posterior.mean.shape, generator=generator, device=pixels.device, dtype=pixels.dtype)
-    return scale_latents(vae, posterior.mean + posterior.std * noise)

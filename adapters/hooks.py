@@ -1,38 +1,63 @@
-"""The hooks by which conditions ride through a diffusers transformer, which keeps its own forward.
+"""The hooks by which condition tokens go through a transformer that keeps its own forward.
 
-The hook of the model makes the plan of the pass (`Step`); the hooks of its edges put the condition tokens behind the
-image tokens and take them off again; the hooks of its blocks call MMDiT's block functions with diffusers' own block.
-Without a plan each of them calls what it found.
+The hook of the model makes the plan of the pass (`Step`); the hooks of its edges add the condition tokens behind the
+image tokens and take them off again; the hooks of its blocks compute diffusers' own block by the family's function.
+What differs between classes of transformers is in their `Family`. Without a plan each hook calls what it found.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers.hooks import ModelHook
-from peft.tuners.lora import LoraLayer
 
 from imgdit import compat
 from imgdit.adapters.pairing import COPIES, Pairing
 from imgdit.adapters.prepare import blocks_of, refuse_processors
-from imgdit.adapters.run import Step
+from imgdit.families.step import Step
+from imgdit.family import Block, Call, Conditions, Edge, Family
 from imgdit.frames import Frame
-from imgdit.lora.rows import linear, on_rows
-from imgdit.models.blocks import double_block, single_block
-from imgdit.models.functional import pack, table_positions, unpack
+from imgdit.models.functional import unpack
 
 if TYPE_CHECKING:
-    from imgdit.adapters.run import ConditionRun
+    from imgdit.adapters.run import ConditionRun, Progress
 
 NAME = "imgdit_condition"
 _STEP = "condition_step"
-"""Key of the plan in the `joint_attention_kwargs` of the blocks."""
+"""Key of the plan in the dictionary that blocks get."""
 _PASS: ContextVar[Step | None] = ContextVar("imgdit_condition_pass", default=None)
 """The plan of the forward pass that goes on in this thread, for the hooks of the edges, which get tensors alone."""
+
+
+class Passing:
+    """The plan of the pass that goes on, for blocks that get no dictionary. One object per transformer."""
+
+    def __init__(self) -> None:
+        self.step: Step | None = None
+        self._lock = threading.RLock()
+
+    @contextmanager
+    def hold(self, step: Step | None) -> Iterator[None]:
+        """Let the blocks find a plan, or `None`; passes of other threads wait.
+
+        Where gradients are enabled the plan stays until the next pass: gradient checkpointing runs the blocks again in
+        the backward pass, in threads of its own.
+        """
+        with self._lock:
+            self.step = step
+            try:
+                yield
+            finally:
+                if not torch.is_grad_enabled():
+                    self.step = None
 
 
 class ConditionHook(ModelHook):
@@ -48,124 +73,69 @@ class ConditionHook(ModelHook):
 
 
 class BlockHook(ConditionHook):
-    """Runs a block over text, image and conditions by MMDiT's block function."""
+    """Runs a block over text, image and conditions by its family's function."""
 
-    def __init__(self, name: str, block: Any, last: bool):
+    def __init__(self, block: Block, argument: str | None, passing: Passing):
         """
         Args:
-            name: of the block in its model.
-            last: whether it is the last of all; after a single-stream one conditions are not read.
+            argument: the block's argument that holds the plan; `None`: `passing` does.
         """
         super().__init__()
-        self.name = name
-        self.parameters = tuple(inspect.signature(type(block).forward).parameters)[1:]
-        self.function: Callable = single_block if hasattr(block, "proj_mlp") else double_block
-        self.ends_text = getattr(block, "context_pre_only", False)
-        self.is_last = last and self.function is single_block
+        self.name = block.name
+        self.parameters = tuple(inspect.signature(type(block.module).forward).parameters)[1:]
+        self.function: Callable = block.function
+        self.is_last = block.ends_conditions
+        self.argument = argument
+        self.passing = passing
 
     def new_forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
         given = {**dict(zip(self.parameters, args)), **kwargs}
-        step: Step | None = (given.get("joint_attention_kwargs") or {}).get(_STEP)
+        step: Step | None = self.passing.step if self.argument is None else (given.get(self.argument) or {}).get(_STEP)
         if step is None:
             return self.fn_ref.original_forward(*args, **kwargs)
-        temb = given["temb"]  # (B, F, D)
-        hidden_states, encoder_hidden_states = self.function(
-            module,
-            given["hidden_states"],
-            given["encoder_hidden_states"],
-            temb,
-            temb[:, :1],
-            step.rope,
-            step.last if self.is_last else step.plan,
-            None if step.cache is None else step.cache.layer(self.name),
-        )
-        return None if self.ends_text else encoder_hidden_states, hidden_states
+        plan = step.last if self.is_last else step.plan
+        return self.function(module, given, step, plan, None if step.cache is None else step.cache.layer(self.name))
 
 
 class EdgeHook(ConditionHook):
-    """A hook that reads the plan of the pass."""
+    """Gives the family's result of a module at the edge of the transformer."""
+
+    def __init__(self, edge: Edge):
+        super().__init__()
+        self.edge = edge
 
     def new_forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
         step = _PASS.get()
         if step is None:
             return self.fn_ref.original_forward(*args, **kwargs)
-        return self.call(step, module, *args, **kwargs)
-
-    def call(self, step: Step, module: Any, *args: Any, **kwargs: Any) -> Any:
-        """The module's result under a plan."""
-        raise NotImplementedError
-
-
-class TokenHook(EdgeHook):
-    """On FLUX's `x_embedder`: embeds the conditions' tokens behind the image's."""
-
-    def call(self, step: Step, module: Any, tokens: torch.Tensor) -> torch.Tensor:
-        tokens = _with_riders(step, tokens)
-        if isinstance(module, LoraLayer):
-            rows = step.plan.adapters("image")
-            return self.fn_ref.original_forward(tokens) if rows is None else on_rows(module, tokens, rows)
-        return self.fn_ref.original_forward(tokens)
-
-
-class PatchHook(EdgeHook):
-    """On SD3's `pos_embed`: patches, conditions behind them, positions added."""
-
-    def call(self, step: Step, module: Any, latents: torch.Tensor) -> torch.Tensor:
-        tokens = _with_riders(step, pack(latents, module.patch_size))
-        embedded = linear(module.proj, tokens, step.plan.adapters("image"))
-        return embedded + table_positions(module, step.layout).to(embedded)
-
-
-def _with_riders(step: Step, tokens: torch.Tensor) -> torch.Tensor:
-    if step.kept is not None and tokens.shape[1] != step.image_length:
-        tokens = tokens[:, step.kept]
-    return tokens if step.tokens is None else torch.cat([tokens, step.tokens.to(tokens)], dim=1)
-
-
-class TimeHook(EdgeHook):
-    """On `time_text_embed`: one vector per frame (B, F, D); a condition's is that of noise level 0 and guidance 1."""
-
-    def call(self, step: Step, module: Any, timestep: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
-        vectors = [self.fn_ref.original_forward(timestep, *rest)]
-        if step.riders:
-            *guidance, pooled = rest
-            one = [torch.full_like(value, 1000.0) for value in guidance]
-            vectors += [self.fn_ref.original_forward(torch.zeros_like(timestep), *one, pooled)] * step.riders
-        return torch.stack(vectors, dim=1)
-
-
-class OutputHook(EdgeHook):
-    """On `norm_out`: the image tokens go on alone, those that were left out as zeros."""
-
-    def call(self, step: Step, module: Any, hidden_states: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
-        out = self.fn_ref.original_forward(hidden_states[:, : step.image_length], temb[:, 0])
-        if step.kept is None or step.full_length == step.image_length:
-            return out
-        full = out.new_zeros(out.shape[0], step.full_length, out.shape[2])
-        full[:, step.kept] = out
-        return full
+        return self.edge(step, module, self.fn_ref.original_forward, *args, **kwargs)
 
 
 class ModelInputHook(ConditionHook):
-    """On the transformer: plans each pass, guides by a second one, fills in the tokens that were given."""
+    """On the transformer: plans each pass, guides by a second one, fills in the tokens that are known."""
 
-    def __init__(self, control: Any, model: Any):
+    def __init__(self, control: Any, model: Any, family: Family, passing: Passing):
         super().__init__()
+        assert family.conditions is not None and family.tokens is not None
         self.control = control
+        self.family = family
+        self.conditions: Conditions = family.conditions
+        self.patch = family.tokens.patch(model, control.pipe.vae)
+        self.passing = passing
         self.signature = inspect.signature(type(model).forward)
-        self._measured: tuple[torch.Tensor, tuple[int, int]] | None = None
+        self._measured: tuple[tuple, tuple[int, int]] | None = None
 
     def new_forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
         run = self.control.run
         if run is None:
-            return self.fn_ref.original_forward(*args, **kwargs)
+            return self._plain(*args, **kwargs)
         given = self.signature.bind(module, *args, **kwargs).arguments
         given.pop("self")
         run = run.at(self._grid(module, given))
         refuse_processors(module)
-        active = run.active(lambda: self.control.progress(given["timestep"]))
+        active = run.active(lambda: self._progress(module, given))
         if not active and not self._step_cache(module):
-            return self.fn_ref.original_forward(**given)
+            return self._plain(**given)
         scale = run.image_guidance_scale
         if scale != 1.0 and self._step_cache(module):
             raise ValueError(
@@ -178,85 +148,135 @@ class ModelInputHook(ConditionHook):
             out = _combine(out, black, lambda a, b: b + scale * (a - b))
         return out
 
+    def _progress(self, module: Any, given: Mapping[str, Any]) -> Progress:
+        dtype = self.family.latents(given).dtype  # which pipelines round the timestep to
+        return self.control.progress(self.family.timestep(module, given), dtype)
+
+    def _plain(self, *args: Any, **kwargs: Any) -> Any:
+        """A pass without conditions."""
+        if self.conditions.transport is not None:
+            return self.fn_ref.original_forward(*args, **kwargs)
+        with self.passing.hold(None):
+            return self.fn_ref.original_forward(*args, **kwargs)
+
     def _step_cache(self, module: Any) -> bool:
         """Whether the model is under a cache of blocks or of attentions, which compares one step's tokens with
         another's."""
-        return any(compat.has_step_cache(part) for _, block in blocks_of(module) for part in (block, block.attn))
+        return any(
+            compat.has_step_cache(part)
+            for block in blocks_of(module)
+            for part in (block.module, *(getattr(block.module, name, None) for name in block.attentions))
+            if part is not None
+        )
 
     def _pass(
         self, module: Any, run: ConditionRun, given: dict[str, Any], active: tuple[int, ...], *, empty: bool
     ) -> Any:
-        kwargs = dict(given.get("joint_attention_kwargs") or {})
-        if any(name.startswith("ip_") for name in kwargs):
-            raise ValueError(
-                "IP-Adapter images cannot be combined with conditions: its attention would be left out. Run the "
-                "pipeline without ip_adapter_image, or outside of use()"
-            )
-        rotary = self.control.rotary
-        hidden = given["hidden_states"]
-        patch = 1 if rotary else module.config.patch_size
-        image, ids = self._image(run, given, patch)
-        texts = (given["pooled_projections"], given["encoder_hidden_states"])
+        call = self.conditions.call(module, given)
+        frames = _completed(call, run)
         guided = getattr(self.control.pipe, "do_classifier_free_guidance", None)  # told by its last call
-        pairing = Pairing(hidden.shape[0], run.samples, hidden, texts, (1,) if rotary else COPIES, guided)
+        copies = COPIES if self.family.guides_in_batch else (1,)
+        pairing = Pairing(call.latents.shape[0], run.samples, call.latents, call.texts, copies, guided)
         arranged = run.arrange(
-            image,
-            given["encoder_hidden_states"].shape[1],
+            frames,
+            call.text_length,
             pairing,
-            given["pooled_projections"],
+            call.cached_by,
             active,
             step_cache=self._step_cache(module),
             empty=empty,
         )
-        if rotary:
-            step = run.step(arranged, ids, module.config.axes_dims_rope, module.pos_embed.theta)
-        else:
-            step = run.step(arranged, None, (), 0.0)
-        for name in ("controlnet_block_samples", "controlnet_single_block_samples", "block_controlnet_hidden_states"):
+        rope = None if self.conditions.rope is None else partial(self.conditions.rope, module, given)
+        step = run.step(arranged, len(frames), rope, self._places(given))
+        step.full_length = call.length
+        if call.key_mask is not None:
+            step.with_key_mask(call.key_mask)
+        for name in self.conditions.residual_arguments:
             if given.get(name) is not None:
                 given[name] = [_pad(sample, step) for sample in given[name]]
-        step.full_length = hidden.shape[1] if rotary else image.size[0] * image.size[1]
-        given["joint_attention_kwargs"] = {**kwargs, _STEP: step}
-        token = _PASS.set(step)
-        try:
-            out = self.fn_ref.original_forward(**given)
-        finally:
-            _PASS.reset(token)
+        self._prepare(module, given, step)
+        out = self._run(given, step)
         if step.cache is not None and step.cache.mode == "write":
             step.cache.mode = "read"
         if step.kept is not None and step.full_length != step.image_length:
-            out = _fill(out, hidden, given["timestep"], run, pairing, patch, rotary)
+            out = self._fill(out, call.latents, self._sigma(module, given), run, pairing)
         return out
 
-    def _grid(self, module: Any, given: dict[str, Any]) -> tuple[int, int]:
+    def _prepare(self, module: Any, given: Mapping[str, Any], step: Step) -> None:
+        """Compute what the blocks read besides tokens."""
+        frames = [step.layout.frames[i] for i in step.layout.live]
+        levels = [(frame.sigma, frame.guidance) for frame in frames]
+        first = {level: frame for level, frame in reversed(list(zip(levels, frames)))}
+        vectors = {level: self.conditions.vector(module, given, frame) for level, frame in first.items()}
+        step.vectors = torch.stack([vectors[level] for level in levels], dim=1)  # (B, F, D)
+        shared = self.conditions.shared
+        step.shared = step.vectors if shared is None else shared(module, step.vectors, step.plan)
+
+    def _run(self, given: dict[str, Any], step: Step) -> Any:
+        """The model's own forward under a plan."""
+        if self.conditions.transport is not None:
+            name = self.conditions.transport[0]
+            kwargs = dict(given.get(name) or {})
+            if any(key.startswith("ip_") for key in kwargs):
+                raise ValueError(
+                    "IP-Adapter images cannot be combined with conditions: its attention would be left out. Run the "
+                    "pipeline without ip_adapter_image, or outside of use()"
+                )
+            given[name] = {**kwargs, _STEP: step}
+        token = _PASS.set(step)
+        try:
+            if self.conditions.transport is not None:
+                return self.fn_ref.original_forward(**given)
+            with self.passing.hold(step):
+                return self.fn_ref.original_forward(**given)
+        finally:
+            _PASS.reset(token)
+
+    def _places(self, given: Mapping[str, Any]) -> tuple:
+        """The objects that tell positions."""
+        return tuple(given.get(name) for name in self.conditions.position_arguments)
+
+    def _grid(self, module: Any, given: Mapping[str, Any]) -> tuple[int, int]:
         """Rows and columns of tokens of the image that is generated; reference images beside it do not count."""
-        hidden = given["hidden_states"]
-        if hidden.ndim == 4:
-            return hidden.shape[2] // module.config.patch_size, hidden.shape[3] // module.config.patch_size
-        ids = given["img_ids"]
-        measured = self._measured
-        if measured is None or measured[0] is not ids:  # a pipeline passes the same in every step
-            flat = ids[0] if ids.ndim == 3 else ids
-            rows, columns = flat[flat[:, 0] == flat[0, 0], 1:].amax(0).round().long().tolist()
-            self._measured = measured = (ids, (rows + 1, columns + 1))
+        places, measured = self._places(given), self._measured
+        if measured is None or not places or any(a is not b for a, b in zip(measured[0], places, strict=True)):
+            found = self.family.places(module, given)
+            assert found is not None
+            self._measured = measured = (places, found[0][1])
         return measured[1]
 
-    def _image(
-        self, run: ConditionRun, given: dict[str, Any], patch: int
-    ) -> tuple[Frame, tuple[torch.Tensor, torch.Tensor] | None]:
-        """The frame of the image tokens, and the positions of text and image for a rotary model."""
-        hidden, region = given["hidden_states"], run.region
-        if hidden.ndim == 4:
-            return Frame((hidden.shape[2] // patch, hidden.shape[3] // patch), mask=region), None
-        text_ids, ids = (x[0] if x.ndim == 3 else x for x in (given["txt_ids"], given["img_ids"]))
-        if region is None:
-            return Frame((1, hidden.shape[1])), (text_ids, ids)
-        if region.numel() != ids.shape[0]:
-            raise ValueError(
-                f"the mask of a complement condition covers {region.shape[0]}x{region.shape[1]} tokens, the picture "
-                f"has {ids.shape[0]}; give the condition the picture's size (and no reference image to the pipeline)"
-            )
-        return Frame((region.shape[0], region.shape[1]), mask=region), (text_ids, run.kept_ids(ids))
+    def _sigma(self, module: Any, given: Mapping[str, Any]) -> torch.Tensor:
+        if self.conditions.sigma is None:
+            raise ValueError(f"conditions cannot complete an image (complement=True) with a {type(module).__name__}")
+        return self.conditions.sigma(module, given)
+
+    def _fill(self, out: Any, latents: torch.Tensor, sigma: torch.Tensor, run: ConditionRun, pairing: Pairing) -> Any:
+        """Give known tokens the velocity that ends at what is known: v = (x - x_0) / sigma, as x = x_0 + sigma v."""
+        known = run.known(pairing).to(latents.device)  # (B, N, C)
+        region = run.region.to(latents.device)  # type: ignore[union-attr]
+        if self.conditions.spatial:
+            known = unpack(known, self.patch, tuple(region.shape))
+            made = region.repeat_interleave(self.patch, 0).repeat_interleave(self.patch, 1)[None, None]
+        else:
+            made = region.flatten()[None, :, None]
+        sigma = sigma.view(-1, *[1] * (latents.ndim - 1))
+        velocity = ((latents.float() - known.float()) / sigma).to(latents.dtype)
+        return _combine(out, out, lambda sample, _: torch.where(made, sample, velocity))
+
+
+def _completed(call: Call, run: ConditionRun) -> Sequence[Frame]:
+    """The frames of a call; where conditions complete the image, it has the tokens that are generated."""
+    region = run.region
+    if region is None:
+        return call.frames
+    image, *others = call.frames
+    if region.numel() != image.length or others:
+        raise ValueError(
+            f"the mask of a complement condition covers {region.shape[0]}x{region.shape[1]} tokens, the picture "
+            f"has {sum(frame.length for frame in call.frames)}; give the condition the picture's size (and no "
+            "reference image to the pipeline)"
+        )
+    return (replace(image, size=(region.shape[0], region.shape[1]), mask=region),)
 
 
 def _combine(a: Any, b: Any, function: Callable) -> Any:
@@ -270,28 +290,4 @@ def _pad(sample: torch.Tensor, step: Step) -> torch.Tensor:
     """A ControlNet's residuals: the image tokens that are computed, zeros for the conditions."""
     if step.kept is not None and sample.shape[1] != step.image_length:
         sample = sample[:, step.kept]
-    riders = sum(step.layout.lengths[1:])
-    return torch.cat([sample, sample.new_zeros(sample.shape[0], riders, sample.shape[2])], dim=1)
-
-
-def _fill(
-    out: Any,
-    hidden: torch.Tensor,
-    timestep: torch.Tensor,
-    run: ConditionRun,
-    pairing: Pairing,
-    patch: int,
-    rotary: bool,
-) -> Any:
-    """Give known tokens the velocity that ends at what is known: v = (x - x_0) / sigma, as x = x_0 + sigma v."""
-    sigma = timestep.float() / (1.0 if rotary else 1000.0)
-    known = run.known(pairing).to(hidden.device)  # (B, N, C)
-    region = run.region.to(hidden.device)  # type: ignore[union-attr]
-    if rotary:
-        made = region.flatten()[None, :, None]
-    else:
-        known = unpack(known, patch, tuple(region.shape))
-        made = region.repeat_interleave(patch, 0).repeat_interleave(patch, 1)[None, None]
-    sigma = sigma.view(-1, *[1] * (hidden.ndim - 1))
-    velocity = ((hidden.float() - known.float()) / sigma).to(hidden.dtype)
-    return _combine(out, out, lambda sample, _: torch.where(made, sample, velocity))
+    return torch.cat([sample, sample.new_zeros(sample.shape[0], step.condition_length, sample.shape[2])], dim=1)

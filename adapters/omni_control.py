@@ -1,4 +1,4 @@
-"""Conditions in any diffusers pipeline on FLUX.1 or SD3/SD3.5, whose transformer keeps its own forward."""
+"""Conditions in any diffusers pipeline whose transformer has a family with `conditions`; it keeps its own forward."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
 
 from imgdit import compat
 from imgdit.adapters.condition import Condition
-from imgdit.adapters.hooks import NAME, BlockHook, ModelInputHook, OutputHook, PatchHook, TimeHook, TokenHook
+from imgdit.adapters.hooks import NAME, BlockHook, EdgeHook, ModelInputHook, Passing
 from imgdit.adapters.options import ConditionOptions, Mode
 from imgdit.adapters.pairing import Samples, Target
 from imgdit.adapters.prepare import blocks_of, prepare_run
 from imgdit.adapters.run import ConditionRun, Progress
+from imgdit.family import find_family, known_classes
 from imgdit.images.latents import cell_size
 from imgdit.lora.files import (
     AdapterInfo,
@@ -45,31 +45,34 @@ class OmniControl:
     Pipelines made by `from_pipe` share the transformer, so `use` reaches them as well, also in other threads.
 
     Args:
-        pipe: a diffusers pipeline whose transformer is a `FluxTransformer2DModel` or `SD3Transformer2DModel`.
+        pipe: a diffusers pipeline whose transformer is FLUX.1's, SD3's or of another family that has `conditions`
+            (`imgdit.family`).
     """
 
     def __init__(self, pipe: Any):
         transformer = compat.unwrapped(getattr(pipe, "transformer", None))
-        if not isinstance(transformer, (FluxTransformer2DModel, SD3Transformer2DModel)):
+        family = find_family(transformer)
+        if family is None or family.conditions is None or family.tokens is None:
             raise ValueError(
-                "OmniControl needs a pipeline whose transformer is a FluxTransformer2DModel or SD3Transformer2DModel, "
-                f"got {type(pipe).__name__} with {type(transformer).__name__}"
+                f"OmniControl needs a pipeline whose transformer is a {' or '.join(known_classes('conditions'))}, got "
+                f"{type(pipe).__name__} with {type(transformer).__name__}"
                 + ("; ImgDiTPipeline takes conditions= itself" if type(transformer).__name__ == "MMDiT" else "")
             )
         self.pipe = pipe
         self.transformer: Any = transformer
-        self.rotary = isinstance(transformer, FluxTransformer2DModel)
+        self._conditions, self._tokens = family.conditions, family.tokens
         self.run: ConditionRun | None = None
         """The conditions in use."""
-        others = [hook.control for hook in _model_hooks(transformer)]
-        self.infos: dict[str, AdapterInfo] = others[0].infos if others else {}
+        others = _model_hooks(transformer)
+        self.infos: dict[str, AdapterInfo] = others[0].control.infos if others else {}
         """How each adapter that `load` loaded was trained."""
         self._name = f"{NAME}_{id(self)}"
-        compat.insert_hook(transformer, ModelInputHook(self, transformer), self._name)
+        self._passing = others[0].passing if others else Passing()
+        compat.insert_hook(transformer, ModelInputHook(self, transformer, family, self._passing), self._name)
         if not others:
-            *_, (_, last) = blocks_of(transformer)
-            for name, block in blocks_of(transformer):
-                compat.insert_hook(block, BlockHook(name, block, last=block is last), NAME)
+            argument = None if self._conditions.transport is None else self._conditions.transport[1]
+            for block in blocks_of(transformer):
+                compat.insert_hook(block.module, BlockHook(block, argument, self._passing), NAME)
 
     # Adapters
 
@@ -126,8 +129,8 @@ class OmniControl:
         compat.remove_hook(self.transformer, self._name)
         if _model_hooks(self.transformer):
             return
-        for _, block in blocks_of(self.transformer):
-            compat.remove_hook(block, NAME)
+        for block in blocks_of(self.transformer):
+            compat.remove_hook(block.module, NAME)
         for name in [name for name in self.infos if name in loaded_adapters(self.transformer)]:
             self.unload(name)
 
@@ -186,8 +189,7 @@ class OmniControl:
         if self._name not in getattr(getattr(self.transformer, "_diffusers_hook", None), "hooks", {}):
             raise ValueError("this OmniControl was removed; make a new one")
         self._refuse_second_use()
-        config = self.transformer.config
-        patch = 2 if self.rotary else config.patch_size
+        side = self._tokens.patch(self.transformer, self.pipe.vae) * cell_size(self.pipe.vae)
         samples = Samples(samples) if isinstance(samples, int) else samples
         run = prepare_run(
             self.pipe,
@@ -195,9 +197,7 @@ class OmniControl:
             self.infos,
             conditions,
             options,
-            patch=patch,
-            channels=config.in_channels if self.rotary else config.in_channels * patch**2,
-            target=Target.of(size, patch * cell_size(self.pipe.vae), samples),
+            target=Target.of(size, side, samples),
         )
         if run is None:
             yield self
@@ -205,14 +205,16 @@ class OmniControl:
         with _USE_LOCK:
             self._refuse_second_use()
             self.run = run
-            edges = self._edges()
-            for module, hook in edges:
-                compat.insert_hook(module, hook, NAME)
+            # The modules as they are now: loading a LoRA wraps them.
+            edges = {self._module(path): edge for path, edge in self._conditions.edges(self.transformer).items()}
+            for module, edge in edges.items():
+                compat.insert_hook(module, EdgeHook(edge), NAME)
         try:
             yield self
         finally:
             self.run = None
-            for module, _ in edges:
+            self._passing.step = None
+            for module in edges:
                 compat.remove_hook(module, NAME)
 
     def _refuse_second_use(self) -> None:
@@ -222,17 +224,15 @@ class OmniControl:
                 "may run in several threads"
             )
 
-    def _edges(self) -> list[tuple[Any, Any]]:
-        """The modules at the edges, as they are now: loading a LoRA wraps `x_embedder`."""
-        model = self.transformer
-        first = (model.x_embedder, TokenHook()) if self.rotary else (model.pos_embed, PatchHook())
-        return [first, (model.time_text_embed, TimeHook()), (model.norm_out, OutputHook())]
+    def _module(self, path: str) -> Any:
+        return compat.unwrapped(self.transformer.get_submodule(path))
 
-    def progress(self, timestep: torch.Tensor) -> Progress:
+    def progress(self, timestep: float, dtype: torch.dtype = torch.float32) -> Progress:
         """Where the pipeline that calls is, by its scheduler.
 
         Args:
-            timestep: as the transformer gets it.
+            timestep: in [0, 1000].
+            dtype: that pipelines round it to.
 
         Raises:
             ValueError: the scheduler is not at this timestep.
@@ -243,13 +243,12 @@ class OmniControl:
         first = begin or 0
         index = first if index is None else index
         timesteps = scheduler.timesteps
-        now = timestep.flatten()[0].float() * (1000.0 if self.rotary else 1.0)
-        near = 1e-3 + 2 * torch.finfo(timestep.dtype).eps * 1000.0  # pipelines round it to the latents' dtype
+        near = 1e-3 + 2 * torch.finfo(dtype).eps * 1000.0
         started = getattr(scheduler, "num_inference_steps", None) is not None and index < len(timesteps)
-        if not started or abs(float(timesteps[index]) - float(now)) > near:
+        if not started or abs(float(timesteps[index]) - timestep) > near:
             raise ValueError(
                 f"start and end of a condition are counted by the scheduler of the {type(pipe).__name__}, which is "
-                f"not at the timestep {float(now):g} of this call; step that scheduler, or use start=0 and end=1"
+                f"not at the timestep {timestep:g} of this call; step that scheduler, or use start=0 and end=1"
             )
         return Progress(index - first, len(timesteps) - first)
 

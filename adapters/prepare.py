@@ -7,26 +7,20 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from diffusers.models.attention_processor import (
-    FusedJointAttnProcessor2_0,
-    JointAttnProcessor2_0,
-    XFormersJointAttnProcessor,
-)
-from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from peft.tuners.lora import LoraLayer
 
 from imgdit import compat
 from imgdit.adapters.condition import Condition
-from imgdit.adapters.encoding import Encoded, encode_conditions
+from imgdit.adapters.encoding import Encoded, encode_conditions, token_format
 from imgdit.adapters.options import ConditionOptions
 from imgdit.adapters.pairing import UNKNOWN, Target
 from imgdit.adapters.run import ConditionRun, Progress, at_the_start
+from imgdit.family import Block, find_family
 from imgdit.images.fitting import SHARP
 from imgdit.images.latents import cell_size
 from imgdit.images.masks import to_mask
 from imgdit.lora.files import AdapterInfo, loaded_adapters
 from imgdit.lora.rows import refuse_fused
-from imgdit.models.blocks import MMDiTAttention
 
 
 def prepare_run(
@@ -36,8 +30,6 @@ def prepare_run(
     conditions: Condition | Sequence[Condition],
     options: ConditionOptions,
     *,
-    patch: int,
-    channels: int,
     progress: Callable[[], Progress] | None = None,
     target: Target = UNKNOWN,
 ) -> ConditionRun | None:
@@ -49,7 +41,6 @@ def prepare_run(
         infos: how each adapter was trained.
         conditions: one or several; a condition of strength 0 is left out.
         options: of the call.
-        patch: latent cells per side of a token; `channels`: of a token.
         progress: tells where the sampler is; `None`: whoever asks which conditions act tells it.
         target: what is known of the images that are generated.
     """
@@ -58,7 +49,9 @@ def prepare_run(
     kept = [(item, one) for item, one in zip(conditions, modes) if item.strength > 0]
     if not kept:
         return None
-    side = patch * cell_size(pipe.vae)
+    model = compat.unwrapped(model)
+    tokens = token_format(model)
+    side = tokens.patch(model, pipe.vae) * cell_size(pipe.vae)
     sees = ["self" if one == "independent" else "joint" for _, one in kept]
     lora_layers = [
         layer
@@ -69,17 +62,17 @@ def prepare_run(
     def build(target: Target) -> ConditionRun:
         with torch.no_grad():
             encoded = encode_conditions(
+                model,
                 pipe.vae,
                 [item for item, _ in kept],
                 sees,
-                patch=patch,
                 device=compat.execution_device(pipe),
                 generator=options.generator,
                 with_empty=options.image_guidance_scale != 1.0,
                 target=target,
                 sharp={name for name, info in infos.items() if info.task in SHARP},
             )
-        _check_channels(encoded[0].tokens.shape[2], channels)
+        _check_channels(encoded[0].tokens.shape[2], tokens.channels(model))
         return ConditionRun(
             encoded,
             options.main_adapters,
@@ -155,45 +148,40 @@ def _check(
     return chosen
 
 
-def blocks_of(model: Any) -> Iterator[tuple[str, Any]]:
-    """Name and module of each block, double-stream ones first, out of `torch.compile`'s wrapper."""
-    for blocks in ("transformer_blocks", "single_transformer_blocks"):
-        for i, block in enumerate(getattr(model, blocks, ())):
-            yield f"{blocks}.{i}", compat.unwrapped(block)
-
-
-_COMPUTED_AS = (
-    FluxAttnProcessor,
-    JointAttnProcessor2_0,
-    FusedJointAttnProcessor2_0,
-    XFormersJointAttnProcessor,
-)
-"""diffusers' processors, whose result for one frame is what conditions compute for several."""
+def blocks_of(model: Any) -> Iterator[Block]:
+    """Blocks of a transformer that keeps its own forward, out of `torch.compile`'s wrapper; none of another one."""
+    family = find_family(model)
+    if family is not None and family.conditions is not None:
+        for block in family.conditions.blocks(model):
+            yield block._replace(module=compat.unwrapped(block.module))
 
 
 def refuse_processors(model: Any) -> None:
-    """Refuse attention processors of diffusers' models that conditions would leave out; an `MMDiT` calls its own.
+    """Refuse attention processors of a transformer that keeps its own forward, which conditions would leave out.
 
     Raises:
         ValueError: a processor is another one than diffusers' own for the model.
     """
-    own = "FluxAttnProcessor" if hasattr(model, "x_embedder") else "JointAttnProcessor2_0"
-    for place, block in blocks_of(model):
-        for name in ("attn", "attn2"):
-            attn = getattr(block, name, None)
-            processor = getattr(attn, "processor", None)
-            if processor is None or type(processor) in _COMPUTED_AS or isinstance(attn, MMDiTAttention):
+    family = find_family(model)
+    if family is None or family.conditions is None or not family.conditions.processors:
+        return
+    accepted = family.conditions.processors
+    for block in blocks_of(model):
+        for name in block.attentions:
+            processor = getattr(getattr(block.module, name, None), "processor", None)
+            if processor is None or type(processor) in accepted:
                 continue
-            kind = type(processor).__name__
+            kind, place = type(processor).__name__, f"{block.name}.{name}"
             if "IPAdapter" in kind:
                 raise ValueError(
-                    f"{place}.{name}.processor is an IP-Adapter's ({kind}), which conditions would leave out; call "
+                    f"{place}.processor is an IP-Adapter's ({kind}), which conditions would leave out; call "
                     "unload_ip_adapter() first"
                 )
             raise ValueError(
-                f"{place}.{name}.processor is a {kind}, which conditions would leave out: they compute the attention "
-                f"over text, image and conditions themselves. Call transformer.set_attn_processor({own}()) first (and "
-                "pass pag_scale=0 to a PAG pipeline), or run the pipeline without conditions"
+                f"{place}.processor is a {kind}, which conditions would leave out: they compute the attention over "
+                "text, image and conditions themselves. Call transformer.set_attn_processor("
+                f"{accepted[0].__name__}()) first (and pass pag_scale=0 to a PAG pipeline), or run the pipeline "
+                "without conditions"
             )
 
 

@@ -16,11 +16,11 @@ from peft.tuners.lora import LoraLayer
 from imgdit.adapters.encoding import Encoded
 from imgdit.adapters.pairing import ONE, Pairing, Samples
 from imgdit.attention.cache import KVCache
+from imgdit.families.step import Step
 from imgdit.frames import Frame
 from imgdit.layout import FrameLayout
 from imgdit.lora.rows import lora_plan
 from imgdit.models.blocks import BlockPlan
-from imgdit.models.functional import rope_table
 
 
 class Progress(NamedTuple):
@@ -33,34 +33,6 @@ class Progress(NamedTuple):
 def at_the_start() -> Progress:
     """The only step of a run that nobody counts."""
     return Progress(0, 1)
-
-
-@dataclass(eq=False)
-class Step:
-    """What one forward pass needs to know. It travels to the blocks as an argument; nothing in them is switched."""
-
-    layout: FrameLayout
-    plan: BlockPlan
-    last: BlockPlan
-    """Of the last single-stream block."""
-    rope: torch.Tensor | None
-    """Rotations of text, image and conditions; `None` for positions that are added."""
-    tokens: torch.Tensor | None
-    """(B, n, C) condition tokens that ride along; `None`: none, or their keys and values come from a cache."""
-    cache: KVCache | None
-    kept: torch.Tensor | None = None
-    """Numbers of the image tokens that are computed; `None`: all."""
-    full_length: int = 0
-    """Image tokens that the transformer gives back."""
-
-    @property
-    def image_length(self) -> int:
-        return self.layout.lengths[0]
-
-    @property
-    def riders(self) -> int:
-        """Frames that ride along."""
-        return len(self.layout.lengths) - 1
 
 
 class Arranged(NamedTuple):
@@ -80,11 +52,11 @@ class _Entry(NamedTuple):
     active: tuple
     """Numbers of the conditions, and which of their images each row of the batch meets."""
     empty: bool
-    size: tuple[int, int]
-    """Of the image: added positions count from the middle of a table, so the conditions' move with it."""
+    sizes: tuple[tuple[int, int], ...]
+    """Of the model's own frames: added positions count from the middle of a table, so the conditions' move with it."""
     weights: tuple
-    pooled: torch.Tensor
-    """Of the prompt or, in a batch, of the guidance branches; its dtype is the run's."""
+    cached_by: torch.Tensor
+    """What they depend on besides, such as the pooled text of the guidance branches; its dtype is the run's."""
     cache: KVCache
 
 
@@ -92,8 +64,7 @@ class _Kept(threading.local):
     """What each thread keeps from one of its passes to the next."""
 
     def __init__(self) -> None:
-        self.tables: dict[tuple, tuple[torch.Tensor, ...]] = {}
-        self.ids: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.tables: dict[tuple, tuple[torch.Tensor, tuple]] = {}
         self.caches: list[_Entry] = []
 
 
@@ -149,10 +120,10 @@ class ConditionRun:
 
     def arrange(
         self,
-        image: Frame,
+        own: Sequence[Frame],
         text_length: int,
         pairing: Pairing,
-        pooled: torch.Tensor,
+        cached_by: torch.Tensor,
         active: tuple[int, ...] | None = None,
         *,
         step_cache: bool,
@@ -161,9 +132,9 @@ class ConditionRun:
         """What rides along in one forward pass.
 
         Args:
-            image: the frame of the image tokens.
+            own: frames of the image tokens, the image that is generated first.
             pairing: tells which of a condition's images each row of the batch meets.
-            pooled: (B, P) pooled text, which the conditions' modulation depends on.
+            cached_by: (B, P) what the conditions' keys and values depend on besides weights, such as pooled text.
             active: numbers of the conditions that act; `None`: by the run's progress.
             step_cache: a cache compares tokens over steps: the same conditions ride along in every one, and those
                 that do not act now are not seen.
@@ -174,14 +145,15 @@ class ConditionRun:
         cache = None
         if self.cached and active and not step_cache and not torch.is_grad_enabled():
             orders = tuple(pairing.order(len(self.conditions[i].tokens)) for i in active)
-            cache = self._cache((active, orders), empty, image.size, pooled)
+            cache = self._cache((active, orders), empty, tuple(frame.size for frame in own), cached_by)
         mode = None if cache is None else cache.mode
-        key = (image.size, image.mask is None, text_length, active, riding, mode)
+        kinds = tuple((frame.size, frame.mask is None, frame.sigma) for frame in own)
+        key = (kinds, text_length, active, riding, mode)
         if key not in self._layouts:
-            self._layouts[key] = self._layout(image, text_length, active, riding, reads=mode == "read")
+            self._layouts[key] = self._layout(own, text_length, active, riding, reads=mode == "read")
         layout, tokens = self._layouts[key], None
-        if len(layout.live) > 1:
-            riders = [self.conditions[riding[i - 1]] for i in layout.live[1:]]
+        if len(layout.live) > len(own):
+            riders = [self.conditions[riding[i - len(own)]] for i in layout.live[len(own) :]]
             parts = [item.empty if empty else item.tokens for item in riders]
             tokens = torch.cat([_per_row(part, pairing) for part in parts if part is not None], dim=1)
         return Arranged(key, layout, tokens, cache)
@@ -189,23 +161,33 @@ class ConditionRun:
     def step(
         self,
         arranged: Arranged,
-        ids: tuple[torch.Tensor, torch.Tensor] | None,
-        axes: Sequence[int],
-        theta: float,
+        own: int,
+        rope: Callable[[Sequence[Frame], torch.Tensor | None], torch.Tensor] | None = None,
+        places: tuple = (),
     ) -> Step:
         """The plan of a pass for a hooked transformer.
 
         Args:
-            ids: positions of the text (T, 3) and of the image tokens (N, 3); `None`: positions are added.
-            axes, theta: of `rope_table`.
+            own: frames of the image tokens.
+            rope: gives the rotations of the sequence, from the frames of the conditions in it and the numbers of the
+                image tokens that are computed; `None`: positions are added.
+            places: objects that the rotations depend on; they are computed again when a pipeline passes others.
         """
         key, layout, tokens, cache = arranged
         if key not in self._plans:
             self._plans[key] = _plan(layout, writes=cache is not None and cache.mode == "write")
-        table = None if ids is None else self._table(key, ids, layout, axes, theta)
         mask = layout.frames[0].mask
         kept = None if mask is None else mask.flatten().nonzero().flatten()
-        return Step(layout, *self._plans[key], table, tokens, cache, kept)
+        table, tables = None, self._kept.tables
+        if rope is not None:
+            place = (key, *map(id, places))
+            if place not in tables:
+                if len(tables) == _KEPT_TABLES:
+                    tables.clear()
+                riders = [layout.frames[i] for i in layout.live[own:]]
+                tables[place] = (rope(riders, kept), places)  # holding the objects, so that their ids stay theirs
+            table = tables[place][0]
+        return Step(layout, own, *self._plans[key], table, tokens, cache, kept)
 
     def forget(self) -> None:
         """Drop the kept keys and values; the next pass computes them."""
@@ -213,14 +195,6 @@ class ConditionRun:
         with self._lock:
             for other in self._refitted.values():
                 other.forget()
-
-    def kept_ids(self, ids: torch.Tensor) -> torch.Tensor:
-        """Positions of the tokens that are made. The same tensor for the same `ids`, as a pipeline passes them."""
-        assert self.region is not None
-        kept = self._kept
-        if kept.ids is None or kept.ids[0] is not ids:
-            kept.ids = (ids, ids[self.region.flatten().to(ids.device)])
-        return kept.ids[1]
 
     def known(self, pairing: Pairing = ONE) -> torch.Tensor:
         """(B, N, C) tokens of the complement conditions at their places, zero where none is."""
@@ -234,11 +208,11 @@ class ConditionRun:
         return full
 
     def _layout(
-        self, image: Frame, text_length: int, active: tuple[int, ...], riding: tuple[int, ...], reads: bool
+        self, own: Sequence[Frame], text_length: int, active: tuple[int, ...], riding: tuple[int, ...], reads: bool
     ) -> FrameLayout:
-        frames = [image, *(self.conditions[i].frame for i in riding)]
+        frames = [*own, *(self.conditions[i].frame for i in riding)]
         layout = FrameLayout.build(frames, text_length, main_adapters=self.main_adapters)
-        idle = [place for place, i in enumerate(riding, start=2) if i not in active]
+        idle = [place for place, i in enumerate(riding, start=layout.num_texts + len(own)) if i not in active]
         if idle:
             visible = layout.visible.clone()
             visible[idle] = False
@@ -247,26 +221,7 @@ class ConditionRun:
             layout = replace(layout, visible=visible)
         return layout.without_frozen() if reads else layout
 
-    def _table(
-        self,
-        key: tuple,
-        ids: tuple[torch.Tensor, torch.Tensor],
-        layout: FrameLayout,
-        axes: Sequence[int],
-        theta: float,
-    ) -> torch.Tensor:
-        """Rotations of the joint sequence; computed again only when a pipeline passes other position tensors."""
-        text, image = ids
-        place, tables = (key, id(text), id(image)), self._kept.tables
-        if place not in tables:
-            if len(tables) == _KEPT_TABLES:
-                tables.clear()
-            riders = [layout.frames[i].ids().to(image.device) for i in layout.live[1:]]
-            table = rope_table(torch.cat([text.float(), image.float(), *riders]), axes, theta)
-            tables[place] = (text, image, table)  # holding both, so that their ids stay theirs
-        return tables[place][2]
-
-    def _cache(self, active: tuple, empty: bool, size: tuple[int, int], pooled: torch.Tensor) -> KVCache:
+    def _cache(self, active: tuple, empty: bool, sizes: tuple, cached_by: torch.Tensor) -> KVCache:
         """The cache that belongs to these conditions, this prompt and these weights; a new one if none does."""
         weights = tuple(
             (layer.scaling[name], *_state(layer.lora_A[name].weight), *_state(layer.lora_B[name].weight))
@@ -276,10 +231,10 @@ class ConditionRun:
         )
         kept = self._kept
         for entry in kept.caches:
-            if entry[:4] == (active, empty, size, weights) and _same(entry.pooled, pooled):
+            if entry[:4] == (active, empty, sizes, weights) and _same(entry.cached_by, cached_by):
                 return entry.cache
         kept.caches = [entry for entry in kept.caches if entry.weights == weights][-_KEPT_CACHES + 1 :]
-        kept.caches.append(_Entry(active, empty, size, weights, pooled.clone(), KVCache()))
+        kept.caches.append(_Entry(active, empty, sizes, weights, cached_by.clone(), KVCache()))
         return kept.caches[-1].cache
 
 

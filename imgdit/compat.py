@@ -479,9 +479,28 @@ def has_step_cache(block: torch.nn.Module) -> bool:
     return registry is not None and any(hook._is_stateful for hook in registry.hooks.values())
 
 
+_WRAPPED = {
+    "OptimizedModule": "_orig_mod",
+    "DistributedDataParallel": "module",
+    "FullyShardedDataParallel": "module",
+    "CheckpointWrapper": "_checkpoint_wrapped_module",
+    "PeftModel": "base_model",
+    "BaseTuner": "model",
+}
+"""Class of a wrapper and its attribute that holds the module."""
+
+
+def wrapped_model(module: Any) -> Any:
+    """The module that torch.compile, DDP, FSDP1, activation checkpointing or PEFT wraps; `None`: it is no wrapper."""
+    attribute = next((_WRAPPED[cls.__name__] for cls in type(module).__mro__ if cls.__name__ in _WRAPPED), None)
+    return None if attribute is None else getattr(module, attribute)
+
+
 def unwrapped(module: Any) -> Any:
-    """The module in `torch.compile`'s wrapper, if it is in one."""
-    return unwrap_module(module)
+    """The module in the wrappers of torch.compile, DDP, FSDP1, activation checkpointing and PEFT, in any order."""
+    while (inner := wrapped_model(module)) is not None:
+        module = inner
+    return module
 
 
 def parameters_on_disk(model: torch.nn.Module) -> set[int]:
@@ -573,7 +592,7 @@ def calling_pipeline(model: Any) -> Any:
     while frame is not None:
         caller = frame.f_locals.get("self")
         mine = isinstance(caller, diffusers.DiffusionPipeline) and getattr(caller, "transformer", None)
-        if mine and unwrap_module(mine) is model:
+        if mine and unwrapped(mine) is model:
             return caller
         frame = frame.f_back
     return None
@@ -699,4 +718,5 @@ __all__ += [
     "top_p_logits",
     "uncompiled",
     "unwrapped",
+    "wrapped_model",
 ]

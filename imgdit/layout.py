@@ -26,6 +26,16 @@ class RowGroup(NamedTuple):
     bias: torch.Tensor | None = None
     """What is added to the logits of each slice of `keys`, then of `cached`; on the CPU. `None`: nothing. A tensor,
     because compiled blocks take a number for a constant: each strength would compile them anew."""
+    ranks: tuple[int, ...] = ()
+    """Place of each slice of `queries` among those of all groups; empty: by the row they begin at. Compiled blocks
+    take rows that change for symbols, which cannot be sorted."""
+
+
+def ranked(groups: Sequence[RowGroup]) -> tuple[RowGroup, ...]:
+    """Groups whose `ranks` are told."""
+    starts = sorted(rows.start for group in groups for rows in group.queries)
+    rank = {start: number for number, start in enumerate(starts)}
+    return tuple(group._replace(ranks=tuple(rank[rows.start] for rows in group.queries)) for group in groups)
 
 
 @dataclass(frozen=True, eq=False)
@@ -243,7 +253,7 @@ class FrameLayout:
             values = key_bias + cached_bias
             bias = torch.tensor(values, device="cpu") if any(values) else None
             groups.append(RowGroup(_merge(position[i] for i in asking), keys, cached, bias))
-        return tuple(groups)
+        return ranked(groups)
 
     def _bias(self, row: int, column: int) -> float:
         """What the logits between two segments get: each frame's log strength, nothing within a segment."""

@@ -390,8 +390,6 @@ class ImgDiTPipeline(compat.DiffusionPipeline, LoraLoaderMixin):
             self._infos,
             conditions,
             options,
-            patch=self.patch_size,
-            channels=self.transformer.token_channels,
             progress=lambda: self._progress,
             target=Target.of(size, self.vae_scale_factor * self.patch_size, samples),
         )
@@ -494,7 +492,7 @@ class ImgDiTPipeline(compat.DiffusionPipeline, LoraLoaderMixin):
             if run is not None:
                 pairing = Pairing(len(tokens), run.samples)
                 _, layout, riders, cache = run.arrange(
-                    image, embeds.shape[1], pairing, pooled, step_cache=step_cache, empty=empty
+                    (image,), embeds.shape[1], pairing, pooled, step_cache=step_cache, empty=empty
                 )
                 joined = tokens if riders is None else torch.cat([tokens, riders.to(tokens)], dim=1)
             # Calls that differ in batch or content, which step caches must keep apart.

@@ -29,9 +29,9 @@ def test_joint_conditions_see_all_but_each_other():
     )
     assert layout.visible.int().tolist() == [[1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 0, 1]]
     assert layout.groups == (
-        RowGroup(queries=(slice(0, 5),), keys=(slice(0, 7),)),
-        RowGroup(queries=(slice(5, 6),), keys=(slice(0, 6),)),
-        RowGroup(queries=(slice(6, 7),), keys=(slice(0, 5), slice(6, 7))),
+        RowGroup(queries=(slice(0, 5),), keys=(slice(0, 7),), ranks=(0,)),
+        RowGroup(queries=(slice(5, 6),), keys=(slice(0, 6),), ranks=(1,)),
+        RowGroup(queries=(slice(6, 7),), keys=(slice(0, 5), slice(6, 7)), ranks=(2,)),
     )
     assert layout.frozen == frozenset()
 
@@ -56,7 +56,7 @@ def test_without_frozen_reads_them_from_the_cache():
     layout = FrameLayout.build([Frame((1, 2)), Frame((1, 3), 0.0, "a", "self"), Frame((1, 4))], 1).without_frozen()
     assert layout.lengths == (2, 4)
     assert layout.image_length == 6
-    assert layout.groups == (RowGroup((slice(0, 7),), (slice(0, 7),), (slice(0, 3),)),)
+    assert layout.groups == (RowGroup((slice(0, 7),), (slice(0, 7),), (slice(0, 3),), ranks=(0,)),)
     assert layout.rows == (slice(0, 2), slice(2, 6))
     assert layout.frozen_rows() == ()
 

@@ -11,10 +11,11 @@ FOLDERS = ("imgdit", "pipelines", "adapters", "apps", "configs")
 FLOORS = (
     ("moved", "naming", "defaults", "checkpoints", "cameras", "plotting", "quiet"),
     ("io", "compat", "hub", "taught"),
-    ("recipes", "kernels", "tasks", "frames"),
+    ("recipes", "kernels", "tasks", "frames", "family"),
     ("layout",),
     ("attention", "lora", "mup", "schedulers"),
     ("models", "images", "sae"),
+    ("families",),
     ("adapters",),
     ("pipelines",),
     ("data",),

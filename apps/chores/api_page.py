@@ -34,6 +34,7 @@ SECTIONS = {
         "schedulers.schedule",
         "compat",
     ),
+    "Model families": ("family", "families.step"),
     "Sparse autoencoders": ("sae.config", "sae.model", "sae.files", "sae.unlearning", "sae.features", "sae.concepts"),
     "μP": ("mup",),
     "Training": (

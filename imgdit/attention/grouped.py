@@ -74,7 +74,8 @@ def grouped_attention(
             asked, _cat(keys), _cat(values), None if mask is None else _cat(mask), backend, parallel_config, scale
         )[..., : query.shape[-1]]
         lengths = [rows.stop - rows.start for rows in group.queries]
-        pieces += zip((rows.start for rows in group.queries), out.split(lengths, dim=1), strict=True)
+        ranks = group.ranks or [rows.start for rows in group.queries]
+        pieces += zip(ranks, out.split(lengths, dim=1), strict=True)
     return _cat([piece for _, piece in sorted(pieces, key=lambda item: item[0])])
 
 

@@ -27,7 +27,7 @@ from imgdit import compat
 from imgdit.attention.cache import LayerCache
 from imgdit.attention.grouped import grouped_attention
 from imgdit.attention.packed import PackedRows
-from imgdit.layout import FrameLayout, RowGroup
+from imgdit.layout import FrameLayout, RowGroup, ranked
 from imgdit.lora.rows import AdapterRows, LoraPlan, feed_forward, linear
 from imgdit.models.functional import apply_rope, gated_add, modulate
 
@@ -69,7 +69,7 @@ class BlockPlan(NamedTuple):
             group._replace(queries=tuple(slice(r.start, min(r.stop, rows)) for r in group.queries if r.start < rows))
             for group in self.groups or ()
         )
-        return plan._replace(groups=tuple(group for group in clipped if group.queries) or None)
+        return plan._replace(groups=ranked([group for group in clipped if group.queries]) or None)
 
     def adapters(self, tensor: str) -> AdapterRows | None:
         """Adapter rows of one of `LoraPlan`'s tensors."""
@@ -117,7 +117,7 @@ def joint_attention(
     Args:
         hidden_states: (B, N, D), or (B, S, D) where both streams already are one sequence.
         encoder_hidden_states: (B, T, D) or `None`.
-        image_rotary_emb: `rope_table` of the rows attended over.
+        image_rotary_emb: `rope_table` of the rows attended over, (S, d/2) or (B, S, d/2).
         stream: "joint", or "image" for an attention that sees no text.
 
     Returns:
@@ -135,7 +135,8 @@ def joint_attention(
         key = torch.cat([_heads(attn, k, attn.norm_added_k), key], dim=1)
         value = torch.cat([_heads(attn, v, None), value], dim=1)
     if image_rotary_emb is not None:
-        query, key = apply_rope(query, image_rotary_emb[: query.shape[1]]), apply_rope(key, image_rotary_emb)
+        query = apply_rope(query, image_rotary_emb[..., : query.shape[1], :])
+        key = apply_rope(key, image_rotary_emb)
 
     frozen = plan.image_frozen if image_only else plan.frozen
     cached = None if cache is None else cache.exchange("attn2" if image_only else "attn", key, value, frozen)
@@ -156,7 +157,7 @@ def joint_attention(
         return out if not hasattr(attn, "to_out") else attn.to_out[1](linear(attn.to_out[0], out, rows))
     text, image = out.split([encoder_hidden_states.shape[1], hidden_states.shape[1]], dim=1)
     image = attn.to_out[1](linear(attn.to_out[0], image, rows))
-    if attn.context_pre_only:
+    if getattr(attn, "context_pre_only", False):  # some classes always project it and do not say so
         return image, text
     return image, linear(attn.to_add_out, text, plan.adapters("text"), shared=True)
 
@@ -271,7 +272,7 @@ def double_block(
     hidden_states = gated_add(hidden_states, gate, image, frames)
     if second:
         image, gate_2 = second
-        rope = None if image_rotary_emb is None else image_rotary_emb[encoder_hidden_states.shape[1] :]
+        rope = None if image_rotary_emb is None else image_rotary_emb[..., encoder_hidden_states.shape[1] :, :]
         image = _attend(block.attn2, image, None, rope, plan=plan, cache=cache, stream="image")
         hidden_states = gated_add(hidden_states, gate_2, image, frames)
     image = modulate(block.norm2(hidden_states), shift_mlp, scale_mlp, frames)

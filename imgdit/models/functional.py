@@ -48,14 +48,16 @@ def rope_table(ids: torch.Tensor, axes_dims: Sequence[int], theta: float) -> tor
 
 
 def apply_rope(x: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
-    """Turn neighbouring pairs of features (B, S, H, d) by the rotations (S, d/2) of `rope_table`."""
+    """Turn neighbouring pairs of features (B, S, H, d) by the rotations of `rope_table`: (S, d/2), or (B, S, d/2) for
+    each sample its own."""
     pairs = x.float().unflatten(-1, (-1, 2))  # (B, S, H, d/2, 2)
+    rope = rope.unsqueeze(-2)  # ([B,] S, 1, d/2)
     if torch.compiler.is_compiling():  # inductor generates no code for complex numbers
-        cos, sin = torch.view_as_real(rope)[:, None].unbind(-1)  # (S, 1, d/2)
+        cos, sin = torch.view_as_real(rope).unbind(-1)
         even, odd = pairs.unbind(-1)
         turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
     else:  # eager: one pass; the real form costs 40 times as much on a CPU
-        turned = torch.view_as_real(torch.view_as_complex(pairs) * rope[:, None])
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * rope)
     return turned.flatten(-2).to(x.dtype)
 
 

@@ -11,6 +11,7 @@ from tiny import tiny_pipeline
 from tiny_control import SD3_TARGETS, flux, lora_file, make, picture, quiet, sd3
 
 from imgdit import Condition, FluxOmniControlPipeline, OmniControl
+from imgdit.frames import Frame
 from imgdit.lora.files import AdapterInfo
 
 KINDS = {
@@ -121,7 +122,7 @@ def test_a_timestep_that_is_not_the_schedulers_is_refused(kind, tmp_path):
         "hidden_states": torch.randn(1, 16, 16) if kind == "flux" else torch.randn(1, 4, 8, 8),
     }
     if kind == "flux":
-        inputs |= {"img_ids": torch.zeros(16, 3), "txt_ids": torch.zeros(5, 3)}
+        inputs |= {"img_ids": Frame((4, 4)).ids(), "txt_ids": torch.zeros(5, 3)}
 
     def run(timestep):
         return control.transformer(**inputs, timestep=torch.tensor([timestep / (1000 if kind == "flux" else 1)]))

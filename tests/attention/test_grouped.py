@@ -96,7 +96,7 @@ def test_strength_acts_on_cached_keys_and_beside_a_text_mask():
 def test_strength_one_is_no_bias():
     frames = [Frame((2, 2)), Frame((1, 3), sigma=0.0, adapter="a", sees="joint")]
     layout = FrameLayout.build(frames, text_length=2)
-    assert layout.groups == ((((slice(0, 9),), (slice(0, 9),), (), None)),)
+    assert layout.groups == ((((slice(0, 9),), (slice(0, 9),), (), None, (0,))),)
 
 
 @pytest.mark.parametrize("strength", [0.0, -1.0, float("inf"), float("nan")])

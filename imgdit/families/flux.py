@@ -1,0 +1,97 @@
+"""FLUX.1 of diffusers: dev, schnell, Kontext and what is built like them (text first, rotary positions)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
+
+from imgdit.families.step import (
+    embed_tokens,
+    grid_of_ids,
+    joint_text_last,
+    known_vector,
+    one_image,
+    packed_tokens,
+    read_image,
+    single_text_first,
+)
+from imgdit.family import Arguments, Block, Call, Conditions, Family, timestep_times
+from imgdit.frames import Frame
+from imgdit.models.functional import rope_table
+
+
+def _positions(arguments: Arguments) -> tuple[torch.Tensor, torch.Tensor]:
+    """(T, 3) and (N, 3)."""
+    text, image = (ids[0] if ids.ndim == 3 else ids for ids in (arguments["txt_ids"], arguments["img_ids"]))
+    return text, image
+
+
+def _call(model: Any, arguments: Arguments) -> Call:
+    latents, text = arguments["hidden_states"], arguments["encoder_hidden_states"]
+    pooled = arguments["pooled_projections"]
+    _, ids = _positions(arguments)
+    return Call(
+        frames=(Frame((1, len(ids))),),
+        text_length=text.shape[1],
+        length=latents.shape[1],
+        latents=latents,
+        texts=(pooled, text),
+        cached_by=pooled,
+    )
+
+
+def _rope(model: Any, arguments: Arguments, conditions: Sequence[Frame], kept: torch.Tensor | None) -> torch.Tensor:
+    text, image = _positions(arguments)
+    if kept is not None:
+        image = image[kept.to(image.device)]
+    riders = [frame.ids().to(image.device) for frame in conditions]
+    ids = torch.cat([text.float(), image.float(), *riders])
+    return rope_table(ids, model.config.axes_dims_rope, model.pos_embed.theta)
+
+
+def _vector(model: Any, arguments: Arguments, frame: Frame) -> torch.Tensor:
+    """The model multiplies timestep and guidance by 1000 in the type in which it computes."""
+    latents, guidance = arguments["hidden_states"], arguments.get("guidance")
+    device = latents.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else latents.dtype
+    timestep = arguments["timestep"].to(dtype) * 1000
+    rest = [] if guidance is None else [guidance.to(dtype) * 1000]
+    if frame.sigma is not None:
+        timestep = torch.full_like(timestep, frame.sigma * 1000)
+        rest = [torch.full_like(one, 1000.0 * (frame.guidance or 1.0)) for one in rest]
+    return model.time_text_embed(timestep, *rest, arguments["pooled_projections"])
+
+
+def _blocks(model: Any) -> Iterator[Block]:
+    double, single = len(model.transformer_blocks), len(model.single_transformer_blocks)
+    for i in range(double):
+        yield Block(f"transformer_blocks.{i}", model.transformer_blocks[i], joint_text_last)
+    for i in range(single):
+        module = model.single_transformer_blocks[i]
+        ends = i == single - 1
+        yield Block(f"single_transformer_blocks.{i}", module, single_text_first, ends_conditions=ends)
+
+
+FAMILY = Family(
+    classes=("FluxTransformer2DModel",),
+    places=lambda model, arguments: one_image(grid_of_ids(arguments["img_ids"])),
+    timestep=timestep_times(1000.0),
+    joint_parts=r"^single_transformer_blocks$",
+    guides_in_batch=False,
+    tokens=packed_tokens(patch=lambda model, vae: 2, channels=lambda model: model.config.in_channels),
+    conditions=Conditions(
+        call=_call,
+        rope=_rope,
+        position_arguments=("txt_ids", "img_ids"),
+        vector=_vector,
+        blocks=_blocks,
+        edges=lambda model: {"x_embedder": embed_tokens, "time_text_embed": known_vector, "norm_out": read_image},
+        processors=(FluxAttnProcessor,),
+        sigma=lambda model, arguments: arguments["timestep"].float(),
+        transport=("joint_attention_kwargs", "joint_attention_kwargs"),
+        residual_arguments=("controlnet_block_samples", "controlnet_single_block_samples"),
+    ),
+)

@@ -1,0 +1,41 @@
+"""`MMDiT`, the library's own transformer with FLUX's and SD3's parts; it takes conditions as frames itself."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from imgdit.families.step import grid_of_ids, one_image, packed_tokens, places_of_planes
+from imgdit.family import Arguments, Family, Grid, timestep_times
+
+
+def places_of_layout(model: Any, arguments: Arguments) -> tuple[tuple[slice, Grid], ...]:
+    """Rows and grids of the frames that are generated, by the call's layout; without one, of its only frame."""
+    layout = arguments.get("layout")
+    if layout is not None:
+        frames = [(rows, layout.frames[i]) for rows, i in zip(layout.rows, layout.live, strict=True)]
+        return tuple((rows, frame.size) for rows, frame in frames if not frame.held)
+    if arguments.get("img_ids") is not None:
+        return one_image(grid_of_ids(arguments["img_ids"]))
+    return places_of_planes(model, arguments)
+
+
+def timestep_of_layout(model: Any, arguments: Arguments) -> float:
+    """That of the frames that are generated, where each frame has its own."""
+    timestep, layout = arguments["timestep"], arguments.get("layout")
+    if layout is not None and getattr(timestep, "ndim", 0) == 2:
+        timestep = timestep[:, [n for n, i in enumerate(layout.live) if not layout.frames[i].held]]
+    return timestep_times(model.config.timestep_scale)(model, {"timestep": timestep})
+
+
+def _patch(model: Any, vae: Any) -> int:
+    return math.isqrt(model.token_channels // vae.config.latent_channels)
+
+
+FAMILY = Family(
+    classes=("MMDiT",),
+    places=places_of_layout,
+    timestep=timestep_of_layout,
+    joint_parts=r"^single_transformer_blocks$",
+    tokens=packed_tokens(patch=_patch, channels=lambda model: model.token_channels),
+)

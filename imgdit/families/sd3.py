@@ -1,0 +1,82 @@
+"""SD3 and SD3.5 of diffusers (latents as planes, positions added to the tokens)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from diffusers.models.attention_processor import (
+    FusedJointAttnProcessor2_0,
+    JointAttnProcessor2_0,
+    XFormersJointAttnProcessor,
+)
+
+from imgdit.families.step import (
+    Step,
+    grid_of_planes,
+    joint_text_last,
+    known_vector,
+    packed_tokens,
+    places_of_planes,
+    read_image,
+    with_conditions,
+)
+from imgdit.family import Arguments, Block, Call, Conditions, Family
+from imgdit.frames import Frame
+from imgdit.lora.rows import linear
+from imgdit.models.functional import pack, table_positions
+
+
+def _call(model: Any, arguments: Arguments) -> Call:
+    latents, text = arguments["hidden_states"], arguments["encoder_hidden_states"]
+    pooled = arguments["pooled_projections"]
+    grid = grid_of_planes(latents, model.config.patch_size)
+    return Call(
+        frames=(Frame(grid),),
+        text_length=text.shape[1],
+        length=grid[0] * grid[1],
+        latents=latents,
+        texts=(pooled, text),
+        cached_by=pooled,
+    )
+
+
+def _vector(model: Any, arguments: Arguments, frame: Frame) -> torch.Tensor:
+    timestep = arguments["timestep"]
+    if frame.sigma is not None:
+        timestep = torch.full_like(timestep, frame.sigma * 1000)
+    return model.time_text_embed(timestep, arguments["pooled_projections"])
+
+
+def _blocks(model: Any) -> Iterator[Block]:
+    for i, block in enumerate(model.transformer_blocks):
+        yield Block(f"transformer_blocks.{i}", block, joint_text_last, attentions=("attn", "attn2"))
+
+
+def _patches(step: Step, module: Any, original: Callable, latents: torch.Tensor) -> torch.Tensor:
+    """Of the patch embedding: image and condition tokens with their positions."""
+    tokens = with_conditions(step, pack(latents, module.patch_size))
+    embedded = linear(module.proj, tokens, step.plan.adapters("image"))
+    return embedded + table_positions(module, step.layout).to(embedded)
+
+
+FAMILY = Family(
+    classes=("SD3Transformer2DModel",),
+    places=places_of_planes,
+    tokens=packed_tokens(
+        patch=lambda model, vae: model.config.patch_size,
+        channels=lambda model: model.config.in_channels * model.config.patch_size**2,
+    ),
+    conditions=Conditions(
+        call=_call,
+        vector=_vector,
+        blocks=_blocks,
+        edges=lambda model: {"pos_embed": _patches, "time_text_embed": known_vector, "norm_out": read_image},
+        processors=(JointAttnProcessor2_0, FusedJointAttnProcessor2_0, XFormersJointAttnProcessor),
+        sigma=lambda model, arguments: arguments["timestep"].float() / 1000.0,
+        transport=("joint_attention_kwargs", "joint_attention_kwargs"),
+        residual_arguments=("block_controlnet_hidden_states",),
+        spatial=True,
+    ),
+)

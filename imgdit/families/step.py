@@ -1,0 +1,187 @@
+"""What families share: the plan of a pass with condition tokens, and what most transformers do at their edges.
+
+B batch, N image tokens, T text tokens, n condition tokens, C channels of a token, F frames, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+from peft.tuners.lora import LoraLayer
+
+from imgdit.attention.cache import KVCache, LayerCache
+from imgdit.family import Arguments, Grid, TokenFormat
+from imgdit.images.latents import encode_pictures, scale_latents
+from imgdit.layout import FrameLayout
+from imgdit.lora.rows import on_rows
+from imgdit.models.blocks import BlockPlan, double_block, single_block
+from imgdit.models.functional import pack
+
+
+@dataclass(eq=False)
+class Step:
+    """What one forward pass needs to know. It travels to the blocks as an argument; nothing in them is switched."""
+
+    layout: FrameLayout
+    own: int
+    """Frames of the image stream that are the model's own; the conditions' follow them."""
+    plan: BlockPlan
+    last: BlockPlan
+    """Of a block after which nobody reads the conditions."""
+    rope: torch.Tensor | None
+    """Rotations of text, image and conditions, (S, d/2) or (B, S, d/2); `None` for positions that are added."""
+    tokens: torch.Tensor | None
+    """(B, n, C) condition tokens in the sequence; `None`: there are none, or their keys and values come from a
+    cache."""
+    cache: KVCache | None
+    kept: torch.Tensor | None = None
+    """Numbers of the image tokens that are computed; `None`: all."""
+    full_length: int = 0
+    """Image tokens that the transformer returns."""
+    vectors: torch.Tensor | None = None
+    """(B, F, D) conditioning vector of each frame in the sequence."""
+    shared: Any = None
+    """What all blocks read besides; see `Conditions.shared`."""
+
+    @property
+    def image_length(self) -> int:
+        """Image tokens that are computed."""
+        return sum(self.layout.lengths[: self.own])
+
+    @property
+    def condition_length(self) -> int:
+        """Condition tokens in the sequence."""
+        return sum(self.layout.lengths[self.own :])
+
+    def with_key_mask(self, mask: torch.Tensor) -> None:
+        """Let nobody see padding of the text.
+
+        Args:
+            mask: boolean (B, T + N) of text and image.
+        """
+        mask = torch.cat([mask, mask.new_ones(mask.shape[0], self.condition_length)], dim=1)
+        self.plan, self.last = self.plan._replace(key_mask=mask), self.last._replace(key_mask=mask)
+
+
+def with_conditions(step: Step, tokens: torch.Tensor) -> torch.Tensor:
+    """Image tokens (B, N, C) that are computed, the condition tokens behind them."""
+    if step.kept is not None and tokens.shape[1] != step.image_length:
+        tokens = tokens[:, step.kept]
+    return tokens if step.tokens is None else torch.cat([tokens, step.tokens.to(tokens)], dim=1)
+
+
+# Edges
+
+
+def embed_tokens(step: Step, module: Any, original: Callable, tokens: torch.Tensor) -> torch.Tensor:
+    """Of the linear layer that embeds tokens: image and condition tokens, each adapter on its own."""
+    tokens = with_conditions(step, tokens)
+    rows = step.plan.adapters("image")
+    return on_rows(module, tokens, rows) if rows is not None and isinstance(module, LoraLayer) else original(tokens)
+
+
+def known_vector(step: Step, module: Any, original: Callable, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """Of the embedding of timestep, guidance and text: the vector (B, D) of the image, which is computed already."""
+    assert step.vectors is not None
+    return step.vectors[:, 0]
+
+
+def read_image(step: Step, module: Any, original: Callable, hidden_states: torch.Tensor, *args: Any) -> torch.Tensor:
+    """Of the last norm: image tokens alone, zeros for those that were left out."""
+    out = original(hidden_states[:, : step.image_length], *args)
+    if step.kept is None or step.full_length == step.image_length:
+        return out
+    full = out.new_zeros(out.shape[0], step.full_length, out.shape[2])
+    full[:, step.kept] = out
+    return full
+
+
+# Blocks with the submodules of FLUX and SD3
+
+
+def joint_text_last(block: Any, given: Arguments, step: Step, plan: BlockPlan, cache: LayerCache | None) -> Any:
+    """`double_block` of a class that returns text and image; `None` for a text that ends there."""
+    image, text = _run(double_block, block, given, step, plan, cache)
+    return None if getattr(block, "context_pre_only", False) else text, image
+
+
+def single_text_first(block: Any, given: Arguments, step: Step, plan: BlockPlan, cache: LayerCache | None) -> Any:
+    """`single_block` of a class that returns text and image."""
+    image, text = _run(single_block, block, given, step, plan, cache)
+    return text, image
+
+
+def _run(
+    function: Callable, block: Any, given: Arguments, step: Step, plan: BlockPlan, cache: LayerCache | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    vectors = step.shared  # (B, F, D)
+    return function(
+        block,
+        given["hidden_states"],
+        given["encoder_hidden_states"],
+        vectors,
+        vectors[:, :1],
+        step.rope,
+        plan,
+        cache,
+    )
+
+
+# Tokens and grids
+
+
+def packed_tokens(patch: Callable[[Any, Any], int], channels: Callable[[Any], int]) -> TokenFormat:
+    """Scaled and shifted latents, packed as (C, row, column)."""
+    return TokenFormat(patch, channels, partial(_encode, patch))
+
+
+def _encode(
+    patch: Callable[[Any, Any], int], model: Any, vae: Any, pixels: torch.Tensor, generator: torch.Generator | None
+) -> torch.Tensor:
+    return pack(_latents(vae, pixels, generator), patch(model, vae))  # (B, rows * columns, C)
+
+
+def _latents(vae: Any, pixels: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
+    if generator is None:
+        return encode_pictures(vae, pixels)
+    posterior = vae.encode(pixels).latent_dist
+    noise = randn_tensor(posterior.mean.shape, generator=generator, device=pixels.device, dtype=pixels.dtype)
+    return scale_latents(vae, posterior.mean + posterior.std * noise)
+
+
+def grid_of_ids(ids: torch.Tensor) -> Grid:
+    """Grid of the generated image from position ids (N, 3 or more) or (B, N, 3 or more) with rows and columns in the
+    second and third coordinate; reference images have another first one.
+
+    Raises:
+        ValueError: they are of no grid.
+    """
+    ids = ids[0] if ids.ndim == 3 else ids
+    own = ids[ids[:, 0] == ids[0, 0], 1:3]
+    least, most = torch.stack([own.amin(0), own.amax(0)]).round().long().tolist()
+    rows, columns = (b - a + 1 for a, b in zip(least, most, strict=True))
+    if rows * columns != len(own):
+        raise ValueError(f"img_ids describe {len(own)} tokens in rows of {columns}, which is no grid")
+    return rows, columns
+
+
+def grid_of_planes(latents: torch.Tensor, patch: int) -> Grid:
+    """Grid of tokens of latents (B, C, h, w)."""
+    return latents.shape[2] // patch, latents.shape[3] // patch
+
+
+def one_image(grid: Grid) -> tuple[tuple[slice, Grid], ...]:
+    """`Family.places` of one image whose tokens are the first."""
+    return ((slice(0, grid[0] * grid[1]), grid),)
+
+
+def places_of_planes(model: Any, arguments: Mapping[str, Any]) -> tuple[tuple[slice, Grid], ...]:
+    """`Family.places` of a model that cuts latents `hidden_states` (B, C, h, w) into its tokens."""
+    patch = model.config.patch_size
+    patch = patch if isinstance(patch, int) else patch[-1]
+    return one_image(grid_of_planes(arguments["hidden_states"], patch))
