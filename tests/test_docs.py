@@ -1,11 +1,13 @@
 """README.md, CONTRIBUTING.md and docs/: every block runs, every command in the prose exists, every link resolves."""
 
+import ast
 import json
 import re
 import shlex
 import shutil
 import tomllib
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -20,7 +22,7 @@ from tiny_text import make_model, make_tokenizer
 from typer.testing import CliRunner
 
 import imgdit
-from imgdit.apps.chores.api_page import api_page
+from imgdit.apps.chores.api_page import api_page, public_names
 from imgdit.apps.cli import app
 from imgdit.benchmarks.scenes import run as scene_bench
 from imgdit.checkpoints import SCENES
@@ -72,6 +74,8 @@ NOT_RUN = {
     "make ": "installs and checks everything; the targets must exist",
 }
 """Beginnings of commands that are parsed but not run, and why."""
+ENTRY_POINTS = {"imgdit.objectives", "imgdit.data", "imgdit.models", "imgdit.preprocessors"}
+"""Groups that packages declare names in, see `imgdit.recipes.find_object`."""
 LISTINGS = {"text": "a listing of files", "": "nothing: every block names its language"}
 """Languages of blocks that are no program."""
 UNTOUCHED = {"docs/api.md": "signatures, compared as a whole below"}
@@ -147,7 +151,7 @@ def test_blocks_run(page, desk, hub):
             assert recipe.run.steps
         elif language == "toml":
             groups = tomllib.loads(code)["project"]["entry-points"]
-            assert groups.keys() <= {f"imgdit.{name}" for name in ("objectives", "data", "models", "preprocessors")}
+            assert groups.keys() <= ENTRY_POINTS
             for place in [place for group in groups.values() for place in group.values()]:
                 module, _, attribute = place.partition(":")
                 assert callable(getattr(import_module(module), attribute))
@@ -213,6 +217,40 @@ def test_links_lead_somewhere(page):
             headings = re.findall(r"^#+ (.*)$", BLOCK.sub("", file.read_text()), re.M)
             anchors = [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
             assert anchor in anchors, f"{page} links to {target}, which has {anchors}"
+
+
+def test_pages_import_public_names_only():
+    """What a block imports stands on the API page, or is the path of the embedded model."""
+    known = public_names() | {"imgdit.checkpoints": {"SCENES"}}
+    taught = set()
+    pages = [PAGES[page] for page in PAGES.keys() - UNTOUCHED.keys()]
+    for code in (code for text in pages for language, code in BLOCK.findall(text) if language == "python"):
+        for node in ast.walk(ast.parse(code)):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "imgdit":
+                taught |= {(node.module, alias.name) for alias in node.names}
+    assert len(taught) > 30
+    assert not sorted((module, name) for module, name in taught if name not in known.get(module, ()))
+
+
+@pytest.mark.parametrize("page", sorted(PAGES.keys() - UNTOUCHED.keys()))
+@pytest.mark.filterwarnings("error::DeprecationWarning")
+def test_names_in_the_prose_exist(page):
+    """Dotted names of modules, classes and functions; none of them is an old one."""
+    for name in set(re.findall(r"`(imgdit(?:\.\w+)+)[`(]", BLOCK.sub("", PAGES[page]))) - ENTRY_POINTS:
+        module, rest = name, []
+        while find_module(module) is None:
+            module, _, attribute = module.rpartition(".")
+            rest.append(attribute)
+        found = import_module(module)
+        for attribute in reversed(rest):
+            found = getattr(found, attribute)
+
+
+def find_module(name):
+    try:
+        return find_spec(name)
+    except ModuleNotFoundError:
+        return None
 
 
 def test_every_room_of_the_readme_is_there():

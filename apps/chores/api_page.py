@@ -22,7 +22,7 @@ SECTIONS = {
     ),
     "Frames and tasks": ("tasks", "frames", "layout", "cameras"),
     "Conditions and LoRA files": ("adapters.condition", "adapters.options", "adapters.omni_control", "lora.files"),
-    "Images": ("images",),
+    "Images": ("images", "images.preprocess"),
     "Models and sampling": (
         "models.mmdit",
         "models.nextdit",
@@ -41,6 +41,10 @@ SECTIONS = {
         "training",
         "training.trained",
         "training.recipe",
+        "training.sources",
+        "training.batches",
+        "training.objectives.flow_matching",
+        "training.objectives.condition_lora",
         "training.masked_text_loss",
         "training.sae_recipe",
         "data.rows",
@@ -48,7 +52,13 @@ SECTIONS = {
     ),
 }
 """Modules of `imgdit` by heading: the names of their `__all__`, otherwise what they define."""
-ONLY = {"compat": ("DiffusionPipeline", "ModelMixin", "SchedulerMixin"), "attention.cache": ("KVCache",)}
+ONLY = {
+    "compat": ("DiffusionPipeline", "ModelMixin", "SchedulerMixin"),
+    "attention.cache": ("KVCache",),
+    "images.preprocess": ("find_preprocessor", "preprocess"),
+    "training.sources": ("Source",),
+    "training.batches": ("Batch", "Text", "ObjectiveOutput"),
+}
 """Of modules that are mostly for our own use, what others use."""
 WIDTH = 110
 """Letters of a signature's line."""
@@ -76,6 +86,15 @@ def api_page() -> str:
             for value in _public(module, ONLY.get(name)):
                 lines += ["", *_entry(value)]
     return "\n".join(lines) + "\n"
+
+
+def public_names() -> dict[str, set[str]]:
+    """Names of the page by the module that they are imported from."""
+    found = {"imgdit": set(imgdit.__all__)}
+    for name in (module for modules in SECTIONS.values() for module in modules):
+        module = import_module(f"imgdit.{name}")
+        found[module.__name__] = {value.__name__ for value in _public(module, ONLY.get(name))}
+    return found
 
 
 def _public(module: Any, only: tuple[str, ...] | None) -> Iterator[Any]:
