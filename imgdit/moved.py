@@ -26,12 +26,13 @@ MOVED = {
     "apps.benches.unlearn_pictures": "benchmarks.unlearning.pictures",
     "apps.bulk_jobs": "apps.jobs.bulk",
     "apps.docs_pictures": "apps.chores.docs_pictures",
-    "apps.frames": "apps.jobs.frames",
-    "apps.generate": "apps.jobs.generate",
+    "apps.frames": "apps.jobs.request",
+    "apps.generate": "apps.jobs.run",
     "apps.picture_labels": "benchmarks.unlearning.labels",
-    "apps.prepare": "apps.jobs.prepare",
+    "apps.prepare": "apps.jobs.conditions",
     "apps.request": "apps.jobs.request",
     "apps.run_pipeline": "apps.chores.run_pipeline",
+    "apps.studio": "apps.session",
     "apps.subject_pairs": "scenes.subject_pairs",
     "apps.training_plan": "apps.chores.training_plan",
     "apps.training_sheet": "apps.chores.training_sheet",
@@ -111,6 +112,8 @@ MOVED = {
 }
 """Old name within `imgdit` -> new name; of a module whose content went to several, where its first part is."""
 SPLIT = {
+    "apps.generate": ("apps.jobs.plan",),
+    "apps.request": ("apps.jobs.png",),
     "data.tasks": ("images.preprocess",),
     "training.config": ("recipes", "training.build"),
     "models.autoencoding": ("io.fingerprints",),

@@ -8,10 +8,11 @@ from pathlib import Path
 
 from PIL import Image
 
-from imgdit.apps.jobs.generate import PROMPTS
-from imgdit.apps.jobs.prepare import condition_of
-from imgdit.apps.jobs.request import AskedFrame, Control, Request
-from imgdit.apps.studio import Studio
+from imgdit.apps.jobs.conditions import condition_of
+from imgdit.apps.jobs.plan import PROMPTS
+from imgdit.apps.jobs.request import Control, Request, RequestFrame
+from imgdit.apps.jobs.shelf import Shelf
+from imgdit.apps.session import Session
 from imgdit.benchmarks.scenes import run as scene_bench
 from imgdit.benchmarks.scenes.text_to_image import held_out
 from imgdit.checkpoints import SCENE_PROBE, SCENES
@@ -49,16 +50,16 @@ def make_pictures(out: Path, *, model: Path = SCENES, count: int = 100, steps: i
     """
     pictures = out / "pictures"
     pictures.mkdir(parents=True, exist_ok=True)
-    studio = Studio(model)
-    studio.quiet()
-    made = [studio.make(Request(text, seed=i, steps=steps)).pictures[0] for i, text in enumerate(PROMPTS)]
+    session = Session(Shelf(model))
+    session.quiet()
+    made = [session.generate(Request(text, seed=i, steps=steps)).images[0] for i, text in enumerate(PROMPTS)]
     yield _save(contact_sheet([([picture], text) for picture, text in zip(made, PROMPTS)]), pictures / "generate.png")
-    yield _save(_any_sheet(studio, made[:3], steps), pictures / "any.png")
-    yield _save(_views_sheet(studio, steps), pictures / "views.png")
-    if studio.adapter_for("depth") is not None:
-        yield _save(_control_sheet(studio, made[0], steps), pictures / "control.png")
-    if studio.has_sae:
-        yield _save(_unlearn_sheet(studio, steps), pictures / "unlearn.png")
+    yield _save(_any_sheet(session, made[:3], steps), pictures / "any.png")
+    yield _save(_views_sheet(session, steps), pictures / "views.png")
+    if session.shelf.adapter_for("depth") is not None:
+        yield _save(_control_sheet(session, made[0], steps), pictures / "control.png")
+    if session.shelf.has_sae:
+        yield _save(_unlearn_sheet(session, steps), pictures / "unlearn.png")
     yield from _benchmark(out, model, count, steps)
 
 
@@ -72,21 +73,22 @@ def _benchmark(out: Path, model: Path, count: int, steps: int) -> Iterator[Path]
     shutil.rmtree(work)
 
 
-def _any_sheet(studio: Studio, pictures: list[Image.Image], steps: int) -> Image.Image:
+def _any_sheet(session: Session, pictures: list[Image.Image], steps: int) -> Image.Image:
     """Each picture, what is found in it, and another picture of its depth."""
     tiles = []
     for picture, text in zip(pictures, PROMPTS):
+        given = RequestFrame(image=picture)
         found = {
-            kind: studio.make(Request(frames=(AskedFrame(picture=picture), AskedFrame(kind)), steps=steps)).pictures[0]
+            kind: session.generate(Request(frames=(given, RequestFrame(kind)), steps=steps)).images[0]
             for kind in ("depth", "canny", "segmentation")
         }
-        frames = (AskedFrame(), AskedFrame("depth", found["depth"]))
-        again = studio.make(Request(text, seed=100, steps=steps, frames=frames)).pictures[0]
+        frames = (RequestFrame(), RequestFrame("depth", found["depth"]))
+        again = session.generate(Request(text, seed=100, steps=steps, frames=frames)).images[0]
         tiles.append(([picture, *found.values(), again], f"{text}: depth, edges, segmentation; depth to picture"))
     return contact_sheet(tiles, columns=1)
 
 
-def _views_sheet(studio: Studio, steps: int) -> Image.Image:
+def _views_sheet(session: Session, steps: int) -> Image.Image:
     """Scenes from around them: as they are, and as the model makes them of the first view."""
     held = held_out(VIEWED, objects=1)
     told = ", ".join(f"{turn:+.0f}" for turn in TURNS)
@@ -97,33 +99,33 @@ def _views_sheet(studio: Studio, steps: int) -> Image.Image:
         given = to_image(rgb)
         made = []
         for turn in TURNS:
-            cameras = [AskedFrame("rays", camera=(start.azimuth + t, start.elevation)) for t in (0.0, turn)]
-            frames = (AskedFrame(picture=given), cameras[0], AskedFrame(), cameras[1])
-            made.append(studio.make(Request(text, steps=steps, frames=frames)).pictures[0])
+            cameras = [RequestFrame("rays", camera=(start.azimuth + t, start.elevation)) for t in (0.0, turn)]
+            frames = (RequestFrame(image=given), cameras[0], RequestFrame(), cameras[1])
+            made.append(session.generate(Request(text, steps=steps, frames=frames)).images[0])
         tiles.append(([given, *map(to_image, truth)], f"a view; the camera turned by {told} degrees"))
         tiles.append(([given, *made], "the same view; made from it and the cameras"))
     return contact_sheet(tiles, columns=1)
 
 
-def _control_sheet(studio: Studio, picture: Image.Image, steps: int) -> Image.Image:
+def _control_sheet(session: Session, picture: Image.Image, steps: int) -> Image.Image:
     """A depth map, and pictures that follow it more and more."""
-    depth = condition_of(studio, "depth", picture)
+    depth = condition_of(session, "depth", picture)
     tiles = []
     for i, text in enumerate(CONTROLLED):
         controls = [Control("depth", depth, strength) for strength in STRENGTHS]
-        made = [studio.make(Request(text, seed=i, steps=steps, controls=(c,))).pictures[0] for c in controls]
+        made = [session.generate(Request(text, seed=i, steps=steps, controls=(c,))).images[0] for c in controls]
         tiles.append(([depth, *made], f"{text}: depth; strength {', '.join(map(str, STRENGTHS))}"))
     return contact_sheet(tiles, columns=1)
 
 
-def _unlearn_sheet(studio: Studio, steps: int) -> Image.Image:
+def _unlearn_sheet(session: Session, steps: int) -> Image.Image:
     """Pictures of concepts, and the same noise without them."""
     tiles = []
-    for concept in (name for name in UNLEARNED if name in studio.unlearner.concepts):
+    for concept in (name for name in UNLEARNED if name in session.unlearner.concepts):
         thing = concept in OBJECTS
         text = f"a blue {concept} on a wooden floor, photo style" if thing else f"a red torus, {concept} style"
         plain, without = (
-            studio.make(Request(text, steps=steps, concepts=concepts)).pictures[0] for concepts in ((), (concept,))
+            session.generate(Request(text, steps=steps, concepts=concepts)).images[0] for concepts in ((), (concept,))
         )
         tiles.append(([plain, without], f"{text}; without {concept}"))
     return contact_sheet(tiles, columns=3)

@@ -41,11 +41,12 @@ def demo(
         if port is not None:
             _check_free(host, port)
         from imgdit.apps.demo.app import serve
-        from imgdit.apps.studio import Studio
+        from imgdit.apps.jobs.shelf import Shelf
+        from imgdit.apps.session import Session
         from imgdit.checkpoints import SCENES
 
-        studio = Studio(model or SCENES, adapters=adapters, sae=sae, loading=loading)
-        page, address, holder = serve(studio, results=mup, host=host, port=port, root_path=root_path, mcp=mcp)
+        session = Session(Shelf(model or SCENES, adapters, sae), loading)
+        page, address, holder = serve(session, results=mup, host=host, port=port, root_path=root_path, mcp=mcp)
     typer.echo(f"imgdit is at {address} (gradio {gradio.__version__}); Ctrl-C ends it")
     try:
         page.block_thread()

@@ -15,8 +15,8 @@ from imgdit.defaults import STEPS
 from imgdit.pipelines.load_options import LoadOptions
 
 if TYPE_CHECKING:
+    from imgdit.apps.commands.image_command import ImageCommand
     from imgdit.apps.jobs.request import Control
-    from imgdit.apps.session import Session
 
 Model = Annotated[str | None, typer.Option(help="Folder or Hub id; the embedded model by default.")]
 Steps = Annotated[int, typer.Option(min=1, help="Steps of the sampler.")]
@@ -62,19 +62,10 @@ def generate(
 ) -> None:
     """Make pictures from sentences. An interrupted folder goes on where it stopped."""
     with one_sentence():
-        from dataclasses import replace
-
-        from imgdit.apps.jobs.generate import (
-            PROMPTS,
-            Line,
-            at_free_names,
-            named,
-            plan,
-            read_lines,
-            write_sheet,
-        )
+        from imgdit.apps.commands.image_command import ImageCommand
+        from imgdit.apps.jobs.plan import PROMPTS, Plan, at_free_names
         from imgdit.apps.jobs.request import Request
-        from imgdit.apps.session import Session
+        from imgdit.apps.jobs.run import write_sheet
 
         if like is not None:
             if prompt or prompts or control:
@@ -84,22 +75,26 @@ def generate(
         if prompt and prompts:
             raise ValueError("give prompts or --prompts, not both")
         height, width = _size(size)
-        base = Request(
-            negative_prompt=negative, seed=seed, steps=steps, guidance=guidance, height=height, width=width,
-            controls=_controls(control or []),
-        )  # fmt: skip
+        controls = _controls(control or [])
+
+        def request(text: str = "") -> Request:
+            return Request(text, negative, seed, steps, guidance, height, width, controls)
+
+        plan = Plan(num_images)
         if prompts:
-            lines = list(read_lines(prompts, base))
+            plan.read(prompts, request())
+        elif out is None:
+            plan.add_named(map(request, prompt or PROMPTS))
         else:
-            asked = [replace(base, prompt=text) for text in prompt or PROMPTS]
-            lines = named(asked) if out is None else [Line(request) for request in asked]
-        session = Session(model, loading, adapters=adapters, overwrite=overwrite, as_json=as_json)
-        jobs, page = plan(lines, out or PICTURES, num_images)
+            for text in prompt or PROMPTS:
+                plan.add(request(text))
+        command = ImageCommand(model, loading, adapters=adapters, overwrite=overwrite, as_json=as_json)
+        jobs, page = plan.at(out or PICTURES)
         if out is None and not prompts and not overwrite:
-            jobs = at_free_names(jobs, session.name)
-        results = session.run(jobs)
+            jobs = at_free_names(jobs, command.name)
+        jobs = command.run(jobs)
         if page is not None and sheet:
-            session.tell_sheet(write_sheet(results, page))
+            command.tell_sheet(write_sheet(jobs, page))
 
 
 @with_loading
@@ -132,23 +127,23 @@ def control(
     With --find the conditions are written beside the picture, as NAME-KIND.png.
     """
     with one_sentence():
-        from imgdit.apps.jobs.generate import Job
+        from imgdit.apps.commands.image_command import ImageCommand
+        from imgdit.apps.jobs.plan import Job
         from imgdit.apps.jobs.request import Request
-        from imgdit.apps.session import Session
 
         height, width = _size(size)
-        session = Session(model, loading, adapters=adapters, overwrite=overwrite, as_json=as_json)
+        command = ImageCommand(model, loading, adapters=adapters, overwrite=overwrite, as_json=as_json)
         controls = _controls(given, strength=strength, start=start, end=end)
         if find:
-            session.shelf.check(Request(controls=controls))
-            controls = _found(session, controls, (height, width))
+            command.shelf.check(Request(controls=controls))
+            controls = _found(command, controls, (height, width))
         request = Request(prompt, negative, seed, steps, guidance, height, width, controls=controls)
 
         def beside(file: Path) -> dict[Path, tuple[str, Any]]:
-            return {file.with_name(f"{file.stem}-{c.kind}.png"): (c.kind, c.picture) for c in controls if find}
+            return {file.with_name(f"{file.stem}-{c.kind}.png"): (c.kind, c.image) for c in controls if find}
 
-        jobs = session.jobs(lambda file: [Job(request, file)], out, CONTROL, beside)
-        session.run(jobs, beside(jobs[0].file))
+        jobs = command.jobs(lambda file: [Job(request, file)], out, CONTROL, beside)
+        command.run(jobs, beside(jobs[0].file))
 
 
 @with_loading
@@ -173,10 +168,9 @@ def any_to_any(
 ) -> None:
     """Make any frames from any others: depth of a picture, a picture of depth, both, or another view."""
     with one_sentence():
-        from imgdit.apps.jobs.frames import frame_row
-        from imgdit.apps.jobs.generate import Job
-        from imgdit.apps.jobs.request import Request
-        from imgdit.apps.session import Session
+        from imgdit.apps.commands.image_command import ImageCommand
+        from imgdit.apps.jobs.plan import Job
+        from imgdit.apps.jobs.request import Request, frame_row
 
         if not (prompt or given or make or camera):
             raise ValueError(
@@ -184,11 +178,11 @@ def any_to_any(
                 "or a prompt"
             )
         height, width = _size(size)
-        session = Session(model, loading, overwrite=overwrite, as_json=as_json)
+        command = ImageCommand(model, loading, overwrite=overwrite, as_json=as_json)
         cameras = [_camera(text) for text in camera or []]
         frames = frame_row(_files(given or []), make or [], cameras)
         request = Request(prompt, negative, seed, steps, guidance, height, width, frames=frames)
-        session.run(session.jobs(lambda file: [Job(request, file)], out, ANY))
+        command.run(command.jobs(lambda file: [Job(request, file)], out, ANY))
 
 
 @with_loading
@@ -219,44 +213,45 @@ def unlearn(
     with one_sentence():
         from dataclasses import replace
 
-        from imgdit.apps.jobs.generate import Job
+        from imgdit.apps.commands.image_command import ImageCommand
+        from imgdit.apps.jobs.plan import Job
         from imgdit.apps.jobs.request import Request
-        from imgdit.apps.session import Session
 
         height, width = _size(size)
-        session = Session(model, loading, sae=sae, overwrite=overwrite, as_json=as_json)
+        command = ImageCommand(model, loading, sae=sae, overwrite=overwrite, as_json=as_json)
         plain = Request(prompt, negative, seed, steps, guidance, height, width)
         without = replace(plain, concepts=tuple(concept), mode=mode, multiplier=multiplier)
 
         def jobs_at(file: Path) -> list[Job]:
             return [Job(without, file), Job(plain, file.with_name(f"{file.stem}-plain.png"))]
 
-        session.run(session.jobs(jobs_at, out, UNLEARNED))
+        command.run(command.jobs(jobs_at, out, UNLEARNED))
 
 
 # What they share
 
 
 def _again(
-    picture: Path, out: Path | None, model: str | None, loading: LoadOptions, overwrite: bool, as_json: bool
+    image: Path, out: Path | None, model: str | None, loading: LoadOptions, overwrite: bool, as_json: bool
 ) -> None:
-    """Make a picture again from what it tells; exits with 1 if a bit differs."""
+    """Generate an image again from what its file tells; exits with 1 if a bit differs."""
     from dataclasses import replace
 
-    from imgdit.apps.jobs.generate import check_png, first_free, same_pixels
-    from imgdit.apps.jobs.request import read_origin, write_png
-    from imgdit.apps.session import Session
+    from imgdit.apps.commands.image_command import ImageCommand
+    from imgdit.apps.jobs.plan import first_free
+    from imgdit.apps.jobs.png import read_origin, write_png
+    from imgdit.apps.jobs.run import check_png, same_pixels
     from imgdit.images import open_image
     from imgdit.pipelines.loading import as_it_was
 
-    origin = read_origin(picture)
+    origin = read_origin(image)
     if origin is None:
-        raise ValueError(f"{picture} does not tell how it was made: imgdit writes that into its PNG files only")
+        raise ValueError(f"{image} does not tell how it was made: imgdit writes that into its PNG files only")
     beside: Any = {name: place and Path(place) for name, place in origin.places.items() if name != "model"}
-    session = Session(
+    command = ImageCommand(
         model or origin.places["model"], as_it_was(loading, origin.made_with), **beside, overwrite=overwrite
     )
-    file = out if out is not None and out.suffix else (out or PICTURES) / f"{picture.stem}-again.png"
+    file = out if out is not None and out.suffix else (out or PICTURES) / f"{image.stem}-again.png"
     check_png(file)
 
     def usable(file: Path) -> bool:
@@ -267,21 +262,21 @@ def _again(
         file = first_free(file, usable)
     elif not overwrite and not usable(file):
         raise ValueError(f"{file} is there and shows something else; take another --out, or --overwrite")
-    session.shelf.check(origin.request)
-    studio = session.studio
-    studio.quiet(None)
-    made = studio.make(origin.request).pictures[origin.output]
-    write_png(made, file, replace(origin, places=studio.places, made_with=studio.made_with))
-    same = same_pixels(open_image(picture).convert("RGB"), made.convert("RGB"))
-    now = studio.made_with
+    command.shelf.check(origin.request)
+    session = command.session
+    session.quiet(None)
+    again = session.generate(origin.request).images[origin.output]
+    now = session.made_with
+    write_png(again, file, replace(origin, places=command.shelf.places, made_with=now))
+    same = same_pixels(open_image(image).convert("RGB"), again.convert("RGB"))
     differs = {name: [was, now.get(name)] for name, was in origin.made_with.items() if was != now.get(name)}
     if as_json:
         typer.echo(json.dumps({"file": str(file), "same": same, "differs": differs}))
     else:
         typer.echo(f"wrote {file}, " + ("the same bit for bit" if same else "which is not the same"))
     if not same:
-        told = "; ".join(f"{name} was {was}, is {current}" for name, (was, current) in differs.items())
-        typer.echo(f"not the same: {told or 'the machine differs'}", err=True)
+        reasons = "; ".join(f"{name} was {was}, is {current}" for name, (was, current) in differs.items())
+        typer.echo(f"not the same: {reasons or 'the machine differs'}", err=True)
         raise typer.Exit(1)
 
 
@@ -290,11 +285,11 @@ def _controls(
 ) -> tuple[Control, ...]:
     from imgdit.apps.jobs.request import Control
 
-    return tuple(Control(kind, picture, strength, start, end) for kind, picture in _files(given))
+    return tuple(Control(kind, image, strength, start, end) for kind, image in _files(given))
 
 
 def _files(given: Sequence[str]) -> list[tuple[str, Any]]:
-    """Kind and picture of each KIND=FILE."""
+    """Kind and image of each KIND=FILE; a file is opened here and nowhere else."""
     from imgdit.images import open_image
 
     pairs = []
@@ -306,15 +301,17 @@ def _files(given: Sequence[str]) -> list[tuple[str, Any]]:
     return pairs
 
 
-def _found(session: Session, controls: Sequence[Control], size: tuple[int | None, int | None]) -> tuple[Control, ...]:
+def _found(
+    command: ImageCommand, controls: Sequence[Control], size: tuple[int | None, int | None]
+) -> tuple[Control, ...]:
     """The controls with their photos turned into conditions, for an image of a height and a width."""
     from dataclasses import replace
 
-    from imgdit.apps.jobs.prepare import condition_of
+    from imgdit.apps.jobs.conditions import condition_of
 
-    studio = session.studio
-    studio.quiet(None)
-    return tuple(replace(one, picture=condition_of(studio, one.kind, one.picture, size=size)) for one in controls)
+    session = command.session
+    session.quiet(None)
+    return tuple(replace(one, image=condition_of(session, one.kind, one.image, size=size)) for one in controls)
 
 
 def _camera(text: str) -> tuple[float, float]:

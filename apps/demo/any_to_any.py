@@ -10,8 +10,8 @@ import gradio as gr
 
 from imgdit.apps.demo import examples, limits, widgets
 from imgdit.apps.demo.holder import DEVICE, QUICK, Holder
-from imgdit.apps.jobs.request import AskedFrame, Request
-from imgdit.apps.studio import Studio
+from imgdit.apps.jobs.request import Request, RequestFrame
+from imgdit.apps.session import Session
 from imgdit.tasks import TASKS
 
 GIVEN, MADE = "given", "to be made"
@@ -22,23 +22,23 @@ ELEVATION = 24.0
 UNSAID = "Without a caption the colours of a segmentation are guessed; name what is seen."
 
 
-def pairs(studio: Studio) -> list[str]:
+def pairs(session: Session) -> list[str]:
     """What the other frame may be."""
-    return [name for name in studio.tasks if TASKS[name].frames == (2, 2)]
+    return [name for name in session.shelf.tasks if TASKS[name].frames == (2, 2)]
 
 
 def build(holder: Holder) -> None:
     """Lay the tab out, for a model that knows pairs or views."""
-    studio = holder.studio
-    if kinds := pairs(studio):
+    session = holder.session
+    if kinds := pairs(session):
         _pairs(holder, kinds)
-    if "views" in studio.tasks:
+    if "views" in session.shelf.tasks:
         gr.Markdown("### Another view")
         _views(holder)
 
 
 def _pairs(holder: Holder, kinds: list[str]) -> None:
-    told = examples.of_scenes(holder.studio)
+    told = examples.of_scenes(holder.session)
     first = "depth" if "depth" in kinds else kinds[0]
     with gr.Row():
         with gr.Column(min_width=280):
@@ -89,11 +89,11 @@ def _pairs(holder: Holder, kinds: list[str]) -> None:
                 raise limits.Refused(
                     f"{what} is given, but there is no image of it; upload one first, or let it be made"
                 )
-            asked.append(AskedFrame(name, limits.picture(content, what) if is_given == GIVEN else None))
+            asked.append(RequestFrame(name, limits.picture(content, what) if is_given == GIVEN else None))
         base = widgets.read_sampling(steps, guidance, seed)
-        if asked[0].picture is not None and TASKS[kind].condition != "image":
+        if asked[0].image is not None and TASKS[kind].condition != "image":
             base["guidance"] = None
-        made = [frame.kind for frame in asked if frame.picture is None]
+        made = [frame.kind for frame in asked if frame.image is None]
         request = Request(limits.text(prompt), frames=tuple(asked), **base)
         unsaid = told and made == ["segmentation"] and not request.prompt
         yield from _shown(holder, request, made, person, [UNSAID] if unsaid else [])
@@ -147,10 +147,10 @@ def _views(holder: Holder) -> None:
         around = float(limits.number(turn, "the turn", -TURN, TURN))
         higher = float(limits.number(rise, "the rise", -RISE, RISE))
         frames = (
-            AskedFrame("image", seen),
-            AskedFrame("rays", camera=(0.0, ELEVATION)),
-            AskedFrame("image"),
-            AskedFrame("rays", camera=(around, ELEVATION + higher)),
+            RequestFrame("image", seen),
+            RequestFrame("rays", camera=(0.0, ELEVATION)),
+            RequestFrame("image"),
+            RequestFrame("rays", camera=(around, ELEVATION + higher)),
         )
         base = widgets.read_sampling(steps, guidance, seed) | {"guidance": None}
         request = Request(limits.text(prompt), frames=frames, **base)

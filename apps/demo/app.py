@@ -20,7 +20,7 @@ from PIL import Image
 from imgdit.apps.demo import any_to_any, control, create, features, limits, scale, unlearn
 from imgdit.apps.demo.holder import Holder
 from imgdit.apps.demo.limits import LIMITS
-from imgdit.apps.studio import Studio
+from imgdit.apps.session import Session
 from imgdit.checkpoints import SCENES
 
 CSS = """
@@ -56,7 +56,7 @@ def build(holder: Holder, results: Path) -> gr.Blocks:
     with gr.Blocks(
         title="imgdit", analytics_enabled=False, delete_cache=(LIMITS.kept_seconds // 4, LIMITS.kept_seconds)
     ) as page:
-        source = str(holder.studio.places["model"])
+        source = str(holder.session.shelf.places["model"])
         name = "the embedded model" if source == str(SCENES) else f"`{Path(source).name}`"
         gr.Markdown(f"# imgdit\nControllable pictures from {name}.")
         hidden = _hidden(holder)
@@ -96,24 +96,24 @@ def build(holder: Holder, results: Path) -> gr.Blocks:
 
 def _hidden(holder: Holder) -> dict[str, str]:
     """Tabs that this model has nothing for, and why, in a sentence each."""
-    studio = holder.studio
-    adapters = "/".join(studio.adapter_folder.parts[-2:])
+    session = holder.session
+    adapters = "/".join(session.shelf.adapter_folder.parts[-2:])
     found = {}
-    if not studio.controls:
+    if not session.shelf.controls:
         found["Control"] = f"Without Control: there are no condition adapters in `{adapters}`."
-    if not any_to_any.pairs(studio) and "views" not in studio.tasks:
+    if not any_to_any.pairs(session) and "views" not in session.shelf.tasks:
         found["Any-to-any"] = "Without Any-to-any: this model makes images from text and conditions only."
-    if not studio.has_sae:
+    if not session.shelf.has_sae:
         trains = "`imgdit sae train RECIPE` makes one"
         reason = f"there is no sparse autoencoder in `{holder.sae_place}`; {trains}."
         found |= {"Unlearn": f"Without Unlearn and Features: {reason}", "Features": ""}
-    elif not studio.unlearner.concepts:
+    elif not session.unlearner.concepts:
         found["Unlearn"] = f"Without Unlearn: the sparse autoencoder in `{holder.sae_place}` has no concepts."
     return found
 
 
 def serve(
-    studio: Studio,
+    session: Session,
     *,
     results: Path = Path("outputs/mup"),
     host: str = "127.0.0.1",
@@ -124,7 +124,7 @@ def serve(
     """Start the server; the page, its address and its model.
 
     Args:
-        studio: the model.
+        session: the model.
         results: folder of `imgdit mup …`, shown in the tab Scale.
         host: address to listen at; this machine alone by default.
         port: a free one from 7860 on by default.
@@ -140,7 +140,7 @@ def serve(
     # Where a header is not looked at by us, Pillow refuses what would not fit.
     Image.MAX_IMAGE_PIXELS = LIMITS.pixels
     warnings.simplefilter("error", Image.DecompressionBombWarning)
-    holder = Holder(studio)
+    holder = Holder(session)
     page = build(holder, results)
     _, address, _ = page.launch(
         server_name=host,

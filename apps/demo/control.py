@@ -12,9 +12,9 @@ from PIL import Image
 from imgdit.apps.demo import examples, limits, widgets
 from imgdit.apps.demo.holder import DEVICE, QUICK, Holder
 from imgdit.apps.demo.limits import LIMITS
-from imgdit.apps.jobs.prepare import condition_of, drawn_map, lines_on_black
+from imgdit.apps.jobs.conditions import condition_of, drawn_map, lines_on_black
 from imgdit.apps.jobs.request import Control, Request
-from imgdit.apps.studio import Studio
+from imgdit.apps.session import Session
 from imgdit.images import fit, open_image
 
 NAMES = {
@@ -30,13 +30,13 @@ INVERTED = "Inverted: the model reads white on black."
 
 def build(holder: Holder) -> widgets.Canvas:
     """Lay the tab out; its canvas."""
-    studio = holder.studio
-    texts, told = examples.texts(studio), examples.of_scenes(studio)
-    kinds = [kind for kind in NAMES if kind in studio.controls]
-    kinds += [kind for kind in studio.controls if kind not in kinds]
+    session = holder.session
+    texts, told = examples.texts(session), examples.of_scenes(session)
+    kinds = [kind for kind in NAMES if kind in session.shelf.controls]
+    kinds += [kind for kind in session.shelf.controls if kind not in kinds]
     choices = [(NAMES.get(kind, kind.replace("_", " ")), kind) for kind in kinds]
     first = kinds[0] if kinds else None
-    side = studio.default_size or 512
+    side = session.default_size or 512
     with gr.Row():
         with gr.Column(min_width=280):
             canvas = widgets.canvas("Upload an image or draw one", side, height=360)
@@ -106,7 +106,7 @@ def build(holder: Holder) -> widgets.Canvas:
         if looking:
             yield gr.skip(), gr.skip(), gr.skip(), "Looking for the condition."
         with holder.busy(person) if looking else nullcontext():
-            photo, found, inverted = _condition(studio, chosen, given, find, text)
+            photo, found, inverted = _condition(session, chosen, given, find, text)
         yield holder.keep(found), gr.skip(), gr.skip(), "Waiting for the first step."
         controls = [Control(chosen, found, **acts)]
         if other is not None and other_kind is not None:
@@ -144,22 +144,22 @@ def _given(drawing: Any, kind: str) -> widgets.Drawing:
 
 
 def _condition(
-    studio: Studio, kind: str, given: widgets.Drawing, find: bool, caption: str
+    session: Session, kind: str, given: widgets.Drawing, find: bool, caption: str
 ) -> tuple[Image.Image, Image.Image, bool]:
     """The image that is followed, the condition in it or that it is, and whether that is the image inverted."""
     if kind == "mask" and given.below is not None:
         hole = given.drawn if given.drawn.getbbox() else None
-        return given.below, condition_of(studio, kind, given.below, hole), False
+        return given.below, condition_of(session, kind, given.below, hole), False
     if find:
         told = caption if kind == "segmentation" else ""
-        return given.picture, condition_of(studio, kind, given.picture, caption=told), False
+        return given.picture, condition_of(session, kind, given.picture, caption=told), False
     if given.below is None:
         return given.picture, *drawn_map(kind, given.picture, given.strokes)
     return given.picture, *lines_on_black(kind, given.picture)
 
 
 def _about_adapters(holder: Holder) -> str:
-    names = ", ".join(holder.studio.adapters)
+    names = ", ".join(holder.session.shelf.adapters)
     if names:
         return f"Condition adapters: {names}. Strength and range act on these kinds."
     return (

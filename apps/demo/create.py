@@ -26,15 +26,16 @@ class Create(NamedTuple):
 def build(holder: Holder) -> Create:
     """Lay the tab out."""
     low, high, step = holder.sides
-    side = holder.studio.default_size or 512
-    texts = examples.texts(holder.studio)
+    side = holder.session.default_size or 512
+    texts = examples.texts(holder.session)
     with gr.Row():
         with gr.Column(min_width=280):
             prompt = widgets.prompt_box(texts.create)
-            if examples.of_scenes(holder.studio):
+            if examples.of_scenes(holder.session):
                 gr.Markdown(f"What this model can draw:  \n{examples.vocabulary_note()}", elem_classes="note")
             negative = widgets.prompt_box(label="Steer away from", lines=1)
-            with gr.Row(visible=len(holder.studio.taught.sizes) != 1):  # a model of one size makes no other well
+            # A model that was trained at one size generates no other well.
+            with gr.Row(visible=len(holder.session.shelf.taught.sizes) != 1):
                 width = gr.Slider(low, high, side, step=step, label="Width", min_width=120)
                 height = gr.Slider(low, high, side, step=step, label="Height", min_width=120)
             count = gr.Slider(1, LIMITS.batch, 1, step=1, label="Images")
@@ -46,7 +47,7 @@ def build(holder: Holder) -> Create:
             status = widgets.status()
             image = widgets.result("Image")
             gallery = widgets.results("All images", columns=LIMITS.batch, enlarged=False)
-            use = gr.Button("Use as condition", visible=bool(holder.studio.controls))
+            use = gr.Button("Use as condition", visible=bool(holder.session.shelf.controls))
             chosen = gr.State()
 
     @limits.refusing(status)

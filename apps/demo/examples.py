@@ -7,7 +7,7 @@ from itertools import product
 from random import Random
 from typing import Any, NamedTuple
 
-from imgdit.apps.jobs.generate import PROMPTS
+from imgdit.apps.jobs.plan import PROMPTS
 from imgdit.scenes.captions import caption
 from imgdit.scenes.meanings import KINDS
 from imgdit.scenes.world import OBJECTS, Scene
@@ -35,14 +35,14 @@ class Texts(NamedTuple):
     """Prompts whose images are looked through for a feature's strongest."""
 
 
-def of_scenes(studio: Any) -> bool:
+def of_scenes(session: Any) -> bool:
     """Whether a model was taught the sentences of scenes, and nothing else."""
-    return studio.taught.words == "scenes"
+    return session.shelf.taught.words == "scenes"
 
 
-def texts(studio: Any) -> Texts:
+def texts(session: Any) -> Texts:
     """For this model."""
-    return _scenes() if of_scenes(studio) else _others()
+    return _scenes() if of_scenes(session) else _others()
 
 
 @lru_cache(maxsize=1)

@@ -12,9 +12,9 @@ import gradio as gr
 from imgdit.apps.demo import examples, limits, widgets
 from imgdit.apps.demo.heat import overlay
 from imgdit.apps.demo.holder import DEVICE, QUICK, Holder
-from imgdit.apps.jobs.generate import same_pixels
 from imgdit.apps.jobs.request import Request
-from imgdit.apps.studio import Studio
+from imgdit.apps.jobs.run import same_pixels
+from imgdit.apps.session import Session
 from imgdit.images import open_image
 from imgdit.sae.features import FeatureSurvey, contrast_features, heat_maps, survey_features
 from imgdit.sae.model import SparseAutoencoder
@@ -27,17 +27,17 @@ FOUND, TOP = 12, 6
 
 def build(holder: Holder) -> None:
     """Lay the tab out, for a model with an autoencoder."""
-    studio = holder.studio
-    texts = examples.texts(studio)
-    last = studio.unlearner.saes[studio.seen_at].config.num_latents - 1
-    concept, first = _first(studio, texts.steer)
+    session = holder.session
+    texts = examples.texts(session)
+    last = session.unlearner.saes[session.seen_at].config.num_latents - 1
+    concept, first = _first(session, texts.steer)
 
     def sae() -> Any:
-        return studio.unlearner.saes[studio.seen_at]
+        return session.unlearner.saes[session.seen_at]
 
     @lru_cache(maxsize=1)
     def survey() -> Any:
-        return survey_features(studio.pipe, sae(), texts.bank, num_inference_steps=STEPS, guidance_scale=1.0)
+        return survey_features(session.pipe, sae(), texts.bank, num_inference_steps=STEPS, guidance_scale=1.0)
 
     with gr.Row():
         with gr.Column(min_width=280):
@@ -83,7 +83,7 @@ def build(holder: Holder) -> None:
         yield gr.skip(), gr.skip(), "Searching."
         with holder.busy(person):
             found = contrast_features(
-                studio.pipe, sae(), read[:1], read[1:], num_inference_steps=STEPS, guidance_scale=1.0
+                session.pipe, sae(), read[:1], read[1:], num_inference_steps=STEPS, guidance_scale=1.0
             )
         best = found.scores("prompts").mean(0).topk(min(FOUND, last + 1))
         rows = [[int(number), round(float(score), 5)] for score, number in zip(*best)]
@@ -157,9 +157,9 @@ def build(holder: Holder) -> None:
     stop.click(holder.stop, None, status, **QUICK)
 
 
-def _first(studio: Studio, prompt: str) -> tuple[str, int]:
+def _first(session: Session, prompt: str) -> tuple[str, int]:
     """A feature to begin with that is active for a prompt, and what it is: the most its own of a concept in it."""
-    book = studio.unlearner.books.get(studio.seen_at)
+    book = session.unlearner.books.get(session.seen_at)
     for name, selection in reversed(book.selections.items() if book is not None else ()):
         if name in prompt and len(selection.features):
             excess = (selection.means - selection.thresholds).mean(0)
@@ -174,7 +174,7 @@ def _strongest(
     shown = []
     for row, value, _ in survey.top_pictures(number, TOP):
         found = heat_maps(
-            holder.studio.pipe, sae, [bank[row]], [number], seed=row, num_inference_steps=STEPS,
+            holder.session.pipe, sae, [bank[row]], [number], seed=row, num_inference_steps=STEPS,
             guidance_scale=1.0, output_type="pil",
         )  # fmt: skip
         picture = found.pictures[0]

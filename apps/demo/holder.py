@@ -20,9 +20,10 @@ from PIL import Image
 from imgdit.apps.demo.examples import of_scenes
 from imgdit.apps.demo.limits import LIMITS, sentence
 from imgdit.apps.demo.turns import Place, Turns
-from imgdit.apps.jobs.generate import output_file
-from imgdit.apps.jobs.request import Origin, Request, write_png
-from imgdit.apps.studio import Made, Stopped, Studio
+from imgdit.apps.jobs.plan import output_file
+from imgdit.apps.jobs.png import Origin, write_png
+from imgdit.apps.jobs.request import Request
+from imgdit.apps.session import Generated, Session, Stopped
 from imgdit.images import to_image
 from imgdit.scenes.render import render
 from imgdit.scenes.world import Scene
@@ -61,17 +62,17 @@ class Holder:
     """The loaded model of the demo.
 
     Args:
-        studio: the model.
+        session: the model.
         folder: where results are written; a temporary one by default. Nothing outside it is written.
     """
 
-    def __init__(self, studio: Studio, folder: Path | None = None):
-        self.studio = studio
+    def __init__(self, session: Session, folder: Path | None = None):
+        self.session = session
         self.folder = folder or Path(tempfile.mkdtemp(prefix="imgdit-demo-"))
         self.turns = Turns(LIMITS.queue)
         self._asked: dict[str, list[threading.Event]] = {}
         self._asking = threading.Lock()
-        studio.quiet()
+        session.quiet()
 
     def close(self) -> None:
         """Delete what was written."""
@@ -130,12 +131,13 @@ class Holder:
                     yield Shown("Stopped.", None, files, over=True)
                     return
                 yield Shown(f"{ahead} before you", None, files)
-            for said in dict.fromkeys(sentence(said) for request in requests for said in self.studio.remarks(request)):
-                gr.Warning(said)
+            remarks_before = [remark for request in requests for remark in self.session.remarks(request)]
+            for remark in dict.fromkeys(map(sentence, remarks_before)):
+                gr.Warning(remark)
             for i, request in enumerate(requests):
                 label = f"picture {i + 1} of {len(requests)}, " if len(requests) > 1 else ""
                 for event in self._stream(request, stop):
-                    if isinstance(event, Made):
+                    if isinstance(event, Generated):
                         files += self._save(event, request)
                         break
                     step, steps, preview = event
@@ -147,12 +149,12 @@ class Holder:
 
     def _untaught(self, requests: Sequence[Request]) -> list[str]:
         """Sentences on words and sizes that the model was never taught."""
-        words = self.studio.about_words([request.prompt for request in requests])
-        sizes = dict.fromkeys(self.studio.about_size(request, timed=False) for request in requests)
+        words = self.session.shelf.about_words([request.prompt for request in requests])
+        sizes = dict.fromkeys(self.session.about_size(request, timed=False) for request in requests)
         return [sentence(said) for said in (words, *sizes) if said]
 
     def _stream(self, request: Request, stop: threading.Event) -> Iterator[Any]:
-        """(step, steps, picture or `None`) after each step, then `Made`; nothing more after a stop.
+        """(step, steps, picture or `None`) after each step, then `Generated`; nothing more after a stop.
 
         The work is done in a thread of its own, because a pipeline calls back and a web page is fed from a loop.
         """
@@ -166,7 +168,7 @@ class Holder:
 
         def work() -> None:
             try:
-                events.put(self.studio.make(request, watch))
+                events.put(self.session.generate(request, watch))
             except Stopped:
                 events.put(None)
             except Exception as error:
@@ -179,19 +181,20 @@ class Holder:
                 if isinstance(event, Exception):
                     raise event
                 yield event
-                if isinstance(event, Made):
+                if isinstance(event, Generated):
                     return
         finally:  # also when the window was closed: the next request must find the device free
             left.set()
             worker.join()
 
-    def _save(self, made: Made, asked: Request) -> list[str]:
+    def _save(self, made: Generated, asked: Request) -> list[str]:
         """Files of the pictures, each able to be made again by `imgdit generate --like`."""
         file = self.new_file()
-        studio = self.studio
-        origin = Origin(made.request, studio.places, asked.digest(str(studio.places["model"])), 0, studio.made_with)
-        files = [output_file(file, i) for i in range(len(made.pictures))]
-        for i, picture in enumerate(made.pictures):
+        session = self.session
+        places = session.shelf.places
+        origin = Origin(made.request, places, asked.digest(str(places["model"])), 0, session.made_with)
+        files = [output_file(file, i) for i in range(len(made.images))]
+        for i, picture in enumerate(made.images):
             write_png(picture, files[i], replace(origin, output=i))
         return [str(file) for file in files]
 
@@ -204,22 +207,22 @@ class Holder:
     def examples(self) -> list[str]:
         """Files of pictures to try the tabs with: scenes that were held out of training; none for other models."""
         files: list[str] = []
-        if not of_scenes(self.studio):
+        if not of_scenes(self.session):
             return files
         for i in range(EXAMPLES):
-            scene = render([Scene.sample(i, "heldout")], self.studio.default_size or 512)
+            scene = render([Scene.sample(i, "heldout")], self.session.default_size or 512)
             files.append(self.keep(to_image(scene.rgb[0])))
         return files
 
     @cached_property
     def sae_place(self) -> str:
         """Where the sparse autoencoders are looked for, as strangers may know it."""
-        return "/".join(self.studio.sae_folder.parts[-2:])
+        return "/".join(self.session.shelf.sae_folder.parts[-2:])
 
     @property
     def sides(self) -> tuple[int, int, int]:
         """Smallest and largest side in pixels of a picture that may be asked for, and what it is a multiple of."""
-        side, step = self.studio.default_size or 512, self.studio.cell
+        side, step = self.session.default_size or 512, self.session.cell
         step = step if step >= 8 else 16
         return 4 * step, max(LIMITS.side, side), step
 

@@ -27,10 +27,10 @@ SEARCHING = "Looking where the concepts are seen."
 
 def build(holder: Holder) -> None:
     """Lay the tab out, for a model with concepts."""
-    studio = holder.studio
-    concepts = studio.unlearner.concepts
-    example = examples.texts(studio).unlearn
-    books = studio.unlearner.books.values()
+    session = holder.session
+    concepts = session.unlearner.concepts
+    example = examples.texts(session).unlearn
+    books = session.unlearner.books.values()
     stored = next((selection.multiplier for book in books for selection in book.selections.values()), -1.0)
     with gr.Row():
         with gr.Column(min_width=280):
@@ -100,12 +100,12 @@ def build(holder: Holder) -> None:
 def _seen(holder: Holder, request: Request, names: Sequence[str]) -> tuple[torch.Tensor | None, str]:
     """Where concepts are seen (rows, columns), in units of how they are in their own images; and what is to be said of
     it. `None` where there is no map."""
-    unlearner, hookpoint = holder.studio.unlearner, holder.studio.seen_at
+    unlearner, hookpoint = holder.session.unlearner, holder.session.seen_at
     book = unlearner.books.get(hookpoint)
-    if book is None or site(holder.studio.pipe, hookpoint).text:
+    if book is None or site(holder.session.pipe, hookpoint).text:
         return None, "No autoencoder with concepts reads the image, so there is no map of where they are seen."
     found = concept_maps(
-        holder.studio.pipe, unlearner.saes[hookpoint], book, [name for name in names if name in book.selections],
+        holder.session.pipe, unlearner.saes[hookpoint], book, [name for name in names if name in book.selections],
         [request.prompt], hookpoint=hookpoint, seed=request.seed, num_inference_steps=request.steps,
         guidance_scale=request.guidance,
     )  # fmt: skip

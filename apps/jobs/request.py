@@ -1,4 +1,4 @@
-"""What a person asks for, as plain data. It travels inside the PNG that answers it, to make the picture again."""
+"""What a person asks for, as plain data. It travels inside the PNG that answers it, to make the image again."""
 
 from __future__ import annotations
 
@@ -7,30 +7,29 @@ import dataclasses
 import hashlib
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from PIL import Image, PngImagePlugin
+from PIL import Image
 
 from imgdit.defaults import STEPS
 from imgdit.images import fit, open_image, to_rgb
 from imgdit.images.fitting import filter_of
-from imgdit.io.safe_json import parse_object
 from imgdit.naming import check_name
+from imgdit.tasks import TASKS
 
-CHUNK = "imgdit"
-"""Text chunk of a PNG that holds the request."""
+STORED = {"image": "picture"}
+"""Fields that have another name where a request is stored: the files of all versions are alike."""
 
 
 @dataclass(frozen=True)
 class Control:
-    """A picture that steers another one."""
+    """An image that steers the one that is generated."""
 
     kind: str
     """Name of an adapter, or of a task of `imgdit.tasks.TASKS`."""
-    picture: Image.Image
+    image: Image.Image
     strength: float = 1.0
     """As `Condition.strength`; only an adapter has one."""
     start: float = 0.0
@@ -39,31 +38,31 @@ class Control:
 
 
 @dataclass(frozen=True)
-class AskedFrame:
-    """A frame that is given (a picture, or a camera) or made (neither)."""
+class RequestFrame:
+    """An `imgdit.ImageFrame` as a request stores it: given (an image, or a camera) or generated (neither)."""
 
     kind: str = "image"
-    picture: Image.Image | None = None
+    image: Image.Image | None = None
     camera: tuple[float, float] | None = None
     """Azimuth and elevation in degrees, of a frame of kind "rays"."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """Everything that decides a picture, but for the model."""
+    """Everything that decides an image, but for the model."""
 
     prompt: str = ""
     negative_prompt: str = ""
     seed: int = 0
     steps: int = STEPS
     guidance: float | None = None
-    """`None`: 3 where a picture is made, 1 where only maps of a given one are."""
+    """`None`: 3 where an image is generated, 1 where only maps of a given one are."""
     height: int | None = None
     width: int | None = None
     """Pixels; `None`: what the model was trained at."""
     controls: tuple[Control, ...] = ()
-    frames: tuple[AskedFrame, ...] = ()
-    """Of any-to-any, in the order of `imgdit.tasks.task_frames`; empty: one picture is made."""
+    frames: tuple[RequestFrame, ...] = ()
+    """Of any-to-any, in the order of `imgdit.tasks.task_frames`; empty: one image is generated."""
     task: str | None = None
     """Of the frames, where their kinds do not tell."""
     concepts: tuple[str, ...] = ()
@@ -84,12 +83,12 @@ class Request:
 
     @property
     def outputs(self) -> tuple[str, ...]:
-        """Kinds of the pictures that are made, in their order."""
-        made = tuple(f.kind for f in self.frames if f.picture is None and f.kind != "rays")
+        """Kinds of the images that are generated, in their order."""
+        made = tuple(f.kind for f in self.frames if f.image is None and f.kind != "rays")
         return made if self.frames else ("image",)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON's types only, without what has its default; pictures become PNGs in base64."""
+        """JSON's types only, without what has its default; images become PNGs in base64."""
         return {
             field.name: _plain(value)
             for field in dataclasses.fields(self)
@@ -101,16 +100,16 @@ class Request:
         """What `to_dict` wrote.
 
         Raises:
-            ValueError: an unknown name, a value of another type, or a damaged picture.
+            ValueError: an unknown name, a value of another type, or a damaged image.
         """
         known = {field.name: field for field in dataclasses.fields(cls)}
         for name in values:
             check_name("entry of a request", name, known)
         try:
             read = dict(values)
-            read["controls"] = tuple(Control(**_pictured(item)) for item in values.get("controls", ()))
+            read["controls"] = tuple(Control(**_read(item)) for item in values.get("controls", ()))
             read["frames"] = tuple(
-                AskedFrame(**_pictured(item) | {"camera": _pair(item.get("camera"))})
+                RequestFrame(**_read(item) | {"camera": _pair(item.get("camera"))})
                 for item in values.get("frames", ())
             )
             read["concepts"] = tuple(map(str, values.get("concepts", ())))
@@ -125,58 +124,48 @@ class Request:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-@dataclass(frozen=True)
-class Origin:
-    """What a PNG tells of its making."""
+def frame_row(
+    given: Sequence[tuple[str, Image.Image]],
+    make: Sequence[str],
+    cameras: Sequence[tuple[float, float]] = (),
+) -> tuple[RequestFrame, ...]:
+    """The frames in the order that tasks have them: the image first; of views, each with its camera.
 
-    request: Request
-    places: dict[str, str | None]
-    """Folder or Hub repository of the `model`; folders of `adapters` and of the `sae` that are not the model's own."""
-    asked: str
-    """`Request.digest` of what was asked, before defaults were filled in."""
-    output: int
-    """Number of the picture among those that the request makes."""
-    made_with: dict[str, Any]
-    """Versions, device and weights; another value of any of them may change the last bits."""
-
-
-def write_png(picture: Image.Image, path: Path, origin: Origin) -> None:
-    """Save a picture with its origin; the file appears whole or not at all."""
-    values = {
-        **dataclasses.asdict(dataclasses.replace(origin, request=Request())),
-        "request": origin.request.to_dict(),
-    }
-    info = PngImagePlugin.PngInfo()
-    info.add_text(CHUNK, json.dumps(values))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.new")
-    picture.save(temporary, "PNG", pnginfo=info)
-    temporary.replace(path)
-
-
-def read_origin(path: Path) -> Origin | None:
-    """What `write_png` wrote into a picture; `None` where there is nothing.
+    Args:
+        given: kind and image; the other one of a pair of images is called by its task (blur, mask, …).
+        make: kinds; nothing: the image, unless it is given.
+        cameras: azimuth and elevation in degrees of each view; the first given images are of the first of them.
 
     Raises:
-        ValueError: no picture, or a damaged origin.
+        ValueError: views of anything but images, or two images of which nobody can tell the task.
     """
-    picture = open_image(path)
-    text = picture.info.get(CHUNK)
-    if text is None:
-        return None
-    try:
-        values = parse_object(text, "it")
-        return Origin(**{**values, "request": Request.from_dict(values["request"])})
-    except (TypeError, KeyError, ValueError) as error:
-        raise ValueError(f"{path} holds a request that cannot be read: {error}") from error
+    if cameras:
+        if any(kind != "image" for kind, _ in given) or any(kind != "image" for kind in make):
+            raise ValueError("views are of images; give image=FILE and cameras, and nothing to make")
+        if len(given) > len(cameras):
+            raise ValueError(f"got {len(given)} images for {len(cameras)} cameras; give a camera for each view")
+        images = [image for _, image in given] + [None] * (len(cameras) - len(given))
+        return tuple(
+            frame
+            for image, camera in zip(images, cameras)
+            for frame in (RequestFrame("image", image), RequestFrame("rays", camera=camera))
+        )
+    frames = [RequestFrame(kind, image) for kind, image in given]
+    kinds = list(make) or ([] if any(kind == "image" for kind, _ in given) else ["image"])
+    frames += [RequestFrame(kind) for kind in kinds]
+    if len(frames) == 2 and all(frame.kind == "image" for frame in frames):
+        pairs = ", ".join(name for name, task in TASKS.items() if task.condition == "image" and task.frames == (2, 2))
+        raise ValueError(f"call one of two images by what it is to the other: {pairs}")
+    # The image comes first, whatever the order of the arguments.
+    return tuple(sorted(frames, key=lambda frame: frame.kind != "image"))
 
 
-def fitted(picture: Image.Image, kind: str, height: int | None, width: int | None) -> Image.Image:
-    """A picture in RGB, cut and shrunk to the size of what is made; one that is smaller stays as it is."""
-    picture = to_rgb(picture)
-    if height is None or width is None or (picture.width <= width and picture.height <= height):
-        return picture
-    return fit(picture, (width, height), filter_of(kind))
+def fitted(image: Image.Image, kind: str, height: int | None, width: int | None) -> Image.Image:
+    """An image in RGB, cut and shrunk to the size of what is generated; one that is smaller stays as it is."""
+    image = to_rgb(image)
+    if height is None or width is None or (image.width <= width and image.height <= height):
+        return image
+    return fit(image, (width, height), filter_of(kind))
 
 
 def _plain(value: Any) -> Any:
@@ -185,20 +174,25 @@ def _plain(value: Any) -> Any:
         value.save(stream, "PNG")
         return base64.b64encode(stream.getvalue()).decode()
     if dataclasses.is_dataclass(value):
-        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        names = [field.name for field in dataclasses.fields(value)]
+        return {STORED.get(name, name): _plain(getattr(value, name)) for name in names}
     return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-def _pictured(values: Mapping[str, Any]) -> dict[str, Any]:
-    text = values.get("picture")
+def _read(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of a control or a frame, from what `_plain` made of them."""
+    stored = STORED["image"]
+    if "image" in values:
+        raise TypeError(f"an image is stored as {stored!r}, got 'image'")
+    read = {name: value for name, value in values.items() if name != stored}
+    text = values.get(stored)
     if text is None:
-        return dict(values)
+        return read
     try:
         data = base64.b64decode(text)
     except ValueError as error:
         raise ValueError(f"an image of the request is damaged: {error}") from error
-    picture = open_image(data, "an image of the request")
-    return {**values, "picture": picture}
+    return {**read, "image": open_image(data, "an image of the request")}
 
 
 def _pair(values: Any) -> tuple[float, float] | None:

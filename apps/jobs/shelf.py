@@ -55,20 +55,21 @@ class Shelf:
     @cached_property
     def adapters(self) -> dict[str, Path]:
         """Files of condition adapters by name."""
-        return {name: found.path for name, found in self._found.items()}
+        return {name: found.path for name, found in self.found.items()}
 
     @cached_property
-    def _found(self) -> dict[str, FoundAdapter]:
+    def found(self) -> dict[str, FoundAdapter]:
+        """The adapters by name; the header of each file is read, once."""
         return find_adapters(self.adapter_folder)
 
     @cached_property
     def _adapter_of(self) -> dict[str, str]:
         """Adapter by what its condition shows, as its header tells."""
-        return {task: name for name, found in self._found.items() if (task := found.info.task)}
+        return {task: name for name, found in self.found.items() if (task := found.info.task)}
 
-    @property
+    @cached_property
     def tasks(self) -> list[str]:
-        """Tasks of frames that the model can be asked for."""
+        """Tasks of frames that the model can be asked for; a `Session` that has loaded the model sets them."""
         index = self._index
         if index.get("_class_name") not in FRAMED:
             return []

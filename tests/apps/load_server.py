@@ -8,13 +8,14 @@ import torch
 from tiny import tiny_pipeline
 
 from imgdit.apps.demo import app
-from imgdit.apps.studio import Studio
+from imgdit.apps.jobs.shelf import Shelf
+from imgdit.apps.session import Session
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     folder = Path(sys.argv[1])
     tiny_pipeline().save_pretrained(folder / "model")
-    _, address, holder = app.serve(Studio(folder / "model"), results=folder / "mup")
+    _, address, holder = app.serve(Session(Shelf(folder / "model")), results=folder / "mup")
     print("address", address, flush=True)
     print("results", holder.folder, flush=True)
     sys.stdin.readline()  # until the test is done

@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 from imgdit.apps.cli import app
 from imgdit.apps.commands import lora
 from imgdit.apps.jobs.request import Control, Request
-from imgdit.apps.studio import Studio
+from imgdit.apps.jobs.shelf import Shelf
+from imgdit.apps.session import Session
 from imgdit.lora.files import adapter_pairs, read_adapter
 
 
@@ -25,18 +26,19 @@ def model(tmp_path_factory):
 
 
 def test_strangers_among_adapters_stop_nothing(model, tmp_path):
-    studio = Studio(model, adapters=strangers(tmp_path / "adapters"))
+    session = Session(Shelf(model, adapters=strangers(tmp_path / "adapters")))
     one_layer(tmp_path / "adapters/edges-v1_1.safetensors", seed=3)  # the same name in torch
     assert (
-        set(studio.adapters) == {"edges-v1.1", "edges-v1_1", "style"} and studio.adapter_for("canny") == "edges-v1.1"
+        set(session.shelf.adapters) == {"edges-v1.1", "edges-v1_1", "style"}
+        and session.shelf.adapter_for("canny") == "edges-v1.1"
     )
     for kind in ("edges-v1.1", "edges-v1_1", "canny"):
         control = Control(kind, Image.effect_noise((16, 16), 80).convert("RGB"))
         request = Request("a red cube", steps=1, height=16, width=16, controls=(control,))
-        studio.make(request)
+        session.generate(request)
     for adapter, file in (("edges-v1_1", "edges-v1.1"), ("edges-v1_1_2", "edges-v1_1")):
-        (pair,) = adapter_pairs(studio.pipe.transformer, adapter).values()
-        (expected,) = read_adapter(studio.adapters[file]).pairs.values()
+        (pair,) = adapter_pairs(session.pipe.transformer, adapter).values()
+        (expected,) = read_adapter(session.shelf.adapters[file]).pairs.values()
         assert torch.equal(pair.up, expected.up)
 
 

@@ -14,9 +14,10 @@ from PIL import Image, ImageStat
 from tiny_runs import small_pipeline, with_concepts
 
 from imgdit.apps.demo import app, features
-from imgdit.apps.jobs.generate import same_pixels
-from imgdit.apps.jobs.request import read_origin
-from imgdit.apps.studio import Studio
+from imgdit.apps.jobs.png import read_origin
+from imgdit.apps.jobs.run import same_pixels
+from imgdit.apps.jobs.shelf import Shelf
+from imgdit.apps.session import Session
 from imgdit.images import open_image
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -31,14 +32,14 @@ PATIENCE = 60_000
 
 
 @pytest.fixture(scope="module")
-def studio(tmp_path_factory):
-    return Studio(with_concepts(small_pipeline(tmp_path_factory.mktemp("browser"))))
+def session(tmp_path_factory):
+    return Session(Shelf(with_concepts(small_pipeline(tmp_path_factory.mktemp("browser")))))
 
 
 @pytest.fixture(scope="module")
-def served(studio, tmp_path_factory):
+def served(session, tmp_path_factory):
     """Address and `Holder` of the demo."""
-    page, address, holder = app.serve(studio, results=tmp_path_factory.mktemp("results") / "mup")
+    page, address, holder = app.serve(session, results=tmp_path_factory.mktemp("results") / "mup")
     yield address, holder
     page.close(verbose=False)
     holder.close()
@@ -374,8 +375,8 @@ def _behind(address, prefix):
         thread.join(10)
 
 
-def test_a_path_of_a_proxy(browser, studio, tmp_path):
-    shown, address, holder = app.serve(studio, results=tmp_path / "mup", root_path="/imgdit")
+def test_a_path_of_a_proxy(browser, session, tmp_path):
+    shown, address, holder = app.serve(session, results=tmp_path / "mup", root_path="/imgdit")
     try:
         with _behind(address, "/imgdit") as outside:
             page = _open(browser, outside)
@@ -405,9 +406,9 @@ def test_a_check_is_drawn(page):
 
 
 @pytest.fixture
-def slow(studio):
+def slow(session):
     """A model that nobody is too late to stop."""
-    hook = studio.pipe.transformer.register_forward_pre_hook(lambda *_: time.sleep(0.2))
+    hook = session.pipe.transformer.register_forward_pre_hook(lambda *_: time.sleep(0.2))
     yield
     hook.remove()
 

@@ -16,13 +16,14 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 import imgdit
-from imgdit.apps import studio
+from imgdit.apps import session
 from imgdit.apps.cli import app
 from imgdit.apps.demo import widgets
 from imgdit.apps.demo.app import serve
-from imgdit.apps.jobs.generate import same_pixels
 from imgdit.apps.jobs.request import Request
-from imgdit.apps.studio import Studio
+from imgdit.apps.jobs.run import same_pixels
+from imgdit.apps.jobs.shelf import Shelf
+from imgdit.apps.session import Session
 from imgdit.checkpoints import SCENES
 from imgdit.defaults import GUIDANCE, STEPS
 from imgdit.images import open_image
@@ -74,7 +75,7 @@ def test_addresses_that_cannot_be_listened_at_are_refused_before_the_model_is_lo
 
 
 def test_the_demo_behind_a_path(model, tmp_path):
-    page, address, holder = serve(Studio(model), results=tmp_path, root_path="/imgdit")
+    page, address, holder = serve(Session(Shelf(model)), results=tmp_path, root_path="/imgdit")
     try:
         with urllib.request.urlopen(f"{address}config") as answer:
             assert json.load(answer)["root"].endswith("/imgdit")
@@ -170,7 +171,7 @@ def test_nothing_of_others_is_overwritten(model, desk):
 )
 def test_mistakes_are_told_before_the_model_is_loaded(desk, monkeypatch, command, sentence):
     Path("empty.txt").write_text("\n \n")
-    monkeypatch.setattr(studio, "load_pipeline", None)
+    monkeypatch.setattr(session, "load_pipeline", None)
     done = run(*command)
     assert done.exit_code == 2 and sentence in said(done), done.output + repr(done.exception)
 

@@ -22,10 +22,12 @@ from tiny_control import flux, sd3, with_texts
 from tiny_runs import small_pipeline, with_concepts
 
 from imgdit.apps.demo import app, examples, features, limits, widgets
-from imgdit.apps.jobs.generate import same_pixels
-from imgdit.apps.jobs.prepare import drawn_map, lines_on_black
-from imgdit.apps.jobs.request import Request, read_origin
-from imgdit.apps.studio import Studio
+from imgdit.apps.jobs.conditions import drawn_map, lines_on_black
+from imgdit.apps.jobs.png import read_origin
+from imgdit.apps.jobs.request import Request
+from imgdit.apps.jobs.run import same_pixels
+from imgdit.apps.jobs.shelf import Shelf
+from imgdit.apps.session import Session
 from imgdit.defaults import GUIDANCE, STEPS
 from imgdit.images import open_image
 from imgdit.scenes.tasks import PALETTE
@@ -39,7 +41,7 @@ def demo(tmp_path_factory):
     """Address of a running demo, its model, and a folder to write in."""
     folder = tmp_path_factory.mktemp("demo")
     model = with_concepts(small_pipeline(folder))
-    page, address, holder = app.serve(Studio(model), results=folder / "mup")
+    page, address, holder = app.serve(Session(Shelf(model)), results=folder / "mup")
     yield address, holder, folder
     page.close(verbose=False)
     holder.close()
@@ -81,7 +83,7 @@ def test_create_makes_pictures_that_repeat(demo, client):
     assert status.startswith("Done. The model was taught 128x128; at 64x96 ") and len(gallery) == 2
     origin = read_origin(gallery[1]["image"])
     assert origin.request.seed == 4 and (origin.request.width, origin.request.height) == (64, 96)
-    again = demo[1].studio.make(origin.request).pictures[0]
+    again = demo[1].session.generate(origin.request).images[0]
     assert same_pixels(again, open_image(gallery[1]["image"])) and same_pixels(again, open_image(last))
 
 
@@ -378,7 +380,7 @@ def test_the_defaults_are_those_of_the_command_line(demo):
 
 
 def test_a_feature_that_is_never_active_says_so(demo, client, monkeypatch):
-    sae = demo[1].studio.unlearner.saes[demo[1].studio.seen_at]
+    sae = demo[1].session.unlearner.saes[demo[1].session.seen_at]
     monkeypatch.setattr(sae, "encoder", copy.deepcopy(sae.encoder))
     with torch.no_grad():
         sae.encoder.bias[7] = -1e4
@@ -398,7 +400,7 @@ def test_other_models_get_their_own_examples_and_only_tabs_with_something_in_the
     folder = tmp_path / "model"
     pipe = with_texts(make())
     pipe.save_pretrained(folder)
-    page, address, holder = app.serve(Studio(folder), results=tmp_path / "mup")
+    page, address, holder = app.serve(Session(Shelf(folder)), results=tmp_path / "mup")
     try:
         text = json.dumps(httpx.get(f"{address}config").json()["components"], ensure_ascii=False)
         assert not re.search("octahedr|pyramid|torus|What this model can draw", text)
@@ -415,9 +417,9 @@ def test_features_and_concepts_of_other_models(make, tmp_path, monkeypatch):
     monkeypatch.setattr(features, "STEPS", 1)
     folder = tmp_path / "model"
     with_texts(make()).save_pretrained(folder)
-    studio = Studio(with_concepts(folder, 32))
-    studio.pipe.default_sample_size = 8
-    page, address, holder = app.serve(studio, results=tmp_path / "mup")
+    session = Session(Shelf(with_concepts(folder, 32)))
+    session.pipe.default_sample_size = 8
+    page, address, holder = app.serve(session, results=tmp_path / "mup")
     try:
         client = Client(address, verbose=False)
         _, feature, said = client.predict(words="a cat", against="a dog", api_name="/search_features")
@@ -426,7 +428,7 @@ def test_features_and_concepts_of_other_models(make, tmp_path, monkeypatch):
         assert client.predict(**made, feature=feature, factor=-1.0, api_name="/steer")[2].startswith("Done.")
         dead = (int(feature) + 1) % 32
         with torch.no_grad():
-            studio.unlearner.saes[studio.seen_at].encoder.bias[dead] = -1e4
+            session.unlearner.saes[session.seen_at].encoder.bias[dead] = -1e4
         pictures, said = client.predict(feature=dead, api_name="/feature_pictures")
         assert pictures == [] and f"Feature {dead} was not active on any" in said
         assert "active on" in client.predict(feature=feature, api_name="/feature_pictures")[1]

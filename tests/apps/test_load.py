@@ -13,7 +13,8 @@ from tiny import tiny_pipeline
 
 from imgdit.apps.demo import app
 from imgdit.apps.jobs.request import Request
-from imgdit.apps.studio import Studio
+from imgdit.apps.jobs.shelf import Shelf
+from imgdit.apps.session import Session
 
 HERE = Path(__file__).parent
 PEOPLE = 32
@@ -96,17 +97,17 @@ def test_32_people_at_once(server, request):
 @pytest.fixture
 def demo(tmp_path):
     tiny_pipeline().save_pretrained(tmp_path / "model")
-    page, address, holder = app.serve(Studio(tmp_path / "model"), results=tmp_path / "mup")
+    page, address, holder = app.serve(Session(Shelf(tmp_path / "model")), results=tmp_path / "mup")
     yield address, holder
     page.close(verbose=False)
     holder.close()
 
 
 class Slow:
-    """Counts the steps of a studio, each of which takes a tenth of a second."""
+    """Counts the steps of a session, each of which takes a tenth of a second."""
 
-    def __init__(self, studio, monkeypatch):
-        self.steps, make = 0, studio.make
+    def __init__(self, session, monkeypatch):
+        self.steps, generate = 0, session.generate
 
         def slow(asked, watch=None):
             def watching(step, steps, draw):
@@ -114,9 +115,9 @@ class Slow:
                 time.sleep(0.1)
                 return watch(step, steps, draw)
 
-            return make(asked, watching)
+            return generate(asked, watching)
 
-        monkeypatch.setattr(studio, "make", slow)
+        monkeypatch.setattr(session, "generate", slow)
 
 
 def wait_for(holds, seconds=60):
@@ -128,7 +129,7 @@ def wait_for(holds, seconds=60):
 
 def test_cancelled_work_stops_within_a_step(demo, monkeypatch):
     address, holder = demo
-    slow = Slow(holder.studio, monkeypatch)
+    slow = Slow(holder.session, monkeypatch)
     client, other = Client(address, verbose=False), Client(address, verbose=False)
     job = client.submit(prompt="x", steps=50, seed=0, **ASKED, api_name="/create")
     wait_for(lambda: slow.steps >= 3)
@@ -148,7 +149,7 @@ def test_cancelled_work_stops_within_a_step(demo, monkeypatch):
 def test_who_leaves_while_waiting_is_never_served(demo, monkeypatch):
     """A window that is closed, seen from the page's side: nobody asks the generator any more."""
     _, holder = demo
-    slow = Slow(holder.studio, monkeypatch)
+    slow = Slow(holder.session, monkeypatch)
     asked = Request("x", steps=50, width=64, height=64)
     first, second = (holder.make([asked], None) for _ in range(2))
     assert next(first).status == "step 1 of 50"

@@ -11,9 +11,11 @@ from tiny_control import flux, lora_file, sd3, with_texts
 from typer.testing import CliRunner
 
 from imgdit.apps.cli import app
-from imgdit.apps.jobs.generate import same_pixels
-from imgdit.apps.jobs.request import Request, read_origin
-from imgdit.apps.studio import Studio
+from imgdit.apps.jobs.png import read_origin
+from imgdit.apps.jobs.request import Request
+from imgdit.apps.jobs.run import same_pixels
+from imgdit.apps.jobs.shelf import Shelf
+from imgdit.apps.session import Session
 from imgdit.benchmarks.unlearning.labels import classifier
 from imgdit.checkpoints import SCENES
 from imgdit.hub import find_pipeline
@@ -117,10 +119,10 @@ def test_training_data_comes_from_any_pipeline(model, tmp_path):
 
 
 def test_matrices_in_eight_bits_draw_nearly_the_same(tmp_path):
-    plain, rounded = (Studio(SCENES, loading=LoadOptions(quantize=kind)) for kind in ("none", "int8"))
+    plain, rounded = (Session(Shelf(SCENES), LoadOptions(quantize=kind)) for kind in ("none", "int8"))
     assert any(isinstance(module, Int8Linear) for module in rounded.pipe.transformer.modules())
     request = Request("a red cube", steps=2, height=64, width=64)
-    one, other = (studio.make(request).pictures[0] for studio in (plain, rounded))
+    one, other = (session.generate(request).images[0] for session in (plain, rounded))
     difference = torch.tensor(list(one.convert("L").tobytes())) - torch.tensor(list(other.convert("L").tobytes()))
     assert 0 < difference.float().abs().mean() < 16
     assert rounded.made_with["quantize"] == "int8" and "quantize" not in plain.made_with

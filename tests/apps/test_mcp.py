@@ -10,26 +10,27 @@ from typer.testing import CliRunner
 
 from imgdit.apps.cli import app as commands
 from imgdit.apps.demo import app
-from imgdit.apps.studio import Studio
+from imgdit.apps.jobs.shelf import Shelf
+from imgdit.apps.session import Session
 
 
 @pytest.fixture
-def studio(tmp_path):
+def session(tmp_path):
     tiny_pipeline().save_pretrained(tmp_path / "model")
-    return Studio(tmp_path / "model")
+    return Session(Shelf(tmp_path / "model"))
 
 
-def test_without_the_package_the_command_says_what_to_install(studio, monkeypatch):
+def test_without_the_package_the_command_says_what_to_install(session, monkeypatch):
     monkeypatch.setitem(sys.modules, "mcp", None)  # as if it were not there
     with pytest.raises(ImportError, match=r"pip install 'imgdit\[mcp\]'"):
-        app.serve(studio, mcp=True)
-    told = CliRunner().invoke(commands, ["demo", "--mcp", "--model", studio.places["model"]])
+        app.serve(session, mcp=True)
+    told = CliRunner().invoke(commands, ["demo", "--mcp", "--model", session.shelf.places["model"]])
     assert told.exit_code != 0 and "imgdit[mcp]" in told.output
 
 
-def test_every_endpoint_is_a_tool(studio, tmp_path):
+def test_every_endpoint_is_a_tool(session, tmp_path):
     pytest.importorskip("mcp")
-    page, address, holder = app.serve(studio, results=tmp_path / "mup", mcp=True)
+    page, address, holder = app.serve(session, results=tmp_path / "mup", mcp=True)
     try:
         tools = httpx.get(f"{address}gradio_api/mcp/schema", timeout=60).json()
         endpoints = Client(address, verbose=False, httpx_kwargs={"timeout": 60}).view_api(return_format="dict")[

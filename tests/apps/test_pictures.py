@@ -10,12 +10,15 @@ from tiny_control import flux, lora_file, sd3, with_texts
 from tiny_runs import small_pipeline
 from typer.testing import CliRunner
 
-from imgdit.apps import studio
+from imgdit import images
+from imgdit.apps import session
 from imgdit.apps.cli import app
-from imgdit.apps.jobs.frames import frame_row
-from imgdit.apps.jobs.generate import same_pixels
-from imgdit.apps.jobs.request import Control, Request, read_origin, write_png
+from imgdit.apps.jobs.png import read_origin, write_png
+from imgdit.apps.jobs.request import Control, Request, frame_row
+from imgdit.apps.jobs.run import same_pixels
+from imgdit.apps.jobs.shelf import Shelf
 from imgdit.images import fit, open_image
+from imgdit.lora import files as lora_files
 from imgdit.lora.files import AdapterInfo
 
 QUICK = ["--steps", "2"]
@@ -26,7 +29,7 @@ def model(tmp_path_factory):
     """Folder of a pipeline with a random adapter for depth."""
     folder = tmp_path_factory.mktemp("pictures")
     made = small_pipeline(folder)
-    pipe = studio.load_pipeline(made)
+    pipe = session.load_pipeline(made)
     (folder / "pipeline/adapters").mkdir()
     info = AdapterInfo(task="depth", mode="independent")
     lora_file(folder / "pipeline/adapters/near.safetensors", pipe.transformer, r".*attn\.to_[qkv]", info=info)
@@ -57,7 +60,7 @@ def test_nothing_is_guided_that_a_given_picture_tells(model, tmp_path, given, ma
     picture = Image.open(photo(tmp_path / "given.png"))
     cameras = [(0.0, 24.0), (30.0, 24.0)] if turn else []
     frames = frame_row([(kind, picture) for kind in given], made, cameras) if given or made else ()
-    one = studio.Studio(model)
+    one = session.Session(Shelf(model))
     assert one.settled(Request("a cone", frames=frames)).guidance == guidance
     assert one.settled(Request("a cone", frames=frames, guidance=2.0)).guidance == 2.0
 
@@ -83,6 +86,43 @@ def test_a_picture_repeats_bitwise_from_itself(model, tmp_path, command, given):
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["same"] is True
     assert same_pixels(open_image(tmp_path / "a.png"), open_image(tmp_path / "b.png"))
+
+
+OLD = {"control": ("depth", "controls"), "blur": ("blur", "frames"), "view": ("image", "frames")}
+
+
+@pytest.mark.parametrize("name", OLD)
+def test_images_of_the_previous_version_are_generated_again(name, tmp_path):
+    """By version 0.1 with the embedded model; bitwise on one machine, nearly so on others."""
+    file = Path(__file__).parent / "old" / f"{name}.png"
+    kind, among = OLD[name]
+    stored, origin = json.loads(Image.open(file).info["imgdit"]), read_origin(file)
+    assert origin.request.to_dict() == stored["request"]
+    assert kind in [one.kind for one in getattr(origin.request, among)]
+    run("generate", "--like", file, "--out", tmp_path / "again.png")
+    again = read_origin(tmp_path / "again.png")
+    assert (again.asked, again.request.to_dict()) == (stored["asked"], stored["request"])
+    difference = np.asarray(open_image(file), int) - np.asarray(open_image(tmp_path / "again.png"), int)
+    assert np.abs(difference).mean() < 1
+
+
+def test_a_control_file_is_opened_once(model, tmp_path, monkeypatch):
+    file, opened = photo(tmp_path / "given.png"), []
+    of_image, of_header = images.open_image, lora_files.read_info
+    monkeypatch.setattr(images, "open_image", lambda path, *more: opened.append(path) or of_image(path, *more))
+    monkeypatch.setattr(lora_files, "read_info", lambda path: opened.append(path) or of_header(path))
+    command = ["generate", "a cone", "--control", f"depth={file}", "--model", model, "--out", tmp_path / "a.png"]
+    assert run(*command, *QUICK).exit_code == 0
+    assert [Path(path).name for path in opened] == ["given.png", "near.safetensors"]
+
+
+def test_one_pipeline_is_loaded_and_another_made_for_frames_only(model):
+    one = session.Session(Shelf(model))
+    one.quiet()
+    one.generate(Request("a cone", steps=1))
+    assert "frames_pipe" not in vars(one)
+    one.generate(Request("a cone", steps=1, frames=frame_row([], ["depth", "image"])))
+    assert all(part is one.pipe.components[name] for name, part in one.frames_pipe.components.items())
 
 
 def test_another_machine_is_told(model, tmp_path, monkeypatch):
@@ -140,7 +180,7 @@ def test_one_sentence_after_another_needs_no_folder(model, tmp_path, monkeypatch
 def test_what_is_done_loads_no_model(model, tmp_path, monkeypatch):
     command = ["generate", "a cone", "--model", model, "--out", tmp_path / "a.png", *QUICK]
     assert run(*command).exit_code == 0
-    monkeypatch.setattr(studio, "load_pipeline", None)
+    monkeypatch.setattr(session, "load_pipeline", None)
     done = run(*command)
     assert done.exit_code == 0 and "found" in done.output
 
@@ -209,14 +249,14 @@ def forms():
 def test_a_control_is_the_same_however_it_is_kept(model, tmp_path, form):
     image, options, expected = forms()[form]
     image.save(tmp_path / "map.png", **options)
-    one = studio.Studio(model)
+    one = session.Session(Shelf(model))
     controls = (Control("depth", open_image(tmp_path / "map.png")),)
     (read,) = one.settled(Request("a cone", controls=controls)).controls
-    assert read.picture.mode == "RGB" and same_pixels(read.picture, expected)
+    assert read.image.mode == "RGB" and same_pixels(read.image, expected)
     if form == "half as large":
         one.quiet()
-        made = [one.make(Request("a cone", steps=1, controls=(Control("depth", x),))) for x in (image, expected)]
-        assert same_pixels(*(x.pictures[0] for x in made))
+        made = [one.generate(Request("a cone", steps=1, controls=(Control("depth", x),))) for x in (image, expected)]
+        assert same_pixels(*(x.images[0] for x in made))
 
 
 @pytest.mark.parametrize("make", [flux, sd3])
@@ -237,7 +277,7 @@ def test_flux_and_sd3_folders_make_pictures_under_conditions(make, tmp_path):
 
 
 def test_watching_previews_and_stops(model):
-    one = studio.Studio(model)
+    one = session.Session(Shelf(model))
     one.quiet()
     seen = []
 
@@ -245,17 +285,17 @@ def test_watching_previews_and_stops(model):
         seen.append((step, steps, draw().size))
         return step < 2
 
-    with pytest.raises(studio.Stopped):
-        one.make(Request("a cone", steps=4), watch)
+    with pytest.raises(session.Stopped):
+        one.generate(Request("a cone", steps=4), watch)
     assert seen == [(1, 4, (128, 128)), (2, 4, (128, 128))]
-    assert one.make(Request("a cone", steps=1)).pictures
+    assert one.generate(Request("a cone", steps=1)).images
 
 
 def test_a_request_survives_the_file(tmp_path):
     picture = Image.effect_noise((8, 8), 50).convert("RGB")
     request = Request("ü 🙂", seed=2**62, controls=(Control("depth", picture, 0.5),), features=((3, 2.0),))
     again = Request.from_dict(json.loads(json.dumps(request.to_dict())))
-    assert again.to_dict() == request.to_dict() and same_pixels(again.controls[0].picture, picture)
+    assert again.to_dict() == request.to_dict() and same_pixels(again.controls[0].image, picture)
     with pytest.raises(ValueError, match="did you mean 'seed'"):
         Request.from_dict({"sed": 1})
     with pytest.raises(ValueError, match="damaged"):

@@ -6,8 +6,9 @@ import pytest
 from tiny_runs import small_pipeline
 
 from imgdit.apps.jobs.request import Request
+from imgdit.apps.jobs.shelf import Shelf
 from imgdit.apps.jobs.sizes import check_sides, duration, unsuited
-from imgdit.apps.studio import Studio
+from imgdit.apps.session import Session
 from imgdit.checkpoints import SCENES
 from imgdit.taught import FILE, Taught, read_taught, write_taught
 
@@ -62,10 +63,12 @@ def test_remarks_are_of_models_that_were_taught_the_scenes_only(tmp_path):
     assert taught == Taught(((128, 128),), "scenes")  # `assemble` writes it from the recipe
     (folder / FILE).unlink()
     asked = Request("a white cube", steps=10, height=256, width=256)
-    (said,) = Studio(folder).remarks(asked)  # its own size is known, and nothing of its words
+    (said,) = Session(Shelf(folder)).remarks(asked)  # its own size is known, and nothing of its words
     assert "128x128" in said and "It takes at least" in said
     write_taught(folder, taught)
-    studio = Studio(folder)
-    words, size = studio.remarks(asked)
+    session = Session(Shelf(folder))
+    words, size = session.remarks(asked)
     assert '"white" (nearest: pink)' in words and "was taught 128x128" in size
-    assert studio.remarks(Request("a red cube", height=128, width=128)) == studio.remarks(Request("a red cube")) == []
+    assert (
+        session.remarks(Request("a red cube", height=128, width=128)) == session.remarks(Request("a red cube")) == []
+    )

@@ -4,7 +4,7 @@ from random import Random
 
 import pytest
 
-from imgdit.apps.jobs.generate import PROMPTS
+from imgdit.apps.jobs.plan import PROMPTS
 from imgdit.scenes.captions import caption
 from imgdit.scenes.meanings import about_words, meaningless
 from imgdit.scenes.world import Scene

@@ -272,10 +272,12 @@ def make_lines(folder: Path) -> None:
 
 
 def load_lines(folder: Path) -> None:
-    from imgdit.apps.jobs.generate import plan, read_lines
+    from imgdit.apps.jobs.plan import Plan
     from imgdit.apps.jobs.request import Request
 
-    plan(list(read_lines(folder / "prompts.jsonl", Request())), folder / "out")
+    plan = Plan()
+    plan.read(folder / "prompts.jsonl", Request())
+    plan.at(folder / "out")
 
 
 def one_list(rng: random.Random, folder: Path) -> None:
@@ -321,13 +323,16 @@ def picture_files() -> dict[str, bytes]:
 
 
 def make_pictures(folder: Path) -> None:
-    from imgdit.apps.jobs.request import AskedFrame, Control, Origin, Request, write_png
+    from imgdit.apps.jobs.png import Origin, write_png
+    from imgdit.apps.jobs.request import Control, Request, RequestFrame
 
     for name, data in picture_files().items():
         (folder / name).write_bytes(data)
     small = Image.new("RGB", (8, 8), "blue")
     asked = Request("a cube", controls=(Control("depth", small),), concepts=("neon",), features=((3, 0.5),))
-    frames = Request("", frames=(AskedFrame("image", small), AskedFrame("rays", camera=(1.0, 2.0)), AskedFrame()))
+    frames = Request(
+        "", frames=(RequestFrame("image", small), RequestFrame("rays", camera=(1.0, 2.0)), RequestFrame())
+    )
     for name, request in (("asked.png", asked), ("frames.png", frames)):
         write_png(
             small,
@@ -339,7 +344,7 @@ def make_pictures(folder: Path) -> None:
 def load_pictures(folder: Path) -> None:
     """As training data, and as what the command line and the page are given; all of them, the first error last. What
     is read has the whole range of 8 bits or of [0, 1], whatever it was."""
-    from imgdit.apps.jobs.request import read_origin
+    from imgdit.apps.jobs.png import read_origin
     from imgdit.data.opening import open_picture
     from imgdit.images import open_image, to_pixels
     from imgdit.images.masks import mask_values

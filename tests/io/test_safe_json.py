@@ -9,7 +9,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from training.toy import recipe, toy_train
 
-from imgdit.apps.jobs.generate import read_lines
+from imgdit.apps.jobs.plan import Plan
 from imgdit.apps.jobs.request import Request
 from imgdit.data import open_rows
 from imgdit.data.opening import open_picture
@@ -69,10 +69,10 @@ def test_lines_cannot_name_what_is_outside(tmp_path):
     path = secret(tmp_path) / "lines.jsonl"
     path.write_text(json.dumps({"prompt": "x", "control": {"depth": "../secret.png"}}))
     with pytest.raises(ValueError, match=r"line 1: '../secret.png' leads out of"):
-        list(read_lines(path, Request()))
+        Plan().read(path, Request())
     path.write_text(json.dumps({"prompt": "x", "num_images": 10**30}))
     with pytest.raises(ValueError, match="num_images must be a whole number from 1 to"):
-        list(read_lines(path, Request()))
+        Plan().read(path, Request())
 
 
 def test_a_checkpoint_whose_recipe_is_of_a_huge_model(tmp_path):

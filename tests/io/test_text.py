@@ -7,13 +7,20 @@ import yaml
 from tiny_pictures import picture
 
 from imgdit.apps.commands.data import _lines
-from imgdit.apps.jobs.generate import read_lines as read_prompts
+from imgdit.apps.jobs.plan import Plan
 from imgdit.apps.jobs.request import Request
 from imgdit.data import open_rows
 from imgdit.io.safe_json import parse_json
 from imgdit.io.text import decode_text, encoding_of, lines_or_errors, split_lines
 from imgdit.training.recipe import load_recipe
 from imgdit.training.sae_recipe import SAEData
+
+
+def planned(file):
+    plan = Plan()
+    plan.read(file, Request())
+    return plan.jobs
+
 
 ENCODINGS = {
     "UTF-8": "utf-8",
@@ -80,12 +87,12 @@ def test_every_reader_of_text(tmp_path, encoding):
     (tmp_path / "prompts.txt").write_bytes(f"{STRANGE}\r\n\r\na cone\r\n".encode(encoding))
     assert _lines(tmp_path / "prompts.txt", "prompt") == [STRANGE, "a cone"]
     assert SAEData(prompts_file=str(tmp_path / "prompts.txt"), held_out=1).sentences(0) == [STRANGE, "a cone"]
-    assert [line.request.prompt for line in read_prompts(tmp_path / "prompts.txt", Request())] == [STRANGE, "a cone"]
+    assert [job.request.prompt for job in planned(tmp_path / "prompts.txt")] == [STRANGE, "a cone"]
     asked = json.dumps({"prompt": STRANGE, "name": "one"}, ensure_ascii=False)
     for name, text in (("asked.jsonl", f"{asked}\r\n{asked}"), ("array.json", f"[\n{asked},\n{asked}]")):
         (tmp_path / name).write_bytes(text.encode(encoding))
-        found = [(line.request.prompt, line.name) for line in read_prompts(tmp_path / name, Request())]
-        assert found == [(STRANGE, "one")] * 2
+        found = [(job.request.prompt, job.file.name) for job in planned(tmp_path / name)]
+        assert found == [(STRANGE, "one.png")] * 2
     (tmp_path / "recipe.yaml").write_bytes(
         yaml.safe_dump({"run": {"folder": "grün", "steps": 1, "batch_size": 1}}).encode(encoding)
     )
@@ -104,15 +111,15 @@ def test_what_is_piped_in(tmp_path, monkeypatch):
     import sys
 
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("a cube\na cone".encode("utf-16"))))
-    assert [line.request.prompt for line in read_prompts("-", Request())] == ["a cube", "a cone"]
+    assert [job.request.prompt for job in planned("-")] == ["a cube", "a cone"]
 
 
 def test_a_prompt_may_begin_with_a_bracket_and_an_array_must_be_whole(tmp_path):
     (tmp_path / "p.txt").write_text("[photo] a red cube\n")
-    assert [line.request.prompt for line in read_prompts(tmp_path / "p.txt", Request())] == ["[photo] a red cube"]
+    assert [job.request.prompt for job in planned(tmp_path / "p.txt")] == ["[photo] a red cube"]
     (tmp_path / "p.txt").write_text('[{"prompt": "a"},\n')
     with pytest.raises(ValueError, match="is damaged, expected JSON"):
-        list(read_prompts(tmp_path / "p.txt", Request()))
+        Plan().read(tmp_path / "p.txt", Request())
     (tmp_path / "p.txt").write_text('[{"prompt": "a"}, 3]')
     with pytest.raises(ValueError, match="entry 2: the entry must hold an object, got int"):
-        list(read_prompts(tmp_path / "p.txt", Request()))
+        Plan().read(tmp_path / "p.txt", Request())

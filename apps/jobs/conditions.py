@@ -6,7 +6,7 @@ from typing import Any
 
 from PIL import Image, ImageOps, ImageStat
 
-from imgdit.apps.jobs.request import AskedFrame, Request, fitted
+from imgdit.apps.jobs.request import Request, RequestFrame, fitted
 from imgdit.images import fit, to_image, to_rgb
 from imgdit.scenes.tasks import TASKS as PHOTO_TASKS
 from imgdit.scenes.tasks import from_photo
@@ -25,7 +25,7 @@ COLOURED = ("segmentation", "boxes")
 
 
 def condition_of(
-    studio: Any,
+    session: Any,
     kind: str,
     photo: Image.Image,
     mask: Image.Image | None = None,
@@ -38,7 +38,7 @@ def condition_of(
     otherwise found by OpenCV.
 
     Args:
-        studio: the `Studio` of the model.
+        session: the `Session` of the model.
         kind: of the condition.
         photo: what it is found in.
         mask: white where the hole of "mask" is; the middle of the photo by default.
@@ -49,12 +49,11 @@ def condition_of(
     Raises:
         ValueError: nothing here finds this kind in a photo.
     """
-    height, width = (side or studio.default_size for side in size)
+    height, width = (side or session.default_size for side in size)
     photo = fitted(photo, "image", height, width)
-    if kind in MAPS and kind in studio.tasks:
-        frames = (AskedFrame(picture=photo), AskedFrame(kind))
-        found = studio.make(Request(caption, frames=frames, steps=20, height=size[0], width=size[1]))
-        return found.pictures[0]
+    if kind in MAPS and kind in session.shelf.tasks:
+        frames = (RequestFrame(image=photo), RequestFrame(kind))
+        return session.generate(Request(caption, frames=frames, steps=20, height=size[0], width=size[1])).images[0]
     if kind in SIMPLE or kind == "canny":
         options: dict[str, Any] = {}
         if kind == "mask" and mask is not None:
