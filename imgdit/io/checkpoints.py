@@ -61,6 +61,8 @@ def begin_checkpoint(folder: str | Path, step: int, parts: Sequence[str] = ()) -
         folder.mkdir(parents=True, exist_ok=True)
         for leftover in folder.glob(f"{_TEMPORARY}*"):  # of a writer that was killed
             shutil.rmtree(leftover)
+        for pointer in folder.glob(f".{_LATEST}.*"):
+            pointer.unlink()
         if latest_checkpoint(folder) == folder / name:
             raise CheckpointError(
                 f"{folder / name} is the latest checkpoint already; a second one of step {step} cannot be written"

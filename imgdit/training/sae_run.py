@@ -1,14 +1,13 @@
 """`imgdit sae train`: several autoencoders at once, from a pipeline's activations to files that load.
 
-<folder>/saes/<hookpoint>/     the autoencoders, with their concepts
-<folder>/metrics.jsonl         a line per logged step
-<folder>/checkpoints/          to go on from
+<folder>/saes/<hookpoint>/                   the autoencoders, with their concepts
+<folder>/metrics.jsonl, checkpoints/         see `imgdit.training.run_folder`
 """
 
 from __future__ import annotations
 
-import json
 import math
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,11 +16,10 @@ import torch
 
 from imgdit import compat
 from imgdit.hub import find_pipeline
-from imgdit.io.atomic import write_text
-from imgdit.io.checkpoints import latest_checkpoint, read_state, read_tensors, save_checkpoint
+from imgdit.io.checkpoints import read_state, read_tensors
 from imgdit.io.lock import only_writer
 from imgdit.io.order import DataOrder, compare_rows, mixed_seed, text_rows
-from imgdit.io.text import lines_or_errors
+from imgdit.recipes import parse_as
 from imgdit.sae.activations import ActivationRecorder, RecordedActivations, ShuffleBuffer, stream_activations
 from imgdit.sae.config import SAEConfig
 from imgdit.sae.hooks import find_hookpoints, hooked
@@ -30,6 +28,7 @@ from imgdit.sae.sampling import prompt_batches
 from imgdit.sae.training import SAETraining
 from imgdit.sae.unlearning import ConceptUnlearner
 from imgdit.training.progress import Progress
+from imgdit.training.run_folder import RunFolder, is_due
 from imgdit.training.sae_recipe import SAERecipe
 
 
@@ -68,7 +67,7 @@ def train_saes(
             does not fit the pipeline.
     """
     with only_writer(recipe.run.folder):
-        return _Run(recipe, load_pipeline(recipe) if pipe is None else pipe, resume).train(stop_at)
+        return SAETrainingRun(recipe, load_pipeline(recipe) if pipe is None else pipe, resume).train(stop_at)
 
 
 def activation_recorder(recipe: SAERecipe, pipe: Any) -> ActivationRecorder:
@@ -98,14 +97,13 @@ def _sentences(recipe: SAERecipe) -> tuple[list[str], list[str]]:
     return sentences[:count], sentences[count:]
 
 
-class _Run:
+class SAETrainingRun:
+    """The state of a run; `train` is the loop."""
+
     def __init__(self, recipe: SAERecipe, pipe: Any, resume: bool) -> None:
         self.recipe, self.pipe = recipe, pipe
-        self.folder = Path(recipe.run.folder)
-        self.checkpoints = self.folder / "checkpoints"
-        found = latest_checkpoint(self.checkpoints)
-        if found is not None and not resume:
-            raise ValueError(f"{self.folder} holds a run ({found.name}); resume it or choose another run.folder")
+        self.folder = RunFolder(recipe.run.folder, recipe.run.keep)
+        checkpoint = self.folder.resumed_checkpoint(resume)
         self.hookpoints = find_hookpoints(pipe, recipe.sae.hookpoints)
         self.prompts, self.held_out = _sentences(recipe)
         self.step = 0
@@ -115,8 +113,8 @@ class _Run:
         else:
             self.data = _Recorded(recipe, pipe, self.hookpoints)
         self.trainings = {hookpoint: self._new(hookpoint) for hookpoint in self.hookpoints}
-        if found is not None:
-            self._load(found)
+        if checkpoint is not None:
+            self._load(checkpoint)
 
     def _new(self, hookpoint: str) -> SAETraining:
         config, device = self.recipe.sae, compat.execution_device(self.pipe)
@@ -135,45 +133,48 @@ class _Run:
         run = self.recipe.run
         last = run.steps if stop_at is None else min(stop_at, run.steps)
         metrics: dict[str, dict[str, float]] = {}
-        self._open_log()
-        progress = Progress(self.folder.name, run.steps, self.step)
+        self.folder.begin_log(self.step)
+        progress = Progress(self.folder.path.name, run.steps, self.step)
         while self.step < last:
             batch = self.data.next()
             metrics = {hookpoint: self.trainings[hookpoint].step(rows) for hookpoint, rows in batch.items()}
             self.step += 1
             progress.update()
-            if self.step % run.log_every == 0 or self.step == last:
+            if is_due(self.step, run.log_every, last):
                 for hookpoint, values in metrics.items():
                     density = self.trainings[hookpoint].density()
                     self._log(hookpoint, {**values, "density_median": float(density.median())})
                 unexplained = sum(values["fvu"] for values in metrics.values()) / len(metrics)
                 progress.note(self.step, f"fvu {unexplained:.4f}", last=self.step == last)
-            if self.step % run.checkpoint_every == 0 or self.step == last:
+            if is_due(self.step, run.checkpoint_every, last):
                 self._save()
         progress.close()
-        folder = self.folder / "saes"
         unlearner = ConceptUnlearner({name: training.trained() for name, training in self.trainings.items()})
         if self.step == run.steps:
-            if self.held_out:
-                for hookpoint, sae in unlearner.saes.items():
-                    distance = self._distance(hookpoint, sae)
-                    metrics.setdefault(hookpoint, {})["picture_distance"] = distance
-                    self._log(hookpoint, {"picture_distance": distance})
-            concepts = self.recipe.concepts
-            for prompts in concepts.kinds():
-                unlearner.learn(
-                    self.pipe,
-                    prompts,
-                    top_n=concepts.top_n,
-                    percentile=concepts.percentile,
-                    floor=concepts.floor,
-                    multiplier=concepts.multiplier,
-                    seed=concepts.seed,
-                    batch_size=self.recipe.pipeline.batch_size,
-                    **self.recipe.pipeline.call,
-                )
+            for hookpoint, sae in unlearner.saes.items() if self.held_out else ():
+                distance = {"picture_distance": self._distance(hookpoint, sae)}
+                metrics.setdefault(hookpoint, {}).update(distance)
+                self._log(hookpoint, distance)
+            self._learn_concepts(unlearner)
+        folder = self.folder.path / "saes"
         unlearner.save_pretrained(folder)
         return SAERunResult(folder, self.step, metrics)
+
+    def _learn_concepts(self, unlearner: ConceptUnlearner) -> None:
+        """Select the recipe's concepts among the features."""
+        concepts = self.recipe.concepts
+        for prompts in concepts.kinds():
+            unlearner.learn(
+                self.pipe,
+                prompts,
+                top_n=concepts.top_n,
+                percentile=concepts.percentile,
+                floor=concepts.floor,
+                multiplier=concepts.multiplier,
+                seed=concepts.seed,
+                batch_size=self.recipe.pipeline.batch_size,
+                **self.recipe.pipeline.call,
+            )
 
     def _distance(self, hookpoint: str, sae: SparseAutoencoder) -> float:
         # The noise of the held-out pictures was never trained on either.
@@ -185,42 +186,30 @@ class _Run:
 
     # What is written
 
-    def _open_log(self) -> None:
-        """Drop the lines of steps that will be done again."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / "metrics.jsonl"
-        lines = lines_or_errors(path.read_bytes(), str(path)) if path.exists() else []
-        whole = [line for line in lines if isinstance(line, str) and line.endswith("}")]
-        kept = [line for line in whole if json.loads(line)["step"] <= self.step]
-        write_text(path, "".join(f"{line}\n" for line in kept))
-
     def _log(self, hookpoint: str, values: dict[str, float]) -> None:
-        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": self.step, "hookpoint": hookpoint, **values}) + "\n")
+        self.folder.log(self.step, {"hookpoint": hookpoint, **values})
 
     def _save(self) -> None:
-        if latest_checkpoint(self.checkpoints) == self.checkpoints / f"step-{self.step:08d}":
-            return
         tensors = {hookpoint: training.tensors() for hookpoint, training in self.trainings.items()}
         state = {
-            "step": self.step,
             "recipe": self.recipe.to_dict(),
             "saes": {hookpoint: training.numbers() for hookpoint, training in self.trainings.items()},
             "data": self.data.numbers(),
         }
         tensors["data"] = self.data.tensors()
         tensors["prompts"] = {"rows": self._prompt_rows()}
-        save_checkpoint(self.checkpoints, self.step, tensors, state, self.recipe.run.keep)
+        self.folder.save(self.step, tensors, state)
 
     def _prompt_rows(self) -> torch.Tensor:
         """A fingerprint of the prompts, see `compare_rows`: their file may be another one when the run goes on."""
         return text_rows(self.prompts)
 
     def _load(self, checkpoint: Path) -> None:
-        state = read_state(checkpoint)
-        before, now = dict(state["recipe"]), self.recipe.to_dict()
+        state = read_state(checkpoint, ("recipe",))
+        with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # an earlier version's names
+            before = parse_as(SAERecipe, state["recipe"], str(checkpoint))
         for section in ("pipeline", "data", "sae", "train"):
-            if before[section] != json.loads(json.dumps(now[section])):
+            if getattr(before, section) != getattr(self.recipe, section):
                 raise ValueError(f"{checkpoint} was made with another {section} section; restore it or start anew")
         if "prompts.safetensors" in state["files"]:  # earlier versions told nothing of them
             rows = read_tensors(checkpoint / "prompts.safetensors")["rows"]

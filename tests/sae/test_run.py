@@ -86,6 +86,25 @@ def test_a_run_that_goes_on_with_other_prompts_says_so(tmp_path):
         train_saes(recipe, pipe=tiny_pipeline(), resume=True)
 
 
+def test_a_run_of_version_0_1_goes_on(tmp_path):
+    """Its recipe lacks fields that came later, and names the prompts about scenes by a number."""
+    data = {"prompts": [], "prompts_from": "imgdit.scenes.prompts:captions", "count": 6}
+    recipe = recipe_of(tmp_path, data=data)
+    train_saes(recipe, pipe=tiny_pipeline(), stop_at=1)
+    path = tmp_path / "run/checkpoints/step-00000001/state.json"
+    state = json.loads(path.read_text())
+    section = state["recipe"]["data"]
+    del section["prompts_from"], section["count"]
+    section["scene_captions"] = 6
+    path.write_text(json.dumps(state))
+    assert train_saes(recipe, pipe=tiny_pipeline(), resume=True, stop_at=2).step == 2
+    section["scene_captions"] = 7
+    path = tmp_path / "run/checkpoints/step-00000002/state.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "recipe": state["recipe"]}))
+    with pytest.raises(ValueError, match="another data section"):
+        train_saes(recipe, pipe=tiny_pipeline(), resume=True)
+
+
 def test_go_on_from_saved_autoencoders(tmp_path):
     first = train_saes(recipe_of(tmp_path), pipe=tiny_pipeline())
     more = recipe_of(tmp_path, run={"folder": str(tmp_path / "more")}, sae={"pretrained": str(first.folder)})

@@ -25,8 +25,9 @@ from training.toy import batch, collate, global_noise, recipe, toy_train
 
 from imgdit.io.checkpoints import CheckpointError, latest_checkpoint, read_state, read_tensors
 from imgdit.scenes.latents import SceneLatents
-from imgdit.training import Batches, loop
+from imgdit.training import Batches
 from imgdit.training.loop import NonFiniteLoss
+from imgdit.training.run_checkpoint import RunCheckpoint
 
 STEPS = 8
 SECTIONS = {
@@ -79,11 +80,11 @@ class Phases:
 
     def watched(self, folder):
         """A run that tells what it does."""
-        save = loop._Run._save
+        save = RunCheckpoint.save
 
-        def told(this):
+        def told(*arguments):
             with self.inside("checkpoint"):
-                save(this)
+                save(*arguments)
 
         def sample(step):
             """Draws as a careless sampler would, for about as long as a step takes."""
@@ -96,7 +97,7 @@ class Phases:
             with self.inside("step"):
                 return global_noise(*arguments)
 
-        loop._Run._save = told  # in the fork only
+        RunCheckpoint.save = told  # in the fork only
         self.memory[:2] = b"\0\0"
         run(folder, objective=objective, held_out=[batch(2)], on_sample=sample)
 
