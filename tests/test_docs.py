@@ -117,7 +117,7 @@ def trained(tmp_path_factory):
 @pytest.fixture
 def desk(tmp_path, trained, hub, monkeypatch):
     """A folder with the files that the pages speak of."""
-    for name in ("edges", "map", "thing"):
+    for name in ("edges", "map", "item"):
         Image.effect_noise((128, 128), 80).convert("RGB").save(tmp_path / f"{name}.png")
     write_folder(tmp_path / "training_images", 8, size=(128, 128), conditions=True)
     lines = tmp_path / "training_images/metadata.jsonl"
@@ -257,7 +257,8 @@ def test_every_room_of_the_readme_is_there():
     (tree,) = (code for language, code in BLOCK.findall(PAGES["README.md"]) if language == "text")
     rooms = [line.split()[0] for line in tree.splitlines()]
     assert all((ROOT / room).is_dir() for room in rooms)
-    packages = {f"{init.parent.name}/" for init in ROOT.glob("*/__init__.py")}
+    inits = [*ROOT.glob("*/__init__.py"), *ROOT.glob("imgdit/*/__init__.py")]
+    packages = {f"{init.parent.relative_to(ROOT).as_posix()}/" for init in inits}
     assert packages | {"tests/", "docs/"} == set(rooms)
 
 
