@@ -4,5 +4,14 @@ MODULES = {
     "FluxTransformer2DModel": "flux",
     "SD3Transformer2DModel": "sd3",
     "MMDiT": "mmdit",
+    "NextDiT": "nextdit",
+    "Flux2Transformer2DModel": "flux2",
+    "Transformer2DModel": "dit",
+    "DiTTransformer2DModel": "dit",
+    "PixArtTransformer2DModel": "pixart",
+    "SanaTransformer2DModel": "sana",
+    "HunyuanDiT2DModel": "hunyuan_dit",
+    "UNet2DModel": "unet",
+    "UNet2DConditionModel": "unet",
 }
 """Name of a class and the module of its family, whose `FAMILY` is imported when the class is met."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from imgdit.families.step import grid_of_ids, one_image, packed_tokens, places_of_planes
-from imgdit.family import Arguments, Family, Grid, timestep_times
+from imgdit.families.step import grid_of_ids, one_image, packed_tokens, places_of_planes, timestep_of_config
+from imgdit.family import Arguments, Family, Grid
 
 
-def places_of_layout(model: Any, arguments: Arguments) -> tuple[tuple[slice, Grid], ...]:
+def places_of_layout(model: Any, arguments: Arguments) -> tuple[tuple[slice, Grid], ...] | None:
     """Rows and grids of the frames that are generated, by the call's layout; without one, of its only frame."""
     layout = arguments.get("layout")
     if layout is not None:
@@ -25,7 +25,7 @@ def timestep_of_layout(model: Any, arguments: Arguments) -> float:
     timestep, layout = arguments["timestep"], arguments.get("layout")
     if layout is not None and getattr(timestep, "ndim", 0) == 2:
         timestep = timestep[:, [n for n, i in enumerate(layout.live) if not layout.frames[i].held]]
-    return timestep_times(model.config.timestep_scale)(model, {"timestep": timestep})
+    return timestep_of_config(model, {"timestep": timestep})
 
 
 def _patch(model: Any, vae: Any) -> int:

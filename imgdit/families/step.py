@@ -5,7 +5,7 @@ B batch, N image tokens, T text tokens, n condition tokens, C channels of a toke
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,7 +15,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from peft.tuners.lora import LoraLayer
 
 from imgdit.attention.cache import KVCache, LayerCache
-from imgdit.family import Arguments, Grid, TokenFormat
+from imgdit.family import Arguments, Grid, TokenFormat, timestep_times
 from imgdit.images.latents import encode_pictures, scale_latents
 from imgdit.layout import FrameLayout
 from imgdit.lora.rows import on_rows
@@ -175,13 +175,20 @@ def grid_of_planes(latents: torch.Tensor, patch: int) -> Grid:
     return latents.shape[2] // patch, latents.shape[3] // patch
 
 
+def timestep_of_config(model: Any, arguments: Arguments) -> float:
+    """`Family.timestep` of a model whose configuration has the factor, `timestep_scale`."""
+    return timestep_times(model.config.timestep_scale)(model, arguments)
+
+
 def one_image(grid: Grid) -> tuple[tuple[slice, Grid], ...]:
     """`Family.places` of one image whose tokens are the first."""
     return ((slice(0, grid[0] * grid[1]), grid),)
 
 
-def places_of_planes(model: Any, arguments: Mapping[str, Any]) -> tuple[tuple[slice, Grid], ...]:
-    """`Family.places` of a model that cuts latents `hidden_states` (B, C, h, w) into its tokens."""
-    patch = model.config.patch_size
+def places_of_planes(model: Any, arguments: Arguments) -> tuple[tuple[slice, Grid], ...] | None:
+    """`Family.places` of a model that cuts latents `hidden_states` (B, C, h, w) into its tokens, if it has patches."""
+    patch = getattr(model.config, "patch_size", None)
+    if patch is None:
+        return None
     patch = patch if isinstance(patch, int) else patch[-1]
     return one_image(grid_of_planes(arguments["hidden_states"], patch))

@@ -9,41 +9,12 @@ B batch, P images, N image tokens.
 from __future__ import annotations
 
 import inspect
-import math
 from typing import Any, NamedTuple
 
 import torch
 
 from imgdit import compat
-
-Grid = tuple[int, int]
-
-
-class Family(NamedTuple):
-    """What is known of a class of denoisers."""
-
-    timestep_scale: float | None = 1.0
-    """What a pipeline's `timestep` argument is multiplied by to lie in [0, 1000]; `None`: the configuration's
-    `timestep_scale`."""
-    guides_in_batch: bool = True
-    """Whether pipelines put the negative prompt into the same batch; FLUX's call once more instead."""
-
-
-KNOWN = {
-    "UNet2DModel": Family(),
-    "UNet2DConditionModel": Family(),
-    "Transformer2DModel": Family(),
-    "DiTTransformer2DModel": Family(),
-    "PixArtTransformer2DModel": Family(),
-    "SanaTransformer2DModel": Family(None),
-    "HunyuanDiT2DModel": Family(),
-    "SD3Transformer2DModel": Family(),
-    "FluxTransformer2DModel": Family(1000.0, guides_in_batch=False),
-    "Flux2Transformer2DModel": Family(1000.0, guides_in_batch=False),
-    "MMDiT": Family(None),
-    "NextDiT": Family(None),
-}
-"""By the name of the class, or of one it derives from."""
+from imgdit.family import Family, Grid, find_family, known_classes
 
 
 class DenoiserCall(NamedTuple):
@@ -78,13 +49,14 @@ def family_of(denoiser: torch.nn.Module) -> Family:
     Raises:
         ValueError: nothing is.
     """
-    for owner in type(denoiser).__mro__:
-        if owner.__name__ in KNOWN:
-            return KNOWN[owner.__name__]
-    raise ValueError(
-        f"cannot tell the token grid and the timesteps of {type(denoiser).__name__}: it is none of the models whose "
-        f"activations can be read, {', '.join(KNOWN)}"
-    )
+    family = find_family(denoiser)
+    if family is None:
+        raise ValueError(
+            f"cannot tell the token grid and the timesteps of {type(denoiser).__name__}: it is none of the models "
+            f"whose activations can be read, {', '.join(known_classes())}; "
+            "imgdit.family.register_family makes it known"
+        )
+    return family
 
 
 def describe_call(
@@ -100,30 +72,24 @@ def describe_call(
         ValueError: an unknown denoiser, or arguments that do not say where its tokens lie.
     """
     family = family_of(denoiser)
-    sample = arguments["hidden_states"] if "hidden_states" in arguments else arguments["sample"]
-    tensor = sample[0] if isinstance(sample, (list, tuple)) else sample
-    conditional, unconditional, parts = _guidance_parts(pipe, family, tensor, arguments, call_name)
-    text = arguments.get("encoder_hidden_states")
-    text_length = text.shape[1] if isinstance(text, torch.Tensor) and text.ndim == 3 else 0
-    rows, grids = _target(denoiser, tensor, arguments)
-    timestep = _timestep(denoiser, family, arguments)
-    return DenoiserCall(timestep, tensor.shape[0], conditional, unconditional, rows, grids, text_length, parts)
+    latents = family.latents(arguments)
+    conditional, unconditional, parts = _guidance_parts(pipe, family, latents, arguments, call_name)
+    places = family.places(denoiser, arguments)
+    return DenoiserCall(
+        family.timestep(denoiser, arguments),
+        latents.shape[0],
+        conditional,
+        unconditional,
+        None if places is None else tuple(rows for rows, _ in places),
+        tuple(grid for _, grid in places or ()),
+        family.text_length(denoiser, arguments),
+        parts,
+    )
 
 
 def bind(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
     """Arguments of a call of `module.forward` by name."""
     return inspect.signature(type(module).forward).bind(module, *args, **kwargs).arguments
-
-
-def _timestep(denoiser: Any, family: Family, arguments: dict[str, Any]) -> float:
-    """The scheduler's timestep of the frames being made."""
-    timestep, layout = arguments["timestep"], arguments.get("layout")
-    scale = denoiser.config.timestep_scale if family.timestep_scale is None else family.timestep_scale
-    if not isinstance(timestep, torch.Tensor):
-        return float(timestep) * scale
-    if timestep.ndim == 2 and layout is not None:
-        timestep = timestep[:, [n for n, i in enumerate(layout.live) if not layout.frames[i].held]]
-    return float(timestep.flatten()[0]) * scale
 
 
 def _guidance_parts(
@@ -153,40 +119,4 @@ def _guidance_parts(
     if batch % 2 or not torch.equal(sample[:half], sample[half:]):
         return everything, None, 1
     first, second = slice(0, half), slice(half, batch)
-    if type(pipe).__name__ == "DiTPipeline":  # the only one that puts the labels before the null labels
-        return first, second, 2
-    return second, first, 2
-
-
-def _target(
-    denoiser: Any, sample: torch.Tensor, arguments: dict[str, Any]
-) -> tuple[tuple[slice, ...] | None, tuple[Grid, ...]]:
-    """Rows and grids of the frames being made."""
-    layout, ids = arguments.get("layout"), arguments.get("img_ids")
-    if layout is not None:
-        made = [(rows, layout.frames[i]) for rows, i in zip(layout.rows, layout.live) if not layout.frames[i].held]
-        return tuple(rows for rows, _ in made), tuple(frame.size for _, frame in made)
-    if sample.ndim == 3 and ids is not None:
-        ids = ids[0] if ids.ndim == 3 else ids
-        length = _leading(ids[:, 0])  # Kontext's image to edit has another first coordinate
-        columns = _leading(ids[:length, 1])
-        if length % columns:
-            raise ValueError(f"img_ids describe {length} tokens in rows of {columns}, which is no grid")
-        return (slice(0, length),), ((length // columns, columns),)
-    if sample.ndim == 4 and getattr(denoiser.config, "patch_size", None) is not None:
-        patch = denoiser.config.patch_size
-        patch = patch if isinstance(patch, int) else patch[-1]
-        grid = (sample.shape[2] // patch, sample.shape[3] // patch)
-        return (slice(0, math.prod(grid)),), (grid,)
-    if sample.ndim == 4:
-        return None, ()
-    raise ValueError(
-        f"cannot tell the token grid of {type(denoiser).__name__} from hidden_states {tuple(sample.shape)}: it was "
-        "given neither a layout nor img_ids nor a latent grid"
-    )
-
-
-def _leading(values: torch.Tensor) -> int:
-    """How many of the first entries are equal."""
-    other = (values != values[0]).nonzero()
-    return int(other[0]) if len(other) else len(values)
+    return (first, second, 2) if family.prompt_first else (second, first, 2)

@@ -20,10 +20,10 @@ import torch
 from diffusers.hooks import ModelHook
 from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_processor import Attention
-from diffusers.models.transformers.transformer_2d import Transformer2DModel
 
 from imgdit import compat
-from imgdit.sae.calls import DenoiserCall, Grid, bind, describe_call, family_of
+from imgdit.family import TEXT_PARTS, Grid, find_family
+from imgdit.sae.calls import DenoiserCall, bind, describe_call, family_of
 from imgdit.sae.streams import Site, Tokens
 
 Function = Callable[[Tokens], torch.Tensor | None]
@@ -31,7 +31,6 @@ Function = Callable[[Tokens], torch.Tensor | None]
 
 _numbers = itertools.count()
 _COMPILED = re.compile(r"\._orig_mod\b")
-_TEXT_PARTS = re.compile(r"context|add_|encoder_hidden|caption|text")
 
 
 def denoiser_names(pipe: Any) -> list[str]:
@@ -85,12 +84,17 @@ def site(pipe: Any, hookpoint: str) -> Site:
     *around, module = _modules(pipe, path)
     owners = [compat.unwrapped(owner) for owner in around]
     module = compat.unwrapped(module)
+    family, parts = find_family(owners[0]), path.split(".")[1:]
+    text, joint = (TEXT_PARTS, None) if family is None else (family.text_parts, family.joint_parts)
+    places = {} if family is None else family.image_places
     return Site(
         path,
         module,
-        single_stream=any("Single" in type(one).__name__ for one in (*owners[1:], module)),
-        text=any(_TEXT_PARTS.search(part) for part in path.split(".")[1:]),
+        single_stream=joint is not None and any(re.search(joint, part) for part in parts),
+        text=any(re.search(text, part) for part in parts),
         in_attention=any(isinstance(owner, (Attention, AttentionModuleMixin)) for owner in owners),
+        image_first=family is not None and family.image_first,
+        image_place=next((places[cls.__name__] for cls in type(module).__mro__ if cls.__name__ in places), None),
     )
 
 
@@ -206,10 +210,18 @@ class _PlaneHook(ModelHook):
 
 def _plane_of(pipe: Any, s: Site) -> tuple[torch.nn.Module, _PlaneHook] | None:
     """The attention around a module that knows the plane its tokens come from, and a hook for it."""
-    for module in map(compat.unwrapped, _modules(pipe, s.path)[1:-1]):
-        if isinstance(module, Transformer2DModel):
+    denoiser, *inside, _ = map(compat.unwrapped, _modules(pipe, s.path))
+    classes = family_of(denoiser).plane_parts
+    for module in inside:
+        if any(cls.__name__ in classes for cls in type(module).__mro__):
             return module, _PlaneHook()
     return None
+
+
+def _first_input(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """`hidden_states` of a call, or its first argument where none is called so."""
+    arguments = bind(module, args, kwargs)
+    return arguments["hidden_states"] if "hidden_states" in arguments else list(arguments.values())[1]
 
 
 class _SiteHook(ModelHook):
@@ -224,7 +236,7 @@ class _SiteHook(ModelHook):
 
     def pre_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple, dict[str, Any]]:
         if self.update:
-            self.input = bind(module, args, kwargs)["hidden_states"]
+            self.input = _first_input(module, args, kwargs)
         return args, kwargs
 
     def post_forward(self, module: torch.nn.Module, output: Any) -> Any:

@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_processor import Attention
-from diffusers.models.transformers.transformer_2d import Transformer2DModel
 
 from imgdit import compat
-from imgdit.sae.calls import DenoiserCall, Grid
+from imgdit.family import Grid
+from imgdit.sae.calls import DenoiserCall
 
 
 class Tokens(NamedTuple):
@@ -37,11 +37,15 @@ class Site(NamedTuple):
     """Its hookpoint: component and module path, as in "transformer.transformer_blocks.3"."""
     module: torch.nn.Module
     single_stream: bool
-    """Whether it works on text and image as one sequence, text first."""
+    """Whether it works on text and image as one sequence."""
     text: bool = False
     """Whether it works on the text alone."""
     in_attention: bool = False
     """Whether it is a part of an attention, where tensors may be split into heads."""
+    image_first: bool = False
+    """Whether the image stands before the text in such a sequence."""
+    image_place: int | None = None
+    """Where the image stands in a tuple that the module returns, by its family; `None`: that does not say."""
 
     def tokens(
         self, output: Any, call: DenoiserCall, plane: Grid | None = None, *, beside_text: bool | None = None
@@ -89,14 +93,16 @@ class Site(NamedTuple):
         """Index of the image stream in a tuple; `None` for a bare tensor."""
         if isinstance(output, torch.Tensor):
             return None
+        if self.image_place is not None:
+            return self.image_place
         streams = compat.block_streams(type(self.module))
         if streams is not None:
             return streams[0]
-        if isinstance(self.module, (Attention, AttentionModuleMixin, Transformer2DModel)):
+        if isinstance(self.module, (Attention, AttentionModuleMixin)):
             return 0
         raise ValueError(
             f"{self.path}: {type(self.module).__name__} returns {type(output).__name__} and is not known to say which "
-            "part is the image; register it with imgdit.compat.register_block"
+            "part is the image; name it in its family's image_places"
         )
 
     def _tensor(self, output: Any, call: DenoiserCall) -> torch.Tensor:
@@ -133,7 +139,7 @@ class Site(NamedTuple):
         """Rows of the frames being made in the token sequence."""
         if call.rows is None:
             return (slice(0, tensor.shape[1]),)
-        start = 0 if apart else call.text_length
+        start = 0 if apart or self.image_first else call.text_length
         end = start + call.rows[-1].stop
         if tensor.shape[1] < end:
             raise ValueError(

@@ -1,0 +1,8 @@
+"""PixArt-α and PixArt-Σ of diffusers."""
+
+from __future__ import annotations
+
+from imgdit.families.step import places_of_planes
+from imgdit.family import Family
+
+FAMILY = Family(classes=("PixArtTransformer2DModel",), places=places_of_planes)
