@@ -16,6 +16,8 @@ from imgdit.quiet import keep_back
 __version__ = "0.1.0"
 
 _EXPORTS = {
+    "BD3LM": "imgdit.models.bd3lm",
+    "BlockTextPipeline": "imgdit.pipelines.block_text",
     "ConceptUnlearner": "imgdit.sae.unlearning",
     "Condition": "imgdit.adapters.condition",
     "ConditionOptions": "imgdit.adapters.options",
@@ -62,8 +64,10 @@ if TYPE_CHECKING:
     from imgdit.compat import SchedulerMixin as SchedulerMixin
     from imgdit.frames import Frame as Frame
     from imgdit.layout import FrameLayout as FrameLayout
+    from imgdit.models.bd3lm import BD3LM as BD3LM
     from imgdit.models.mmdit import MMDiT as MMDiT
     from imgdit.models.nextdit import NextDiT as NextDiT
+    from imgdit.pipelines.block_text import BlockTextPipeline as BlockTextPipeline
     from imgdit.pipelines.masked_text import MaskedTextPipeline as MaskedTextPipeline
     from imgdit.pipelines.masked_text import MaskedTextPipelineOutput as MaskedTextPipelineOutput
     from imgdit.pipelines.omni_control import FluxOmniControlPipeline as FluxOmniControlPipeline

@@ -21,7 +21,7 @@ from imgdit.pipelines.masked_text_inputs import (
     find_holes,
     new_tokens,
 )
-from imgdit.schedulers.masked_text import MaskedTextScheduler, TextDraws
+from imgdit.schedulers.masked_text import Generators, MaskedTextScheduler, TextDraws, check_generators
 
 logger = logging.get_logger(__name__)
 
@@ -150,7 +150,7 @@ class MaskedTextPipeline(compat.DiffusionPipeline):
         eos_early_stop: bool = True,
         eos_token_id: int | list[int] | None = None,
         mask_token_id: int | None = None,
-        generator: torch.Generator | None = None,
+        generator: Generators = None,
         output_type: str = "text",
         return_dict: bool = True,
         callback_on_step_end: Callable[..., Any] | PipelineCallback | MultiPipelineCallbacks | None = None,
@@ -171,24 +171,20 @@ class MaskedTextPipeline(compat.DiffusionPipeline):
             attention_mask: (B, P) of `input_ids`, 0 on padding, left, right or between.
             gen_length: new tokens G; `None`: 2048, or as many as the model has positions for, or 0 where a prompt has
                 holes. The last block is shorter if blocks do not divide it.
-            block_length: tokens of a block; `None`: the scheduler's.
             num_inference_steps: steps of each block.
-            threshold, editing_threshold: `None`: the scheduler's.
-            eos_early_stop: a row ends with an end token before which nothing is masked; what is masked behind it
-                becomes the end token.
+            block_length, threshold, editing_threshold: `None`: the scheduler's.
+            eos_early_stop: a row ends with an end token before which nothing is masked; masks behind it become that.
+            generator: one, or a list of one per row: a row's text does not depend on the others then.
             infill_mask: (B, P), true on the holes, in place of the mask tokens. All else stays as it is.
             guidance_scale: above 1, steer away from the prediction with a masked prompt; LLaDA's `cfg_scale` plus 1.
-            cache: "prefix" or "dual" (Fast-dLLM): fewer computations, approximate but for each block's first pass.
+            cache: "prefix" or "dual" (Fast-dLLM): approximate but for each block's first pass.
             remasking: "low_confidence", "random" (LLaDA) or a name of the scheduler's `choose`; `None`: its own.
-            forbidden_tokens: tokens that do not exist (LLaDA's `logits_eos_inf`: the end token).
-            late_tokens: tokens that are revealed last (LLaDA's `confidence_eos_eot_inf`: both end tokens).
+            forbidden_tokens, late_tokens: LLaDA's `logits_eos_inf` and `confidence_eos_eot_inf`, for any tokens.
             allow_mask_token: let the model predict the mask token, as published samplers do; such masks are left over.
 
         Raises:
             ValueError: prompts or options that do not fit the model or each other.
         """
-        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
-            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         options = TextOptions(
             self.scheduler.config.block_length if block_length is None else block_length, num_inference_steps,
             temperature, top_p, top_k, sampling_method, threshold, editing_threshold, max_post_steps, minimal_topk,
@@ -198,22 +194,30 @@ class MaskedTextPipeline(compat.DiffusionPipeline):
         options.check()
         mask_id, eos_ids = self._special_tokens(mask_token_id, eos_token_id, options)
         if input_ids is None:
-            pad = eos_ids[0] if eos_ids else 0
             input_ids, attention_mask = encode_prompts(
-                self.tokenizer, prompt, messages, use_chat_template, add_generation_prompt, pad
+                self.tokenizer, prompt, messages, use_chat_template, add_generation_prompt, (*eos_ids, 0)[0]
             )
-        ids, mask = check_ids(input_ids, attention_mask, self._vocabulary)
-        device = compat.execution_device(self)
-        prompts = find_holes(ids.to(device), mask.to(device), infill_mask, mask_id)
+        prompts = self._prompts(input_ids, attention_mask, infill_mask, mask_id)
         new = new_tokens(gen_length, prompts, getattr(self.model.config, "max_position_embeddings", None))
-        wanted = callback_on_step_end_tensor_inputs or ["block_x"]
-        unknown = [name for name in wanted if name not in self._callback_tensor_inputs]
-        if unknown:
-            raise ValueError(f"callbacks may ask for {self._callback_tensor_inputs}, got {unknown}")
+        wanted = self._wanted(callback_on_step_end, callback_on_step_end_tensor_inputs)
         run = self._prepare(prompts, new, options, mask_id, eos_ids, callback_on_step_end, wanted)
         self._write(run)
         output = self._output(run, prompts)
         return output if return_dict else (output.sequences, output.texts)
+
+    def _prompts(self, input_ids: Any, attention_mask: Any, infill_mask: Any, mask_id: int) -> Prompts:
+        ids, mask = check_ids(input_ids, attention_mask, self._vocabulary)
+        device = compat.execution_device(self)
+        return find_holes(ids.to(device), mask.to(device), infill_mask, mask_id)
+
+    def _wanted(self, callback: Any, names: list[str] | None) -> list[str]:
+        """Names of the tensors that a callback is given."""
+        if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)):
+            names = callback.tensor_inputs
+        unknown = [name for name in names or () if name not in self._callback_tensor_inputs]
+        if unknown:
+            raise ValueError(f"callbacks may ask for {self._callback_tensor_inputs}, got {unknown}")
+        return names or ["block_x"]
 
     @property
     def _vocabulary(self) -> int:
@@ -248,6 +252,7 @@ class MaskedTextPipeline(compat.DiffusionPipeline):
         callback: Any, callback_inputs: Sequence[str],
     ) -> _Run:  # fmt: skip
         rows, length = prompts.ids.shape
+        check_generators(options.generator, rows)
         device = prompts.ids.device
         grid = torch.cat([prompts.ids, torch.full((rows, new), mask_id, device=device)], 1)
         fillable = torch.cat([prompts.holes, torch.ones(rows, new, dtype=torch.bool, device=device)], 1)

@@ -13,7 +13,7 @@ import torch
 
 from imgdit.models.masked_text_passes import CacheKind
 from imgdit.naming import check_choice
-from imgdit.schedulers.masked_text import Choose, Sampling
+from imgdit.schedulers.masked_text import Choose, Generators, Sampling
 
 REMASKING = {"low_confidence": "probability"}
 """LLaDA's names of how masks are chosen -> the scheduler's; "random" is called the same."""
@@ -42,7 +42,7 @@ class TextOptions:
     late_tokens: tuple[int, ...]
     allow_mask_token: bool
     eos_early_stop: bool
-    generator: torch.Generator | None
+    generator: Generators
     output_type: str
 
     def check(self) -> None:
@@ -63,8 +63,6 @@ class TextOptions:
         check_choice("cache", self.cache, (None, *get_args(CacheKind)))
         check_choice("remasking", self.remasking, (None, *REMASKING, *get_args(Choose)))
         check_choice("output_type", self.output_type, ("text", "seq"))
-        if self.generator is not None and not isinstance(self.generator, torch.Generator):
-            raise ValueError(f"generator must be one torch.Generator, got {type(self.generator).__name__}")
 
     @property
     def choose(self) -> str | None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import typer
 import yaml
+from block_text_cases import FIXTURES as BLOCK_DIFFUSION
 from onediffusion_fixtures import TINY
 from PIL import Image, ImageChops, ImageStat
 from test_rooms import FLOORS
@@ -92,8 +93,13 @@ def hub(tmp_path_factory):
         lora_file(folder / f"omini/{name}.safetensors", pipe.transformer)
     make_model(max_position_embeddings=512).save_pretrained(folder / "llada")
     make_tokenizer(template=True).save_pretrained(folder / "llada")
+    gpt2 = make_tokenizer()
+    gpt2.bos_token = gpt2.eos_token
+    gpt2.save_pretrained(folder / "gpt2")
     return {
         "GSAI-ML/LLaDA-8B-Instruct": folder / "llada",
+        "openai-community/gpt2": folder / "gpt2",
+        "kuleshov-group/bd3lm-owt-block_size16": BLOCK_DIFFUSION / "bd3lm",
         "black-forest-labs/FLUX.1-dev": folder / "flux",
         "Yuanshi/OminiControl": folder / "omini",
         "lehduong/OneDiffusion": TINY,

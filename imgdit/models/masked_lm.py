@@ -90,7 +90,7 @@ def load_masked_lm(
     """
     from transformers import LlamaForCausalLM, Qwen2ForCausalLM
 
-    folder = _folder(source, subfolder, revision, token)
+    folder = model_folder(source, subfolder, revision, token)
     values = _read_config(folder)
     if mask_token_id is not None:
         values["mask_token_id"] = mask_token_id
@@ -208,7 +208,7 @@ def _without(owner: Any, pattern: str) -> Any:
     return LanguagePart
 
 
-def _folder(source: str | Path, subfolder: str, revision: str | None, token: Any) -> Path:
+def model_folder(source: str | Path, subfolder: str, revision: str | None, token: Any) -> Path:
     folder = Path(source).expanduser()
     if not folder.is_dir():
         try:

@@ -11,6 +11,7 @@ B rows, L places of a block, V vocabulary, S steps of a block.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -25,6 +26,8 @@ from imgdit.naming import check_choice
 Reveal = Literal["even", "cosine", "shift", "time", "threshold", "factor", "owed"]
 Choose = Literal["probability", "log_probability", "margin", "entropy", "random", "ancestral"]
 Sampling = Literal["auto", "greedy", "multinomial", "gumbel", "filtered"]
+Generators = torch.Generator | Sequence[torch.Generator] | None
+"""One for all rows, or one per row, so that a row's draws do not depend on the others."""
 ENTROPY_EPS = 1e-10
 """Dream's, inside the logarithm."""
 
@@ -70,7 +73,9 @@ class _Options:
     late: tuple[int, ...]
     choose: str
     draws: TextDraws
-    generator: torch.Generator | None
+    generator: Generators
+    rows: torch.Tensor
+    """Boolean (B,), rows that have masks to reveal."""
 
 
 class MaskedTextScheduler(BlockRefinementScheduler):
@@ -208,7 +213,7 @@ class MaskedTextScheduler(BlockRefinementScheduler):
         late: tuple[int, ...] = (),
         choose: str | None = None,
         draws: TextDraws | None = None,
-        generator: torch.Generator | None = None,
+        generator: Generators = None,
         return_dict: bool = True,
     ) -> Any:
         """Reveal some of a block's masks.
@@ -252,11 +257,13 @@ class MaskedTextScheduler(BlockRefinementScheduler):
             )  # fmt: skip
         if mask_token_id is None:
             raise ValueError("these settings of MaskedTextScheduler need a mask token; give mask_token_id")
+        masked = sample == mask_token_id
         options = _Options(
             int(timestep), mask_token_id, temperature, top_p, top_k, sampling_method,
             self.config.threshold if threshold is None else threshold,
             self.config.editing_threshold if editing_threshold is None else editing_threshold,
             prompt_mask, fillable, forbid_mask, late, choose, draws or TextDraws(), generator,
+            (masked if fillable is None else masked & fillable).any(1),
         )  # fmt: skip
         output = self._reveal(model_output, sample, options)
         return output if return_dict else output.to_tuple()
@@ -302,19 +309,21 @@ class MaskedTextScheduler(BlockRefinementScheduler):
         elif method == "gumbel" and temperature:
             noise = options.draws.gumbel
             if noise is None:
-                noise = _uniform(exact.shape, exact.device, options.generator, torch.float64)
+                noise = draw_uniform(exact.shape, exact.device, options.generator, torch.float64, options.rows)
             # The best of exp(l) / (-ln u)^T, by its logarithm, which does not overflow.
             tokens = (allowed - temperature * (-noise.double().log()).log()).argmax(-1)
         elif method == "multinomial" and temperature:
             draw_from = without_tokens(logits, (options.mask_token_id,)) if options.forbid_mask else logits
-            tokens, probability = compat.sample_tokens(
-                draw_from, temperature, options.top_k, options.top_p, options.generator
+            tokens, probability = _by_rows(
+                lambda rows, source: compat.sample_tokens(rows, temperature, options.top_k, options.top_p, source),
+                draw_from,
+                options.generator,
+                options.rows,
             )
             if not options.late:
                 return _Drawn(tokens, probability, distribution)
         elif method == "filtered" and temperature:
-            flat = allowed.softmax(-1).flatten(0, -2)
-            tokens = torch.multinomial(flat, 1, generator=options.generator).view(exact.shape[:-1])
+            (tokens,) = _by_rows(_multinomial, allowed.softmax(-1), options.generator, options.rows)
         else:
             tokens = allowed.argmax(-1)
         return _Drawn(tokens, distribution.gather(-1, tokens[..., None])[..., 0], distribution)
@@ -341,7 +350,7 @@ class MaskedTextScheduler(BlockRefinementScheduler):
         if options.draws.order is not None:
             return options.draws.order.double()
         # In float32, as LLaDA and Dream draw them; a 0 would be a mask that is never revealed.
-        return _uniform(like.shape, like.device, options.generator, torch.float32).double()
+        return draw_uniform(like.shape, like.device, options.generator, torch.float32, options.rows).double()
 
     def _chosen(
         self, confidence: torch.Tensor, probability: torch.Tensor, fillable: torch.Tensor, options: _Options
@@ -416,8 +425,53 @@ def without_tokens(logits: torch.Tensor, tokens: tuple[int, ...]) -> torch.Tenso
     return logits
 
 
-def _uniform(shape: Any, device: Any, generator: torch.Generator | None, dtype: torch.dtype) -> torch.Tensor:
-    """Uniform numbers in (0, 1) from a generator of any device."""
+def _multinomial(probabilities: torch.Tensor, generator: torch.Generator | None) -> tuple[torch.Tensor]:
+    flat = torch.multinomial(probabilities.flatten(0, -2), 1, generator=generator)
+    return (flat.view(probabilities.shape[:-1]),)
+
+
+def _by_rows(
+    draw: Callable[[torch.Tensor, torch.Generator | None], tuple[torch.Tensor, ...]],
+    values: torch.Tensor,
+    generator: Generators,
+    rows: torch.Tensor,
+) -> tuple[torch.Tensor, ...]:
+    """Draws for all rows at once by one generator, or for each of `rows` by its own; for others by a new one."""
+    if generator is None or isinstance(generator, torch.Generator):
+        return draw(values, generator)
+    check_generators(generator, len(values))
+    found = [
+        draw(row, source if asked else torch.Generator(values.device))
+        for row, source, asked in zip(values.split(1), generator, rows.tolist())
+    ]
+    return tuple(torch.cat(part) for part in zip(*found))
+
+
+def draw_uniform(
+    shape: Any, device: Any, generator: Generators, dtype: torch.dtype, rows: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Uniform numbers in (0, 1) from a generator of any device, or from one per row of the shape's first axis.
+
+    Args:
+        rows: boolean (B,): of generators per row, only these are asked, so that a row's later numbers do not depend
+            on how long others take. `None`: all.
+    """
+    if generator is not None and not isinstance(generator, torch.Generator):
+        check_generators(generator, shape[0])
+        drawn = torch.full(shape, 0.5, dtype=dtype, device=device)
+        for n in range(len(generator)) if rows is None else rows.nonzero().flatten().tolist():
+            drawn[n] = draw_uniform(shape[1:], device, generator[n], dtype)
+        return drawn
     source = device if generator is None else generator.device
     found = torch.rand(shape, dtype=dtype, device=source, generator=generator).to(device)
     return found.clamp(min=torch.finfo(dtype).tiny)
+
+
+def check_generators(generator: Any, rows: int) -> None:
+    """Refuse what is neither a generator, nor one per row, nor `None`."""
+    each = generator if isinstance(generator, (list, tuple)) else [] if generator is None else [generator]
+    wrong = [type(one).__name__ for one in each if not isinstance(one, torch.Generator)]
+    if wrong:
+        raise ValueError(f"generator must be a torch.Generator or a list of one per text, got {wrong[0]}")
+    if isinstance(generator, (list, tuple)) and len(generator) != rows:
+        raise ValueError(f"a list of generators needs one per text, got {len(generator)} for {rows} texts")

@@ -179,20 +179,22 @@ def log_likelihood(
         predict: of rows (batch, P + A).
         prompt: (P,).
         answer: (A,).
-        samples: rows in all, a multiple of `batch_size`; one is enough for a single token.
+        samples: rows in all; one is enough for a single token. The last batch may be smaller.
         guidance_scale: above 1, of the prediction with the prompt masked; LLaDA's `cfg_scale` plus 1.
-        counts: masks of the first row of each batch (samples / batch_size,), in place of drawn ones.
+        counts: masks of the first row of each batch, in place of drawn ones.
         permutations: of the answer's places (samples, A), in place of drawn ones.
     """
-    length, rows = len(answer), batch_size
+    length = len(answer)
     if not length:
         raise ValueError("the answer is empty; give at least one token")
-    if rows < 1 or samples < 1 or samples % rows:
-        raise ValueError(f"samples must be a multiple of batch_size, got {samples} and {batch_size}")
-    whole = torch.cat([prompt, answer]).expand(rows, -1)
-    inside = torch.arange(whole.shape[1], device=whole.device) >= len(prompt)
-    total = torch.zeros((), dtype=torch.float64, device=whole.device)
-    for batch in range(samples // rows):
+    if batch_size < 1 or samples < 1:
+        raise ValueError(f"samples and batch_size must be at least 1, got {samples} and {batch_size}")
+    text = torch.cat([prompt, answer])
+    inside = torch.arange(len(text), device=text.device) >= len(prompt)
+    total = torch.zeros((), dtype=torch.float64, device=text.device)
+    for batch, done in enumerate(range(0, samples, batch_size)):
+        rows = min(batch_size, samples - done)
+        whole = text.expand(rows, -1)
         if counts is None:
             source = whole.device if generator is None else generator.device
             first = int(torch.randint(1, length + 1, (), device=source, generator=generator))
@@ -202,7 +204,7 @@ def log_likelihood(
         spread = torch.linspace(first, first + (rows - 1) * (length / rows), rows).round().long()
         number = ((spread - 1) % length + 1).to(whole.device)
         places = _permutations(rows, length, whole.device, generator) if permutations is None else permutations[
-            batch * rows : (batch + 1) * rows
+            done : done + rows
         ].to(whole.device)  # fmt: skip
         masked = torch.zeros_like(whole, dtype=torch.bool)
         masked[:, inside] = places < number[:, None]
@@ -212,8 +214,8 @@ def log_likelihood(
             free = predict(noised.ids.masked_fill(~inside, mask_token_id))
             logits = free + guidance_scale * (logits - free)
         ones = torch.ones(rows, device=whole.device)
-        total += masked_text_loss(logits, whole, noised, weight="rate_and_length", lengths=ones)
-    return -total / (samples // rows)
+        total += rows * masked_text_loss(logits, whole, noised, weight="rate_and_length", lengths=ones)
+    return -total / samples
 
 
 def _permutations(rows: int, length: int, device: torch.device, generator: torch.Generator | None) -> torch.Tensor:

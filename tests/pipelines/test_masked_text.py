@@ -312,7 +312,8 @@ def test_saved_and_loaded_it_writes_the_same(kind, tmp_path):
         ({"input_ids": PROMPT, "output_type": "pil"}, "output_type must be one of"),
         ({"input_ids": PROMPT, "mask_token_id": 40}, "mask_token_id must lie in"),
         ({"input_ids": PROMPT, "forbidden_tokens": [-1]}, "forbidden_tokens must lie in"),
-        ({"input_ids": PROMPT, "generator": [torch.Generator()]}, "one torch.Generator"),
+        ({"input_ids": PROMPT, "generator": [torch.Generator()] * 2}, "one per text"),
+        ({"input_ids": PROMPT, "generator": 5}, "torch.Generator"),
         ({"input_ids": PROMPT, "callback_on_step_end_tensor_inputs": ["logits"]}, "callbacks may ask for"),
     ],
 )
@@ -335,3 +336,20 @@ def test_models_and_tokenizers_that_do_not_fit_are_refused():
 def test_without_a_length_it_writes_as_much_as_there_are_positions_for():
     output = make_pipe()(input_ids=PROMPT, block_length=43, num_inference_steps=1, eos_early_stop=False)
     assert output.sequences.shape == (1, 43)
+
+
+@pytest.mark.parametrize("method", ["multinomial", "gumbel", "filtered"])
+def test_rows_with_their_own_generators_do_not_depend_on_each_other(method):
+    pipe = make_pipe(choose="random")
+    rows = [[3, 7, 11, 2, 9], [5, MASK, 8, 1, 1], [30, 4, 4, 21, 2]]
+    options = SHORT | {"temperature": 1.0, "sampling_method": method}
+
+    def seeds(*numbers):
+        return [torch.Generator().manual_seed(number) for number in numbers]
+
+    together = pipe(input_ids=torch.tensor(rows), generator=seeds(1, 2, 3), **options).sequences
+    for n, row in enumerate(rows):
+        alone = pipe(input_ids=torch.tensor([row]), generator=seeds(n + 1), **options).sequences[0]
+        assert torch.equal(together[n, -len(alone) :], alone)
+    same = pipe(input_ids=torch.tensor([rows[0]] * 2), generator=seeds(1, 2), **options).sequences
+    assert not torch.equal(same[0], same[1])

@@ -82,8 +82,17 @@ def test_estimates_of_a_model_that_knows_nothing():
     for complement in (False, True):
         plain = pretrain_loss(uniform, ids, 9, weight="none", complement=complement, generator=generator)
         assert plain == pytest.approx(nats)
-    likely = log_likelihood(uniform, ids[0, :3], ids[0, 3:], 9, samples=8, batch_size=4, generator=generator)
-    assert likely.item() == pytest.approx(-5 * nats.item(), rel=1e-6)
+    for samples, batch_size in ((8, 4), (1, 16), (5, 2)):
+        rows = []
+
+        def predict(ids, rows=rows):
+            rows.append(len(ids))
+            return uniform(ids)
+
+        likely = log_likelihood(
+            predict, ids[0, :3], ids[0, 3:], 9, samples=samples, batch_size=batch_size, generator=generator
+        )
+        assert likely.item() == pytest.approx(-5 * nats.item(), rel=1e-6) and sum(rows) == samples
 
 
 def test_complements_mask_each_answer_token_once():
@@ -117,5 +126,5 @@ def test_what_means_nothing_is_refused():
         masked_text_loss(uniform(ids), ids, mask_tokens(ids, 9), weight="rate_and_length")
     with pytest.raises(ValueError, match="the answer is empty"):
         log_likelihood(uniform, ids[0], ids[0, :0], 9)
-    with pytest.raises(ValueError, match="multiple of batch_size"):
-        log_likelihood(uniform, ids[0], ids[0], 9, samples=5, batch_size=2)
+    with pytest.raises(ValueError, match="at least 1"):
+        log_likelihood(uniform, ids[0], ids[0], 9, samples=0)
