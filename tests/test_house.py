@@ -254,3 +254,59 @@ def test_text_is_read_in_one_place_and_written_as_utf_8() -> None:
                     assert name not in ("read_text", "splitlines"), f"{place} calls {name}; imgdit.io.text reads text"
                 if name == "write_text":
                     assert any(key.arg == "encoding" for key in node.keywords), f"{place} writes without encoding"
+
+
+LINES, PARAMETERS = 80, 12
+"""That a function has at most; the docstring of a public one is not counted."""
+MANY_PARAMETERS = {
+    "pipelines/text_to_image.py ImgDiTPipeline.__call__": "diffusers' argument names",
+    "pipelines/one_diffusion.py OneDiffusionPipeline.__call__": "diffusers' argument names",
+    "pipelines/masked_text.py MaskedTextPipeline.__call__": "diffusers' argument names",
+    "imgdit/schedulers/masked_text.py MaskedTextScheduler.step": "diffusers' argument names",
+    "imgdit/models/mmdit.py MMDiT.__init__": "the configuration",
+    "imgdit/models/nextdit.py NextDiT.__init__": "the configuration",
+    "imgdit/training/own_pictures.py OwnPictures.__init__": "the arguments of a recipe",
+    "apps/commands/bench.py unlearn": "the options of a command",
+    "apps/demo/control.py _Handlers.control": "the fields of a page",
+}
+
+
+def functions() -> list[tuple[str, bool, ast.FunctionDef]]:
+    """File and name of every function of the package, whether it is public, and its syntax tree."""
+    found = []
+
+    def visit(node: ast.AST, place: str, public: bool) -> None:
+        for child in ast.iter_child_nodes(node):
+            if not isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+                visit(child, place, public)
+                continue
+            name, is_open = f"{place}.{child.name}", public and (child.name[0] != "_" or child.name == "__call__")
+            if not isinstance(child, ast.ClassDef):
+                found.append((name.replace(".py.", ".py "), is_open, child))
+            visit(child, name, is_open)
+
+    for folder in ROOMS:
+        for file in sorted((ROOT / folder).rglob("*.py")):
+            visit(ast.parse(file.read_text()), str(file.relative_to(ROOT)), True)
+    return found
+
+
+def test_functions_fit_on_a_screen() -> None:
+    long = []
+    for name, is_public, function in functions():
+        docstring = function.body[0] if is_public and ast.get_docstring(function) else None
+        counted = function.end_lineno - function.lineno + 1
+        if docstring is not None:
+            counted -= docstring.end_lineno - docstring.lineno + 1
+        if counted > LINES:
+            long.append(f"{name} has {counted} lines")
+    assert not long
+
+
+def test_parameter_lists_are_short() -> None:
+    """Many options travel together in one object."""
+    many = {}
+    for name, _, function in functions():
+        arguments = [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]
+        many[name] = len([one for one in arguments if one.arg not in ("self", "cls")])
+    assert {name for name, count in many.items() if count > PARAMETERS} == MANY_PARAMETERS.keys()

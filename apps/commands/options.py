@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from imgdit.defaults import STEPS
 from imgdit.pipelines.load_options import Dtype, LoadOptions, Offload, Quantize
+
+if TYPE_CHECKING:
+    from imgdit.apps.commands.image_command import ImageCommand
+    from imgdit.apps.jobs.request import Request
 
 ModelFolder = Annotated[Path | None, typer.Option(help="Folder of a pipeline; the embedded model by default.")]
 Engine = Annotated[str, typer.Option(help="local, or ray: several processes or machines.")]
@@ -45,21 +51,96 @@ LOADING: dict[str, Any] = {
 """How a model is loaded: an option for each field of `LoadOptions`."""
 
 
-def with_loading(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the options of `LOADING` in the place of its argument `loading`."""
+def collected(
+    argument: str, kind: type, options: Mapping[str, Any]
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A decorator that gives a command an option for each field of a dataclass, in the place of one argument.
 
-    @functools.wraps(command)
-    def called(**values: Any) -> None:
-        chosen = {name: values.pop(name) for name in LOADING if name in values}
-        command(**values, loading=LoadOptions(**chosen))
+    Args:
+        argument: of the command; gets the dataclass.
+        kind: the dataclass, whose defaults are the options'.
+        options: field -> its annotation for typer.
+    """
 
-    parameters = [
-        one for one in inspect.signature(command, eval_str=True).parameters.values() if one.name != "loading"
-    ]
-    parameters += [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=getattr(LoadOptions, name), annotation=kind)
-        for name, kind in LOADING.items()
-    ]
-    called.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    called.__annotations__ = {one.name: one.annotation for one in parameters}
-    return called
+    def decorated(command: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(command)
+        def called(**values: Any) -> None:
+            chosen = {name: values.pop(name) for name in options if name in values}
+            command(**values, **{argument: kind(**chosen)})
+
+        parameters = [
+            one for one in inspect.signature(command, eval_str=True).parameters.values() if one.name != argument
+        ]
+        parameters += [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=getattr(kind, name), annotation=annotation)
+            for name, annotation in options.items()
+        ]
+        called.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        called.__annotations__ = {one.name: one.annotation for one in parameters}
+        return called
+
+    return decorated
+
+
+with_loading = collected("loading", LoadOptions, LOADING)
+"""Gives a command the options of `LOADING` in the place of its argument `loading`."""
+
+
+@dataclass(frozen=True)
+class ImageOptions:
+    """What every command that generates images can be told."""
+
+    model: str | None = None
+    steps: int = STEPS
+    guidance: float | None = None
+    seed: int = 0
+    size: str | None = None
+    negative: str = ""
+    overwrite: bool = False
+    as_json: bool = False
+
+    @property
+    def sides(self) -> tuple[int | None, int | None]:
+        """Height and width in pixels.
+
+        Raises:
+            ValueError: no size.
+        """
+        if self.size is None:
+            return None, None
+        numbers = self.size.lower().split("x")
+        if len(numbers) > 2 or not all(number.isdecimal() for number in numbers):
+            raise ValueError(f"a size is WIDTHxHEIGHT in pixels, such as 128x96; got {self.size!r}")
+        return int(numbers[-1]), int(numbers[0])
+
+    def request(self, prompt: str = "", **more: Any) -> Request:
+        """What a command asks for, under these options."""
+        from imgdit.apps.jobs.request import Request
+
+        height, width = self.sides
+        return Request(prompt, self.negative, self.seed, self.steps, self.guidance, height, width, **more)
+
+    def command(self, loading: LoadOptions, **folders: Path | None) -> ImageCommand:
+        """The command itself, with the folders that it reads."""
+        from imgdit.apps.commands.image_command import ImageCommand
+
+        return ImageCommand(self.model, loading, **folders, overwrite=self.overwrite, as_json=self.as_json)
+
+
+with_images = collected(
+    "options",
+    ImageOptions,
+    {
+        "model": Annotated[str | None, typer.Option(help="Folder or Hub id; the embedded model by default.")],
+        "steps": Annotated[int, typer.Option(min=1, help="Steps of the sampler.")],
+        "guidance": Annotated[
+            float | None, typer.Option(min=0.0, help="Scale; 3, or 1 for maps and views of a given picture.")
+        ],
+        "seed": Annotated[int, typer.Option(min=0, help="Of the first picture; the others count up.")],
+        "size": Annotated[str | None, typer.Option(help="WIDTHxHEIGHT in pixels, or one number for both.")],
+        "negative": Annotated[str, typer.Option(help="What to steer away from.")],
+        "overwrite": Annotated[bool, typer.Option(help="Make pictures anew that are there already.")],
+        "as_json": Annotated[bool, typer.Option("--json", help="A JSON object per picture on the standard output.")],
+    },
+)
+"""Gives a command the options of `ImageOptions` in the place of its argument `options`."""

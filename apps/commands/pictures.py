@@ -9,25 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from imgdit.apps.commands.options import with_loading
+from imgdit.apps.commands.options import ImageOptions, with_images, with_loading
 from imgdit.apps.console import one_sentence
-from imgdit.defaults import STEPS
 from imgdit.pipelines.load_options import LoadOptions
 
 if TYPE_CHECKING:
     from imgdit.apps.commands.image_command import ImageCommand
     from imgdit.apps.jobs.request import Control
 
-Model = Annotated[str | None, typer.Option(help="Folder or Hub id; the embedded model by default.")]
-Steps = Annotated[int, typer.Option(min=1, help="Steps of the sampler.")]
-Guidance = Annotated[float | None, typer.Option(min=0.0, help="Scale; 3, or 1 for maps and views of a given picture.")]
-Seed = Annotated[int, typer.Option(min=0, help="Of the first picture; the others count up.")]
-Size = Annotated[str | None, typer.Option(help="WIDTHxHEIGHT in pixels, or one number for both.")]
-Negative = Annotated[str, typer.Option(help="What to steer away from.")]
 Adapters = Annotated[Path | None, typer.Option(help="Folder of condition adapters; MODEL/adapters by default.")]
-Overwrite = Annotated[bool, typer.Option(help="Make pictures anew that are there already.")]
-Json = Annotated[bool, typer.Option("--json", help="A JSON object per picture on the standard output.")]
-
 
 PICTURES, CONTROL = Path("outputs/pictures"), Path("outputs/control.png")
 ANY, UNLEARNED = Path("outputs/any.png"), Path("outputs/unlearned.png")
@@ -35,6 +25,7 @@ ANY, UNLEARNED = Path("outputs/any.png"), Path("outputs/unlearned.png")
 
 
 @with_loading
+@with_images
 def generate(
     prompt: Annotated[list[str] | None, typer.Argument(help="Sentences; six examples if there is none.")] = None,
     prompts: Annotated[
@@ -47,50 +38,38 @@ def generate(
     like: Annotated[Path | None, typer.Option(help="A picture of imgdit's that is made again, bit for bit.")] = None,
     control: Annotated[list[str] | None, typer.Option(help="KIND=FILE: a picture that steers (depth=d.png).")] = None,
     num_images: Annotated[int, typer.Option(min=1, help="Pictures of each sentence.")] = 1,
-    model: Model = None,
     adapters: Adapters = None,
-    steps: Steps = STEPS,
-    guidance: Guidance = None,
-    seed: Seed = 0,
-    size: Size = None,
-    negative: Negative = "",
     sheet: Annotated[bool, typer.Option(help="Write sheet.png with all pictures of a folder.")] = True,
-    overwrite: Overwrite = False,
-    as_json: Json = False,
     *,
+    options: ImageOptions,
     loading: LoadOptions,
 ) -> None:
     """Make pictures from sentences. An interrupted folder goes on where it stopped."""
     with one_sentence():
-        from imgdit.apps.commands.image_command import ImageCommand
         from imgdit.apps.jobs.plan import PROMPTS, Plan, at_free_names
-        from imgdit.apps.jobs.request import Request
         from imgdit.apps.jobs.run import write_sheet
 
         if like is not None:
             if prompt or prompts or control:
                 raise ValueError("--like says everything; leave out prompts, --prompts and --control")
-            _again(like, out, model, loading, overwrite, as_json)
+            _again(like, out, options, loading)
             return
         if prompt and prompts:
             raise ValueError("give prompts or --prompts, not both")
-        height, width = _size(size)
         controls = _controls(control or [])
-
-        def request(text: str = "") -> Request:
-            return Request(text, negative, seed, steps, guidance, height, width, controls)
-
         plan = Plan(num_images)
         if prompts:
-            plan.read(prompts, request())
-        elif out is None:
-            plan.add_named(map(request, prompt or PROMPTS))
+            plan.read(prompts, options.request(controls=controls))
         else:
-            for text in prompt or PROMPTS:
-                plan.add(request(text))
-        command = ImageCommand(model, loading, adapters=adapters, overwrite=overwrite, as_json=as_json)
+            requests = [options.request(text, controls=controls) for text in prompt or PROMPTS]
+            if out is None:
+                plan.add_named(requests)
+            else:
+                for request in requests:
+                    plan.add(request)
+        command = options.command(loading, adapters=adapters)
         jobs, page = plan.at(out or PICTURES)
-        if out is None and not prompts and not overwrite:
+        if out is None and not prompts and not options.overwrite:
             jobs = at_free_names(jobs, command.name)
         jobs = command.run(jobs)
         if page is not None and sheet:
@@ -98,6 +77,7 @@ def generate(
 
 
 @with_loading
+@with_images
 def control(
     prompt: Annotated[str, typer.Argument(help="What to show.")],
     given: Annotated[list[str], typer.Option("--with", help="KIND=FILE; may be repeated where there are adapters.")],
@@ -110,16 +90,9 @@ def control(
         float, typer.Option(min=0.0, max=1.0, help="Share of the steps after which it acts no more.")
     ] = 1.0,
     out: Annotated[Path | None, typer.Option(help="File to write; outputs/control.png by default.")] = None,
-    model: Model = None,
     adapters: Adapters = None,
-    steps: Steps = STEPS,
-    guidance: Guidance = None,
-    seed: Seed = 0,
-    size: Size = None,
-    negative: Negative = "",
-    overwrite: Overwrite = False,
-    as_json: Json = False,
     *,
+    options: ImageOptions,
     loading: LoadOptions,
 ) -> None:
     """Make a picture that follows others: depth, edges, segmentation, a hole to fill, …
@@ -127,17 +100,14 @@ def control(
     With --find the conditions are written beside the picture, as NAME-KIND.png.
     """
     with one_sentence():
-        from imgdit.apps.commands.image_command import ImageCommand
         from imgdit.apps.jobs.plan import Job
-        from imgdit.apps.jobs.request import Request
 
-        height, width = _size(size)
-        command = ImageCommand(model, loading, adapters=adapters, overwrite=overwrite, as_json=as_json)
+        command = options.command(loading, adapters=adapters)
         controls = _controls(given, strength=strength, start=start, end=end)
         if find:
-            command.shelf.check(Request(controls=controls))
-            controls = _found(command, controls, (height, width))
-        request = Request(prompt, negative, seed, steps, guidance, height, width, controls=controls)
+            command.shelf.check(options.request(controls=controls))
+            controls = _found(command, controls, options.sides)
+        request = options.request(prompt, controls=controls)
 
         def beside(file: Path) -> dict[Path, tuple[str, Any]]:
             return {file.with_name(f"{file.stem}-{c.kind}.png"): (c.kind, c.image) for c in controls if find}
@@ -147,6 +117,7 @@ def control(
 
 
 @with_loading
+@with_images
 def any_to_any(
     prompt: Annotated[str, typer.Argument(help="Caption of the picture, or the instruction of editing.")] = "",
     given: Annotated[list[str] | None, typer.Option(help="KIND=FILE: image=photo.png, depth=d.png.")] = None,
@@ -155,37 +126,29 @@ def any_to_any(
         list[str] | None, typer.Option(help="AZIMUTH,ELEVATION of each view; given pictures are the first.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="File to write; outputs/any.png by default.")] = None,
-    model: Model = None,
-    steps: Steps = STEPS,
-    guidance: Guidance = None,
-    seed: Seed = 0,
-    size: Size = None,
-    negative: Negative = "",
-    overwrite: Overwrite = False,
-    as_json: Json = False,
     *,
+    options: ImageOptions,
     loading: LoadOptions,
 ) -> None:
     """Make any frames from any others: depth of a picture, a picture of depth, both, or another view."""
     with one_sentence():
-        from imgdit.apps.commands.image_command import ImageCommand
         from imgdit.apps.jobs.plan import Job
-        from imgdit.apps.jobs.request import Request, frame_row
+        from imgdit.apps.jobs.request import frame_row
 
         if not (prompt or given or make or camera):
             raise ValueError(
                 "say what is given or what is to be made: --given KIND=FILE, --make KIND, --camera AZIMUTH,ELEVATION, "
                 "or a prompt"
             )
-        height, width = _size(size)
-        command = ImageCommand(model, loading, overwrite=overwrite, as_json=as_json)
+        command = options.command(loading)
         cameras = [_camera(text) for text in camera or []]
         frames = frame_row(_files(given or []), make or [], cameras)
-        request = Request(prompt, negative, seed, steps, guidance, height, width, frames=frames)
+        request = options.request(prompt, frames=frames)
         command.run(command.jobs(lambda file: [Job(request, file)], out, ANY))
 
 
 @with_loading
+@with_images
 def unlearn(
     prompt: Annotated[str, typer.Argument(help="What to show.")],
     concept: Annotated[list[str], typer.Option(help="Name of a concept to remove; may be repeated.")],
@@ -198,29 +161,17 @@ def unlearn(
         typer.Option(help="File to write, outputs/unlearned.png by default; NAME-plain.png is from the same noise."),
     ] = None,
     sae: Annotated[Path | None, typer.Option(help="Folder of the sparse autoencoders; MODEL/sae by default.")] = None,
-    model: Model = None,
-    steps: Steps = STEPS,
-    guidance: Guidance = None,
-    seed: Seed = 0,
-    size: Size = None,
-    negative: Negative = "",
-    overwrite: Overwrite = False,
-    as_json: Json = False,
     *,
+    options: ImageOptions,
     loading: LoadOptions,
 ) -> None:
     """Make a picture without concepts, and the same with them."""
     with one_sentence():
-        from dataclasses import replace
-
-        from imgdit.apps.commands.image_command import ImageCommand
         from imgdit.apps.jobs.plan import Job
-        from imgdit.apps.jobs.request import Request
 
-        height, width = _size(size)
-        command = ImageCommand(model, loading, sae=sae, overwrite=overwrite, as_json=as_json)
-        plain = Request(prompt, negative, seed, steps, guidance, height, width)
-        without = replace(plain, concepts=tuple(concept), mode=mode, multiplier=multiplier)
+        command = options.command(loading, sae=sae)
+        plain = options.request(prompt)
+        without = options.request(prompt, concepts=tuple(concept), mode=mode, multiplier=multiplier)
 
         def jobs_at(file: Path) -> list[Job]:
             return [Job(without, file), Job(plain, file.with_name(f"{file.stem}-plain.png"))]
@@ -231,13 +182,10 @@ def unlearn(
 # What they share
 
 
-def _again(
-    image: Path, out: Path | None, model: str | None, loading: LoadOptions, overwrite: bool, as_json: bool
-) -> None:
+def _again(image: Path, out: Path | None, options: ImageOptions, loading: LoadOptions) -> None:
     """Generate an image again from what its file tells; exits with 1 if a bit differs."""
     from dataclasses import replace
 
-    from imgdit.apps.commands.image_command import ImageCommand
     from imgdit.apps.jobs.plan import first_free
     from imgdit.apps.jobs.png import read_origin, write_png
     from imgdit.apps.jobs.run import check_png, same_pixels
@@ -248,9 +196,8 @@ def _again(
     if origin is None:
         raise ValueError(f"{image} does not tell how it was made: imgdit writes that into its PNG files only")
     beside: Any = {name: place and Path(place) for name, place in origin.places.items() if name != "model"}
-    command = ImageCommand(
-        model or origin.places["model"], as_it_was(loading, origin.made_with), **beside, overwrite=overwrite
-    )
+    options = replace(options, model=options.model or origin.places["model"])
+    command = options.command(as_it_was(loading, origin.made_with), **beside)
     file = out if out is not None and out.suffix else (out or PICTURES) / f"{image.stem}-again.png"
     check_png(file)
 
@@ -258,9 +205,9 @@ def _again(
         there = read_origin(file) if file.exists() else origin
         return there is not None and (there.asked, there.output) == (origin.asked, origin.output)
 
-    if out is None and not overwrite:
+    if out is None and not options.overwrite:
         file = first_free(file, usable)
-    elif not overwrite and not usable(file):
+    elif not options.overwrite and not usable(file):
         raise ValueError(f"{file} is there and shows something else; take another --out, or --overwrite")
     command.shelf.check(origin.request)
     session = command.session
@@ -270,7 +217,7 @@ def _again(
     write_png(again, file, replace(origin, places=command.shelf.places, made_with=now))
     same = same_pixels(open_image(image).convert("RGB"), again.convert("RGB"))
     differs = {name: [was, now.get(name)] for name, was in origin.made_with.items() if was != now.get(name)}
-    if as_json:
+    if options.as_json:
         typer.echo(json.dumps({"file": str(file), "same": same, "differs": differs}))
     else:
         typer.echo(f"wrote {file}, " + ("the same bit for bit" if same else "which is not the same"))
@@ -320,13 +267,3 @@ def _camera(text: str) -> tuple[float, float]:
     except ValueError:
         raise ValueError(f"a camera is AZIMUTH,ELEVATION in degrees, such as 30,20; got {text!r}") from None
     return azimuth, elevation
-
-
-def _size(text: str | None) -> tuple[int | None, int | None]:
-    """Height and width."""
-    if text is None:
-        return None, None
-    numbers = text.lower().split("x")
-    if len(numbers) > 2 or not all(number.isdecimal() for number in numbers):
-        raise ValueError(f"a size is WIDTHxHEIGHT in pixels, such as 128x96; got {text!r}")
-    return int(numbers[-1]), int(numbers[0])

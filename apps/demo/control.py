@@ -65,9 +65,29 @@ def build(holder: Holder) -> widgets.Canvas:
                 condition = widgets.result("Condition, as the model reads it")
                 file = gr.File(label="PNG that tells how it was made", interactive=False, height=120, min_width=220)
 
-    @limits.refusing(status)
+    make.click(
+        limits.refusing(status)(_Handlers(holder, kinds).control),
+        [prompt, canvas, kind, find, strength, start, end, second, second_kind, second_strength, *sampled],
+        [condition, slider, file, status], api_name="control", trigger_mode="once", **DEVICE,
+    )  # fmt: skip
+    stop.click(holder.stop, None, status, **QUICK)
+    kind.change(lambda name: gr.Markdown(visible=told and name == "segmentation"), kind, legend, **QUICK)
+    return canvas
+
+
+class _Handlers:
+    """What the buttons of the tab do.
+
+    Args:
+        holder: of the model.
+        kinds: of conditions that it takes.
+    """
+
+    def __init__(self, holder: Holder, kinds: list[str]):
+        self.holder, self.kinds = holder, kinds
+
     def control(
-        prompt: str, drawing: Any, kind: str, find: bool, strength: float, start: float, end: float,
+        self, prompt: str, drawing: Any, kind: str, find: bool, strength: float, start: float, end: float,
         second: str | None, second_kind: str, second_strength: float,
         steps: int, guidance: float, seed: int, person: gr.Request,
     ) -> Iterator[tuple[Any, Any, Any, str]]:  # fmt: skip
@@ -91,7 +111,7 @@ def build(holder: Holder) -> widgets.Canvas:
         Returns:
             the condition, the given picture beside the made one, its PNG file, and how far it is.
         """
-        chosen = limits.choice(kind, "the kind", kinds)
+        chosen = limits.choice(kind, "the kind", self.kinds)
         given = _given(drawing, chosen)
         base = widgets.read_sampling(steps, guidance, seed)
         text = limits.text(prompt)
@@ -101,13 +121,13 @@ def build(holder: Holder) -> widgets.Canvas:
             "end": float(limits.number(end, "end", 0, 1)),
         }
         other = limits.picture(second, "the second image")
-        other_kind = None if other is None else limits.choice(second_kind, "the second kind", kinds)
+        other_kind = None if other is None else limits.choice(second_kind, "the second kind", self.kinds)
         looking = find or chosen == "mask"
         if looking:
             yield gr.skip(), gr.skip(), gr.skip(), "Looking for the condition."
-        with holder.busy(person) if looking else nullcontext():
-            photo, found, inverted = _condition(session, chosen, given, find, text)
-        yield holder.keep(found), gr.skip(), gr.skip(), "Waiting for the first step."
+        with self.holder.busy(person) if looking else nullcontext():
+            photo, found, inverted = _condition(self.holder.session, chosen, given, find, text)
+        yield self.holder.keep(found), gr.skip(), gr.skip(), "Waiting for the first step."
         controls = [Control(chosen, found, **acts)]
         if other is not None and other_kind is not None:
             other, also = lines_on_black(other_kind, other)
@@ -115,22 +135,13 @@ def build(holder: Holder) -> widgets.Canvas:
             weight = float(limits.number(second_strength, "the second strength", 0, 10))
             controls.append(Control(other_kind, other, weight))
         request = Request(text, controls=tuple(controls), **base)
-        for shown in holder.make([request], person, [INVERTED] if inverted else []):
+        for shown in self.holder.make([request], person, [INVERTED] if inverted else []):
             if not shown.files:
                 yield gr.skip(), gr.skip(), gr.skip(), shown.status
                 continue
             made = open_image(shown.files[0])
             before = fit(photo, made.size)
-            yield gr.skip(), (holder.keep(before), shown.files[0]), shown.files[0], shown.status
-
-    make.click(
-        control,
-        [prompt, canvas, kind, find, strength, start, end, second, second_kind, second_strength, *sampled],
-        [condition, slider, file, status], api_name="control", trigger_mode="once", **DEVICE,
-    )  # fmt: skip
-    stop.click(holder.stop, None, status, **QUICK)
-    kind.change(lambda name: gr.Markdown(visible=told and name == "segmentation"), kind, legend, **QUICK)
-    return canvas
+            yield gr.skip(), (self.holder.keep(before), shown.files[0]), shown.files[0], shown.status
 
 
 def _given(drawing: Any, kind: str) -> widgets.Drawing:

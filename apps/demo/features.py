@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import lru_cache
+from functools import cached_property
 from typing import Any
 
 import gradio as gr
@@ -27,18 +27,9 @@ FOUND, TOP = 12, 6
 
 def build(holder: Holder) -> None:
     """Lay the tab out, for a model with an autoencoder."""
-    session = holder.session
-    texts = examples.texts(session)
-    last = session.unlearner.saes[session.seen_at].config.num_latents - 1
-    concept, first = _first(session, texts.steer)
-
-    def sae() -> Any:
-        return session.unlearner.saes[session.seen_at]
-
-    @lru_cache(maxsize=1)
-    def survey() -> Any:
-        return survey_features(session.pipe, sae(), texts.bank, num_inference_steps=STEPS, guidance_scale=1.0)
-
+    texts = examples.texts(holder.session)
+    handlers = _Handlers(holder)
+    concept, first = _first(holder.session, texts.steer)
     with gr.Row():
         with gr.Column(min_width=280):
             words = widgets.prompt_box(texts.words, "Words with what is looked for", 1)
@@ -48,7 +39,7 @@ def build(holder: Holder) -> None:
                 headers=["feature", "score"], label="Features, the best first", interactive=False, max_height=240
             )
             feature = gr.Number(
-                first, label="Feature", precision=0, minimum=0, maximum=last,
+                first, label="Feature", precision=0, minimum=0, maximum=handlers.last,
                 info=f"At first {concept}; after a search the best one. A click on a row takes another.",
             )  # fmt: skip
             look = gr.Button("Top pictures")
@@ -66,8 +57,45 @@ def build(holder: Holder) -> None:
                 steered = widgets.result("Steered")
     pictures = widgets.results("Where the feature is strongest", columns=3)
 
-    @limits.refusing(status)
-    def search_features(words: str, against: str, person: gr.Request) -> Iterator[tuple[Any, Any, str]]:
+    guarded = limits.refusing(status)
+    search.click(
+        guarded(handlers.search_features), [words, against], [table, feature, status],
+        api_name="search_features", trigger_mode="once", **DEVICE,
+    )  # fmt: skip
+    table.select(_clicked, table, [feature, status], **QUICK)
+    look.click(
+        guarded(handlers.feature_pictures), feature, [pictures, status],
+        api_name="feature_pictures", trigger_mode="once", **DEVICE,
+    )  # fmt: skip
+    make.click(
+        guarded(handlers.steer), [prompt, feature, factor, *sampled], [plain, steered, status],
+        api_name="steer", trigger_mode="once", **DEVICE,
+    )  # fmt: skip
+    stop.click(holder.stop, None, status, **QUICK)
+
+
+class _Handlers:
+    """What the buttons of the tab do.
+
+    Args:
+        holder: of a model with an autoencoder.
+    """
+
+    def __init__(self, holder: Holder):
+        self.holder, self.session = holder, holder.session
+        self.bank = examples.texts(self.session).bank
+        self.last = self.sae.config.num_latents - 1
+
+    @property
+    def sae(self) -> SparseAutoencoder:
+        return self.session.unlearner.saes[self.session.seen_at]
+
+    @cached_property
+    def survey(self) -> FeatureSurvey:
+        """How active every feature is on the bank of prompts."""
+        return survey_features(self.session.pipe, self.sae, self.bank, num_inference_steps=STEPS, guidance_scale=1.0)
+
+    def search_features(self, words: str, against: str, person: gr.Request) -> Iterator[tuple[Any, Any, str]]:
         """Find the features that one sentence's pictures have and another's have not.
 
         Args:
@@ -81,16 +109,15 @@ def build(holder: Holder) -> None:
         if not all(read):
             raise limits.Refused("give words with what is looked for, and words without it")
         yield gr.skip(), gr.skip(), "Searching."
-        with holder.busy(person):
+        with self.holder.busy(person):
             found = contrast_features(
-                session.pipe, sae(), read[:1], read[1:], num_inference_steps=STEPS, guidance_scale=1.0
+                self.session.pipe, self.sae, read[:1], read[1:], num_inference_steps=STEPS, guidance_scale=1.0
             )
-        best = found.scores("prompts").mean(0).topk(min(FOUND, last + 1))
+        best = found.scores("prompts").mean(0).topk(min(FOUND, self.last + 1))
         rows = [[int(number), round(float(score), 5)] for score, number in zip(*best)]
         yield rows, rows[0][0], f"Feature {rows[0][0]} is chosen, the best of these."
 
-    @limits.refusing(status)
-    def feature_pictures(feature: int, person: gr.Request) -> Iterator[tuple[Any, str]]:
+    def feature_pictures(self, feature: int, person: gr.Request) -> Iterator[tuple[Any, str]]:
         """The pictures on which a feature is strongest, of a bank of prompts, and where in them.
 
         Args:
@@ -99,21 +126,20 @@ def build(holder: Holder) -> None:
         Returns:
             files of pictures under their heat maps with their sentences, and a note.
         """
-        number = limits.whole(feature, "the feature", 0, last)
-        yield gr.skip(), f"Looking through {len(texts.bank)} images."
-        with holder.busy(person):
-            shown = _strongest(holder, sae(), survey(), texts.bank, number)
+        number = limits.whole(feature, "the feature", 0, self.last)
+        yield gr.skip(), f"Looking through {len(self.bank)} images."
+        with self.holder.busy(person):
+            shown = _strongest(self.holder, self.sae, self.survey, self.bank, number)
         if not shown:
-            yield shown, f"Feature {number} was not active on any of {len(texts.bank)} images; choose another."
+            yield shown, f"Feature {number} was not active on any of {len(self.bank)} images; choose another."
             return
         yield (
             shown,
-            f"active on {len(shown)} of the {len(texts.bank)} pictures that were looked at, the strongest first",
+            f"active on {len(shown)} of the {len(self.bank)} pictures that were looked at, the strongest first",
         )
 
-    @limits.refusing(status)
     def steer(
-        prompt: str, feature: int, factor: float, steps: int, guidance: float, seed: int, person: gr.Request
+        self, prompt: str, feature: int, factor: float, steps: int, guidance: float, seed: int, person: gr.Request
     ) -> Iterator[tuple[Any, Any, str]]:
         """Make a picture with a feature multiplied, beside the same as it is.
 
@@ -128,10 +154,10 @@ def build(holder: Holder) -> None:
         Returns:
             PNG files of the plain picture and the steered one, and how far it is.
         """
-        number = limits.whole(feature, "the feature", 0, last)
+        number = limits.whole(feature, "the feature", 0, self.last)
         base = Request(limits.text(prompt), **widgets.read_sampling(steps, guidance, seed))
         by = float(limits.number(factor, "the factor", -100, 100))
-        for shown in holder.make([base, replace(base, features=((number, by),))], person):
+        for shown in self.holder.make([base, replace(base, features=((number, by),))], person):
             first, second = [*shown.files, gr.skip(), gr.skip()][:2]
             note = ""
             if shown.over and len(shown.files) == 2 and same_pixels(*map(open_image, shown.files)):
@@ -141,20 +167,6 @@ def build(holder: Holder) -> None:
                     else f" Nothing changed: feature {number} is never active in this image. Search for one that is."
                 )
             yield first, second, shown.status + note
-
-    search.click(
-        search_features, [words, against], [table, feature, status],
-        api_name="search_features", trigger_mode="once", **DEVICE,
-    )  # fmt: skip
-    table.select(_clicked, table, [feature, status], **QUICK)
-    look.click(
-        feature_pictures, feature, [pictures, status], api_name="feature_pictures", trigger_mode="once", **DEVICE
-    )
-    make.click(
-        steer, [prompt, feature, factor, *sampled], [plain, steered, status],
-        api_name="steer", trigger_mode="once", **DEVICE,
-    )  # fmt: skip
-    stop.click(holder.stop, None, status, **QUICK)
 
 
 def _first(session: Session, prompt: str) -> tuple[str, int]:

@@ -125,24 +125,16 @@ class OwnPictures:
             raise ValueError("path names the data: a folder with metadata.jsonl, shards, or what `datasets` loads")
         if samples < 1 or views < 1:
             raise ValueError(f"a batch needs at least one sample and one view, got samples={samples}, views={views}")
-        if condition is None and preprocessor is not None:
-            raise ValueError(f"preprocessor={preprocessor!r} computes conditions; name the condition too")
         if cameras and (ratio != 1 or views < 2):
             raise ValueError(f"rays belong to at least two square views, got ratio={ratio}, views={views}")
         check_choice("mode", mode, ("frame", "independent", "joint"))
         check_choice("position", position, ("aligned", "subject"))
         check_choice("split", split, ("train", "heldout"))
-        if condition is not None:
-            check_name("condition", condition, CONDITIONS)
-        task = condition or ("views" if cameras else "text_to_image" if views == 1 else "none")
-        if task_token:
-            check_name("condition with a token" if condition else "task of views without cameras", task, TASK_TOKENS)
-        if preprocessor is not None:
-            check_arguments(find_preprocessor(preprocessor), preprocessor_options, "preprocessor_options")
+        _check_condition(condition, preprocessor, preprocessor_options)
         self.samples, self.seed, self.split = samples, seed, split
         self.condition, self.preprocessor, self.preprocessor_options = condition, preprocessor, preprocessor_options
-        self.mode, self.position, self.task = mode, position, task if task_token else None
-        self.views, self.cameras = views, cameras
+        self.mode, self.position, self.views, self.cameras = mode, position, views, cameras
+        self.task = self._task() if task_token else None
         self.encoder = Encoder(model)
         buckets = bucket_sizes(base, self.encoder.cell * PATCH, ratio)
         source = open_rows(path, Columns(columns, tuple(ignore)), source_split)
@@ -174,12 +166,24 @@ class OwnPictures:
             self.buckets.setdefault(picture.bucket, []).extend([number] * picture.row.repeats)
         self.batches_per_epoch = sum(-(-len(rows) // samples) for rows in self.buckets.values())
         self._plan: tuple[int, list[list[int]]] | None = None
+        self._open_caches(cache)
+        if cache is not None and ahead:
+            self.fill_all()
+
+    def _task(self) -> str:
+        """The task whose token begins a caption."""
+        if self.condition is not None:
+            check_name("condition with a token", self.condition, TASK_TOKENS)
+            return self.condition
+        task = "views" if self.cameras else "text_to_image" if self.views == 1 else "none"
+        check_name("task of views without cameras", task, TASK_TOKENS)
+        return task
+
+    def _open_caches(self, cache: str | None) -> None:
         self.latent_cache = self.text_cache = None
         if cache is not None:
             self.latent_cache = TensorCache(Path(cache) / "latents", self.encoder.made_by("vae"))
             self.text_cache = TensorCache(Path(cache) / "text", self.encoder.made_by("text_encoder", "tokenizer"))
-            if ahead:
-                self.fill_all()
 
     # Which rows stand where
 
@@ -398,3 +402,14 @@ def _report(path: str, problems: list[Problem], rows: int, allowed: float) -> No
             f"`imgdit data check {path}` lists all"
         )
     logger.warning("%s and are left out. The first: %s", message, first)
+
+
+def _check_condition(condition: str | None, preprocessor: str | None, options: dict[str, Any]) -> None:
+    """Refuse a condition or a preprocessor that nobody knows, and options that it does not have."""
+    if condition is not None:
+        check_name("condition", condition, CONDITIONS)
+    if preprocessor is None:
+        return
+    if condition is None:
+        raise ValueError(f"preprocessor={preprocessor!r} computes conditions; name the condition too")
+    check_arguments(find_preprocessor(preprocessor), options, "preprocessor_options")
