@@ -268,7 +268,6 @@ MANY_PARAMETERS = {
     "imgdit/models/nextdit.py NextDiT.__init__": "the configuration",
     "imgdit/models/bd3lm.py BD3LM.__init__": "the configuration",
     "imgdit/training/block_diffusion_loss.py block_diffusion_loss": "the options of the published trainer",
-    "imgdit/training/own_pictures.py OwnPictures.__init__": "the arguments of a recipe",
     "apps/commands/bench.py unlearn": "the options of a command",
     "apps/demo/control.py _Handlers.control": "the fields of a page",
 }

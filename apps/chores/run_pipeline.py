@@ -9,13 +9,14 @@ from imgdit import NextDiT, OneDiffusionPipeline
 from imgdit.apps.chores.weights import scene_pipeline
 from imgdit.checkpoints import EMBEDDED
 from imgdit.scenes.sources import FRAMES
-from imgdit.training.own_encoding import Encoder
 from imgdit.training.trained import load_trained, trained_recipe
+from imgdit.training.user_images.encoder import Encoder
+from imgdit.training.user_images.settings import USER_IMAGES
 
 
 def run_pipeline(run: Path) -> Any:
     """The pipeline of a run's latest checkpoint: with what reads the scenes for scenes, that of the
-    folder which `data.arguments.model` names for "own_pictures". A FLUX or SD3 folder's stays diffusers' own.
+    folder which `data.arguments.model` names for "user_images". A FLUX or SD3 folder's stays diffusers' own.
 
     Raises:
         ValueError: the run has no checkpoint, trained a LoRA, or trained no backbone.
@@ -25,8 +26,8 @@ def run_pipeline(run: Path) -> Any:
         raise ValueError(f"{run} trained a LoRA, which is a file: imgdit lora export {run} FILE.safetensors")
     if recipe.data.name == FRAMES:
         return scene_pipeline(recipe, load_trained(run))
-    if recipe.data.name != "own_pictures":
-        raise ValueError(f"{run} trained on {recipe.data.name!r}; a pipeline comes of {FRAMES!r} and 'own_pictures'")
+    if recipe.data.name != USER_IMAGES:
+        raise ValueError(f"{run} trained on {recipe.data.name!r}; a pipeline comes of {FRAMES!r} and {USER_IMAGES!r}")
     transformer, encoder = load_trained(run), Encoder(recipe.data.arguments.get("model", EMBEDDED))
     pipe = encoder.load()
     if encoder.name in ("FluxPipeline", "StableDiffusion3Pipeline"):

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
 from imgdit.training.batches import Batch
 from imgdit.training.memory import Load, Memory, load_of, memory_plan
 from imgdit.training.memory_advice import remedies
-from imgdit.training.own_pictures import OwnPictures
 from imgdit.training.recipe import Recipe
 from imgdit.training.sources import training_batches
+from imgdit.training.user_images.settings import USER_IMAGES, settings_of
 
 PARTS = ("weights", "gradients", "optimizer", "average", "gathered", "step")
 
@@ -57,13 +58,14 @@ def _load(recipe: Recipe, gpus: int) -> Load:
             f"run.batch_size={recipe.run.batch_size} does not divide by run.accumulation={recipe.run.accumulation} "
             f"times {gpus} GPUs"
         )
-    if recipe.data.name == "own_pictures":  # nothing is computed beforehand
-        recipe = recipe.replace(data={"arguments": {**recipe.data.arguments, "ahead": False}})
+    if recipe.data.name == USER_IMAGES:
+        changes: dict[str, Any] = {"ahead": False}  # nothing is computed beforehand
+        if settings_of(recipe).preprocessor is not None:
+            # Any condition has the image's size, and this one needs nothing installed.
+            changes |= {"preprocessor": "grey", "preprocessor_options": {}}
+        recipe = recipe.replace(data={"arguments": {**recipe.data.arguments, **changes}})
     recipe = recipe.replace(run={"evaluate_every": 0})
     batches, _ = training_batches(recipe)
-    if isinstance(batches.dataset, OwnPictures) and batches.dataset.preprocessor is not None:
-        # Any condition has the image's size, and this one needs nothing installed.
-        batches.dataset.preprocessor, batches.dataset.preprocessor_options = "grey", {}
     best: Load | None = None
     for n, micro in enumerate(batches.stream(0, recipe.run.batch_size // portions)):
         if not isinstance(micro.batch, Batch):

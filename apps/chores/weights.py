@@ -18,10 +18,10 @@ from imgdit.scenes.training_conditions import SceneConditions
 from imgdit.scenes.training_frames import PATCH, SceneFrames, latent_scale, scene_components
 from imgdit.taught import Taught, write_taught
 from imgdit.training.build import build_scheduler
-from imgdit.training.own_encoding import Encoder
-from imgdit.training.own_pictures import OwnPictures
 from imgdit.training.recipe import ADAPTER, Recipe
 from imgdit.training.trained import load_trained, trained_recipe
+from imgdit.training.user_images.encoder import Encoder
+from imgdit.training.user_images.settings import USER_IMAGES, settings_of
 
 
 def scene_pipeline(recipe: Recipe, transformer: MMDiT | NextDiT) -> ImgDiTPipeline:
@@ -67,23 +67,24 @@ def taught_by(recipe: Recipe) -> Taught:
     if recipe.data.name == sources.FRAMES:
         size = _arguments(SceneFrames, recipe)["size"]
         return Taught(((size, size),), "scenes")
-    data = _arguments(OwnPictures, recipe)
-    return Taught(tuple(bucket_sizes(data["base"], Encoder(data["model"]).cell * PATCH, data["ratio"])))
+    data = settings_of(recipe)
+    return Taught(tuple(bucket_sizes(data.base, Encoder(data.model).cell * PATCH, data.ratio)))
 
 
 def save_adapter(run: Path, out: Path) -> None:
     """Save the LoRA of a run as a file, in half precision, with what its user has to repeat.
 
     Args:
-        run: folder of a run on the data of scenes or "own_pictures".
+        run: folder of a run on the data of scenes or "user_images".
         out: file.
 
     Raises:
         ValueError: the run has no checkpoint, or trained no adapter.
     """
     recipe = trained_recipe(run)
-    if not recipe.adapter.rank or recipe.data.name not in _ADAPTED:
-        raise ValueError(f"{run} trained no adapter: expected adapter.rank and data {' or '.join(_ADAPTED)}")
+    known = (sources.CONDITIONS, sources.FRAMES, USER_IMAGES)
+    if not recipe.adapter.rank or recipe.data.name not in known:
+        raise ValueError(f"{run} trained no adapter: expected adapter.rank and data {' or '.join(known)}")
     pairs = {
         name: LoraPair(pair.down.half(), pair.up.half())
         for name, pair in adapter_pairs(load_trained(run), ADAPTER).items()
@@ -91,29 +92,22 @@ def save_adapter(run: Path, out: Path) -> None:
     write_adapter(out, pairs, _info(recipe))
 
 
-_ADAPTED: dict[str, Any] = {
-    sources.CONDITIONS: SceneConditions,
-    sources.FRAMES: SceneFrames,
-    "own_pictures": OwnPictures,
-}
-
-
 def _info(recipe: Recipe) -> AdapterInfo:
     """How a recipe's adapter is trained: on a condition's tokens (OminiControl), or on those of all frames."""
-    data = _arguments(_ADAPTED[recipe.data.name], recipe)
-    own = recipe.data.name == "own_pictures"
-    shared: dict[str, Any] = {
-        "base_model": recipe.model.pretrained,
-        "size": data["base"] if own else None,
-        "licence": None if own else "Apache-2.0",  # of people's own pictures nothing is known
-    }
+    base_model = recipe.model.pretrained
+    if recipe.data.name == USER_IMAGES:
+        own = settings_of(recipe)
+        shared: dict[str, Any] = {"task": own.condition, "base_model": base_model, "size": own.base, "licence": None}
+        if own.mode == "frame":
+            return AdapterInfo(**shared)
+        return AdapterInfo(position=own.position, scale=1.0, mode=own.mode, **shared)
+    shared = {"base_model": base_model, "size": None, "licence": "Apache-2.0"}
     if recipe.data.name == sources.FRAMES:
+        data = _arguments(SceneFrames, recipe)
         tasks = [*data["pairs"]] if [*data["shares"]] == ["pairs"] else []
         return AdapterInfo(task=tasks[0] if len(tasks) == 1 else None, **shared)
-    task = data["condition"] if own else data["task"]
-    if data["mode"] == "frame":
-        return AdapterInfo(task=task, **shared)
-    return AdapterInfo(task=task, position=data["position"], scale=1.0, mode=data["mode"], **shared)
+    data = _arguments(SceneConditions, recipe)
+    return AdapterInfo(task=data["task"], position=data["position"], scale=1.0, mode=data["mode"], **shared)
 
 
 def _arguments(dataset: Any, recipe: Recipe) -> dict[str, Any]:

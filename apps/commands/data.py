@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -68,27 +69,28 @@ def check(
     from imgdit.data.linter import check
     from imgdit.data.preview import draw_sheet
     from imgdit.training import load_recipe
-    from imgdit.training.own_needs import needs_of
-    from imgdit.training.own_pictures import OwnPictures
+    from imgdit.training.user_images import settings_of
+    from imgdit.training.user_images.needs import lacking, unfit
 
     with one_sentence(OPTIONS):
-        needs = None if recipe is None else needs_of(load_recipe(recipe), OwnPictures)
+        needs = None if recipe is None else settings_of(load_recipe(recipe))
         if source is None and needs is None:
             raise ValueError("name the data, or a recipe by --recipe")
         if needs is not None:
-            source, split, min_side = source or needs.path, split or needs.split, min_side or needs.min_side
-            ignore = [*needs.columns.ignored, *(ignore or ())]
-            rename = [*(f"{ours}={theirs}" for ours, theirs in needs.columns.renamed.items()), *(rename or ())]
+            source, split = source or needs.path, split or needs.source_split
+            min_side = min_side or needs.least_side
+            ignore = [*needs.ignore, *(ignore or ())]
+            rename = [*(f"{ours}={theirs}" for ours, theirs in needs.columns.items()), *(rename or ())]
         rows = _rows(str(source), ignore, rename, split or "train")
-        unfit = (lambda row: None) if needs is None else needs.unfit
-        report = check(rows, min_side=min_side or _embedded_side() // 2, workers=workers, unfit=unfit)
-        lacking = [] if needs is None else needs.lacking(rows.rows, report.rows)
+        refusal = (lambda row: None) if needs is None else partial(unfit, settings=needs)
+        report = check(rows, min_side=min_side or _embedded_side() // 2, workers=workers, unfit=refusal)
+        missing = [] if needs is None else lacking(rows.rows, report.rows, needs)
         lines = [
             f"{kind}: {p.name}: {p.kind}: {p.message}"
             for kind, found in (("problem", report.problems), ("warning", report.warnings))
             for p in found
         ]
-        lines += [f"{recipe} needs: {sentence}" for sentence in lacking]
+        lines += [f"{recipe} needs: {sentence}" for sentence in missing]
         typer.echo("\n".join([*lines, str(report)]))
         if out is not None:
             if report.rows:
@@ -96,7 +98,7 @@ def check(
             out.mkdir(parents=True, exist_ok=True)
             (out / "check.txt").write_text("\n".join([*lines, str(report)]) + "\n", encoding="utf-8")
             typer.echo(f"wrote {out / 'check.txt'}")
-    if lacking:
+    if missing:
         raise typer.Exit(1)
     if len(report.problems) > max_broken * (report.rows + len(report.problems)):
         raise typer.Exit(1)
@@ -180,7 +182,7 @@ def generate(
 
 @app.command()
 def cache(
-    recipe: Annotated[str, typer.Argument(help="A recipe on the data own_pictures.")],
+    recipe: Annotated[str, typer.Argument(help="A recipe on the data user_images.")],
     engine: Engine = "local",
     workers: Workers = 1,
 ) -> None:

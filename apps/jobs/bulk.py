@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,11 @@ from imgdit.io.bulk import run_bulk
 from imgdit.pipelines.load_options import AUTO, LoadOptions
 from imgdit.pipelines.loading import load_pipeline
 from imgdit.recipes import parse_as
-from imgdit.training.own_pictures import OwnPictures
 from imgdit.training.recipe import Recipe
 from imgdit.training.sae_recipe import SAERecipe
 from imgdit.training.sae_run import activation_recorder
 from imgdit.training.sae_run import load_pipeline as load_recorded
+from imgdit.training.user_images import UserImages, UserImagesSettings, settings_of
 
 CHUNK = 64
 """Rows that a worker encodes, and pictures that it labels, before it writes them."""
@@ -101,7 +101,7 @@ def generate_all(
         if not all(picture_file(out, chunk["first"] + i).exists() for i in range(len(chunk["prompts"])))
     ]
     arguments = {"model": str(model), "out": str(out.resolve()), "options": options or {}, "seed": seed}
-    arguments["loading"] = asdict(loading)
+    arguments["loading"] = dataclasses.asdict(loading)
     yield from run_bulk(missing, GeneratePictures, arguments, **engine)
     lines = [json.dumps({"file_name": picture_file(out, i).name, "text": prompt}) for i, prompt in enumerate(prompts)]
     write_text(out / METADATA, "\n".join(lines) + "\n")
@@ -111,11 +111,11 @@ class CacheRows:
     """Fills the caches of some rows.
 
     Args:
-        arguments: of `OwnPictures`.
+        arguments: fields of `UserImagesSettings`.
     """
 
     def __init__(self, arguments: dict[str, Any]):
-        self.data = OwnPictures(**arguments, ahead=False)
+        self.data = UserImages(UserImagesSettings(**{**arguments, "ahead": False}))
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
         self.data.fill(range(item["first"], item["first"] + item["count"]))
@@ -123,23 +123,21 @@ class CacheRows:
 
 
 def cache_all(recipe: Recipe, **engine: Any) -> Iterator[dict[str, Any]]:
-    """Compute everything that the training of a recipe on the data "own_pictures" reads.
+    """Compute everything that the training of a recipe on the data "user_images" reads.
 
     Args:
         recipe: of the training.
         engine: see `run_bulk`.
 
     Raises:
-        ValueError: other data, or what `OwnPictures` raises.
+        ValueError: other data, or what `UserImages` raises.
     """
-    if recipe.data.name != "own_pictures" or recipe.data.arguments.get("cache", "") is None:
-        raise ValueError(f"caches belong to the data own_pictures with a cache, got {recipe.data.name!r}")
+    settings = dataclasses.replace(settings_of(recipe), ahead=False)
+    if settings.cache is None:
+        raise ValueError("data.arguments.cache is null: the recipe keeps no cache that could be filled")
     # Everything is inspected here, once; the workers find what was found.
-    data = OwnPictures(**recipe.data.arguments, ahead=False)
-    items = [
-        {"first": first, "count": min(CHUNK, len(data.pictures) - first)}
-        for first in range(0, len(data.pictures), CHUNK)
-    ]
+    images = UserImages(settings).index.images
+    items = [{"first": first, "count": min(CHUNK, len(images) - first)} for first in range(0, len(images), CHUNK)]
     yield from run_bulk(items, CacheRows, {"arguments": dict(recipe.data.arguments)}, **engine)
 
 

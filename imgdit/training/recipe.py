@@ -37,7 +37,7 @@ _RENAMED_MODELS = {
 _RENAMED_DATA = {
     f"scene_{name}": f"imgdit.scenes.sources:{name}"
     for name in ("pictures", "sentences", "readings", "frames", "conditions")
-} | {"blobs": "toy"}
+} | {"blobs": "toy", "own_pictures": "user_images"}
 _RENAMED_OBJECTIVES = {name: f"imgdit.scenes.objectives:{name}" for name in ("read_captions", "read_pictures")}
 
 

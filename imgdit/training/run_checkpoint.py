@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +36,7 @@ from imgdit.io.checkpoints import (
 )
 from imgdit.io.order import compare_rows, mixed_seed
 from imgdit.io.sharded import ShardError, load_shards, require_shards
-from imgdit.training.recipe import Recipe
+from imgdit.training.recipe import Recipe, parse_recipe
 from imgdit.training.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
@@ -128,7 +129,7 @@ class RunCheckpoint:
         weights: dict[str, Any] = get_model_state_dict(self.model)
         own = {name: tensor for name, tensor in weights.items() if name not in self.frozen}
         check_architecture(checkpoint / "model.safetensors", own)
-        for name in _changed_values(self.recipe.to_dict(), state["recipe"]):
+        for name in _changed_values(self.recipe.to_dict(), _with_new_names(state["recipe"])):
             if name.startswith("run.folder "):  # the folder may have moved
                 continue
             logger.warning("%s: the recipe differs from the checkpoint's in %s", checkpoint, name)
@@ -236,6 +237,15 @@ def copy_shared(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         seen.add(storage)
         owned[name] = tensor
     return owned
+
+
+def _with_new_names(recipe: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A checkpoint's recipe with what an earlier version called otherwise; as it is, where it is none of this one."""
+    try:
+        with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
+            return parse_recipe(recipe, "the checkpoint").to_dict()
+    except ValueError:
+        return recipe
 
 
 def _changed_values(new: Mapping[str, Any], old: Mapping[str, Any], prefix: str = "") -> list[str]:

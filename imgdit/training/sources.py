@@ -2,28 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from imgdit.io.order import Batches, MapDataset
 from imgdit.recipes import check_arguments, find_object
 from imgdit.training.batches import Batch
-from imgdit.training.own_pictures import OwnPictures
 from imgdit.training.recipe import Recipe
 from imgdit.training.toy_data import BlobLatents, collate_blobs
+from imgdit.training.user_images import UserImages, UserImagesSettings
 
 
 class Source(NamedTuple):
     """One kind of data."""
 
     dataset: Callable[..., MapDataset]
-    """Class of the data set; a recipe's `data.arguments` are its keyword arguments."""
+    """Class of the data set. A recipe's `data.arguments` are its keyword arguments, or those of `settings`."""
     collate: Callable[[list[Any]], Any]
     """Its samples to a batch."""
     held_out: int
     """Samples of the held-out split that the held-out loss is measured on."""
     whole_batches: bool = False
     """Whether a sample is a batch already."""
+    settings: Callable[..., Any] | None = None
+    """Class of the data set's only argument, where it has one."""
+
+    def open(self, arguments: Mapping[str, Any]) -> MapDataset:
+        """The data set of a recipe's `data.arguments`.
+
+        Raises:
+            ValueError: arguments that it does not take.
+        """
+        check_arguments(self.settings or self.dataset, arguments, "data.arguments")
+        return self.dataset(**arguments) if self.settings is None else self.dataset(self.settings(**arguments))
 
 
 def only_batch(samples: Sequence[Batch]) -> Batch:
@@ -37,9 +48,9 @@ def only_batch(samples: Sequence[Batch]) -> Batch:
 
 
 toy = Source(BlobLatents, collate_blobs, held_out=512)
-own_pictures = Source(OwnPictures, only_batch, held_out=8, whole_batches=True)
+user_images = Source(UserImages, only_batch, held_out=8, whole_batches=True, settings=UserImagesSettings)
 
-SOURCES = {name: f"imgdit.training.sources:{name}" for name in ("own_pictures", "toy")}
+SOURCES = {name: f"imgdit.training.sources:{name}" for name in ("toy", "user_images")}
 """Short names of `data.name`."""
 
 
@@ -62,9 +73,8 @@ def training_batches(recipe: Recipe) -> tuple[Batches, list[Any]]:
         ValueError: no such data, or arguments that it does not take.
     """
     config, source = recipe.data, source_of(recipe)
-    check_arguments(source.dataset, config.arguments, "data.arguments")
     batches = Batches(
-        source.dataset(**config.arguments),
+        source.open(config.arguments),
         source.collate,
         seed=recipe.run.seed,
         shuffle=config.shuffle,
@@ -73,7 +83,7 @@ def training_batches(recipe: Recipe) -> tuple[Batches, list[Any]]:
     )
     if not recipe.run.evaluate_every:
         return batches, []
-    unseen = source.dataset(**{**config.arguments, "split": "heldout"})
+    unseen = source.open({**config.arguments, "split": "heldout"})
     samples = [unseen[i] for i in range(source.held_out)]
     groups = [[sample] for sample in samples] if source.whole_batches else [samples]
     return batches, [source.collate(group) for group in groups]

@@ -21,10 +21,10 @@ from imgdit.io.bulk import run_bulk
 from imgdit.recipes import parse_as
 from imgdit.sae.activations import RecordedActivations
 from imgdit.scenes.training_readers import scene_probe
-from imgdit.training.own_pictures import OwnPictures
 from imgdit.training.recipe import parse_recipe
 from imgdit.training.sae_recipe import SAERecipe
 from imgdit.training.sae_run import activation_recorder, load_pipeline
+from imgdit.training.user_images import UserImages, UserImagesSettings
 
 QUICK = {"num_inference_steps": 1, "guidance_scale": 1.0, "height": 16, "width": 16}
 
@@ -82,7 +82,7 @@ def own_recipe(folder, data, model):
     arguments = {"path": str(data), "model": model, "cache": str(folder), "base": 16, "samples": 2}
     run = {"folder": "unused", "steps": 1, "batch_size": 1}
     config = {"arguments": rope_config()}
-    return parse_recipe({"run": run, "model": config, "data": {"name": "own_pictures", "arguments": arguments}}, "own")
+    return parse_recipe({"run": run, "model": config, "data": {"name": "user_images", "arguments": arguments}}, "own")
 
 
 def test_caching_as_a_job_is_what_training_does(tmp_path, model):
@@ -90,9 +90,9 @@ def test_caching_as_a_job_is_what_training_does(tmp_path, model):
     recipe = own_recipe(tmp_path / "job", tmp_path / "data", model)
     assert sum(item["count"] for item in cache_all(recipe)) == 10
     files = sorted((tmp_path / "job" / "latents").iterdir())
-    data = OwnPictures(**recipe.data.arguments)
+    data = UserImages(UserImagesSettings(**recipe.data.arguments))
     assert sorted((tmp_path / "job" / "latents").iterdir()) == files  # nothing was missing
-    plain = OwnPictures(**{**recipe.data.arguments, "cache": None})
+    plain = UserImages(UserImagesSettings(**{**recipe.data.arguments, "cache": None}))
     assert all((data[i].tokens == plain[i].tokens).all() for i in range(5))
 
 
@@ -206,7 +206,7 @@ def test_ray_fills_caches(tmp_path, model):
     recipe = own_recipe(tmp_path / "job", tmp_path / "data", model)
     assert sum(item["count"] for item in cache_all(recipe, engine="ray", workers=2)) == 100
     files = sorted((tmp_path / "job" / "latents").iterdir())
-    OwnPictures(**recipe.data.arguments)
+    UserImages(UserImagesSettings(**recipe.data.arguments))
     assert sorted((tmp_path / "job" / "latents").iterdir()) == files
 
 

@@ -329,7 +329,7 @@ def test_check_by_a_recipe(tmp_path):
     data = {"path": str(folder), "columns": {"text": "caption"}, "ignore": ["score"], "base": 16, "samples": 2}
     recipe = {
         "run": {"folder": "run", "steps": 1, "batch_size": 1},
-        "data": {"name": "own_pictures", "arguments": data},
+        "data": {"name": "user_images", "arguments": data},
     }
 
     def said(**arguments):

@@ -66,7 +66,7 @@ def test_data_workers_do_not_inherit_it(tmp_path):
 
 def test_nothing_needs_fcntl_to_be_imported():
     """Windows has none; filelock itself does without."""
-    rooms = "imgdit.apps.jobs.run, imgdit.training.own_pictures, imgdit.sae.unlearning, imgdit.apps.jobs.bulk"
+    rooms = "imgdit.apps.jobs.run, imgdit.training.user_images, imgdit.sae.unlearning, imgdit.apps.jobs.bulk"
     program = f"import sys; sys.modules['fcntl'] = None; import {rooms}"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

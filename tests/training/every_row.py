@@ -27,7 +27,7 @@ class Watched(Batches):
                 (number,) = micro.indices  # endless data: its place in the run
                 if number == self.killed_at:
                     os.kill(os.getpid(), signal.SIGKILL)
-                file.write(" ".join(map(str, [number, *self.dataset.rows_of(number)])) + "\n")
+                file.write(" ".join(map(str, [number, *self.dataset.index.rows_of(number)])) + "\n")
                 file.flush()
                 yield micro
 

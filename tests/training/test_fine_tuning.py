@@ -20,10 +20,10 @@ from imgdit.models.quantized import KINDS, Int8Linear, quantize_rows
 from imgdit.training import train
 from imgdit.training.build import build_model
 from imgdit.training.optimizers import BITSANDBYTES, build_optimizer
-from imgdit.training.own_encoding import Encoder
 from imgdit.training.recipe import OptimizerConfig, load_recipe, parse_recipe
 from imgdit.training.sources import training_batches
 from imgdit.training.trained import load_trained
+from imgdit.training.user_images.encoder import Encoder
 
 TORCHAO = pytest.param("torchao_int8", marks=pytest.mark.skipif(find_spec("torchao") is None, reason="needs torchao"))
 
@@ -45,7 +45,7 @@ def recipe(folder, source, pictures, /, **sections):
     values = {
         "run": {"folder": str(folder / "run"), "steps": 30, "batch_size": 1, "log_every": 1, "tracker": "none"},
         "model": {"pretrained": source, "subfolder": "transformer", "gradient_checkpointing": True},
-        "data": {"name": "own_pictures"},
+        "data": {"name": "user_images"},
         "optimizer": {"lr": 0.02, "betas": [0.9, 0.95]},
         "ema": {"decay": 0.0},
     }

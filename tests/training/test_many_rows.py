@@ -20,7 +20,7 @@ from imgdit.apps.cli import app
 from imgdit.data.linter import check
 from imgdit.data.sources import open_rows
 from imgdit.io.checkpoints import latest_checkpoint, read_state
-from imgdit.training.own_pictures import OwnPictures
+from imgdit.training.user_images import UserImages, UserImagesSettings
 
 HERE = Path(__file__).parent
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
@@ -61,7 +61,7 @@ def test_two_thousand_pictures_with_every_defect(tmp_path, model):
     usable = count - each * len(DEFECTS)
     arguments = {"path": str(tmp_path / "data"), "model": model, "cache": str(tmp_path / "cache"), "base": 16}
     arguments |= {"samples": 8, "max_broken": 0.5}
-    epoch = OwnPictures(**arguments).batches_per_epoch
+    epoch = UserImages(UserImagesSettings(**arguments)).index.batches_per_epoch
     steps = -(-2 * epoch // 2)
     for ranks in (1, 2):
         folder = tmp_path / f"ranks-{ranks}"
@@ -70,7 +70,7 @@ def test_two_thousand_pictures_with_every_defect(tmp_path, model):
             "run": {"folder": str(folder), "steps": steps, "batch_size": 2, "accumulation": 3 - ranks}
             | {"checkpoint_every": 20, "tracker": "none"},
             "model": {"arguments": rope_config(num_layers=1, num_single_layers=1)},
-            "data": {"name": "own_pictures", "arguments": arguments},
+            "data": {"name": "user_images", "arguments": arguments},
         }
         (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
         program = (*(TORCHRUN if ranks == 2 else ()), HERE / "every_row.py", folder / "recipe.yaml", folder)
@@ -103,7 +103,7 @@ def test_the_second_run_over_ten_thousand_rows_starts_at_once(tmp_path, model):
     recipe = {
         "run": {"folder": str(tmp_path / "run"), "steps": 1, "batch_size": 1, "tracker": "none"},
         "model": {"arguments": rope_config(num_layers=1, num_single_layers=1)},
-        "data": {"name": "own_pictures", "arguments": {**arguments, "samples": 4, "ratio": 1.0}},
+        "data": {"name": "user_images", "arguments": {**arguments, "samples": 4, "ratio": 1.0}},
     }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     seconds = []

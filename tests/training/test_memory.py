@@ -144,7 +144,7 @@ def own(tmp_path):
     made = recipe(
         model={"arguments": {}, "pretrained": str(tmp_path / "model"), "subfolder": "transformer"},
         adapter={"rank": 4},
-        data={"name": "own_pictures", "arguments": {**arguments, "base": 16, "samples": 4, "ratio": 1.0}},
+        data={"name": "user_images", "arguments": {**arguments, "base": 16, "samples": 4, "ratio": 1.0}},
     )
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(made.to_dict()))
     return tmp_path / "recipe.yaml"

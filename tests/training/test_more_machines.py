@@ -69,7 +69,7 @@ def test_a_checkpoint_moves_from_two_to_one_to_two(tmp_path, kind, launched):
 
 
 @pytest.mark.slow
-def test_two_processes_train_on_own_pictures_as_one_does(tmp_path):
+def test_two_processes_train_on_user_images_as_one_does(tmp_path):
     """`accelerate launch` with the packaged configuration of DDP, against one process."""
     write_folder(tmp_path / "data", 10)
     tiny_pipeline().save_pretrained(tmp_path / "model")
@@ -81,7 +81,7 @@ def test_two_processes_train_on_own_pictures_as_one_does(tmp_path):
     }
     for name, accumulation, launcher in (("one", 2, ()), ("two", 1, launch(tmp_path / "settings", "ddp.json"))):
         made = recipe | {
-            "data": {"name": "own_pictures", "arguments": {**arguments, "cache": str(tmp_path / name / "c")}}
+            "data": {"name": "user_images", "arguments": {**arguments, "cache": str(tmp_path / name / "c")}}
         }
         made["run"] = recipe["run"] | {"folder": str(tmp_path / name), "accumulation": accumulation}
         path = tmp_path / f"{name}.yaml"

@@ -24,9 +24,9 @@ from imgdit.recipes import packaged_recipes
 from imgdit.scenes.training_frames import SceneFrames
 from imgdit.training import load_recipe, train
 from imgdit.training.build import build_model
-from imgdit.training.own_pictures import OwnPictures
 from imgdit.training.sources import training_batches
 from imgdit.training.trained import load_trained, trained_recipe
+from imgdit.training.user_images import UserImages, UserImagesSettings
 
 RECIPES = [name for name in packaged_recipes() if name.startswith("one_diffusion/")]
 RECIPES += ["own/frames", "own/multiview", "own/task_lora", "own/one_diffusion_lora"]
@@ -58,7 +58,7 @@ def small(name, world, folder, **sections):
     """A packaged recipe with small models on small data; its own arguments otherwise."""
     recipe = load_recipe(name)
     data = {**recipe.data.arguments, "model": str(world / "pipeline")}
-    if recipe.data.name == "own_pictures":
+    if recipe.data.name == "user_images":
         data |= {"path": str(world / "pictures"), "cache": str(folder.parent / "cache"), "samples": 2}
         if "preprocessor" in data:  # edges need OpenCV
             data |= {"condition": "blur", "preprocessor": "blur"}
@@ -217,7 +217,7 @@ def test_a_lora_for_one_task(world, lora, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["own/frames", "own/multiview", "own/task_lora"])
-def test_own_pictures(name, world, tmp_path):
+def test_user_images(name, world, tmp_path):
     recipe = small(name, world, tmp_path / "run")
     assert fall(recipe) < 1.0
     if name == "own/task_lora":
@@ -230,7 +230,7 @@ def test_own_pictures(name, world, tmp_path):
     assert all(torch.equal(trained[name], tensor) for name, tensor in pipe.transformer.state_dict().items())
 
 
-def test_a_lora_of_one_diffusion_on_own_pictures(world, tmp_path):
+def test_a_lora_of_one_diffusion_on_user_images(world, tmp_path):
     """The published folder's layout, in small: its model_index.json names no transformer."""
     recipe = small("own/one_diffusion_lora", world, tmp_path / "run", model={"pretrained": str(TINY)})
     arguments = {**recipe.data.arguments, "model": str(TINY), "base": 32, "preprocessor": "grey", "condition": "grey"}
@@ -244,12 +244,13 @@ def test_a_lora_of_one_diffusion_on_own_pictures(world, tmp_path):
 
 def test_pictures_are_encoded_as_the_reference_does(world):
     """OneDiffusion's reference ignores an autoencoder's shift; a pipeline with `MMDiT` does not."""
-    dataset = OwnPictures(str(world / "pictures"), str(TINY), None, base=32, samples=1)
-    assert dataset.encoder.pipe.vae.config.shift_factor is None
+    dataset = UserImages(UserImagesSettings(str(world / "pictures"), str(TINY), None, base=32, samples=1))
+    assert dataset.row_encoder.encoder.pipe.vae.config.shift_factor is None
     pipe = OneDiffusionPipeline.from_pretrained(TINY)
     pixels = torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(0))
     expected = pipe.vae.encode(pixels[None] * 2 - 1).latent_dist.mode() * pipe.vae.config.scaling_factor
-    torch.testing.assert_close(dataset.encoder.latents(pixels).float(), expected[0].detach(), atol=2e-3, rtol=2e-3)
+    latents = dataset.row_encoder.encoder.latents(pixels).float()
+    torch.testing.assert_close(latents, expected[0].detach(), atol=2e-3, rtol=2e-3)
 
 
 @pytest.mark.parametrize(
@@ -278,4 +279,6 @@ def test_runs_to_start_from(world, stages, tmp_path):
     with pytest.raises(ValueError, match="weights come from pretrained or from start_from"):
         recipe.replace(model={"pretrained": "embedded", "arguments": {}})
     with pytest.raises(ValueError, match="task of views without cameras 'none'"):
-        OwnPictures(str(world / "pictures"), str(world / "pipeline"), None, views=2, task_token=True)
+        UserImages(
+            UserImagesSettings(str(world / "pictures"), str(world / "pipeline"), None, views=2, task_token=True)
+        )

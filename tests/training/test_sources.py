@@ -49,8 +49,8 @@ def test_a_reader_learns_its_sentences(tmp_path):
 
 def test_mistakes_in_the_data_section():
     values = {"run": {"folder": "x", "steps": 1, "batch_size": 1}}
-    with pytest.raises(ValueError, match=r"data\.name is 'own_picture'; did you mean 'own_pictures'"):
-        training_batches(parse_recipe({**values, "data": {"name": "own_picture"}}, "toy"))
+    with pytest.raises(ValueError, match=r"data\.name is 'user_image'; did you mean 'user_images'"):
+        training_batches(parse_recipe({**values, "data": {"name": "user_image"}}, "toy"))
     wrong = {"name": "imgdit.scenes.sources:pictures", "arguments": {"look": 2}}
     with pytest.raises(ValueError, match="unknown key 'look'; did you mean 'looks'"):
         training_batches(parse_recipe({**values, "data": wrong}, "toy"))

@@ -34,7 +34,7 @@ BLOCK, BLOCKS = 64 << 10, 64
 """Bytes of a sample, and samples, that a large file's hash is made of."""
 
 
-class Encoded(NamedTuple):
+class EncodedText(NamedTuple):
     """One sentence."""
 
     embeddings: torch.Tensor
@@ -121,12 +121,12 @@ class Encoder:
         return encode_pictures(self.pipe.vae, picture[None].to(self.device) * 2 - 1)[0].half().cpu()
 
     @torch.no_grad()
-    def text(self, sentence: str) -> Encoded:
+    def text(self, sentence: str) -> EncodedText:
         """A sentence."""
         places, others = EMBEDS[self.name], OTHERS[self.name]
         found = self.pipe.encode_prompt(sentence, **dict.fromkeys(others, sentence))
         embeddings, pooled = (found[place][0].cpu() for place in places[:2])
-        return Encoded(embeddings if places[2] is None else embeddings[found[places[2]][0].cpu()], pooled)
+        return EncodedText(embeddings if places[2] is None else embeddings[found[places[2]][0].cpu()], pooled)
 
 
 def folder_hash(folders: list[Path]) -> str:

@@ -7,7 +7,7 @@ from tiny import tiny_text_encoder, tiny_tokenizer, tiny_vae
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from imgdit.images.latents import cell_size, encode_pictures
-from imgdit.training.own_encoding import Encoder, folder_hash
+from imgdit.training.user_images.encoder import Encoder, folder_hash
 
 
 @pytest.fixture(scope="module")
