@@ -6,7 +6,7 @@ MODULES = {
     "MMDiT": "mmdit",
     "NextDiT": "nextdit",
     "Flux2Transformer2DModel": "flux2",
-    "Transformer2DModel": "dit",
+    "Transformer2DModel": "transformer_2d",
     "DiTTransformer2DModel": "dit",
     "PixArtTransformer2DModel": "pixart",
     "SanaTransformer2DModel": "sana",

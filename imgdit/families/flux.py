@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 
+from imgdit.families.mmdit import ROLES
 from imgdit.families.step import (
     embed_tokens,
     grid_of_ids,
@@ -94,4 +95,5 @@ FAMILY = Family(
         transport=("joint_attention_kwargs", "joint_attention_kwargs"),
         residual_arguments=("controlnet_block_samples", "controlnet_single_block_samples"),
     ),
+    mup=ROLES,
 )

@@ -7,6 +7,7 @@ from typing import Any
 
 from imgdit.families.step import grid_of_ids, one_image, packed_tokens, places_of_planes, timestep_of_config
 from imgdit.family import Arguments, Family, Grid
+from imgdit.mup.structure import Structure
 
 
 def places_of_layout(model: Any, arguments: Arguments) -> tuple[tuple[slice, Grid], ...] | None:
@@ -32,10 +33,53 @@ def _patch(model: Any, vae: Any) -> int:
     return math.isqrt(model.token_channels // vae.config.latent_channels)
 
 
+ROLES = Structure(
+    roles=(
+        ("x_embedder.weight", "input"),
+        ("pos_embed.proj.weight", "input"),
+        ("context_embedder.weight", "input"),
+        ("time_text_embed.*_embedder.linear_1.weight", "input"),
+        ("time_text_embed.*_embedder.linear_2.weight", "hidden"),
+        ("proj_out.weight", "output"),
+        ("proj_out.bias", "finite"),
+        ("*.norm_q.weight", "head"),
+        ("*.norm_k.weight", "head"),
+        ("*.norm_added_q.weight", "head"),
+        ("*.norm_added_k.weight", "head"),
+        ("norm_out.linear.weight", "modulation"),
+        ("*transformer_blocks.*.norm*.linear.weight", "modulation"),
+        ("*transformer_blocks.*.attn*.to_[qkv].weight", "hidden"),
+        ("*transformer_blocks.*.attn*.to_qkv.weight", "hidden"),
+        ("*transformer_blocks.*.attn*.to_out.0.weight", "hidden"),
+        ("transformer_blocks.*.attn.add_[qkv]_proj.weight", "hidden"),
+        ("transformer_blocks.*.attn.to_added_qkv.weight", "hidden"),
+        ("transformer_blocks.*.attn.to_add_out.weight", "hidden"),
+        ("transformer_blocks.*.ff*.net.0.proj.weight", "hidden"),
+        ("transformer_blocks.*.ff*.net.2.weight", "hidden"),
+        ("single_transformer_blocks.*.proj_mlp.weight", "hidden"),
+        ("single_transformer_blocks.*.proj_out.weight", "hidden"),
+        ("*.bias", "vector"),
+    ),
+    queries=(
+        ("*.norm_q.weight", "*.norm_added_q.weight"),
+        ("*.attn*.to_q.*", "*.attn*.add_q_proj.*"),
+    ),
+    branches=(
+        "*transformer_blocks.*.attn*.to_out.0.*",
+        "transformer_blocks.*.attn.to_add_out.*",
+        "transformer_blocks.*.ff*.net.2.*",
+        "single_transformer_blocks.*.proj_out.*",
+    ),
+    blocks=("transformer_blocks.*", "single_transformer_blocks.*"),
+    depth=("num_layers", "num_single_layers"),
+)
+"""Roles of parameters; FLUX.1 and SD3 have the same names."""
+
 FAMILY = Family(
     classes=("MMDiT",),
     places=places_of_layout,
     timestep=timestep_of_layout,
     joint_parts=r"^single_transformer_blocks$",
     tokens=packed_tokens(patch=_patch, channels=lambda model: model.token_channels),
+    mup=ROLES,
 )

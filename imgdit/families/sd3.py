@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from diffusers.models.attention_processor import (
     XFormersJointAttnProcessor,
 )
 
+from imgdit.families.mmdit import ROLES
 from imgdit.families.step import (
     Step,
     grid_of_planes,
@@ -79,4 +81,5 @@ FAMILY = Family(
         residual_arguments=("block_controlnet_hidden_states",),
         spatial=True,
     ),
+    mup=replace(ROLES, depth=("num_layers",)),
 )

@@ -1,16 +1,17 @@
 """What μP has to know about a model class: the role of every parameter, as ordered name patterns.
 
 There is no catch-all: a parameter that no pattern matches is an error, so that a new layer is classified by a person.
-A model class outside the table declares `_mup_structure` itself.
+Each family of `imgdit/families` has its table; a model class outside of them declares `_mup_structure` itself.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import fnmatch
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
+
+from imgdit.family import family_named, known_classes
 
 Role = Literal["input", "hidden", "modulation", "output", "vector", "finite", "adapter"]
 # What a pattern says: a role; "head" for a gain of one head, which is finite unless heads themselves grow; or "heads"
@@ -127,8 +128,9 @@ def structure_of(model: Any) -> Structure:
         return declared
     first = next((name for name, _ in model.named_parameters()), "none")
     raise ValueError(
-        f"μP knows the structure of {', '.join(STRUCTURES)}, not of {type(model).__name__}; the first unclassified "
-        f"parameter is {first!r}. Declare {type(model).__name__}._mup_structure = imgdit.mup.Structure(...)"
+        f"μP knows the structure of {', '.join(known_classes('mup'))}, not of {type(model).__name__}; the first "
+        f"unclassified parameter is {first!r}. Declare {type(model).__name__}._mup_structure = "
+        "imgdit.mup.Structure(...), or register_family(Family(..., mup=Structure(...)))"
     )
 
 
@@ -137,139 +139,7 @@ def _declared(kind: type) -> Structure | None:
         declared = vars(cls).get("_mup_structure")
         if declared is not None:
             return declared
-        if cls.__name__ in STRUCTURES:
-            return STRUCTURES[cls.__name__]
+        family = family_named(cls.__name__)
+        if family is not None and family.mup is not None:
+            return family.mup
     return None
-
-
-# FLUX.1, SD3/SD3.5 and MMDiT share their names.
-_JOINT = Structure(
-    roles=(
-        ("x_embedder.weight", "input"),
-        ("pos_embed.proj.weight", "input"),
-        ("context_embedder.weight", "input"),
-        ("time_text_embed.*_embedder.linear_1.weight", "input"),
-        ("time_text_embed.*_embedder.linear_2.weight", "hidden"),
-        ("proj_out.weight", "output"),
-        ("proj_out.bias", "finite"),
-        ("*.norm_q.weight", "head"),
-        ("*.norm_k.weight", "head"),
-        ("*.norm_added_q.weight", "head"),
-        ("*.norm_added_k.weight", "head"),
-        ("norm_out.linear.weight", "modulation"),
-        ("*transformer_blocks.*.norm*.linear.weight", "modulation"),
-        ("*transformer_blocks.*.attn*.to_[qkv].weight", "hidden"),
-        ("*transformer_blocks.*.attn*.to_qkv.weight", "hidden"),
-        ("*transformer_blocks.*.attn*.to_out.0.weight", "hidden"),
-        ("transformer_blocks.*.attn.add_[qkv]_proj.weight", "hidden"),
-        ("transformer_blocks.*.attn.to_added_qkv.weight", "hidden"),
-        ("transformer_blocks.*.attn.to_add_out.weight", "hidden"),
-        ("transformer_blocks.*.ff*.net.0.proj.weight", "hidden"),
-        ("transformer_blocks.*.ff*.net.2.weight", "hidden"),
-        ("single_transformer_blocks.*.proj_mlp.weight", "hidden"),
-        ("single_transformer_blocks.*.proj_out.weight", "hidden"),
-        ("*.bias", "vector"),
-    ),
-    queries=(
-        ("*.norm_q.weight", "*.norm_added_q.weight"),
-        ("*.attn*.to_q.*", "*.attn*.add_q_proj.*"),
-    ),
-    branches=(
-        "*transformer_blocks.*.attn*.to_out.0.*",
-        "transformer_blocks.*.attn.to_add_out.*",
-        "transformer_blocks.*.ff*.net.2.*",
-        "single_transformer_blocks.*.proj_out.*",
-    ),
-    blocks=("transformer_blocks.*", "single_transformer_blocks.*"),
-    depth=("num_layers", "num_single_layers"),
-)
-_SD3 = dataclasses.replace(_JOINT, depth=("num_layers",))
-
-# DiT and PixArt-α: one stream, blocks of diffusers' `BasicTransformerBlock`.
-_BASIC_BLOCKS: tuple[tuple[str, Kind], ...] = (
-    ("transformer_blocks.*.attn[12].to_[qkv].weight", "hidden"),
-    ("transformer_blocks.*.attn[12].to_out.0.weight", "hidden"),
-    ("transformer_blocks.*.ff.net.0.proj.weight", "hidden"),
-    ("transformer_blocks.*.ff.net.2.weight", "hidden"),
-)
-_BASIC_QUERIES = (("*.attn[12].to_q.*",),)
-_BASIC_BRANCHES = ("*.attn[12].to_out.0.*", "transformer_blocks.*.ff.net.2.*")
-_DIT = Structure(
-    roles=(
-        ("pos_embed.proj.weight", "input"),
-        ("*.timestep_embedder.linear_1.weight", "input"),
-        ("*.timestep_embedder.linear_2.weight", "hidden"),
-        # A row is looked up, so its fan-in is 1.
-        ("*.class_embedder.embedding_table.weight", "input", 1.0),
-        ("proj_out_1.weight", "modulation"),
-        ("proj_out_2.weight", "output"),
-        ("proj_out_2.bias", "finite"),
-        ("transformer_blocks.*.norm1.linear.weight", "modulation"),
-        *_BASIC_BLOCKS,
-        ("*.bias", "vector"),
-    ),
-    queries=_BASIC_QUERIES,
-    branches=_BASIC_BRANCHES,
-    blocks=("transformer_blocks.*",),
-)
-_PIXART = Structure(
-    roles=(
-        ("pos_embed.proj.weight", "input"),
-        ("caption_projection.linear_1.weight", "input"),
-        ("caption_projection.linear_2.weight", "hidden"),
-        ("adaln_single.emb.*_embedder.linear_1.weight", "input"),
-        ("adaln_single.emb.*_embedder.linear_2.weight", "hidden"),
-        ("adaln_single.linear.weight", "modulation"),
-        # PixArt-α draws them with width^-1/2, which would vanish with the width; its μP version takes 0.02.
-        ("*scale_shift_table", "input", 0.02),
-        ("proj_out.weight", "output"),
-        ("proj_out.bias", "finite"),
-        *_BASIC_BLOCKS,
-        ("*.bias", "vector"),
-    ),
-    queries=_BASIC_QUERIES,
-    branches=_BASIC_BRANCHES,
-    blocks=("transformer_blocks.*",),
-)
-# The backbone of OneDiffusion. Its branches end with an RMS norm, so their size is that norm's gain.
-_NEXTDIT = Structure(
-    roles=(
-        ("x_embedder.weight", "input"),
-        ("t_embedder.mlp.0.weight", "input"),
-        ("t_embedder.mlp.2.weight", "hidden"),
-        ("y_embedder.0.weight", "finite"),
-        ("y_embedder.0.bias", "finite"),
-        ("y_embedder.1.weight", "input"),
-        ("layers.*.attention_y_norm.weight", "finite"),
-        ("layers.*.attention.w[kv]_y.weight", "input"),
-        ("layers.*.attention.w[qkvo].weight", "hidden"),
-        ("layers.*.attention.gate", "heads"),
-        ("layers.*.attention.*_norm.weight", "vector"),
-        ("layers.*.feed_forward.w[123].weight", "hidden"),
-        ("layers.*.attention_norm[12].weight", "vector"),
-        ("layers.*.ffn_norm[12].weight", "vector"),
-        ("layers.*.adaLN_modulation.1.weight", "modulation"),
-        ("final_layer.adaLN_modulation.1.weight", "modulation"),
-        ("final_layer.linear.weight", "output"),
-        ("final_layer.linear.bias", "finite"),
-        ("*.bias", "vector"),
-    ),
-    queries=(("*.q_norm.*",), ("*.attention.wq.*",)),
-    branches=("layers.*.attention_norm2.weight", "layers.*.ffn_norm2.weight"),
-    blocks=("layers.*",),
-    depth=("depth",),
-    width=("hidden_size",),
-    heads="num_heads",
-    kv_heads="num_kv_heads",
-    capped=("t_embedder.*", "y_embedder.1.*", "*adaLN_modulation.1.weight"),
-    cap=1024,
-)
-
-STRUCTURES = {
-    "MMDiT": _JOINT,
-    "FluxTransformer2DModel": _JOINT,
-    "SD3Transformer2DModel": _SD3,
-    "DiTTransformer2DModel": _DIT,
-    "PixArtTransformer2DModel": _PIXART,
-    "NextDiT": _NEXTDIT,
-}

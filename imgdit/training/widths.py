@@ -6,8 +6,9 @@ import inspect
 from collections.abc import Sequence
 from typing import Any
 
+from imgdit.family import family_named
 from imgdit.mup.roles import Parametrisation
-from imgdit.mup.structure import STRUCTURES, Structure
+from imgdit.mup.structure import Structure
 from imgdit.training.recipe import Recipe
 
 PARAMETRISATIONS: tuple[Parametrisation, ...] = ("mup", "standard")
@@ -57,7 +58,8 @@ def base_width_of(recipe: Recipe, widths: Sequence[int]) -> int:
 def _structure(recipe: Recipe) -> Structure:
     model = recipe.model
     name = getattr(model.model_class, "__name__", model.kind)
-    if name not in STRUCTURES or "mup_base_width" not in _parameters(recipe):
+    family = family_named(name)
+    if family is None or family.mup is None or "mup_base_width" not in _parameters(recipe):
         raise ValueError(
             f"model.kind {model.kind!r} has no μP parametrisation, so its width cannot be compared; give a recipe "
             "of a transformer backbone (mmdit, nextdit)"
@@ -65,7 +67,7 @@ def _structure(recipe: Recipe) -> Structure:
     for field in ("pretrained", "start_from"):
         if (source := getattr(model, field)) is not None:
             raise ValueError(f"model.{field}={source!r} has one width; give a recipe that trains from scratch")
-    return STRUCTURES[name]
+    return family.mup
 
 
 def _arguments(recipe: Recipe) -> dict[str, Any]:
