@@ -273,3 +273,8 @@ def families() -> list[Family]:
 def known_classes(part: str | None = None) -> list[str]:
     """Names of all known classes, or of those whose family has a part, such as "conditions"."""
     return [name for family in families() for name in family.classes if part is None or getattr(family, part)]
+
+
+def prompt_encodings() -> dict[str, PromptEncoding]:
+    """By class of the pipeline, of all families."""
+    return {name: encoding for family in families() for name, encoding in family.prompts.items()}

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 
-from imgdit.families.mmdit import ROLES
+from imgdit.families.mmdit import ROLES, SETTINGS
 from imgdit.families.step import (
     embed_tokens,
     grid_of_ids,
@@ -19,7 +19,7 @@ from imgdit.families.step import (
     read_image,
     single_text_first,
 )
-from imgdit.family import Arguments, Block, Call, Conditions, Family, timestep_times
+from imgdit.family import Arguments, AsMMDiT, Block, Call, Conditions, Family, PromptEncoding, timestep_times
 from imgdit.frames import Frame
 from imgdit.models.functional import rope_table
 
@@ -94,6 +94,19 @@ FAMILY = Family(
         sigma=lambda model, arguments: arguments["timestep"].float(),
         transport=("joint_attention_kwargs", "joint_attention_kwargs"),
         residual_arguments=("controlnet_block_samples", "controlnet_single_block_samples"),
+    ),
+    prompts={"FluxPipeline": PromptEncoding((0, 1, None), others=("prompt_2",))},
+    as_mmdit=AsMMDiT(
+        fixed={
+            "pos_embed_type": "rope",
+            "rope_theta": 10000.0,
+            "qk_norm": "rms_norm",
+            "dual_attention_layers": (),
+            "context_pre_only": False,
+            "mlp_ratio": 4.0,
+            "timestep_scale": 1000.0,
+        },
+        names=(*SETTINGS, "num_single_layers", "guidance_embeds", "axes_dims_rope"),
     ),
     mup=ROLES,
 )

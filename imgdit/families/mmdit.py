@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from imgdit.families.step import grid_of_ids, one_image, packed_tokens, places_of_planes, timestep_of_config
-from imgdit.family import Arguments, Family, Grid
+from imgdit.family import Arguments, Family, Grid, PromptEncoding
 from imgdit.mup.structure import Structure
 
 
@@ -32,6 +32,18 @@ def timestep_of_layout(model: Any, arguments: Arguments) -> float:
 def _patch(model: Any, vae: Any) -> int:
     return math.isqrt(model.token_channels // vae.config.latent_channels)
 
+
+SETTINGS = (
+    "patch_size",
+    "in_channels",
+    "out_channels",
+    "num_layers",
+    "attention_head_dim",
+    "num_attention_heads",
+    "joint_attention_dim",
+    "pooled_projection_dim",
+)
+"""Settings that `MMDiT`, FLUX.1 and SD3 call the same."""
 
 ROLES = Structure(
     roles=(
@@ -81,5 +93,6 @@ FAMILY = Family(
     timestep=timestep_of_layout,
     joint_parts=r"^single_transformer_blocks$",
     tokens=packed_tokens(patch=_patch, channels=lambda model: model.token_channels),
+    prompts={"ImgDiTPipeline": PromptEncoding((0, 2, 4))},
     mup=ROLES,
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from imgdit.families.mmdit import places_of_layout, timestep_of_layout
-from imgdit.family import Family
+from imgdit.family import Family, PromptEncoding
 from imgdit.mup.structure import Structure
 
 # The branches end with an RMS norm, so their size is that norm's gain.
@@ -40,4 +40,10 @@ _ROLES = Structure(
     cap=1024,
 )
 
-FAMILY = Family(classes=("NextDiT",), places=places_of_layout, timestep=timestep_of_layout, mup=_ROLES)
+FAMILY = Family(
+    classes=("NextDiT",),
+    places=places_of_layout,
+    timestep=timestep_of_layout,
+    prompts={"OneDiffusionPipeline": PromptEncoding((0, 2, 4))},
+    mup=_ROLES,
+)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from diffusers.models.attention_processor import (
     XFormersJointAttnProcessor,
 )
 
-from imgdit.families.mmdit import ROLES
+from imgdit.families.mmdit import ROLES, SETTINGS
 from imgdit.families.step import (
     Step,
     grid_of_planes,
@@ -24,7 +24,7 @@ from imgdit.families.step import (
     read_image,
     with_conditions,
 )
-from imgdit.family import Arguments, Block, Call, Conditions, Family
+from imgdit.family import Arguments, AsMMDiT, Block, Call, Conditions, Family, PromptEncoding
 from imgdit.frames import Frame
 from imgdit.lora.rows import linear
 from imgdit.models.functional import pack, table_positions
@@ -63,6 +63,15 @@ def _patches(step: Step, module: Any, original: Callable, latents: torch.Tensor)
     return embedded + table_positions(module, step.layout).to(embedded)
 
 
+def _check_config(config: Mapping[str, Any]) -> None:
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    if config.get("caption_projection_dim", width) != width:
+        raise ValueError(
+            f"caption_projection_dim={config['caption_projection_dim']} differs from the width {width}; "
+            "the joint attention of such a model cannot run"
+        )
+
+
 FAMILY = Family(
     classes=("SD3Transformer2DModel",),
     places=places_of_planes,
@@ -80,6 +89,20 @@ FAMILY = Family(
         transport=("joint_attention_kwargs", "joint_attention_kwargs"),
         residual_arguments=("block_controlnet_hidden_states",),
         spatial=True,
+    ),
+    prompts={"StableDiffusion3Pipeline": PromptEncoding((0, 2, None), others=("prompt_2", "prompt_3"))},
+    as_mmdit=AsMMDiT(
+        fixed={
+            "pos_embed_type": "sincos",
+            "num_single_layers": 0,
+            "guidance_embeds": False,
+            "context_pre_only": True,
+            "mlp_ratio": 4.0,
+            "timestep_scale": 1.0,
+        },
+        names=(*SETTINGS, "sample_size", "pos_embed_max_size", "dual_attention_layers", "qk_norm"),
+        added=lambda model: {"caption_projection_dim": model.inner_dim, "out_channels": model.out_channels},
+        check=_check_config,
     ),
     mup=replace(ROLES, depth=("num_layers",)),
 )

@@ -10,6 +10,7 @@ import torch
 import torch.nn as nn
 
 from imgdit import compat
+from imgdit.family import AsMMDiT, families, family_named, known_classes
 from imgdit.mup import MupSettings, configure, mup_settings
 from imgdit.naming import nearest
 
@@ -18,37 +19,6 @@ if TYPE_CHECKING:
 
 
 M = TypeVar("M", bound=nn.Module)
-
-_SHARED = (
-    "patch_size",
-    "in_channels",
-    "out_channels",
-    "num_layers",
-    "attention_head_dim",
-    "num_attention_heads",
-    "joint_attention_dim",
-    "pooled_projection_dim",
-)
-_FLUX = (*_SHARED, "num_single_layers", "guidance_embeds", "axes_dims_rope")
-_SD3 = (*_SHARED, "sample_size", "pos_embed_max_size", "dual_attention_layers", "qk_norm")
-# What each architecture fixes among our options.
-_FLUX_FIXED: dict[str, Any] = {
-    "pos_embed_type": "rope",
-    "rope_theta": 10000.0,
-    "qk_norm": "rms_norm",
-    "dual_attention_layers": (),
-    "context_pre_only": False,
-    "mlp_ratio": 4.0,
-    "timestep_scale": 1000.0,
-}
-_SD3_FIXED: dict[str, Any] = {
-    "pos_embed_type": "sincos",
-    "num_single_layers": 0,
-    "guidance_embeds": False,
-    "context_pre_only": True,
-    "mlp_ratio": 4.0,
-    "timestep_scale": 1.0,
-}
 
 
 def read_config(cls: Any, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -59,21 +29,16 @@ def read_config(cls: Any, config: Mapping[str, Any]) -> dict[str, Any]:
     """
     config = dict(config)
     name = config.get("_class_name", cls.__name__)
-    if name == "FluxTransformer2DModel":
-        return {**_FLUX_FIXED, **_pick(config, _FLUX, name), **_mup(config), "_class_name": cls.__name__}
-    if name == "SD3Transformer2DModel":
-        width = config["num_attention_heads"] * config["attention_head_dim"]
-        if config.get("caption_projection_dim", width) != width:
-            raise ValueError(
-                f"caption_projection_dim={config['caption_projection_dim']} differs from the width {width}; "
-                "the joint attention of such a model cannot run"
-            )
-        return {**_SD3_FIXED, **_pick(config, _SD3, name), **_mup(config), "_class_name": cls.__name__}
     if name != cls.__name__:
-        raise ValueError(
-            f"this folder holds a {name}; {cls.__name__} reads its own, FluxTransformer2DModel and "
-            "SD3Transformer2DModel folders"
-        )
+        as_mmdit = _as_mmdit(name)
+        if as_mmdit is None:
+            raise ValueError(
+                f"this folder holds a {name}; {cls.__name__} reads its own, {' and '.join(known_classes('as_mmdit'))} "
+                "folders"
+            )
+        if as_mmdit.check is not None:
+            as_mmdit.check(config)
+        return {**as_mmdit.fixed, **_pick(config, as_mmdit.names, name), **_mup(config), "_class_name": cls.__name__}
     known = compat.init_keys(cls)
     unknown = [key for key in config if not key.startswith("_") and key not in known | {"quantization_config"}]
     if unknown:
@@ -106,8 +71,8 @@ def _defaults(cls: type) -> dict[str, Any]:
 def from_diffusers(cls: Any, model: ModelMixin) -> Any:
     """See `MMDiT.from_diffusers`."""
     name = type(model).__name__
-    if name not in ("FluxTransformer2DModel", "SD3Transformer2DModel"):
-        raise ValueError(f"from_diffusers takes a FluxTransformer2DModel or SD3Transformer2DModel, got {name}")
+    if _as_mmdit(name) is None:
+        raise ValueError(f"from_diffusers takes a {' or '.join(known_classes('as_mmdit'))}, got {name}")
     config = read_config(cls, {**model.config, "_class_name": name})
     with torch.device("meta"):
         ours = cls(**{key: value for key, value in config.items() if not key.startswith("_")})
@@ -121,22 +86,33 @@ def to_diffusers(model: Any) -> ModelMixin:
     config = dict(model.config)
     if config["context_pre_only"] is None:
         config["context_pre_only"] = config["num_single_layers"] == 0
-    rotary = config["pos_embed_type"] == "rope"
-    fixed, names = (_FLUX_FIXED, _FLUX) if rotary else (_SD3_FIXED, _SD3)
-    target = diffusers.FluxTransformer2DModel if rotary else diffusers.SD3Transformer2DModel
-    for key, value in fixed.items():
+    name, as_mmdit = _target(config["pos_embed_type"])
+    target = getattr(diffusers, name)
+    for key, value in as_mmdit.fixed.items():
         if _plain(config[key]) != _plain(value):
             raise ValueError(f"{target.__name__} has {key}={value!r} built in, this model has {config[key]!r}")
-    kwargs = {name: config[name] for name in names}
-    if not rotary:
-        kwargs["caption_projection_dim"] = model.inner_dim
-        kwargs["out_channels"] = model.out_channels
+    kwargs = {name: config[name] for name in as_mmdit.names}
+    if as_mmdit.added is not None:
+        kwargs |= as_mmdit.added(model)
     with torch.device("meta"):
         theirs = target(**kwargs)
     settings = mup_settings(model.config)
     if settings != MupSettings():
         configure(theirs, **settings._asdict())
     return _share(model, theirs)
+
+
+def _as_mmdit(name: str) -> AsMMDiT | None:
+    family = family_named(name)
+    return None if family is None else family.as_mmdit
+
+
+def _target(positions: str) -> tuple[str, AsMMDiT]:
+    """The class of diffusers whose positions are of a kind."""
+    for family in families():
+        if family.as_mmdit is not None and family.as_mmdit.fixed["pos_embed_type"] == positions:
+            return family.classes[0], family.as_mmdit
+    raise ValueError(f"no class of diffusers has pos_embed_type={positions!r}")
 
 
 def _plain(value: Any) -> Any:

@@ -6,7 +6,8 @@ import torch
 from tiny import rope_config, sincos_config
 
 from imgdit import MMDiT, NextDiT
-from imgdit.family import known_classes
+from imgdit.families import MODULES
+from imgdit.family import family_named
 from imgdit.mup import Structure, configure, init_weights, mup_table, param_groups
 
 DIT = {"attention_head_dim": 16, "num_layers": 2, "sample_size": 8, "in_channels": 4, "out_channels": 8}
@@ -145,7 +146,9 @@ def test_settings_are_saved_copied_and_initialised(name, tmp_path):
 
 
 def test_every_table_is_used():
-    assert {type(on_meta(build, 3)).__name__ for build in CLASSES.values()} == set(known_classes("mup"))
+    assert {type(on_meta(build, 3)).__name__ for build in CLASSES.values()} == {
+        name for name in MODULES if family_named(name).mup is not None
+    }
 
 
 @pytest.mark.parametrize(

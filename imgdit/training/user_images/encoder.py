@@ -12,24 +12,11 @@ import torch
 from diffusers.utils import logging
 
 from imgdit import compat
+from imgdit.family import prompt_encodings
 from imgdit.hub import find_pipeline
 from imgdit.images.latents import encode_pictures
 from imgdit.io.safe_json import read_object
 
-EMBEDS = {
-    "ImgDiTPipeline": (0, 2, 4),
-    "OneDiffusionPipeline": (0, 2, 4),
-    "FluxPipeline": (0, 1, None),
-    "StableDiffusion3Pipeline": (0, 2, None),
-}
-"""Where in the result of a pipeline's `encode_prompt` embeddings, pooled text and mask stand."""
-OTHERS = {
-    "ImgDiTPipeline": (),
-    "OneDiffusionPipeline": (),
-    "FluxPipeline": ("prompt_2",),
-    "StableDiffusion3Pipeline": ("prompt_2", "prompt_3"),
-}
-"""What the sentences for a pipeline's further text encoders are called."""
 BLOCK, BLOCKS = 64 << 10, 64
 """Bytes of a sample, and samples, that a large file's hash is made of."""
 
@@ -66,8 +53,10 @@ class Encoder:
         index = read_object(self.folder / "model_index.json")
         self.name = index["_class_name"]
         """Class of the pipeline."""
-        if self.name not in EMBEDS:
-            raise ValueError(f"{self.folder} is of a {self.name}; expected one of {', '.join(EMBEDS)}")
+        encodings = prompt_encodings()
+        if self.name not in encodings:
+            raise ValueError(f"{self.folder} is of a {self.name}; expected one of {', '.join(encodings)}")
+        self._encoding = encodings[self.name]
         cuda = torch.cuda.is_available()
         self.device, self.dtype = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)
 
@@ -123,7 +112,7 @@ class Encoder:
     @torch.no_grad()
     def text(self, sentence: str) -> EncodedText:
         """A sentence."""
-        places, others = EMBEDS[self.name], OTHERS[self.name]
+        places, others = self._encoding
         found = self.pipe.encode_prompt(sentence, **dict.fromkeys(others, sentence))
         embeddings, pooled = (found[place][0].cpu() for place in places[:2])
         return EncodedText(embeddings if places[2] is None else embeddings[found[places[2]][0].cpu()], pooled)
