@@ -264,10 +264,9 @@ def find_family(model: Any) -> Family | None:
 
 
 def families() -> list[Family]:
-    """All families, in the order in which they became known; built-in ones are imported."""
-    for name in import_module("imgdit.families").MODULES:
-        family_named(name)
-    return list({id(family): family for family in _REGISTERED.values()}.values())
+    """All families, the built-in ones first; these are imported."""
+    built_in = [family_named(name) for name in import_module("imgdit.families").MODULES]
+    return list({id(family): family for family in (*built_in, *_REGISTERED.values()) if family is not None}.values())
 
 
 def known_classes(part: str | None = None) -> list[str]:

@@ -1,9 +1,16 @@
 """The two laws of the house and the direction of imports between its rooms, read from the sources."""
 
 import ast
+import re
 from collections import defaultdict
 from functools import cache
+from importlib import import_module
 from pathlib import Path
+
+import diffusers
+from diffusers import ModelMixin
+
+from imgdit.families import MODULES
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("imgdit", "pipelines", "adapters", "apps", "configs")
@@ -152,3 +159,52 @@ def test_private_names_of_other_libraries_stay_in_compat():
                 if private.startswith("_") and not private.endswith("__") and private not in own | NAMED_TUPLE:
                     found.append(f"{path.relative_to(ROOT)}:{node.lineno} {private}")
     assert not found, "\n".join(found)
+
+
+NAMES_MODELS = {
+    "imgdit.models.published_mup": "rewrites published weights for the class of diffusers that has their architecture",
+    "imgdit.benchmarks.speed.timing": "builds the models of diffusers that it compares with",
+}
+"""Modules outside of `imgdit/families` that name transformer classes, and why."""
+
+
+def _denoisers() -> set[str]:
+    """Names of diffusers' classes of transformers and U-Nets."""
+    ending = re.compile(r".*(Transformer|Transformer\w*Model|DiT\w*|UNet\w*)")
+    found = {name: getattr(diffusers, name) for name in dir(diffusers) if ending.fullmatch(name)}
+    return {name for name, value in found.items() if isinstance(value, type) and issubclass(value, ModelMixin)}
+
+
+def _named(tree: ast.Module) -> set[str]:
+    """Words that a module's code and strings consist of, without docstrings."""
+    prose = {
+        id(node.body[0].value)
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and isinstance(node.body[0], ast.Expr)
+    }
+    words = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name):
+            words.add(node.id)
+        elif isinstance(node, ast.Attribute):
+            words.add(node.attr)
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            words |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in prose:
+            words |= set(re.findall(r"\w+", node.value))
+    return words
+
+
+def test_transformer_classes_are_named_in_their_families_alone():
+    denoisers = _denoisers()
+    assert {"FluxTransformer2DModel", "SD3Transformer2DModel", "UNet2DConditionModel"} <= denoisers
+    naming = {name: _named(tree) & denoisers for name, (_, tree) in sources().items() if room(name) != "families"}
+    assert {name: words for name, words in naming.items() if words and name not in NAMES_MODELS} == {}
+    assert all(naming[name] for name in NAMES_MODELS)
+
+
+def test_every_family_file_is_in_the_table():
+    for name, module in MODULES.items():
+        assert name in import_module(f"imgdit.families.{module}").FAMILY.classes
+    files = {path.stem for path in (ROOT / "imgdit/families").glob("*.py")}
+    assert {*MODULES.values()} == files - {"__init__", "step"}
