@@ -89,10 +89,10 @@ else:
         if name in RENAMED:
             return renamed(__name__, name)
         if name not in _EXPORTS:
-            from difflib import get_close_matches
+            from imgdit.naming import closest
 
-            nearest = get_close_matches(name, _EXPORTS, n=1, cutoff=0)
-            raise AttributeError(f"module 'imgdit' has no attribute {name!r}; the nearest name is {nearest[0]!r}")
+            near = closest(name, _EXPORTS)
+            raise AttributeError(f"module 'imgdit' has no attribute {name!r}; the nearest name is {near!r}")
         value = globals()[name] = getattr(import_module(_EXPORTS[name]), name)
         return value
 

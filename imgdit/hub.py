@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from pathlib import Path
 from typing import Any
 
 from imgdit.checkpoints import EMBEDDED, SCENES
+from imgdit.naming import SIMILAR, closest
 
 TIMEOUT = 5.0
 """Seconds in which the Hub has to answer whether it has a model."""
@@ -42,7 +42,7 @@ def find_model(source: str | Path, file: str, what: str = "model") -> str:
         why = f"the folder holds no {file}" if folder.is_dir() else "it is a file"
         raise ValueError(f"{str(source)!r} is no {what}: {why}; expected a folder as `save_pretrained` writes it")
     if not re.fullmatch(HUB_ID, str(source)):
-        near = difflib.get_close_matches(str(source), [EMBEDDED], n=1)
+        near = closest(str(source), [EMBEDDED], SIMILAR)
         hint = f"; did you mean {EMBEDDED!r}?" if near else ""
         raise ValueError(f"there is no folder {str(source)!r} here, and Hub ids look like owner/name{hint}")
     return _on_the_hub(str(source), file, what)

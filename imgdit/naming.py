@@ -6,12 +6,25 @@ import difflib
 from collections.abc import Iterable
 from typing import Any
 
+SIMILAR = 0.6
+"""Similarity from which a name counts as misspelt."""
+
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """`name` quoted, with its nearest known spelling, or all known names where none is near."""
     known = list(known)
-    close = difflib.get_close_matches(str(name), known, n=1)
-    return f"{name!r}; did you mean {close[0]!r}?" if close else f"{name!r}; known are {', '.join(known)}"
+    close = closest(str(name), known, SIMILAR)
+    return f"{name!r}; known are {', '.join(known)}" if close is None else f"{name!r}; did you mean {close!r}?"
+
+
+def nearest_of_many(name: str, known: Iterable[str]) -> str:
+    """`name` quoted, with the nearest known one however far it is: of hundreds, all cannot be listed."""
+    return f"{name!r}; the nearest is {closest(name, known)!r}"
+
+
+def closest(name: str, known: Iterable[str], cutoff: float = 0.0) -> str | None:
+    """The nearest spelling, of a similarity in [0, 1] of `cutoff` at least; `None`: none is near."""
+    return next(iter(difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)), None)
 
 
 def check_name(what: str, name: str, known: Iterable[str]) -> None:

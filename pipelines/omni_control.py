@@ -18,6 +18,7 @@ from imgdit.adapters.condition import Condition
 from imgdit.adapters.omni_control import OmniControl
 from imgdit.adapters.options import ConditionOptions, Mode
 from imgdit.adapters.pairing import Pairing, Samples
+from imgdit.images.latents import unscale_latents
 from imgdit.lora.files import LoadReport
 from imgdit.pipelines.checks import Texts, check_count, check_generators, check_latents, check_texts
 
@@ -182,7 +183,7 @@ class FluxOmniControlPipeline(_Conditions, FluxPipeline):
         picture[:, made] = sampled
         if output_type != "latent":
             picture = compat.flux_latents(self, picture, height, width)
-            picture = picture / self.vae.config.scaling_factor + self.vae.config.shift_factor
+            picture = unscale_latents(self.vae, picture)
             picture = self.vae.decode(picture.to(self.vae.dtype), return_dict=False)[0]
             picture = self.image_processor.postprocess(picture, output_type=output_type)
             self.maybe_free_model_hooks()

@@ -25,7 +25,7 @@ from imgdit.adapters.pairing import Pairing, Samples, Target
 from imgdit.adapters.prepare import prepare_run
 from imgdit.adapters.run import ConditionRun, Progress
 from imgdit.frames import Frame
-from imgdit.images.latents import cell_size
+from imgdit.images.latents import cell_size, decode_latents
 from imgdit.layout import FrameLayout
 from imgdit.lora.files import AdapterInfo, LoadReport, load_adapter
 from imgdit.models.functional import pack, unpack
@@ -531,10 +531,7 @@ class ImgDiTPipeline(compat.DiffusionPipeline, LoraLoaderMixin):
 
     def decode_latents(self, latents: torch.Tensor, output_type: str = "pil") -> Any:
         """Latents (B, C, h, w) to pictures."""
-        config = self.vae.config
-        latents = latents / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
-        pixels = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
-        return self.image_processor.postprocess(pixels.float(), output_type=output_type)
+        return self.image_processor.postprocess(decode_latents(self.vae, latents), output_type=output_type)
 
 
 def _spread(tokens: torch.Tensor, image: Frame) -> torch.Tensor:

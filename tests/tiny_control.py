@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from tiny import randomize, rope_config, tiny_text_encoder, tiny_tokenizer, tiny_vae
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from imgdit.benchmarks.speed.conditions import OMINICONTROL_TARGETS
+from imgdit.benchmarks.speed.conditions import TARGETS
 from imgdit.lora.dialects import LoraPair
 from imgdit.lora.files import AdapterInfo, write_adapter
 
@@ -111,7 +111,7 @@ def picture(seed=0, size=SIZE) -> torch.Tensor:
     return torch.rand(3, size, size, generator=torch.Generator().manual_seed(seed))
 
 
-def lora_file(path, transformer, targets=OMINICONTROL_TARGETS, rank=2, seed=0, info=None, std=0.3):
+def lora_file(path, transformer, targets=TARGETS, rank=2, seed=0, info=None, std=0.3):
     """A random LoRA file for the modules that match a pattern."""
     generator = torch.Generator().manual_seed(seed)
     pairs = {}

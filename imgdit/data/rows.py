@@ -6,7 +6,6 @@ those of the `datasets` library's imagefolder convention, see `folders`; `shards
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,7 +15,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from imgdit.naming import nearest
+from imgdit.naming import SIMILAR, closest, nearest
 from imgdit.tasks import KINDS
 
 CONDITIONS = (
@@ -161,8 +160,8 @@ class Unknown(NamedTuple):
     def __str__(self) -> str:
         if len(self.names) == 1:
             return f"an unknown {self.what} {nearest(self.names[0], self.known)}"
-        near = {name: difflib.get_close_matches(name, self.known, n=1) for name in self.names}
-        meant = [f"{name!r}: did you mean {close[0]!r}?" for name, close in near.items() if close]
+        near = {name: closest(name, self.known, SIMILAR) for name in self.names}
+        meant = [f"{name!r}: did you mean {close!r}?" for name, close in near.items() if close]
         head = f"{len(self.names)} unknown {self.what}s: {', '.join(map(repr, self.names))}"
         return "; ".join([head, *meant])
 

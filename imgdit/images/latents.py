@@ -22,6 +22,11 @@ def scale_latents(vae: Any, latents: torch.Tensor) -> torch.Tensor:
     return (latents.float() - _shift(vae)) * vae.config.scaling_factor
 
 
+def unscale_latents(vae: Any, latents: torch.Tensor) -> torch.Tensor:
+    """Latents (B, C, h, w) as models give them to what the decoder takes."""
+    return latents / vae.config.scaling_factor + _shift(vae)
+
+
 def cell_size(vae: Any) -> int:
     """Pixels per side of a latent cell; 8 where there is no autoencoder."""
     if vae is None:
@@ -32,7 +37,7 @@ def cell_size(vae: Any) -> int:
 
 def decode_latents(vae: Any, latents: torch.Tensor) -> torch.Tensor:
     """Latents (B, C, h, w) to pictures (B, 3, H, W), in [-1, 1] but for what the decoder overshoots."""
-    return vae.decode((latents / vae.config.scaling_factor + _shift(vae)).to(vae.dtype)).sample.float()
+    return vae.decode(unscale_latents(vae, latents).to(vae.dtype)).sample.float()
 
 
 def _shift(vae: Any) -> float:

@@ -22,6 +22,13 @@ _BASE_CHANGED = re.compile(r"pissa|olora|corda|loftq|lora_ga", re.IGNORECASE)
 _PATTERN = re.compile(r"(?:[\w.^$|()-]|\\[.d]|\\d\+)*")
 """Module names and what PEFT's patterns have of regular expressions; nothing that takes exponential time to match."""
 
+OMINICONTROL_TARGETS = (
+    r"x_embedder",
+    r"transformer_blocks\.\d+\.(norm1\.linear|attn\.to_[qkv]|attn\.to_out\.0|ff\.net\.2)",
+    r"single_transformer_blocks\.\d+\.(norm\.linear|attn\.to_[qkv]|proj_mlp|proj_out)",
+)
+"""Layers that OminiControl's published LoRAs change: none of the text's."""
+
 
 def of_transformer(config: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a header's configuration that is the transformer's: a pipeline's has a prefix, a model's none."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,6 +13,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from imgdit.lora.dialects import CONTROL, PREFIXES, LoraPair, family_of
+from imgdit.naming import closest
 
 
 def layers_of(model: nn.Module) -> dict[str, Any]:
@@ -143,8 +143,7 @@ def nearest_modules(keys: Sequence[str], modules: Iterable[str]) -> tuple[tuple[
         name = re.sub(r"\.(lora_|alpha).*", "", PREFIXES.sub("", key, count=1))
         kind = _NUMBER.sub(".*.", name)
         if kind not in nearest_kind:
-            close = difflib.get_close_matches(kind, kinds, n=1, cutoff=0.0)
-            nearest_kind[kind] = close[0] if close else ""
+            nearest_kind[kind] = closest(kind, kinds) or ""
         near = nearest_kind[kind]
         numbered = near.replace(".*.", "{}").format(*_NUMBER.findall(name)) if _fits(near, name) else ""
         found.append((key, numbered if numbered in known else kinds.get(near, "none")))

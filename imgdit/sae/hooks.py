@@ -9,7 +9,6 @@ They are diffusers' `ModelHook`s, which offloading and step caches respect, and 
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -23,6 +22,7 @@ from diffusers.models.attention_processor import Attention
 
 from imgdit import compat
 from imgdit.family import TEXT_PARTS, Grid, find_family
+from imgdit.naming import nearest_of_many
 from imgdit.sae.calls import DenoiserCall, bind, describe_call, family_of
 from imgdit.sae.streams import Site, Tokens
 
@@ -57,15 +57,9 @@ def find_hookpoints(pipe: Any, patterns: Iterable[str]) -> list[str]:
         parts = [re.escape(part).replace(r"\*", r"[^.]*") for part in pattern.split(".")]
         matching = [path for path in known if re.fullmatch(r"\.".join(parts), path)]
         if not matching:
-            raise ValueError(f"no module is called {_near(pattern, known)}")
+            raise ValueError(f"no module is called {nearest_of_many(pattern, known)}")
         found.update(dict.fromkeys(matching))
     return list(found)
-
-
-def _near(pattern: str, known: list[str]) -> str:
-    """The nearest path; of a model's hundreds, all cannot be listed."""
-    close = difflib.get_close_matches(pattern, known, n=1, cutoff=0.0)
-    return f"{pattern!r}; the nearest is {close[0]!r}"
 
 
 def denoiser_of(pipe: Any, hookpoint: str) -> torch.nn.Module:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import hashlib
 import json
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +16,7 @@ import torch.nn as nn
 
 from imgdit import kernels
 from imgdit.io.atomic import write_tensors, write_text
+from imgdit.io.fingerprints import sampled_hash, weights_hash
 from imgdit.sae.config import SAEConfig
 from imgdit.sae.files import (
     CONFIG,
@@ -31,7 +31,7 @@ from imgdit.sae.files import (
 from imgdit.sae.sparse import Pattern, Selection, SparseCode, above, decode, select, selected_scores
 
 UNIT_NORM_EPS = 1e-5
-_SAMPLE, _SAMPLED = "sample:", 4096
+_SAMPLE = "sample:"
 """What a fingerprint begins with, and how many weights of each tensor it looks at."""
 
 
@@ -333,25 +333,13 @@ class SparseAutoencoder(nn.Module):
 
     def fingerprint(self) -> str:
         """Hash of some of the weights, by which a selection of features knows its SAE; the same in bfloat16."""
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.state_dict().items()):
-            count = min(tensor.numel(), _SAMPLED)
-            places = torch.arange(count, device=tensor.device) * tensor.numel() // count
-            values = tensor.detach().flatten()[places].bfloat16().float().cpu()
-            digest.update(f"{name} {tuple(tensor.shape)}".encode())
-            digest.update(values.numpy().tobytes())
-        return f"{_SAMPLE}{digest.hexdigest()}"
+        return f"{_SAMPLE}{sampled_hash(self)}"
 
     def has_fingerprint(self, known: str) -> bool:
         """Whether a fingerprint is of these weights. Earlier versions hashed all of them, which took seconds."""
-        return known == (self.fingerprint() if known.startswith(_SAMPLE) else self._hash_of_all())
-
-    def _hash_of_all(self) -> str:
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()
+        if known.startswith(_SAMPLE):
+            return known == self.fingerprint()
+        return known == weights_hash(self, dtype=torch.float32, length=64)
 
 
 class DeviceCopies:

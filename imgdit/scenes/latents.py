@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from imgdit.images.latents import encode_pictures
 from imgdit.io.atomic import check_index, write_tensors
-from imgdit.io.fingerprints import fingerprint
+from imgdit.io.fingerprints import weights_hash
 from imgdit.naming import check_name
 from imgdit.scenes.geometry import geometry
 from imgdit.scenes.render import rendering
@@ -128,7 +128,7 @@ def cache_latents(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     vae = vae.to(device, memory_format=torch.channels_last).eval()
-    _check_index(folder, fingerprint(vae), size)
+    _check_index(folder, weights_hash(vae, dtype=torch.float16), size)
     shards = range(number - 1, -(-scenes // SHARD), of)
     missing = [shard for shard in shards if not _shard(folder, split, shard).exists()]
     for shard in tqdm(missing, desc=f"{split} latents", unit="shard"):

@@ -7,7 +7,6 @@ tiles" alone, so "a white cube" is no colour. Only for models that were taught t
 from __future__ import annotations
 
 import colorsys
-import difflib
 import re
 from collections.abc import Iterable
 from functools import cache
@@ -15,6 +14,7 @@ from typing import NamedTuple
 
 from PIL import ImageColor
 
+from imgdit.naming import closest
 from imgdit.scenes.captions import LOOKS, PAIRS, PLACES, vocabulary, words
 from imgdit.scenes.shading import COLOUR_VALUES
 from imgdit.scenes.world import COLOURS, OBJECTS, STYLES
@@ -84,7 +84,7 @@ def meaningless(prompt: str) -> list[Meaningless]:
             continue
         if word in _colours() and i + 1 < len(text) and text[i + 1] in SCENERY:
             phrase = f"{word} {text[i + 1]}"
-            found[phrase] = Meaningless(phrase, "background", _close(phrase, _places()))
+            found[phrase] = Meaningless(phrase, "background", closest(phrase, _places()))
         elif word not in vocabulary() or word in _colours() or _describes(text, i):
             found[word] = _named(word)
     return list(found.values())
@@ -127,17 +127,13 @@ def _named(word: str) -> Meaningless:
         for known, others in alike.items():
             if word in others.split() or word.removesuffix("s") in others.split():
                 return Meaningless(word, kind, known)
-    misspelt = next((kind for kind in ("object", "colour", "style") if _close(word, KINDS[kind], SPELLED)), None)
+    misspelt = next((kind for kind in ("object", "colour", "style") if closest(word, KINDS[kind], SPELLED)), None)
     if misspelt is not None and word not in _colours():
-        return Meaningless(word, misspelt, _close(word, KINDS[misspelt]))
-    if colour := _close(word, _colours(), 0.8):
+        return Meaningless(word, misspelt, closest(word, KINDS[misspelt]))
+    if colour := closest(word, _colours(), 0.8):
         value = _colours()[colour]
         return Meaningless(word, "colour", min(COLOURS, key=lambda name: _unlike(value, COLOUR_VALUES[name])))
     return Meaningless(word)
-
-
-def _close(text: str, known: Iterable[str], cutoff: float = 0.0) -> str | None:
-    return next(iter(difflib.get_close_matches(text, list(known), n=1, cutoff=cutoff)), None)
 
 
 @cache

@@ -27,7 +27,7 @@ from transformers import AutoTokenizer, T5EncoderModel
 from imgdit.cameras import ray_frames, relative_rays, scale_positions
 from imgdit.checkpoints import EMBEDDED, SCENES
 from imgdit.frames import Frame
-from imgdit.io.fingerprints import fingerprint
+from imgdit.io.fingerprints import weights_hash
 from imgdit.io.order import mixed_seed
 from imgdit.layout import FrameLayout
 from imgdit.models.functional import PATCH, pack
@@ -95,7 +95,7 @@ class CachedScenes:
         scenes = HELD_OUT if split == "heldout" else scenes
         device = "cuda" if torch.cuda.is_available() else "cpu"
         cache_latents(vae, latents, scenes, split, size=size, device=device)
-        self.latents = SceneLatents(latents, split, fingerprint(vae.cpu()), size)
+        self.latents = SceneLatents(latents, split, weights_hash(vae.cpu(), dtype=torch.float16), size)
         self.scenes, self.split = scenes, split
         self.scale = latent_scale(latents) if scale is None else scale
         self.text_encoder, self.tokenizer = text_encoder, tokenizer

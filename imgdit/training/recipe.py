@@ -16,6 +16,7 @@ from typing import Any, Literal, get_type_hints
 
 import torch
 
+from imgdit.lora.config import OMINICONTROL_TARGETS
 from imgdit.recipes import check_arguments, find_object, parse_as, read_yaml, renamed
 
 MODELS = {
@@ -128,14 +129,6 @@ class ModelConfig:
                 f"model.kind must name a torch module or a function that is annotated to return one, got {self.kind!r}"
             )
         return found
-
-
-OMINICONTROL_TARGETS = (
-    r"x_embedder",
-    r"transformer_blocks\.\d+\.(norm1\.linear|attn\.to_[qkv]|attn\.to_out\.0|ff\.net\.2)",
-    r"single_transformer_blocks\.\d+\.(norm\.linear|attn\.to_[qkv]|proj_mlp|proj_out)",
-)
-"""Layers that OminiControl's published LoRAs change: none of the text's."""
 
 
 ADAPTER = "trained"

@@ -12,14 +12,14 @@ from tiny import tiny_pipeline
 from tiny_control import SD3_TARGETS, flux, lora_file, make, picture, quiet, sd3
 
 from imgdit import Condition, OmniControl, compat
-from imgdit.benchmarks.speed.conditions import OMINICONTROL_TARGETS
+from imgdit.benchmarks.speed.conditions import TARGETS
 from imgdit.sae.hooks import hooked
 
 ATTENTIONS = r"|.*attn\.(to_out\.0|to_k|to_v|add_v_proj|to_add_out)|.*ff\.net\.0\.proj|.*proj_mlp|norm_out\.linear"
 KINDS = {
-    "flux": (flux, OMINICONTROL_TARGETS + ATTENTIONS),
+    "flux": (flux, TARGETS + ATTENTIONS),
     "sd3": (sd3, SD3_TARGETS + ATTENTIONS),
-    "ours": (tiny_pipeline, OMINICONTROL_TARGETS + ATTENTIONS),
+    "ours": (tiny_pipeline, TARGETS + ATTENTIONS),
 }
 
 

@@ -7,7 +7,7 @@ from diffusers import AutoencoderDC
 
 from imgdit.images.latents import decode_latents, encode_pictures
 from imgdit.io import atomic as files
-from imgdit.io.fingerprints import fingerprint
+from imgdit.io.fingerprints import weights_hash
 from imgdit.scenes import latents
 from imgdit.scenes.latents import (
     LOOKS,
@@ -61,7 +61,7 @@ def test_looks_share_geometry_and_views_share_looks():
 
 def test_cache_holds_what_is_encoded_and_is_made_once(vae, tmp_path, small_shards):
     cache_latents(vae, tmp_path, 3)
-    cached = SceneLatents(tmp_path, autoencoder=fingerprint(vae))
+    cached = SceneLatents(tmp_path, autoencoder=weights_hash(vae, dtype=torch.float16))
     assert len(cached) == 4  # whole shards
     row = encode_scene(vae, 3)
     assert row["pictures"].shape[:2] == (VIEWS, LOOKS) and row["maps"].shape[:2] == (VIEWS, len(MAPS))
@@ -91,7 +91,7 @@ def test_latents_of_another_autoencoder_are_refused(vae, tmp_path, small_shards)
     index.write_text(json.dumps({**json.loads(index.read_text()), "autoencoder": "0123"}))
     for use in (
         lambda: cache_latents(vae, tmp_path, 4),
-        lambda: SceneLatents(tmp_path, autoencoder=fingerprint(vae)),
+        lambda: SceneLatents(tmp_path, autoencoder=weights_hash(vae, dtype=torch.float16)),
     ):
         with pytest.raises(ValueError, match=r"0123.*choose another folder"):
             use()
@@ -126,10 +126,10 @@ def test_scaling_is_undone(vae):
 
 
 def test_fingerprint_tells_weights_apart(vae):
-    before = fingerprint(vae)
-    assert fingerprint(vae) == before
+    before = weights_hash(vae, dtype=torch.float16)
+    assert weights_hash(vae, dtype=torch.float16) == before
     weight = next(vae.parameters())
     with torch.no_grad():
         weight[0, 0, 0, 0] += 1
-        assert fingerprint(vae) != before
+        assert weights_hash(vae, dtype=torch.float16) != before
         weight[0, 0, 0, 0] -= 1

@@ -7,7 +7,8 @@ from tiny import tiny_text_encoder, tiny_tokenizer, tiny_vae
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from imgdit.images.latents import cell_size, encode_pictures
-from imgdit.training.user_images.encoder import Encoder, folder_hash
+from imgdit.io.fingerprints import folder_hash
+from imgdit.training.user_images.encoder import Encoder
 
 
 @pytest.fixture(scope="module")

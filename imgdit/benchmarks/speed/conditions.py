@@ -13,13 +13,11 @@ from peft import LoraConfig
 from imgdit.adapters.condition import Condition
 from imgdit.adapters.omni_control import OmniControl
 from imgdit.benchmarks.speed.timing import SIDE, compare, flops_of, gemm_peak, medium_flux
+from imgdit.lora.config import OMINICONTROL_TARGETS
 from imgdit.lora.files import activate
 from imgdit.models.mmdit import MMDiT
 
-OMINICONTROL_TARGETS = (
-    r"x_embedder|transformer_blocks\.\d+\.(norm1\.linear|attn\.to_[qkv]|attn\.to_out\.0|ff\.net\.2)"
-    r"|single_transformer_blocks\.\d+\.(norm\.linear|proj_mlp|proj_out|attn\.to_[qkv])"
-)
+TARGETS = "|".join(OMINICONTROL_TARGETS)
 """Modules of OminiControl's published adapters, as the regular expression that PEFT takes."""
 
 
@@ -49,7 +47,7 @@ def condition_costs(
     blocks = MMDiT.from_diffusers(plain)  # conditions run through its block functions
     model = copy.deepcopy(plain)
     for name in ("first", "second"):
-        model.add_adapter(LoraConfig(r=rank, target_modules=OMINICONTROL_TARGETS, init_lora_weights=False), name)
+        model.add_adapter(LoraConfig(r=rank, target_modules=TARGETS, init_lora_weights=False), name)
     activate(model, [])
     control = OmniControl(FluxPipeline(FlowMatchEulerDiscreteScheduler(), _vae(), None, None, None, None, model))
     picture = torch.rand(3, SIDE * 16, SIDE * 16)

@@ -16,7 +16,7 @@ from peft.utils.hotswap import prepare_model_for_compiled_hotswap
 
 from imgdit import compat
 from imgdit.attention.cache import KVCache
-from imgdit.benchmarks.speed.conditions import OMINICONTROL_TARGETS
+from imgdit.benchmarks.speed.conditions import TARGETS
 from imgdit.benchmarks.speed.timing import compare, flops_of, gemm_peak
 from imgdit.frames import Frame
 from imgdit.layout import FrameLayout
@@ -150,7 +150,7 @@ def _inputs(model: MMDiT, size: Size, device: Any, dtype: torch.dtype, tokens: i
 def _works(model: MMDiT, size: Size, device: Any, dtype: torch.dtype) -> Iterator[_Work]:
     """Every work, on the model with an adapter of the conditions."""
     torch.manual_seed(1)
-    config = LoraConfig(r=4, target_modules=OMINICONTROL_TARGETS, init_lora_weights=False)
+    config = LoraConfig(r=4, target_modules=TARGETS, init_lora_weights=False)
     model.add_adapter(config, "condition")
     model.to(device, dtype)
     activate(model, [])

@@ -11,8 +11,9 @@ from typing import Any
 from safetensors import safe_open
 
 from imgdit.benchmarks.unlearning.methods.material import Material, Statistics, collect
-from imgdit.benchmarks.unlearning.pictures import digest, weights_digest
+from imgdit.benchmarks.unlearning.pictures import digest
 from imgdit.io.atomic import write_tensors, write_text
+from imgdit.io.fingerprints import weights_hash
 from imgdit.io.safe_json import read_object
 from imgdit.sae.concepts import ConceptStatistics
 from imgdit.sae.unlearning import ConceptUnlearner
@@ -44,7 +45,7 @@ def build_material(
     material = Material(prompts, words, found, call, seed=SEED)
     if not found:
         return material, 0.0
-    key = digest(weights_digest(pipe.transformer, pipe.text_encoder), _names(found), prompts, call)
+    key = digest(weights_hash(pipe.transformer, pipe.text_encoder), _names(found), prompts, call)
     file = folder / f"statistics-{key}.safetensors"
     told = file.with_suffix(".json")
     if not told.is_file():

@@ -26,6 +26,7 @@ from imgdit.benchmarks.unlearning.plan import Cell, Seen, cells, find_picture
 from imgdit.benchmarks.unlearning.prompt_attack import attack_prompt
 from imgdit.images import open_image, to_image, to_pixels
 from imgdit.io.atomic import write_text, written_whole
+from imgdit.io.fingerprints import weights_hash
 from imgdit.io.safe_json import read_object
 from imgdit.scenes.probe import SceneProbe
 
@@ -65,16 +66,6 @@ def digest(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def weights_digest(*models: torch.nn.Module) -> str:
-    """A hash of all weights."""
-    found = hashlib.sha256()
-    for model in models:
-        for name, tensor in sorted(model.state_dict().items()):
-            found.update(name.encode())
-            found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()[:16]
-
-
 class Studio:
     """Makes pictures that are not there yet.
 
@@ -93,7 +84,7 @@ class Studio:
         self.call = {"num_inference_steps": steps, "guidance_scale": guidance}
         saes = {hookpoint: sae.fingerprint() for hookpoint, sae in material.saes.items()}
         learned = {name: list(lines) for kind in material.prompts.values() for name, lines in kind.items()}
-        self.model = weights_digest(pipe.transformer, pipe.vae, pipe.text_encoder)
+        self.model = weights_hash(pipe.transformer, pipe.vae, pipe.text_encoder)
         # By whether a method reads autoencoders: pictures of those that read none are good beside any.
         self.lessons = {
             needs_saes: digest(saes if needs_saes else {}, learned, dict(material.call), material.seed)
@@ -186,7 +177,7 @@ class Eyes:
     """The probe, and what it has seen already."""
 
     def __init__(self, probe: SceneProbe) -> None:
-        self.probe, self.name = probe, f"seen-{weights_digest(probe)}.json"
+        self.probe, self.name = probe, f"seen-{weights_hash(probe)}.json"
 
     def looks(self, folder: Path, wanted: Sequence[Cell], plain: Path, batch: int = 32) -> list[Look]:
         """What a folder's pictures show, and how far they are from those in `plain`."""

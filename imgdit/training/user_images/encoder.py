@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,10 +14,8 @@ from imgdit import compat
 from imgdit.family import prompt_encodings
 from imgdit.hub import find_pipeline
 from imgdit.images.latents import encode_pictures
+from imgdit.io.fingerprints import folder_hash
 from imgdit.io.safe_json import read_object
-
-BLOCK, BLOCKS = 64 << 10, 64
-"""Bytes of a sample, and samples, that a large file's hash is made of."""
 
 
 class EncodedText(NamedTuple):
@@ -116,21 +113,3 @@ class Encoder:
         found = self.pipe.encode_prompt(sentence, **dict.fromkeys(others, sentence))
         embeddings, pooled = (found[place][0].cpu() for place in places[:2])
         return EncodedText(embeddings if places[2] is None else embeddings[found[places[2]][0].cpu()], pooled)
-
-
-def folder_hash(folders: list[Path]) -> str:
-    """A hash of the files in folders; of a file above 4 MB its size, its head and evenly spaced samples. No two
-    trainings leave the same."""
-    digest = hashlib.sha256()
-    for folder in folders:
-        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-            size = path.stat().st_size
-            digest.update(f"{folder.name}/{path.relative_to(folder)}:{size};".encode())
-            with open(path, "rb") as file:
-                if size <= BLOCK * BLOCKS:
-                    digest.update(file.read())
-                    continue
-                for n in range(BLOCKS):
-                    file.seek(n * (size - BLOCK) // (BLOCKS - 1))
-                    digest.update(file.read(BLOCK))
-    return digest.hexdigest()[:16]
