@@ -1,4 +1,4 @@
-"""A condition: a picture whose tokens steer a generation, and how the transformer is to read them."""
+"""A condition: an image whose tokens steer a generation, and how the transformer is to read them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from imgdit.images.masks import to_mask
 
 @dataclass(frozen=True, eq=False)
 class Condition:
-    """A picture that controls a generation through its adapter (OminiControl, arXiv 2411.15098 and 2503.08280)."""
+    """An image that controls a generation through its adapter (OminiControl, arXiv 2411.15098 and 2503.08280)."""
 
     image: Any
     """PIL image of any mode; array (H, W), (H, W, C) or (B, H, W, C); tensor (C, H, W) or (B, C, H, W); or a list of
@@ -23,7 +23,7 @@ class Condition:
     left, by the condition's width, and no larger; or (rows, columns) that its corner lies from the image's, in tokens
     of the image: then its size stays, a whole number of tokens."""
     scale: float = 1.0
-    """Side of a token of the condition in tokens of the picture: 2 for a compact condition of half the side."""
+    """Side of a token of the condition in tokens of the image: 2 for a compact condition of half the side."""
     strength: float = 1.0
     """γ: log γ is added to the attention logits between the condition and everything else. 1 is no bias, 0 leaves the
     condition out."""
@@ -35,8 +35,8 @@ class Condition:
     """Which tokens are present: over tokens (rows, columns), or over the image's pixels, where a token counts if all
     its pixels do. White counts, see `imgdit.images.masks`. `None`: all."""
     complement: bool = False
-    """The picture shows what surrounds the tokens that are made (token integration, OminiControl2): only tokens that
-    `mask` leaves out are generated, the others are the picture's."""
+    """The image shows what surrounds the tokens that are made (token integration, OminiControl2): only tokens that
+    `mask` leaves out are generated, the others are the image's."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.adapter, str) or not self.adapter:
@@ -53,10 +53,10 @@ class Condition:
             if self.mask is None:
                 raise ValueError("complement=True needs mask=, the tokens that are known; the others are generated")
             if self.strength == 0.0:
-                raise ValueError("complement=True with strength=0 would leave out what the picture is completed from")
+                raise ValueError("complement=True with strength=0 would leave out what the image is completed from")
             if self.position != "aligned" or self.scale != 1.0 or (self.start, self.end) != (0.0, 1.0):
                 raise ValueError(
-                    "complement=True puts the condition's tokens into the picture; it needs position='aligned', "
+                    "complement=True puts the condition's tokens into the image; it needs position='aligned', "
                     f"scale=1, start=0 and end=1, got {self.position!r}, {self.scale}, {self.start} and {self.end}"
                 )
 

@@ -1,4 +1,4 @@
-"""Conditions as tokens: pictures through the autoencoder, packed as the transformer reads them."""
+"""Conditions as tokens: images through the autoencoder, packed as the transformer reads them."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class Encoded(NamedTuple):
     condition: Condition
     frame: Frame
     tokens: torch.Tensor
-    """(b, n, C), b = 1 or one picture per sample."""
+    """(b, n, C), b = 1 or one image per sample."""
     empty: torch.Tensor | None
-    """The same of an all-black picture, where image guidance compares with it."""
+    """The same of an all-black image, where image guidance compares with it."""
     given: tuple[int, int]
     """Height and width of the image before it was fitted."""
 
@@ -67,7 +67,7 @@ def encode_conditions(
         vae: diffusers' autoencoder.
         sees: "joint" or "self" for each condition.
         generator: draws from the posterior; `None` takes its mode.
-        with_empty: encode a black picture of each size as well.
+        with_empty: encode a black image of each size as well.
         target: what is generated; where its size is not known, conditions keep their own.
         sharp: adapters whose conditions' colours mean something and are not blended.
     """

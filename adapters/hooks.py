@@ -272,8 +272,8 @@ def _completed(call: Call, run: ConditionRun) -> Sequence[Frame]:
     image, *others = call.frames
     if region.numel() != image.length or others:
         raise ValueError(
-            f"the mask of a complement condition covers {region.shape[0]}x{region.shape[1]} tokens, the picture "
-            f"has {sum(frame.length for frame in call.frames)}; give the condition the picture's size (and no "
+            f"the mask of a complement condition covers {region.shape[0]}x{region.shape[1]} tokens, the image "
+            f"has {sum(frame.length for frame in call.frames)}; give the condition the image's size (and no "
             "reference image to the pipeline)"
         )
     return (replace(image, size=(region.shape[0], region.shape[1]), mask=region),)

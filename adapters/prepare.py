@@ -111,7 +111,7 @@ def _check_channels(got: int, channels: int) -> None:
     if got != channels:
         raise ValueError(
             f"the transformer takes tokens of {channels} channels, a condition's have {got}: pipelines that join "
-            "pictures by channels (Control, Fill) cannot take conditions"
+            "images by channels (Control, Fill) cannot take conditions"
         )
 
 
@@ -142,7 +142,7 @@ def _check(
     if options.cache and "independent" not in chosen:
         raise ValueError(
             "cache=True keeps a condition's keys and values over the steps, but in joint mode they depend on the "
-            "picture that is made. These adapters were not trained independently; pass mode='independent' to run "
+            "image that is made. These adapters were not trained independently; pass mode='independent' to run "
             "them so nevertheless"
         )
     return chosen
@@ -194,9 +194,9 @@ def _region(encoded: Sequence[Encoded], region: Any, side: int) -> torch.Tensor 
         return None
     sizes = {item.frame.size for item in complements}
     if len(sizes) > 1:
-        raise ValueError(f"complement conditions show one picture, got sizes of {sorted(sizes)} tokens")
+        raise ValueError(f"complement conditions show one image, got sizes of {sorted(sizes)} tokens")
     known = torch.stack([item.frame.mask for item in complements if item.frame.mask is not None]).any(0)
     made = ~known if region is None else to_mask(region, complements[0].frame.size, side)
     if not made.any():
-        raise ValueError("the complement conditions' masks cover the whole picture: there is nothing to make")
+        raise ValueError("the complement conditions' masks cover the whole image: there is nothing to make")
     return made

@@ -138,7 +138,7 @@ class ConditionRun:
             active: numbers of the conditions that act; `None`: by the run's progress.
             step_cache: a cache compares tokens over steps: the same conditions ride along in every one, and those
                 that do not act now are not seen.
-            empty: put black pictures in the conditions' place.
+            empty: put black images in the conditions' place.
         """
         active = self.active() if active is None else active
         riding = tuple(range(len(self.conditions))) if step_cache else active
@@ -238,7 +238,7 @@ class ConditionRun:
         return kept.caches[-1].cache
 
 
-_KEPT_CACHES = 4  # two guidance branches, each with its black picture
+_KEPT_CACHES = 4  # two guidance branches, each with its black image
 _KEPT_TABLES = 8
 
 

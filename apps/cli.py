@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from imgdit import __version__
-from imgdit.apps.commands import bench, convert, data, docs, lora, mup, pictures, sae
+from imgdit.apps.commands import bench, convert, data, docs, images, lora, mup, sae
 from imgdit.apps.commands.demo import demo
 from imgdit.apps.commands.doctor import doctor
 from imgdit.apps.console import Commands, at_work
@@ -30,7 +30,7 @@ TRAIN_OPTIONS = {
     "pass accept_data=True": "give --accept-data",
     r"run\.folder": "--folder",
 }
-"""What `train` calls its arguments, see `one_sentence`."""
+"""What `train` calls its arguments, see `user_errors`."""
 
 
 def _version(asked: bool) -> None:
@@ -48,10 +48,10 @@ def imgdit(
     """Controllable image generation with diffusion transformers."""
 
 
-app.command()(pictures.generate)
-app.command()(pictures.control)
-app.command("any")(pictures.any_to_any)
-app.command()(pictures.unlearn)
+app.command()(images.generate)
+app.command()(images.control)
+app.command("any")(images.any_to_any)
+app.command()(images.unlearn)
 app.command()(demo)
 app.command()(doctor)
 

@@ -1,4 +1,4 @@
-"""How commands talk: bars only where somebody looks on, one sentence for what a person can put right."""
+"""How commands talk: bars only where somebody looks on, one message for what a person can put right."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ class Commands(typer.core.TyperGroup):
 
 
 EVERY = 20.0
-"""Seconds between two lines that tell a file or a pipe how far a picture is."""
+"""Seconds between two lines that tell a file or a pipe how far an image is."""
 
 
 @contextmanager
-def one_sentence(words: Mapping[str, str] = {}) -> Iterator[None]:
-    """What a person can put right ends the command with exit code 2 and a sentence; anything else is a traceback.
+def user_errors(words: Mapping[str, str] = {}) -> Iterator[None]:
+    """What a person can put right ends the command with exit code 2 and a message; anything else is a traceback.
 
     Args:
         words: patterns of what the library calls its arguments -> the command's options.
@@ -44,8 +44,8 @@ def one_sentence(words: Mapping[str, str] = {}) -> Iterator[None]:
 
 @contextmanager
 def at_work(words: Mapping[str, str] = {}) -> Iterator[None]:
-    """`one_sentence` for commands that load models, whose bars stay out of files and pipes."""
-    with one_sentence(words):
+    """`user_errors` for commands that load models, whose bars stay out of files and pipes."""
+    with user_errors(words):
         calm()
         yield
 
@@ -60,7 +60,7 @@ def _reason(error: Exception) -> str:
 
 
 class Steps:
-    """A `Watch` that tells files and pipes how far a picture is, where bars would not do; not of quick ones."""
+    """A `Watch` that tells files and pipes how far an image is, where bars would not do; not of quick ones."""
 
     def __init__(self) -> None:
         self.last = time.monotonic()

@@ -23,7 +23,7 @@ EXTRAS = {
 
 
 def checkup() -> dict[str, Any]:
-    """Findings as JSON's types; `problems` lists, in sentences, what keeps the embedded model from running."""
+    """Findings as JSON's types; `problems` lists, in messages, what keeps the embedded model from running."""
     import torch
 
     import imgdit

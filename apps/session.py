@@ -26,6 +26,7 @@ from imgdit.images import fit, to_rgb
 from imgdit.images.fitting import filter_of
 from imgdit.lora.files import legal_name
 from imgdit.models.nextdit import NextDiT
+from imgdit.naming import old_names
 from imgdit.pipelines.load_options import AUTO, LoadOptions
 from imgdit.pipelines.loading import chosen_device, chosen_dtype, denoiser, load_pipeline, over_components
 from imgdit.pipelines.one_diffusion import OneDiffusionPipeline
@@ -39,7 +40,7 @@ from imgdit.scenes.world import Camera
 from imgdit.tasks import TASKS, ImageFrame, infer_task
 
 Watch = Callable[[int, int, Callable[[], Image.Image] | None], bool]
-"""Called after each step with its number from 1, their count and what draws the picture so far, if anything does;
+"""Called after each step with its number from 1, their count and what draws the image so far, if anything does;
 `False` stops."""
 
 
@@ -47,6 +48,7 @@ class Stopped(Exception):
     """The watcher of a request stopped it."""
 
 
+@old_names(pictures="images")
 class Generated(NamedTuple):
     """What a request led to."""
 
@@ -85,7 +87,7 @@ class Session:
             return self.pipe
         if not isinstance(self.pipe, ImgDiTPipeline):
             raise ValueError(
-                f"{type(self.pipe).__name__} makes pictures from text and conditions; for any-to-any take the "
+                f"{type(self.pipe).__name__} generates images from text and conditions; for any-to-any take the "
                 "embedded model or a OneDiffusion folder"
             )
         pipe = over_components(OneDiffusionPipeline, self.pipe, self.loading)
@@ -121,13 +123,13 @@ class Session:
 
     @property
     def seen_at(self) -> str:
-        """Hookpoint whose features are looked at and steered: the first of the picture; without one, of the text."""
+        """Hookpoint whose features are looked at and steered: the first of the image; without one, of the text."""
         places = list(self.unlearner.saes)
         return next((place for place in places if not site(self.pipe, place).text), places[0])
 
     @property
     def default_size(self) -> int | None:
-        """Pixels per side of a picture nobody gave a size for; `None` where it depends on the picture given."""
+        """Pixels per side of an image nobody gave a size for; `None` where it depends on the image given."""
         if isinstance(self.pipe, OneDiffusionPipeline):
             return None
         if isinstance(self.pipe, ImgDiTPipeline):
@@ -137,14 +139,14 @@ class Session:
 
     @property
     def cell(self) -> int:
-        """Pixels that the sides of a picture are multiples of: those of a token."""
+        """Pixels that the sides of an image are multiples of: those of a token."""
         pipe = self.pipe
         packed = pipe.image_processor.config.vae_scale_factor  # FLUX packs 2 x 2 latent cells outside of its model
         return max(packed, pipe.vae_scale_factor * getattr(pipe, "patch_size", 1))
 
     @cached_property
     def made_with(self) -> dict[str, Any]:
-        """What the last bits of a picture depend on besides the request."""
+        """What the last bits of an image depend on besides the request."""
         model = denoiser(self.pipe)
         sketch = json.dumps(model_fingerprint(model), sort_keys=True)
         bits = {} if self.loading.quantize == "none" else {"quantize": self.loading.quantize}
@@ -173,7 +175,7 @@ class Session:
         return [said for said in (self.shelf.about_words([request.prompt]), self.about_size(request)) if said]
 
     def about_size(self, request: Request, timed: bool = True) -> str | None:
-        """A sentence on a size that was never taught, see `remarks`; `None`: nothing speaks against it.
+        """A prompt on a size that was never taught, see `remarks`; `None`: nothing speaks against it.
 
         Args:
             request: what is asked for.
@@ -193,7 +195,7 @@ class Session:
 
     @cached_property
     def _step_seconds(self) -> float:
-        """Of a picture of the model's own size with guidance: the second of two steps."""
+        """Of an image of the model's own size with guidance: the second of two steps."""
         times: list[float] = []
 
         def watch(step: int, steps: int, draw: Any) -> bool:
@@ -206,7 +208,7 @@ class Session:
     # Generating
 
     def settled(self, request: Request) -> Request:
-        """The request with its defaults filled in and its pictures at the size they are used at."""
+        """The request with its defaults filled in and its images at the size they are used at."""
         check_sides(request.width, request.height, self.cell)
         height, width = request.height or self.default_size, request.width or self.default_size
         guidance = request.guidance
@@ -275,7 +277,7 @@ class Session:
             yield
 
     def _fitted(self, control: Control, height: int | None, width: int | None) -> Control:
-        """A control with its picture in RGB and at the size it is read at, see `Condition.position`."""
+        """A control with its image in RGB and at the size it is read at, see `Condition.position`."""
         name = self.shelf.adapter_for(control.kind)
         if name is None or height is None or width is None or not hasattr(self.pipe, "load_control"):
             return replace(control, image=fitted(control.image, control.kind, height, width))
@@ -327,7 +329,7 @@ class Session:
         return {"frames": asked, "task": task or pair or infer_task(asked), "focal_length": focal}
 
     def _cameras(self, cameras: list[tuple[float, float]]) -> tuple[float, torch.Tensor]:
-        """Focal length in picture widths and camera-to-world matrices (V, 4, 4), as the model was taught them."""
+        """Focal length in image widths and camera-to-world matrices (V, 4, 4), as the model was taught them."""
         if isinstance(self.pipe.transformer, NextDiT):
             azimuths, elevations = zip(*cameras)
             return FOCAL_LENGTH, scale_positions(orbit_cameras(azimuths, elevations))
@@ -385,7 +387,7 @@ class _Watcher:
 
 @torch.no_grad()
 def _clean(pipe: ImgDiTPipeline, step: int, latents: torch.Tensor, before: torch.Tensor | None) -> Image.Image:
-    """The picture that a step aimed at: from where it came, on to noise level 0."""
+    """The image that a step aimed at: from where it came, on to noise level 0."""
     if before is not None:
         sigmas = pipe.scheduler.sigmas
         gone, left = float(sigmas[step] - sigmas[step + 1]), float(sigmas[step + 1])

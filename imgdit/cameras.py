@@ -1,9 +1,9 @@
-"""Cameras as pictures: rays as frames a model can be given or asked for (OneDiffusion, arXiv 2411.16318), and back.
+"""Cameras as images: rays as frames a model can be given or asked for (OneDiffusion, arXiv 2411.16318), and back.
 
 Cameras are camera-to-world matrices (V, 4, 4) with OpenCV's axes: x right, y down, z forward. Rays are told relative
 to the first camera, in its own frame turned so that x is left, y is up and z is forward: the first camera is always
 the identity, and any rigid motion or turn of the world's axes changes nothing. A focal length is in widths of the
-(square) picture: `1 / (2 * tan(field_of_view / 2))`. Lengths are in the units of the positions.
+(square) image: `1 / (2 * tan(field_of_view / 2))`. Lengths are in the units of the positions.
 
 V views, n rays per row and column of a view. Everything is computed in float64 and returned as float32.
 """
@@ -22,7 +22,7 @@ RAY_CHANNELS = 16
 MEETING_DISTANCE = 1.7
 """Distance from the first camera to where the optical axes meet, in OneDiffusion's training."""
 FOCAL_LENGTH = 1.3887
-"""Focal length that OneDiffusion assumes, in picture widths: a field of view of 39.6 degrees."""
+"""Focal length that OneDiffusion assumes, in image widths: a field of view of 39.6 degrees."""
 
 _TURN = (-1.0, -1.0, 1.0)  # OpenCV's axes to x left, y up, z forward, and back
 
@@ -50,7 +50,7 @@ def orbit_cameras(
 
     Args:
         azimuths, elevations: degrees; at 0 and 0 the camera stands on the x axis. At an elevation of 90 or -90, where
-            "up" has no direction in the picture, y takes its place.
+            "up" has no direction in the image, y takes its place.
         distances: from the origin; one for all, or one each.
     """
     radii = [float(distances)] * len(azimuths) if isinstance(distances, int | float) else list(distances)
@@ -110,8 +110,8 @@ def relative_rays(
     Args:
         camera_to_world: (V, 4, 4).
         size: n.
-        focal_length: of all views, in picture widths, the principal point in the middle; or intrinsics (3, 3) or
-            (V, 3, 3) of a picture of side 1, whose first corner is at (0, 0).
+        focal_length: of all views, in image widths, the principal point in the middle; or intrinsics (3, 3) or
+            (V, 3, 3) of an image of side 1, whose first corner is at (0, 0).
 
     Returns:
         (V, n, n, 6): unit direction, then moment origin x direction. x left, y up, z forward.

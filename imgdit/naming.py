@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
-from typing import Any
+import functools
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 SIMILAR = 0.6
 """Similarity from which a name counts as misspelt."""
@@ -49,3 +53,44 @@ def shown(value: Any) -> str:
     """A value as an error shows it: what kind it is, and itself where that is short."""
     text = repr(value)
     return type(value).__name__ + (f" {text}" if len(text) <= 40 else "")
+
+
+def old_names(**names: str) -> Callable[[T], T]:
+    """Let a class or function be used under names of version 0.1 until version 0.3: old name -> new name. Uses warn.
+
+    Of a class they are attributes and keyword arguments of its constructor; of a function, keyword arguments.
+    """
+
+    def decorate(target: Any) -> Any:
+        if not isinstance(target, type):
+            return _takes_old_names(target, target.__name__, names)
+        for old, new in names.items():
+            setattr(target, old, _old_attribute(target.__name__, old, new))
+        if not issubclass(target, tuple):
+            target.__init__ = _takes_old_names(vars(target)["__init__"], target.__name__, names)
+        return target
+
+    return decorate
+
+
+def _warn_renamed(owner: str, old: str, new: str) -> None:
+    warnings.warn(f"{owner}: {old!r} is now {new!r}; the old name goes with version 0.3", DeprecationWarning, 3)
+
+
+def _old_attribute(owner: str, old: str, new: str) -> property:
+    def read(self: Any) -> Any:
+        _warn_renamed(owner, old, new)
+        return getattr(self, new)
+
+    return property(read, doc=f"Old name of `{new}`.")
+
+
+def _takes_old_names(function: Callable[..., Any], owner: str, names: Mapping[str, str]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        for old in names.keys() & kwargs.keys():
+            _warn_renamed(owner, old, names[old])
+            kwargs[names[old]] = kwargs.pop(old)
+        return function(*args, **kwargs)
+
+    return call

@@ -9,14 +9,14 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def panels(columns: int, rows: int = 1, *, share: bool = True) -> tuple[Figure, list[Any]]:
+def panels(columns: int, rows: int = 1, *, fraction: bool = True) -> tuple[Figure, list[Any]]:
     """A figure and its axes, row by row; `share`: the panels of a row have one y axis.
 
     Raises:
         ImportError: without matplotlib, with what to install.
     """
     figure = _figure(5.5 * columns, 4.2 * rows, layout="constrained")
-    axes = figure.subplots(rows, columns, sharey="row" if share else False, squeeze=False)
+    axes = figure.subplots(rows, columns, sharey="row" if fraction else False, squeeze=False)
     return figure, list(axes.flat)
 
 
@@ -49,7 +49,7 @@ def _figure(width: float, height: float, **options: Any) -> Figure:
 
 
 def save_figure(figure: Figure, path: str | Path) -> Path:
-    """Write a picture; folders are made."""
+    """Write an image; folders are made."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)

@@ -1,6 +1,6 @@
 """Tasks as frames: which is given, which is made, and what the prompt says of them (OneDiffusion, arXiv 2411.16318).
 
-A task is a row of frames, the picture first, and a token at the beginning of the prompt that says what the frames are
+A task is a row of frames, the image first, and a token at the beginning of the prompt that says what the frames are
 to each other. A given frame is a condition; a frame to be made is an answer. So every task has an inverse, and all of
 its frames may be made at once.
 """
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from imgdit.moved import renamed
-from imgdit.naming import check_name, nearest
+from imgdit.naming import check_name, nearest, old_names
 
 TASK_TOKENS = {
     "text_to_image": "[[text2image]]",
@@ -128,7 +128,7 @@ class Task:
     name: str
     token: str
     condition: str
-    """Kind of the frames after the picture."""
+    """Kind of the frames after the image."""
     frames: tuple[int, int]
     """Fewest and most frames."""
     about: str
@@ -139,22 +139,22 @@ class Task:
 TASKS = {
     task.name: task
     for task in (
-        Task("text_to_image", TASK_TOKENS["text_to_image"], "image", (1, 1), "text → picture"),
-        Task("canny", TASK_TOKENS["canny"], "canny", (2, 2), "edges, white on black ↔ picture"),
-        Task("depth", TASK_TOKENS["depth"], "depth", (2, 2), "depth, near is white ↔ picture"),
-        Task("hed", "[[hed2img]]", "hed", (2, 2), "soft edges ↔ picture"),
-        Task("pose", "[[pose2image]]", "pose", (2, 2), "stick figures ↔ picture"),
-        Task("segmentation", TASK_TOKENS["segmentation"], "segmentation", (2, 2), "a colour per object ↔ picture"),
-        Task("boxes", TASK_TOKENS["boxes"], "boxes", (2, 2), "a coloured frame per object ↔ picture"),
-        Task("blur", TASK_TOKENS["blur"], "image", (2, 2), "blurred picture → sharp one"),
-        Task("grey", TASK_TOKENS["grey"], "image", (2, 2), "grey picture → coloured one"),
-        Task("mask", TASK_TOKENS["mask"], "image", (2, 2), "picture with a hole → whole one"),
-        Task("super_resolution", TASK_TOKENS["super_resolution"], "image", (2, 2), "coarse picture → fine one"),
-        Task("editing", TASK_TOKENS["editing"], "image", (2, 2), "picture and instruction → changed picture"),
-        Task("subject", TASK_TOKENS["subject"], "image", (2, 2), "a thing elsewhere → a picture with it"),
-        Task("style_reference", TASK_TOKENS["style_reference"], "image", (2, 2), "a picture → another in its style"),
+        Task("text_to_image", TASK_TOKENS["text_to_image"], "image", (1, 1), "text → image"),
+        Task("canny", TASK_TOKENS["canny"], "canny", (2, 2), "edges, white on black ↔ image"),
+        Task("depth", TASK_TOKENS["depth"], "depth", (2, 2), "depth, near is white ↔ image"),
+        Task("hed", "[[hed2img]]", "hed", (2, 2), "soft edges ↔ image"),
+        Task("pose", "[[pose2image]]", "pose", (2, 2), "stick figures ↔ image"),
+        Task("segmentation", TASK_TOKENS["segmentation"], "segmentation", (2, 2), "a colour per object ↔ image"),
+        Task("boxes", TASK_TOKENS["boxes"], "boxes", (2, 2), "a coloured frame per object ↔ image"),
+        Task("blur", TASK_TOKENS["blur"], "image", (2, 2), "blurred image → sharp one"),
+        Task("grey", TASK_TOKENS["grey"], "image", (2, 2), "grey image → coloured one"),
+        Task("mask", TASK_TOKENS["mask"], "image", (2, 2), "image with a hole → whole one"),
+        Task("super_resolution", TASK_TOKENS["super_resolution"], "image", (2, 2), "coarse image → fine one"),
+        Task("editing", TASK_TOKENS["editing"], "image", (2, 2), "image and instruction → changed image"),
+        Task("subject", TASK_TOKENS["subject"], "image", (2, 2), "a thing elsewhere → an image with it"),
+        Task("style_reference", TASK_TOKENS["style_reference"], "image", (2, 2), "an image → another in its style"),
         Task("identity", "[[faceid]]", "image", (2, 4), "1 to 3 portraits → another of the person", captions=True),
-        Task("views", TASK_TOKENS["views"], "rays", (2, 24), "pictures and their cameras, any of them given"),
+        Task("views", TASK_TOKENS["views"], "rays", (2, 24), "images and their cameras, any of them given"),
     )
 }
 """The tasks by name. The tokens of grey, super_resolution and style_reference are ours: OneDiffusion's published
@@ -173,9 +173,10 @@ def hex_colour(colour: str) -> str:
     return COLOURS[colour]
 
 
+@old_names(pictures="images")
 def task_frames(
     task: str,
-    pictures: Any = (),
+    images: Any = (),
     *,
     inverse: bool = False,
     captions: Sequence[str] | None = None,
@@ -186,24 +187,22 @@ def task_frames(
 
     Args:
         task: its name, of `TASKS`.
-        pictures: what is given, one or several; the references of subject and identity; the known pictures of views in
+        images: what is given, one or several; the references of subject and identity; the known images of views in
             their order, `None` for one to be made.
-        inverse: given is the picture, made is the rest: depth of a photo.
-        captions: of the given pictures, for tasks that tell frames apart by them (subject, identity).
+        inverse: given is the image, made is the rest: depth of a photo.
+        captions: of the given images, for tasks that tell frames apart by them (subject, identity).
         legend: of segmentation and boxes: the colour of each object.
         cameras: of views only: a camera-to-world matrix (4, 4) per view, `None` for one to be found. `None`: all of
-            them, for as many views as pictures.
+            them, for as many views as images.
 
     Raises:
-        ValueError: an unknown task, more or fewer pictures than it takes, or details that it has no use for.
+        ValueError: an unknown task, more or fewer images than it takes, or details that it has no use for.
     """
     check_name("task", task, TASKS)
     it = TASKS[task]
-    given = list(pictures) if isinstance(pictures, list | tuple) else [pictures]
+    given = list(images) if isinstance(images, list | tuple) else [images]
     if captions is not None and task not in ("subject", "identity"):
-        raise ValueError(
-            f"captions of given pictures are for the tasks 'subject' and 'identity', got some for {task!r}"
-        )
+        raise ValueError(f"captions of given images are for the tasks 'subject' and 'identity', got some for {task!r}")
     if task == "views":
         return _view_frames(given, cameras, inverse)
     if cameras is not None:
@@ -211,37 +210,38 @@ def task_frames(
     fewest, most = (1, 1) if inverse else (it.frames[0] - 1, it.frames[1] - 1)
     if not fewest <= len(given) <= most:
         wanted = str(fewest) if fewest == most else f"{fewest} to {most}"
-        raise ValueError(f"the task {task!r} ({it.about}) takes {wanted} given picture(s), got {len(given)}")
+        raise ValueError(f"the task {task!r} ({it.about}) takes {wanted} given image(s), got {len(given)}")
     if inverse:
         if it.frames == (1, 1):
             raise ValueError(f"the task {task!r} has one frame and so no inverse")
         return [ImageFrame.given(given[0]), ImageFrame.make(it.condition, legend=legend)]
     if captions is not None and len(captions) != len(given):
-        raise ValueError(f"got {len(captions)} captions for {len(given)} given pictures; give one for each")
+        raise ValueError(f"got {len(captions)} captions for {len(given)} given images; give one for each")
     told: Sequence[str | None] = captions if captions is not None else [None] * len(given)
     conditions = [
-        ImageFrame.given(picture, it.condition, caption=caption, legend=legend)
-        for picture, caption in zip(given, told, strict=True)
+        ImageFrame.given(image, it.condition, caption=caption, legend=legend)
+        for image, caption in zip(given, told, strict=True)
     ]
     return [ImageFrame.make(), *conditions]
 
 
-def _view_frames(pictures: list[Any], cameras: Sequence[Any] | None, inverse: bool) -> list[ImageFrame]:
+def _view_frames(images: list[Any], cameras: Sequence[Any] | None, inverse: bool) -> list[ImageFrame]:
     if inverse:
-        raise ValueError("views have no inverse; give pictures or cameras as None where they are to be made")
-    views = [None] * len(pictures) if cameras is None else list(cameras)
-    if len(pictures) > len(views):
-        raise ValueError(f"got {len(pictures)} pictures for {len(views)} cameras; give a camera, or None, per view")
-    pictures = pictures + [None] * (len(views) - len(pictures))
+        raise ValueError("views have no inverse; give images or cameras as None where they are to be made")
+    views = [None] * len(images) if cameras is None else list(cameras)
+    if len(images) > len(views):
+        raise ValueError(f"got {len(images)} images for {len(views)} cameras; give a camera, or None, per view")
+    images = images + [None] * (len(views) - len(images))
     frames = []
-    for picture, camera in zip(pictures, views, strict=True):
-        frames += [ImageFrame("image", picture), ImageFrame("rays", camera)]
+    for image, camera in zip(images, views, strict=True):
+        frames += [ImageFrame("image", image), ImageFrame("rays", camera)]
     return frames
 
 
+@old_names(pictures="images")
 def frames_of_mask(
     denoise_mask: Sequence[int],
-    pictures: Sequence[Any] = (),
+    images: Sequence[Any] = (),
     cameras: Sequence[Any] | None = None,
     kind: str = "image",
 ) -> list[ImageFrame]:
@@ -249,12 +249,12 @@ def frames_of_mask(
 
     Args:
         denoise_mask: one number per frame.
-        pictures: for the zeros; with cameras, for the zeros at even places.
-        cameras: frames alternate between picture and rays, and these fill the zeros at odd places; `None`: no rays.
+        images: for the zeros; with cameras, for the zeros at even places.
+        cameras: frames alternate between image and rays, and these fill the zeros at odd places; `None`: no rays.
         kind: of the frames after the first, without cameras.
 
     Raises:
-        ValueError: as many zeros as pictures or cameras there are not; nothing is repeated.
+        ValueError: as many zeros as images or cameras there are not; nothing is repeated.
     """
     if not denoise_mask or any(value not in (0, 1) for value in denoise_mask):
         raise ValueError(f"denoise_mask has a 1 for each frame to be made and a 0 for each given, got {denoise_mask}")
@@ -262,7 +262,7 @@ def frames_of_mask(
     if cameras is not None:
         kinds[1::2] = ["rays"] * len(kinds[1::2])
     frames = [ImageFrame.make(k) for k in kinds]
-    for name, contents, is_rays in (("pictures", pictures, False), ("cameras", cameras or (), True)):
+    for name, contents, is_rays in (("images", images, False), ("cameras", cameras or (), True)):
         places = [i for i, m in enumerate(denoise_mask) if m == 0 and (kinds[i] == "rays") == is_rays]
         if len(places) != len(contents):
             raise ValueError(
@@ -296,7 +296,7 @@ def check_frames(task: str, frames: Sequence[ImageFrame]) -> None:
         raise ValueError(f"the task {task!r} ({it.about}) has {wanted} frames, got {len(frames)}")
     if task == "views":
         if len(frames) % 2 or kinds != ["image", "rays"] * (len(frames) // 2):
-            raise ValueError(f"views are pairs of a picture and its rays, in this order; got {', '.join(kinds)}")
+            raise ValueError(f"views are pairs of an image and its rays, in this order; got {', '.join(kinds)}")
     elif kinds != ["image", *[it.condition] * (len(frames) - 1)]:
         raise ValueError(f"the task {task!r} has an image first and then {it.condition}; got {', '.join(kinds)}")
 
@@ -308,7 +308,7 @@ def task_prompt(task: str | None, prompt: str, frames: Sequence[ImageFrame], ite
 
     Args:
         task: `None`: nothing but the prompt says it.
-        prompt: caption of the picture, or the instruction of editing.
+        prompt: caption of the image, or the instruction of editing.
         frames: with their captions and legends.
         item: what the subject is called.
 

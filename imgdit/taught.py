@@ -1,4 +1,4 @@
-"""What a model was taught, as its folder tells: the sizes of its pictures, and whose words its prompts are made of.
+"""What a model was taught, as its folder tells: the sizes of its images, and whose words its prompts are made of.
 
 `taught.json` beside `model_index.json`; folders of others have none.
 """
@@ -20,9 +20,9 @@ class Taught:
     """Sizes and words."""
 
     sizes: tuple[tuple[int, int], ...] = ()
-    """Width and height in pixels of the pictures it was trained on; empty: not known."""
+    """Width and height in pixels of the images it was trained on; empty: not known."""
     words: str | None = None
-    """"scenes": the sentences of `imgdit.scenes.captions` and nothing else. `None`: any words."""
+    """"scenes": the captions of `imgdit.scenes.captions` and nothing else. `None`: any words."""
 
     def __post_init__(self) -> None:
         check_choice("words", self.words, (None, "scenes"))

@@ -54,8 +54,8 @@ def text_end(
         cut: leave out these tokens then.
     """
     latest = tokens[-ENTROPY_TOKENS:]
-    share = latest.unique(return_counts=True)[1].double() / max(len(latest), 1)
-    entropy = float(-(share * share.log()).sum())
+    fraction = latest.unique(return_counts=True)[1].double() / max(len(latest), 1)
+    entropy = float(-(fraction * fraction.log()).sum())
     stops, length = False, len(tokens)
     places = torch.isin(tokens, torch.tensor(list(eos_token_ids), dtype=tokens.dtype, device=tokens.device)).nonzero()
     if ends is not None and len(places) >= ends:

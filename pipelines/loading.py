@@ -70,10 +70,10 @@ def over_components(owner: Any, pipe: Any, options: LoadOptions) -> Any:
 
 
 def as_it_was(options: LoadOptions, made_with: Mapping[str, Any]) -> LoadOptions:
-    """Options of loading, with the precision and the bits that a picture was made in where nobody asks for others.
+    """Options of loading, with the precision and the bits that an image was made in where nobody asks for others.
 
     Args:
-        made_with: `Origin.made_with` of the picture.
+        made_with: `Origin.made_with` of the image.
     """
     names = {str(dtype).removeprefix("torch."): name for name, dtype in DTYPES.items()}
     was: dict[str, Any] = {"dtype": names.get(made_with.get("dtype", "")), "quantize": made_with.get("quantize")}

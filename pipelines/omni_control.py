@@ -75,7 +75,7 @@ class _Conditions(compat.SafetensorsOnly):
         condition_generator: torch.Generator | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Make pictures under conditions.
+        """Generate images under conditions.
 
         Args:
             args, kwargs: of the diffusers pipeline this one extends.
@@ -161,7 +161,7 @@ class FluxOmniControlPipeline(_Conditions, FluxPipeline):
         height, width = kwargs.setdefault("height", rows * side), kwargs.setdefault("width", columns * side)
         if (height, width) != (rows * side, columns * side):
             raise ValueError(
-                f"got height={height} and width={width}, but the picture to complete is {rows * side}x{columns * side}"
+                f"got height={height} and width={width}, but the image to complete is {rows * side}x{columns * side}"
             )
         latents = kwargs.pop("latents", None)
         if latents is None:
@@ -179,15 +179,15 @@ class FluxOmniControlPipeline(_Conditions, FluxPipeline):
         sampled = super()._sample(
             control, **kwargs, latents=latents[:, made], output_type="latent", return_dict=False
         )[0]
-        picture = run.known(Pairing(len(sampled), run.samples)).to(sampled)
-        picture[:, made] = sampled
+        image = run.known(Pairing(len(sampled), run.samples)).to(sampled)
+        image[:, made] = sampled
         if output_type != "latent":
-            picture = compat.flux_latents(self, picture, height, width)
-            picture = unscale_latents(self.vae, picture)
-            picture = self.vae.decode(picture.to(self.vae.dtype), return_dict=False)[0]
-            picture = self.image_processor.postprocess(picture, output_type=output_type)
+            image = compat.flux_latents(self, image, height, width)
+            image = unscale_latents(self.vae, image)
+            image = self.vae.decode(image.to(self.vae.dtype), return_dict=False)[0]
+            image = self.image_processor.postprocess(image, output_type=output_type)
             self.maybe_free_model_hooks()
-        return FluxPipelineOutput(images=picture) if return_dict else (picture,)
+        return FluxPipelineOutput(images=image) if return_dict else (image,)
 
 
 compat.register_pipeline(StableDiffusion3OmniControlPipeline)

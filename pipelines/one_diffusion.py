@@ -22,19 +22,19 @@ from imgdit.attention.cache import KVCache
 from imgdit.cameras import FOCAL_LENGTH, cameras_of_rays, ray_frames, rays_of_frames, relative_rays
 from imgdit.frames import Frame
 from imgdit.images.convert import image_size
-from imgdit.images.latents import decode_latents, encode_pictures
+from imgdit.images.latents import decode_latents, encode_images
 from imgdit.layout import FrameLayout
 from imgdit.models.functional import pack, unpack
 from imgdit.models.mmdit import MMDiT
 from imgdit.models.nextdit import NextDiT, TextMemory
 from imgdit.pipelines.checks import Texts, check_call, check_latents
-from imgdit.pipelines.frame_pictures import (
+from imgdit.pipelines.frame_images import (
     bucket_size,
-    depth_of_pictures,
-    labels_of_pictures,
-    pixels_of_pictures,
+    depth_of_images,
+    labels_of_images,
+    pixels_of_images,
 )
-from imgdit.pipelines.one_diffusion_inputs import FrameSource, check_scene, entry, pictures_of
+from imgdit.pipelines.one_diffusion_inputs import FrameSource, check_scene, entry, images_of
 from imgdit.pipelines.options import FrameOptions, SamplingOptions
 from imgdit.pipelines.text_to_image import ImgDiTPipeline
 from imgdit.pipelines.texts import JoinedText
@@ -43,21 +43,21 @@ from imgdit.schedulers.schedule import set_schedule
 from imgdit.tasks import ImageFrame
 
 PUBLISHED_SIZE = 512
-"""Side in pixels at which the published weights make anything but pictures from text."""
+"""Side in pixels at which the published weights make anything but images from text."""
 
-Pictures = list[PIL.Image.Image] | np.ndarray | torch.Tensor
+Images = list[PIL.Image.Image] | np.ndarray | torch.Tensor
 
 
 @dataclass
 class OneDiffusionPipelineOutput(BaseOutput):
-    """What `OneDiffusionPipeline` made. What was not asked for is `None`; P pictures, sample by sample."""
+    """What `OneDiffusionPipeline` made. What was not asked for is `None`; P images, sample by sample."""
 
-    images: Pictures
+    images: Images
     """Frames of kind "image", of the output type asked for."""
     latents: torch.Tensor
     """(B, F, C, h, w) all frames, the given ones too."""
-    maps: dict[str, Pictures] | None = None
-    """Frames of the other kinds as pictures, by kind; never rays."""
+    maps: dict[str, Images] | None = None
+    """Frames of the other kinds as images, by kind; never rays."""
     depth: np.ndarray | None = None
     """(P, H, W) nearness in [0, 1], 1 the nearest, of the frames of kind "depth"."""
     labels: np.ndarray | None = None
@@ -103,7 +103,7 @@ class OneDiffusionPipeline(ImgDiTPipeline):
         text_encoder, tokenizer: of the prompts.
         transformer: `NextDiT` or `MMDiT`. With `NextDiT` the reference's rules hold: given frames stand at the
             schedule's last noise level, their latents are drawn from the autoencoder's distribution (and noise that
-            nothing uses before them, so that seeds agree), an autoencoder's `shift_factor` is ignored, and pictures
+            nothing uses before them, so that seeds agree), an autoencoder's `shift_factor` is ignored, and images
             that are bright all over are stretched. `MMDiT`'s given frames are the most likely latents without noise.
     """
 
@@ -128,7 +128,7 @@ class OneDiffusionPipeline(ImgDiTPipeline):
 
     @property
     def default_size(self) -> int:
-        """Side in pixels of a picture nobody gave a size for: what the transformer was trained on."""
+        """Side in pixels of an image nobody gave a size for: what the transformer was trained on."""
         if isinstance(self.transformer, NextDiT):
             return self.transformer.config.input_size[1] * self.vae_scale_factor
         return super().default_size
@@ -179,26 +179,26 @@ class OneDiffusionPipeline(ImgDiTPipeline):
 
         What is given and made is told in one of three ways: `frames`; or `task` with `images` and what belongs to it
         (`imgdit.tasks.task_frames`); or, raw, a prompt that begins with a token and `denoise_mask` with `images` and
-        `cameras` (`imgdit.tasks.frames_of_mask`). With none of them a picture is made from the prompt.
+        `cameras` (`imgdit.tasks.frames_of_mask`). With none of them an image is made from the prompt.
 
         Args:
-            prompt: caption of the picture, or the instruction of editing; one or several. The library puts the task's
+            prompt: caption of the image, or the instruction of editing; one or several. The library puts the task's
                 token and its details before it; a prompt that begins with a token is taken as it is.
             frames: the scene, frame by frame.
             task: name of the task, of `imgdit.tasks.TASKS`; found by the frames' kinds where they tell.
-            images: given pictures of a task, one or several.
+            images: given images of a task, one or several.
             cameras: of views: a camera-to-world matrix (4, 4) each, `None` for one to be found. Positions are taken
                 as they are; `imgdit.cameras.scale_positions` puts them at the distance OneDiffusion was trained at.
-            inverse: whether the picture is given and the rest made.
-            captions: of the given pictures (subject, identity).
+            inverse: whether the image is given and the rest made.
+            captions: of the given images (subject, identity).
             legend: colour of each object (segmentation, boxes).
             item: what the subject is called.
             denoise_mask: 1 for each frame to be made, 0 for each given.
             negative_prompt: what to steer away from, as the model reads it, without a token; empty by default.
             height, width: in pixels. By default as the given latents; for a `NextDiT` as large as the published one
-                the bucket of the first given picture, 512 for views; otherwise the transformer's training size.
-            crop: see `pixels_of_pictures`.
-            focal_length: of the cameras, in picture widths, or intrinsics; see `imgdit.cameras.relative_rays`.
+                the bucket of the first given image, 512 for views; otherwise the transformer's training size.
+            crop: see `pixels_of_images`.
+            focal_length: of the cameras, in image widths, or intrinsics; see `imgdit.cameras.relative_rays`.
             given_level: noise level of given frames: "last", the lowest of the schedule, as the reference; or "clean",
                 0, as the paper. `None`: "last" for `NextDiT`, "clean" for `MMDiT`.
             num_inference_steps: steps of the sampler; 28 by default, 50 for a `NextDiT` as published.
@@ -271,11 +271,11 @@ class OneDiffusionPipeline(ImgDiTPipeline):
                 return rows if height is None else height, columns if width is None else width
         default = (self.default_size, self.default_size)
         if self.follows_reference and min(default) >= PUBLISHED_SIZE:  # one that was trained on less has its own size
-            pictures = [picture for frame in scene for picture in pictures_of(frame)]
+            images = [image for frame in scene for image in images_of(frame)]
             if any(frame.kind == "rays" for frame in scene):
                 default = (PUBLISHED_SIZE, PUBLISHED_SIZE)
-            elif pictures:
-                default = bucket_size(*image_size(pictures[0]))
+            elif images:
+                default = bucket_size(*image_size(images[0]))
         return default[0] if height is None else height, default[1] if width is None else width
 
     def _check_framing(self, options: FrameOptions) -> None:
@@ -313,7 +313,7 @@ class OneDiffusionPipeline(ImgDiTPipeline):
 
         Args:
             frames: of each sample.
-            samples: of the call; those of one prompt share one entry of a list of pictures.
+            samples: of the call; those of one prompt share one entry of a list of images.
             cells: rows and columns of the latents.
             options: of the frames.
             generator: source of the noise; one, or a list of one per sample.
@@ -333,21 +333,21 @@ class OneDiffusionPipeline(ImgDiTPipeline):
             return torch.cat(parts)
 
         device = compat.execution_device(self)
-        pictures = {i: pictures_of(frame) for i, frame in enumerate(frames) if pictures_of(frame)}
+        images = {i: images_of(frame) for i, frame in enumerate(frames) if images_of(frame)}
         drawn = {"generator": generator, "device": device, "dtype": torch.float32}
         given: dict[int, torch.Tensor] = {}
-        if pictures:
+        if images:
             if self.follows_reference:
                 randn_tensor((samples.count, *shape), **drawn)  # the reference draws it and throws it away
-            pixels = pixels_of_pictures(
-                [picture for some in pictures.values() for picture in some],
+            pixels = pixels_of_images(
+                [image for some in images.values() for image in some],
                 cells[0] * self.vae_scale_factor,
                 cells[1] * self.vae_scale_factor,
                 crop=options.crop,
                 stretch_bright=self.follows_reference,
             )
-            encoded = self._encode_pictures(pixels.to(device), drawn)
-            given = dict(zip(pictures, encoded.split([len(some) for some in pictures.values()]), strict=True))
+            encoded = self._encode_images(pixels.to(device), drawn)
+            given = dict(zip(images, encoded.split([len(some) for some in images.values()]), strict=True))
         noise = randn_tensor(full, **drawn) if latents is None else latents.to(device, torch.float32)
         rays = self._ray_latents(frames, cells, options.focal_length)
         start = noise.clone()
@@ -367,10 +367,10 @@ class OneDiffusionPipeline(ImgDiTPipeline):
             )
         return value[list(samples.order(len(value)))]
 
-    def _encode_pictures(self, pixels: torch.Tensor, drawn: dict[str, Any]) -> torch.Tensor:
-        """Pictures (P, 3, H, W) in [-1, 1] to latents (P, C, h, w)."""
+    def _encode_images(self, pixels: torch.Tensor, drawn: dict[str, Any]) -> torch.Tensor:
+        """Images (P, 3, H, W) in [-1, 1] to latents (P, C, h, w)."""
         if not self.follows_reference or isinstance(self.vae, AutoencoderDC):  # which has no distribution to draw from
-            return encode_pictures(self.vae, pixels)
+            return encode_images(self.vae, pixels)
         posterior = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist
         noise = randn_tensor(posterior.mean.shape, **drawn)
         return (posterior.mean.float() + posterior.std.float() * noise) * self.vae.config.scaling_factor
@@ -483,7 +483,7 @@ class OneDiffusionPipeline(ImgDiTPipeline):
     # Output
 
     def decode_latents(self, latents: torch.Tensor, output_type: str = "pil") -> Any:
-        """Latents (P, C, h, w) to pictures."""
+        """Latents (P, C, h, w) to images."""
         if not self.follows_reference:
             pixels = decode_latents(self.vae, latents)
         else:
@@ -503,19 +503,19 @@ class OneDiffusionPipeline(ImgDiTPipeline):
             places = [i for i, frame in enumerate(scene) if frame.kind == kind and not frame.is_given]
             grids = latents[:, places].flatten(0, 1)  # (P, C, h, w)
             if output_type == "latent":
-                pictures: Any = grids
+                images: Any = grids
             else:
                 tensor = self.decode_latents(grids, "pt")  # (P, 3, H, W) in [0, 1]
-                pictures = self._of_type(tensor, output_type)
+                images = self._of_type(tensor, output_type)
                 if kind == "depth":
-                    output.depth = depth_of_pictures(tensor)
+                    output.depth = depth_of_images(tensor)
                 legend = next((scene[i].legend for i in places if scene[i].legend), None)
                 if kind == "segmentation" and legend:
-                    output.labels, output.legend = labels_of_pictures(tensor, legend), dict(legend)
+                    output.labels, output.legend = labels_of_images(tensor, legend), dict(legend)
             if kind == "image":
-                output.images = pictures
+                output.images = images
             else:
-                output.maps = {**(output.maps or {}), kind: pictures}
+                output.maps = {**(output.maps or {}), kind: images}
         views = [i for i, frame in enumerate(scene) if frame.kind == "rays"]
         if views:
             frames = latents[:, views].flatten(0, 1)
@@ -523,10 +523,10 @@ class OneDiffusionPipeline(ImgDiTPipeline):
             output.cameras = found.unflatten(0, (latents.shape[0], len(views)))
         return output
 
-    def _of_type(self, pictures: torch.Tensor, output_type: str) -> Pictures:
+    def _of_type(self, images: torch.Tensor, output_type: str) -> Images:
         if output_type == "pt":
-            return pictures
-        array = self.image_processor.pt_to_numpy(pictures)
+            return images
+        array = self.image_processor.pt_to_numpy(images)
         return array if output_type == "np" else self.image_processor.numpy_to_pil(array)
 
 

@@ -129,7 +129,7 @@ def check_scene(
         if isinstance(frame.content, torch.Tensor) and frame.kind != "rays":
             called, fitting = "latent grids", fitting | {samples.count}
         else:
-            called = "cameras" if frame.kind == "rays" else "pictures"
+            called = "cameras" if frame.kind == "rays" else "images"
         if entries not in (None, *fitting):
             raise ValueError(
                 f"frame {i} is given as {entries} {called} for {samples.prompts} prompt(s); give one, or one per "
@@ -141,18 +141,18 @@ def check_scene(
     if any(frame.kind == "rays" for frame in frames) and height != width:
         raise ValueError(f"views are square, got {height}x{width} pixels; make height and width equal")
     check_size(height, width, cell, transformer.max_grid)
-    drawn = [frame for frame in frames if frame.adapter is None and pictures_of(frame)]
+    drawn = [frame for frame in frames if frame.adapter is None and images_of(frame)]
     if any(frame.kind != "image" for frame in drawn):
-        sizes = sorted({image_size(picture) for frame in drawn for picture in pictures_of(frame)})
+        sizes = sorted({image_size(image) for frame in drawn for image in images_of(frame)})
         if len(sizes) > 1:
             raise ValueError(
-                "a picture and what is drawn over it must be of one size, got "
+                "an image and what is drawn over it must be of one size, got "
                 f"{', '.join(f'{h}x{w}' for h, w in sizes)} pixels; crop them alike"
             )
 
 
 def num_entries(frame: ImageFrame) -> int | None:
-    """Pictures, latent grids or cameras that a given frame holds; `None` for one to be made."""
+    """Images, latent grids or cameras that a given frame holds; `None` for one to be made."""
     if not frame.is_given:
         return None
     if frame.kind == "rays":
@@ -176,8 +176,8 @@ def entry(frame: ImageFrame, sample: int, samples: Samples) -> ImageFrame:
     return replace(frame, content=content[samples.order(entries)[sample]])
 
 
-def pictures_of(frame: ImageFrame) -> list[Any]:
-    """Pictures of a given frame that have to be encoded: none of one to be made, of rays, or of latents."""
+def images_of(frame: ImageFrame) -> list[Any]:
+    """Images of a given frame that have to be encoded: none of one to be made, of rays, or of latents."""
     if not frame.is_given or frame.kind == "rays" or isinstance(frame.content, torch.Tensor):
         return []
     return list(frame.content) if isinstance(frame.content, list | tuple) else [frame.content]

@@ -70,7 +70,7 @@ class FrameOptions:
     """
 
     crop: bool = True
-    """See `pixels_of_pictures`."""
+    """See `pixels_of_images`."""
     focal_length: float | torch.Tensor = FOCAL_LENGTH
     """Of the cameras, in image widths, or intrinsics; see `imgdit.cameras.relative_rays`."""
     given_level: Literal["last", "clean"] | None = None

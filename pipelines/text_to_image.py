@@ -45,11 +45,11 @@ class ImgDiTPipelineOutput(BaseOutput):
     """What `ImgDiTPipeline` returns."""
 
     images: list[PIL.Image.Image] | np.ndarray | torch.Tensor
-    """Pictures of the output type asked for: a list, (B, H, W, 3) in [0, 1], (B, 3, H, W) in [0, 1], or latents."""
+    """Images of the output type asked for: a list, (B, H, W, 3) in [0, 1], (B, 3, H, W) in [0, 1], or latents."""
 
 
 class ImgDiTPipeline(compat.DiffusionPipeline, LoraLoaderMixin):
-    """Pictures from sentences.
+    """Images from prompts.
 
     Args:
         scheduler: flow-matching schedule.
@@ -160,12 +160,12 @@ class ImgDiTPipeline(compat.DiffusionPipeline, LoraLoaderMixin):
         max_sequence_length: int = 256,
         device: torch.device | None = None,
     ) -> tuple[Any, ...]:
-        """Sentences to what the transformer reads. Arguments that are given already are passed through.
+        """Prompts to what the transformer reads. Arguments that are given already are passed through.
 
         Returns:
             `prompt_embeds` (B, T, J), `negative_prompt_embeds`, `pooled_prompt_embeds` (B, P),
             `negative_pooled_prompt_embeds`, `prompt_embeds_mask` (B, T) boolean, `negative_prompt_embeds_mask`; the
-            negative ones `None` without guidance. B counts `num_images_per_prompt` pictures for each prompt.
+            negative ones `None` without guidance. B counts `num_images_per_prompt` images for each prompt.
         """
         options = (num_images_per_prompt, max_sequence_length, device or compat.execution_device(self))
         prompt_embeds, pooled_prompt_embeds, prompt_embeds_mask = self._encode(
@@ -260,7 +260,7 @@ class ImgDiTPipeline(compat.DiffusionPipeline, LoraLoaderMixin):
 
     @property
     def default_size(self) -> int:
-        """Side in pixels of a picture nobody gave a size for: what the transformer was trained on."""
+        """Side in pixels of an image nobody gave a size for: what the transformer was trained on."""
         return self.transformer.config.sample_size * self.vae_scale_factor
 
     # The run
@@ -300,10 +300,10 @@ class ImgDiTPipeline(compat.DiffusionPipeline, LoraLoaderMixin):
         condition_generator: torch.Generator | None = None,
         true_cfg_scale: float = 1.0,
     ) -> ImgDiTPipelineOutput | tuple:
-        """Make pictures.
+        """Generate images.
 
         Args:
-            prompt: what to show; one sentence or several.
+            prompt: what to show; one prompt or several.
             negative_prompt: what to steer away from; empty by default.
             height, width: in pixels; the transformer's training size by default.
             num_inference_steps: steps of the sampler.
@@ -313,8 +313,8 @@ class ImgDiTPipeline(compat.DiffusionPipeline, LoraLoaderMixin):
                 computed in one batch; for guidance-distilled models an input.
             guidance_interval: noise levels (low, high) between which guidance acts; elsewhere one prediction serves
                 (arXiv 2404.07724).
-            num_images_per_prompt: pictures for each prompt.
-            generator: source of the noise; one, or a list of one per picture.
+            num_images_per_prompt: images for each prompt.
+            generator: source of the noise; one, or a list of one per image.
             latents: starting noise (B, C, h, w) of any floating-point type, instead of drawing it.
             prompt_embeds, pooled_prompt_embeds, prompt_embeds_mask: as `encode_prompt` returns them, and negative.
             output_type: "pil", "np", "pt" or "latent".
@@ -530,7 +530,7 @@ class ImgDiTPipeline(compat.DiffusionPipeline, LoraLoaderMixin):
         return torch.where(made.to(latents.device), latents, known)
 
     def decode_latents(self, latents: torch.Tensor, output_type: str = "pil") -> Any:
-        """Latents (B, C, h, w) to pictures."""
+        """Latents (B, C, h, w) to images."""
         return self.image_processor.postprocess(decode_latents(self.vae, latents), output_type=output_type)
 
 

@@ -18,7 +18,7 @@ from onediffusion_fixtures import TINY
 from PIL import Image, ImageChops, ImageStat
 from test_rooms import FLOORS
 from tiny_control import flux, lora_file, with_texts
-from tiny_pictures import write_folder
+from tiny_images import write_folder
 from tiny_text import make_model, make_tokenizer
 from typer.testing import CliRunner
 
@@ -336,7 +336,7 @@ def test_the_diagram_is_drawn_by_a_command(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_pictures_are_made_by_one_command(trained, tmp_path, monkeypatch):
+def test_the_images_are_made_by_one_command(trained, tmp_path, monkeypatch):
     model = tmp_path / "model"
     shutil.copytree(SCENES, model, symlinks=True, ignore=shutil.ignore_patterns("adapters", "sae"))
     (model / "adapters").mkdir()
@@ -350,7 +350,7 @@ def test_the_pictures_are_made_by_one_command(trained, tmp_path, monkeypatch):
     assert done.exit_code == 0, done.output + repr(done.exception)
     made = {file.name for file in (tmp_path / "docs/pictures").iterdir()}
     assert {"generate.png", "any.png", "views.png", "control.png", "unlearn.png", "text-one-object.jpg"} <= made
-    shown = {name for text in PAGES.values() for name in re.findall(r"\((?:docs/)?pictures/([\w.-]+)\)", text)}
+    shown = {name for text in PAGES.values() for name in re.findall(r"\((?:docs/)?images/([\w.-]+)\)", text)}
     apart = {"failures.jpg", "architecture.png"}  # one image of each kind may show no mistake; has its own command
     assert shown - apart <= made
     numbers = json.loads((tmp_path / "docs/bench-scenes.json").read_text())

@@ -151,7 +151,7 @@ def test_wheel_does_not_depend_on_the_way_it_was_built(source: Path, wheel: Path
 
 
 @pytest.mark.slow
-def test_wheel_makes_a_picture_in_a_fresh_environment(wheel: Path, tmp_path: Path) -> None:
+def test_wheel_makes_an_image_in_a_fresh_environment(wheel: Path, tmp_path: Path) -> None:
     """With this environment's dependencies, from a folder of nobody's, and with nothing of the checkout."""
     fresh, neutral = tmp_path / "fresh", tmp_path / "neutral"
     neutral.mkdir()
@@ -171,9 +171,9 @@ def test_wheel_makes_a_picture_in_a_fresh_environment(wheel: Path, tmp_path: Pat
 
     call(sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps", "--no-index", wheel)
     call(fresh / "bin" / "imgdit", "generate", "a red cube", "--steps", "2", "--out", "red.png")
-    with Image.open(neutral / "red.png") as picture:
-        assert picture.size == (128, 128)
-        assert json.loads(picture.info["imgdit"])["places"]["model"].startswith(str(site))
+    with Image.open(neutral / "red.png") as image:
+        assert image.size == (128, 128)
+        assert json.loads(image.info["imgdit"])["places"]["model"].startswith(str(site))
     program = (
         "import imgdit, imgdit.pipelines, imgdit.apps, imgdit.configs, json, sys\n"
         "from importlib.resources import files\n"

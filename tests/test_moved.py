@@ -62,3 +62,23 @@ def test_a_name_that_is_nowhere_is_refused():
 def test_the_package_warns_of_nothing_by_itself():
     code = "import imgdit, imgdit.apps.cli, imgdit.apps.demo, imgdit.adapters.omni_control"
     subprocess.run([sys.executable, "-W", "error::DeprecationWarning:imgdit", "-c", code], check=True)
+
+
+def test_old_names_of_attributes_and_arguments():
+    """Version 0.1 said picture where the field says image."""
+    import numpy as np
+    from PIL import Image
+
+    from imgdit.data.rows import Row
+    from imgdit.tasks import task_frames
+
+    with pytest.warns(DeprecationWarning, match=r"Row: 'picture' is now 'image'"):
+        row = Row("a", picture=b"data")
+    with pytest.warns(DeprecationWarning, match=r"Row: 'picture' is now 'image'"):
+        assert row.picture is row.image == b"data"
+    image = Image.fromarray(np.zeros((8, 8, 3), np.uint8))
+    with pytest.warns(DeprecationWarning, match=r"task_frames: 'pictures' is now 'images'"):
+        old = task_frames("depth", pictures=image)
+    assert [frame.kind for frame in old] == [frame.kind for frame in task_frames("depth", images=image)]
+    with pytest.raises(TypeError, match="unexpected keyword argument 'photo'"):
+        Row("a", photo=b"data")

@@ -26,7 +26,7 @@ def test_every_task_of_the_scenes_is_one_of_ours():
 
 
 @pytest.mark.parametrize("name", [name for name, task in TASKS.items() if task.frames == (2, 2)])
-def test_a_pair_is_a_picture_and_what_it_comes_from(name):
+def test_a_pair_is_an_image_and_what_it_comes_from(name):
     kind = TASKS[name].condition
     assert told(task_frames(name, "condition")) == [("image", False), (kind, True)]
     assert told(task_frames(name, "photo", inverse=True)) == [("image", True), (kind, False)]
@@ -36,22 +36,22 @@ def test_identity_takes_one_to_three_references():
     for n in (1, 2, 3):
         assert told(task_frames("identity", ["face"] * n)) == [("image", False), *[("image", True)] * n]
     for n in (0, 4):
-        with pytest.raises(ValueError, match=f"takes 1 to 3 given picture.* got {n}"):
+        with pytest.raises(ValueError, match=f"takes 1 to 3 given image.* got {n}"):
             task_frames("identity", ["face"] * n)
 
 
 @pytest.mark.parametrize(
-    ("pictures", "cameras", "mask"),
+    ("images", "cameras", "mask"),
     [
-        (["a"], [1, 2, 3], [0, 0, 1, 0, 1, 0]),  # one picture to three views
+        (["a"], [1, 2, 3], [0, 0, 1, 0, 1, 0]),  # one image to three views
         ((), [1, 2], [1, 0, 1, 0]),  # text to views
         (["a", "b"], [1, None], [0, 0, 0, 1]),  # the second camera is to be found
         (["a", "b"], None, [0, 1, 0, 1]),  # both are
         ([None, "b"], [1, 2], [1, 0, 0, 0]),
     ],
 )
-def test_views_alternate_with_their_rays(pictures, cameras, mask):
-    frames = task_frames("views", list(pictures), cameras=cameras)
+def test_views_alternate_with_their_rays(images, cameras, mask):
+    frames = task_frames("views", list(images), cameras=cameras)
     assert [frame.kind for frame in frames] == ["image", "rays"] * (len(mask) // 2)
     assert [int(not frame.is_given) for frame in frames] == mask
 
@@ -126,21 +126,21 @@ def test_colours_are_the_published_twenty():
     ("call", "message"),
     [
         (lambda: task_frames("dept", "x"), "'dept'; did you mean 'depth'"),
-        (lambda: task_frames("depth", ["x", "y"]), "takes 1 given picture.* got 2"),
-        (lambda: task_frames("depth"), "takes 1 given picture.* got 0"),
+        (lambda: task_frames("depth", ["x", "y"]), "takes 1 given image.* got 2"),
+        (lambda: task_frames("depth"), "takes 1 given image.* got 0"),
         (lambda: task_frames("text_to_image", "x"), "takes 0 given"),
         (lambda: task_frames("text_to_image", "x", inverse=True), "no inverse"),
         (lambda: task_frames("depth", "x", cameras=[1]), "cameras are for the task 'views'"),
-        (lambda: task_frames("depth", "x", captions=["a"]), "captions of given pictures"),
+        (lambda: task_frames("depth", "x", captions=["a"]), "captions of given images"),
         (lambda: task_frames("identity", ["x", "y"], captions=["a"]), "1 captions for 2 given"),
         (lambda: task_frames("depth", "x", legend={"cat": "cyan"}), "a legend belongs to"),
         (lambda: task_frames("segmentation", "x", legend={"cat": "cian"}), "'cian'; did you mean 'cyan'"),
-        (lambda: task_frames("views", ["a", "b"], cameras=[1]), "2 pictures for 1 cameras"),
+        (lambda: task_frames("views", ["a", "b"], cameras=[1]), "2 images for 1 cameras"),
         (lambda: task_frames("views", ["a"], inverse=True), "views have no inverse"),
         (lambda: ImageFrame.make("dpth"), "'dpth'; did you mean 'depth'"),
         (lambda: ImageFrame.given(None), "needs its content"),
-        (lambda: frames_of_mask([1, 0, 0], ["x"]), "2 places for pictures, got 1"),
-        (lambda: frames_of_mask([1, 0], ["x", "y"]), "1 places for pictures, got 2"),
+        (lambda: frames_of_mask([1, 0, 0], ["x"]), "2 places for images, got 1"),
+        (lambda: frames_of_mask([1, 0], ["x", "y"]), "1 places for images, got 2"),
         (lambda: frames_of_mask([1, 0, 1, 0], (), ["c"]), "2 places for cameras, got 1"),
         (lambda: frames_of_mask([1, 2], ["x"]), "a 1 for each frame"),
         (lambda: check_frames("depth", [ImageFrame.given("x", "depth"), ImageFrame.make()]), "an image first"),

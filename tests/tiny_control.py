@@ -61,7 +61,7 @@ def quiet(pipe):
 
 
 def with_texts(pipe):
-    """The pipeline with tiny text encoders, so that its folder makes pictures from sentences."""
+    """The pipeline with tiny text encoders, so that its folder generates images from captions."""
     words = {"tokenizer": tiny_tokenizer(), "text_encoder_2": tiny_text_encoder(), "tokenizer_2": tiny_tokenizer()}
     if isinstance(pipe, FluxPipeline):
         words["text_encoder"] = _clip(32, CLIPTextModel)
@@ -107,7 +107,7 @@ def make(pipe, seed=5, **changes) -> torch.Tensor:
     return pipe(**arguments, generator=torch.Generator().manual_seed(seed), return_dict=False)[0]
 
 
-def picture(seed=0, size=SIZE) -> torch.Tensor:
+def image(seed=0, size=SIZE) -> torch.Tensor:
     return torch.rand(3, size, size, generator=torch.Generator().manual_seed(seed))
 
 

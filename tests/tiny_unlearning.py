@@ -35,8 +35,8 @@ def tiny_material(pipe, **changes):
     return dataclasses.replace(material, statistics=collect(pipe, material))
 
 
-def pictures(pipe, **call):
-    """Latents of two sentences of unequal length."""
+def images(pipe, **call):
+    """Latents of two captions of unequal length."""
     generators = [torch.Generator().manual_seed(i) for i in range(2)]
     options = {"generator": generators, "output_type": "latent", **CALL, **call}
     return pipe(["a red cube photo", "a blue sphere sketch on the left"], **options).images

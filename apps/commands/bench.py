@@ -10,7 +10,7 @@ import typer
 
 from imgdit.apps.commands import speed
 from imgdit.apps.commands.options import ModelFolder, Workers, model_folder
-from imgdit.apps.console import at_work, one_sentence
+from imgdit.apps.console import at_work, user_errors
 from imgdit.defaults import GUIDANCE, STEPS
 
 app = typer.Typer(
@@ -19,7 +19,7 @@ app = typer.Typer(
 
 Probe = Annotated[Path | None, typer.Option(help="Folder of a probe; the embedded one by default.")]
 Sheets = Annotated[Path, typer.Option(help="Folder of the raw numbers and the sheets.")]
-Count = Annotated[int, typer.Option(min=1, help="Pictures of each kind.")]
+Count = Annotated[int, typer.Option(min=1, help="Images of each kind.")]
 Steps = Annotated[int, typer.Option(min=1, help="Steps of the sampler.")]
 Guidance = Annotated[float, typer.Option(min=0.0, help="Guidance scale.")]
 
@@ -75,7 +75,7 @@ def control(
     steps: Steps = STEPS,
     guidance: Guidance = GUIDANCE,
 ) -> None:
-    """Measure condition adapters on scenes: are depth, edges, hole and subject obeyed, and the sentence still?"""
+    """Measure condition adapters on scenes: are depth, edges, hole and subject obeyed, and the prompt still?"""
     from imgdit.benchmarks.scenes import run as scene_bench
     from imgdit.checkpoints import SCENE_PROBE
 
@@ -92,15 +92,15 @@ def unlearn(
     model: ModelFolder = None,
     probe: Probe = None,
     saes: Annotated[Path | None, typer.Option(help="Folder of the autoencoders; MODEL/sae by default.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder of the raw numbers and the pictures; a run goes on there.")] = Path(
+    out: Annotated[Path, typer.Option(help="Folder of the raw numbers and the images; a run goes on there.")] = Path(
         "outputs/bench-unlearn"
     ),
     quick: Annotated[bool, typer.Option(help="Four targets, five methods, two seeds, 12 steps.")] = False,
     methods: Annotated[str | None, typer.Option(help="Names with commas between them.")] = None,
     targets: Annotated[str | None, typer.Option(help="Styles and objects with commas between them.")] = None,
-    seeds: Annotated[int | None, typer.Option(help="Pictures of each style with each object.")] = None,
+    seeds: Annotated[int | None, typer.Option(help="Images of each style with each object.")] = None,
     steps: Annotated[int | None, typer.Option(help="Steps of the sampler.")] = None,
-    sentences: Annotated[int | None, typer.Option(help="For each label, that methods learn from.")] = None,
+    prompts: Annotated[int | None, typer.Option("--prompts", "--sentences", help="Per label, to learn from.")] = None,
     tune: Annotated[bool | None, typer.Option(help="Choose each method's settings on other seeds first.")] = None,
     together: Annotated[int | None, typer.Option(help="Seeds for several labels at once; 0: none.")] = None,
     attack: Annotated[int | None, typer.Option(help="Attacked prompts of each of four targets; 0: none.")] = None,
@@ -117,7 +117,7 @@ def unlearn(
         "targets": targets and tuple(targets.split(",")),
         "seeds": seeds,
         "steps": steps,
-        "sentences": sentences,
+        "sentences": prompts,
         "tune": tune,
         "together": together,
         "attack": attack,
@@ -141,10 +141,10 @@ def unlearn_canvas(
     engine: Annotated[str, typer.Option(help="With --labels: local, or ray for several processes.")] = "local",
     workers: Workers = 1,
 ) -> None:
-    """Score pictures in UnlearnCanvas' own layout with given classifiers."""
+    """Score images in UnlearnCanvas' own layout with given classifiers."""
     from imgdit.benchmarks.unlearning import canvas
 
-    with one_sentence():
+    with user_errors():
         if labels is None and engine != "local":
             raise ValueError(f"--engine {engine} needs --labels, a folder for what the workers find")
         result = canvas.run(folder, style_classifier, object_classifier, labels, engine=engine, workers=workers)

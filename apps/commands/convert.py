@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from imgdit.apps.console import one_sentence
+from imgdit.apps.console import user_errors
 
 app = typer.Typer(help="Turn published checkpoints into diffusers folders.", no_args_is_help=True)
 
@@ -53,7 +53,7 @@ def pixart_mup(
 def _convert(convert: Any, checkpoint: Path, out: Path, head_dim: int, base_width: int, output_mult: float) -> None:
     from imgdit.models.published_mup import read_checkpoint
 
-    with one_sentence():
+    with user_errors():
         weights = read_checkpoint(checkpoint)
         model = convert(weights, head_dim=head_dim, base_width=base_width, output_mult=output_mult)
     model.save_pretrained(out)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from imgdit.apps.commands.options import Engine, Workers, with_loading
-from imgdit.apps.console import at_work, one_sentence
+from imgdit.apps.console import at_work, user_errors
 from imgdit.defaults import GUIDANCE, STEPS
 from imgdit.pipelines.load_options import LoadOptions
 
@@ -22,15 +22,15 @@ SOURCE = "Folder of images with captions or metadata.jsonl, shards, what `datase
 Source = Annotated[str, typer.Argument(help=SOURCE)]
 Ignore = Annotated[list[str] | None, typer.Option(help="A column that means nothing here.")]
 OPTIONS = {"skip_broken": "--skip-broken", r"ignore: \[(\w+)\]": r"--ignore \1"}
-"""What the library calls its arguments, see `one_sentence`."""
+"""What the library calls its arguments, see `user_errors`."""
 Rename = Annotated[list[str] | None, typer.Option(help="text=caption: the column `caption` is the text.")]
 
 
 @app.command()
 def preview(
-    out: Annotated[Path, typer.Argument(help="Picture file to write.")] = Path("outputs/scenes.png"),
+    out: Annotated[Path, typer.Argument(help="Image file to write.")] = Path("outputs/scenes.png"),
     source: Annotated[str | None, typer.Option(help="Your data; the procedural scenes by default.")] = None,
-    count: Annotated[int, typer.Option(min=1, help="Pictures to show.")] = 24,
+    count: Annotated[int, typer.Option(min=1, help="Images to show.")] = 24,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the first scene, or of the draw.")] = 0,
     split: Annotated[str, typer.Option(help="Scenes: train, heldout or heldout_triples.")] = "train",
     task: Annotated[str | None, typer.Option(help="Scenes: show pairs of a task, such as depth.")] = None,
@@ -41,7 +41,7 @@ def preview(
     from imgdit.data.preview import draw_sheet
     from imgdit.scenes.preview import preview
 
-    with one_sentence(OPTIONS):
+    with user_errors(OPTIONS):
         if source is None:
             path = preview(out, count, seed, split=split, task=task)
         else:
@@ -72,7 +72,7 @@ def check(
     from imgdit.training.user_images import settings_of
     from imgdit.training.user_images.needs import lacking, unfit
 
-    with one_sentence(OPTIONS):
+    with user_errors(OPTIONS):
         needs = None if recipe is None else settings_of(load_recipe(recipe))
         if source is None and needs is None:
             raise ValueError("name the data, or a recipe by --recipe")
@@ -90,7 +90,7 @@ def check(
             for kind, found in (("problem", report.problems), ("warning", report.warnings))
             for p in found
         ]
-        lines += [f"{recipe} needs: {sentence}" for sentence in missing]
+        lines += [f"{recipe} needs: {prompt}" for prompt in missing]
         typer.echo("\n".join([*lines, str(report)]))
         if out is not None:
             if report.rows:
@@ -119,7 +119,7 @@ def convert(
     from imgdit.data.convert import convert
     from imgdit.naming import check_name
 
-    with one_sentence(OPTIONS):
+    with user_errors(OPTIONS):
         check_name("--to", to, ("shards", "folder"))
         rows = _rows(source, ignore, rename, split)
         convert(rows, out, shards=to == "shards", skip_broken=skip_broken, shard_size=shard_mb << 20)
@@ -147,19 +147,19 @@ def _lines(file: Path, what: str) -> list[str]:
 @app.command()
 @with_loading
 def generate(
-    prompts: Annotated[Path, typer.Argument(help="Text file with a sentence per line.")],
+    prompts: Annotated[Path, typer.Argument(help="Text file with a prompt per line.")],
     out: Annotated[Path, typer.Argument(help="Folder; can be trained on afterwards.")],
     model: Annotated[str | None, typer.Option(help="Folder or Hub id; the embedded model by default.")] = None,
     steps: Annotated[int, typer.Option(min=1, help="Steps of the sampler.")] = STEPS,
     guidance: Annotated[float, typer.Option(min=0.0, help="Guidance scale.")] = GUIDANCE,
-    seed: Annotated[int, typer.Option(min=0, help="Of the first picture; the others count up.")] = 0,
-    batch: Annotated[int, typer.Option(min=1, help="Pictures at a time.")] = 8,
+    seed: Annotated[int, typer.Option(min=0, help="Of the first image; the others count up.")] = 0,
+    batch: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 8,
     engine: Engine = "local",
     workers: Workers = 1,
     *,
     loading: LoadOptions,
 ) -> None:
-    """Make a picture per line, however many; start it again to go on where it stopped."""
+    """Generate an image per line, however many; start it again to go on where it stopped."""
     from imgdit.apps.jobs.bulk import generate_all
     from imgdit.apps.jobs.request import Request
     from imgdit.apps.jobs.shelf import Shelf
@@ -177,7 +177,7 @@ def generate(
             workers=workers,
         )  # fmt: skip
         made = sum(item["count"] for item in done)
-    typer.echo(f"made {made:,} of {len(said):,} pictures in {out}; the others were there")
+    typer.echo(f"made {made:,} of {len(said):,} images in {out}; the others were there")
 
 
 @app.command()
@@ -203,14 +203,14 @@ def subjects(
     threshold: Annotated[float, typer.Option(min=0, max=1, help="Pairs that score less are not kept.")] = 0.5,
     seed: Annotated[int, typer.Option(min=0, help="Of the first pair; the others count up.")] = 0,
     steps: Annotated[int, typer.Option(min=1, help="Steps of the sampler.")] = STEPS,
-    model: Annotated[str | None, typer.Option(help="Another pipeline; draws both pictures as halves of one.")] = None,
+    model: Annotated[str | None, typer.Option(help="Another pipeline; draws both images as halves of one.")] = None,
     names: Annotated[Path | None, typer.Option(help="With --model: file with a thing per line.")] = None,
     scorer: Annotated[str | None, typer.Option(help="With --model: image encoder that compares the halves.")] = None,
     size: Annotated[int, typer.Option(min=1, help="With --model: pixels per side of a half.")] = 512,
     *,
     loading: LoadOptions,
 ) -> None:
-    """Make pairs of pictures of the same thing, score them and keep the good ones."""
+    """Make pairs of images of the same thing, score them and keep the good ones."""
     from imgdit.data.subjects import make_subjects
     from imgdit.scenes import subject_pairs
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from imgdit.apps.commands.options import with_loading
-from imgdit.apps.console import calm, one_sentence
+from imgdit.apps.console import calm, user_errors
 from imgdit.pipelines.load_options import LoadOptions
 
 
@@ -30,7 +30,7 @@ def demo(
     loading: LoadOptions,
 ) -> None:
     """Open the demo: make, control, unlearn and look, in a browser. Ctrl-C ends it."""
-    with one_sentence():
+    with user_errors():
         calm()
         try:
             import gradio

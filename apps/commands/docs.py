@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from imgdit.apps.commands.mup import coord_check, transfer
-from imgdit.apps.console import calm, one_sentence
+from imgdit.apps.console import calm, user_errors
 from imgdit.defaults import STEPS
 
 app = typer.Typer(help="Make the parts of docs/ that are made by commands.", no_args_is_help=True)
@@ -31,28 +31,28 @@ def architecture(
     out: Annotated[Path, typer.Argument(help="File to write.")] = Path("docs/pictures/architecture.png"),
 ) -> None:
     """Draw the diagram of frames, attention and adapters."""
-    with one_sentence():
+    with user_errors():
         from imgdit.apps.chores.architecture import draw_architecture
 
         typer.echo(f"wrote {draw_architecture(out)}")
 
 
 @app.command()
-def pictures(
-    out: Annotated[Path, typer.Argument(help="Folder; the sheets go into its folder `pictures`.")] = Path("docs"),
+def images(
+    out: Annotated[Path, typer.Argument(help="Folder; the sheets go into its folder `images`.")] = Path("docs"),
     model: Annotated[Path | None, typer.Option(help="Folder of a pipeline; the embedded model by default.")] = None,
-    count: Annotated[int, typer.Option(min=2, help="Pictures of each kind of the benchmark.")] = 100,
+    count: Annotated[int, typer.Option(min=2, help="Images of each kind of the benchmark.")] = 100,
     steps: Annotated[int, typer.Option(min=1, help="Steps of the sampler.")] = STEPS,
     mup: Annotated[bool, typer.Option(help="The plots of μP too: ten minutes of processor time.")] = False,
     work: Annotated[Path, typer.Option(help="Folder of the sweep of --mup.")] = Path("outputs/docs"),
 ) -> None:
-    """Make the pictures of the documentation, and the numbers of the benchmark whose sheets are among them."""
-    with one_sentence():
+    """Generate the images of the documentation, and the numbers of the benchmark whose sheets are among them."""
+    with user_errors():
         calm()
-        from imgdit.apps.chores.docs_pictures import make_pictures
+        from imgdit.apps.chores.docs_images import make_images
         from imgdit.checkpoints import SCENES
 
-        for file in make_pictures(out, model=model or SCENES, count=count, steps=steps):
+        for file in make_images(out, model=model or SCENES, count=count, steps=steps):
             typer.echo(f"wrote {file}")
         if mup:
             coord_check(out=work / "coordinates")

@@ -78,15 +78,15 @@ class ImageCommand:
             jobs_at: the jobs whose files are named after a file.
             out: what was asked for.
             default: what is taken otherwise.
-            beside: kind and picture of further files that are named after a file.
+            beside: kind and image of further files that are named after a file.
 
         Raises:
             ValueError: a further file is there and shows something else.
         """
 
         def taken(file: Path) -> Path | None:
-            there = ((other, picture) for other, (_, picture) in beside(file).items() if other.exists())
-            return next((other for other, picture in there if not _shows(other, picture)), None)
+            there = ((other, image) for other, (_, image) in beside(file).items() if other.exists())
+            return next((other for other, image in there if not _shows(other, image)), None)
 
         if self.overwrite:
             return jobs_at(out or default)
@@ -134,7 +134,7 @@ class ImageCommand:
         return [result.job for result in results]
 
     def tell_sheet(self, file: Path) -> None:
-        """Name a file that is no picture of a request; where programs read those, beside them."""
+        """Name a file that is no image of a request; where programs read those, beside them."""
         typer.echo(f"wrote {file}", err=self.as_json)
 
     def warn(self, said: str | None) -> None:
@@ -172,12 +172,12 @@ class ImageCommand:
                 typer.echo(f"wrote {file}" if new else f"found {file}")
         elif there < len(files):
             folders = dict.fromkeys(str(file.parent) for file in files)
-            typer.echo(f"wrote {len(files) - there} pictures to {', '.join(folders)}")
+            typer.echo(f"wrote {len(files) - there} images to {', '.join(folders)}")
 
 
-def _shows(file: Path, picture: Image.Image) -> bool:
-    """Whether a file holds a picture, pixel by pixel."""
+def _shows(file: Path, image: Image.Image) -> bool:
+    """Whether a file holds an image, pixel by pixel."""
     try:
-        return same_pixels(open_image(file).convert("RGB"), picture.convert("RGB"))
-    except ValueError:  # no picture
+        return same_pixels(open_image(file).convert("RGB"), image.convert("RGB"))
+    except ValueError:  # no image
         return False

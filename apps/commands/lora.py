@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from imgdit.apps.console import one_sentence
+from imgdit.apps.console import user_errors
 
 if TYPE_CHECKING:
     from imgdit.lora.files import AdapterFile
@@ -26,7 +26,7 @@ def inspect(
     """Print a LoRA file's names, ranks, modules and settings."""
     from imgdit.lora.files import read_adapter
 
-    with one_sentence():
+    with user_errors():
         adapter = read_adapter(file)
     tensors = [tensor for pair in adapter.pairs.values() for tensor in pair]
     kinds = Counter(_kind(name) for name in adapter.pairs)
@@ -52,7 +52,7 @@ def convert(
     from imgdit.lora.files import read_adapter, write_adapter
     from imgdit.naming import check_name
 
-    with one_sentence():
+    with user_errors():
         check_name("--to", to, DIALECTS)
         adapter = read_adapter(file)
         out = out or file.with_name(f"{file.name.removesuffix('.safetensors')}.{to}.safetensors")
@@ -69,7 +69,7 @@ def export(
     """Write the adapter of a run's latest checkpoint as a LoRA file, with how it was trained in its header."""
     from imgdit.apps.chores.weights import save_adapter
 
-    with one_sentence():
+    with user_errors():
         save_adapter(run, out)
     typer.echo(f"wrote {out}")
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from imgdit.apps.console import at_work, one_sentence
+from imgdit.apps.console import at_work, user_errors
 
 app = typer.Typer(help="Tune small, train large: check, sweep and plan under μP.", no_args_is_help=True)
 
@@ -26,7 +26,7 @@ def table(recipe: Annotated[str, typer.Argument(help=_RECIPE)]) -> None:
     from imgdit.training import load_recipe
     from imgdit.training.build import build_model
 
-    with one_sentence():
+    with user_errors():
         with torch.device("meta"):
             rules = mup_table(build_model(load_recipe(recipe)))
     longest = max(len(rule.name) for rule in rules)
@@ -153,8 +153,8 @@ def transfer(
         typer.echo(f"suggested optimizer.lr: {rate:.4g}, within 1 % of the best from {low:.4g} to {high:.4g}")
     whole = target or f"width {sweep.widths[-1]}"
     typer.echo(
-        f"cost in runs of {whole}: the narrowest width's μP runs {result.proxy_share:.1%}, all runs "
-        f"{result.sweep_share:.1%}; {result.cpu_seconds:.0f} s of processor time"
+        f"cost in runs of {whole}: the narrowest width's μP runs {result.proxy_fraction:.1%}, all runs "
+        f"{result.sweep_fraction:.1%}; {result.cpu_seconds:.0f} s of processor time"
     )
     (out / "transfer.json").write_text(json.dumps(result.to_dict(), indent=1), encoding="utf-8")
     typer.echo(f"wrote {out / 'transfer.json'} and {plot_curves(result.curves, out / 'transfer.png')}")
@@ -181,7 +181,7 @@ def plan(
     options: dict[str, Any] = {
         "image_tokens": image_tokens, "text_tokens": text_tokens, "gpus": gpus, "flops_per_second": teraflops * 1e12,
     }  # fmt: skip
-    with one_sentence():
+    with user_errors():
         if target_params is not None:
             if recipes and len(recipes) > 1:
                 raise typer.BadParameter("--target-params takes one recipe, whose width is changed")
@@ -202,7 +202,7 @@ def plan(
         typer.echo(
             f"tune optimizer.lr with {trials} runs of {steps:,} steps at width {found.proxy.cost.width}, then set "
             f"mup_base_width: {found.proxy.cost.width} at width {found.target.cost.width} and train {whole:,} steps; "
-            f"all trials cost {found.share:.1%} of that run ({trials * found.proxy.days:.2f} days on {gpus} GPUs)"
+            f"all trials cost {found.fraction:.1%} of that run ({trials * found.proxy.days:.2f} days on {gpus} GPUs)"
         )
 
 

@@ -134,13 +134,13 @@ with_images = collected(
         "model": Annotated[str | None, typer.Option(help="Folder or Hub id; the embedded model by default.")],
         "steps": Annotated[int, typer.Option(min=1, help="Steps of the sampler.")],
         "guidance": Annotated[
-            float | None, typer.Option(min=0.0, help="Scale; 3, or 1 for maps and views of a given picture.")
+            float | None, typer.Option(min=0.0, help="Scale; 3, or 1 for maps and views of a given image.")
         ],
-        "seed": Annotated[int, typer.Option(min=0, help="Of the first picture; the others count up.")],
+        "seed": Annotated[int, typer.Option(min=0, help="Of the first image; the others count up.")],
         "size": Annotated[str | None, typer.Option(help="WIDTHxHEIGHT in pixels, or one number for both.")],
         "negative": Annotated[str, typer.Option(help="What to steer away from.")],
-        "overwrite": Annotated[bool, typer.Option(help="Make pictures anew that are there already.")],
-        "as_json": Annotated[bool, typer.Option("--json", help="A JSON object per picture on the standard output.")],
+        "overwrite": Annotated[bool, typer.Option(help="Generate images anew that are there already.")],
+        "as_json": Annotated[bool, typer.Option("--json", help="A JSON object per image on the standard output.")],
     },
 )
 """Gives a command the options of `ImageOptions` in the place of its argument `options`."""

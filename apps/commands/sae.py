@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from imgdit.apps.commands.options import Engine, Workers, with_loading
-from imgdit.apps.console import at_work, one_sentence
+from imgdit.apps.console import at_work, user_errors
 from imgdit.defaults import STEPS
 from imgdit.pipelines.load_options import LoadOptions
 
@@ -60,7 +60,7 @@ def collect(
 def features(
     sae: Annotated[Path, typer.Argument(help="Folder of one autoencoder.")],
     pipeline: Annotated[str, typer.Argument(help="Folder or Hub repository of the pipeline it was trained on.")],
-    prompt: Annotated[list[str], typer.Option(help="What to make pictures of; several are better.")],
+    prompt: Annotated[list[str], typer.Option(help="What to generate images of; several are better.")],
     against: Annotated[
         list[str] | None, typer.Option(help="Prompts without what is looked for: features are searched by contrast.")
     ] = None,
@@ -68,12 +68,12 @@ def features(
     count: Annotated[int, typer.Option(min=1, help="Features to show.")] = 12,
     steps: Annotated[int, typer.Option(min=1, help="Steps of the sampler.")] = STEPS,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale; the pipeline's own by default.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the first picture.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the first image.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder to write.")] = Path("outputs/features"),
     *,
     loading: LoadOptions,
 ) -> None:
-    """Write what features do: data, a sheet of pictures for each, and one page to open in a browser."""
+    """Write what features do: data, a sheet of images for each, and one page to open in a browser."""
     from imgdit.pipelines.loading import chosen_device, load_pipeline
     from imgdit.sae.features import contrast_features, heat_maps, survey_features
     from imgdit.sae.model import load_sae
@@ -106,6 +106,6 @@ def convert(
     """Make safetensors of sdxl-unbox's published pickles, once, by a reader that admits nothing but tensors."""
     from imgdit.sae.model import convert_sdxl_unbox
 
-    with one_sentence():
+    with user_errors():
         convert_sdxl_unbox(source, folder)
     typer.echo(f"wrote {folder}")

@@ -131,7 +131,7 @@ def control_speed(
     device: Device = "cpu",
     dtype: Dtype = "float32",
 ) -> None:
-    """Time steps under conditions against steps without, on a medium FLUX, and their share of the GEMM peak."""
+    """Time steps under conditions against steps without, on a medium FLUX, and their fraction of the GEMM peak."""
     import torch
 
     from imgdit.benchmarks.speed.conditions import condition_costs
@@ -141,7 +141,7 @@ def control_speed(
     typer.echo(f"{'work':<42}{'step':>10}{'ratio':>8}{'spread':>16}{'of peak':>9}")
     for row in condition_costs(rounds=rounds, device=device, dtype=getattr(torch, dtype)):
         spread = f"{row.low:.3f}-{row.high:.3f}"
-        typer.echo(f"{row.work:<42}{row.seconds * 1e3:>7.0f} ms{row.ratio:>8.3f}{spread:>16}{row.share:>8.0%}")
+        typer.echo(f"{row.work:<42}{row.seconds * 1e3:>7.0f} ms{row.ratio:>8.3f}{spread:>16}{row.fraction:>8.0%}")
 
 
 def _chosen(option: str, names: str, known: Iterable[str]) -> list[str]:
@@ -164,7 +164,7 @@ def all_speed(
 ) -> None:
     """Time everything against what one would use instead, beside what it must reach: one table, on a CPU.
 
-    Groups: forward, conditions, frames, packing, picture, sae, training, start. Process time, interleaved pairs.
+    Groups: forward, conditions, frames, packing, image, sae, training, start. Process time, interleaved pairs.
     """
     import torch
 
@@ -190,7 +190,7 @@ def caches(
     rounds: Annotated[int, typer.Option(min=1, help="Counted pairs of runs.")] = 3,
     threads: Threads = 1,
 ) -> None:
-    """What diffusers' step caches save, and how far their pictures are from those without: held-out scenes."""
+    """What diffusers' step caches save, and how far their images are from those without: held-out scenes."""
     import torch
 
     from imgdit.benchmarks.speed import pipeline as bench
@@ -276,7 +276,7 @@ def large_speed(
         as_json,
         lambda row: (
             f"| {row.work} | {row.variant} | {row.backend} | {row.seconds * 1e3:.1f} ms | {row.against} "
-            f"| {row.ratio:.3f} | {row.low:.3f} - {row.high:.3f} | {row.flops / 1e12:.1f} | {row.share:.0%} "
+            f"| {row.ratio:.3f} | {row.low:.3f} - {row.high:.3f} | {row.flops / 1e12:.1f} | {row.fraction:.0%} "
             f"| {row.recompiled} |"
         ),
     )

@@ -1,4 +1,4 @@
-"""Tab: a row of frames, each given or to be made, and another view of a picture."""
+"""Tab: a row of frames, each given or to be made, and another view of an image."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ GIVEN, MADE = "given", "to be made"
 TURN, RISE = 45.0, 15.0
 """Degrees that the other camera may be away; views were taught up to 40 around."""
 ELEVATION = 24.0
-"""Of the camera of a given picture, in degrees: the middle of what the scenes are seen from."""
+"""Of the camera of a given image, in degrees: the middle of what the scenes are seen from."""
 UNSAID = "Without a caption the colours of a segmentation are guessed; name what is seen."
 
 
@@ -42,10 +42,10 @@ def _pairs(holder: Holder, kinds: list[str]) -> None:
     first = "depth" if "depth" in kinds else kinds[0]
     with gr.Row():
         with gr.Column(min_width=280):
-            picture_is = gr.Radio([GIVEN, MADE], value=GIVEN, label="The picture is")
-            picture = widgets.upload("Picture", height=220)
+            image_is = gr.Radio([GIVEN, MADE], value=GIVEN, label="The image is")
+            image = widgets.upload("Picture", height=220)
             if holder.examples:
-                gr.Examples([[file] for file in holder.examples], [picture], label="Examples")
+                gr.Examples([[file] for file in holder.examples], [image], label="Examples")
             with gr.Row():
                 kind = gr.Dropdown(kinds, value=first, label="The other frame is a", min_width=120)
                 other_is = gr.Radio([GIVEN, MADE], value=MADE, label="It is", min_width=200)
@@ -60,20 +60,20 @@ def _pairs(holder: Holder, kinds: list[str]) -> None:
 
     @limits.refusing(status)
     def any_to_any(
-        prompt: str, picture_is: str, picture: str | None, kind: str, other_is: str, other: str | None,
+        prompt: str, image_is: str, image: str | None, kind: str, other_is: str, other: str | None,
         steps: int, guidance: float, seed: int, person: gr.Request,
     ) -> Iterator[tuple[list[tuple[str, str]], str]]:  # fmt: skip
-        """Make frames from others: depth of a picture, a picture of depth, both from text.
+        """Make frames from others: depth of an image, an image of depth, both from text.
 
         Args:
-            prompt: caption of the picture, or the instruction of editing; may be empty.
-            picture_is: "given" or "to be made".
-            picture: if it is given.
+            prompt: caption of the image, or the instruction of editing; may be empty.
+            image_is: "given" or "to be made".
+            image: if it is given.
             kind: what the other frame is: depth, canny, segmentation, boxes, blur, …
             other_is: "given" or "to be made".
             other: if it is given.
             steps: of the sampler.
-            guidance: scale where a picture is made; maps of a given picture are made without.
+            guidance: scale where an image is made; maps of a given image are made without.
             seed: of the noise.
 
         Returns:
@@ -82,14 +82,14 @@ def _pairs(holder: Holder, kinds: list[str]) -> None:
         limits.choice(kind, "the other frame", kinds)
         asked = []
         for name, what, is_given, content in (
-            ("image", "the picture", picture_is, picture),
+            ("image", "the image", image_is, image),
             (kind, f"the {kind}", other_is, other),
         ):
             if limits.choice(is_given, what, (GIVEN, MADE)) == GIVEN and content is None:
                 raise limits.Refused(
                     f"{what} is given, but there is no image of it; upload one first, or let it be made"
                 )
-            asked.append(RequestFrame(name, limits.picture(content, what) if is_given == GIVEN else None))
+            asked.append(RequestFrame(name, limits.image(content, what) if is_given == GIVEN else None))
         base = widgets.read_sampling(steps, guidance, seed)
         if asked[0].image is not None and TASKS[kind].condition != "image":
             base["guidance"] = None
@@ -99,7 +99,7 @@ def _pairs(holder: Holder, kinds: list[str]) -> None:
         yield from _shown(holder, request, made, person, [UNSAID] if unsaid else [])
 
     make.click(
-        any_to_any, [prompt, picture_is, picture, kind, other_is, other, *sampled], [frames, status],
+        any_to_any, [prompt, image_is, image, kind, other_is, other, *sampled], [frames, status],
         api_name="any_to_any", trigger_mode="once", **DEVICE,
     )  # fmt: skip
     stop.click(holder.stop, None, status, **QUICK)
@@ -109,9 +109,9 @@ def _pairs(holder: Holder, kinds: list[str]) -> None:
 def _views(holder: Holder) -> None:
     with gr.Row():
         with gr.Column(min_width=280):
-            picture = widgets.upload("Picture seen from the front", height=220)
+            image = widgets.upload("Image seen from the front", height=220)
             if holder.examples:
-                gr.Examples([[file] for file in holder.examples], [picture], label="Examples")
+                gr.Examples([[file] for file in holder.examples], [image], label="Examples")
             turn = gr.Slider(-TURN, TURN, 25, step=1, label="Turn (degrees around)")
             rise = gr.Slider(-RISE, RISE, 0, step=1, label="Rise (degrees up)")
             dial = gr.HTML(_dial(25, 0), label="Camera")
@@ -124,24 +124,24 @@ def _views(holder: Holder) -> None:
 
     @limits.refusing(status)
     def other_view(
-        prompt: str, picture: str | None, turn: float, rise: float,
+        prompt: str, image: str | None, turn: float, rise: float,
         steps: int, guidance: float, seed: int, person: gr.Request,
     ) -> Iterator[tuple[list[tuple[str, str]], str]]:  # fmt: skip
-        """Make a picture from another camera.
+        """Generate an image from another camera.
 
         Args:
             prompt: caption; may be empty.
-            picture: as the first camera sees it.
+            image: as the first camera sees it.
             turn: degrees that the other camera is around.
             rise: degrees that it is higher.
             steps: of the sampler.
-            guidance: not used: the picture tells what there is.
+            guidance: not used: the image tells what there is.
             seed: of the noise.
 
         Returns:
             PNG file of the view, and how far it is.
         """
-        seen = limits.picture(picture, "the picture")
+        seen = limits.image(image, "the image")
         if seen is None:
             raise limits.Refused("upload an image first, which is then seen from elsewhere")
         around = float(limits.number(turn, "the turn", -TURN, TURN))
@@ -157,7 +157,7 @@ def _views(holder: Holder) -> None:
         yield from _shown(holder, request, [f"{around:g}° around, {higher:g}° up"], person)
 
     make.click(
-        other_view, [prompt, picture, turn, rise, *sampled], [views, status],
+        other_view, [prompt, image, turn, rise, *sampled], [views, status],
         api_name="other_view", trigger_mode="once", **DEVICE,
     )  # fmt: skip
     stop.click(holder.stop, None, status, **QUICK)

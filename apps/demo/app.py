@@ -58,7 +58,7 @@ def build(holder: Holder, results: Path) -> gr.Blocks:
     ) as page:
         source = str(holder.session.shelf.places["model"])
         name = "the embedded model" if source == str(SCENES) else f"`{Path(source).name}`"
-        gr.Markdown(f"# imgdit\nControllable pictures from {name}.")
+        gr.Markdown(f"# imgdit\nControllable images from {name}.")
         hidden = _hidden(holder)
         if hidden:
             gr.Markdown(" ".join(hidden.values()), elem_classes="note")
@@ -95,14 +95,14 @@ def build(holder: Holder, results: Path) -> gr.Blocks:
 
 
 def _hidden(holder: Holder) -> dict[str, str]:
-    """Tabs that this model has nothing for, and why, in a sentence each."""
+    """Tabs that this model has nothing for, and why, in a message each."""
     session = holder.session
     adapters = "/".join(session.shelf.adapter_folder.parts[-2:])
     found = {}
     if not session.shelf.controls:
         found["Control"] = f"Without Control: there are no condition adapters in `{adapters}`."
     if not any_to_any.pairs(session) and "views" not in session.shelf.tasks:
-        found["Any-to-any"] = "Without Any-to-any: this model makes images from text and conditions only."
+        found["Any-to-any"] = "Without Any-to-any: this model generates images from text and conditions only."
     if not session.shelf.has_sae:
         trains = "`imgdit sae train RECIPE` makes one"
         reason = f"there is no sparse autoencoder in `{holder.sae_place}`; {trains}."

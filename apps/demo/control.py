@@ -1,4 +1,4 @@
-"""Tab: a picture that follows another one, uploaded or drawn."""
+"""Tab: an image that follows another one, uploaded or drawn."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ def build(holder: Holder) -> widgets.Canvas:
             with gr.Accordion("Strength", open=False):
                 gr.Markdown(_about_adapters(holder))
                 strength = gr.Slider(0, 3, 1, step=0.05, label="Strength", info="1: as trained; 0: nothing")
-                start = gr.Slider(0, 1, 0, step=0.05, label="Begins after this share of the steps")
-                end = gr.Slider(0, 1, 1, step=0.05, label="Ends after this share of the steps")
+                start = gr.Slider(0, 1, 0, step=0.05, label="Begins after this fraction of the steps")
+                end = gr.Slider(0, 1, 1, step=0.05, label="Ends after this fraction of the steps")
             with gr.Accordion("A second condition", open=False):
                 second = widgets.upload("Second image", height=200)
                 second_kind = gr.Dropdown(choices, value=first, label="It is a", interactive=bool(kinds))
@@ -91,16 +91,16 @@ class _Handlers:
         second: str | None, second_kind: str, second_strength: float,
         steps: int, guidance: float, seed: int, person: gr.Request,
     ) -> Iterator[tuple[Any, Any, Any, str]]:  # fmt: skip
-        """Make a picture that follows another one.
+        """Generate an image that follows another one.
 
         Args:
             prompt: what to show.
-            drawing: the picture, and what was drawn on it; for "mask", what was drawn is the hole.
-            kind: what the picture is: canny, depth, segmentation, mask, subject, …
+            drawing: the image, and what was drawn on it; for "mask", what was drawn is the hole.
+            kind: what the image is: canny, depth, segmentation, mask, subject, …
             find: whether it is a photo in which the condition has to be found.
             strength: of the condition; adapters only.
-            start: share of the steps after which it acts; adapters only.
-            end: share of the steps after which it ends; adapters only.
+            start: fraction of the steps after which it acts; adapters only.
+            end: fraction of the steps after which it ends; adapters only.
             second: another condition; adapters only.
             second_kind: what it is.
             second_strength: its strength.
@@ -109,7 +109,7 @@ class _Handlers:
             seed: of the noise.
 
         Returns:
-            the condition, the given picture beside the made one, its PNG file, and how far it is.
+            the condition, the given image beside the made one, its PNG file, and how far it is.
         """
         chosen = limits.choice(kind, "the kind", self.kinds)
         given = _given(drawing, chosen)
@@ -120,7 +120,7 @@ class _Handlers:
             "start": float(limits.number(start, "start", 0, 1)),
             "end": float(limits.number(end, "end", 0, 1)),
         }
-        other = limits.picture(second, "the second image")
+        other = limits.image(second, "the second image")
         other_kind = None if other is None else limits.choice(second_kind, "the second kind", self.kinds)
         looking = find or chosen == "mask"
         if looking:
@@ -163,10 +163,10 @@ def _condition(
         return given.below, condition_of(session, kind, given.below, hole), False
     if find:
         told = caption if kind == "segmentation" else ""
-        return given.picture, condition_of(session, kind, given.picture, caption=told), False
+        return given.image, condition_of(session, kind, given.image, caption=told), False
     if given.below is None:
-        return given.picture, *drawn_map(kind, given.picture, given.strokes)
-    return given.picture, *lines_on_black(kind, given.picture)
+        return given.image, *drawn_map(kind, given.image, given.strokes)
+    return given.image, *lines_on_black(kind, given.image)
 
 
 def _about_adapters(holder: Holder) -> str:
@@ -175,5 +175,5 @@ def _about_adapters(holder: Holder) -> str:
         return f"Condition adapters: {names}. Strength and range act on these kinds."
     return (
         f"There are no condition adapters beside this model: a condition is read as a given frame, "
-        f"alone and at full strength. Pictures of up to {LIMITS.upload_mib} MiB are taken."
+        f"alone and at full strength. Images of up to {LIMITS.upload_mib} MiB are taken."
     )

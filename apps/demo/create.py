@@ -55,7 +55,7 @@ def build(holder: Holder) -> Create:
         prompt: str, negative: str, width: int, height: int, steps: int, guidance: float, seed: int, count: int,
         person: gr.Request,
     ) -> Iterator[tuple[Any, list[str], str]]:  # fmt: skip
-        """Make pictures from a sentence.
+        """Generate images from a prompt.
 
         Args:
             prompt: what to show.

@@ -36,7 +36,7 @@ class Texts(NamedTuple):
 
 
 def of_scenes(session: Any) -> bool:
-    """Whether a model was taught the sentences of scenes, and nothing else."""
+    """Whether a model was taught the prompts of scenes, and nothing else."""
     return session.shelf.taught.words == "scenes"
 
 

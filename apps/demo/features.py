@@ -1,4 +1,4 @@
-"""Tab: search the features of a sparse autoencoder by words, look at their pictures, steer one."""
+"""Tab: search the features of a sparse autoencoder by words, look at their images, steer one."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from imgdit.sae.model import SparseAutoencoder
 STEPS = 8
 """Of each image that is searched for features."""
 FOUND, TOP = 12, 6
-"""Features that a search tells, and pictures of one."""
+"""Features that a search tells, and images of one."""
 
 
 def build(holder: Holder) -> None:
@@ -42,7 +42,7 @@ def build(holder: Holder) -> None:
                 first, label="Feature", precision=0, minimum=0, maximum=handlers.last,
                 info=f"At first {concept}; after a search the best one. A click on a row takes another.",
             )  # fmt: skip
-            look = gr.Button("Top pictures")
+            look = gr.Button("Top images")
         with gr.Column(min_width=280):
             prompt = widgets.prompt_box(texts.steer)
             factor = gr.Slider(
@@ -55,7 +55,7 @@ def build(holder: Holder) -> None:
             with gr.Row():
                 plain = widgets.result("As it is")
                 steered = widgets.result("Steered")
-    pictures = widgets.results("Where the feature is strongest", columns=3)
+    images = widgets.results("Where the feature is strongest", columns=3)
 
     guarded = limits.refusing(status)
     search.click(
@@ -64,7 +64,7 @@ def build(holder: Holder) -> None:
     )  # fmt: skip
     table.select(_clicked, table, [feature, status], **QUICK)
     look.click(
-        guarded(handlers.feature_pictures), feature, [pictures, status],
+        guarded(handlers.feature_images), feature, [images, status],
         api_name="feature_pictures", trigger_mode="once", **DEVICE,
     )  # fmt: skip
     make.click(
@@ -96,7 +96,7 @@ class _Handlers:
         return survey_features(self.session.pipe, self.sae, self.bank, num_inference_steps=STEPS, guidance_scale=1.0)
 
     def search_features(self, words: str, against: str, person: gr.Request) -> Iterator[tuple[Any, Any, str]]:
-        """Find the features that one sentence's pictures have and another's have not.
+        """Find the features that one prompt's images have and another's have not.
 
         Args:
             words: with what is looked for.
@@ -117,14 +117,14 @@ class _Handlers:
         rows = [[int(number), round(float(score), 5)] for score, number in zip(*best)]
         yield rows, rows[0][0], f"Feature {rows[0][0]} is chosen, the best of these."
 
-    def feature_pictures(self, feature: int, person: gr.Request) -> Iterator[tuple[Any, str]]:
-        """The pictures on which a feature is strongest, of a bank of prompts, and where in them.
+    def feature_images(self, feature: int, person: gr.Request) -> Iterator[tuple[Any, str]]:
+        """The images on which a feature is strongest, of a bank of prompts, and where in them.
 
         Args:
             feature: its number.
 
         Returns:
-            files of pictures under their heat maps with their sentences, and a note.
+            files of images under their heat maps with their prompts, and a note.
         """
         number = limits.whole(feature, "the feature", 0, self.last)
         yield gr.skip(), f"Looking through {len(self.bank)} images."
@@ -135,13 +135,13 @@ class _Handlers:
             return
         yield (
             shown,
-            f"active on {len(shown)} of the {len(self.bank)} pictures that were looked at, the strongest first",
+            f"active on {len(shown)} of the {len(self.bank)} images that were looked at, the strongest first",
         )
 
     def steer(
         self, prompt: str, feature: int, factor: float, steps: int, guidance: float, seed: int, person: gr.Request
     ) -> Iterator[tuple[Any, Any, str]]:
-        """Make a picture with a feature multiplied, beside the same as it is.
+        """Generate an image with a feature multiplied, beside the same as it is.
 
         Args:
             prompt: what to show.
@@ -152,7 +152,7 @@ class _Handlers:
             seed: of the noise.
 
         Returns:
-            PNG files of the plain picture and the steered one, and how far it is.
+            PNG files of the plain image and the steered one, and how far it is.
         """
         number = limits.whole(feature, "the feature", 0, self.last)
         base = Request(limits.text(prompt), **widgets.read_sampling(steps, guidance, seed))
@@ -184,15 +184,15 @@ def _strongest(
 ) -> list[tuple[str, str]]:
     """Files and captions of the images on which a feature is strongest, under its heat maps."""
     shown = []
-    for row, value, _ in survey.top_pictures(number, TOP):
+    for row, value, _ in survey.top_images(number, TOP):
         found = heat_maps(
             holder.session.pipe, sae, [bank[row]], [number], seed=row, num_inference_steps=STEPS,
             guidance_scale=1.0, output_type="pil",
         )  # fmt: skip
-        picture = found.pictures[0]
+        image = found.images[0]
         if found.maps is not None:
-            picture = overlay(picture, found.maps[0, 0])
-        shown.append((holder.keep(picture), f"{value:.2f}: {bank[row]}"))
+            image = overlay(image, found.maps[0, 0])
+        shown.append((holder.keep(image), f"{value:.2f}: {bank[row]}"))
     return shown
 
 

@@ -18,7 +18,7 @@ import gradio as gr
 from PIL import Image
 
 from imgdit.apps.demo.examples import of_scenes
-from imgdit.apps.demo.limits import LIMITS, sentence
+from imgdit.apps.demo.limits import LIMITS, as_sentence
 from imgdit.apps.demo.turns import Place, Turns
 from imgdit.apps.jobs.plan import output_file
 from imgdit.apps.jobs.png import Origin, write_png
@@ -41,9 +41,9 @@ QUICK: dict[str, Any] = {"queue": False, "api_visibility": "private", "show_prog
 WAKE = 1.0
 """Seconds after which who waits is told how many go before; a window that was closed is noticed then."""
 PREVIEWS = 8
-"""Pictures shown while one is made."""
+"""Images shown while one is made."""
 EXAMPLES = 4
-"""Pictures to try the tabs with."""
+"""Images to try the tabs with."""
 
 
 @dataclass
@@ -53,7 +53,7 @@ class Shown:
     status: str
     preview: Image.Image | None = None
     files: list[str] = field(default_factory=list)
-    """Finished pictures."""
+    """Finished images."""
     over: bool = False
     """Whether this is the last of it."""
 
@@ -122,7 +122,7 @@ class Holder:
         Args:
             requests: in their order.
             person: who asks.
-            remarks: what there is to say of what was made, in sentences.
+            remarks: what there is to say of what was made, in messages.
         """
         files: list[str] = []
         with self._line(person) as (place, stop):
@@ -132,10 +132,10 @@ class Holder:
                     return
                 yield Shown(f"{ahead} before you", None, files)
             remarks_before = [remark for request in requests for remark in self.session.remarks(request)]
-            for remark in dict.fromkeys(map(sentence, remarks_before)):
+            for remark in dict.fromkeys(map(as_sentence, remarks_before)):
                 gr.Warning(remark)
             for i, request in enumerate(requests):
-                label = f"picture {i + 1} of {len(requests)}, " if len(requests) > 1 else ""
+                label = f"image {i + 1} of {len(requests)}, " if len(requests) > 1 else ""
                 for event in self._stream(request, stop):
                     if isinstance(event, Generated):
                         files += self._save(event, request)
@@ -148,13 +148,13 @@ class Holder:
         yield Shown(" ".join(["Done.", *remarks, *self._untaught(requests)]), None, files, over=True)
 
     def _untaught(self, requests: Sequence[Request]) -> list[str]:
-        """Sentences on words and sizes that the model was never taught."""
+        """Messages on words and sizes that the model was never taught."""
         words = self.session.shelf.about_words([request.prompt for request in requests])
         sizes = dict.fromkeys(self.session.about_size(request, timed=False) for request in requests)
-        return [sentence(said) for said in (words, *sizes) if said]
+        return [as_sentence(said) for said in (words, *sizes) if said]
 
     def _stream(self, request: Request, stop: threading.Event) -> Iterator[Any]:
-        """(step, steps, picture or `None`) after each step, then `Generated`; nothing more after a stop.
+        """(step, steps, image or `None`) after each step, then `Generated`; nothing more after a stop.
 
         The work is done in a thread of its own, because a pipeline calls back and a web page is fed from a loop.
         """
@@ -188,14 +188,14 @@ class Holder:
             worker.join()
 
     def _save(self, made: Generated, asked: Request) -> list[str]:
-        """Files of the pictures, each able to be made again by `imgdit generate --like`."""
+        """Files of the images, each able to be made again by `imgdit generate --like`."""
         file = self.new_file()
         session = self.session
         places = session.shelf.places
         origin = Origin(made.request, places, asked.digest(str(places["model"])), 0, session.made_with)
         files = [output_file(file, i) for i in range(len(made.images))]
-        for i, picture in enumerate(made.images):
-            write_png(picture, files[i], replace(origin, output=i))
+        for i, image in enumerate(made.images):
+            write_png(image, files[i], replace(origin, output=i))
         return [str(file) for file in files]
 
     def new_file(self) -> Path:
@@ -205,7 +205,7 @@ class Holder:
 
     @cached_property
     def examples(self) -> list[str]:
-        """Files of pictures to try the tabs with: scenes that were held out of training; none for other models."""
+        """Files of images to try the tabs with: scenes that were held out of training; none for other models."""
         files: list[str] = []
         if not of_scenes(self.session):
             return files
@@ -221,13 +221,13 @@ class Holder:
 
     @property
     def sides(self) -> tuple[int, int, int]:
-        """Smallest and largest side in pixels of a picture that may be asked for, and what it is a multiple of."""
+        """Smallest and largest side in pixels of an image that may be asked for, and what it is a multiple of."""
         side, step = self.session.default_size or 512, self.session.cell
         step = step if step >= 8 else 16
         return 4 * step, max(LIMITS.side, side), step
 
-    def keep(self, picture: Image.Image) -> str:
-        """File of a picture that is no answer to a request: a preview, a condition, a heat map."""
+    def keep(self, image: Image.Image) -> str:
+        """File of an image that is no answer to a request: a preview, a condition, a heat map."""
         file = self.new_file()
-        picture.save(file)
+        image.save(file)
         return str(file)

@@ -1,4 +1,4 @@
-"""What the demo lets a stranger ask for, and how a refusal reaches them: one sentence, the traceback in the log."""
+"""What the demo lets a stranger ask for, and how a refusal reaches them: one message, the traceback in the log."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ class Limits:
 
     upload_mib: int = 10
     pixels: int = 4096 * 4096
-    """Of an uploaded picture, asked of its header before anything is unpacked."""
+    """Of an uploaded image, asked of its header before anything is unpacked."""
     prompt: int = 500
     """Letters."""
     steps: int = 50
     side: int = 256
-    """Pixels of a picture that is made."""
+    """Pixels of a generated image."""
     batch: int = 4
     guidance: float = 15.0
     queue: int = 64
@@ -45,7 +45,7 @@ class Refused(ValueError):
 
 
 def text(value: Any, what: str = "the prompt", longest: int = LIMITS.prompt) -> str:
-    """A sentence."""
+    """A message."""
     value = "" if value is None else value
     if not isinstance(value, str):
         raise Refused(f"{what} must be a text, got {type(value).__name__}")
@@ -78,8 +78,8 @@ def choice(value: Any, what: str, choices: Any) -> str:
     return value
 
 
-def picture(source: str | bytes | None, what: str = "the picture", mode: str = "RGB") -> Image.Image | None:
-    """An uploaded file, or what was in it, as a picture; its size is looked at first. `None` if there is none."""
+def image(source: str | bytes | None, what: str = "the image", mode: str = "RGB") -> Image.Image | None:
+    """An uploaded file, or what was in it, as an image; its size is looked at first. `None` if there is none."""
     if not source:
         return None
 
@@ -91,8 +91,8 @@ def picture(source: str | bytes | None, what: str = "the picture", mode: str = "
         raise Refused(str(error)) from error
 
 
-def check_size(width: int, height: int, what: str = "the picture") -> None:
-    """Refuse a picture that would take too much memory, or has nothing in it."""
+def check_size(width: int, height: int, what: str = "the image") -> None:
+    """Refuse an image that would take too much memory, or has nothing in it."""
     if min(width, height) < 8:
         raise Refused(f"{what} must have at least 8 pixels per side, got {width}x{height}")
     if width * height > LIMITS.pixels:
@@ -100,7 +100,7 @@ def check_size(width: int, height: int, what: str = "the picture") -> None:
         raise Refused(f"{what} may have {millions:.0f} million pixels, got {width}x{height}; make it smaller")
 
 
-def sentence(text: str) -> str:
+def as_sentence(text: str) -> str:
     """A message as it stands on the page."""
     return f"{text[:1].upper()}{text[1:]}" + ("" if text.endswith((".", "!", "?")) else ".")
 
@@ -145,8 +145,8 @@ def _told(error: Exception) -> tuple[str, gr.Error]:
     if isinstance(error, (ValueError, ImportError)):
         logger.info("refused: %s", error)
         text = " ".join(str(error).split())[:400]
-        gr.Warning(sentence(text))
-        return sentence(text), gr.Error(text, visible=False, print_exception=False)
+        gr.Warning(as_sentence(text))
+        return as_sentence(text), gr.Error(text, visible=False, print_exception=False)
     logger.exception("a request failed")
     text = "Something went wrong here; the log of the server tells what."
     return text, gr.Error(text, print_exception=False)

@@ -19,7 +19,7 @@ PLOTS = {
     "coordinates/coordinates.png": "imgdit mup coord-check",
     "transfer/transfer.png": "imgdit mup transfer --quick",
 }
-"""Pictures in the folder of the results, and the commands that make them."""
+"""Images in the folder of the results, and the commands that make them."""
 
 
 def build(holder: Holder, results: Path) -> None:

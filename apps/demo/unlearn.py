@@ -1,4 +1,4 @@
-"""Tab: a picture with and without concepts, from the same noise, and where the concepts were seen."""
+"""Tab: an image with and without concepts, from the same noise, and where the concepts were seen."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def build(holder: Holder) -> None:
         prompt: str, chosen: Sequence[str], mode: str, multiplier: float,
         steps: int, guidance: float, seed: int, person: gr.Request,
     ) -> Iterator[tuple[Any, Any, Any, str]]:  # fmt: skip
-        """Make a picture with and without concepts, from the same noise.
+        """Generate an image with and without concepts, from the same noise.
 
         Args:
             prompt: what to show.
@@ -65,7 +65,7 @@ def build(holder: Holder) -> None:
             seed: of the noise.
 
         Returns:
-            PNG files of the plain picture, the other one, a heat map of the concepts, and how far it is.
+            PNG files of the plain image, the other one, a heat map of the concepts, and how far it is.
         """
         names = [limits.choice(name, "a concept", concepts) for name in chosen or ()]
         if not names:
@@ -85,8 +85,8 @@ def build(holder: Holder) -> None:
         if shown is not None and len(shown.files) == 2:
             with holder.busy(person):
                 seen, note = _seen(holder, base, names)
-            picture = None if seen is None else overlay(open_image(shown.files[0]), seen, full=1.0)
-            kept = None if picture is None else holder.keep(picture)
+            image = None if seen is None else overlay(open_image(shown.files[0]), seen, full=1.0)
+            kept = None if image is None else holder.keep(image)
             yield shown.files[0], shown.files[1], kept, f"{shown.status} {note}".strip()
 
     make.click(
@@ -94,7 +94,7 @@ def build(holder: Holder) -> None:
         api_name="unlearn", trigger_mode="once", **DEVICE,
     )  # fmt: skip
     stop.click(holder.stop, None, status, **QUICK)
-    gr.Markdown(f"Both pictures start from the same noise; up to {LIMITS.steps} steps.")
+    gr.Markdown(f"Both images start from the same noise; up to {LIMITS.steps} steps.")
 
 
 def _seen(holder: Holder, request: Request, names: Sequence[str]) -> tuple[torch.Tensor | None, str]:

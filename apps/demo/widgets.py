@@ -32,7 +32,7 @@ class _WithoutStub(type(gr.Image)):  # type: ignore[misc]
 
 
 class Upload(gr.Image, metaclass=_WithoutStub):
-    """A place for an image; handlers get its file, for `limits.picture`."""
+    """A place for an image; handlers get its file, for `limits.image`."""
 
     def get_block_name(self) -> str:
         return "image"
@@ -55,7 +55,7 @@ class Canvas(gr.ImageEditor, metaclass=_WithoutStub):
 class Drawing(NamedTuple):
     """What came from a canvas."""
 
-    picture: Image.Image
+    image: Image.Image
     """As it is seen, with what was drawn on it."""
     below: Image.Image | None
     """What was drawn on; `None`: empty paper."""
@@ -70,7 +70,7 @@ class Drawing(NamedTuple):
     @property
     def is_blank(self) -> bool:
         """Whether nothing is to be seen: paper, or white on it."""
-        return _is_paper(self.picture) and (self.below is None or _is_paper(self.below))
+        return _is_paper(self.image) and (self.below is None or _is_paper(self.below))
 
 
 def upload(label: str, height: int) -> Upload:
@@ -107,7 +107,7 @@ def read_drawing(sent: Any) -> Drawing | None:
     if sent is None:
         return None
     background, composite, *layers = (
-        limits.picture(getattr(part, "path", part), "the drawing", "RGBA")
+        limits.image(getattr(part, "path", part), "the drawing", "RGBA")
         for part in (sent.background, sent.composite, *(sent.layers or ()))
     )
     strokes = [layer for layer in layers if layer is not None and not _is_empty(layer)]
@@ -116,7 +116,7 @@ def read_drawing(sent: Any) -> Drawing | None:
     if not strokes:  # a program may send the whole alone
         return None if composite is None or _is_empty(composite) else _drawn_on(composite, [])
     drawing = _drawn_on(Image.new("RGBA", strokes[0].size, PAPER), strokes)
-    if _is_paper(drawing.picture) and (background is None or _is_empty(background)):  # white on nothing: a map
+    if _is_paper(drawing.image) and (background is None or _is_empty(background)):  # white on nothing: a map
         drawing = _drawn_on(Image.new("RGBA", strokes[0].size, "black"), strokes)
     return drawing._replace(below=None)
 
@@ -134,13 +134,13 @@ def _any(alpha: int) -> int:
     return 255 if alpha else 0
 
 
-def _is_empty(picture: Image.Image) -> bool:
-    return picture.getchannel("A").getbbox() is None
+def _is_empty(image: Image.Image) -> bool:
+    return image.getchannel("A").getbbox() is None
 
 
-def _is_paper(picture: Image.Image) -> bool:
+def _is_paper(image: Image.Image) -> bool:
     """Whether every channel of every pixel is full."""
-    return all(extrema == (255, 255) for extrema in picture.getextrema())
+    return all(extrema == (255, 255) for extrema in image.getextrema())
 
 
 class Sampling(NamedTuple):
@@ -177,7 +177,7 @@ def results(label: str, columns: int, enlarged: bool = True) -> gr.Gallery:
 
 
 def prompt_box(value: str = "", label: str = "Prompt", lines: int = 2) -> gr.Textbox:
-    """A sentence."""
+    """A message."""
     return gr.Textbox(value, label=label, lines=lines, max_length=LIMITS.prompt)
 
 

@@ -1,4 +1,4 @@
-"""Workers of `imgdit.io.bulk`: pictures from a file of prompts, latents of people's own pictures, and activations."""
+"""Workers of `imgdit.io.bulk`: images from a file of prompts, latents of people's own images, and activations."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from imgdit.training.sae_run import load_pipeline as load_recorded
 from imgdit.training.user_images import UserImages, UserImagesSettings, settings_of
 
 CHUNK = 64
-"""Rows that a worker encodes, and pictures that it labels, before it writes them."""
+"""Rows that a worker encodes, and images that it labels, before it writes them."""
 
 
-class GeneratePictures:
-    """Makes the pictures of one chunk of prompts. A chunk is made in one batch, always the same, so that its pixels
+class GenerateImages:
+    """Generates the images of one chunk of prompts. A chunk is made in one batch, always the same, so that its pixels
     depend on nothing else.
 
     Args:
@@ -47,17 +47,17 @@ class GeneratePictures:
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
         first, prompts = item["first"], list(item["prompts"])
         generators = [torch.Generator().manual_seed(self.seed + first + i) for i in range(len(prompts))]
-        pictures = self.pipe(prompts, generator=generators, **self.options).images
-        for number, picture in enumerate(pictures, start=first):
-            path = picture_file(self.out, number)
+        images = self.pipe(prompts, generator=generators, **self.options).images
+        for number, image in enumerate(images, start=first):
+            path = image_file(self.out, number)
             temporary = path.with_name(f".{path.stem}.{os.getpid()}.png")
-            picture.save(temporary)
+            image.save(temporary)
             temporary.replace(path)
         return {"first": first, "count": len(prompts), "process": os.getpid()}
 
 
-def picture_file(out: Path, number: int) -> Path:
-    """File of a prompt's picture."""
+def image_file(out: Path, number: int) -> Path:
+    """File of a prompt's image."""
     return out / f"{number:08d}.png"
 
 
@@ -72,21 +72,21 @@ def generate_all(
     loading: LoadOptions = AUTO,
     **engine: Any,
 ) -> Iterator[dict[str, Any]]:
-    """Make a picture per prompt; those that are there are kept. When all are done, the folder gets `metadata.jsonl`
+    """Generate an image per prompt; those that are there are kept. When all are done, the folder gets `metadata.jsonl`
     and can be trained on.
 
     Args:
-        prompts: sentences.
+        prompts: prompts.
         out: folder.
         model: folder or Hub repository of a pipeline.
         options: of the pipeline's call, such as {"num_inference_steps": 28}.
-        seed: of the first picture.
-        batch: pictures at a time.
+        seed: of the first image.
+        batch: images at a time.
         loading: of the pipeline.
         engine: see `run_bulk`.
 
     Raises:
-        ValueError: the folder holds pictures of other prompts or settings.
+        ValueError: the folder holds images of other prompts or settings.
     """
     out.mkdir(parents=True, exist_ok=True)
     name = " ".join([str(model), *loading.asked])
@@ -98,12 +98,12 @@ def generate_all(
     missing = [
         chunk
         for chunk in chunks
-        if not all(picture_file(out, chunk["first"] + i).exists() for i in range(len(chunk["prompts"])))
+        if not all(image_file(out, chunk["first"] + i).exists() for i in range(len(chunk["prompts"])))
     ]
     arguments = {"model": str(model), "out": str(out.resolve()), "options": options or {}, "seed": seed}
     arguments["loading"] = dataclasses.asdict(loading)
-    yield from run_bulk(missing, GeneratePictures, arguments, **engine)
-    lines = [json.dumps({"file_name": picture_file(out, i).name, "text": prompt}) for i, prompt in enumerate(prompts)]
+    yield from run_bulk(missing, GenerateImages, arguments, **engine)
+    lines = [json.dumps({"file_name": image_file(out, i).name, "text": prompt}) for i, prompt in enumerate(prompts)]
     write_text(out / METADATA, "\n".join(lines) + "\n")
 
 

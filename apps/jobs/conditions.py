@@ -34,7 +34,7 @@ def condition_of(
 ) -> Image.Image:
     """The condition of a photo; the photo itself where the kind takes photos (subject, style_reference, editing).
 
-    A model that was taught to find a map in a picture is asked for it, as it knows what it will be given; edges are
+    A model that was taught to find a map in an image is asked for it, as it knows what it will be given; edges are
     otherwise found by OpenCV.
 
     Args:
@@ -61,7 +61,7 @@ def condition_of(
         return to_image(from_photo(kind, photo, **options).condition)
     if kind in PHOTO_TASKS and kind in MAPS:
         raise ValueError(
-            f"{kind} is not found in photos by this model; give the {kind} picture itself, made by a tool of yours"
+            f"{kind} is not found in photos by this model; give the {kind} image itself, made by a tool of yours"
         )
     return photo
 
@@ -94,8 +94,8 @@ def drawn_map(kind: str, drawing: Image.Image, strokes: Image.Image) -> tuple[Im
     return drawing, False
 
 
-def lines_on_black(kind: str, picture: Image.Image) -> tuple[Image.Image, bool]:
+def lines_on_black(kind: str, image: Image.Image) -> tuple[Image.Image, bool]:
     """A finished map, and whether it was inverted: lines on a ground that is mostly light, as people draw them."""
-    if kind in LINES and ImageStat.Stat(picture.convert("L")).median[0] > 127:
-        return ImageOps.invert(picture.convert("RGB")), True
-    return picture, False
+    if kind in LINES and ImageStat.Stat(image.convert("L")).median[0] > 127:
+        return ImageOps.invert(image.convert("RGB")), True
+    return image, False

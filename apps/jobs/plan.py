@@ -130,7 +130,7 @@ class Plan:
         for key in values:
             check_name("key", key, LINE_KEYS)
         if not isinstance(values.get("prompt"), str):
-            raise ValueError(f'expected "prompt": "a sentence", got {values.get("prompt")!r}')
+            raise ValueError(f'expected "prompt": "a prompt", got {values.get("prompt")!r}')
         fields = {key: value for key, value in values.items() if key not in ("control", "name", "num_images")}
         for key, value in fields.items():
             expected: Any = str if key in ("prompt", "negative_prompt") else (int, float) if key == "guidance" else int
@@ -156,7 +156,7 @@ class Plan:
             ValueError: no prompt, two images of one name, or a file for several.
         """
         if not self.jobs:
-            raise ValueError("there is no prompt to make an image of: the prompts are empty")
+            raise ValueError("there is no prompt to generate an image of: the prompts are empty")
         names = [job.file.name for job in self.jobs]
         for name in names:
             if names.count(name) > 1 or name == "sheet.png":

@@ -28,13 +28,13 @@ class Origin:
     asked: str
     """`Request.digest` of what was asked, before defaults were filled in."""
     output: int
-    """Number of the picture among those that the request makes."""
+    """Number of the image among those that the request makes."""
     made_with: dict[str, Any]
     """Versions, device and weights; another value of any of them may change the last bits."""
 
 
-def write_png(picture: Image.Image, path: Path, origin: Origin) -> None:
-    """Save a picture with its origin; the file appears whole or not at all."""
+def write_png(image: Image.Image, path: Path, origin: Origin) -> None:
+    """Save an image with its origin; the file appears whole or not at all."""
     values = {
         **dataclasses.asdict(dataclasses.replace(origin, request=Request())),
         "request": origin.request.to_dict(),
@@ -43,18 +43,18 @@ def write_png(picture: Image.Image, path: Path, origin: Origin) -> None:
     info.add_text(CHUNK, json.dumps(values))
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.new")
-    picture.save(temporary, "PNG", pnginfo=info)
+    image.save(temporary, "PNG", pnginfo=info)
     temporary.replace(path)
 
 
 def read_origin(path: Path) -> Origin | None:
-    """What `write_png` wrote into a picture; `None` where there is nothing.
+    """What `write_png` wrote into an image; `None` where there is nothing.
 
     Raises:
-        ValueError: no picture, or a damaged origin.
+        ValueError: no image, or a damaged origin.
     """
-    picture = open_image(path)
-    text = picture.info.get(CHUNK)
+    image = open_image(path)
+    text = image.info.get(CHUNK)
     if text is None:
         return None
     try:

@@ -1,4 +1,4 @@
-"""What a person asks for, as plain data. It travels inside the PNG that answers it, to make the image again."""
+"""What a person asks for, as plain data. It travels inside the PNG that answers it, to generate the image again."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ from PIL import Image
 from imgdit.defaults import STEPS
 from imgdit.images import fit, open_image, to_rgb
 from imgdit.images.fitting import filter_of
-from imgdit.naming import check_name
+from imgdit.naming import check_name, old_names
 from imgdit.tasks import TASKS
 
 STORED = {"image": "picture"}
 """Fields that have another name where a request is stored: the files of all versions are alike."""
 
 
+@old_names(picture="image")
 @dataclass(frozen=True)
 class Control:
     """An image that steers the one that is generated."""

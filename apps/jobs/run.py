@@ -32,7 +32,7 @@ class Result(NamedTuple):
 def check_png(file: Path) -> None:
     """Refuse a file name that is no PNG's."""
     if file.suffix.lower() != ".png":
-        raise ValueError(f"pictures are PNG files, which tell how they were made; got {file}, name it ….png")
+        raise ValueError(f"images are PNG files, which tell how they were made; got {file}, name it ….png")
 
 
 def missing(jobs: Sequence[Job], model: str, overwrite: bool = False) -> list[Job]:

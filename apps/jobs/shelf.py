@@ -82,12 +82,12 @@ class Shelf:
 
     @property
     def controls(self) -> list[str]:
-        """Kinds of pictures that can steer, through an adapter or as a given frame."""
+        """Kinds of images that can steer, through an adapter or as a given frame."""
         framed = [name for name in self.tasks if TASKS[name].frames == (2, 2)]
         return list(dict.fromkeys([*self._adapter_of, *self.adapters, *framed]))
 
     def adapter_for(self, kind: str) -> str | None:
-        """Name of the adapter that reads a kind of picture."""
+        """Name of the adapter that reads a kind of image."""
         return kind if kind in self.adapters else self._adapter_of.get(kind)
 
     @property
@@ -128,7 +128,7 @@ class Shelf:
             self._check_kinds([frame.kind for frame in request.frames])
 
     def about_words(self, prompts: Iterable[str]) -> str | None:
-        """One sentence on words that this model was never taught and draws as something else; `None`: nothing to say,
+        """One message on words that this model was never taught and draws as something else; `None`: nothing to say,
         or nothing known of its words."""
         if self.taught.words != "scenes":
             return None
@@ -174,7 +174,7 @@ class Shelf:
         name = self._index.get("_class_name")
         if name not in FRAMED:
             raise ValueError(
-                f"{name} makes pictures from text and conditions; for any-to-any take the embedded model or a "
+                f"{name} generates images from text and conditions; for any-to-any take the embedded model or a "
                 "OneDiffusion folder"
             )
         tasks = self.tasks

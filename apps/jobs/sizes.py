@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 AREAS = (0.25, 2.0)
-"""Areas, as multiples of a model's own, that models taught on pictures of many sizes still draw well: FLUX.1 names 0.1
+"""Areas, as multiples of a model's own, that models taught on images of many sizes still draw well: FLUX.1 names 0.1
 to 2 megapixels, SD3 0.25 to 2, for an own size of 1."""
 RATIO = 2.1
 """The longer over the shorter side, likewise: a little over 2:1, sides being rounded to tokens."""

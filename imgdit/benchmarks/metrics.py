@@ -1,4 +1,4 @@
-"""Metrics of pictures, depth, segmentation and shares, with intervals.
+"""Metrics of images, depth, segmentation and shares, with intervals.
 
 B batch, H x W pixels. Metrics of batches return one number per sample, so that intervals can be computed.
 """
@@ -26,10 +26,10 @@ def wilson(successes: int, trials: int, z: float = 1.96) -> Interval:
     """A share and its score interval (Wilson 1927), 95 % by default."""
     if not 0 <= successes <= trials or trials < 1:
         raise ValueError(f"a share needs 0 <= successes <= trials and a trial, got {successes} of {trials}")
-    share, square = successes / trials, z * z / trials
-    middle = (share + square / 2) / (1 + square)
-    half = z / (1 + square) * math.sqrt(share * (1 - share) / trials + square / (4 * trials))
-    return Interval(share, max(0.0, middle - half), min(1.0, middle + half))
+    fraction, square = successes / trials, z * z / trials
+    middle = (fraction + square / 2) / (1 + square)
+    half = z / (1 + square) * math.sqrt(fraction * (1 - fraction) / trials + square / (4 * trials))
+    return Interval(fraction, max(0.0, middle - half), min(1.0, middle + half))
 
 
 def bootstrap(values: Sequence[float] | torch.Tensor, rounds: int = 1000, seed: int = 0) -> Interval:
@@ -53,8 +53,8 @@ def abs_rel(depth: torch.Tensor, truth: torch.Tensor, where: torch.Tensor | None
 
 
 def fitted(depth: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
-    """The depth with the scale and shift of its inverse that come nearest to the truth, each picture its own: what
-    one picture cannot tell is left out (MiDaS, arXiv 1907.01341, section 5). (B, 1, H, W) each."""
+    """The depth with the scale and shift of its inverse that come nearest to the truth, each image its own: what
+    one image cannot tell is left out (MiDaS, arXiv 1907.01341, section 5). (B, 1, H, W) each."""
     inverse, wanted = (1 / x.double().flatten(1) for x in (depth, truth))
     columns = torch.stack([inverse, torch.ones_like(inverse)], dim=-1)  # (B, pixels, 2)
     found = columns @ torch.linalg.lstsq(columns, wanted[..., None]).solution
@@ -86,23 +86,23 @@ def edge_f1(edges: torch.Tensor, truth: torch.Tensor, tolerance: int = 1) -> tor
     return 2 * precision * recall / (precision + recall).clamp(min=1e-9)
 
 
-def psnr(pictures: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
-    """Peak signal-to-noise ratio in dB of pictures (B, 3, H, W) in [0, 1]: (B,)."""
-    return -10 * (pictures - truth).square().flatten(1).mean(1).clamp(min=1e-10).log10()
+def psnr(images: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
+    """Peak signal-to-noise ratio in dB of images (B, 3, H, W) in [0, 1]: (B,)."""
+    return -10 * (images - truth).square().flatten(1).mean(1).clamp(min=1e-10).log10()
 
 
-def ssim(pictures: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
-    """Structural similarity of pictures (B, 3, H, W) in [0, 1] (Wang et al. 2004), Gaussian window of 11: (B,)."""
-    steps = torch.arange(11, dtype=pictures.dtype, device=pictures.device) - 5
+def ssim(images: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
+    """Structural similarity of images (B, 3, H, W) in [0, 1] (Wang et al. 2004), Gaussian window of 11: (B,)."""
+    steps = torch.arange(11, dtype=images.dtype, device=images.device) - 5
     line = torch.exp(-steps.square() / (2 * 1.5**2))
     window = (line[:, None] * line)[None, None] / line.sum().square()
-    channels = pictures.shape[1]
+    channels = images.shape[1]
 
     def blur(x: torch.Tensor) -> torch.Tensor:
         return F.conv2d(x, window.expand(channels, 1, -1, -1), groups=channels)
 
-    a, b = blur(pictures), blur(truth)
-    aa, bb, ab = blur(pictures * pictures) - a * a, blur(truth * truth) - b * b, blur(pictures * truth) - a * b
+    a, b = blur(images), blur(truth)
+    aa, bb, ab = blur(images * images) - a * a, blur(truth * truth) - b * b, blur(images * truth) - a * b
     c1, c2 = 0.01**2, 0.03**2
     values = (2 * a * b + c1) * (2 * ab + c2) / ((a * a + b * b + c1) * (aa + bb + c2))
     return values.flatten(1).mean(1)

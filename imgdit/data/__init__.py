@@ -1,4 +1,4 @@
-"""Data that people have: folders, shards and data sets of pictures with captions."""
+"""Data that people have: folders, shards and data sets of images with captions."""
 
 from imgdit.data.rows import Blob, Problem, Row, Rows
 from imgdit.data.sources import open_rows

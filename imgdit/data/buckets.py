@@ -1,4 +1,4 @@
-"""Aspect-ratio buckets: a few sizes of about the same area, so that the pictures of a batch fit each other."""
+"""Aspect-ratio buckets: a few sizes of about the same area, so that the images of a batch fit each other."""
 
 from __future__ import annotations
 
@@ -32,6 +32,6 @@ def bucket_sizes(base: int, step: int, ratio: float = 2.0) -> list[Size]:
 
 
 def nearest_bucket(size: Size, buckets: list[Size]) -> Size:
-    """The bucket that crops a picture least."""
+    """The bucket that crops an image least."""
     wanted = math.log(size[0] / size[1])
     return min(buckets, key=lambda bucket: (abs(math.log(bucket[0] / bucket[1]) - wanted), bucket))

@@ -17,7 +17,7 @@ from imgdit.images.opening import heif_kind
 
 
 def convert(rows: Rows, out: Path, *, shards: bool, skip_broken: bool = False, shard_size: int = 256 << 20) -> Path:
-    """Write rows in another form. Their encoded pictures are copied as they are.
+    """Write rows in another form. Their encoded images are copied as they are.
 
     Args:
         rows: to write.
@@ -59,7 +59,7 @@ def convert(rows: Rows, out: Path, *, shards: bool, skip_broken: bool = False, s
 
 def _members(number: int, row: Row) -> tuple[str, dict[str, bytes]]:
     """A row as the members of a shard."""
-    blobs: dict[str, Blob] = {"": row.picture, **{f"{name}.": blob for name, blob in row.conditions.items()}}
+    blobs: dict[str, Blob] = {"": row.image, **{f"{name}.": blob for name, blob in row.conditions.items()}}
     blobs |= {f"frames.{n}.": frame for n, frame in enumerate(row.frames)}
     members = {}
     for prefix, blob in blobs.items():
@@ -78,7 +78,7 @@ def _line(number: int, row: Row, folder: Path) -> dict[str, Any]:
         (folder / name).write_bytes(data)
         return name
 
-    line: dict[str, Any] = {"file_name": write(row.picture, ""), **_values(row)}
+    line: dict[str, Any] = {"file_name": write(row.image, ""), **_values(row)}
     line |= {name + FILE: write(blob, f"{name}/") for name, blob in row.conditions.items()}
     if row.frames:
         line["frames_file_names"] = [write(frame, f"frames{n}/") for n, frame in enumerate(row.frames)]
@@ -99,7 +99,7 @@ def _values(row: Row) -> dict[str, Any]:
 
 
 def ending(data: bytes) -> str:
-    """The usual ending of an encoded picture's format, "png" for what cannot be told."""
+    """The usual ending of an encoded image's format, "png" for what cannot be told."""
     try:
         form = str(Image.open(io.BytesIO(data)).format).lower()
     except (UnidentifiedImageError, OSError):

@@ -171,14 +171,14 @@ class _FolderRows:
             if isinstance(real, Problem):
                 return real
             found.append(real)
-        picture, *others = found
+        image, *others = found
         blobs = [FileBlob(self.folder / file) for file in others]
-        said = self._caption(picture)
+        said = self._caption(image)
         if isinstance(said, Problem):
             return said
         if said is not None and values.setdefault("text", said) not in (said, [said]):
-            self.conflicts.append(f"{picture}: {line.place} counts, {self.captions[picture][0]} says something else")
-        return make_row(picture, values, FileBlob(self.folder / picture), dict(zip(files, blobs)), blobs[len(files) :])
+            self.conflicts.append(f"{image}: {line.place} counts, {self.captions[image][0]} says something else")
+        return make_row(image, values, FileBlob(self.folder / image), dict(zip(files, blobs)), blobs[len(files) :])
 
     def _real(self, name: str, file: Any, line: _Line) -> str | Problem:
         """The file that a name means, by its path from the folder."""
@@ -198,7 +198,7 @@ class _FolderRows:
         for row in rows:
             used.add(row.name)
             if isinstance(row, Row):
-                blobs = (row.picture, *row.conditions.values(), *row.frames)
+                blobs = (row.image, *row.conditions.values(), *row.frames)
                 used |= {b.path.relative_to(self.folder).as_posix() for b in blobs if isinstance(b, FileBlob)}
         return used
 

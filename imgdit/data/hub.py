@@ -17,13 +17,13 @@ KNOWN = ("image", "text", *CONDITIONS, "frames", "cameras", "focal_length", "rep
 
 @dataclass(frozen=True)
 class CellBlob:
-    """A picture in a table."""
+    """An image in a table."""
 
     table: Any
     row: int
     column: str
     place: int | None = None
-    """In a cell of several pictures."""
+    """In a cell of several images."""
 
     @property
     def stamp(self) -> str:
@@ -89,7 +89,7 @@ def _read(name: str, source: str, columns: Columns, split: str, load: Callable[[
 
 
 def _encoded(datasets: Any, feature: Any) -> Any:
-    """The feature with its pictures as bytes."""
+    """The feature with its images as bytes."""
     if isinstance(feature, datasets.Image):
         return datasets.Image(decode=False)
     if isinstance(feature, (list, datasets.Sequence)) or hasattr(feature, "feature"):
@@ -106,7 +106,7 @@ def _rows(table: Any, ours: dict[str, str]) -> Iterator[Row | Problem]:
     counts = [len(cell or ()) for cell in table[ours["frames"]]] if "frames" in ours else [0] * len(table)
     for number in range(len(table)):
         if not present["image"][number]:
-            yield Problem(str(number), "missing", f"row {number} has no picture")
+            yield Problem(str(number), "missing", f"row {number} has no image")
             continue
         values: dict[str, Any] = {name: said[number][ours[name]] for name in words} if said is not None else {}
         conditions = {

@@ -1,4 +1,4 @@
-"""What inspecting rows found, kept beside the caches: pictures that did not change are not read again."""
+"""What inspecting rows found, kept beside the caches: images that did not change are not read again."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def inspected(rows: list[Row], min_side: int, cache: str | Path | None, workers:
 
 
 def _key(row: Row, min_side: int) -> str:
-    blobs = {"": row.picture, **row.conditions, **{str(n): frame for n, frame in enumerate(row.frames)}}
+    blobs = {"": row.image, **row.conditions, **{str(n): frame for n, frame in enumerate(row.frames)}}
     return tensor_key(min_side, *((name, blob.stamp) for name, blob in blobs.items()))
 
 

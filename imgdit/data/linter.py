@@ -11,20 +11,20 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from imgdit.data.opening import open_picture
+from imgdit.data.opening import decode_image
 from imgdit.data.rows import Blob, Problem, Row, Rows, content_hash
 
 RATIO = 0.02
-"""Relative difference of the aspect ratios of a picture and its condition from which they do not belong together."""
+"""Relative difference of the aspect ratios of an image and its condition from which they do not belong together."""
 
 
 class Inspection(NamedTuple):
     """What reading a row found."""
 
     hashes: dict[str, str]
-    """Of the content: "picture", each condition by its name, each frame by its number."""
+    """Of the content: "image", each condition by its name, each frame by its number."""
     size: tuple[int, int]
-    """Width and height in pixels, upright; (0, 0) for a picture that cannot be read."""
+    """Width and height in pixels, upright; (0, 0) for an image that cannot be read."""
     notes: tuple[str, ...]
     """What had to be repaired, see `Opened`."""
     problem: Problem | None
@@ -40,32 +40,28 @@ def inspect_row(row: Row, min_side: int) -> Inspection:
     hashes: dict[str, str] = {}
     size = (0, 0)
     notes: set[str] = set()
-    parts: dict[str, Blob] = {"picture": row.picture, **row.conditions}
+    parts: dict[str, Blob] = {"picture": row.image, **row.conditions}
     parts |= {str(n): frame for n, frame in enumerate(row.frames)}
     for name, blob in parts.items():
         what = (
-            "the picture"
-            if name == "picture"
-            else f"the condition {name!r}"
-            if not name.isdigit()
-            else f"frame {name}"
+            "the image" if name == "picture" else f"the condition {name!r}" if not name.isdigit() else f"frame {name}"
         )
         kind = "broken" if name == "picture" else f"broken {'frame' if name.isdigit() else 'condition'}"
         try:
             data = blob.read()
-            opened = open_picture(data)
+            opened = decode_image(data)
         except (ValueError, OSError) as error:
             return Inspection(hashes, size, tuple(sorted(notes)), Problem(row.name, kind, f"{what}: {error}"))
         hashes[name] = content_hash(data)
         notes |= set(opened.notes)
-        width, height = opened.picture.size
+        width, height = opened.image.size
         if name == "picture":
             size = (width, height)
             if min(size) < min_side:
                 message = f"{width}x{height} pixels; the shorter side must have {min_side}"
                 return Inspection(hashes, size, tuple(sorted(notes)), Problem(row.name, "too small", message))
         elif name in row.conditions and abs(width * size[1] / (height * size[0]) - 1) > RATIO:
-            message = f"{what} has {width}x{height} pixels, another shape than the picture's {size[0]}x{size[1]}"
+            message = f"{what} has {width}x{height} pixels, another shape than the image's {size[0]}x{size[1]}"
             return Inspection(hashes, size, tuple(sorted(notes)), Problem(row.name, "condition shape", message))
     return Inspection(hashes, size, tuple(sorted(notes)), None)
 
@@ -76,7 +72,7 @@ def inspect_rows(rows: Sequence[Row], min_side: int, workers: int = 4) -> Iterat
         yield from tqdm(
             pool.map(lambda row: inspect_row(row, min_side), rows),
             total=len(rows),
-            desc="reading pictures",
+            desc="reading images",
             unit="row",
             disable=None,
         )
@@ -122,7 +118,7 @@ def check(
 
     Args:
         rows: of `open_rows`.
-        min_side: pixels that the shorter side of a picture must have.
+        min_side: pixels that the shorter side of an image must have.
         workers: threads that decode.
         unfit: why a sound row is none for the purpose at hand.
     """
@@ -145,7 +141,7 @@ def check(
             warnings.append(Problem(row.name, "no caption", "it is trained with the empty text"))
         same = first.setdefault(found.hashes["picture"], row.name)
         if same != row.name:
-            warnings.append(Problem(row.name, "same picture", f"has the content of {same}"))
+            warnings.append(Problem(row.name, "same image", f"has the content of {same}"))
     return Report(rows.source, usable, problems, warnings, repaired, sizes, captions)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from imgdit.data.rows import PICTURE_ENDINGS, Note
+from imgdit.data.rows import IMAGE_ENDINGS, Note
 
 CAPTION_ENDINGS = (".txt", ".caption")
 """Of captions beside an image, in lower case; the first one counts."""
@@ -115,7 +115,7 @@ def _kind(found: Listing, name: str) -> list[str]:
         return found.strangers
     if name.lower() in METADATA_FILES:
         return found.metadata
-    if ending in PICTURE_ENDINGS:
+    if ending in IMAGE_ENDINGS:
         return found.images
     return found.captions if ending in CAPTION_ENDINGS else found.others
 

@@ -8,22 +8,24 @@ from PIL import Image
 
 from imgdit.images.convert import notes_of, to_rgb
 from imgdit.images.opening import decode, readable, upright
+from imgdit.naming import old_names
 
 
+@old_names(picture="image")
 class Opened(NamedTuple):
-    """A picture that can be trained on."""
+    """An image that can be trained on."""
 
-    picture: Image.Image
+    image: Image.Image
     """RGB, as a viewer shows it; of an animation the first frame, behind what is transparent white."""
     notes: tuple[str, ...]
     """What had to be done: "rotated", "alpha", "16 bit", "cmyk", "animated"."""
 
 
-def open_picture(data: bytes) -> Opened:
-    """Decode a picture, by the rules of `imgdit.images.convert`.
+def decode_image(data: bytes) -> Opened:
+    """Decode an image, by the rules of `imgdit.images.convert`.
 
     Raises:
-        ValueError: no picture, a damaged one, or one whose values have no known scale.
+        ValueError: no image, a damaged one, or one whose values have no known scale.
     """
     name = "the image"
     with decode(data, name) as image, readable(name):

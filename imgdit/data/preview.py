@@ -7,14 +7,14 @@ from random import Random
 
 from PIL import Image
 
-from imgdit.data.opening import open_picture
+from imgdit.data.opening import decode_image
 from imgdit.data.rows import Rows
 from imgdit.images.fitting import fit
 from imgdit.images.sheet import contact_sheet
 
 
 def draw_sheet(rows: Rows, out: Path, count: int = 24, seed: int = 0, size: int = 128, columns: int = 6) -> Path:
-    """A contact sheet of rows drawn by lot: conditions and frames beside the picture, over a caption.
+    """A contact sheet of rows drawn at random: conditions and frames beside the image, over a caption.
 
     Raises:
         ValueError: none of the rows that were drawn can be read.
@@ -24,13 +24,13 @@ def draw_sheet(rows: Rows, out: Path, count: int = 24, seed: int = 0, size: int 
         if len(tiles) == count:
             break
         try:
-            blobs = [*row.conditions.values(), row.picture, *row.frames]
-            pictures = [fit(open_picture(blob.read()).picture, (size, size)) for blob in blobs]
+            blobs = [*row.conditions.values(), row.image, *row.frames]
+            images = [fit(decode_image(blob.read()).image, (size, size)) for blob in blobs]
         except (ValueError, OSError):
             continue  # `check` names them
-        tiles.append((pictures, row.captions[0] if row.captions else "(no caption)"))
+        tiles.append((images, row.captions[0] if row.captions else "(no caption)"))
     if not tiles:
-        raise ValueError(f"{rows.source} has no picture that can be read; `imgdit data check` says why")
+        raise ValueError(f"{rows.source} has no image that can be read; `imgdit data check` says why")
     out.parent.mkdir(parents=True, exist_ok=True)
     contact_sheet(tiles, columns, size, title=f"{rows.source}: {len(rows.rows):,} rows").save(out)
     return out

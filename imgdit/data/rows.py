@@ -1,6 +1,6 @@
-"""Rows: pictures with their captions, whatever they are stored in.
+"""Rows: images with their captions, whatever they are stored in.
 
-A row has a picture and, if its source says so, captions, condition pictures, further frames, cameras. The names are
+A row has an image and, if its source says so, captions, condition images, further frames, cameras. The names are
 those of the `datasets` library's imagefolder convention, see `folders`; `shards` and `hub` have the same.
 """
 
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from imgdit.naming import SIMILAR, closest, nearest
+from imgdit.naming import SIMILAR, closest, nearest, old_names
 from imgdit.tasks import KINDS
 
 CONDITIONS = (
@@ -23,11 +23,11 @@ CONDITIONS = (
 )  # fmt: skip
 """Names that a column of condition images may have: maps, degraded images, references, and "condition" for anything
 else."""
-PICTURE_ENDINGS = (
+IMAGE_ENDINGS = (
     ".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif",
     ".heic", ".heif", ".jfif",
 )  # fmt: skip
-"""Of files that count as pictures, in lower case."""
+"""Of files that count as images, in lower case."""
 VALUES = ("text", "cameras", "focal_length", "repeats")
 """What a row says besides its images."""
 MOST_REPEATS = 1000
@@ -35,14 +35,14 @@ MOST_REPEATS = 1000
 
 
 class Blob(Protocol):
-    """An encoded picture that is not read yet."""
+    """An encoded image that is not read yet."""
 
     @property
     def stamp(self) -> str:
         """Changes when the content does, and costs no reading."""
 
     def read(self) -> bytes:
-        """The encoded picture."""
+        """The encoded image."""
 
 
 @dataclass(frozen=True)
@@ -65,23 +65,24 @@ class FileBlob:
             return file.read(self.size)
 
 
+@old_names(picture="image")
 @dataclass(frozen=True)
 class Row:
-    """One picture and what belongs to it."""
+    """One image and what belongs to it."""
 
     name: str
     """Its place in the source: a file's name, a key in a shard, a number."""
-    picture: Blob
+    image: Blob
     captions: tuple[str, ...] = ()
     """Any number; one of them is drawn whenever the row is trained on."""
     conditions: Mapping[str, Blob] = field(default_factory=dict)
     """By names of `CONDITIONS`."""
     frames: tuple[Blob, ...] = ()
-    """Further pictures of the same, such as other views."""
+    """Further images of the same, such as other views."""
     cameras: torch.Tensor | None = None
-    """Camera-to-world matrices (1 + frames, 4, 4), the picture's first; OpenCV's axes."""
+    """Camera-to-world matrices (1 + frames, 4, 4), the image's first; OpenCV's axes."""
     focal_length: float | None = None
-    """Of all cameras, in picture widths."""
+    """Of all cameras, in image widths."""
     repeats: int = 1
     """How often it is trained on in an epoch."""
 
@@ -182,10 +183,11 @@ def refuse_unknown(source: str, *found: Unknown) -> None:
         )
 
 
+@old_names(picture="image")
 def make_row(
     name: str,
     values: Mapping[str, Any],
-    picture: Blob,
+    image: Blob,
     conditions: Mapping[str, Blob],
     frames: Sequence[Blob],
 ) -> Row | Problem:
@@ -197,9 +199,9 @@ def make_row(
     text = values.get("text")
     captions = (text,) if isinstance(text, str) else () if text is None else tuple(text) if _is_list(text) else None
     if captions is None or not all(isinstance(caption, str) for caption in captions):
-        return Problem(name, "caption", f"text must be a sentence or a list of them, got {text!r}"[:200])
+        return Problem(name, "caption", f"text must be a caption or a list of them, got {text!r}"[:200])
     if captions and not all(caption.strip() for caption in captions):
-        return Problem(name, "caption", "text is empty; leave the column out for pictures without a caption")
+        return Problem(name, "caption", "text is empty; leave the column out for images without a caption")
     cameras = values.get("cameras")
     poses = None
     if cameras is not None:
@@ -208,15 +210,15 @@ def make_row(
         except (TypeError, ValueError) as error:
             return Problem(name, "cameras", f"cameras must be 4x4 matrices of numbers: {error}")
         if tuple(poses.shape) != (1 + len(frames), 4, 4):
-            wanted = f"a 4x4 matrix for the picture and each of its {len(frames)} frames"
+            wanted = f"a 4x4 matrix for the image and each of its {len(frames)} frames"
             return Problem(name, "cameras", f"cameras must be {wanted}, got shape {tuple(poses.shape)}")
     repeats = values.get("repeats", 1)
     if type(repeats) is not int or not 1 <= repeats <= MOST_REPEATS:
         return Problem(name, "metadata", f"repeats must be a whole number from 1 to {MOST_REPEATS}, got {repeats!r}")
     focal = values.get("focal_length")
     if focal is not None and (not isinstance(focal, (int, float)) or not focal > 0):
-        return Problem(name, "cameras", f"focal_length must be positive, in picture widths, got {focal!r}")
-    return Row(name, picture, captions, dict(conditions), tuple(frames), poses, focal, repeats)
+        return Problem(name, "cameras", f"focal_length must be positive, in image widths, got {focal!r}")
+    return Row(name, image, captions, dict(conditions), tuple(frames), poses, focal, repeats)
 
 
 def gather(source: str, found: Iterable[Row | Problem], rename: Callable[[str], str] = str) -> Rows:
@@ -238,7 +240,7 @@ def gather(source: str, found: Iterable[Row | Problem], rename: Callable[[str], 
         else:
             rows[one.name] = one
     if not rows and not problems:
-        raise ValueError("; ".join([f"{source} holds no picture", *(note.message for note in notes)]))
+        raise ValueError("; ".join([f"{source} holds no image", *(note.message for note in notes)]))
     return Rows(list(rows.values()), problems, source, tuple(notes))
 
 

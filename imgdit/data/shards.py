@@ -1,6 +1,6 @@
 """Webdataset shards: tar files whose members belong together by the name before the first dot.
 
-    0001.png  0001.txt                 a picture and its caption (or 0001.caption)
+    0001.png  0001.txt                 an image and its caption (or 0001.caption)
     0002.jpg  0002.json                {"text": […], "cameras": […], "focal_length": …, "repeats": …}
     0003.png  0003.depth.png           a condition
     0004.png  0004.frames.0.png        a further frame
@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 from imgdit.data.listing import is_stranger, strangers_note
 from imgdit.data.rows import (
     CONDITIONS,
-    PICTURE_ENDINGS,
+    IMAGE_ENDINGS,
     VALUES,
     Columns,
     FileBlob,
@@ -121,7 +121,7 @@ class _Strange(NamedTuple):
 
     def refuse(self, path: Path) -> None:
         """Name all of it at once."""
-        endings = (*(ending[1:] for ending in PICTURE_ENDINGS), "json", *CAPTIONS)
+        endings = (*(ending[1:] for ending in IMAGE_ENDINGS), "json", *CAPTIONS)
         refuse_unknown(
             str(path),
             Unknown("column", list(self.columns), KNOWN),
@@ -143,8 +143,8 @@ def _shard(path: Path, columns: Columns, strangers: list[str]) -> Iterator[Row |
     rows: list[list[Row | Problem]] = []
     for key, group in groups:
         parts = {_split(m.name)[1]: FileBlob(path, m.offset_data, m.size) for m in group}
-        pictures = [m.name for m in group if f".{_split(m.name)[1]}" in PICTURE_ENDINGS]
-        if len(parts) < len(group) or len(pictures) > 1:
+        images = [m.name for m in group if f".{_split(m.name)[1]}" in IMAGE_ENDINGS]
+        if len(parts) < len(group) or len(images) > 1:
             names = ", ".join(m.name for m in group[:6])
             message = f"{path}: several rows have the key {key!r}, or one has several images ({names}); rename them"
             rows.append([Problem(key, "duplicate", f"{message}: a row's key ends at the first dot")])
@@ -214,31 +214,31 @@ def _row(
             yield Note(
                 key, "two captions", f"{path}: {key}.{ending} does not count, another text of {key} comes first"
             )
-    picture, conditions, frames = _images(parts, columns, unknown)
-    if picture is None:
-        yield Problem(key, "missing", f"{path}: {key} has no picture, only {', '.join(parts) or 'text'}")
+    image, conditions, frames = _images(parts, columns, unknown)
+    if image is None:
+        yield Problem(key, "missing", f"{path}: {key} has no image, only {', '.join(parts) or 'text'}")
         return
-    yield make_row(key, values, picture, conditions, [frames[n] for n in sorted(frames)])
+    yield make_row(key, values, image, conditions, [frames[n] for n in sorted(frames)])
 
 
 def _images(
     parts: Mapping[str, FileBlob], columns: Columns, unknown: _Strange
 ) -> tuple[FileBlob | None, dict[str, FileBlob], dict[int, FileBlob]]:
     """The image of a row, its conditions and its frames."""
-    picture = None
+    image = None
     conditions: dict[str, FileBlob] = {}
     frames: dict[int, FileBlob] = {}
     for ending, blob in parts.items():
         words = ending.split(".")
-        if f".{words[-1]}" not in PICTURE_ENDINGS or len(words) > 3:
+        if f".{words[-1]}" not in IMAGE_ENDINGS or len(words) > 3:
             if ending not in columns.ignored:
                 unknown.endings[ending] = None
         elif len(words) == 1:
-            picture = blob
+            image = blob
         elif len(words) == 3 and words[0] == "frames" and words[1].isdigit():
             frames[int(words[1])] = blob
         elif words[0] in CONDITIONS:
             conditions[words[0]] = blob
         elif words[0] not in columns.ignored:
             unknown.conditions[words[0]] = None
-    return picture, conditions, frames
+    return image, conditions, frames

@@ -20,11 +20,11 @@ _TABLES = (*_OF_DATASETS, ".zip", ".csv", ".jsonl", ".json", ".lance", ".h5", ".
 
 
 def open_rows(path: str | Path, columns: Columns | None = None, split: str = "train") -> Rows:
-    """Rows of any source; no picture is read.
+    """Rows of any source; no image is read.
 
     Args:
         path: a folder of images, with `metadata.jsonl` (.csv, .json) or with captions beside them; a folder, a file or
-            a pattern of webdataset shards ("pictures-{000..007}.tar"); a folder that `datasets` saved or loads; or
+            a pattern of webdataset shards ("images-{000..007}.tar"); a folder that `datasets` saved or loads; or
             "hub:owner/name", a data set on the Hub. `~` is the home folder.
         columns: for sources that name theirs otherwise.
         split: of a source that has several.

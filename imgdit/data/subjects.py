@@ -1,4 +1,4 @@
-"""A data set of subjects: pairs of pictures of the same thing, made, scored, and the good ones kept.
+"""A data set of subjects: pairs of images of the same thing, made, scored, and the good ones kept.
 
 As OminiControl made Subjects200K (arXiv 2411.15098, section 3.4). What makes and scores is given as functions, so that
 the library need not know pipelines.
@@ -28,11 +28,11 @@ class Idea(NamedTuple):
     subject: str
     """The thing, such as "red cube"."""
     places: tuple[str, str]
-    """A sentence about the thing for each of the two pictures."""
+    """A caption about the thing for each of the two images."""
 
 
 class Pair(NamedTuple):
-    """Two pictures of the same thing."""
+    """Two images of the same thing."""
 
     reference: Image.Image
     target: Image.Image
@@ -56,7 +56,7 @@ def make_subjects(
     threshold: float = 0.5,
     seed: int = 0,
 ) -> SubjectReport:
-    """Write a folder that can be trained on with `condition: condition`: the picture, its sentence, and the reference
+    """Write a folder that can be trained on with `condition: condition`: the image, its caption, and the reference
     as the condition. A run that was stopped goes on.
 
     Args:

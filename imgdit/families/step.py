@@ -16,7 +16,7 @@ from peft.tuners.lora import LoraLayer
 
 from imgdit.attention.cache import KVCache, LayerCache
 from imgdit.family import Arguments, Grid, TokenFormat, timestep_times
-from imgdit.images.latents import encode_pictures, scale_latents
+from imgdit.images.latents import encode_images, scale_latents
 from imgdit.layout import FrameLayout
 from imgdit.lora.rows import on_rows
 from imgdit.models.blocks import BlockPlan, double_block, single_block
@@ -148,7 +148,7 @@ def _encode(
 
 def _latents(vae: Any, pixels: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
     if generator is None:
-        return encode_pictures(vae, pixels)
+        return encode_images(vae, pixels)
     posterior = vae.encode(pixels).latent_dist
     noise = randn_tensor(posterior.mean.shape, generator=generator, device=pixels.device, dtype=pixels.dtype)
     return scale_latents(vae, posterior.mean + posterior.std * noise)

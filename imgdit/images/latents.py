@@ -1,4 +1,4 @@
-"""Pictures to latents and back, with any of diffusers' autoencoders.
+"""Images to latents and back, with any of diffusers' autoencoders.
 
 B batch, H x W pixels, C channels, h x w latent cells.
 """
@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 
-def encode_pictures(vae: Any, pixels: torch.Tensor) -> torch.Tensor:
-    """Pictures (B, 3, H, W) in [-1, 1] to the most likely latents (B, C, h, w), scaled and shifted."""
+def encode_images(vae: Any, pixels: torch.Tensor) -> torch.Tensor:
+    """Images (B, 3, H, W) in [-1, 1] to the most likely latents (B, C, h, w), scaled and shifted."""
     encoded = vae.encode(pixels.to(vae.dtype))
     latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latent
     return scale_latents(vae, latents)
@@ -36,7 +36,7 @@ def cell_size(vae: Any) -> int:
 
 
 def decode_latents(vae: Any, latents: torch.Tensor) -> torch.Tensor:
-    """Latents (B, C, h, w) to pictures (B, 3, H, W), in [-1, 1] but for what the decoder overshoots."""
+    """Latents (B, C, h, w) to images (B, 3, H, W), in [-1, 1] but for what the decoder overshoots."""
     return vae.decode(unscale_latents(vae, latents).to(vae.dtype)).sample.float()
 
 

@@ -71,10 +71,10 @@ def photo_depth(
     photo: Image.Image, model: str | None = None, near_is_large: bool = True
 ) -> tuple[torch.Tensor, dict[str, Any]]:
     """Depth by a `depth-estimation` model of transformers: near is white, the nearest 1 and the farthest 0. The scale
-    of a photo is unknown, so this is no picture for `picture_to_depth`.
+    of a photo is unknown, so this is no image for `image_to_depth`.
 
     Args:
-        photo: the picture.
+        photo: the image.
         model: folder or Hub repository of the model, such as "depth-anything/Depth-Anything-V2-Small-hf".
         near_is_large: whether the model says inverse depth, as DPT and Depth Anything do; `False` for models that say
             metres, such as ZoeDepth, GLPN and DepthPro.
@@ -97,7 +97,7 @@ def photo_canny(photo: Image.Image, low: int = 100, high: int = 200) -> tuple[to
     """Canny's edges, white on black.
 
     Args:
-        photo: the picture.
+        photo: the image.
         low: gradient in [0, 255] from which an edge goes on.
         high: gradient from which one starts.
     """
@@ -113,14 +113,14 @@ def opencv() -> Any:
     return cv2
 
 
-def areas_of_colours(picture: torch.Tensor, palette: torch.Tensor) -> torch.Tensor:
-    """Pictures (…, 3, H, W) to numbers (…, H, W) of the nearest colours of a palette (P, 3), where areas have them.
+def areas_of_colours(image: torch.Tensor, palette: torch.Tensor) -> torch.Tensor:
+    """Images (…, 3, H, W) to numbers (…, H, W) of the nearest colours of a palette (P, 3), where areas have them.
 
     An autoencoder blurs the border of two areas, and half-way between two colours of the palette may lie a third. So
     only a pixel whose neighbours are all of its colour is sure; the number spreads from there to those that are not.
-    A picture without a sure pixel is read pixel by pixel.
+    An image without a sure pixel is read pixel by pixel.
     """
-    apart = (picture.movedim(-3, -1)[..., None, :].float() - palette).square().sum(-1)  # (…, H, W, P)
+    apart = (image.movedim(-3, -1)[..., None, :].float() - palette).square().sum(-1)  # (…, H, W, P)
     nearest = F.one_hot(apart.argmin(-1), len(palette)).movedim(-1, -3).float()
     layers = nearest.reshape(-1, *nearest.shape[-3:])  # (N, P, H, W)
     sure = -F.max_pool2d(-layers, 3, stride=1, padding=1)
@@ -131,32 +131,32 @@ def areas_of_colours(picture: torch.Tensor, palette: torch.Tensor) -> torch.Tens
     return sure.reshape(nearest.shape).argmax(-3)
 
 
-# Degraded pictures: the same for scenes and photos
+# Degraded images: the same for scenes and photos
 
 
-def blurred(picture: torch.Tensor, radius: float) -> torch.Tensor:
-    return to_pixels(to_image(picture).filter(ImageFilter.GaussianBlur(radius)))[0].to(picture.device)
+def blurred(image: torch.Tensor, radius: float) -> torch.Tensor:
+    return to_pixels(to_image(image).filter(ImageFilter.GaussianBlur(radius)))[0].to(image.device)
 
 
 def photo_blur(photo: Image.Image, radius: float = 8.0) -> tuple[torch.Tensor, dict[str, Any]]:
     return blurred(to_pixels(photo)[0], radius), {"radius": radius}
 
 
-def greyed(picture: torch.Tensor) -> torch.Tensor:
-    weights = picture.new_tensor((0.299, 0.587, 0.114))[:, None, None]  # ITU-R BT.601, as Pillow's mode L
-    return (picture * weights).sum(0, keepdim=True).expand(3, -1, -1)
+def greyed(image: torch.Tensor) -> torch.Tensor:
+    weights = image.new_tensor((0.299, 0.587, 0.114))[:, None, None]  # ITU-R BT.601, as Pillow's mode L
+    return (image * weights).sum(0, keepdim=True).expand(3, -1, -1)
 
 
 def photo_grey(photo: Image.Image) -> tuple[torch.Tensor, dict[str, Any]]:
     return to_pixels(photo.convert("L"))[0], {}
 
 
-def with_hole(picture: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
-    return torch.where(mask, HOLE, picture), {"mask": mask}
+def with_hole(image: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
+    return torch.where(mask, HOLE, image), {"mask": mask}
 
 
 def photo_mask(photo: Image.Image, mask: Image.Image | None = None) -> tuple[torch.Tensor, dict[str, Any]]:
-    """Hides what is white in `mask`, by default the middle of the picture."""
+    """Hides what is white in `mask`, by default the middle of the image."""
     if mask is None:
         mask = Image.new("L", photo.size)
         width, height = photo.size

@@ -68,7 +68,7 @@ class AdapterInfo:
     base_model: str | None = None
     """Model whose weights it belongs to."""
     task: str | None = None
-    """What its condition pictures are: "canny", "depth", "subject", …"""
+    """What its condition images are: "canny", "depth", "subject", …"""
     position: str | tuple[float, float] | None = None
     """As `Condition.position`."""
     scale: float | None = None
@@ -76,7 +76,7 @@ class AdapterInfo:
     mode: str | None = None
     """"joint": conditions see text and image; "independent": only themselves."""
     size: int | None = None
-    """Side in pixels of the pictures it was trained on."""
+    """Side in pixels of the images it was trained on."""
     licence: str | None = None
     """Licence of the weights."""
 

@@ -156,7 +156,7 @@ def refuse_fused(claimed: Iterable[str], fused: Sequence[str]) -> None:
 
 def _call(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """A layer on (B, rows, features); features of a patch are ordered (channel, row, column)."""
-    if isinstance(layer, nn.Conv2d):  # one picture per patch; called as a module, so that offloading sees it
+    if isinstance(layer, nn.Conv2d):  # one image per patch; called as a module, so that offloading sees it
         patches = x.reshape(-1, layer.in_channels, *layer.kernel_size)
         return layer(patches).reshape(*x.shape[:2], -1)
     return kernels.linear(layer, x)

@@ -61,7 +61,7 @@ class MMDiT(SafetensorsOnly, ModelMixin, ConfigMixin, Adapters, StepCaches, Atte
         pos_embed_type: "rope" (FLUX: rotary, ids per token) or "sincos" (SD3: added to the patches).
         axes_dims_rope: head features turned by frame, row and column; their sum is `attention_head_dim`.
         rope_theta: base of the rotary frequencies.
-        sample_size: side of the training latents in cells; pictures are of this size unless asked for otherwise.
+        sample_size: side of the training latents in cells; images are of this size unless asked for otherwise.
         pos_embed_max_size: side of the sin-cos table in patches.
         qk_norm: "rms_norm" on queries and keys, or `None`.
         dual_attention_layers: double-stream blocks with a second attention over the image alone (SD3.5-medium).

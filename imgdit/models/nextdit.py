@@ -339,7 +339,7 @@ class NextDiT(SafetensorsOnly, ModelMixin, ConfigMixin, Adapters, StepCaches, At
     """OneDiffusion's diffusion transformer over frames.
 
     Args:
-        input_size: (frames, rows, columns) of the training latents in cells; pictures are of this size unless asked
+        input_size: (frames, rows, columns) of the training latents in cells; images are of this size unless asked
             for otherwise.
         patch_size: (1, p, p) latent cells of a token.
         in_channels: of the latents.

@@ -277,7 +277,7 @@ def _blocks(weights: Mapping[str, torch.Tensor]) -> int:
 
 
 def _side(weights: Mapping[str, torch.Tensor]) -> int:
-    """Patches per side of the training pictures."""
+    """Patches per side of the training images."""
     return math.isqrt(_get(weights, _POSITIONS).shape[1])
 
 

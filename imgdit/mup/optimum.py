@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 NEAR = 0.01
-"""A learning rate is near the best if its loss is within this share of the best's."""
+"""A learning rate is near the best if its loss is within this fraction of the best's."""
 
 
 class Optimum(NamedTuple):

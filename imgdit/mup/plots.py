@@ -1,4 +1,4 @@
-"""Pictures of the coordinate check and of a learning-rate sweep."""
+"""Images of the coordinate check and of a learning-rate sweep."""
 
 from __future__ import annotations
 

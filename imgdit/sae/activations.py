@@ -5,7 +5,7 @@ On disk:
     <folder>/index.json                          what was recorded, and which prompts are done
     <folder>/<hookpoint>/shard-00000.safetensors values (maps, n, d), timesteps (maps), prompts (maps)
 
-A map is one picture at one timestep. A shard holds the maps of one batch of prompts and enters the index when it is
+A map is one image at one timestep. A shard holds the maps of one batch of prompts and enters the index when it is
 complete, so a recording that was interrupted goes on with what is missing.
 """
 
@@ -33,7 +33,7 @@ _INDEX = "index.json"
 
 
 class Map(NamedTuple):
-    """Activations of one or several pictures at one timestep, of the half that is guided towards the prompt."""
+    """Activations of one or several images at one timestep, of the half that is guided towards the prompt."""
 
     hookpoint: str
     values: torch.Tensor

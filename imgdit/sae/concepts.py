@@ -48,7 +48,7 @@ class ConceptStatistics:
         return torch.stack([values[name] * (self.counts[name] / total) for name in rest]).sum(0)
 
     def scores(self, concept: str) -> torch.Tensor:
-        """(S, L): share of the concept's activation that falls to a feature, minus its share for other concepts."""
+        """(S, L): fraction of the concept's activation that falls to a feature, minus its share for other concepts."""
         means = self.means[concept]
         if len(self.means) == 1:
             return means
@@ -114,12 +114,12 @@ class ConceptSelection:
         last = len(rising) - 1
         low, high = last - max(after - 1, 0), last - min(after, last)  # places in the falling order
         gap = self.timesteps[high] - self.timesteps[low]
-        share = (timestep - self.timesteps[low]) / gap if gap else 0.0
-        weights = torch.lerp(self.selected[low].float(), self.selected[high].float(), share)
+        fraction = (timestep - self.timesteps[low]) / gap if gap else 0.0
+        weights = torch.lerp(self.selected[low].float(), self.selected[high].float(), fraction)
         kept = weights > 0
 
         def between(values: torch.Tensor) -> torch.Tensor:
-            return torch.lerp(values[low], values[high], share)
+            return torch.lerp(values[low], values[high], fraction)
 
         return ConceptStep(
             self.features[kept],
@@ -145,8 +145,8 @@ def select_concept(
     Args:
         percentile: features whose score lies above this percentile, as SAeUron counts (99.999 of 20480 is one).
         top_n: instead, so many features per timestep.
-        floor: of these, features that score below this share of the timestep's best are left out. A concept that has
-            few features of its own would otherwise be filled up with features of something else.
+        floor: of these, features that score below this fraction of the timestep's best are left out. A concept that
+            has few features of its own would otherwise be filled up with features of something else.
         multiplier: stored with the selection: the one it is unlearned with unless another is asked for.
         origin: stored with the selection.
     """
@@ -186,7 +186,7 @@ def select_concept(
 def check_floor(floor: float) -> None:
     """Refuse what is no share."""
     if not 0 <= floor <= 1:
-        raise ValueError(f"floor is a share of the best score and must be in [0, 1], got {floor}")
+        raise ValueError(f"floor is a fraction of the best score and must be in [0, 1], got {floor}")
 
 
 # Files

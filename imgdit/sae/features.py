@@ -1,7 +1,7 @@
-"""Looking at features: how often and when they are active, where in a picture, and which tell two sets of prompts
+"""Looking at features: how often and when they are active, where in an image, and which tell two sets of prompts
 apart.
 
-S timesteps, L latents, P pictures, m chosen features.
+S timesteps, L latents, P images, m chosen features.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from imgdit.naming import old_names
 from imgdit.sae.concepts import ConceptStatistics
 from imgdit.sae.edits import ChosenFeatures
 from imgdit.sae.hooks import hooked, site
@@ -20,26 +21,27 @@ from imgdit.sae.statistics import collect_statistics
 from imgdit.sae.streams import Tokens
 
 
+@old_names(top_pictures="top_images")
 class FeatureSurvey(NamedTuple):
     """How the features of an SAE behave on a list of prompts."""
 
     timesteps: tuple[float, ...]
     """(S,) falling."""
     density: torch.Tensor
-    """(L,) share of tokens and timesteps on which a feature is active."""
+    """(L,) fraction of tokens and timesteps on which a feature is active."""
     means: torch.Tensor
     """(S, L) mean activation."""
     strongest: torch.Tensor
-    """(P, L) largest activation within a picture, over all timesteps."""
+    """(P, L) largest activation within an image, over all timesteps."""
     places: torch.Tensor
     """(P, L) token where that is; patches are counted along the rows."""
 
-    def top_pictures(self, feature: int, count: int = 8) -> list[tuple[int, float, int]]:
-        """Picture, activation and token of the strongest ones, falling."""
-        values, pictures = self.strongest[:, feature].topk(min(count, len(self.strongest)))
+    def top_images(self, feature: int, count: int = 8) -> list[tuple[int, float, int]]:
+        """Image, activation and token of the strongest ones, falling."""
+        values, images = self.strongest[:, feature].topk(min(count, len(self.strongest)))
         return [
-            (picture, value, int(self.places[picture, feature]))
-            for picture, value in zip(pictures.tolist(), values.tolist())
+            (image, value, int(self.places[image, feature]))
+            for image, value in zip(images.tolist(), values.tolist())
             if value > 0
         ]
 
@@ -50,14 +52,15 @@ class FeatureSurvey(NamedTuple):
         return torch.histc(alive.clamp(-6, 0), bins, -6, 0), edges, int((self.density == 0).sum())
 
 
+@old_names(pictures="images")
 class HeatMaps(NamedTuple):
     """Where chosen features are active."""
 
     features: tuple[int, ...]
     maps: torch.Tensor | None
     """(P, m, rows, columns) activation, mean over the timesteps; `None` where the SAE reads the text, which has no
-    place in the picture."""
-    pictures: list[Any]
+    place in the image."""
+    images: list[Any]
     """(P,) what the pipeline returned for each prompt."""
 
 
@@ -92,8 +95,8 @@ def survey_features(
             return
         near = whole.on(tokens.values.device)
         values = tokens.values[tokens.call.conditional].to(near.W_dec.dtype)
-        for i, picture in enumerate(values):  # one at a time: a dense code of (n, L) is enough
-            rows, _ = near.normalize(picture)
+        for i, image in enumerate(values):  # one at a time: a dense code of (n, L) is enough
+            rows, _ = near.normalize(image)
             dense = near.encode(rows).dense().float()
             time = tokens.call.timestep
             sums[time] = sums.get(time, 0) + dense.mean(0).cpu()
@@ -125,7 +128,7 @@ def heat_maps(
     batch_size: int = 4,
     **call: Any,
 ) -> HeatMaps:
-    """Pictures of prompts, and where in them features are active; arguments as in `survey_features`."""
+    """Images of prompts, and where in them features are active; arguments as in `survey_features`."""
     place = _hookpoint(sae, hookpoint)
     text = site(pipe, place).text
     for feature in features:
@@ -147,14 +150,14 @@ def heat_maps(
         acts = chosen[device].activations(rows, chosen[device].scores(rows))
         maps.append(acts.view(len(values), *tokens.grids[0], -1).permute(0, 3, 1, 2).float().cpu())
 
-    found, pictures = [], []
+    found, images = [], []
     with hooked(pipe, {place: read}, source={place: sae.config.source}):
         for batch in prompt_batches(prompts, batch_size, seed):
             maps.clear()
-            pictures += list(batch.run(pipe, **call).images)
+            images += list(batch.run(pipe, **call).images)
             if not text:
                 found.append(torch.stack(maps).mean(0))
-    return HeatMaps(tuple(features), torch.cat(found) if found else None, pictures)
+    return HeatMaps(tuple(features), torch.cat(found) if found else None, images)
 
 
 def contrast_features(

@@ -16,40 +16,40 @@ from PIL import Image
 from imgdit.sae.features import FeatureSurvey, HeatMaps
 
 _TILE = 128
-"""Side of a picture on a sheet, in pixels."""
+"""Side of an image on a sheet, in pixels."""
 
 _STYLE = """body{font:15px/1.4 system-ui,sans-serif;margin:2rem auto;max-width:72rem;padding:0 1rem;color:#222}
 img{max-width:100%}h2{margin:2rem 0 .3rem}p{margin:.2rem 0}.dim{color:#666}
 .bars{display:flex;align-items:flex-end;gap:2px;height:90px}.bars i{flex:1;background:#47a;min-height:1px}"""
 
 
-def overlay(picture: Image.Image, heat: torch.Tensor, strongest: float) -> Image.Image:
-    """A picture with a feature's activations (rows, columns) in red over its grey."""
-    side = _size(picture)
-    grey = picture.convert("L").convert("RGB").resize(side)
-    share = (heat / max(strongest, 1e-12)).clamp(0, 1)
-    mask = Image.fromarray((share * 200).round().to(torch.uint8).numpy()).resize(side, Image.Resampling.NEAREST)
+def overlay(image: Image.Image, heat: torch.Tensor, strongest: float) -> Image.Image:
+    """An image with a feature's activations (rows, columns) in red over its grey."""
+    side = _size(image)
+    grey = image.convert("L").convert("RGB").resize(side)
+    fraction = (heat / max(strongest, 1e-12)).clamp(0, 1)
+    mask = Image.fromarray((fraction * 200).round().to(torch.uint8).numpy()).resize(side, Image.Resampling.NEAREST)
     return Image.composite(Image.new("RGB", side, (220, 20, 20)), grey, mask)
 
 
-def feature_sheet(shown: HeatMaps, number: int, pictures: Sequence[int]) -> Image.Image:
-    """A sheet of pictures over their heat maps, if there are any, for one of the features, by its place in
+def feature_sheet(shown: HeatMaps, number: int, images: Sequence[int]) -> Image.Image:
+    """A sheet of images over their heat maps, if there are any, for one of the features, by its place in
     `shown.features`."""
-    columns = [[shown.pictures[i].convert("RGB").resize(_size(shown.pictures[i]))] for i in pictures]
+    columns = [[shown.images[i].convert("RGB").resize(_size(shown.images[i]))] for i in images]
     if shown.maps is not None:
         strongest = float(shown.maps[:, number].max())
-        for column, i in zip(columns, pictures):
-            column.append(overlay(shown.pictures[i], shown.maps[i, number], strongest))
+        for column, i in zip(columns, images):
+            column.append(overlay(shown.images[i], shown.maps[i, number], strongest))
     width, height = columns[0][0].size
     sheet = Image.new("RGB", (len(columns) * (width + 4) - 4, len(columns[0]) * (height + 4) - 4), "white")
     for x, column in enumerate(columns):
-        for y, picture in enumerate(column):
-            sheet.paste(picture, (x * (width + 4), y * (height + 4)))
+        for y, image in enumerate(column):
+            sheet.paste(image, (x * (width + 4), y * (height + 4)))
     return sheet
 
 
-def _size(picture: Image.Image) -> tuple[int, int]:
-    return _TILE, max(_TILE * picture.height // picture.width, 1)
+def _size(image: Image.Image) -> tuple[int, int]:
+    return _TILE, max(_TILE * image.height // image.width, 1)
 
 
 def write_report(
@@ -67,7 +67,7 @@ def write_report(
     Args:
         survey, shown: of the same prompts.
         scores: (S, L), by which the features were searched.
-        top: pictures of each feature.
+        top: images of each feature.
 
     Returns:
         The page.
@@ -77,7 +77,7 @@ def write_report(
     counts, edges, dead = survey.histogram()
     entries, sections = [], []
     for number, feature in enumerate(shown.features):
-        best = survey.top_pictures(feature, top)
+        best = survey.top_images(feature, top)
         entry: dict[str, Any] = {
             "feature": feature,
             "density": float(survey.density[feature]),
@@ -90,14 +90,14 @@ def write_report(
         told = f"active on {entry['density']:.2%} of the tokens"
         if scores is not None:
             told += f", mean score {float(scores[:, feature].mean()):.4f}"
-        picture = '<p class="dim">not active in any of these pictures</p>'
+        image = '<p class="dim">not active in any of these images</p>'
         if best:
             sheet = feature_sheet(shown, number, [p for p, _, _ in best])
             sheet.save(folder / f"feature-{feature:05d}.png")
-            picture = f'<img alt="feature {feature}" src="{_data_uri(sheet)}">'
+            image = f'<img alt="feature {feature}" src="{_data_uri(sheet)}">'
         lines = "; ".join(html.escape(str(prompts[p])) for p, _, _ in best)
         curve = _bars(survey.means[:, feature].tolist(), [f"timestep {t:g}" for t in survey.timesteps])
-        sections.append(f'<h2>Feature {feature}</h2><p>{told}</p>{picture}<p class="dim">{lines}</p>{curve}')
+        sections.append(f'<h2>Feature {feature}</h2><p>{told}</p>{image}<p class="dim">{lines}</p>{curve}')
     data = {
         "timesteps": survey.timesteps,
         "dead": dead,
@@ -110,8 +110,8 @@ def write_report(
     page.write_text(
         f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(title)}</title><style>{_STYLE}</style>"
         f"<h1>{html.escape(title)}</h1><p>{len(survey.density)} features, {dead} never active in these "
-        f"{len(prompts)} pictures. Numbers of features by density, from 10^-6 to 1:</p>{density}"
-        '<p class="dim">Pictures: plain, and below where the feature is active, mean over the timesteps. Bars: mean '
+        f"{len(prompts)} images. Numbers of features by density, from 10^-6 to 1:</p>{density}"
+        '<p class="dim">Images: plain, and below where the feature is active, mean over the timesteps. Bars: mean '
         "activation from the first step to the last.</p>" + "".join(sections) + "</html>",
         encoding="utf-8",
     )
@@ -127,7 +127,7 @@ def _bars(values: Sequence[float], labels: Sequence[str]) -> str:
     return f'<div class="bars">{bars}</div>'
 
 
-def _data_uri(picture: Image.Image) -> str:
+def _data_uri(image: Image.Image) -> str:
     file = io.BytesIO()
-    picture.save(file, "PNG")
+    image.save(file, "PNG")
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()

@@ -17,10 +17,10 @@ class PromptBatch(NamedTuple):
     seeds: list[int]
 
     def run(self, pipe: Any, **call: Any) -> Any:
-        """The pipeline's output. Each picture has its own generator, so the batch size changes nothing.
+        """The pipeline's output. Each image has its own generator, so the batch size changes nothing.
 
         Args:
-            call: arguments of the pipeline; pictures are not decoded unless `output_type` asks for it.
+            call: arguments of the pipeline; images are not decoded unless `output_type` asks for it.
         """
         generators = [torch.Generator().manual_seed(seed) for seed in self.seeds]
         options = {"generator": generators, "output_type": "latent", **call}

@@ -1,4 +1,4 @@
-"""Mean activations of features per concept and timestep, from pictures made for the purpose."""
+"""Mean activations of features per concept and timestep, from images made for the purpose."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class _Means:
         self.whole = DeviceCopies(sae)
         self.codes: dict[float, torch.Tensor] = {}
         self.inputs: dict[float, torch.Tensor] = {}
-        self.pictures: dict[float, int] = {}
+        self.images: dict[float, int] = {}
 
     def __call__(self, tokens: Tokens) -> None:
         rows = tokens.call.conditional
@@ -38,11 +38,11 @@ class _Means:
         self.codes[time] = self.codes[time] + means if time in self.codes else means
         vector = x.float().mean(1).sum(0)
         self.inputs[time] = self.inputs[time] + vector if time in self.inputs else vector
-        self.pictures[time] = self.pictures.get(time, 0) + len(x)
+        self.images[time] = self.images.get(time, 0) + len(x)
 
     def stacked(self, sums: dict[float, torch.Tensor]) -> torch.Tensor:
         """(S, ·) means, from the highest timestep down."""
-        return torch.stack([sums[time] / self.pictures[time] for time in sorted(sums, reverse=True)]).cpu()
+        return torch.stack([sums[time] / self.images[time] for time in sorted(sums, reverse=True)]).cpu()
 
 
 @torch.no_grad()
@@ -61,7 +61,7 @@ def collect_statistics(
         saes: by hookpoint.
         prompts: per concept, see `prompt_batches`.
         seed: prompt i of every concept starts from the noise of seed + i, so that concepts differ by the words alone.
-        batch_size: pictures made at once.
+        batch_size: images made at once.
         call: arguments of the pipeline.
     """
     if not prompts or any(len(lines) == 0 for lines in prompts.values()):

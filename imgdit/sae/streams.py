@@ -1,4 +1,4 @@
-"""Where the picture is in what a module returns.
+"""Where the image is in what a module returns.
 
 A denoiser's modules return planes (B, C, H, W), token sequences, or tuples of several streams whose order differs by
 class: FLUX's blocks return the text first, its attention the image first, its single blocks' attention both in one

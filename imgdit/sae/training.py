@@ -102,7 +102,7 @@ class SAETraining:
 
         Returns:
             `fvu`: fraction of variance unexplained; `auxk_loss`, `multi_topk_fvu`; `l0`: mean number of features per
-            row that are active; `dead`: share of dead features; `threshold`, with batch_topk.
+            row that are active; `dead`: fraction of dead features; `threshold`, with batch_topk.
 
         Raises:
             ValueError: NaN or infinite activations.
@@ -185,11 +185,11 @@ class SAETraining:
             self.sae.b_dec.copy_(geometric_median(seen))
 
     def density(self) -> torch.Tensor:
-        """(L,) share of rows on which each feature was active since the last call."""
-        share = self._counts / max(self._counted, 1)
+        """(L,) fraction of rows on which each feature was active since the last call."""
+        fraction = self._counts / max(self._counted, 1)
         self._counts.zero_()
         self._counted = 0
-        return share
+        return fraction
 
     def trained(self) -> SparseAutoencoder:
         """A copy that takes activations as they are."""

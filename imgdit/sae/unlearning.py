@@ -103,7 +103,7 @@ class ConceptUnlearner:
         batch_size: int = 4,
         **call: Any,
     ) -> None:
-        """Select the features of concepts from pictures made for the purpose, and keep them under their names.
+        """Select the features of concepts from images made for the purpose, and keep them under their names.
 
         Args:
             prompts: some per concept; all of them should be told apart, so give every concept of a kind at once.
@@ -150,13 +150,13 @@ class ConceptUnlearner:
             concepts: names; or a sequence of names for each request of a batch. Where two concepts share a feature,
                 the later one decides.
             mode: "scale": an activation a becomes a * multiplier * its mean for the concept (SAeUron); "remove": it
-                becomes 0; "replace": a patch where any of the features is seen becomes the mean of the pictures
+                becomes 0; "replace": a patch where any of the features is seen becomes the mean of the images
                 without the concept (arXiv 2606.31699).
             multiplier: of "scale"; `None`: what was stored with each concept, -1 unless it was tuned.
             timesteps: range in which anything is changed.
             halves: guidance halves that are changed.
             hookpoints: some of those that know the concepts; `None`: those that read the text, if they know all of
-                them, otherwise all. What the text no longer says, no block puts into the picture.
+                them, otherwise all. What the text no longer says, no block puts into the image.
             paper_compat: the reconstruction error with SAeUron's sign, as in its published runs.
 
         Raises:

@@ -1,4 +1,4 @@
-"""A small text encoder that learns to understand sentences before it conditions pictures."""
+"""A small text encoder that learns to understand captions before it conditions images."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Sentences about scenes: a small grammar with paraphrases.
+"""Captions about scenes: a small grammar with paraphrases.
 
-A sentence is a pattern ("{look}, {place}") filled with what is seen and how ("a cartoon of a red cube left of a blue
+A caption is a pattern ("{look}, {place}") filled with what is seen and how ("a cartoon of a red cube left of a blue
 sphere") and where ("on a checkered floor"). Objects and colours are always called by their one name, and a colour is
 said of nothing else (the sky is clear, not blue); everything else varies.
 """
@@ -57,14 +57,14 @@ PATTERNS = (
     "{look}, {place}",
     "{place}, {look}",
 )
-"""Sentences. Those with `{look}` draw one of `LOOKS`."""
+"""Captions. Those with `{look}` draw one of `LOOKS`."""
 
 SHORT = {
     "place": ("{subject}, {style} style", "{subject} in {style} style", "{look}"),
     "style": ("{subject} {place}",),
     "subject": ("{style} style, {place}", "{place}, {style} style", "{place} in {style} style"),
 }
-"""Sentences that leave the place, the style or the objects unsaid; the last for pictures of a given subject."""
+"""Captions that leave the place, the style or the objects unsaid; the last for images of a given subject."""
 
 
 def _noun(kind: str, colour: str) -> str:
@@ -79,14 +79,14 @@ def _subject(scene: Scene, rng: Random) -> str:
 
 
 def leave_unsaid(rng: Random, chance: float) -> tuple[str, ...]:
-    """Parts of a sentence ("place", "style") that are left unsaid, each by `chance`, as people who type do."""
+    """Parts of a caption ("place", "style") that are left unsaid, each by `chance`, as people who type do."""
     if not 0.0 <= chance <= 1.0:
         raise ValueError(f"a chance is in [0, 1], got {chance}")
     return tuple(part for part in ("place", "style") if rng.random() < chance)
 
 
 def caption(scene: Scene, rng: Random, unsaid: Collection[str] = ()) -> str:
-    """A sentence about a scene, in lower case without a full stop.
+    """A caption about a scene, in lower case without a full stop.
 
     Args:
         scene: what to tell.
@@ -94,9 +94,9 @@ def caption(scene: Scene, rng: Random, unsaid: Collection[str] = ()) -> str:
         unsaid: "place", "style", or both; or "subject" alone.
     """
     for part in unsaid:
-        check_name("part of a sentence", part, SHORT)
+        check_name("part of a caption", part, SHORT)
     if "subject" in unsaid and len(set(unsaid)) > 1:
-        raise ValueError(f"a sentence without its subject needs place and style, got unsaid={tuple(unsaid)}")
+        raise ValueError(f"a caption without its subject needs place and style, got unsaid={tuple(unsaid)}")
     patterns = ("{subject}",) if len(set(unsaid)) == 2 else SHORT[next(iter(unsaid))] if unsaid else PATTERNS
     subject = _subject(scene, rng)
     look = pick(rng, LOOKS[scene.style]).format(subject=subject)
@@ -105,10 +105,10 @@ def caption(scene: Scene, rng: Random, unsaid: Collection[str] = ()) -> str:
 
 
 def meaning(scene: Scene) -> dict[str, Any]:
-    """What a sentence about the scene says, structured.
+    """What a caption about the scene says, structured.
 
     Returns:
-        `objects`: from left to right in the picture, each with `object` and `colour`; `relation`: "left" where the
+        `objects`: from left to right in the image, each with `object` and `colour`; `relation`: "left" where the
         first is clearly left of the second, else `None`; `style`; `background`.
     """
     things = [scene.objects[i] for i in scene.order]
@@ -120,9 +120,9 @@ def meaning(scene: Scene) -> dict[str, Any]:
     }
 
 
-def words(sentence: str) -> list[str]:
-    """The words of a sentence in lower case, without punctuation."""
-    return re.findall(r"[a-z]+", sentence.lower())
+def words(caption: str) -> list[str]:
+    """The words of a caption in lower case, without punctuation."""
+    return re.findall(r"[a-z]+", caption.lower())
 
 
 def vocabulary() -> list[str]:

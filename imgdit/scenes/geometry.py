@@ -42,7 +42,7 @@ class GeometryBuffers(NamedTuple):
     indices: torch.Tensor
     """(B, H, W) int64: 0 ground and beyond, 1 the scene's first object, 2 its second."""
     shadow: torch.Tensor
-    """(B, 1, H, W) share of the light that another surface holds back, in [0, 1]: 0 lit, 1 dark."""
+    """(B, 1, H, W) fraction of the light that another surface holds back, in [0, 1]: 0 lit, 1 dark."""
     positions: torch.Tensor
     """(B, 3, H, W) world coordinates of what is seen."""
     oversample: int
@@ -302,13 +302,13 @@ def _occlusion(
     enter, leave = _meets(origin, light, reach * 1.25)
     rows = ((leave > enter) & (leave > 0)).nonzero()[:, 0]
     origin, light, at, leave = origin[:, rows], light[:, rows], enter[rows].clamp(min=0.01), leave[rows]
-    open_share = torch.ones_like(at)
+    open_fraction = torch.ones_like(at)
     for _ in range(14):
         gap = distance(origin + at * light)
-        open_share = torch.minimum(open_share, torch.where(at < leave, PENUMBRA * gap / at, 1.0))
+        open_fraction = torch.minimum(open_fraction, torch.where(at < leave, PENUMBRA * gap / at, 1.0))
         at = at + gap.clamp(0.04, 0.4)
-    open_share = open_share.clamp(-0.3, 1) * 0.5 + 0.5  # counts from within the rim, which widens the half-shadow
-    shadow[rows] = 1 - ((open_share - 0.35) / 0.65).clamp(0, 1)
+    open_fraction = open_fraction.clamp(-0.3, 1) * 0.5 + 0.5  # from within the rim, which widens the half-shadow
+    shadow[rows] = 1 - ((open_fraction - 0.35) / 0.65).clamp(0, 1)
     return shadow
 
 
@@ -327,7 +327,7 @@ def geometry(
     if not scenes:
         raise ValueError("no scenes to look at; give at least one")
     if size < 8:
-        raise ValueError(f"a picture needs at least 8 pixels per side, got size={size}")
+        raise ValueError(f"an image needs at least 8 pixels per side, got size={size}")
     if oversample not in (1, 2):
         raise ValueError(f"oversample must be 1 or 2, got {oversample}")
     # One scene's rays stay in the cache of a core. A GPU wants many, and 32 at 128 pixels take it about a gigabyte.

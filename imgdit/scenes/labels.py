@@ -1,6 +1,6 @@
-"""Sentences for every style and object that differ in nothing but the label: for selecting, unlearning and judging it.
+"""Captions for every style and object that differ in nothing but the label: for selecting, unlearning and judging it.
 
-A label is a style or an object. Sentence i of every label of a kind has the same colour, place and other label.
+A label is a style or an object. Caption i of every label of a kind has the same colour, place and other label.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ def label_words(label: str) -> str:
     return f"{label} style" if kind_of(label) == "style" else label
 
 
-def label_sentence(style: str, thing: str, rng: Random) -> str:
+def label_prompt(style: str, thing: str, rng: Random) -> str:
     """One object of some colour at some place, in a style."""
     colour = pick(rng, COLOURS)
     place = pick(rng, PLACES[pick(rng, BACKGROUNDS)])
     return f"{'an' if colour[0] in 'aeiou' else 'a'} {colour} {thing} {place}, {style} style"
 
 
-def label_sentences(count: int, seed: int, kind: str) -> dict[str, list[str]]:
-    """`count` sentences for each label of a kind, the labels of the other kind in turn."""
+def label_prompts(count: int, seed: int, kind: str) -> dict[str, list[str]]:
+    """`count` captions for each label of a kind, the labels of the other kind in turn."""
     check_name("kind of label", kind, LABELS)
     if count < 1:
-        raise ValueError(f"each label needs a sentence, got count={count}")
+        raise ValueError(f"each label needs a caption, got count={count}")
     others = _other_kind(kind)
     found: dict[str, list[str]] = {}
     for label in LABELS[kind]:
@@ -47,7 +47,7 @@ def label_sentences(count: int, seed: int, kind: str) -> dict[str, list[str]]:
             rng = Random(f"labels {seed} {kind} {i}")
             other = others[i % len(others)]
             style, thing = (label, other) if kind == "style" else (other, label)
-            lines.append(label_sentence(style, thing, rng))
+            lines.append(label_prompt(style, thing, rng))
         found[label] = lines
     return found
 

@@ -1,7 +1,7 @@
 """Scenes as latents: rendered and encoded once, kept in shards, read while a backbone trains.
 
     <folder>/index.json                    what the shards were made with; another autoencoder is refused
-    <folder>/train-00000.safetensors       `SHARD` scenes: "pictures" (SHARD, VIEWS, LOOKS, C, h, w), "maps"
+    <folder>/train-00000.safetensors       `SHARD` scenes: "images" (SHARD, VIEWS, LOOKS, C, h, w), "maps"
                                            (SHARD, VIEWS, MAPS, C, h, w), "others" (SHARD, VIEWS, C, h, w), float16
 
 A shard is written beside and renamed, so several processes may fill one folder and a kill costs one shard.
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-from imgdit.images.latents import encode_pictures
+from imgdit.images.latents import encode_images
 from imgdit.io.atomic import check_index, write_tensors
 from imgdit.io.fingerprints import weights_hash
 from imgdit.naming import check_name
@@ -32,7 +32,7 @@ from imgdit.scenes.world import SPLITS, Scene, another_camera, another_look, pic
 VIEWS = 2
 """Cameras of each scene."""
 LOOKS = 3
-"""Pictures of each view: the scene, in another style and place, and with other colours as well."""
+"""Images of each view: the scene, in another style and place, and with other colours as well."""
 MAPS = ("depth", "canny", "segmentation")
 """Conditions that all looks of a view share."""
 OTHERS = ("boxes", "blur", "grey", "mask", "super_resolution")
@@ -81,15 +81,15 @@ def encode_scene(
     for looks, task in zip(views.looks, views.others):
         buffers = geometry([looks[0]], size, device, oversample=2)
         seen = rendering(buffers, [looks[0]])
-        pictures = [seen.rgb[0], *(shade(buffers, [look])[0] for look in looks[1:])]
+        images = [seen.rgb[0], *(shade(buffers, [look])[0] for look in looks[1:])]
         maps = [from_scene(name, looks[0], rng, seen).condition for name in MAPS]
         other = from_scene(task, looks[0], rng, seen).condition[None]
-        if other.shape[-1] != size:  # super-resolution's small picture
+        if other.shape[-1] != size:  # super-resolution's small image
             other = F.interpolate(other, size, mode="bicubic", antialias=True).clamp(0, 1)
-        pixels = torch.cat([torch.stack([*pictures, *maps]), other]) * 2 - 1
+        pixels = torch.cat([torch.stack([*images, *maps]), other]) * 2 - 1
         pixels = pixels.contiguous(memory_format=torch.channels_last)  # a quarter faster on a CPU
         with torch.autocast(torch.device(device).type, torch.bfloat16):
-            latents = encode_pictures(vae, pixels) / vae.config.scaling_factor
+            latents = encode_images(vae, pixels) / vae.config.scaling_factor
         latents = latents.half().cpu()
         rows["pictures"].append(latents[:LOOKS])
         rows["maps"].append(latents[LOOKS : LOOKS + len(MAPS)])
@@ -180,7 +180,7 @@ class SceneLatents:
         return {**self.__dict__, "_open": {}}  # open files do not travel to worker processes
 
     def read(self, scene: int, name: str, *place: int) -> torch.Tensor:
-        """Latents (C, h, w) float32: ("pictures", view, look), ("maps", view, map) or ("others", view).
+        """Latents (C, h, w) float32: ("images", view, look), ("maps", view, map) or ("others", view).
 
         Raises:
             ValueError: a shard that was there is gone, or damaged.
@@ -197,7 +197,7 @@ class SceneLatents:
                 ) from error
         return self._open[shard].get_slice(name)[(row, *place)].float()
 
-    def pictures(self, scenes: int) -> Iterator[torch.Tensor]:
+    def images(self, scenes: int) -> Iterator[torch.Tensor]:
         """The latents (C, h, w) of the first look of the first scenes."""
         for scene in range(min(scenes, len(self))):
             yield self.read(scene, "pictures", 0, 0)

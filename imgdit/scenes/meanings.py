@@ -1,4 +1,4 @@
-"""What the sentences of the scenes can mean, and which words of a prompt mean nothing there.
+"""What the captions of the scenes can mean, and which words of a prompt mean nothing there.
 
 The tokenizer knows more words than have a meaning of their own: "white" is learned from "a floor of black and white
 tiles" alone, so "a white cube" is no colour. Only for models that were taught the scenes, see `imgdit.data.taught`.
@@ -20,7 +20,7 @@ from imgdit.scenes.shading import COLOUR_VALUES
 from imgdit.scenes.world import COLOURS, OBJECTS, STYLES
 
 KINDS = {"object": OBJECTS, "colour": COLOURS, "style": STYLES, "background": tuple(p[0] for p in PLACES.values())}
-"""What a sentence can name, by kind."""
+"""What a caption can name, by kind."""
 ALIKE = {
     "object": {
         "sphere": "ball globe orb marble bead bubble planet pearl egg",
@@ -60,7 +60,7 @@ SCENERY = ("background", "floor", "ground", "wall", "sky", "room")
 
 
 class Meaningless(NamedTuple):
-    """A word of a prompt that the scenes' sentences give no meaning."""
+    """A word of a prompt that the scenes' captions give no meaning."""
 
     word: str
     kind: str | None = None
@@ -91,7 +91,7 @@ def meaningless(prompt: str) -> list[Meaningless]:
 
 
 def about_words(prompts: Iterable[str]) -> str | None:
-    """One sentence on all words of some prompts that mean nothing; `None` if all have a meaning."""
+    """One message on all words of some prompts that mean nothing; `None` if all have a meaning."""
     found = {one.word: one for prompt in prompts for one in meaningless(prompt)}
     if not found:
         return None

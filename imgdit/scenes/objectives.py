@@ -12,8 +12,8 @@ from imgdit.training.batches import Movable, ObjectiveOutput
 
 
 @dataclass(frozen=True, eq=False)
-class Sentences(Movable):
-    """Sentences with questions about them."""
+class Captions(Movable):
+    """Captions with questions about them."""
 
     input_ids: torch.Tensor
     """(B, T)."""
@@ -25,7 +25,7 @@ class Sentences(Movable):
 
 @dataclass(frozen=True, eq=False)
 class Readings(Movable):
-    """Pictures with what is to be read in them."""
+    """Images with what is to be read in them."""
 
     pixels: torch.Tensor
     """(B, 3, H, W) in [-1, 1]."""
@@ -42,7 +42,7 @@ class Readings(Movable):
 def read_captions(
     model: torch.nn.Module,
     scheduler: MultiFrameFlowMatchScheduler | None,
-    batch: Sentences,
+    batch: Captions,
     generator: torch.Generator | None,
 ) -> ObjectiveOutput:
     """Cross-entropy of a `CaptionReader`'s answers, the mean over its questions.
@@ -50,7 +50,7 @@ def read_captions(
     Args:
         model: reader, wrapped for distributed training or not.
         scheduler, generator: not used.
-        batch: sentences.
+        batch: captions.
     """
     logits = model(batch.input_ids, batch.mask)
     pairs = list(zip(logits, batch.answers.unbind(1), strict=True))
@@ -59,7 +59,7 @@ def read_captions(
     return ObjectiveOutput(loss, {"right": right.float().mean(), "all_right": right.all(0).float().mean()})
 
 
-def read_pictures(
+def read_images(
     model: torch.nn.Module,
     scheduler: MultiFrameFlowMatchScheduler | None,
     batch: Readings,
@@ -72,7 +72,7 @@ def read_pictures(
     Args:
         model: probe, wrapped for distributed training or not.
         scheduler, generator: not used.
-        batch: pictures.
+        batch: images.
         depth_weight: of the depth's error.
     """
     reading = model(batch.pixels)

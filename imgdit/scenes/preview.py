@@ -1,4 +1,4 @@
-"""A contact sheet: scenes drawn by lot over their sentences."""
+"""A contact sheet: scenes drawn at random over their captions."""
 
 from __future__ import annotations
 
@@ -28,25 +28,25 @@ def preview(
     """Draw a sheet and return where it is.
 
     Args:
-        out: a picture file, or a folder that gets `scenes.png`.
+        out: an image file, or a folder that gets `scenes.png`.
         count: scenes, with the seeds `seed`, `seed + 1` and so on.
         seed: of the first.
         split: of `Scene.sample`.
-        size: pixels per side of a picture.
-        columns: pictures in a row.
-        task: a key of `TASKS`: show its condition at the left of every picture.
+        size: pixels per side of an image.
+        columns: images in a row.
+        task: a key of `TASKS`: show its condition at the left of every image.
     """
     if count < 1 or columns < 1:
-        raise ValueError(f"a sheet needs at least one picture and one column, got count={count}, columns={columns}")
+        raise ValueError(f"a sheet needs at least one image and one column, got count={count}, columns={columns}")
     tiles = []
     for number in range(seed, seed + count):
         scene, rng = Scene.sample(number, split), Random(number)
         rendering = render([scene], size)
-        pictures = [to_image(rendering.rgb[0])]
+        images = [to_image(rendering.rgb[0])]
         if task is not None:
             condition = to_image(from_scene(task, scene, rng, rendering).condition)
-            pictures.insert(0, condition.resize((size, size), Image.Resampling.NEAREST))
-        tiles.append((pictures, caption(scene, rng)))
+            images.insert(0, condition.resize((size, size), Image.Resampling.NEAREST))
+        tiles.append((images, caption(scene, rng)))
 
     sheet = contact_sheet(tiles, columns)
     out = Path(out)

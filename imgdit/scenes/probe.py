@@ -1,4 +1,4 @@
-"""A small network that says what a picture of a scene shows: for measuring what a generator made.
+"""A small network that says what an image of a scene shows: for measuring what a generator made.
 
 B batch, S pixels per side, N coarsest cells, D features.
 """
@@ -18,7 +18,7 @@ from imgdit.compat import ModelMixin
 
 
 class Reading(NamedTuple):
-    """What the probe sees in pictures."""
+    """What the probe sees in images."""
 
     answers: dict[str, torch.Tensor]
     """Logits (B, choices) of each question."""
@@ -58,15 +58,15 @@ class SceneProbe(ModelMixin, ConfigMixin):
     """A convolutional encoder whose coarsest cells see each other and are asked the questions, and a decoder for depth
     and segmentation.
 
-    Every pixel knows where it is. Each class has a smooth surface of a quarter of the picture's side, told by its
+    Every pixel knows where it is. Each class has a smooth surface of a quarter of the image's side, told by its
     inverse depth, which on a plane is linear in the pixel's place; the segmentation says whose surface a pixel shows.
 
     Args:
         questions: names with their choices, in the order of the heads; a list, because JSON keeps no other order.
         classes: of the segmentation.
-        channels: features at a half, a quarter, an eighth and a sixteenth of the picture's side.
+        channels: features at a half, a quarter, an eighth and a sixteenth of the image's side.
         layers: transformer layers over the coarsest cells.
-        size: pixels per side the pictures are resized to.
+        size: pixels per side the images are resized to.
         far: the largest depth there is, in world units.
     """
 
@@ -108,7 +108,7 @@ class SceneProbe(ModelMixin, ConfigMixin):
         return {name: choices for name, choices in self.config.questions}
 
     def forward(self, pixels: torch.Tensor) -> Reading:
-        """Read pictures (B, 3, H, W) in [-1, 1]."""
+        """Read images (B, 3, H, W) in [-1, 1]."""
         config = self.config
         if pixels.shape[-2:] != (config.size, config.size):
             pixels = F.interpolate(pixels, (config.size, config.size), mode="bilinear", antialias=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from random import Random
 
 from imgdit.scenes.captions import caption
-from imgdit.scenes.labels import LABELS, label_sentences
+from imgdit.scenes.labels import LABELS, label_prompts
 from imgdit.scenes.world import draw
 
 
@@ -20,4 +20,4 @@ def captions(count: int, seed: int) -> list[str]:
 
 def concepts(count: int, seed: int) -> list[dict[str, list[str]]]:
     """`count` prompts for each style, and for each object."""
-    return [label_sentences(count, seed, kind) for kind in LABELS]
+    return [label_prompts(count, seed, kind) for kind in LABELS]

@@ -1,4 +1,4 @@
-"""Scenes to pictures with everything that is true of them."""
+"""Scenes to images with everything that is true of them."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ __all__ = [
 
 
 class Rendering(NamedTuple):
-    """Pictures of B scenes, S pixels per side, and their ground truth, which is exact at the pixels' centres."""
+    """Images of B scenes, S pixels per side, and their ground truth, which is exact at the pixels' centres."""
 
     rgb: torch.Tensor
     """(B, 3, S, S) sRGB in [0, 1], edges softened."""
@@ -89,7 +89,7 @@ def boxes(indices: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def render(scenes: Sequence[Scene], size: int = 128, device: torch.device | str = "cpu") -> Rendering:
-    """Pictures of scenes and their ground truth.
+    """Images of scenes and their ground truth.
 
     Args:
         scenes: B of them.
@@ -101,7 +101,7 @@ def render(scenes: Sequence[Scene], size: int = 128, device: torch.device | str 
 
 @torch.no_grad()
 def rendering(buffers: GeometryBuffers, scenes: Sequence[Scene]) -> Rendering:
-    """The pictures and ground truth of scenes whose geometry is known already.
+    """The images and ground truth of scenes whose geometry is known already.
 
     Args:
         buffers: of `geometry`, with `oversample` 2 for soft edges.

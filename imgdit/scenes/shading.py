@@ -1,4 +1,4 @@
-"""How geometry becomes a picture: colours, backgrounds and styles.
+"""How geometry becomes an image: colours, backgrounds and styles.
 
 Nothing here looks at the shapes: every style reads the same buffers, so a scene can be drawn again in any style,
 colour or background for a fraction of what its geometry cost.
@@ -36,7 +36,7 @@ SEPIA = ((0.15, 0.09, 0.05), (0.60, 0.44, 0.29), (0.97, 0.91, 0.78))
 
 @torch.no_grad()
 def shade(buffers: GeometryBuffers, scenes: Sequence[Scene]) -> torch.Tensor:
-    """Pictures (B, 3, S, S) in [0, 1] of geometry in the scenes' styles, colours and backgrounds.
+    """Images (B, 3, S, S) in [0, 1] of geometry in the scenes' styles, colours and backgrounds.
 
     Args:
         buffers: of the same objects and cameras. With `oversample` 2 edges come out soft.
@@ -45,10 +45,10 @@ def shade(buffers: GeometryBuffers, scenes: Sequence[Scene]) -> torch.Tensor:
     if len(scenes) != buffers.depth.shape[0]:
         raise ValueError(f"got {len(scenes)} scenes for the geometry of {buffers.depth.shape[0]}; give one for each")
     size = buffers.depth.shape[-1] // buffers.oversample
-    pictures = buffers.depth.new_empty(len(scenes), 3, size, size)
+    images = buffers.depth.new_empty(len(scenes), 3, size, size)
     for row, scene in enumerate(scenes):
-        pictures[row : row + 1] = _DRAW[scene.style](_Canvas(buffers.one(row), scene))
-    return pictures.clamp(0, 1)
+        images[row : row + 1] = _DRAW[scene.style](_Canvas(buffers.one(row), scene))
+    return images.clamp(0, 1)
 
 
 class _Canvas:
@@ -79,24 +79,24 @@ class _Canvas:
         return torch.where(self.object, thing, self.backdrop * (1 - 0.55 * self.buffers.shadow))
 
     def outline(self, width: float) -> torch.Tensor:
-        """(1, 1, H, W) in {0, 1}: the edges, about `width` 128ths of the picture thick."""
+        """(1, 1, H, W) in {0, 1}: the edges, about `width` 128ths of the image thick."""
         radius = max(0, round((width * self.size / 128 * self.oversample - 1) / 2))
         return _spread(edges(self.buffers).float(), radius)
 
-    def soften(self, picture: torch.Tensor) -> torch.Tensor:
+    def soften(self, image: torch.Tensor) -> torch.Tensor:
         """Samples (1, C, H, W) to pixels (1, C, S, S): each pixel's centre and, by half, its neighbours."""
         if self.oversample == 1:
-            return picture
+            return image
         for dim in (2, 3):
-            before = torch.cat([picture.narrow(dim, 0, 1), picture], dim)
-            halves = before.narrow(dim, 0, picture.shape[dim]) + picture  # sums of neighbours
+            before = torch.cat([image.narrow(dim, 0, 1), image], dim)
+            halves = before.narrow(dim, 0, image.shape[dim]) + image  # sums of neighbours
             n = self.size
-            centre = torch.arange(n, device=picture.device) * 2
-            picture = (halves.index_select(dim, centre) + halves.index_select(dim, centre + 1)) / 4
-        return picture
+            centre = torch.arange(n, device=image.device) * 2
+            image = (halves.index_select(dim, centre) + halves.index_select(dim, centre + 1)) / 4
+        return image
 
     def grid(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows (H, 1) and columns (1, H) of the samples, in 128ths of the picture."""
+        """Rows (H, 1) and columns (1, H) of the samples, in 128ths of the image."""
         steps = torch.arange(self.size * self.oversample, device=self.object.device) * (128 / self.size)
         return (steps / self.oversample)[:, None], (steps / self.oversample)[None, :]
 
@@ -109,8 +109,8 @@ def _dot(vectors: torch.Tensor, direction: torch.Tensor) -> torch.Tensor:
     return (vectors * direction.view(1, 3, 1, 1)).sum(1, keepdim=True)
 
 
-def _mix(a: torch.Tensor, b: torch.Tensor, share: torch.Tensor | float) -> torch.Tensor:
-    return a + (b - a) * share
+def _mix(a: torch.Tensor, b: torch.Tensor, fraction: torch.Tensor | float) -> torch.Tensor:
+    return a + (b - a) * fraction
 
 
 def _smooth(x: torch.Tensor, low: float, high: float) -> torch.Tensor:
@@ -119,28 +119,28 @@ def _smooth(x: torch.Tensor, low: float, high: float) -> torch.Tensor:
     return x * x * (3 - 2 * x)
 
 
-def _spread(picture: torch.Tensor, radius: int) -> torch.Tensor:
+def _spread(image: torch.Tensor, radius: int) -> torch.Tensor:
     """Largest value within a square; rows and columns apart, which costs a third of it in one."""
     width = 2 * radius + 1
-    rows = F.max_pool2d(picture, (width, 1), stride=1, padding=(radius, 0))
+    rows = F.max_pool2d(image, (width, 1), stride=1, padding=(radius, 0))
     return F.max_pool2d(rows, (1, width), stride=1, padding=(0, radius))
 
 
 @lru_cache(maxsize=8)
 def _grain(side: int, seed: int) -> torch.Tensor:
-    """(side, side) in [-1, 1]: the same noise in every picture."""
+    """(side, side) in [-1, 1]: the same noise in every image."""
     return torch.rand(side, side, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
 
-def _blur(picture: torch.Tensor, sigma: float) -> torch.Tensor:
+def _blur(image: torch.Tensor, sigma: float) -> torch.Tensor:
     """Gaussian blur of (1, C, S, S), `sigma` in pixels."""
     radius = max(1, round(2.5 * sigma))
-    steps = torch.arange(-radius, radius + 1, device=picture.device, dtype=picture.dtype)
+    steps = torch.arange(-radius, radius + 1, device=image.device, dtype=image.dtype)
     kernel = torch.exp(-0.5 * (steps / sigma) ** 2)
-    kernel = (kernel / kernel.sum()).expand(picture.shape[1], 1, -1)
-    padded = F.pad(picture, (radius,) * 4, mode="replicate")
-    rows = F.conv2d(padded, kernel[:, :, :, None], groups=picture.shape[1])
-    return F.conv2d(rows, kernel[:, :, None, :], groups=picture.shape[1])
+    kernel = (kernel / kernel.sum()).expand(image.shape[1], 1, -1)
+    padded = F.pad(image, (radius,) * 4, mode="replicate")
+    rows = F.conv2d(padded, kernel[:, :, :, None], groups=image.shape[1])
+    return F.conv2d(rows, kernel[:, :, None, :], groups=image.shape[1])
 
 
 # Backgrounds: a floor that fades into the distance, and what is above the horizon
@@ -237,8 +237,8 @@ def _cartoon(canvas: _Canvas) -> torch.Tensor:
     bright = canvas.backdrop.mean(1, keepdim=True)
     flat = canvas.backdrop * ((bright * 6).round() / 6 / bright)
     ground = flat * (1 - 0.38 * (canvas.buffers.shadow > 0.5))
-    picture = torch.where(canvas.object, thing, ground)
-    return canvas.soften(picture * (1 - 0.94 * canvas.outline(2.2)))
+    image = torch.where(canvas.object, thing, ground)
+    return canvas.soften(image * (1 - 0.94 * canvas.outline(2.2)))
 
 
 def _sketch(canvas: _Canvas) -> torch.Tensor:
@@ -247,7 +247,7 @@ def _sketch(canvas: _Canvas) -> torch.Tensor:
     paper = canvas.albedo.new_tensor(PAPER).view(1, 3, 1, 1)
     wash = _mix(paper, canvas.albedo, 0.62)
     ground = _mix(paper, canvas.backdrop, 0.30)
-    picture = torch.where(canvas.object, wash, ground)
+    image = torch.where(canvas.object, wash, ground)
     backdrop = canvas.backdrop.mean(1, keepdim=True)
     dark = torch.where(canvas.object, 1 - canvas.lit, 0.75 * canvas.buffers.shadow + 0.42 * (1 - backdrop))
     side = canvas.size * canvas.oversample
@@ -256,9 +256,9 @@ def _sketch(canvas: _Canvas) -> torch.Tensor:
         across = (rows + slope * columns) / 4.6 + 0.35 * wobble + offset
         line = 1 - _smooth((across - across.round()).abs(), 0.10, 0.28)
         strength = _smooth(dark, threshold, threshold + 0.35) * (0.62 + 0.25 * wobble)
-        picture = _mix(picture, paper.new_tensor(PENCIL).view(1, 3, 1, 1), (line * strength).clamp(0, 1))
-    picture = _mix(picture, paper.new_tensor(PENCIL).view(1, 3, 1, 1), 0.9 * canvas.outline(1.2))
-    return canvas.soften(picture) + 0.02 * _grain(canvas.size, 2).to(paper)
+        image = _mix(image, paper.new_tensor(PENCIL).view(1, 3, 1, 1), (line * strength).clamp(0, 1))
+    image = _mix(image, paper.new_tensor(PENCIL).view(1, 3, 1, 1), 0.9 * canvas.outline(1.2))
+    return canvas.soften(image) + 0.02 * _grain(canvas.size, 2).to(paper)
 
 
 def _neon(canvas: _Canvas) -> torch.Tensor:
@@ -273,15 +273,15 @@ def _neon(canvas: _Canvas) -> torch.Tensor:
     line = canvas.soften(tube * spread)
     halo = 1.0 * _blur(line, 1.6 * canvas.size / 128) + 1.5 * _blur(line, 5.0 * canvas.size / 128)
     core = canvas.soften(tube)
-    picture = canvas.soften(body + ground) + halo
-    return _mix(picture, _mix(line, torch.ones_like(line), 0.35), core)
+    image = canvas.soften(body + ground) + halo
+    return _mix(image, _mix(line, torch.ones_like(line), 0.35), core)
 
 
 def _mosaic(canvas: _Canvas) -> torch.Tensor:
-    """Square tiles of one colour each, a 32nd of the picture wide, with joints between."""
-    picture = canvas.soften(canvas.photo())
+    """Square tiles of one colour each, a 32nd of the image wide, with joints between."""
+    image = canvas.soften(canvas.photo())
     tile = max(2, canvas.size // 32)
-    flat = F.avg_pool2d(picture, tile, ceil_mode=True)
+    flat = F.avg_pool2d(image, tile, ceil_mode=True)
     count = flat.shape[-1]
     mean = flat.mean(1, keepdim=True)
     flat = 1.08 * (mean + 1.15 * (flat - mean)) * (1 + 0.10 * _grain(64, 5).to(flat)[:count, :count])
@@ -293,16 +293,16 @@ def _mosaic(canvas: _Canvas) -> torch.Tensor:
 
 def _sepia(canvas: _Canvas) -> torch.Tensor:
     """A brown print whose object was coloured by hand, or else nobody could tell its colour."""
-    picture = canvas.soften(canvas.photo())
-    weights = picture.new_tensor((0.30, 0.59, 0.11)).view(1, 3, 1, 1)
-    grey = (picture * weights).sum(1, keepdim=True)
-    dark, middle, light = picture.new_tensor(SEPIA).view(3, 1, 3, 1, 1)
+    image = canvas.soften(canvas.photo())
+    weights = image.new_tensor((0.30, 0.59, 0.11)).view(1, 3, 1, 1)
+    grey = (image * weights).sum(1, keepdim=True)
+    dark, middle, light = image.new_tensor(SEPIA).view(3, 1, 3, 1, 1)
     tone = torch.where(grey < 0.5, _mix(dark, middle, 2 * grey), _mix(middle, light, 2 * grey - 1))
     tint = canvas.soften(canvas.object.float())
-    toned = _mix(tone, picture, 0.66 * tint)
-    steps = (torch.arange(canvas.size, device=picture.device) + 0.5) / canvas.size * 2 - 1
+    toned = _mix(tone, image, 0.66 * tint)
+    steps = (torch.arange(canvas.size, device=image.device) + 0.5) / canvas.size * 2 - 1
     corner = (steps[:, None] ** 2 + steps[None, :] ** 2) / 2
-    return toned * (1 - 0.45 * corner**2) + 0.025 * _grain(canvas.size, 6).to(picture)
+    return toned * (1 - 0.45 * corner**2) + 0.025 * _grain(canvas.size, 6).to(image)
 
 
 _DRAW: dict[str, Callable[[_Canvas], torch.Tensor]] = {

@@ -6,26 +6,26 @@ from collections.abc import Sequence
 
 import torch
 
-from imgdit.scenes.pictures import ScenePictures
+from imgdit.scenes.answers import SceneCaptions
+from imgdit.scenes.images import SceneImages
 from imgdit.scenes.readings import SceneReadings
-from imgdit.scenes.sentences import SceneSentences
 from imgdit.scenes.training_conditions import SceneConditions
 from imgdit.scenes.training_frames import SceneFrames
-from imgdit.scenes.training_readers import collate_readings, collate_sentences
-from imgdit.training.batches import Pictures
+from imgdit.scenes.training_readers import collate_captions, collate_readings
+from imgdit.training.batches import Images
 from imgdit.training.sources import Source, only_batch
 
 FRAMES = "imgdit.scenes.sources:frames"
 CONDITIONS = "imgdit.scenes.sources:conditions"
 
 
-def collate_pictures(samples: Sequence[torch.Tensor]) -> Pictures:
+def collate_images(samples: Sequence[torch.Tensor]) -> Images:
     """Samples (K, 3, S, S) to one batch of all their images."""
-    return Pictures(torch.cat(list(samples)))
+    return Images(torch.cat(list(samples)))
 
 
-pictures = Source(ScenePictures, collate_pictures, held_out=16)
-sentences = Source(SceneSentences, collate_sentences, held_out=512)
+images = Source(SceneImages, collate_images, held_out=16)
+captions = Source(SceneCaptions, collate_captions, held_out=512)
 readings = Source(SceneReadings, collate_readings, held_out=64)
 frames = Source(SceneFrames, only_batch, held_out=8, whole_batches=True)
 conditions = Source(SceneConditions, only_batch, held_out=4, whole_batches=True)

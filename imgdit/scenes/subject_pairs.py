@@ -1,5 +1,5 @@
 """What makes and scores the pairs of `imgdit.data.subjects`: the embedded model with its probe, or any pipeline
-that can draw two pictures in one, with a network that tells how alike they are."""
+that can draw two images in one, with a network that tells how alike they are."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from imgdit.scenes.world import Scene, another_look
 from imgdit.tasks import TASK_TOKENS, ImageFrame
 
 COPY = 0.03
-"""Mean absolute difference of the pixels below which a pair is one picture twice and teaches nothing."""
-DIPTYCH = "two pictures side by side of the same {subject}. left: {left}. right: {right}"
-"""What one wide picture is asked for."""
+"""Mean absolute difference of the pixels below which a pair is one image twice and teaches nothing."""
+DIPTYCH = "two images side by side of the same {subject}. left: {left}. right: {right}"
+"""What one wide image is asked for."""
 PLACES = (
     ("{subject} on a white background", "{subject} on a wooden table by a window"),
     ("{subject} in a studio", "{subject} on the beach at sunset"),
@@ -57,7 +57,7 @@ def named_ideas(subjects: list[str], count: int) -> list[Idea]:
 
 
 class ScenePairs:
-    """The embedded model draws the reference from its sentence, and the target from the reference.
+    """The embedded model draws the reference from its caption, and the target from the reference.
 
     Args:
         model: pipeline folder of a model of the scenes.
@@ -83,23 +83,23 @@ class ScenePairs:
         generator = torch.Generator().manual_seed(seed)
         reference = self.text(idea.places[0], generator=generator, **self.options).images[0]
         frames = [ImageFrame.make(), ImageFrame.given(reference)]
-        sentence = f"{TASK_TOKENS['subject']} {idea.places[1]}"
-        return Pair(reference, self.any(sentence, frames, generator=generator, **self.options).images[0])
+        caption = f"{TASK_TOKENS['subject']} {idea.places[1]}"
+        return Pair(reference, self.any(caption, frames, generator=generator, **self.options).images[0])
 
 
 class ProbeScore:
-    """How sure the scenes' probe is that both pictures show the subject; 0 for one picture twice."""
+    """How sure the scenes' probe is that both images show the subject; 0 for one image twice."""
 
     def __init__(self, probe: str | Path = SCENE_PROBE):
         self.probe = SceneProbe.from_pretrained(probe).float().eval()
 
     @torch.no_grad()
     def __call__(self, idea: Idea, pair: Pair) -> float:
-        pictures = torch.cat([to_pixels(picture) for picture in pair])
-        if _is_copy(pictures):
+        images = torch.cat([to_pixels(image) for image in pair])
+        if _is_copy(images):
             return 0.0
         colour, kind = idea.subject.split()
-        answers = self.probe(pictures * 2 - 1).answers
+        answers = self.probe(images * 2 - 1).answers
         sure = [
             answers[question].softmax(1)[:, self.probe.questions[question].index(answer)]
             for question, answer in (("left object", kind), ("left colour", colour))
@@ -108,7 +108,7 @@ class ProbeScore:
 
 
 class Diptychs:
-    """Any text-to-image pipeline draws both pictures as the halves of one, which keeps the subject the same.
+    """Any text-to-image pipeline draws both images as the halves of one, which keeps the subject the same.
 
     Args:
         model: folder or Hub repository of a pipeline.
@@ -123,16 +123,16 @@ class Diptychs:
         self.size, self.options = size, options
 
     def __call__(self, idea: Idea, seed: int) -> Pair:
-        sentence = DIPTYCH.format(subject=idea.subject, left=idea.places[0], right=idea.places[1])
+        caption = DIPTYCH.format(subject=idea.subject, left=idea.places[0], right=idea.places[1])
         generator = torch.Generator().manual_seed(seed)
         wide: Image.Image = self.pipe(
-            sentence, height=self.size, width=2 * self.size, generator=generator, **self.options
+            caption, height=self.size, width=2 * self.size, generator=generator, **self.options
         ).images[0]
         return Pair(wide.crop((0, 0, self.size, self.size)), wide.crop((self.size, 0, 2 * self.size, self.size)))
 
 
 class FeatureScore:
-    """Cosine of the two pictures' features, cut off at 0; 0 for one picture twice.
+    """Cosine of the two images' features, cut off at 0; 0 for one image twice.
 
     Args:
         model: folder or Hub repository of an image encoder of transformers, such as "facebook/dinov2-base".
@@ -147,11 +147,11 @@ class FeatureScore:
 
     @torch.no_grad()
     def __call__(self, idea: Idea, pair: Pair) -> float:
-        if _is_copy(torch.cat([to_pixels(picture) for picture in pair])):
+        if _is_copy(torch.cat([to_pixels(image) for image in pair])):
             return 0.0
         hidden = self.model(**self.processor(list(pair), return_tensors="pt")).last_hidden_state[:, 0]
         return max(0.0, float(torch.cosine_similarity(hidden[0], hidden[1], dim=0)))
 
 
-def _is_copy(pictures: torch.Tensor) -> bool:
-    return float((pictures[0] - pictures[1]).abs().mean()) < COPY
+def _is_copy(images: torch.Tensor) -> bool:
+    return float((images[0] - images[1]).abs().mean()) < COPY

@@ -1,10 +1,10 @@
-"""Tasks: what is given beside the sentence, and what is to be made.
+"""Tasks: what is given beside the caption, and what is to be made.
 
 A task turns a scene, whose truth the renderer knows, or a photo, whose truth a library estimates, into a condition
-picture and the picture that belongs to it. Some tasks have an inverse, which gives the picture and asks for the
-condition: depth from a picture, for one.
+image and the image that belongs to it. Some tasks have an inverse, which gives the image and asks for the
+condition: depth from an image, for one.
 
-Pictures are (3, H, W) in [0, 1].
+Images are (3, H, W) in [0, 1].
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from imgdit.scenes.render import FAR, Rendering, render
 from imgdit.scenes.world import OBJECTS, Scene, another_camera, between, draw, is_trained, pick
 
 NEAR = 1.5
-"""z-depth that a depth picture shows white; `FAR` is black."""
+"""z-depth that a depth image shows white; `FAR` is black."""
 PALETTE = (
     (0.0, 0.0, 0.0),
     (1.0, 0.0, 0.0),
@@ -54,10 +54,10 @@ PALETTE = (
 
 
 class Example(NamedTuple):
-    """One pair of pictures for training or evaluation."""
+    """One pair of images for training or evaluation."""
 
     condition: torch.Tensor
-    """(3, H, W) in [0, 1]: what is given. Super-resolution gives the small picture."""
+    """(3, H, W) in [0, 1]: what is given. Super-resolution gives the small image."""
     target: torch.Tensor
     """(3, H, W) in [0, 1]: what is to be made."""
     details: dict[str, Any]
@@ -73,11 +73,11 @@ class Task:
     help: str
     """What is given and what is made, in a line."""
     scene: Callable[[_Given], tuple[torch.Tensor, dict[str, Any]]]
-    """Condition picture and details of a rendered scene."""
+    """Condition image and details of a rendered scene."""
     photo: Callable[..., tuple[torch.Tensor, dict[str, Any]]] | None = None
     """The same of a photo; `None`: no library can tell."""
     invertible: bool = False
-    """Whether the condition can be asked for, given the picture."""
+    """Whether the condition can be asked for, given the image."""
 
 
 class _Given(NamedTuple):
@@ -116,7 +116,7 @@ def from_scene(
         rng: draws holes, reference scenes and the other camera.
         rendering: of this scene alone; rendered here if `None`.
         size: pixels per side, if rendered here.
-        inverse: give the picture and ask for the condition.
+        inverse: give the image and ask for the condition.
     """
     chosen = _task(task, inverse)
     rendering = render([scene], size) if rendering is None else rendering
@@ -131,16 +131,16 @@ def from_photo(task: str, photo: Image.Image | str | Path, inverse: bool = False
 
     Args:
         task: a key of `TASKS` whose entry has a `photo` function; its options are that function's.
-        photo: a picture or its file.
+        photo: an image or its file.
         inverse: give the photo and ask for the condition.
     """
     chosen = _task(task, inverse)
     if chosen.photo is None:
         able = ", ".join(name for name, other in TASKS.items() if other.photo)
         raise ValueError(f"the task {task!r} needs a scene, a photo does not tell its truth. Photos can: {able}")
-    picture = opened(photo)
-    condition, details = chosen.photo(picture, **options)
-    return _example(condition, to_pixels(picture)[0], details, inverse)
+    image = opened(photo)
+    condition, details = chosen.photo(image, **options)
+    return _example(condition, to_pixels(image)[0], details, inverse)
 
 
 def _task(name: str, inverse: bool) -> Task:
@@ -151,31 +151,31 @@ def _task(name: str, inverse: bool) -> Task:
     return TASKS[name]
 
 
-def _example(condition: torch.Tensor, picture: torch.Tensor, details: dict[str, Any], inverse: bool) -> Example:
-    return Example(picture, condition, details) if inverse else Example(condition, picture, details)
+def _example(condition: torch.Tensor, image: torch.Tensor, details: dict[str, Any], inverse: bool) -> Example:
+    return Example(image, condition, details) if inverse else Example(condition, image, details)
 
 
 # Depth
 
 
-def depth_to_picture(depth: torch.Tensor) -> torch.Tensor:
-    """z-depth (…, 1, H, W) in world units to a picture (…, 3, H, W): white at `NEAR`, black at `FAR`, linear between.
+def depth_to_image(depth: torch.Tensor) -> torch.Tensor:
+    """z-depth (…, 1, H, W) in world units to an image (…, 3, H, W): white at `NEAR`, black at `FAR`, linear between.
 
-    Linear and not inverse, because a picture's error then costs the same length everywhere, 0.03 units for a step of 8
+    Linear and not inverse, because an image's error then costs the same length everywhere, 0.03 units for a step of 8
     bits. What is nearer than `NEAR` or beyond `FAR` is cut off.
     """
     value = (FAR - depth.clamp(NEAR, FAR)) / (FAR - NEAR)
     return value.expand(*depth.shape[:-3], 3, *depth.shape[-2:])
 
 
-def picture_to_depth(picture: torch.Tensor) -> torch.Tensor:
-    """The inverse of `depth_to_picture`; of a coloured picture the mean of the channels counts."""
-    return FAR - picture.mean(-3, keepdim=True).clamp(0, 1) * (FAR - NEAR)
+def image_to_depth(image: torch.Tensor) -> torch.Tensor:
+    """The inverse of `depth_to_image`; of a coloured image the mean of the channels counts."""
+    return FAR - image.mean(-3, keepdim=True).clamp(0, 1) * (FAR - NEAR)
 
 
 def _scene_depth(given: _Given) -> tuple[torch.Tensor, dict[str, Any]]:
     depth = given.rendering.depth[0]
-    return depth_to_picture(depth), {"depth": depth}
+    return depth_to_image(depth), {"depth": depth}
 
 
 # Edges
@@ -188,14 +188,14 @@ def _scene_canny(given: _Given) -> tuple[torch.Tensor, dict[str, Any]]:
 # Segmentation and boxes
 
 
-def segmentation_to_picture(classes: torch.Tensor) -> torch.Tensor:
+def segmentation_to_image(classes: torch.Tensor) -> torch.Tensor:
     """Classes (…, H, W), 0 ground and beyond, k the kind `OBJECTS[k - 1]`, to colours (…, 3, H, W) of `PALETTE`."""
     return torch.tensor(PALETTE, device=classes.device)[classes.long()].movedim(-1, -3)
 
 
-def picture_to_segmentation(picture: torch.Tensor) -> torch.Tensor:
+def image_to_segmentation(image: torch.Tensor) -> torch.Tensor:
     """Colours (…, 3, H, W) to classes (…, H, W), see `areas_of_colours` and `PALETTE`."""
-    return areas_of_colours(picture, torch.tensor(PALETTE, device=picture.device))
+    return areas_of_colours(image, torch.tensor(PALETTE, device=image.device))
 
 
 def _classes(scene: Scene) -> list[int]:
@@ -209,22 +209,22 @@ def scene_classes(scene: Scene, indices: torch.Tensor) -> torch.Tensor:
 
 def _scene_segmentation(given: _Given) -> tuple[torch.Tensor, dict[str, Any]]:
     classes = scene_classes(given.scene, given.rendering.indices[0])
-    return segmentation_to_picture(classes), {"classes": classes}
+    return segmentation_to_image(classes), {"classes": classes}
 
 
 def _scene_boxes(given: _Given) -> tuple[torch.Tensor, dict[str, Any]]:
     """A frame around each object and a faint fill, in its kind's colour of `PALETTE`."""
     boxes = given.rendering.boxes[0]
-    picture = boxes.new_zeros(3, given.size, given.size)
+    image = boxes.new_zeros(3, given.size, given.size)
     width = max(1, round(given.size / 64))
     for box, kind in zip(boxes.long().tolist(), _classes(given.scene)[1:]):
         left, top, right, bottom = box
-        colour = picture.new_tensor(PALETTE[kind])[:, None, None]
-        inside = picture[:, top:bottom, left:right]
+        colour = image.new_tensor(PALETTE[kind])[:, None, None]
+        inside = image[:, top:bottom, left:right]
         middle = inside[:, width:-width, width:-width].clone()
         inside[:] = colour
         inside[:, width:-width, width:-width] = torch.maximum(middle, 0.25 * colour)
-    return picture, {"boxes": boxes, "kinds": [thing.kind for thing in given.scene.objects]}
+    return image, {"boxes": boxes, "kinds": [thing.kind for thing in given.scene.objects]}
 
 
 def _scene_blur(given: _Given) -> tuple[torch.Tensor, dict[str, Any]]:
@@ -256,7 +256,7 @@ def _scene_super_resolution(given: _Given) -> tuple[torch.Tensor, dict[str, Any]
     return small.to(given.rgb.device), details
 
 
-# References: another picture
+# References: another image
 
 
 def _scene_subject(given: _Given) -> tuple[torch.Tensor, dict[str, Any]]:
@@ -302,14 +302,14 @@ def _scene_views(given: _Given) -> tuple[torch.Tensor, dict[str, Any]]:
 TASKS = {
     task.name: task
     for task in (
-        Task("canny", "edges, white on black → picture", _scene_canny, photo_canny, invertible=True),
-        Task("depth", "depth, near is white → picture", _scene_depth, photo_depth, invertible=True),
-        Task("segmentation", "a colour for each kind of object → picture", _scene_segmentation, invertible=True),
-        Task("boxes", "a coloured frame around each object → picture", _scene_boxes, invertible=True),
-        Task("blur", "blurred picture → sharp one", _scene_blur, photo_blur),
-        Task("grey", "grey picture → coloured one", _scene_grey, photo_grey),
-        Task("mask", "picture with a grey hole → whole one", _scene_mask, photo_mask),
-        Task("super_resolution", "small picture → large one", _scene_super_resolution, photo_super_resolution),
+        Task("canny", "edges, white on black → image", _scene_canny, photo_canny, invertible=True),
+        Task("depth", "depth, near is white → image", _scene_depth, photo_depth, invertible=True),
+        Task("segmentation", "a colour for each kind of object → image", _scene_segmentation, invertible=True),
+        Task("boxes", "a coloured frame around each object → image", _scene_boxes, invertible=True),
+        Task("blur", "blurred image → sharp one", _scene_blur, photo_blur),
+        Task("grey", "grey image → coloured one", _scene_grey, photo_grey),
+        Task("mask", "image with a grey hole → whole one", _scene_mask, photo_mask),
+        Task("super_resolution", "small image → large one", _scene_super_resolution, photo_super_resolution),
         Task("subject", "an object elsewhere → the scene with it", _scene_subject),
         Task("style_reference", "another scene → this one in its style", _scene_style_reference),
         Task("views", "the scene from another place → from here", _scene_views, invertible=True),

@@ -1,4 +1,4 @@
-"""The tokenizer of the scenes' sentences: a token for every word the grammar says and for every task, bytes for all
+"""The tokenizer of the scenes' captions: a token for every word the grammar says and for every task, bytes for all
 others."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Data of condition adapters: a scene's picture and the condition that a LoRA reads (OminiControl)."""
+"""Data of condition adapters: a scene's image and the condition that a LoRA reads (OminiControl)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 from imgdit.checkpoints import EMBEDDED
 from imgdit.frames import Frame
-from imgdit.images.latents import encode_pictures
+from imgdit.images.latents import encode_images
 from imgdit.io.order import mixed_seed
 from imgdit.models.functional import PATCH, pack
 from imgdit.naming import check_choice, check_name
@@ -26,20 +26,20 @@ TASKS = (*MAPS, *OTHERS, "subject", "style_reference")
 """What a condition may be, by the names of `data.tasks`."""
 
 NAMELESS = 0.75
-"""Share of the sentences about a given subject that do not say what it is."""
+"""Share of the captions about a given subject that do not say what it is."""
 
 
 class SceneConditions(CachedScenes):
-    """Endless: sample i is a `Batch` of [picture, condition], the same for the same i.
+    """Endless: sample i is a `Batch` of [image, condition], the same for the same i.
 
     Args:
         task: what the condition is, one of `TASKS`.
         mode: "independent": the condition sees only itself, so its keys and values can be cached; "joint": everything.
-        position: "aligned": on the picture; "subject": to its left.
+        position: "aligned": on the image; "subject": to its left.
         model: pipeline folder of the autoencoder and text encoder; "embedded" for the one that comes along.
         latents: folder of the cache, see `data.latents`.
         scenes: training scenes in it.
-        samples: pictures of a batch.
+        samples: images of a batch.
         split: "train" or "heldout".
     """
 
@@ -73,7 +73,7 @@ class SceneConditions(CachedScenes):
         ]
         black = torch.full((1, 3, *(n * PATCH * vae.spatial_compression_ratio for n in self.size)), -1.0)
         with torch.no_grad():
-            self.black = pack(encode_pictures(vae, black), PATCH)[0]  # what a dropped condition becomes
+            self.black = pack(encode_images(vae, black), PATCH)[0]  # what a dropped condition becomes
 
     def __getitem__(self, index: int) -> Batch:
         rng = Random(mixed_seed(index, 0))
@@ -112,7 +112,7 @@ class SceneConditions(CachedScenes):
 
     @cached_property
     def _styled(self) -> dict[str, list[tuple[Any, ...]]]:
-        """Places of pictures of each style."""
+        """Places of images of each style."""
         places: dict[str, list[tuple[Any, ...]]] = {style: [] for style in STYLES}
         for scene in range(self.scenes):
             looks = scene_views(scene, self.split).looks

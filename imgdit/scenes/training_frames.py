@@ -2,11 +2,11 @@
 
 Every sample is a whole batch, of one kind:
 
-    pictures    one frame and its sentence
-    pairs       [picture, condition]: depth, edges, segmentation and the other tasks of `data.tasks`; either may be
+    images    one frame and its caption
+    pairs       [image, condition]: depth, edges, segmentation and the other tasks of `data.tasks`; either may be
                 given or made, so the inverse tasks are learned along
-    views       [picture, rays, picture, rays] of two cameras; the first camera's rays are always the same and given
-    cameras     the same with both pictures given: where did the second one stand?
+    views       [image, rays, image, rays] of two cameras; the first camera's rays are always the same and given
+    cameras     the same with both images given: where did the second one stand?
 
 as in OneDiffusion (arXiv 2411.16318, sections 3 and 4). A batch has about the same number of tokens whatever its kind.
 """
@@ -42,19 +42,19 @@ from imgdit.training.batches import Batch, Text
 from imgdit.training.trained import load_trained
 
 SHARES = {"pictures": 0.45, "pairs": 0.2, "views": 0.3, "cameras": 0.05}
-"""Of the batches from step 20,000 of the embedded model on; the log has those before. Sentences are learned in every
+"""Of the batches from step 20,000 of the embedded model on; the log has those before. Captions are learned in every
 kind of batch, and soonest."""
 FRAMES = {"pictures": 1, "pairs": 2, "views": 4, "cameras": 4}
 HELD = {"views": (1,), "cameras": (0, 1, 2)}
 """Frames that are never made. The first camera's rays say nothing new."""
 FAINTEST = 0.9
 """Least noise of a camera that is looked for. A map of 256 rays tells six numbers: through less noise it shows them
-itself, and the pictures would not be looked at."""
+itself, and the images would not be looked at."""
 PAIRS = {"depth": 0.22, "canny": 0.16, "segmentation": 0.3, "other": 0.17, "editing": 0.075, "subject": 0.075}
 """Of the pairs; "other" is the one condition that each view was cached with."""
 MARKED, BARE, UNSAID = 0.25, 0.15, 0.1
 """Shares of text-to-image prompts that begin with their task's token, of other prompts that hold nothing but their
-token, and of sentences that leave the place or the style unsaid."""
+token, and of captions that leave the place or the style unsaid."""
 HELD_OUT = 2 * SHARD
 """Scenes of the held-out split."""
 
@@ -65,15 +65,15 @@ class Sample(NamedTuple):
     latents: list[torch.Tensor]
     """Frames (C, h, w)."""
     prompt: str
-    """The sentence behind its task's token."""
+    """The caption behind its task's token."""
 
 
 class CachedScenes:
-    """Cached latents of scenes and what reads their sentences; what is missing of the cache is made first.
+    """Cached latents of scenes and what reads their captions; what is missing of the cache is made first.
 
     Args:
         vae: that the latents are made by.
-        text_encoder, tokenizer: of the sentences.
+        text_encoder, tokenizer: of the captions.
         latents: folder of the cache, see `data.latents`.
         scenes: of the split, from seed 0 on.
         split: "train" or "heldout".
@@ -129,7 +129,7 @@ class CachedScenes:
 
     @staticmethod
     def say(rng: Random, scene: Scene) -> str:
-        """A sentence, perhaps without the place or the style."""
+        """A caption, perhaps without the place or the style."""
         return caption(scene, rng, leave_unsaid(rng, UNSAID))
 
 
@@ -141,7 +141,7 @@ class SceneFrames(CachedScenes):
         scenes: training scenes in it.
         autoencoder, text_encoder: folders of the runs that trained them.
         model: pipeline folder of the autoencoder and text encoder instead, "embedded" for the one that comes along.
-        tokens: picture tokens of a batch; how many samples that are depends on the kind.
+        tokens: image tokens of a batch; how many samples that are depends on the kind.
         size: pixels per side.
         shares: of the kinds of batches; a kind that is left out has none.
         pairs: shares of the tasks among the pairs; "other" stands for five tasks alike, see `data.latents.OTHERS`.
@@ -179,14 +179,14 @@ class SceneFrames(CachedScenes):
         kind = _choose(rng, self.shares)
         count = max(1, self.tokens // (FRAMES[kind] * self.size[0] * self.size[1]))
         views = self._views
-        make = {"pictures": self._picture, "pairs": self._pair, "views": views, "cameras": views}[kind]
+        make = {"pictures": self._image, "pairs": self._pair, "views": views, "cameras": views}[kind]
         batch = self.batch([make(rng) for _ in range(count)], frames_of(kind, self.size))
         if kind != "cameras":
             return batch
         levels = [1 - (1 - FAINTEST) * rng.random() ** 2 for _ in range(count)]
         return replace(batch, sigmas=torch.tensor([(0.0, 0.0, 0.0, level) for level in levels]))
 
-    def _picture(self, rng: Random) -> Sample:
+    def _image(self, rng: Random) -> Sample:
         scene, view, look = self.draw(rng)
         said = self.say(rng, scene_views(scene, self.split).looks[view][look])
         task = "text_to_image" if rng.random() < MARKED else None
@@ -214,9 +214,9 @@ class SceneFrames(CachedScenes):
         order = (first, 1 - first)
         looks = [scene_views(scene, self.split).looks[view][look] for view in order]
         said = "" if rng.random() < BARE else self.say(rng, looks[0])
-        pictures = [self.latent(scene, "pictures", view, look) for view in order]
-        rays = scene_rays([look.camera for look in looks], pictures[0].shape[-1])
-        return Sample([pictures[0], rays[0], pictures[1], rays[1]], task_caption(said, "views"))
+        images = [self.latent(scene, "pictures", view, look) for view in order]
+        rays = scene_rays([look.camera for look in looks], images[0].shape[-1])
+        return Sample([images[0], rays[0], images[1], rays[1]], task_caption(said, "views"))
 
 
 def scene_components(model: str) -> tuple[Any, Any, Any]:
@@ -245,9 +245,9 @@ def scene_poses(cameras: Sequence[Camera]) -> torch.Tensor:
 
 @lru_cache(maxsize=4)
 def latent_scale(folder: str | Path) -> float:
-    """The autoencoder's `scaling_factor`, to two digits: one over the deviation of the first shard's pictures."""
-    pictures = torch.stack(list(SceneLatents(folder).pictures(SHARD)))
-    return round(1.0 / float(pictures.std()), 2)
+    """The autoencoder's `scaling_factor`, to two digits: one over the deviation of the first shard's images."""
+    images = torch.stack(list(SceneLatents(folder).images(SHARD)))
+    return round(1.0 / float(images.std()), 2)
 
 
 def _check_shares(name: str, shares: dict[str, float], known: Iterable[str]) -> None:
@@ -259,8 +259,8 @@ def _check_shares(name: str, shares: dict[str, float], known: Iterable[str]) -> 
 
 def _choose(rng: Random, shares: dict[str, float]) -> str:
     place = rng.random() * sum(shares.values())
-    for name, share in shares.items():
-        place -= share
+    for name, fraction in shares.items():
+        place -= fraction
         if place < 0:
             return name
     return name

@@ -8,12 +8,12 @@ from functools import lru_cache
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from imgdit.scenes.answers import SLOTS
 from imgdit.scenes.caption_reader import CaptionReader
 from imgdit.scenes.geometry import FAR
-from imgdit.scenes.objectives import Readings, Sentences
+from imgdit.scenes.objectives import Captions, Readings
 from imgdit.scenes.probe import SceneProbe
 from imgdit.scenes.readings import QUESTIONS, Sample
-from imgdit.scenes.sentences import SLOTS
 from imgdit.scenes.tokenizer import caption_tokenizer
 
 
@@ -23,24 +23,24 @@ def _tokenizer() -> PreTrainedTokenizerFast:
 
 
 def scene_reader(d_model: int = 192, num_layers: int = 3, num_heads: int = 6, d_ff: int = 512) -> CaptionReader:
-    """A reader of the scenes' sentences; arguments as of `CaptionReader`."""
+    """A reader of the scenes' captions; arguments as of `CaptionReader`."""
     return CaptionReader(SLOTS, len(_tokenizer()), d_model, num_layers, num_heads, d_ff)
 
 
-def collate_sentences(samples: Sequence[tuple[str, list[int]]]) -> Sentences:
-    """Sentences and their answers to one batch, padded to the longest."""
-    tokens = _tokenizer()([sentence for sentence, _ in samples], padding="longest", return_tensors="pt")
+def collate_captions(samples: Sequence[tuple[str, list[int]]]) -> Captions:
+    """Captions and their answers to one batch, padded to the longest."""
+    tokens = _tokenizer()([caption for caption, _ in samples], padding="longest", return_tensors="pt")
     answers = torch.tensor([numbers for _, numbers in samples])
-    return Sentences(tokens.input_ids, tokens.attention_mask.bool(), answers)
+    return Captions(tokens.input_ids, tokens.attention_mask.bool(), answers)
 
 
 def scene_probe(channels: tuple[int, ...] = (16, 48, 96, 128), layers: int = 2) -> SceneProbe:
-    """A probe of the scenes' pictures; arguments as of `SceneProbe`."""
+    """A probe of the scenes' images; arguments as of `SceneProbe`."""
     return SceneProbe(tuple(QUESTIONS.items()), channels=channels, layers=layers, far=FAR)
 
 
 def collate_readings(samples: Sequence[Sample]) -> Readings:
-    """The pictures of all samples in one batch."""
+    """The images of all samples in one batch."""
     looks = len(samples[0].pixels) - 1
     shows = torch.tensor([True] * looks + [False]).repeat(len(samples))
     return Readings(

@@ -1,4 +1,4 @@
-"""What a scene is, and how one is drawn by lot.
+"""What a scene is, and how one is drawn at random.
 
 One or two coloured solids stand on a ground plane, seen by a pinhole camera, in one of six styles before one of six
 backgrounds. A scene is plain data without torch or pixels; `imgdit.scenes.render` draws it,
@@ -22,12 +22,12 @@ COLOURS = ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink")
 STYLES = ("photo", "cartoon", "sketch", "neon", "mosaic", "sepia")
 BACKGROUNDS = ("studio", "sky", "checkerboard", "sunset", "night", "wood")
 SPLITS = ("train", "heldout", "heldout_triples")
-HELDOUT_SHARE = 0.1
+HELDOUT_FRACTION = 0.1
 """Share of the object × colour × style triples that the split "train" never shows."""
 ELEVATIONS = (20.0, 36.0)
 """Degrees that cameras are drawn from: high enough to see a cylinder's top, low enough to see a horizon."""
 FIELD_OF_VIEW = 40.0
-"""Degrees between the left and right edge of the picture."""
+"""Degrees between the left and right edge of the image."""
 
 
 class Solid(NamedTuple):
@@ -40,7 +40,7 @@ class Solid(NamedTuple):
     reach: float
     """Radius of the sphere that holds it."""
     aim: float
-    """Height above the centre that a camera looks at, so that the picture is as empty above as below."""
+    """Height above the centre that a camera looks at, so that the image is as empty above as below."""
 
 
 SOLIDS = {
@@ -141,7 +141,7 @@ class Camera:
 
 @dataclass(frozen=True)
 class Scene:
-    """Objects, the camera that sees them, and how the picture is drawn."""
+    """Objects, the camera that sees them, and how the image is drawn."""
 
     objects: tuple[SceneObject, ...]
     """One or two."""
@@ -190,7 +190,7 @@ class Scene:
 
     @property
     def relation(self) -> str | None:
-        """What the first object is to the second in the picture: "left", "right", or `None` where neither is clear."""
+        """What the first object is to the second in the image: "left", "right", or `None` where neither is clear."""
         if len(self.objects) < 2:
             return None
         first, second = (self.camera.project(thing.centre) for thing in self.objects)
@@ -226,7 +226,7 @@ def _known(cls: type, plain: dict[str, Any]) -> dict[str, Any]:
     return plain
 
 
-# Drawing by lot. Only Random.random() is used: it is the one method whose numbers Python promises to keep between
+# Drawing at random. Only Random.random() is used: it is the one method whose numbers Python promises to keep between
 # versions. Lengths are rounded, so that the last bits of a platform's sine do not reach the scene.
 
 
@@ -246,7 +246,7 @@ def _heldout_triples() -> frozenset[tuple[str, str, str]]:
     rng = Random(2)
     triples = [(kind, colour, style) for kind in OBJECTS for colour in COLOURS for style in STYLES]
     keys = {triple: rng.random() for triple in triples}
-    total = round(HELDOUT_SHARE * len(triples))
+    total = round(HELDOUT_FRACTION * len(triples))
     taken: list[tuple[str, str, str]] = []
     for triple in sorted(triples, key=keys.__getitem__):
         pair = triple[:2]
@@ -282,13 +282,13 @@ def draw(
     objects: int | None = None,
     style: str | None = None,
 ) -> Scene:
-    """A scene by lot.
+    """A scene at random.
 
     Args:
         rng: where every number comes from.
         allowed: which (object, colour, style) triples may occur; some of every style must.
         objects: 1 or 2; `None`: one in three of five scenes.
-        style: by lot if `None`.
+        style: at random if `None`.
     """
     if objects not in (None, 1, 2):
         raise ValueError(f"a scene has one or two objects, got objects={objects}")
@@ -298,7 +298,7 @@ def draw(
     pairs = [(kind, colour) for kind in OBJECTS for colour in COLOURS if allowed(kind, colour, style)]
     kinds = [pick(rng, pairs)]
     if count == 2:
-        # Different in kind and in colour, so that a sentence and a classifier can tell the two apart.
+        # Different in kind and in colour, so that a caption and a classifier can tell the two apart.
         kinds.append(pick(rng, [pair for pair in pairs if pair[0] != kinds[0][0] and pair[1] != kinds[0][1]]))
     azimuth, elevation = between(rng, -45.0, 45.0), between(rng, *ELEVATIONS)
     place = _place_one if count == 1 else _place_two
@@ -356,7 +356,7 @@ def _place_one(rng: Random, kinds: list[tuple[str, str]], azimuth: float, elevat
     """One object, near the middle."""
     (kind, colour), size = kinds[0], between(rng, 0.9, 1.05)
     thing = SceneObject(kind, colour, between(rng, -0.1, 0.1), between(rng, -0.1, 0.1), size, _yaw(rng, kind, azimuth))
-    # A wide base needs the camera farther off, or its near corner leaves the picture.
+    # A wide base needs the camera farther off, or its near corner leaves the image.
     distance = max(between(rng, 3.85, 4.4), round(2.8 * SOLIDS[kind].reach * size, 4))
     return _Setting((thing,), distance, round(_aim(thing) + between(rng, -0.06, 0.06), 4))
 
@@ -374,7 +374,7 @@ def _place_two(rng: Random, kinds: list[tuple[str, str]], azimuth: float, elevat
         depth = between(rng, -0.25, 0.25)
         x, y = column * math.cos(a) - depth * math.sin(a), column * math.sin(a) + depth * math.cos(a)
         things.append(SceneObject(kind, colour, round(x, 4), round(y, 4), size, _yaw(rng, kind, azimuth)))
-        # The border of the picture touches the object's cylinder at its top, which is nearer to a camera that looks
+        # The border of the image touches the object's cylinder at its top, which is nearer to a camera that looks
         # down.
         top = SOLIDS[kind].half_height * size * math.sin(e)
         distances.append((abs(column) * math.cos(v) + radius) / math.sin(v) - depth * math.cos(e) + top)

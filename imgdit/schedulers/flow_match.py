@@ -195,7 +195,7 @@ class MultiFrameFlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
             distribution: "logit_normal" (SD3, arXiv 2403.03206, equation 19) or "uniform".
             mean, std: of the normal behind the logit-normal.
             shared: one level for all frames of a sample instead of one each.
-            clean: share of frames that get level 0, as if they were given. One frame of a sample always keeps its
+            clean: fraction of frames that get level 0, as if they were given. One frame of a sample always keeps its
                 noise.
             num_tokens: generated tokens, for dynamic shifting (SD3, equation 23).
             generator: source of every draw.
@@ -203,7 +203,7 @@ class MultiFrameFlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
         if distribution not in ("logit_normal", "uniform"):
             raise ValueError(f"distribution must be 'logit_normal' or 'uniform', got {distribution!r}")
         if not 0.0 <= clean <= 1.0:
-            raise ValueError(f"clean is a share of frames in [0, 1], got {clean}")
+            raise ValueError(f"clean is a fraction of frames in [0, 1], got {clean}")
         device = torch.device(device or "cpu")
         shape = (batch_size, 1 if shared else num_frames)
         normal = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)

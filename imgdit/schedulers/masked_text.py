@@ -364,8 +364,8 @@ class MaskedTextScheduler(BlockRefinementScheduler):
         """
         reveal, open_ = self.config.reveal, fillable.sum(1)  # (B,)
         if options.choose == "ancestral":
-            share = self._share(open_, options.step)[:, None]
-            return (confidence.float() < share) | (share >= 1)
+            fraction = self._share(open_, options.step)[:, None]
+            return (confidence.float() < fraction) | (fraction >= 1)
         confidence = confidence.masked_fill(~fillable, -math.inf)
         rank = confidence.argsort(-1, descending=True).argsort(-1)  # (B, L), 0 is the best
         if reveal == "factor":
@@ -386,7 +386,7 @@ class MaskedTextScheduler(BlockRefinementScheduler):
         """Masks (B,) that a step reveals of those left, by the schedule."""
         last = step >= self.num_inference_steps - 1
         if self.config.reveal == "time":
-            return open_ if last else (open_.float() * self._time_share(step).to(open_.device)).long()
+            return open_ if last else (open_.float() * self._time_fraction(step).to(open_.device)).long()
         assert self._counts is not None and self._masks is not None
         if self.config.reveal == "owed":
             return self._counts[:, : step + 1].sum(1) - (self._masks - open_)
@@ -397,11 +397,11 @@ class MaskedTextScheduler(BlockRefinementScheduler):
         if step >= self.num_inference_steps - 1:
             return torch.ones(len(open_), device=open_.device)
         if self.config.reveal == "time":
-            return self._time_share(step).to(open_.device).expand(len(open_))
+            return self._time_fraction(step).to(open_.device).expand(len(open_))
         assert self._counts is not None
         return self._counts[:, step] / self._counts[:, step:].sum(1).clamp(min=1)  # now, of what is still to come
 
-    def _time_share(self, step: int) -> torch.Tensor:
+    def _time_fraction(self, step: int) -> torch.Tensor:
         """1 - s/t, computed in float32 as Dream does."""
         times = torch.linspace(1, self.config.eps, self.num_inference_steps + 1)
         return 1 - times[step + 1] / times[step]

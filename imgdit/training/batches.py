@@ -67,7 +67,7 @@ class Batch(Movable):
     empty: Text | None = None
     """The empty text, with B = 1: what a dropped text becomes."""
     empty_tokens: torch.Tensor | None = None
-    """(N, C): what the tokens of a dropped condition become (a black picture's latents in OminiControl); `None`:
+    """(N, C): what the tokens of a dropped condition become (a black image's latents in OminiControl); `None`:
     zeros. Only rows of held frames are read."""
     counts: torch.Tensor | None = None
     """Boolean (B, F): frames whose prediction is part of the loss; `None`: all that are being made. A sample without
@@ -84,8 +84,8 @@ class Batch(Movable):
 
 
 @dataclass(frozen=True, eq=False)
-class Pictures(Movable):
-    """Pictures for an autoencoder."""
+class Images(Movable):
+    """Images for an autoencoder."""
 
     pixels: torch.Tensor
     """(B, 3, H, W) in [-1, 1]."""

@@ -8,13 +8,14 @@ from typing import Any, NamedTuple
 import torch
 
 from imgdit.mup.cost import ModelCost, model_cost
+from imgdit.naming import old_names
 from imgdit.training.build import build_model
 from imgdit.training.recipe import Recipe
 from imgdit.training.widths import at_width, base_width_of
 
-PROXY_SHARE = 0.01
+PROXY_FRACTION = 0.01
 """Parameters of the proxy over the target's, at one depth: 0.18B for 18B (arXiv 2505.15270)."""
-STEPS_SHARE = 0.15
+STEPS_FRACTION = 0.15
 """Steps of a proxy's run over the target's: 30 of 200 thousand in the same paper."""
 
 
@@ -30,6 +31,7 @@ class Plan(NamedTuple):
     """Of the whole run on the GPUs."""
 
 
+@old_names(share="fraction")
 class ProxyPlan(NamedTuple):
     """A target, the proxy to tune in its place, and what that saves."""
 
@@ -37,8 +39,8 @@ class ProxyPlan(NamedTuple):
     proxy: Plan
     target_recipe: Recipe
     proxy_recipe: Recipe
-    share: float
-    """Cost of all trials as a share of the target's run: R * S * B * T of the proxies over S * B * T of the target."""
+    fraction: float
+    """Cost of all trials relative to the target's run: R * S * B * T of the proxies over S * B * T of the target."""
 
 
 def plan(
@@ -57,8 +59,8 @@ def plan(
         ValueError: another kind of model, or a batch that the GPUs do not divide.
     """
     cost = recipe_cost(recipe, image_tokens, text_tokens)
-    share = gpus * recipe.run.accumulation
-    if recipe.run.batch_size % share:
+    fraction = gpus * recipe.run.accumulation
+    if recipe.run.batch_size % fraction:
         raise ValueError(
             f"{name}: run.batch_size={recipe.run.batch_size} does not divide by {gpus} GPUs times "
             f"run.accumulation={recipe.run.accumulation}"
@@ -66,7 +68,7 @@ def plan(
     checkpointing = recipe.model.gradient_checkpointing
     flops = cost.step_flops(recipe.run.batch_size, checkpointing=checkpointing)
     memory = cost.memory(
-        gpus, recipe.run.batch_size // share, checkpointing=checkpointing, average=recipe.ema.decay > 0
+        gpus, recipe.run.batch_size // fraction, checkpointing=checkpointing, average=recipe.ema.decay > 0
     )
     days = flops * recipe.run.steps / (gpus * flops_per_second) / 86400
     return Plan(name, cost, flops, memory, days)
@@ -99,15 +101,15 @@ def proxy_plan(recipe: Recipe, target_params: float, trials: int, **options: Any
     wide = _of_size(recipe, target_params, base)
     width = recipe_cost(wide, 1, 1).width
     head_dim = width // wide.model.arguments["num_attention_heads"]
-    narrow_width = max(head_dim, min(width // 2, round(width * math.sqrt(PROXY_SHARE))) // head_dim * head_dim)
-    steps = max(round(STEPS_SHARE * recipe.run.steps), 1)
+    narrow_width = max(head_dim, min(width // 2, round(width * math.sqrt(PROXY_FRACTION))) // head_dim * head_dim)
+    steps = max(round(STEPS_FRACTION * recipe.run.steps), 1)
     target_recipe = at_width(wide, width, "mup", narrow_width)
     proxy_recipe = at_width(recipe, narrow_width, "mup", narrow_width).replace(
         run={"steps": steps}, schedule={"warmup": min(recipe.schedule.warmup, steps // 10), "decay": 0}
     )
     target, proxy = (plan(n, r, **options) for n, r in (("target", target_recipe), ("proxy", proxy_recipe)))
-    share = trials * proxy.cost.parameters * steps / (target.cost.parameters * recipe.run.steps)
-    return ProxyPlan(target, proxy, target_recipe, proxy_recipe, share)
+    fraction = trials * proxy.cost.parameters * steps / (target.cost.parameters * recipe.run.steps)
+    return ProxyPlan(target, proxy, target_recipe, proxy_recipe, fraction)
 
 
 def _of_size(recipe: Recipe, parameters: float, base: int) -> Recipe:

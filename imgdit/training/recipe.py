@@ -39,7 +39,10 @@ _RENAMED_DATA = {
     f"scene_{name}": f"imgdit.scenes.sources:{name}"
     for name in ("pictures", "sentences", "readings", "frames", "conditions")
 } | {"blobs": "toy", "own_pictures": "user_images"}
-_RENAMED_OBJECTIVES = {name: f"imgdit.scenes.objectives:{name}" for name in ("read_captions", "read_pictures")}
+_RENAMED_OBJECTIVES = {
+    "read_captions": "imgdit.scenes.objectives:read_captions",
+    "read_pictures": "imgdit.scenes.objectives:read_images",
+}
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ class SAERun:
     batch_size: int = 4096
     """Token vectors per step."""
     seed: int = 0
-    """Decides the pictures, the initial weights and the order of the vectors."""
+    """Decides the images, the initial weights and the order of the vectors."""
     log_every: int = 10
     """Steps between two lines of `metrics.jsonl`."""
     checkpoint_every: int = 500
@@ -48,7 +48,7 @@ class SAEPipeline:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of its weights."""
     batch_size: int = 4
-    """Pictures made at once."""
+    """Images made at once."""
     call: dict[str, Any] = field(default_factory=dict)
     """Arguments of the pipeline, as `num_inference_steps` and `guidance_scale`."""
 
@@ -61,12 +61,12 @@ class SAEPipeline:
 
 @dataclass(frozen=True)
 class SAEData:
-    """What the pictures show, and how their activations are kept."""
+    """What the images show, and how their activations are kept."""
 
     prompts: tuple[str, ...] = ()
-    """Sentences."""
+    """Prompts."""
     prompts_file: str | None = None
-    """A text file with a sentence per line."""
+    """A text file with a prompt per line."""
     prompts_from: str | None = None
     """"package.module:function", a function `(count, seed) -> list of prompts`."""
     count: int = 0
@@ -74,11 +74,11 @@ class SAEData:
     scene_captions: int = 0
     """What version 0.1 had for `prompts_from: imgdit.scenes.prompts:captions` and `count`."""
     held_out: int = 0
-    """Of the sentences, the last ones, which are not trained on: on them the picture distance with the reconstruction
+    """Of the prompts, the last ones, which are not trained on: on them the image distance with the reconstruction
     inserted is measured in the end."""
     shards: str | None = None
     """Folder for the activations on disk, which are recorded once and then read; `None`: they stream through memory
-    and pictures are made as long as training goes on."""
+    and images are made as long as training goes on."""
     buffer: int = 65_536
     """Token vectors per hookpoint that are held in memory to be shuffled."""
 
@@ -89,8 +89,8 @@ class SAEData:
             raise ValueError(f"give one of prompts, prompts_file and prompts_from, got {', '.join(given) or 'none'}")
         _check_count(self)
 
-    def sentences(self, seed: int) -> list[str]:
-        """All sentences, the held-out ones last."""
+    def all_prompts(self, seed: int) -> list[str]:
+        """All prompts, the held-out ones last."""
         if self.prompts_file is not None:
             found = [line.strip() for line in read_lines(self.prompts_file) if line.strip()]
         elif self.prompts_from is not None:
@@ -98,7 +98,7 @@ class SAEData:
         else:
             found = list(self.prompts)
         if len(found) <= self.held_out:
-            raise ValueError(f"held_out={self.held_out} leaves nothing of {len(found)} sentences to train on")
+            raise ValueError(f"held_out={self.held_out} leaves nothing of {len(found)} prompts to train on")
         return found
 
 
@@ -131,7 +131,7 @@ class SAEConcepts:
     """Concepts that are selected when training is done."""
 
     prompts: dict[str, Any] = field(default_factory=dict)
-    """Sentences per concept. Empty: none are selected."""
+    """Prompts per concept. Empty: none are selected."""
     prompts_from: str | None = None
     """Instead, "package.module:function", a function `(count, seed) -> list of {concept: prompts}`; concepts are told
     apart within each entry of the list."""
@@ -144,11 +144,11 @@ class SAEConcepts:
     percentile: float | None = None
     """Instead, features whose score lies above this percentile."""
     floor: float = 0.0
-    """Of these, features that score below this share of the timestep's best are left out."""
+    """Of these, features that score below this fraction of the timestep's best are left out."""
     multiplier: float = -1.0
     """Stored with each concept: how strongly it is unlearned where nothing else is said."""
     seed: int = 0
-    """Of the first picture of each concept."""
+    """Of the first image of each concept."""
 
     def __post_init__(self) -> None:
         _rename_count(self, "scene_labels", "imgdit.scenes.prompts:concepts")
@@ -160,10 +160,10 @@ class SAEConcepts:
         check_floor(self.floor)
         for name, lines in self.prompts.items():
             if not isinstance(lines, list) or not all(isinstance(line, str) for line in lines) or not lines:
-                raise ValueError(f"prompts.{name} must be a list of sentences, got {lines!r}")
+                raise ValueError(f"prompts.{name} must be a list of prompts, got {lines!r}")
 
     def kinds(self) -> list[dict[str, list[str]]]:
-        """Sentences per concept; concepts are told apart within each of the groups."""
+        """Prompts per concept; concepts are told apart within each of the groups."""
         if self.prompts_from is not None:
             return find_object(self.prompts_from, {}, "imgdit.prompts", "concepts.prompts_from is")(
                 self.count, self.seed

@@ -80,7 +80,7 @@ def activation_recorder(recipe: SAERecipe, pipe: Any) -> ActivationRecorder:
         raise ValueError("data.shards is not set: the recipe keeps no activations on disk")
     return ActivationRecorder(
         pipe,
-        _sentences(recipe)[0],
+        _prompts(recipe)[0],
         find_hookpoints(pipe, recipe.sae.hookpoints),
         recipe.data.shards,
         source=recipe.sae.source,
@@ -90,11 +90,11 @@ def activation_recorder(recipe: SAERecipe, pipe: Any) -> ActivationRecorder:
     )
 
 
-def _sentences(recipe: SAERecipe) -> tuple[list[str], list[str]]:
+def _prompts(recipe: SAERecipe) -> tuple[list[str], list[str]]:
     """Those to train on, and those held out."""
-    sentences = recipe.data.sentences(recipe.run.seed)
-    count = len(sentences) - recipe.data.held_out
-    return sentences[:count], sentences[count:]
+    prompts = recipe.data.all_prompts(recipe.run.seed)
+    count = len(prompts) - recipe.data.held_out
+    return prompts[:count], prompts[count:]
 
 
 class SAETrainingRun:
@@ -105,7 +105,7 @@ class SAETrainingRun:
         self.folder = RunFolder(recipe.run.folder, recipe.run.keep)
         checkpoint = self.folder.resumed_checkpoint(resume)
         self.hookpoints = find_hookpoints(pipe, recipe.sae.hookpoints)
-        self.prompts, self.held_out = _sentences(recipe)
+        self.prompts, self.held_out = _prompts(recipe)
         self.step = 0
         self.data: _Streamed | _Recorded
         if recipe.data.shards is None:
@@ -177,7 +177,7 @@ class SAETrainingRun:
             )
 
     def _distance(self, hookpoint: str, sae: SparseAutoencoder) -> float:
-        # The noise of the held-out pictures was never trained on either.
+        # The noise of the held-out images was never trained on either.
         seed = self.recipe.run.seed + len(self.prompts)
         return reconstruction_distance(
             self.pipe, {hookpoint: sae}, self.held_out, seed=seed, batch_size=self.recipe.pipeline.batch_size,
@@ -228,7 +228,7 @@ class SAETrainingRun:
 
 
 class _Streamed:
-    """Pictures are made while training goes on; a buffer for each hookpoint mixes their vectors."""
+    """Images are made while training goes on; a buffer for each hookpoint mixes their vectors."""
 
     def __init__(self, recipe: SAERecipe, pipe: Any, hookpoints: Sequence[str], prompts: Sequence[str]) -> None:
         self.recipe, self.pipe, self.hookpoints, self.prompts = recipe, pipe, hookpoints, prompts
@@ -266,7 +266,7 @@ class _Streamed:
             self.made += recording.prompts
             for found in recording.maps:
                 if found.hookpoint not in self.buffers:
-                    # The same seed for all: every autoencoder sees the same pictures in the same order.
+                    # The same seed for all: every autoencoder sees the same images in the same order.
                     shape = found.values.shape[-1:]
                     seed = self.recipe.run.seed
                     self.buffers[found.hookpoint] = ShuffleBuffer(self.recipe.data.buffer, shape, seed=seed)
@@ -327,7 +327,7 @@ def reconstruction_distance(
     batch_size: int = 4,
     **call: Any,
 ) -> float:
-    """How far pictures move when activations are replaced by their reconstructions.
+    """How far images move when activations are replaced by their reconstructions.
 
     Returns:
         Root mean square difference of the latents at equal noise, over their standard deviation.

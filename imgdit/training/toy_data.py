@@ -1,6 +1,6 @@
 """A task that every machine has and a tiny model learns in seconds: latents of jittered Gaussian blobs.
 
-What decides whether a learning rate is good must be visible after a hundred steps: the picture depends on its text (a
+What decides whether a learning rate is good must be visible after a hundred steps: the image depends on its text (a
 class), every sample is new, and the best rate is a real optimum with worse ones on both sides.
 """
 

@@ -1,7 +1,7 @@
 """Sweeps of the learning rate over widths: does the best one transfer, and which is it?
 
 A sweep is a folder with one small file per run, so it goes on where it was interrupted, and any number of processes
-(`accelerate launch`, machines with a shared disk) may work on it: each makes its own share of the runs.
+(`accelerate launch`, machines with a shared disk) may work on it: each makes its own fraction of the runs.
 """
 
 from __future__ import annotations
@@ -127,15 +127,15 @@ class Transfer:
     shifts: dict[Parametrisation, float | None]
     """log2 from the narrowest's best learning rate to the widest's; `None`: an optimum is missing."""
     penalties: dict[Parametrisation, float | None]
-    """How much more the widest model loses at the narrowest's best rate than at its own, as a share."""
+    """How much more the widest model loses at the narrowest's best rate than at its own, as a fraction."""
     transferred: dict[Parametrisation, list[float] | None]
     """Loss of each width at the narrowest's best rate."""
     wider_is_better: dict[Parametrisation, bool | None]
     """Whether that never rises from one width to the next; `None`: the narrowest has no optimum."""
-    proxy_share: float
-    """Cost of the narrowest width's μP runs as a share of one run of the target."""
-    sweep_share: float
-    """Cost of all runs as a share of one run of the target."""
+    proxy_fraction: float
+    """Cost of the narrowest width's μP runs as a fraction of one run of the target."""
+    sweep_fraction: float
+    """Cost of all runs as a fraction of one run of the target."""
     cpu_seconds: float
     """Processor time of all runs."""
 
@@ -228,8 +228,8 @@ def analyse(sweep: Sweep, target: Recipe | None = None) -> Transfer:
         penalties,
         transferred,
         {p: None if at is None else at == sorted(at, reverse=True) for p, at in transferred.items()},
-        proxy_share=len(sweep.log2lr) * sweep.seeds * costs[sweep.widths[0]] / whole,
-        sweep_share=sum(costs[run.width] for run in sweep.runs()) / whole,
+        proxy_fraction=len(sweep.log2lr) * sweep.seeds * costs[sweep.widths[0]] / whole,
+        sweep_fraction=sum(costs[run.width] for run in sweep.runs()) / whole,
         cpu_seconds=math.fsum(result["cpu_seconds"] for result in results.values()),
     )
 

@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny import rope_config, tiny_mmdit, tiny_pipeline
 from tiny_control import ONE_LAYER as NAME
-from tiny_control import SD3_TARGETS, flux, lora_file, make, one_layer, picture, sd3, strangers
+from tiny_control import SD3_TARGETS, flux, image, lora_file, make, one_layer, sd3, strangers
 
 from imgdit import Condition, FluxOmniControlPipeline, OmniControl, StableDiffusion3OmniControlPipeline
 from imgdit.lora.files import (
@@ -173,7 +173,7 @@ def test_file_names_become_legal_names(tmp_path):
     control = OmniControl(pipe)
     report = control.load(one_layer(tmp_path / "edges-v1.1.safetensors"))
     assert report.adapter == "edges-v1_1"
-    with control.use([Condition(picture(), report.adapter)]):
+    with control.use([Condition(image(), report.adapter)]):
         make(pipe)
     with pytest.raises(ValueError, match=r"'edges-v1_1' is loaded already; .*adapter_name="):
         control.load(one_layer(tmp_path / "edges-v1_1.safetensors"))
@@ -344,7 +344,7 @@ def test_eight_bit_storage_before_or_after_an_adapter(tmp_path, style):
             cast()
         assert control.save(tmp_path / "again.safetensors", "canny").exists()
         plain = make(pipe)
-        with control.use([Condition(picture(), "canny")], main_adapter="style" if style else None):
+        with control.use([Condition(image(), "canny")], main_adapter="style" if style else None):
             results[first] = make(pipe)
         assert (results[first] - plain).abs().max() > 1e-2
         assert torch.equal(make(pipe), plain)
@@ -362,7 +362,7 @@ def test_an_adapter_on_a_quantised_base(tmp_path):
     for name, pair in adapter_pairs(pipe.transformer, "canny").items():
         assert torch.equal(pair.down, exact[name].down) and torch.equal(pair.up, exact[name].up)
     assert torch.equal(make(pipe), plain)
-    with control.use([Condition(picture(), "canny")]):
+    with control.use([Condition(image(), "canny")]):
         assert (make(pipe) - plain).abs().max() > 1e-2
 
 
@@ -389,7 +389,7 @@ def test_an_adapter_that_is_main_too_acts_once_on_the_conditions_rows(tmp_path, 
         assert torch.equal(got[:, :4], layer.base_layer(x)[:, :4])
         torch.testing.assert_close(got[:, 4:], layer(x)[:, 4:])
     layer.set_adapter([])
-    condition = Condition(picture(), "canny")
+    condition = Condition(image(), "canny")
     with control.use([condition], main_adapter="canny"):
         both = make(pipe)
     with control.use([condition]):

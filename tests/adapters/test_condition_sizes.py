@@ -8,7 +8,8 @@ import pytest
 import torch
 from PIL import Image
 from tiny import tiny_pipeline
-from tiny_control import SD3_TARGETS, SIZE, flux, lora_file, make, picture, sd3
+from tiny_control import SD3_TARGETS, SIZE, flux, lora_file, make, sd3
+from tiny_control import image as sample_image
 
 from imgdit import Condition, FluxOmniControlPipeline, OmniControl, StableDiffusion3OmniControlPipeline
 from imgdit.images import fit, fit_pixels, to_image
@@ -71,13 +72,13 @@ def route(request, tmp_path):
 
 
 def test_an_aligned_condition_is_fitted_to_the_image(route, caplog):
-    image = to_image(picture(size=SIZE))
+    image = to_image(sample_image(size=SIZE))
     sizes = [(SIZE // 2, SIZE // 2), (SIZE * 2, SIZE * 2), (SIZE + 3, SIZE + 3)]
     for size in sizes:  # smaller, larger, and no whole number of tokens
         other = image.resize(size)
         fitted = fit(other, (SIZE, SIZE))
         assert torch.equal(route(Condition(other, "canny")), route(Condition(fitted, "canny"))), size
-    smooth = picture(size=SIZE // 2)
+    smooth = sample_image(size=SIZE // 2)
     expected = route(Condition(fit_pixels(smooth, (SIZE, SIZE))[0], "canny"))
     assert torch.equal(route(Condition(smooth, "canny")), expected)
     assert not caplog.records
@@ -89,18 +90,18 @@ def test_an_aligned_condition_is_fitted_to_the_image(route, caplog):
 
 
 def test_a_compact_condition_is_fitted_to_the_image_divided_by_its_scale(route):
-    whole = to_image(picture(size=SIZE))
+    whole = to_image(sample_image(size=SIZE))
     half = fit(whole, (SIZE // 2, SIZE // 2))
     assert torch.equal(route(Condition(whole, "canny", scale=2.0)), route(Condition(half, "canny", scale=2.0)))
 
 
 def test_what_is_placed_by_numbers_or_beside_the_image_keeps_its_size(route):
-    small = picture(size=SIZE // 2)
+    small = sample_image(size=SIZE // 2)
     large = fit_pixels(small, (SIZE, SIZE))[0]
     for position in ((0, 0), (0, 4), "subject"):
         as_it_is = route(Condition(small, "canny", position=position))
         assert (as_it_is - route(Condition(large, "canny", position=position))).abs().max() > 1e-4, position
-    twice = to_image(picture(size=2 * SIZE))
+    twice = to_image(sample_image(size=2 * SIZE))
     shrunk = fit(twice, (SIZE, SIZE))
     subject = [route(Condition(image, "canny", position="subject")) for image in (twice, shrunk)]
     assert torch.equal(*subject)
@@ -109,7 +110,7 @@ def test_what_is_placed_by_numbers_or_beside_the_image_keeps_its_size(route):
 
 
 def test_masks_and_regions_are_fitted_with_their_image(route):
-    image = to_image(picture(size=2 * SIZE)).resize((4 * SIZE, 2 * SIZE))
+    image = to_image(sample_image(size=2 * SIZE)).resize((4 * SIZE, 2 * SIZE))
     mask = np.zeros((2 * SIZE, 4 * SIZE), bool)
     mask[:, SIZE : 2 * SIZE] = True  # of the middle that stays, the left half
     tokens = torch.tensor([[True, True, False, False]]).expand(4, 4)
@@ -130,7 +131,7 @@ def test_one_use_serves_calls_of_several_sizes(tmp_path):
     pipe = flux()
     control = OmniControl(pipe)
     control.load(lora_file(tmp_path / "canny.safetensors", pipe.transformer), adapter_name="canny")
-    image = picture(size=SIZE)
+    image = sample_image(size=SIZE)
     expected = []
     for width in (SIZE, 2 * SIZE):
         with control.use([Condition(fit_pixels(image, (width, SIZE))[0], "canny")]):
@@ -145,7 +146,7 @@ def test_a_condition_is_not_encoded_again_in_the_middle_of_an_offloaded_run(tmp_
     pipe = flux()
     control = OmniControl(pipe)
     control.load(lora_file(tmp_path / "canny.safetensors", pipe.transformer), adapter_name="canny")
-    small = Condition(picture(size=SIZE // 2), "canny")
+    small = Condition(sample_image(size=SIZE // 2), "canny")
     with control.use([small]):
         expected = make(pipe)
     accelerate.cpu_offload_with_hook(pipe.vae, execution_device="cpu")
@@ -159,13 +160,13 @@ def test_colours_that_mean_something_are_not_blended(tmp_path):
     pipe = tiny_pipeline()
     info = AdapterInfo(task="segmentation")
     call = ours(pipe, lora_file(tmp_path / "canny.safetensors", pipe.transformer, info=info))
-    image = to_image(picture(size=SIZE // 2))
+    image = to_image(sample_image(size=SIZE // 2))
     blocks = image.resize((SIZE, SIZE), Image.Resampling.NEAREST)
     assert torch.equal(call(Condition(image, "canny")), call(Condition(blocks, "canny")))
 
 
 def test_images_of_a_list_are_fitted_one_by_one(route):
-    one, other = to_image(picture(size=SIZE)), to_image(picture(1, size=SIZE)).resize((2 * SIZE, 2 * SIZE))
+    one, other = to_image(sample_image(size=SIZE)), to_image(sample_image(1, size=SIZE)).resize((2 * SIZE, 2 * SIZE))
     with pytest.raises(ValueError, match="holds 2 images for"):
         route(Condition([one, other], "canny"))
     with pytest.raises(ValueError, match="empty list"):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers.hooks import HookRegistry, ModelHook
 from tiny import tiny_pipeline
-from tiny_control import SD3_TARGETS, flux, lora_file, make, picture, quiet, sd3
+from tiny_control import SD3_TARGETS, flux, image, lora_file, make, quiet, sd3
 
 from imgdit import Condition, OmniControl, compat
 from imgdit.benchmarks.speed.conditions import TARGETS
@@ -29,7 +29,7 @@ def calls(request, tmp_path):
     build, targets = KINDS[request.param]
     pipe = build()
     file = lora_file(tmp_path / "canny.safetensors", pipe.transformer, targets)
-    condition = Condition(picture(), "canny")
+    condition = Condition(image(), "canny")
     if request.param == "ours":
         pipe.load_control(file, adapter_name="canny")
         call = {"prompt": "a red cube", "height": 16, "width": 16, "num_inference_steps": 2, "output_type": "latent"}
@@ -195,7 +195,7 @@ def test_a_model_whose_hooks_are_gone_is_copied(tmp_path):
     call = {"prompt": "a red cube", "height": 16, "width": 16, "num_inference_steps": 1, "output_type": "latent"}
 
     def run():
-        conditions = [Condition(picture(), "canny")]
+        conditions = [Condition(image(), "canny")]
         return pipe(**call, conditions=conditions, generator=torch.Generator().manual_seed(0)).images
 
     names_called(pipe.transformer, run)
@@ -212,7 +212,7 @@ def test_a_forward_that_was_replaced_is_refused(tmp_path):
     plain = ff.forward
     ff.forward = lambda x: plain(x) * 0.5
     with (
-        control.use([Condition(picture(), "canny")]),
+        control.use([Condition(image(), "canny")]),
         pytest.raises(ValueError, match="forward of a FeedForward was replaced"),
     ):
         make(pipe)
@@ -243,20 +243,20 @@ def test_processors_that_would_be_left_out_are_refused(kind, when, tmp_path):
     control.load(lora_file(tmp_path / "canny.safetensors", pipe.transformer, targets), adapter_name="canny")
     attn = pipe.transformer.transformer_blocks[1].attn
     own = attn.processor
-    with control.use([Condition(picture(), "canny")]):
+    with control.use([Condition(image(), "canny")]):
         expected = make(pipe)
     message = r"transformer_blocks.1.attn.processor is a Silent.*set_attn_processor\((Flux|Joint)AttnProcessor"
     if when == "before":
         attn.set_processor(Silent(own))
-        with pytest.raises(ValueError, match=message), control.use([Condition(picture(), "canny")]):
+        with pytest.raises(ValueError, match=message), control.use([Condition(image(), "canny")]):
             pytest.fail("use() began")
     else:
-        with control.use([Condition(picture(), "canny")]):
+        with control.use([Condition(image(), "canny")]):
             attn.set_processor(Silent(own))
             with pytest.raises(ValueError, match=message):
                 make(pipe)
     attn.set_processor(own)
-    with control.use([Condition(picture(), "canny")]):
+    with control.use([Condition(image(), "canny")]):
         assert torch.equal(make(pipe), expected)
 
 
@@ -286,7 +286,7 @@ def test_perturbed_attention_guidance_is_refused_before_the_first_step(tmp_path)
         steps.append(step)
         return kwargs
 
-    with control.use([Condition(picture(), "canny")]):
+    with control.use([Condition(image(), "canny")]):
         make(guided, guidance_scale=4.0, pag_scale=0.0)
         with pytest.raises(ValueError, match=r"is a PAGCFGJointAttnProcessor2_0.*pag_scale=0"):
             make(guided, guidance_scale=4.0, pag_scale=3.0, callback_on_step_end=note)

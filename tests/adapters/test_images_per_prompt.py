@@ -3,7 +3,7 @@
 import pytest
 import torch
 from tiny import tiny_pipeline
-from tiny_control import SD3_TARGETS, SIZE, flux, lora_file, picture, sd3, with_texts
+from tiny_control import SD3_TARGETS, SIZE, flux, image, lora_file, sd3, with_texts
 
 from imgdit import Condition, FluxOmniControlPipeline, OmniControl, StableDiffusion3OmniControlPipeline
 from imgdit.adapters.pairing import Pairing, Samples
@@ -87,7 +87,7 @@ def same(a, b):
 
 def test_an_image_per_prompt_meets_its_prompt(route):
     pipe, call = route
-    images, start = torch.stack([picture(1), picture(2)]), noise(pipe, 4)
+    images, start = torch.stack([image(1), image(2)]), noise(pipe, 4)
     both = call([0, 1], Condition(images, "a"), start, num_images_per_prompt=2)
     for i in range(2):
         rows = slice(2 * i, 2 * i + 2)
@@ -99,7 +99,7 @@ def test_an_image_per_prompt_meets_its_prompt(route):
 
 def test_an_image_per_sample_meets_its_sample(route):
     pipe, call = route
-    images, start = torch.stack([picture(i) for i in range(4)]), noise(pipe, 4)
+    images, start = torch.stack([image(i) for i in range(4)]), noise(pipe, 4)
     whole = call([0, 1], Condition(images, "a"), start, num_images_per_prompt=2)
     for i in range(4):
         same(whole[i : i + 1], call([i // 2], Condition(images[i], "a"), start[i : i + 1]))
@@ -109,7 +109,7 @@ def test_completion_pastes_each_samples_own_tokens(route):
     pipe, call = route
     mask = torch.ones(4, 4, dtype=torch.bool)
     mask[1:3, 1:] = False
-    images, start = torch.stack([picture(1), picture(2)]), noise(pipe, 4)
+    images, start = torch.stack([image(1), image(2)]), noise(pipe, 4)
     both = call([0, 1], Condition(images, "a", mask=mask, complement=True), start, num_images_per_prompt=2)
     for i in range(2):
         rows = slice(2 * i, 2 * i + 2)
@@ -119,7 +119,7 @@ def test_completion_pastes_each_samples_own_tokens(route):
 
 def test_another_number_of_images_is_refused(route):
     pipe, call = route
-    images = torch.stack([picture(i) for i in range(3)])
+    images = torch.stack([image(i) for i in range(3)])
     for numbers, count in (([0, 1], 1), ([0, 1], 3), ([0], 1)):  # 6 samples of 2 prompts divide by 3, and do not pair
         with pytest.raises(
             ValueError, match=r"holds 3 images for .*; give one for all, one per prompt, or one per sample"
@@ -135,7 +135,7 @@ def test_the_number_of_samples_may_be_told(tmp_path):
 
     pipe, call = ROUTES["stock SD3"](file)
     start = noise(pipe, 2).repeat(2, 1, 1, 1)
-    condition = Condition(torch.stack([picture(1), picture(2)]), "a")
+    condition = Condition(torch.stack([image(1), image(2)]), "a")
     options = {"num_images_per_prompt": 2, "guidance_scale": 1.0}
     both = call([0, 1], condition, start, samples=4, **options)
     assert torch.equal(call([0, 1], condition, start, **options), both)  # the pipeline says that nothing guides

@@ -8,7 +8,7 @@ import torch
 from diffusers import FirstBlockCacheConfig, FluxImg2ImgPipeline, FluxInpaintPipeline, FluxKontextPipeline
 from diffusers.hooks import HookRegistry
 from PIL import Image
-from tiny_control import SD3_TARGETS, SIZE, STYLE_TARGETS, flux, lora_file, make, picture, sd3, text
+from tiny_control import SD3_TARGETS, SIZE, STYLE_TARGETS, flux, image, lora_file, make, sd3, text
 
 from imgdit import Condition, FluxOmniControlPipeline, OmniControl, StableDiffusion3OmniControlPipeline
 from imgdit.adapters import omni_control
@@ -64,7 +64,7 @@ def test_nothing_changes_without_conditions_and_after_removal(pipe, tmp_path):
     targets = {} if hasattr(pipe.transformer, "x_embedder") else {"targets": SD3_TARGETS}
     control.load(lora_file(tmp_path / "canny.safetensors", pipe.transformer, **targets))
     assert torch.equal(make(pipe), before)
-    with control.use([Condition(picture(), "canny")]):
+    with control.use([Condition(image(), "canny")]):
         differs(make(pipe), before)
     assert torch.equal(make(pipe), before)
     control.remove()
@@ -76,19 +76,19 @@ def test_nothing_changes_without_conditions_and_after_removal(pipe, tmp_path):
 
 
 def test_one_condition_needs_no_list(control):
-    condition = Condition(picture(), "canny")
+    condition = Condition(image(), "canny")
     with control.use(condition):
         got = make(control.pipe)
     assert torch.equal(got, used(control, condition))
-    with pytest.raises(ValueError, match=r"Condition.* objects, one or a list; got Tensor"), control.use([picture()]):
+    with pytest.raises(ValueError, match=r"Condition.* objects, one or a list; got Tensor"), control.use([image()]):
         pass
 
 
-def test_the_adapter_and_the_picture_matter(control):
-    one = used(control, Condition(picture(), "canny"))
-    differs(one, used(control, Condition(picture(), "depth")))
-    differs(one, used(control, Condition(picture(1), "canny")))
-    assert torch.equal(one, used(control, Condition(picture(), "canny")))
+def test_the_adapter_and_the_image_matter(control):
+    one = used(control, Condition(image(), "canny"))
+    differs(one, used(control, Condition(image(), "depth")))
+    differs(one, used(control, Condition(image(1), "canny")))
+    assert torch.equal(one, used(control, Condition(image(), "canny")))
 
 
 OPTIONS = {
@@ -105,48 +105,48 @@ OPTIONS = {
 @pytest.mark.parametrize("option", OPTIONS)
 def test_every_option_has_an_effect(control, option):
     plain = make(control.pipe)
-    got = used(control, Condition(picture(), "canny", **OPTIONS[option]))
-    differs(got, used(control, Condition(picture(), "canny")), 1e-4)
+    got = used(control, Condition(image(), "canny", **OPTIONS[option]))
+    differs(got, used(control, Condition(image(), "canny")), 1e-4)
     differs(got, plain, 1e-4)
 
 
 def test_neutral_options_are_the_identity(control):
-    plain, one = make(control.pipe), used(control, Condition(picture(), "canny"))
-    assert torch.equal(used(control, Condition(picture(), "canny", strength=0.0)), plain)
-    assert torch.equal(used(control, Condition(picture(), "canny", end=0.0)), plain)
+    plain, one = make(control.pipe), used(control, Condition(image(), "canny"))
+    assert torch.equal(used(control, Condition(image(), "canny", strength=0.0)), plain)
+    assert torch.equal(used(control, Condition(image(), "canny", end=0.0)), plain)
     assert torch.equal(used(control), plain)
     everything = torch.ones(SIZE, SIZE, dtype=torch.bool)
-    same(used(control, Condition(picture(), "canny", strength=1.0, mask=everything)), one)
-    same(used(control, Condition(picture(), "canny"), image_guidance_scale=1.0), one)
-    weak = used(control, Condition(picture(), "canny", strength=1e-6))
+    same(used(control, Condition(image(), "canny", strength=1.0, mask=everything)), one)
+    same(used(control, Condition(image(), "canny"), image_guidance_scale=1.0), one)
+    weak = used(control, Condition(image(), "canny", strength=1e-6))
     assert (weak - plain).abs().max() < 1e-3
 
 
-def test_a_compact_condition_covers_the_picture_with_fewer_tokens(control):
-    small = Condition(picture(size=SIZE // 2), "canny", scale=2.0)
+def test_a_compact_condition_covers_the_image_with_fewer_tokens(control):
+    small = Condition(image(size=SIZE // 2), "canny", scale=2.0)
     with control.use([small]):
         frame = control.run.conditions[0].frame
     assert frame.length == 4
     assert frame.ids()[0].tolist() == [0.0, 0.5, 0.5]
-    differs(used(control, small), used(control, Condition(picture(size=SIZE // 2), "canny")), 1e-4)
+    differs(used(control, small), used(control, Condition(image(size=SIZE // 2), "canny")), 1e-4)
 
 
 def test_two_conditions_and_their_strengths(control):
-    first, second = Condition(picture(), "canny"), Condition(picture(1), "depth", position="subject")
+    first, second = Condition(image(), "canny"), Condition(image(1), "depth", position="subject")
     both = used(control, first, second)
     differs(both, used(control, first))
     differs(both, used(control, second))
-    off = Condition(picture(1), "depth", position="subject", strength=0.0)
+    off = Condition(image(1), "depth", position="subject", strength=0.0)
     assert torch.equal(used(control, first, off), used(control, first))
 
 
 @pytest.mark.parametrize(
     "kind", ["PIL", "array", "tensor", "batch", "grey", "16 bit", "uint16", "float", "cut-out", "turned"]
 )
-def test_pictures_of_any_kind(control, kind):
+def test_images_of_any_kind(control, kind):
     from imgdit.images import to_image
 
-    pixels = (picture() * 255).round() / 255
+    pixels = (image() * 255).round() / 255
     if kind in ("grey", "16 bit", "uint16", "float"):
         pixels = pixels[:1].expand(3, -1, -1)
     if kind == "cut-out":
@@ -172,7 +172,7 @@ def test_pictures_of_any_kind(control, kind):
 
 
 def test_a_generator_draws_the_conditions_and_the_mode_is_the_default(control):
-    condition = Condition(picture(), "canny")
+    condition = Condition(image(), "canny")
     torch.manual_seed(1)
     one = used(control, condition)
     torch.manual_seed(2)
@@ -191,14 +191,14 @@ def with_exif(image, exif):
 
 
 def test_cached_keys_equal_computed_ones(control):
-    conditions = [Condition(picture(), "canny"), Condition(picture(1), "depth", strength=0.5)]
+    conditions = [Condition(image(), "canny"), Condition(image(1), "depth", strength=0.5)]
     computed = used(control, *conditions, mode="independent", cache=False)
     same(used(control, *conditions, mode="independent"), computed)
     differs(used(control, *conditions), computed)
 
 
 def test_the_cache_follows_prompt_weights_and_step_range(control):
-    condition = Condition(picture(), "canny", end=0.7)
+    condition = Condition(image(), "canny", end=0.7)
     other = text(control.pipe, seed=9)
     expected = [
         used(control, condition, mode="independent", cache=False, call=call, seed=seed)
@@ -217,7 +217,7 @@ def test_the_cache_follows_prompt_weights_and_step_range(control):
 
 def test_the_cache_follows_the_size_of_the_image(control):
     """SD3's positions count from the middle of a table, so a condition's move with the image's size."""
-    condition, wide = Condition(picture(), "canny"), {"width": SIZE + 8}
+    condition, wide = Condition(image(), "canny"), {"width": SIZE + 8}
     expected = used(control, condition, mode="independent", cache=False, call=wide)
     with control.use([condition], mode="independent"):
         make(control.pipe)
@@ -227,11 +227,11 @@ def test_the_cache_follows_the_size_of_the_image(control):
 def test_mode_is_the_adapters_own(flux_control, tmp_path):
     info = AdapterInfo(mode="independent")
     flux_control.load(lora_file(tmp_path / "own.safetensors", flux_control.transformer, info=info))
-    with flux_control.use([Condition(picture(), "own")]):
+    with flux_control.use([Condition(image(), "own")]):
         assert flux_control.run.cached
-    with flux_control.use([Condition(picture(), "canny")]):
+    with flux_control.use([Condition(image(), "canny")]):
         assert not flux_control.run.cached
-    mixed = [Condition(picture(), "own"), Condition(picture(1), "canny")]
+    mixed = [Condition(image(), "own"), Condition(image(1), "canny")]
     same(used(flux_control, *mixed), used(flux_control, *mixed, cache=False))
     with pytest.raises(ValueError, match="not trained independently"), flux_control.use(mixed[1:], cache=True):
         pass
@@ -242,7 +242,7 @@ def test_mode_is_the_adapters_own(flux_control, tmp_path):
 
 @pytest.mark.parametrize("mode", ["joint", "independent"])
 def test_image_guidance_extrapolates_from_black(control, mode):
-    condition = Condition(picture(), "canny")
+    condition = Condition(image(), "canny")
     black = Condition(torch.zeros(3, SIZE, SIZE), "canny")
     call = {"num_inference_steps": 1}
     a, b = (used(control, one, mode=mode, call=call) for one in (condition, black))
@@ -257,7 +257,7 @@ def known_mask():
 
 
 def test_completion_keeps_what_is_known(control):
-    condition = Condition(picture(), "canny", mask=known_mask(), complement=True)
+    condition = Condition(image(), "canny", mask=known_mask(), complement=True)
     with control.use([condition]):
         known = control.run.known()
         got = make(control.pipe)
@@ -266,7 +266,7 @@ def test_completion_keeps_what_is_known(control):
     tokens = pack(got, 2) if got.ndim == 4 else got
     keep = known_mask().flatten()
     same(tokens[:, keep], known[:, keep], 1e-4)
-    differs(tokens[:, ~keep], used(control, Condition(picture(1), "canny", mask=known_mask(), complement=True))[
+    differs(tokens[:, ~keep], used(control, Condition(image(1), "canny", mask=known_mask(), complement=True))[
         :, ~keep] if got.ndim == 3 else pack(make(control.pipe), 2)[:, ~keep])  # fmt: skip
 
 
@@ -275,7 +275,7 @@ def test_completion_in_a_stock_pipeline_is_the_pipeline_classes(tmp_path):
     pipe = flux()
     control = OmniControl(pipe)
     control.load(lora_file(tmp_path / "canny.safetensors", pipe.transformer))
-    condition = Condition(picture(), "canny", mask=known_mask(), complement=True)
+    condition = Condition(image(), "canny", mask=known_mask(), complement=True)
     expected = used(control, condition)
     ours = FluxOmniControlPipeline.from_pipe(pipe)
     ours.set_progress_bar_config(disable=True)
@@ -298,10 +298,10 @@ def test_a_style_lora_acts_beside_conditions_loaded_before_or_after(tmp_path):
         load[{"style": "canny", "canny": "style"}[first]]()
         styled = make(pipe)
         differs(styled, plain)
-        both = used(control, Condition(picture(), "canny"))
+        both = used(control, Condition(image(), "canny"))
         differs(both, styled)
-        differs(both, used(control, Condition(picture(), "canny"), main_adapter=()))
-        assert torch.equal(both, used(control, Condition(picture(), "canny"), main_adapter="style"))
+        differs(both, used(control, Condition(image(), "canny"), main_adapter=()))
+        assert torch.equal(both, used(control, Condition(image(), "canny"), main_adapter="style"))
         control.remove()
         assert torch.equal(make(pipe), styled)
         results.append(both)
@@ -313,14 +313,14 @@ def test_a_style_lora_acts_beside_conditions_loaded_before_or_after(tmp_path):
 
 def test_from_pipe_saving_and_other_pipelines(flux_control, tmp_path):
     pipe = flux_control.pipe
-    condition = Condition(picture(), "canny")
+    condition = Condition(image(), "canny")
     for cls, extra in (
-        (FluxImg2ImgPipeline, {"image": picture(2)[None], "strength": 0.7}),
+        (FluxImg2ImgPipeline, {"image": image(2)[None], "strength": 0.7}),
         (
             FluxInpaintPipeline,
-            {"image": picture(2)[None], "mask_image": torch.ones(1, 1, SIZE, SIZE), "strength": 0.8},
+            {"image": image(2)[None], "mask_image": torch.ones(1, 1, SIZE, SIZE), "strength": 0.8},
         ),
-        (FluxKontextPipeline, {"image": picture(2)[None], "_auto_resize": False, "max_area": SIZE**2}),
+        (FluxKontextPipeline, {"image": image(2)[None], "_auto_resize": False, "max_area": SIZE**2}),
     ):
         other = cls.from_pipe(pipe)
         other.set_progress_bar_config(disable=True)
@@ -353,7 +353,7 @@ def test_controlnet_residuals_are_padded(flux_control):
         "controlnet_single_block_samples": [torch.randn(1, 16, 32)],
     }
     zeros = {name: [torch.zeros_like(x) for x in values] for name, values in residuals.items()}
-    with torch.no_grad(), flux_control.use([Condition(picture(), "canny")]):
+    with torch.no_grad(), flux_control.use([Condition(image(), "canny")]):
         plain = model(**inputs).sample
         assert torch.equal(model(**inputs, **zeros).sample, plain)
         differs(model(**inputs, **residuals).sample, plain)
@@ -368,7 +368,7 @@ def test_first_block_cache(when, tmp_path):
     control.load(lora_file(tmp_path / "canny.safetensors", pipe.transformer))
     if when == "after":
         pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.0))
-    conditions = [Condition(picture(), "canny", end=0.7)]
+    conditions = [Condition(image(), "canny", end=0.7)]
     cached = used(control, *conditions)
     independent = used(control, *conditions, mode="independent")
     with pytest.raises(ValueError, match="image guidance"):
@@ -415,14 +415,14 @@ def test_group_offload(when, kind, tmp_path):
     if when == "after":
         offload()
     order = [list(HookRegistry.check_if_exists_or_initialize(b).hooks) for b in pipe.transformer.transformer_blocks]
-    condition = Condition(picture(), "canny")
+    condition = Condition(image(), "canny")
     same(used(control, condition), used(reference, condition))
     hooks = pipe.transformer.transformer_blocks[0]._diffusers_hook._hook_order
     assert hooks[0] == "imgdit_condition", order
 
 
 def test_compiled_blocks(flux_control):
-    condition = Condition(picture(), "canny")
+    condition = Condition(image(), "canny")
     expected = used(flux_control, condition)
     flux_control.transformer.compile_repeated_blocks(backend="eager", fullgraph=True)
     same(used(flux_control, condition), expected)
@@ -431,10 +431,10 @@ def test_compiled_blocks(flux_control):
 
 
 def test_hot_swap_replaces_in_place(flux_control, tmp_path):
-    condition = Condition(picture(), "canny")
+    condition = Condition(image(), "canny")
     other = lora_file(tmp_path / "other.safetensors", flux_control.transformer, seed=9)
     flux_control.load(other)
-    expected = used(flux_control, Condition(picture(), "other"))
+    expected = used(flux_control, Condition(image(), "other"))
     first = used(flux_control, condition)
     layers = [layer for layer in flux_control.transformer.modules() if hasattr(layer, "lora_A")]
     weights = [layer.lora_A["canny"].weight for layer in layers]
@@ -443,7 +443,7 @@ def test_hot_swap_replaces_in_place(flux_control, tmp_path):
         flux_control.load(other, adapter_name="canny", hotswap=True)
         swapped = make(flux_control.pipe)
     same(used(flux_control, condition), expected)
-    same(swapped, used(flux_control, Condition(picture(), "other"), mode="independent"))
+    same(swapped, used(flux_control, Condition(image(), "other"), mode="independent"))
     differs(first, expected)
     after = [layer.lora_A["canny"].weight for layer in layers]
     assert all(a is b for a, b in zip(weights, after))
@@ -451,19 +451,19 @@ def test_hot_swap_replaces_in_place(flux_control, tmp_path):
 
 def test_quantised_base_layers(flux_control):
     torchao = pytest.importorskip("torchao.quantization")
-    expected = used(flux_control, Condition(picture(), "canny"))
+    expected = used(flux_control, Condition(image(), "canny"))
     torchao.quantize_(
         flux_control.transformer,
         torchao.Int8WeightOnlyConfig(),
         filter_fn=lambda module, name: isinstance(module, torch.nn.Linear) and name.endswith("base_layer"),
     )
-    got = used(flux_control, Condition(picture(), "canny"))
+    got = used(flux_control, Condition(image(), "canny"))
     assert 0 < (got - expected).abs().max() < 0.2
 
 
-def test_batches_and_several_pictures_per_prompt(flux_control):
+def test_batches_and_several_images_per_prompt(flux_control):
     pipe = flux_control.pipe
-    condition = Condition(picture(), "canny")
+    condition = Condition(image(), "canny")
     with flux_control.use([condition]):
         both = make(pipe, num_images_per_prompt=2)
         noise = pipe.prepare_latents(2, 4, SIZE, SIZE, torch.float32, "cpu", torch.Generator().manual_seed(5))[0]
@@ -484,9 +484,9 @@ def test_pipeline_classes(cls, tmp_path):
         same(make(pipe), plain)
         pipe.load_control(file)
         same(make(pipe), plain)
-        got = make(pipe, conditions=[Condition(picture(), "canny")])
+        got = make(pipe, conditions=[Condition(image(), "canny")])
         differs(got, plain)
-        assert torch.equal(make(pipe, conditions=Condition(picture(), "canny")), got)
+        assert torch.equal(make(pipe, conditions=Condition(image(), "canny")), got)
         pipe.control.remove()
 
 
@@ -497,13 +497,13 @@ REFUSED = {
     "an adapter that is not loaded": ({"adapter": "cany"}, {}, "'cany' is not loaded; loaded are: canny, depth"),
     "a mask of another size": ({"mask": torch.ones(3, 5)}, {}, "4x4 tokens .* 16x16 pixels"),
     "a mask of nothing": ({"mask": torch.zeros(4, 4)}, {}, "leaves no token"),
-    "a placed picture of odd size": (
+    "a placed image of odd size": (
         {"image": torch.rand(3, 18, 16), "position": (0, 4)},
         {},
         "multiple of 4 pixels.*resize it to 16x16",
     ),
-    "a picture beyond its range": ({"image": torch.rand(3, 16, 16) * 255}, {}, r"values in \[0, 1\]"),
-    "no picture": ({"image": "edges.png"}, {}, "PIL image, an array or a tensor, got str"),
+    "an image beyond its range": ({"image": torch.rand(3, 16, 16) * 255}, {}, r"values in \[0, 1\]"),
+    "no image": ({"image": "edges.png"}, {}, "PIL image, an array or a tensor, got str"),
     "an unknown main adapter": ({}, {"main_adapter": "style"}, "'style' is not loaded"),
     "an unknown mode": ({}, {"mode": "alone"}, "mode must be one of 'joint', 'independent'"),
     "a cache in joint mode": ({}, {"cache": True}, "not trained independently"),
@@ -516,7 +516,7 @@ REFUSED = {
 def test_bad_input_is_refused_and_leaves_the_pipeline_as_it_was(flux_control, case):
     changes, options, message = REFUSED[case]
     before = make(flux_control.pipe)
-    condition = Condition(**{"image": picture(), "adapter": "canny", **changes})
+    condition = Condition(**{"image": image(), "adapter": "canny", **changes})
     with pytest.raises(ValueError, match=message), flux_control.use([condition], **options):
         pytest.fail("use() began")
     assert torch.equal(make(flux_control.pipe), before)
@@ -538,12 +538,12 @@ def test_bad_input_is_refused_and_leaves_the_pipeline_as_it_was(flux_control, ca
 )
 def test_a_condition_refuses(changes, message):
     with pytest.raises(ValueError, match=message):
-        Condition(**{"image": picture(), "adapter": "canny", **changes})
+        Condition(**{"image": image(), "adapter": "canny", **changes})
 
 
 def test_refused_combinations(flux_control):
     pipe, model = flux_control.pipe, flux_control.transformer
-    condition = Condition(picture(), "canny")
+    condition = Condition(image(), "canny")
     with pytest.raises(ValueError, match="remove"):
         copy.deepcopy(model)
     with flux_control.use([condition]):

@@ -4,12 +4,12 @@ import diffusers
 import pytest
 import torch
 from tiny import randomize, rope_config
-from tiny_control import SD3_TARGETS, SIZE, flux, lora_file, make, picture, quiet, sd3
+from tiny_control import SD3_TARGETS, SIZE, flux, image, lora_file, make, quiet, sd3
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from imgdit import Condition, OmniControl
 
-IMAGE = {"image": picture(2)[None], "strength": 0.7}
+IMAGE = {"image": image(2)[None], "strength": 0.7}
 MASK = {"mask_image": torch.ones(1, 1, SIZE, SIZE)}
 
 
@@ -20,7 +20,7 @@ def build(kind, folder):
 
 
 def condition():
-    return Condition(picture(), "canny")
+    return Condition(image(), "canny")
 
 
 def controlled(control, **call):
@@ -43,7 +43,7 @@ def residuals(kind):
 
 @pytest.mark.parametrize("kind", ["flux", "sd3"])
 def test_controlnet(kind, tmp_path):
-    """Its residuals go to the picture's tokens, not to the condition's; both it and the condition have their say."""
+    """Its residuals go to the image's tokens, not to the condition's; both it and the condition have their say."""
     pipe, file = build(kind, tmp_path)
     name = "FluxControlNetPipeline" if kind == "flux" else "StableDiffusion3ControlNetPipeline"
     other = quiet(getattr(diffusers, name).from_pipe(pipe, controlnet=residuals(kind)))
@@ -51,8 +51,8 @@ def test_controlnet(kind, tmp_path):
     noise = {"latents": torch.randn(shape, generator=torch.Generator().manual_seed(0))}
 
     def run(pipe, scale=0.9):
-        torch.manual_seed(0)  # both pipelines draw the control picture's latents, one of them from the global state
-        return make(pipe, control_image=picture(3)[None], controlnet_conditioning_scale=scale, **noise)
+        torch.manual_seed(0)  # both pipelines draw the control image's latents, one of them from the global state
+        return make(pipe, control_image=image(3)[None], controlnet_conditioning_scale=scale, **noise)
 
     plain = run(other)
     assert (plain - make(pipe, **noise)).abs().max() > 1e-3
@@ -151,7 +151,7 @@ def test_model_offload(kind, when, tmp_path):
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("kind", ["flux", "sd3"])
 def test_blocks_are_compiled_once(kind, backend, tmp_path):
-    """Blocks are whole graphs; other pictures and strengths compile nothing anew."""
+    """Blocks are whole graphs; other images and strengths compile nothing anew."""
     pipe, file = build(kind, tmp_path)
     control = OmniControl(pipe)
     control.load(file)
@@ -160,7 +160,7 @@ def test_blocks_are_compiled_once(kind, backend, tmp_path):
         expected = make(pipe)
     weak = []
     for strength in strengths:
-        with control.use([Condition(picture(), "canny", strength=strength)]):
+        with control.use([Condition(image(), "canny", strength=strength)]):
             weak.append(make(pipe))
     torch._dynamo.reset()
     counter = CompileCounterWithBackend(backend)
@@ -174,10 +174,10 @@ def test_blocks_are_compiled_once(kind, backend, tmp_path):
             torch.testing.assert_close(make(pipe), expected, atol=2e-5, rtol=2e-5)
         counts = [counter.frame_count]
         for strength, one in zip(strengths, weak):
-            with control.use([Condition(picture(), "canny", strength=strength)]):
+            with control.use([Condition(image(), "canny", strength=strength)]):
                 torch.testing.assert_close(make(pipe), one, atol=2e-5, rtol=2e-5)
             counts.append(counter.frame_count)
-        with control.use([Condition(picture(4), "canny")]):
+        with control.use([Condition(image(4), "canny")]):
             make(pipe)
         assert 0 < counts[0] < counts[1] <= 8  # a bias is another graph, of any strength
         assert counts[1:] == [counts[1]] * len(strengths) and counter.frame_count == counts[1]
@@ -195,7 +195,7 @@ def test_image_guidance_of_two_conditions_has_one_mask(mode, tmp_path):
     control = OmniControl(pipe)
     control.load(file)
     control.load(lora_file(tmp_path / "depth.safetensors", pipe.transformer, seed=1))
-    given = [Condition(picture(), "canny"), Condition(picture(1), "depth", position="subject")]
+    given = [Condition(image(), "canny"), Condition(image(1), "depth", position="subject")]
     black = [
         Condition(torch.zeros(3, SIZE, SIZE), "canny"),
         Condition(torch.zeros(3, SIZE, SIZE), "depth", position="subject"),

@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
 from tiny import tiny_pipeline
-from tiny_control import SD3_TARGETS, flux, lora_file, make, picture, quiet, sd3
+from tiny_control import SD3_TARGETS, flux, image, lora_file, make, quiet, sd3
 
 from imgdit import Condition, FluxOmniControlPipeline, OmniControl
 from imgdit.frames import Frame
@@ -18,7 +18,7 @@ KINDS = {
     "flux": (flux, {}, "FluxImg2ImgPipeline"),
     "sd3": (sd3, {"targets": SD3_TARGETS}, "StableDiffusion3Img2ImgPipeline"),
 }
-IMAGE = {"image": picture(2)[None]}
+IMAGE = {"image": image(2)[None]}
 
 
 @pytest.fixture(params=list(KINDS))
@@ -72,11 +72,11 @@ def test_start_and_end_in_pipelines_of_from_pipe(kind, tmp_path):
     other = quiet(getattr(diffusers, KINDS[kind][2]).from_pipe(control.pipe))
     for changes, steps, strength, expected in CALLS:  # the first pipeline has not run before the second does
         pipe, call = (control.pipe, {}) if strength is None else (other, {**IMAGE, "strength": strength})
-        condition = Condition(picture(), "canny", **changes)
+        condition = Condition(image(), "canny", **changes)
         assert acting(control, pipe, [condition], num_inference_steps=steps, **call) == expected, (changes, strength)
     fresh = controlled(kind, tmp_path)
     other = quiet(getattr(diffusers, KINDS[kind][2]).from_pipe(fresh.pipe))
-    got = acting(fresh, other, [Condition(picture(), "canny", end=0.5)], num_inference_steps=4, strength=0.5, **IMAGE)
+    got = acting(fresh, other, [Condition(image(), "canny", end=0.5)], num_inference_steps=4, strength=0.5, **IMAGE)
     assert got == [True, False]
 
 
@@ -85,14 +85,14 @@ def test_start_and_end_count_the_calls_of_the_transformer(cls, calls, tmp_path):
     """A second-order scheduler calls twice in a step; diffusers' ControlNets count the calls too."""
     control = controlled("sd3", tmp_path)
     control.pipe.scheduler = cls.from_config(control.pipe.scheduler.config)
-    got = acting(control, control.pipe, [Condition(picture(), "canny", end=0.5)], num_inference_steps=4)
+    got = acting(control, control.pipe, [Condition(image(), "canny", end=0.5)], num_inference_steps=4)
     assert got == [(i + 1) / calls <= 0.5 for i in range(calls)]
 
 
 def test_half_precision_timesteps_are_recognised(tmp_path):
     control = controlled("flux", tmp_path)
     control.pipe.to(torch.bfloat16)
-    condition = Condition(picture(), "canny", start=0.5)
+    condition = Condition(image(), "canny", start=0.5)
     embeds = {
         name: torch.randn(shape, dtype=torch.bfloat16)
         for name, shape in (("prompt_embeds", (1, 5, 32)), ("pooled_prompt_embeds", (1, 32)))
@@ -105,7 +105,7 @@ def test_the_scheduler_of_the_pipeline_that_runs_counts(kind, tmp_path):
     control = controlled(kind, tmp_path)
     other = quiet(getattr(diffusers, KINDS[kind][2]).from_pipe(control.pipe))
     other.scheduler = FlowMatchEulerDiscreteScheduler(shift=5.0)
-    late = Condition(picture(), "canny", start=0.5)
+    late = Condition(image(), "canny", start=0.5)
     for _ in range(2):  # before the first pipeline ran, and after
         got = acting(control, other, [late], num_inference_steps=10, strength=0.6, **IMAGE)
         assert got == [False] * 3 + [True] * 3
@@ -127,7 +127,7 @@ def test_a_timestep_that_is_not_the_schedulers_is_refused(kind, tmp_path):
     def run(timestep):
         return control.transformer(**inputs, timestep=torch.tensor([timestep / (1000 if kind == "flux" else 1)]))
 
-    with torch.no_grad(), control.use([Condition(picture(), "canny", start=0.5)]):
+    with torch.no_grad(), control.use([Condition(image(), "canny", start=0.5)]):
         with pytest.raises(ValueError, match="which is not at the timestep 1000 of this call; step that scheduler"):
             run(1000.0)  # nobody has set its timesteps
         scheduler.set_timesteps(4)
@@ -164,7 +164,7 @@ def in_threads(jobs):
 @pytest.mark.parametrize("mode", ["joint", "independent"])
 def test_pipelines_in_threads_under_one_use_are_exact(mode, kind, tmp_path):
     control = controlled(kind, tmp_path, AdapterInfo(mode=mode))
-    conditions = [Condition(picture(), "canny"), Condition(picture(1), "canny", position="subject", strength=0.5)]
+    conditions = [Condition(image(), "canny"), Condition(image(1), "canny", position="subject", strength=0.5)]
     sizes = ((16, 16), (16, 24), (24, 16), (16, 16))
     calls = [
         {"seed": n, "num_inference_steps": 3 + n, "height": height, "width": width}
@@ -185,7 +185,7 @@ def test_pipelines_in_threads_under_one_use_are_exact(mode, kind, tmp_path):
 def test_start_and_end_in_threads_are_exact(kind, tmp_path):
     """Each thread counts by the scheduler of its own pipeline, of another number of steps."""
     control = controlled(kind, tmp_path)
-    conditions = [Condition(picture(), "canny", end=0.5), Condition(picture(1), "canny", start=0.5)]
+    conditions = [Condition(image(), "canny", end=0.5), Condition(image(1), "canny", start=0.5)]
     calls = [{"seed": n, "num_inference_steps": steps} for n, steps in enumerate((4, 8, 2, 5))]
     with control.use(conditions):
         expected = [make(pipe, **call) for pipe, call in zip(clones(control.pipe, 4), calls)]
@@ -199,7 +199,7 @@ def test_hooked_modules_in_threads_are_exact(tmp_path):
     """Each call of a hooked module computes its own thread's rows."""
     control = controlled("flux", tmp_path)
     calls = [{"seed": n, "num_inference_steps": 3 + n} for n in range(3)]
-    with control.use([Condition(picture(), "canny")]):
+    with control.use([Condition(image(), "canny")]):
         expected = [make(pipe, **call) for pipe, call in zip(clones(control.pipe, 3), calls)]
         seen = []
         modules = [module for _, module in control.transformer.named_modules()]
@@ -219,7 +219,7 @@ def test_our_pipelines_in_threads_are_exact(tmp_path):
     pipe.load_control(lora_file(tmp_path / "own.safetensors", pipe.transformer), adapter_name="own")
     call = {"prompt": "a red cube", "height": 16, "width": 16, "output_type": "latent"}
     runs = [
-        {"conditions": [Condition(picture(n), "own", start=0.25 * n)], "num_inference_steps": 3 + n} for n in range(3)
+        {"conditions": [Condition(image(n), "own", start=0.25 * n)], "num_inference_steps": 3 + n} for n in range(3)
     ]
 
     def run(pipe, seed, options):
@@ -234,10 +234,10 @@ def test_our_pipelines_in_threads_are_exact(tmp_path):
 def test_a_second_use_in_another_thread_is_refused(tmp_path):
     control = controlled("flux", tmp_path)
     other = quiet(FluxOmniControlPipeline.from_pipe(control.pipe))
-    with control.use([Condition(picture(), "canny")]):
+    with control.use([Condition(image(), "canny")]):
         expected = make(control.pipe)
         with ThreadPoolExecutor(1) as pool:
-            failed = pool.submit(make, other, conditions=[Condition(picture(), "canny")])
+            failed = pool.submit(make, other, conditions=[Condition(image(), "canny")])
         with pytest.raises(ValueError, match="in use already on this transformer"):
             failed.result()
         assert torch.equal(make(control.pipe), expected)

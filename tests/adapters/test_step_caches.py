@@ -7,9 +7,9 @@ from diffusers import FasterCacheConfig, TaylorSeerCacheConfig, TextKVCacheConfi
 from onediffusion_fixtures import TINY
 from tiny import rope_config, tiny_mmdit, tiny_pipeline
 from tiny_caches import STEP_CACHES, STEPS
-from tiny_control import flux, lora_file, picture
+from tiny_control import flux, image, lora_file
 from tiny_control import make as make_flux
-from tiny_pictures import picture as drawn
+from tiny_images import image as drawn
 
 from imgdit import Condition, ImageFrame, OmniControl, OneDiffusionPipeline
 from imgdit.lora.files import AdapterInfo
@@ -40,7 +40,7 @@ def test_with_conditions_of_our_pipeline(cache, mode, tmp_path):
     pipe = tiny_pipeline()
     file = lora_file(tmp_path / "own.safetensors", pipe.transformer, info=AdapterInfo(mode=mode))
     pipe.load_control(file, adapter_name="own")
-    conditions = [Condition(picture(), "own", end=0.7)]
+    conditions = [Condition(image(), "own", end=0.7)]
     check(pipe.transformer, STEP_CACHES[cache](pipe), lambda: make(pipe, conditions))
 
 
@@ -53,7 +53,7 @@ def test_with_conditions_of_a_diffusers_pipeline(cache, mode, tmp_path):
 
     def call():
         pipe.transformer._reset_stateful_cache()  # this pipeline leaves it to the caller
-        with control.use([Condition(picture(), "canny", end=0.7)], mode=mode):
+        with control.use([Condition(image(), "canny", end=0.7)], mode=mode):
             return make_flux(pipe, num_inference_steps=STEPS)
 
     check(pipe.transformer, STEP_CACHES[cache](pipe), call)

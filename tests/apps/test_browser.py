@@ -1,4 +1,4 @@
-"""The demo in a real browser: pictures, stopping, refusals, two people, and a page that fits its window."""
+"""The demo in a real browser: images, stopping, refusals, two people, and a page that fits its window."""
 
 import asyncio
 import contextlib
@@ -28,7 +28,7 @@ pytestmark = [
 FLAGS = ["no-sandbox", "disable-gpu", "no-first-run", "disable-background-networking", "disable-component-update"]
 TABS = ("Create", "Control", "Any-to-any", "Unlearn", "Features", "Scale")
 PATIENCE = 60_000
-"""Milliseconds that a picture may take."""
+"""Milliseconds that an image may take."""
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +150,7 @@ def _whole(image):
 
 
 def _files(holder):
-    """Finished pictures, the newest last."""
+    """Finished images, the newest last."""
     files = [file for file in holder.folder.glob("*.png") if read_origin(file) is not None]
     return sorted(files, key=lambda file: file.stat().st_mtime_ns)
 
@@ -214,7 +214,7 @@ def test_every_example_of_control_works(page, served, number):
     made = _files(served[1])[-1]
     condition = _shown(page).locator(".result.square img")
     _whole(condition)
-    assert same_pixels(_bytes(page, condition), read_origin(made).request.controls[0].picture)
+    assert same_pixels(_bytes(page, condition), read_origin(made).request.controls[0].image)
     images = _shown(page).locator(".result:not(.square) img")
     assert images.count() == 2
     assert any(same_pixels(_bytes(page, image), open_image(made)) for image in images.all())
@@ -284,7 +284,7 @@ def test_a_drawing_arrives_after_an_empty_canvas_was_refused(page, served, monke
     condition = _shown(page).locator(".result.square img")
     _whole(condition)
     seen = _bytes(page, condition)
-    read = read_origin(_files(served[1])[-1]).request.controls[0].picture
+    read = read_origin(_files(served[1])[-1]).request.controls[0].image
     light = ImageStat.Stat(seen.convert("L")).mean[0]
     if find:  # black on white, as it was drawn; the finding itself is tested elsewhere
         assert given[0].getextrema() == ((0, 255),) * 3 and 150 < light < 254
@@ -302,7 +302,7 @@ def test_main_buttons_of_an_empty_page_say_what_is_missing_or_work(page, monkeyp
         ("Unlearn", "Unlearn"): "Done.",
         ("Features", "Search"): "is chosen",
         ("Features", "Steer"): "Done.",
-        ("Features", "Top pictures"): "active on",
+        ("Features", "Top images"): "active on",
         ("Scale", "Check"): "Done.",
         ("Create", "Create"): "Done.",
     }
@@ -414,7 +414,7 @@ def slow(session):
 
 
 @pytest.mark.usefixtures("slow")
-def test_stop_ends_a_picture(page):
+def test_stop_ends_an_image(page):
     page.get_by_text("Sampling", exact=True).first.click()
     page.get_by_label("number input for Steps").first.fill("50")
     page.get_by_label("number input for Steps").first.press("Tab")
@@ -424,10 +424,10 @@ def test_stop_ends_a_picture(page):
     _says(page, "Stopped.")
 
 
-def test_what_is_too_large_or_no_picture_is_refused_with_a_sentence(page, tmp_path):
+def test_what_is_too_large_or_no_image_is_refused_with_a_sentence(page, tmp_path):
     large, wrong = tmp_path / "large.png", tmp_path / "wrong.png"
     large.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(12 * 2**20))
-    wrong.write_bytes(b"no picture at all")
+    wrong.write_bytes(b"no image at all")
     _go(page, "Any-to-any")
     upload = _shown(page).locator("input[type=file]").first
     upload.set_input_files(large)

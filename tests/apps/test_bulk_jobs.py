@@ -11,9 +11,9 @@ import pytest
 import torch
 from PIL import Image
 from tiny import rope_config, tiny_pipeline
-from tiny_pictures import picture, write_folder
+from tiny_images import image, write_folder
 
-from imgdit.apps.jobs.bulk import GeneratePictures, cache_all, collect_all, generate_all
+from imgdit.apps.jobs.bulk import GenerateImages, cache_all, collect_all, generate_all
 from imgdit.benchmarks.unlearning import labels
 from imgdit.benchmarks.unlearning.labels import classifier, label_all
 from imgdit.data.sources import open_rows
@@ -140,15 +140,15 @@ def classifiers(tmp_path_factory):
     return {"style": str(folder), "object": str(folder)}
 
 
-def write_pictures(folder, count):
+def write_images(folder, count):
     folder.mkdir()
     for i in range(count):
-        picture(i, (32, 32)).resize((128, 128)).save(folder / f"{i:04d}.png")
+        image(i, (32, 32)).resize((128, 128)).save(folder / f"{i:04d}.png")
     return sorted(folder.iterdir())
 
 
 def test_labels_are_kept(tmp_path, classifiers, monkeypatch):
-    files = write_pictures(tmp_path / "pictures", 5)
+    files = write_images(tmp_path / "pictures", 5)
     monkeypatch.setattr(labels, "CHUNK", 2)
     found = label_all(files, classifiers, tmp_path / "labels")
     for domain, source in classifiers.items():
@@ -176,13 +176,13 @@ def test_ray_collects_and_labels_as_this_process_does(tmp_path, model, classifie
     assert len(set(processes)) == 3
     assert shards(tmp_path / "ray") == shards(tmp_path / "local")
     assert (tmp_path / "ray" / "index.json").read_text() == (tmp_path / "local" / "index.json").read_text()
-    files = write_pictures(tmp_path / "pictures", 150)
+    files = write_images(tmp_path / "pictures", 150)
     said = label_all(files, classifiers, tmp_path / "labels", engine="ray", workers=2)
     assert said == label_all(files, classifiers, tmp_path / "here")
 
 
 @pytest.mark.slow
-def test_ray_makes_every_picture_although_a_worker_dies(tmp_path, model):
+def test_ray_makes_every_image_although_a_worker_dies(tmp_path, model):
     """500 prompts, two workers, one of them killed in the middle."""
     pytest.importorskip("ray")
     said, options = prompts(500), {"options": QUICK, "batch": 10}
@@ -213,4 +213,4 @@ def test_ray_fills_caches(tmp_path, model):
 def test_without_ray_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ImportError, match=r"pip install 'imgdit\[ray\]'"):
-        list(run_bulk([{"n": 1}], GeneratePictures, {}, engine="ray"))
+        list(run_bulk([{"n": 1}], GenerateImages, {}, engine="ray"))

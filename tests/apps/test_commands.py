@@ -1,4 +1,4 @@
-"""What commands say: versions, addresses, names and files; one sentence where something is wrong."""
+"""What commands say: versions, addresses, names and files; one prompt where something is wrong."""
 
 import inspect
 import json
@@ -44,7 +44,7 @@ def desk(tmp_path, monkeypatch):
     return tmp_path
 
 
-def pictures(folder):
+def images(folder):
     return {file.relative_to(folder).as_posix() for file in folder.rglob("*.png")}
 
 
@@ -96,10 +96,10 @@ def test_files_are_all_named_and_the_next_command_leaves_them(model, desk, comma
     name, *options = command
     written = []
     for prompt in ("a red cube", "a cone", "a cone"):
-        before = {file: Path(file).read_bytes() for file in pictures(desk)}
+        before = {file: Path(file).read_bytes() for file in images(desk)}
         done = run(name, prompt, *options, "--model", model, *QUICK)
         assert done.exit_code == 0, done.output
-        new = pictures(desk) - before.keys()
+        new = images(desk) - before.keys()
         assert new == set(re.findall(r"wrote (\S+)", done.output))
         assert all(Path(file).read_bytes() == was for file, was in before.items())
         written.append(new)
@@ -113,13 +113,13 @@ def test_programs_are_told_every_file(model, desk):
     for command in (DEFAULTS[1][0], DEFAULTS[2][0]):
         done = run(command[0], "a cone", *command[1:], "--model", model, "--json", *QUICK)
         told += [json.loads(line) for line in done.stdout.splitlines()]
-    assert {one["file"] for one in told} == pictures(desk) - {"photo.png"}
+    assert {one["file"] for one in told} == images(desk) - {"photo.png"}
     assert [one["kind"] for one in told] == ["image", "grey", "image", "depth"]
 
 
 def test_many_files_are_counted(model, desk):
     done = run("generate", "a cone", "--num-images", 9, "--out", "many", "--model", model, "--no-sheet", *QUICK)
-    assert "wrote 9 pictures to many" in done.output and "008.png" not in done.output
+    assert "wrote 9 images to many" in done.output and "008.png" not in done.output
 
 
 def test_nothing_of_others_is_overwritten(model, desk):
@@ -143,7 +143,7 @@ def test_nothing_of_others_is_overwritten(model, desk):
 
 
 @pytest.mark.parametrize(
-    ("command", "sentence"),
+    ("command", "as_sentence"),
     [
         (["generate", "x", "--control", "deepth=photo.png"], "did you mean 'depth'"),
         (["control", "x", "--with", "deepth=photo.png", "--find"], "did you mean 'depth'"),
@@ -169,11 +169,11 @@ def test_nothing_of_others_is_overwritten(model, desk):
         (["bench", "caches", "--model", "nowhere"], "no folder 'nowhere' here"),
     ],
 )
-def test_mistakes_are_told_before_the_model_is_loaded(desk, monkeypatch, command, sentence):
+def test_mistakes_are_told_before_the_model_is_loaded(desk, monkeypatch, command, as_sentence):
     Path("empty.txt").write_text("\n \n")
     monkeypatch.setattr(session, "load_pipeline", None)
     done = run(*command)
-    assert done.exit_code == 2 and sentence in said(done), done.output + repr(done.exception)
+    assert done.exit_code == 2 and as_sentence in said(done), done.output + repr(done.exception)
 
 
 def test_words_are_said_once_for_a_command(desk):

@@ -70,7 +70,7 @@ def create(client, **changes):
 
 def test_every_tab_is_a_documented_endpoint(client):
     found = client.view_api(return_format="dict")["named_endpoints"]
-    expected = "create control any_to_any other_view unlearn search_features feature_pictures steer coordinate_check"
+    expected = "create control any_to_any other_view unlearn search_features feature_images steer coordinate_check"
     assert {f"/{name}" for name in [*expected.split(), "recorded_plots"]} == set(found)
     for name, endpoint in found.items():
         assert all(parameter["label"] and parameter["python_type"]["type"] for parameter in endpoint["parameters"])
@@ -78,7 +78,7 @@ def test_every_tab_is_a_documented_endpoint(client):
         assert endpoint["description"].strip()
 
 
-def test_create_makes_pictures_that_repeat(demo, client):
+def test_create_makes_images_that_repeat(demo, client):
     last, gallery, status = create(client, count=2)
     assert status.startswith("Done. The model was taught 128x128; at 64x96 ") and len(gallery) == 2
     origin = read_origin(gallery[1]["image"])
@@ -87,7 +87,7 @@ def test_create_makes_pictures_that_repeat(demo, client):
     assert same_pixels(again, open_image(gallery[1]["image"])) and same_pixels(again, open_image(last))
 
 
-def test_control_follows_a_picture(client, photo):
+def test_control_follows_an_image(client, photo):
     for kind in ("depth", "mask"):
         condition, slider, file, status = client.predict(
             prompt="a cone", drawing=drawing(photo), kind=kind, find=True, strength=1.0, start=0.0, end=1.0,
@@ -97,10 +97,10 @@ def test_control_follows_a_picture(client, photo):
         assert read_origin(file).request.controls[0].kind == kind
 
 
-@pytest.mark.parametrize(("picture_is", "other_is", "made"), [("given", "to be made", 1), ("to be made", "given", 1)])
-def test_any_to_any_makes_what_is_not_given(client, photo, picture_is, other_is, made):
+@pytest.mark.parametrize(("image_is", "other_is", "made"), [("given", "to be made", 1), ("to be made", "given", 1)])
+def test_any_to_any_makes_what_is_not_given(client, photo, image_is, other_is, made):
     frames, status = client.predict(
-        prompt="", picture_is=picture_is, picture=handle_file(photo), kind="depth", other_is=other_is,
+        prompt="", image_is=image_is, image=handle_file(photo), kind="depth", other_is=other_is,
         other=handle_file(photo), **SAMPLING, api_name="/any_to_any",
     )  # fmt: skip
     assert status == "Done." and len(frames) == made
@@ -108,12 +108,12 @@ def test_any_to_any_makes_what_is_not_given(client, photo, picture_is, other_is,
 
 def test_another_view(client, photo):
     frames, status = client.predict(
-        prompt="", picture=handle_file(photo), turn=20, rise=5, **SAMPLING, api_name="/other_view"
+        prompt="", image=handle_file(photo), turn=20, rise=5, **SAMPLING, api_name="/other_view"
     )
     assert status == "Done." and len(frames) == 1
 
 
-def test_unlearning_stands_beside_the_plain_picture(client):
+def test_unlearning_stands_beside_the_plain_image(client):
     plain, without, heat, status = client.predict(
         prompt="a neon cube", chosen=["neon"], mode="scale", multiplier=-20, **SAMPLING, api_name="/unlearn"
     )
@@ -125,8 +125,8 @@ def test_features_are_found_shown_and_steered(client, monkeypatch):
     monkeypatch.setattr(features, "STEPS", 1)
     table, feature, said = client.predict(words="a neon cube", against="a photo", api_name="/search_features")
     assert feature == int(table["data"][0][0]) and f"Feature {feature} is chosen" in said
-    pictures, note = client.predict(feature=feature, api_name="/feature_pictures")
-    assert "active on" in note and len(pictures) <= 6
+    images, note = client.predict(feature=feature, api_name="/feature_images")
+    assert "active on" in note and len(images) <= 6
     plain, steered, status = client.predict(
         prompt="a cube", feature=feature, factor=0.0, **SAMPLING, api_name="/steer"
     )
@@ -151,15 +151,15 @@ def png_of_size(width, height):
 
 
 def hostile_files(folder, photo):
-    """Random bytes, cut pictures of every format, huge headers, names like paths."""
+    """Random bytes, cut images of every format, huge headers, names like paths."""
     rng = random.Random(0)
-    picture = Image.open(photo)
+    image = Image.open(photo)
     for i in range(70):
         kind = i % 7
         if kind < 3:
             format = ("PNG", "WEBP", "GIF")[kind]
             file = folder / f"cut{i}.{format.lower()}"
-            picture.save(file, format)
+            image.save(file, format)
             data = file.read_bytes()
             file.write_bytes(data[: rng.randrange(len(data) - 60)])
         elif kind == 3:
@@ -217,7 +217,7 @@ def test_hostile_inputs_leave_the_server_serving(demo, client, photo, tmp_path):
             pytest.fail(f"was taken: {str(given)[:80]}")
 
     for file in hostile_files(tmp_path, photo):
-        said = {"prompt": "", "picture": handle_file(file), "turn": 0, "rise": 0, **SAMPLING}
+        said = {"prompt": "", "image": handle_file(file), "turn": 0, "rise": 0, **SAMPLING}
         refused(lambda said=said: client.predict(**said, api_name="/other_view"), file)
     values = hostile_values()
     for _ in range(100):
@@ -225,7 +225,7 @@ def test_hostile_inputs_leave_the_server_serving(demo, client, photo, tmp_path):
         refused(lambda given=given: create(client, **given), given)
     for i in range(30):
         kind = ["../../x", "depth\0", "🙂", "x" * 5000, None, 7][i % 6]
-        said = {"prompt": "", "picture_is": "given", "picture": None, "kind": kind, "other_is": "given", "other": None}
+        said = {"prompt": "", "image_is": "given", "image": None, "kind": kind, "other_is": "given", "other": None}
         refused(lambda said=said: client.predict(**said, **SAMPLING, api_name="/any_to_any"), kind)
     assert len(told) == 200
     assert not [text for text in told if "Traceback" in text or "log of the server" in text]
@@ -257,7 +257,7 @@ def test_a_canvas_is_read_as_a_browser_sends_it(tmp_path, background, stroke, se
     if seen is None:
         assert read is None
         return
-    assert read.picture.getpixel((3, 3)) == seen and read.drawn.getpixel((3, 3)) == hole
+    assert read.image.getpixel((3, 3)) == seen and read.drawn.getpixel((3, 3)) == hole
     assert (read.below is not None) == (background is not None)
 
 
@@ -267,7 +267,7 @@ def test_what_gradio_makes_anew_for_a_visitor_reads_as_before(photo):
     box, place = (type(one)(**one.constructor_args) for one in (box, place))
     sent = EditorData(background=FileData(path=str(photo)), layers=[], composite=None)
     assert widgets.read_drawing(box.preprocess(sent)).below.size == (160, 128)
-    assert limits.picture(place.preprocess(ImageData(path=str(photo)))).size == (160, 128)
+    assert limits.image(place.preprocess(ImageData(path=str(photo)))).size == (160, 128)
     assert (box.get_block_name(), place.get_block_name()) == ("imageeditor", "image")
     assert not list(Path(widgets.__file__).parent.glob("*.pyi"))
 
@@ -277,9 +277,9 @@ def parts(colour, alpha=255, background="white"):
     stroke = Image.new("RGBA", (16, 16), (0, 0, 0, 0))
     stroke.paste((*colour, alpha), (4, 0, 12, 16))
     data = []
-    for picture in (Image.new("RGBA", (16, 16), background), stroke):
+    for image in (Image.new("RGBA", (16, 16), background), stroke):
         file = io.BytesIO()
-        picture.save(file, "PNG")
+        image.save(file, "PNG")
         data.append(file.getvalue())
     return EditorDataBlobs(background=data[0], layers=[data[1]], composite=None)
 
@@ -288,11 +288,11 @@ def parts(colour, alpha=255, background="white"):
 def test_a_drawing_arrives_as_it_is_seen(background):
     drawing = widgets.read_drawing(parts((0, 0, 0), background=background))
     assert drawing.below is None and not drawing.is_blank
-    assert drawing.picture.getpixel((1, 1)) == (255, 255, 255) and drawing.picture.getpixel((8, 8)) == (0, 0, 0)
+    assert drawing.image.getpixel((1, 1)) == (255, 255, 255) and drawing.image.getpixel((8, 8)) == (0, 0, 0)
     white = widgets.read_drawing(parts((255, 255, 255), background=background))
     assert white.is_blank == (background == "white")  # a program's white on nothing is a map
     if not white.is_blank:
-        found, inverted = drawn_map("canny", white.picture, white.strokes)
+        found, inverted = drawn_map("canny", white.image, white.strokes)
         assert not inverted and (found.getpixel((8, 8)), found.getpixel((1, 1))) == ((255,) * 3, (0,) * 3)
     on_photo = widgets.read_drawing(parts((255, 255, 255), background=(9, 8, 7, 255)))
     assert not on_photo.is_blank and on_photo.below.getpixel((8, 8)) == (9, 8, 7)
@@ -309,7 +309,7 @@ def test_a_drawing_arrives_as_it_is_seen(background):
 )
 def test_a_drawing_becomes_the_map_that_is_read(kind, colour, made, inverted):
     drawing = widgets.read_drawing(parts(colour))
-    found, told = drawn_map(kind, drawing.picture, drawing.strokes)
+    found, told = drawn_map(kind, drawing.image, drawing.strokes)
     ground = (255, 255, 255) if kind == "subject" else (0, 0, 0)
     assert (found.getpixel((8, 8)), found.getpixel((1, 1)), told) == (made, ground, inverted)
 
@@ -321,25 +321,25 @@ def test_a_whole_that_a_program_sends_alone_is_an_upload():
     lines.save(file, "PNG")
     sent = widgets.read_drawing(EditorDataBlobs(background=None, layers=[], composite=file.getvalue()))
     assert sent.below is not None and not sent.is_blank
-    assert sent.picture.tobytes() == lines.convert("RGB").tobytes()
+    assert sent.image.tobytes() == lines.convert("RGB").tobytes()
 
 
 def test_colours_that_mean_something_are_neither_black_nor_mixed():
     drawing = widgets.read_drawing(parts((0, 0, 0)))
     with pytest.raises(ValueError, match="choose one for the brush"):
-        drawn_map("segmentation", drawing.picture, drawing.strokes)
+        drawn_map("segmentation", drawing.image, drawing.strokes)
     drawing = widgets.read_drawing(parts((255, 0, 0), alpha=200))
-    assert drawn_map("segmentation", drawing.picture, drawing.strokes)[0].getpixel((8, 8)) == (255, 0, 0)
+    assert drawn_map("segmentation", drawing.image, drawing.strokes)[0].getpixel((8, 8)) == (255, 0, 0)
 
 
 def test_lines_on_a_light_ground_are_inverted_for_edges_alone():
     dark, light = Image.new("RGB", (8, 8), "black"), Image.new("RGB", (8, 8), "white")
-    for picture, line in ((dark, "white"), (light, "black")):
-        picture.paste(line, (2, 0, 3, 8))
+    for image, line in ((dark, "white"), (light, "black")):
+        image.paste(line, (2, 0, 3, 8))
     assert lines_on_black("canny", light)[0].tobytes() == dark.tobytes()
-    for kind, picture in (("canny", dark), ("depth", light)):
-        found, inverted = lines_on_black(kind, picture)
-        assert found is picture and not inverted
+    for kind, image in (("canny", dark), ("depth", light)):
+        found, inverted = lines_on_black(kind, image)
+        assert found is image and not inverted
 
 
 def test_what_is_refused_is_said_once_and_programs_get_an_error(demo, client):
@@ -429,9 +429,9 @@ def test_features_and_concepts_of_other_models(make, tmp_path, monkeypatch):
         dead = (int(feature) + 1) % 32
         with torch.no_grad():
             session.unlearner.saes[session.seen_at].encoder.bias[dead] = -1e4
-        pictures, said = client.predict(feature=dead, api_name="/feature_pictures")
-        assert pictures == [] and f"Feature {dead} was not active on any" in said
-        assert "active on" in client.predict(feature=feature, api_name="/feature_pictures")[1]
+        images, said = client.predict(feature=dead, api_name="/feature_images")
+        assert images == [] and f"Feature {dead} was not active on any" in said
+        assert "active on" in client.predict(feature=feature, api_name="/feature_images")[1]
         options = {"chosen": ["neon"], "mode": "scale", "multiplier": -1.0}
         plain, _, heat, said = client.predict(**made, **options, api_name="/unlearn")
         assert said.startswith("Done.") and open_image(heat).size == open_image(plain).size
@@ -446,14 +446,14 @@ def test_numbers_are_finite_and_bounded(value):
         limits.number(value, "steps", 1, 50)
 
 
-def test_a_header_is_looked_at_before_the_picture(tmp_path):
+def test_a_header_is_looked_at_before_the_image(tmp_path):
     file = tmp_path / "huge.png"
     file.write_bytes(png_of_size(60_000, 60_000))
     with pytest.raises(limits.Refused, match=r"cannot be read|million pixels"):
-        limits.picture(str(file))
+        limits.image(str(file))
     file.write_bytes(png_of_size(5_000, 5_000))
     with pytest.raises(limits.Refused, match="million pixels"):
-        limits.picture(str(file))
+        limits.image(str(file))
 
 
 def test_files_outside_cannot_be_read(demo):

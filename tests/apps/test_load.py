@@ -45,7 +45,7 @@ def memory(process):
 
 
 def ask_until(client, person, until, log, errors):
-    """One picture after the other; (asked, answered, person) of each."""
+    """One image after the other; (asked, answered, person) of each."""
     try:
         number = 0
         while time.monotonic() < until or number == 0:
@@ -75,7 +75,7 @@ def test_32_people_at_once(server, request):
         held.append((time.monotonic(), len(log), memory(process)))
         time.sleep(0.25)
     assert not errors, errors
-    # Nothing is lost: a picture for each request, and everybody was served.
+    # Nothing is lost: an image for each request, and everybody was served.
     assert len(list(results.glob("*.png"))) == examples + len(log)
     counts = [sum(who == i for _, _, who in log) for i in range(PEOPLE)]
     # Fair: while one waits, another is served at most once, beside a turn that was under way or is asked for late.
@@ -85,9 +85,9 @@ def test_32_people_at_once(server, request):
         for who in range(PEOPLE)
         if who != person
     )
-    # Memory: a third of the pictures warm everything up.
+    # Memory: a third of the images warm everything up.
     after = [size for _, done, size in held if done >= len(log) / 3]
-    print(f"{len(log)} pictures in {seconds:g} s, {min(counts)} to {max(counts)} each, at most {most} of one while "
+    print(f"{len(log)} images in {seconds:g} s, {min(counts)} to {max(counts)} each, at most {most} of one while "
           f"another waited; memory {after[0]:.0f} to {max(after):.0f} MiB")  # fmt: skip
     assert max(counts) - min(counts) <= 2, counts
     assert most <= 2

@@ -38,7 +38,7 @@ def test_every_endpoint_is_a_tool(session, tmp_path):
         ]
         assert {tool["name"] for tool in tools} == {name.removeprefix("/") for name in endpoints}
         create = next(tool for tool in tools if tool["name"] == "create")
-        assert "Make pictures from a sentence" in create["description"]
+        assert "Generate images from a prompt" in create["description"]
         assert create["inputSchema"]["properties"]["prompt"]["type"] == "string"
     finally:
         page.close(verbose=False)

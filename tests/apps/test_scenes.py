@@ -1,4 +1,4 @@
-"""The scenes' commands from runs to pictures, with small models: assemble, generate, bench."""
+"""The scenes' commands from runs to images, with small models: assemble, generate, bench."""
 
 import json
 
@@ -45,8 +45,8 @@ def test_the_assembled_pipeline_is_what_was_trained(model):
         assert tensor.dtype == torch.float32 and torch.equal(tensor, trained[name].half().float())
     assert {p.dtype for p in pipe.text_encoder.parameters()} == {torch.float32}
     assert sum(f.stat().st_size for f in (model / "pipeline").rglob("*.safetensors")) < 2**20
-    picture = pipe("a red cube", num_inference_steps=2).images[0]
-    assert picture.size == (128, 128)
+    image = pipe("a red cube", num_inference_steps=2).images[0]
+    assert image.size == (128, 128)
 
 
 def test_training_draws_sheets(model, tmp_path):
@@ -109,7 +109,7 @@ def test_generate_writes_files(model, tmp_path):
     )
     assert done.exit_code == 0, done.output
     assert sorted(f.name for f in (tmp_path / "two").iterdir()) == ["000.png", "001.png", "sheet.png"]
-    # The second picture of a run is the first of a run with the next seed.
+    # The second image of a run is the first of a run with the next seed.
     one, two = (np.asarray(Image.open(tmp_path / name), dtype=int) for name in ("one.png", "two/001.png"))
     assert np.abs(one - two).max() <= 1
 
@@ -124,7 +124,7 @@ def test_a_model_that_is_not_there_is_one_sentence(tmp_path):
 
 
 def test_bench_writes_every_raw_count(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(scene_bench, "seconds", lambda maker, model: {"one picture": [1.0]})
+    monkeypatch.setattr(scene_bench, "seconds", lambda maker, model: {"one image": [1.0]})
     assert SceneProbe.from_pretrained(model / "probe_folder").questions
     folders = ["--model", str(model / "pipeline"), "--probe", str(model / "probe_folder"), "--out", str(tmp_path)]
     done = CliRunner().invoke(app, ["bench", "scenes", *folders, "--count", "2", "--steps", "1"])
@@ -146,7 +146,7 @@ def test_bench_any_measures_every_task(model, tmp_path):
     assert done.exit_code == 0, done.output
     tasks = {score["task"] for score in json.loads((tmp_path / "any.json").read_text())["scores"]}
     assert tasks >= {f"{task} → image" for task in ("blur", "super_resolution", "grey", "mask", *DRAWN)}
-    assert tasks >= {"image → boxes", "editing", "subject", "view → other view", "two pictures → camera"}
+    assert tasks >= {"image → boxes", "editing", "subject", "view → other view", "two images → camera"}
 
 
 def test_bench_control_measures_the_adapters(model, tmp_path):

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from tiny_control import flux, lora_file, sd3, with_texts
-from tiny_pictures import write_folder
+from tiny_images import write_folder
 
 from imgdit.lora.files import AdapterInfo
 
@@ -52,7 +52,7 @@ def on_a_folder_of_diffusers(make, folder):
 
 
 def test_nobody_else_speaks(tmp_path):
-    block = re.search(r"## From the command line.*?```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
+    block = re.search(r"## Command line.*?```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
     words = [shlex.split(line, comments=True)[1:] for line in block.splitlines()]
     commands = [[*one, *([] if "--like" in one else OPTIONS.get(one[0], []))] for one in words if one[0] not in LONG]
     assert {one[0] for one in commands} == {"generate", "control", "any", "unlearn", "train", "doctor"}

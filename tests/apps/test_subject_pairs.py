@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 from tiny import tiny_pipeline
-from tiny_pictures import picture
+from tiny_images import image
 from transformers import ViTConfig, ViTImageProcessor, ViTModel
 
 from imgdit.data.sources import open_rows
@@ -24,7 +24,7 @@ IDEAS = [Idea(f"thing {n}", ("left", f"thing {n} on the right")) for n in range(
 
 
 def make(idea, seed):
-    return Pair(picture(seed, (16, 16)), picture(seed + 100, (16, 16)))
+    return Pair(image(seed, (16, 16)), image(seed + 100, (16, 16)))
 
 
 def alternate(idea, pair):
@@ -60,15 +60,13 @@ def test_a_run_that_was_stopped_goes_on(tmp_path):
 def test_the_probe_knows_the_subject():
     scene, other = (Scene.sample(n, objects=1) for n in (0, 1))
     thing = scene.objects[0]
-    pictures = [
-        to_image(from_scene("grey", s, None, size=128).target) for s in (scene, scene.with_camera(other.camera))
-    ]
+    images = [to_image(from_scene("grey", s, None, size=128).target) for s in (scene, scene.with_camera(other.camera))]
     score = ProbeScore()
     told = ("", "")
-    assert score(Idea(f"{thing.colour} {thing.kind}", told), Pair(*pictures)) > 0.5
+    assert score(Idea(f"{thing.colour} {thing.kind}", told), Pair(*images)) > 0.5
     wrong = "cube" if thing.kind != "cube" else "sphere"
-    assert score(Idea(f"{thing.colour} {wrong}", told), Pair(*pictures)) < 0.5
-    assert score(Idea(f"{thing.colour} {thing.kind}", told), Pair(pictures[0], pictures[0])) == 0
+    assert score(Idea(f"{thing.colour} {wrong}", told), Pair(*images)) < 0.5
+    assert score(Idea(f"{thing.colour} {thing.kind}", told), Pair(images[0], images[0])) == 0
 
 
 def test_the_embedded_model_makes_pairs():
@@ -80,7 +78,7 @@ def test_the_embedded_model_makes_pairs():
     assert first.target.tobytes() == again.target.tobytes() != first.reference.tobytes()
 
 
-def test_halves_of_one_picture(tmp_path):
+def test_halves_of_one_image(tmp_path):
     tiny_pipeline().save_pretrained(tmp_path / "model")
     torch.manual_seed(0)
     config = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
@@ -91,5 +89,5 @@ def test_halves_of_one_picture(tmp_path):
     assert pair.reference.size == pair.target.size == (16, 16)
     score = FeatureScore(str(tmp_path / "vit"))
     assert score(idea, Pair(pair.reference, pair.reference)) == 0
-    assert 0 <= score(idea, Pair(picture(0, (16, 16)), picture(1, (16, 16)))) <= 1
+    assert 0 <= score(idea, Pair(image(0, (16, 16)), image(1, (16, 16)))) <= 1
     assert json.dumps(idea._asdict())

@@ -1,4 +1,4 @@
-"""The unlearning benchmark from a pipeline's folder to its table, with tiny models; resuming; pictures of others."""
+"""The unlearning benchmark from a pipeline's folder to its table, with tiny models; resuming; images of others."""
 
 import json
 import shutil
@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 
 from imgdit.apps.cli import app
 from imgdit.benchmarks.unlearning import run as unlearn_bench
+from imgdit.benchmarks.unlearning.images import Studio
 from imgdit.benchmarks.unlearning.methods.catalogue import METHODS
-from imgdit.benchmarks.unlearning.pictures import Studio
 from imgdit.benchmarks.unlearning.plan import cells
 from imgdit.sae.config import SAEConfig
 from imgdit.sae.model import SparseAutoencoder
@@ -109,15 +109,15 @@ def test_a_run_goes_on_where_it_stopped(folders, tmp_path, monkeypatch):
     assert second["pictures"] == first["pictures"]
     _, third = bench(folders, tmp_path, *options)
     assert made == [lost.stem] and third["methods"]["negative"] == second["methods"]["negative"]
-    # A method that reads no autoencoder makes the same pictures beside one and without.
+    # A method that reads no autoencoder makes the same images beside one and without.
     bench(folders, tmp_path, "--methods", "negative", *options[2:])
     assert made == [lost.stem]
-    # Other settings make other pictures, and leave these.
+    # Other settings make other images, and leave these.
     bench(folders, tmp_path, *options, "--steps", "1")
     assert len(made) == 1 + len(files) and all(file.is_file() for file in files)
 
 
-def test_pictures_of_others(folders, tmp_path):
+def test_images_of_others(folders, tmp_path):
     _, result = bench(folders, tmp_path / "run", "--methods", "scale", "--together", "0", "--attack", "0")
     canvas = tmp_path / "canvas"
     for folder in (tmp_path / "run" / "pictures" / "scale").iterdir():
@@ -136,7 +136,7 @@ def test_pictures_of_others(folders, tmp_path):
     assert "mean of style targets" in done.output
     next((canvas / "neon").glob("*.png")).unlink()
     done = CliRunner().invoke(app, command)
-    assert done.exit_code == 2 and "lacks 1 of 8 pictures" in said(done)
+    assert done.exit_code == 2 and "lacks 1 of 8 images" in said(done)
 
 
 def test_classifiers_of_transformers(folders, tmp_path):
@@ -170,7 +170,7 @@ def test_mistakes(folders, tmp_path, options, message):
 
 def test_folders_that_are_no_canvas(tmp_path):
     (tmp_path / "neon").mkdir()
-    for name, message in (("", "holds no pictures"), ("neon.png", "is not called")):
+    for name, message in (("", "holds no images"), ("neon.png", "is not called")):
         if name:
             (tmp_path / "neon" / name).touch()
         options = ["--style-classifier", "x", "--object-classifier", "x"]

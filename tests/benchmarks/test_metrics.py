@@ -71,12 +71,12 @@ def test_edges_count_within_a_pixel():
 
 
 def test_psnr_and_ssim():
-    picture = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    assert psnr(picture * 0 + 0.5, picture * 0 + 0.6).tolist() == pytest.approx([20.0, 20.0], abs=1e-4)
-    assert ssim(picture, picture).tolist() == pytest.approx([1.0, 1.0])
-    worse = (picture + 0.2 * torch.randn(picture.shape, generator=torch.Generator().manual_seed(1))).clamp(0, 1)
-    assert (ssim(worse, picture) < 0.95).all()
-    # Constant pictures: only the luminance term is left.
+    image = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    assert psnr(image * 0 + 0.5, image * 0 + 0.6).tolist() == pytest.approx([20.0, 20.0], abs=1e-4)
+    assert ssim(image, image).tolist() == pytest.approx([1.0, 1.0])
+    worse = (image + 0.2 * torch.randn(image.shape, generator=torch.Generator().manual_seed(1))).clamp(0, 1)
+    assert (ssim(worse, image) < 0.95).all()
+    # Constant images: only the luminance term is left.
     a, b, c = 0.4, 0.6, 0.01**2
     flat = torch.ones(1, 3, 16, 16)
     assert ssim(flat * a, flat * b).item() == pytest.approx((2 * a * b + c) / (a * a + b * b + c), rel=1e-4)

@@ -29,10 +29,10 @@ class Cheat:
     def _render(self, prompts):
         return render([self.scenes[prompt] for prompt in prompts])
 
-    def pictures(self, prompts, seed):
+    def images(self, prompts, seed):
         return self._render(prompts).rgb
 
-    def condition(self, task, prompts, pictures, seed):
+    def condition(self, task, prompts, images, seed):
         seen = self._render(prompts)
         made = [from_scene(task, self.scenes[p], None, seen.one(i)).condition for i, p in enumerate(prompts)]
         return torch.stack(made)
@@ -40,23 +40,23 @@ class Cheat:
     def conditioned(self, task, prompts, conditions, seed):
         return self._render(prompts).rgb
 
-    def views(self, prompts, pictures, cameras, seed):
+    def views(self, prompts, images, cameras, seed):
         scenes = [self.scenes[p].with_camera(there) for p, (_, there) in zip(prompts, cameras)]
         return render(scenes).rgb
 
 
 class Blind(Cheat):
-    def pictures(self, prompts, seed):
+    def images(self, prompts, seed):
         return torch.full((len(prompts), 3, 128, 128), 0.5)
 
-    def condition(self, task, prompts, pictures, seed):
-        return self.pictures(prompts, seed)
+    def condition(self, task, prompts, images, seed):
+        return self.images(prompts, seed)
 
     def conditioned(self, task, prompts, conditions, seed):
-        return self.pictures(prompts, seed)
+        return self.images(prompts, seed)
 
-    def views(self, prompts, pictures, cameras, seed):
-        return pictures
+    def views(self, prompts, images, cameras, seed):
+        return images
 
 
 class Oracle(torch.nn.Module):
@@ -74,8 +74,8 @@ class Oracle(torch.nn.Module):
     def forward(self, pixels):
         answers = {name: torch.zeros(len(pixels), len(choices)) for name, choices in self.questions.items()}
         depth = torch.full((len(pixels), 1, 128, 128), 5.0)
-        for row, picture in enumerate(pixels):
-            total = (picture / 2 + 0.5).sum().item()
+        for row, image in enumerate(pixels):
+            total = (image / 2 + 0.5).sum().item()
             found = next((value for key, value in self.known.items() if abs(key - total) < 0.05), None)
             for name, choices in self.questions.items():
                 value = expected(found[0])[name] if found else "nothing"
@@ -105,12 +105,12 @@ def test_the_cheat_meets_every_bar_and_the_blind_none(worlds):
             *condition_scores(maker, probe, count, keep),
             *view_scores(maker, count, keep),
         ]
-        judged = [score for score in scores if score.met is not None and "share of that" not in score.metric]
+        judged = [score for score in scores if score.met is not None and "fraction of that" not in score.metric]
         assert len(judged) == 10
         assert {score.met for score in judged} == {met}, [s for s in judged if s.met != met]
     assert len(kept[True]) == 8
-    prompts, pictures, wrong = kept[False]["text, one object"]
-    assert len(prompts) == count and pictures.shape == (count, 3, 128, 128) and wrong == list(range(count))
+    prompts, images, wrong = kept[False]["text, one object"]
+    assert len(prompts) == count and images.shape == (count, 3, 128, 128) and wrong == list(range(count))
 
 
 def test_scores_hold_their_raw_numbers(worlds):

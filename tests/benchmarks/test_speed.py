@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from imgdit.apps.cli import app
 from imgdit.benchmarks.speed import command_line as speed_bench
 from imgdit.benchmarks.speed import growth
-from imgdit.benchmarks.speed import pipeline as picture_speed
+from imgdit.benchmarks.speed import pipeline as image_speed
 from imgdit.benchmarks.speed import timing as speed
 from imgdit.benchmarks.speed.large import TINY, large_costs
 from imgdit.benchmarks.speed.training import training_cost
@@ -57,13 +57,13 @@ def test_growth_measures_every_axis_and_draws_it(tmp_path):
     assert growth.plot(points, tmp_path / "growth.png").stat().st_size > 1000
 
 
-def test_the_picture_of_diffusers_pipeline_is_ours():
-    row = picture_speed.picture_comparison(tiny_pipeline(), steps=3, rounds=1)
+def test_the_image_of_diffusers_pipeline_is_ours():
+    row = image_speed.image_comparison(tiny_pipeline(), steps=3, rounds=1)
     assert row.difference < 1e-4
 
 
-def test_caches_are_compared_with_the_same_pictures():
-    rows = list(picture_speed.cache_table(tiny_pipeline(), count=1, steps=8, rounds=1))
+def test_caches_are_compared_with_the_same_images():
+    rows = list(image_speed.cache_table(tiny_pipeline(), count=1, steps=8, rounds=1))
     assert [row.cache.split(",")[0] for row in rows] == (
         ["FirstBlockCache"] * 3 + ["TaylorSeer"] * 2 + ["MagCache"] * 2 + ["PyramidAttentionBroadcast"] * 2
     )

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 from tiny import tiny_pipeline
-from tiny_unlearning import CALL, HOOKPOINT, TEXT, pictures, tiny_material
+from tiny_unlearning import CALL, HOOKPOINT, TEXT, images, tiny_material
 
 from imgdit.benchmarks.unlearning.methods.catalogue import METHODS
 from imgdit.benchmarks.unlearning.methods.closed_form import edited_in_closed_form
@@ -28,7 +28,7 @@ def material(pipe):
 
 @pytest.fixture(scope="module")
 def plain(pipe):
-    return pictures(pipe)
+    return images(pipe)
 
 
 def prepared(name, pipe, concepts, material):
@@ -44,8 +44,8 @@ def test_identity_change_removal(name, pipe, material, plain):
     for concepts in ((), ("sketch",), ("sketch", "cube")):
         unlearned = prepared(name, pipe, concepts, material)
         with unlearned.attach(pipe) as call:
-            outputs[concepts] = pictures(pipe, **call)
-        assert torch.equal(pictures(pipe), plain)
+            outputs[concepts] = images(pipe, **call)
+        assert torch.equal(images(pipe), plain)
         assert (unlearned.size > 0) == (bool(concepts) and name not in ("none", "negative", "safe"))
     assert torch.equal(outputs[()], plain)
     one, two = outputs["sketch",], outputs["sketch", "cube"]
@@ -66,15 +66,15 @@ def test_nothing_stays_when_sampling_raises(name, pipe, material, plain):
     with pytest.raises(RuntimeError, match="stopped"):
         with unlearned.attach(pipe):
             raise RuntimeError("stopped")
-    assert torch.equal(pictures(pipe), plain)
+    assert torch.equal(images(pipe), plain)
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_method_is_the_same_twice_and_for_any_batch(name, pipe, material):
     first, second = (prepared(name, pipe, ["cube"], material) for _ in range(2))
     with first.attach(pipe) as call:
-        one = pictures(pipe, **call)
-        again = pictures(pipe, **call)
+        one = images(pipe, **call)
+        again = images(pipe, **call)
     with second.attach(pipe) as call:
         alone = pipe(
             "a blue sphere sketch on the left",
@@ -91,7 +91,7 @@ def test_safe_guidance_of_nothing_near_is_the_identity(pipe, material, plain):
     """No difference lies under the threshold, so nothing is pushed."""
     unlearned = safe_latent_guidance(pipe, ["sketch"], material, threshold=-1e9, momentum_scale=0.0)
     with unlearned.attach(pipe):
-        torch.testing.assert_close(pictures(pipe), plain, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(images(pipe), plain, atol=1e-5, rtol=1e-5)
 
 
 def test_safe_guidance_with_more_words_than_the_prompt(pipe, material):
@@ -126,9 +126,9 @@ def test_random_features_are_others_in_equal_number(pipe, material):
     chosen, lot = (without_features(pipe, ["cube"], material, top_n=3, random_seed=seed) for seed in (None, 0))
     assert chosen.size == lot.size
     with chosen.attach(pipe):
-        one = pictures(pipe)
+        one = images(pipe)
     with lot.attach(pipe):
-        assert not torch.equal(pictures(pipe), one)
+        assert not torch.equal(images(pipe), one)
 
 
 def test_mistakes(pipe, material):
@@ -149,22 +149,22 @@ def test_settings_need_an_autoencoder_of_their_stream(pipe, material):
     assert METHODS["scale"].usable(["picture", "text"]) == METHODS["scale"].grid
     assert {settings["stream"] for settings in METHODS["scale"].usable(["text"])} == {"text"}
     assert METHODS["negative"].usable([]) == METHODS["negative"].grid
-    with pytest.raises(ValueError, match="'SAeUron as published' needs an autoencoder of the picture; there are some"):
+    with pytest.raises(ValueError, match="'SAeUron as published' needs an autoencoder of the image; there are some"):
         METHODS["saeuron"].usable(["text"])
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_an_attack_lowers_the_loss_through_the_method(name, pipe, material):
     """The gradient reaches the prefix whatever is attached, and the pipeline takes the result."""
-    latents = pictures(pipe)[:1]
+    latents = images(pipe)[:1]
     with prepared(name, pipe, ["sketch"], material).attach(pipe) as call:
         attacked = attack_prompt(pipe, "a red cube photo", latents, steps=2, samples=2)
         unchanged = attack_prompt(pipe, "a red cube photo", latents, steps=0, samples=2)
         assert not torch.equal(attacked["prompt_embeds"][:, :3], unchanged["prompt_embeds"][:, :3])
         assert torch.equal(attacked["prompt_embeds"][:, 3:], unchanged["prompt_embeds"][:, 3:])
         generator = torch.Generator().manual_seed(0)
-        picture = pipe(**attacked, **call, generator=generator, output_type="latent", **CALL).images
-    assert picture.isfinite().all()
+        image = pipe(**attacked, **call, generator=generator, output_type="latent", **CALL).images
+    assert image.isfinite().all()
     assert all(parameter.grad is None for parameter in pipe.transformer.parameters())
-    with pytest.raises(ValueError, match="one picture is attacked at a time"):
-        attack_prompt(pipe, "a red cube photo", pictures(pipe))
+    with pytest.raises(ValueError, match="one image is attacked at a time"):
+        attack_prompt(pipe, "a red cube photo", images(pipe))

@@ -1,4 +1,4 @@
-"""Counts to scores: by hand on a few pictures, the recorded rule, and intervals."""
+"""Counts to scores: by hand on a few images, the recorded rule, and intervals."""
 
 import numpy as np
 import pytest
@@ -9,17 +9,17 @@ from imgdit.benchmarks.unlearning.table import (
     accuracies,
     bootstrap_means,
     domain_means,
-    score_pictures,
+    score_images,
     score_together,
 )
-from imgdit.scenes.labels import LABELS, kind_of, label_sentences, label_words
+from imgdit.scenes.labels import LABELS, kind_of, label_prompts, label_words
 
 STYLES, OBJECTS = ("neon", "photo", "sketch"), ("cube", "cone")
 CELLS = cells(range(4), STYLES, OBJECTS)
 
 
 def seen(wrong=()):
-    """Everything right but the pictures of `wrong`, which map a cell's attribute to what is seen instead."""
+    """Everything right but the images of `wrong`, which map a cell's attribute to what is seen instead."""
     return [
         Seen(cell, *(next((w[2] for w in wrong if w[0](cell) and w[1] == d), cell.expected(d)) for d in LABELS))
         for cell in CELLS
@@ -27,7 +27,7 @@ def seen(wrong=()):
 
 
 def test_scores_by_hand():
-    pictures = seen(
+    images = seen(
         [
             (lambda c: c.style == "neon" and c.seed < 3, "style", "photo"),
             (lambda c: c.style == "photo" and c.seed == 0, "style", "neon"),
@@ -35,7 +35,7 @@ def test_scores_by_hand():
             (lambda c: c.style == "sketch" and c.object == "cone", "object", "cube"),
         ]
     )
-    scores = score_pictures("neon", "style", pictures)
+    scores = score_images("neon", "style", images)
     assert scores.scores.unlearned == pytest.approx(3 / 4)
     assert scores.scores.retained == pytest.approx((3 / 4 + 1) / 2)
     # Of the prompts without neon: cubes are all right, of 8 cones 4 are called cubes.
@@ -47,46 +47,46 @@ def test_scores_by_hand():
     assert domain_means([scores])["style"] == scores.scores and "object" not in domain_means([scores])
 
 
-def test_labels_count_alike_however_many_pictures_they_have():
-    pictures = seen([(lambda c: c.style == "photo", "style", "neon")])
-    few = [s for s in pictures if s.cell.style != "photo" or s.cell.seed]
+def test_labels_count_alike_however_many_images_they_have():
+    images = seen([(lambda c: c.style == "photo", "style", "neon")])
+    few = [s for s in images if s.cell.style != "photo" or s.cell.seed]
     assert accuracies(few, "style") == {"neon": 1.0, "photo": 0.0, "sketch": 1.0}
-    assert score_pictures("neon", "style", few).scores.retained == 0.5
+    assert score_images("neon", "style", few).scores.retained == 0.5
 
 
 def test_bootstrap_is_around_the_estimate_and_paired():
-    pictures = {
+    images = {
         "neon": seen([(lambda c: c.style == "neon" and c.seed < 3, "style", "photo")]),
         "cube": seen([(lambda c: c.object == "cube" and c.seed < 1, "object", "cone")]),
     }
-    domains = {target: kind_of(target) for target in pictures}
-    draws = bootstrap_means(pictures, domains, draws=500)
+    domains = {target: kind_of(target) for target in images}
+    draws = bootstrap_means(images, domains, draws=500)
     assert draws["style"].shape == (500, 3)
     assert draws["style"][:, 0].mean() == pytest.approx(3 / 4, abs=0.03)
     assert draws["object"][:, 0].mean() == pytest.approx(1 / 4, abs=0.03)
     assert (draws["style"][:, 1:] == 1).all()
     assert 0.1 < np.quantile(draws["object"][:, 0], 0.975) - np.quantile(draws["object"][:, 0], 0.025) < 0.9
-    again = bootstrap_means(pictures, domains, draws=500)
+    again = bootstrap_means(images, domains, draws=500)
     assert all((draws[domain] == again[domain]).all() for domain in draws)
     with pytest.raises(ValueError, match="not those of the other targets"):
-        bootstrap_means({**pictures, "cube": pictures["cube"][::-1]}, domains)
+        bootstrap_means({**images, "cube": images["cube"][::-1]}, domains)
 
 
 def test_several_at_once():
-    pictures = seen(
+    images = seen(
         [
             (lambda c: c.style == "neon", "style", "photo"),
             (lambda c: c.object == "cube" and c.seed < 2, "object", "cone"),
             (lambda c: c.style == "sketch", "style", "photo"),
         ]
     )
-    found = score_together({"neon": "style", "cube": "object"}, pictures)
+    found = score_together({"neon": "style", "cube": "object"}, images)
     assert found["unlearned"] == pytest.approx((1 + 1 / 2) / 2)
     # What is left are photo cones, right in both domains, and sketched cones, right as cones only.
     assert found["retained"] == pytest.approx((1 + 0 + 1) / 3)
     assert found["counts"]["cube"] == {"unlearned": 6, "of": 12}
-    with pytest.raises(ValueError, match="leaves no picture"):
-        score_together({"cube": "object", "cone": "object"}, pictures)
+    with pytest.raises(ValueError, match="leaves no image"):
+        score_together({"cube": "object", "cone": "object"}, images)
 
 
 def test_cells():
@@ -98,7 +98,7 @@ def test_cells():
 
 def test_sentences_differ_in_the_label_alone():
     for kind, labels in LABELS.items():
-        lines = label_sentences(5, 1, kind)
+        lines = label_prompts(5, 1, kind)
         assert list(lines) == list(labels)
         for label in labels:
             swapped = [line.replace(label, labels[0]) for line in lines[label]]
@@ -109,7 +109,7 @@ def test_sentences_differ_in_the_label_alone():
 
 
 def test_sentences_show_the_other_kind_in_turn():
-    lines = label_sentences(16, 1, "style")["neon"]
+    lines = label_prompts(16, 1, "style")["neon"]
     assert [sum(f" {thing} " in line for line in lines) for thing in OBJECTS] == [2] * len(OBJECTS)
 
 
@@ -120,10 +120,10 @@ def test_reading_a_folder(tmp_path):
     found = read_folder(tmp_path, wanted, lambda f: ["Cold_Warm"] * len(f), lambda f: ["cube"] * len(f), batch=1)
     assert [s.right("object") for s in found] == [True, False] and all(s.right("style") for s in found)
     (tmp_path / f"{wanted[1].name}.png").unlink()
-    with pytest.raises(ValueError, match="lacks 1 of 2 pictures, Cold_Warm_cone_seed188"):
+    with pytest.raises(ValueError, match="lacks 1 of 2 images, Cold_Warm_cone_seed188"):
         read_folder(tmp_path, wanted, lambda f: f, lambda f: f)
 
 
 def test_a_target_nobody_painted():
-    with pytest.raises(ValueError, match="no picture's style is 'sepia'; there are neon, photo, sketch"):
-        score_pictures("sepia", "style", seen())
+    with pytest.raises(ValueError, match="no image's style is 'sepia'; there are neon, photo, sketch"):
+        score_images("sepia", "style", seen())

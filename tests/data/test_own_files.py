@@ -8,7 +8,7 @@ import tarfile
 import unicodedata
 
 import pytest
-from tiny_pictures import picture
+from tiny_images import image
 from typer.testing import CliRunner
 
 from imgdit.apps.cli import app
@@ -25,7 +25,7 @@ def files(folder, names):
         path.parent.mkdir(parents=True, exist_ok=True)
         if text is None:
             stream = io.BytesIO()
-            picture(len(name), (16, 16)).save(stream, "PNG")
+            image(len(name), (16, 16)).save(stream, "PNG")
             path.write_bytes(stream.getvalue())
         else:
             path.write_bytes(text if isinstance(text, bytes) else text.encode())
@@ -129,7 +129,7 @@ def tar(path, members):
         for name, data in members:
             if data is None:
                 stream = io.BytesIO()
-                picture(len(name), (16, 16)).save(stream, "PNG")
+                image(len(name), (16, 16)).save(stream, "PNG")
                 data = stream.getvalue()
             member = tarfile.TarInfo(name)
             member.size = len(data)
@@ -282,7 +282,7 @@ def test_a_contact_sheet_is_no_data(tmp_path):
     assert captions(open_rows(folder))["sheet.png"] == ("a sheet of paper",)
 
 
-@pytest.mark.parametrize("name", ["pictures", "somebody/pictures", "./pictures", "pictures-{000..002}.tar", "a.tar"])
+@pytest.mark.parametrize("name", ["pictures", "somebody/pictures", "./pictures", "images-{000..002}.tar", "a.tar"])
 def test_what_is_not_there_is_never_looked_for_elsewhere(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=f"there is no data at '{re.escape(name)}'.*{re.escape(os.getcwd())}"):
@@ -292,8 +292,8 @@ def test_what_is_not_there_is_never_looked_for_elsewhere(tmp_path, monkeypatch, 
 def test_data_sets_of_the_hub_are_named_as_such(tmp_path, monkeypatch):
     pytest.importorskip("datasets")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match="look like owner/name, got 'pictures'"):
-        open_rows("hub:pictures")
+    with pytest.raises(ValueError, match="look like owner/name, got 'images'"):
+        open_rows("hub:images")
     with pytest.raises(ValueError, match="the Hub cannot be reached"):
         open_rows("hub:somebody/pictures")
     files(tmp_path, {"somebody/pictures/a.png": None})

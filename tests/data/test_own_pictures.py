@@ -4,13 +4,13 @@ from collections import Counter
 import numpy as np
 import pytest
 from PIL import Image
-from tiny_pictures import DEFECTS, ODDITIES, picture, write_folder
+from tiny_images import DEFECTS, ODDITIES, image, write_folder
 from typer.testing import CliRunner
 
 from imgdit.apps.cli import app
 from imgdit.data.buckets import bucket_sizes, nearest_bucket
 from imgdit.data.linter import check
-from imgdit.data.opening import open_picture
+from imgdit.data.opening import decode_image
 from imgdit.data.sources import open_rows
 from imgdit.images import fit
 
@@ -21,28 +21,28 @@ def encoded(image, form="png", **options):
     return buffer.getvalue()
 
 
-def test_pictures_of_every_kind():
-    plain = picture(0)
+def test_images_of_every_kind():
+    plain = image(0)
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was turned
-    turned = open_picture(encoded(plain, exif=exif))
-    assert turned.notes == ("rotated",) and turned.picture.size == plain.size[::-1]
-    assert np.array_equal(np.asarray(turned.picture), np.rot90(np.asarray(plain), -1))
+    turned = decode_image(encoded(plain, exif=exif))
+    assert turned.notes == ("rotated",) and turned.image.size == plain.size[::-1]
+    assert np.array_equal(np.asarray(turned.image), np.rot90(np.asarray(plain), -1))
     clear = plain.copy()
     clear.putalpha(0)
-    seen = open_picture(encoded(clear))
-    assert seen.notes == ("alpha",) and np.asarray(seen.picture).min() == 255  # white, not what hides behind
+    seen = decode_image(encoded(clear))
+    assert seen.notes == ("alpha",) and np.asarray(seen.image).min() == 255  # white, not what hides behind
     ramp = np.linspace(0, 65535, 256).astype(np.uint16)[None].repeat(4, 0)
-    deep = open_picture(encoded(Image.fromarray(ramp)))
-    assert deep.notes == ("16 bit",) and np.array_equal(np.asarray(deep.picture)[0, :, 0], np.arange(256))
-    printed = open_picture(encoded(plain.convert("CMYK"), "jpeg", quality=100))
+    deep = decode_image(encoded(Image.fromarray(ramp)))
+    assert deep.notes == ("16 bit",) and np.array_equal(np.asarray(deep.image)[0, :, 0], np.arange(256))
+    printed = decode_image(encoded(plain.convert("CMYK"), "jpeg", quality=100))
     assert printed.notes == ("cmyk",)
-    assert np.abs(np.asarray(printed.picture).astype(int) - np.asarray(plain)).mean() < 6
-    moving = open_picture(encoded(plain, "gif", save_all=True, append_images=[picture(1)]))
-    assert "animated" in moving.notes and moving.picture.mode == "RGB"
-    assert np.abs(np.asarray(moving.picture).astype(int) - np.asarray(plain)).mean() < 12
-    assert open_picture(encoded(plain.convert("P"))).picture.mode == "RGB"
-    assert open_picture(encoded(plain.convert("1"))).picture.mode == "RGB"
+    assert np.abs(np.asarray(printed.image).astype(int) - np.asarray(plain)).mean() < 6
+    moving = decode_image(encoded(plain, "gif", save_all=True, append_images=[image(1)]))
+    assert "animated" in moving.notes and moving.image.mode == "RGB"
+    assert np.abs(np.asarray(moving.image).astype(int) - np.asarray(plain)).mean() < 12
+    assert decode_image(encoded(plain.convert("P"))).image.mode == "RGB"
+    assert decode_image(encoded(plain.convert("1"))).image.mode == "RGB"
 
 
 @pytest.mark.parametrize(
@@ -50,14 +50,14 @@ def test_pictures_of_every_kind():
     [
         (b"", "damaged or no image"),
         (b"text", "damaged or no image"),
-        (encoded(picture(0))[:70], "damaged or no image"),
+        (encoded(image(0))[:70], "damaged or no image"),
         (encoded(Image.new("F", (4, 4), 7.5), "tiff"), "floating-point"),
         (encoded(Image.fromarray(np.full((4, 4), -5, np.int32)), "tiff"), "-5 to -5, not 16 bits"),
     ],
 )
-def test_pictures_that_cannot_be_read(data, message):
+def test_images_that_cannot_be_read(data, message):
     with pytest.raises(ValueError, match=message):
-        open_picture(data)
+        decode_image(data)
 
 
 @pytest.mark.parametrize("base", [64, 100, 512, 1000, 1024])
@@ -99,7 +99,7 @@ def test_commands(tmp_path):
     run = CliRunner().invoke
     said = run(app, ["data", "check", str(tmp_path / "data"), "--min-side", "8", "--out", str(tmp_path / "report")])
     assert said.exit_code == 1
-    assert "10 usable rows, 2 problems" in said.output and "broken: the picture: " in said.output
+    assert "10 usable rows, 2 problems" in said.output and "broken: the image: " in said.output
     assert Image.open(tmp_path / "report" / "sheet.png").width > 128
     assert "handled: 1 alpha" in (tmp_path / "report" / "check.txt").read_text()
     allowed = ["data", "check", str(tmp_path / "data"), "--min-side", "8", "--max-broken", "0.2"]

@@ -5,7 +5,7 @@ import tarfile
 
 import pytest
 import torch
-from tiny_pictures import picture, write_folder
+from tiny_images import image, write_folder
 
 from imgdit.data.convert import convert
 from imgdit.data.rows import Columns, Problem
@@ -15,7 +15,7 @@ from imgdit.data.sources import open_rows
 def lines(folder, *rows):
     folder.mkdir(exist_ok=True)
     for row in rows:
-        picture(0).save(folder / row["file_name"])
+        image(0).save(folder / row["file_name"])
     (folder / "metadata.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     return folder
 
@@ -26,7 +26,7 @@ def whole(tmp_path):
     folder = tmp_path / "whole"
     folder.mkdir()
     for i, name in enumerate(("a.png", "b.jpg", "depth.png", "other.png")):
-        picture(i).save(folder / name)
+        image(i).save(folder / name)
     cameras = torch.eye(4).expand(2, 4, 4).tolist()
     rows = (
         {"file_name": "a.png", "text": ["a red cube", "a cube"], "depth_file_name": "depth.png"},
@@ -39,7 +39,7 @@ def whole(tmp_path):
 def content(rows):
     return [
         (
-            row.picture.read(),
+            row.image.read(),
             row.captions,
             {name: blob.read() for name, blob in row.conditions.items()},
             [frame.read() for frame in row.frames],
@@ -101,12 +101,12 @@ def test_the_datasets_library_reads_folders_and_is_read(tmp_path):
 @pytest.mark.parametrize(
     ("row", "kind", "message"),
     [
-        ({"text": 3}, "caption", "must be a sentence or a list of them, got 3"),
+        ({"text": 3}, "caption", "must be a caption or a list of them, got 3"),
         ({"text": ["a", None]}, "caption", r"got \['a', None\]"),
         ({"text": " "}, "caption", "text is empty"),
         ({"depth_file_name": "no.png"}, "missing", r"metadata.jsonl:1 names 'no.png', which is not in"),
         ({"cameras": [[1]]}, "cameras", r"must be a 4x4 matrix.*got shape \(1, 1\)"),
-        ({"focal_length": -1}, "cameras", "must be positive, in picture widths, got -1"),
+        ({"focal_length": -1}, "cameras", "must be positive, in image widths, got -1"),
     ],
 )
 def test_rows_that_cannot_be_used(tmp_path, row, kind, message):
@@ -143,7 +143,7 @@ def test_shards_that_end_early(tmp_path, lost, whole):
     write_folder(tmp_path / "folder", 3)
     shard = tmp_path / "shards" / "000000.tar"
     convert(open_rows(tmp_path / "folder"), tmp_path / "shards", shards=True)
-    last = open_rows(tmp_path / "shards").rows[-1].picture
+    last = open_rows(tmp_path / "shards").rows[-1].image
     end = {"member": last.offset + 10, "end mark": last.offset + 512, "header": last.offset - 300}[lost]
     shard.write_bytes(shard.read_bytes()[:end])
     rows = open_rows(tmp_path / "shards")

@@ -18,7 +18,7 @@ def test_two_ranks_equal_one_process():
     for what in (
         "context parallel forward",
         "context parallel gradients",
-        "one picture",
+        "one image",
         "tensor parallel forward, sincos",
     ):
         assert what in done.stdout

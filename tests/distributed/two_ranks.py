@@ -50,8 +50,8 @@ def context_parallel():
         print("context parallel gradients: equal", flush=True)
 
 
-def one_picture():
-    """A picture of FLUX's pipeline on our model, the sequence of each step split over both ranks. (Ring attention
+def one_image():
+    """An image of FLUX's pipeline on our model, the sequence of each step split over both ranks. (Ring attention
     needs a kernel that returns its logits' sums, which CPUs have not.)"""
     pipe = flux()
     plain = pipe.transformer
@@ -60,7 +60,7 @@ def one_picture():
     expected = make(pipe, **arguments)
     pipe.transformer = MMDiT.from_diffusers(plain)
     pipe.transformer.enable_parallelism(config=ContextParallelConfig(ulysses_degree=2))
-    close(make(pipe, **arguments), expected, "one picture")
+    close(make(pipe, **arguments), expected, "one image")
 
 
 def tensor_parallel():
@@ -96,7 +96,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     context_parallel()
-    one_picture()
+    one_image()
     tensor_parallel()
     fully_sharded()
     dist.destroy_process_group()

@@ -8,7 +8,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock
 from tiny import randomize, tiny_vae
-from tiny_control import lora_file, picture
+from tiny_control import image, lora_file
 from torch.nn import Linear, ModuleList
 from torch.utils.checkpoint import checkpoint
 
@@ -82,7 +82,7 @@ def test_a_registered_class_has_conditions_hooks_and_mup(tmp_path):
     plain, control = make(pipe), OmniControl(pipe)
     control.load(file)
     for mode in ("joint", "independent"):
-        with control.use(Condition(picture(), "edges"), mode=mode):
+        with control.use(Condition(image(), "edges"), mode=mode):
             one = make(pipe)
             torch.testing.assert_close(make(pipe), one)  # independent: keys and values from the cache
         assert one.shape == plain.shape and (one - plain).abs().max() > 1e-3 and torch.equal(make(pipe), plain)
@@ -115,7 +115,7 @@ def test_gradients_under_checkpointing_are_those_without(tmp_path):
         control = OmniControl(pipe)
         control.load(file)
         weights = [p.requires_grad_() for name, p in pipe.transformer.named_parameters() if "lora_" in name]
-        with control.use(Condition(picture(), "edges")):
+        with control.use(Condition(image(), "edges")):
             found.append(torch.autograd.grad(make(pipe).square().sum(), weights))
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
     assert sum(bool(gradient.any()) for gradient in found[0]) > len(found[0]) / 2  # the last block reads few
@@ -126,6 +126,6 @@ def test_threads_take_turns(tmp_path):
     control = OmniControl(pipe)
     control.load(file)
     run = torch.no_grad()(make)
-    with control.use(Condition(picture(), "edges")), ThreadPoolExecutor(4) as pool:
+    with control.use(Condition(image(), "edges")), ThreadPoolExecutor(4) as pool:
         expected = run(pipe)
         assert all(torch.equal(one, expected) for one in pool.map(run, [pipe] * 8))

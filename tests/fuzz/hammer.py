@@ -71,7 +71,7 @@ def read(loader, valid, tried, guard, change) -> None:
 
 
 def main() -> int:
-    folder, names, share = Path(sys.argv[1]), sys.argv[2].split(","), float(sys.argv[3])
+    folder, names, fraction = Path(sys.argv[1]), sys.argv[2].split(","), float(sys.argv[3])
     names = list(LOADERS) if names == ["all"] else names
     seed = int(sys.argv[4]) if len(sys.argv) > 4 else 0
     logging.disable(logging.CRITICAL)
@@ -86,7 +86,7 @@ def main() -> int:
     for name in names:
         faulthandler.dump_traceback_later(3600, exit=True)
         started = time.process_time()
-        told = hammer(name, folder, guard, max(1, round(LOADERS[name].inputs * share)), seed)
+        told = hammer(name, folder, guard, max(1, round(LOADERS[name].inputs * fraction)), seed)
         wrong = told.pop("wrong")
         told |= {"loader": name, "seconds": round(time.process_time() - started, 1)}
         told |= {"peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024}

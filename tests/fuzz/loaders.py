@@ -287,11 +287,11 @@ def one_list(rng: random.Random, folder: Path) -> None:
     path.write_bytes(mutations.of_lines(rng, path.read_text()))
 
 
-# Pictures and data of pictures
+# Images and data of images
 
 
-def picture_files() -> dict[str, bytes]:
-    """Every kind of encoded picture that is read."""
+def image_files() -> dict[str, bytes]:
+    """Every kind of encoded image that is read."""
     noise = Image.effect_noise((24, 20), 60)
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -311,10 +311,10 @@ def picture_files() -> dict[str, bytes]:
         "lab.tif": (noise.convert("RGB").convert("LAB"), {}),
     }  # fmt: skip
     files = {}
-    for name, (picture, options) in made.items():
+    for name, (image, options) in made.items():
         stream = io.BytesIO()
         form = {"jpg": "JPEG", "tif": "TIFF"}.get(name.rpartition(".")[2], name.rpartition(".")[2].upper())
-        picture.save(stream, form, **options)
+        image.save(stream, form, **options)
         files[name] = stream.getvalue()
     stream = io.BytesIO()
     frames = [Image.effect_noise((12, 12), 90 + i) for i in range(3)]
@@ -322,11 +322,11 @@ def picture_files() -> dict[str, bytes]:
     return {**files, "moving.gif": stream.getvalue()}
 
 
-def make_pictures(folder: Path) -> None:
+def make_images(folder: Path) -> None:
     from imgdit.apps.jobs.png import Origin, write_png
     from imgdit.apps.jobs.request import Control, Request, RequestFrame
 
-    for name, data in picture_files().items():
+    for name, data in image_files().items():
         (folder / name).write_bytes(data)
     small = Image.new("RGB", (8, 8), "blue")
     asked = Request("a cube", controls=(Control("depth", small),), concepts=("neon",), features=((3, 0.5),))
@@ -341,16 +341,16 @@ def make_pictures(folder: Path) -> None:
         )
 
 
-def load_pictures(folder: Path) -> None:
+def load_images(folder: Path) -> None:
     """As training data, and as what the command line and the page are given; all of them, the first error last. What
     is read has the whole range of 8 bits or of [0, 1], whatever it was."""
     from imgdit.apps.jobs.png import read_origin
-    from imgdit.data.opening import open_picture
+    from imgdit.data.opening import decode_image
     from imgdit.images import open_image, to_pixels
     from imgdit.images.masks import mask_values
 
     def as_training_data(path: Path) -> None:
-        assert open_picture(path.read_bytes()).picture.mode == "RGB"
+        assert decode_image(path.read_bytes()).image.mode == "RGB"
 
     def as_condition(path: Path) -> None:
         pixels = to_pixels(open_image(path))
@@ -370,8 +370,8 @@ def load_pictures(folder: Path) -> None:
         raise errors[0]
 
 
-def one_picture(rng: random.Random, folder: Path) -> None:
-    """One picture left and changed; in those that tell their origin mostly what they tell."""
+def one_image(rng: random.Random, folder: Path) -> None:
+    """One image left and changed; in those that tell their origin mostly what they tell."""
     files = sorted(folder.iterdir())
     path = rng.choice(files)
     for other in files:
@@ -380,13 +380,13 @@ def one_picture(rng: random.Random, folder: Path) -> None:
     if path.name in ("asked.png", "frames.png") and rng.random() < 0.8:
         from PIL import PngImagePlugin
 
-        picture = Image.open(path)
-        picture.load()
+        image = Image.open(path)
+        image.load()
         info = PngImagePlugin.PngInfo()
         info.add_text(
-            "imgdit", mutations.of_json(rng, picture.info["imgdit"]).decode(errors="replace").replace("\0", "\\u0000")
+            "imgdit", mutations.of_json(rng, image.info["imgdit"]).decode(errors="replace").replace("\0", "\\u0000")
         )
-        picture.save(path, pnginfo=info)
+        image.save(path, pnginfo=info)
         return
     change = mutations.of_image if rng.random() < 0.5 else mutations.of_bytes
     path.write_bytes(change(rng, path.read_bytes()))
@@ -394,7 +394,7 @@ def one_picture(rng: random.Random, folder: Path) -> None:
 
 def make_folder(folder: Path) -> None:
     (folder / "depth").mkdir()
-    files = picture_files()
+    files = image_files()
     for name in ("plain.png", "photo.jpg"):
         (folder / name).write_bytes(files[name])
     for name in ("depth/plain.png", "more.png"):
@@ -423,7 +423,7 @@ def one_metadata(rng: random.Random, folder: Path) -> None:
 
 
 def make_captions(folder: Path) -> None:
-    files = picture_files()
+    files = image_files()
     (folder / "3_more").mkdir()
     for name, data in {
         "a.png": files["plain.png"], "a.txt": b"a cube", "b.jpg": files["photo.jpg"], "b.caption": b"a cone\r\n",
@@ -479,7 +479,7 @@ def one_stray(rng: random.Random, folder: Path) -> None:
 
 
 def make_shard(folder: Path) -> None:
-    files = picture_files()
+    files = image_files()
     with tarfile.open(folder / "pictures.tar", "w") as tar:
         for name, data in {
             "a.png": files["plain.png"], "a.txt": b"a cube", "a.depth.png": files["plain.png"],
@@ -553,7 +553,7 @@ LOADERS = {
     "resume": Loader(150, make_run, resume_run, one_of_checkpoint),
     "recipe": Loader(800, make_recipe, load_recipes, one_file),
     "lines": Loader(600, make_lines, load_lines, one_list),
-    "pictures": Loader(1200, make_pictures, load_pictures, one_picture),
+    "pictures": Loader(1200, make_images, load_images, one_image),
     "metadata": Loader(500, make_folder, load_folder, one_metadata),
     "captions": Loader(500, make_captions, load_folder, one_stray),
     "tar": Loader(500, make_shard, load_shard, one_tar),

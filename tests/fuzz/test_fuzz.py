@@ -14,9 +14,9 @@ LEAST = 5000
 """Inputs of a whole run."""
 
 
-def hammer(folder, names, share, seed=0):
+def hammer(folder, names, fraction, seed=0):
     done = subprocess.run(
-        [sys.executable, HERE / "hammer.py", folder, ",".join(names), str(share), str(seed)],
+        [sys.executable, HERE / "hammer.py", folder, ",".join(names), str(fraction), str(seed)],
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE.parents[1]), str(HERE.parent)])},
         capture_output=True,
         text=True,

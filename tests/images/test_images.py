@@ -13,7 +13,7 @@ from hypothesis.extra import numpy as arrays
 from PIL import Image, ImageCms
 
 from imgdit.data.convert import ending
-from imgdit.data.opening import open_picture
+from imgdit.data.opening import decode_image
 from imgdit.images import fit, fit_pixels, open_image, to_image, to_pixels, to_rgb
 
 GREY, RED = (102, 102, 102), (255, 0, 0)
@@ -200,7 +200,7 @@ def test_images_are_turned_as_the_camera_was_held(form, tmp_path):
     image, exif = photo()
     path = tmp_path / "photo"
     image.save(path, form, exif=exif, **({"quality": 100} if form == "JPEG" else {}))
-    for made in (to_rgb(open_image(path)), to_rgb(Image.open(path)), open_picture(path.read_bytes()).picture):
+    for made in (to_rgb(open_image(path)), to_rgb(Image.open(path)), decode_image(path.read_bytes()).image):
         assert made.size == (4, 8)
         assert np.asarray(made)[0, 0, 0] > 200 and np.asarray(made)[-1, 0, 2] > 200
 

@@ -10,7 +10,7 @@ from imgdit.io.lock import WRITER, only_writer
 
 
 def elsewhere(folder, then=lambda: os._exit(0)):
-    """0 if another process may write the folder, 3 if it is refused with the sentence."""
+    """0 if another process may write the folder, 3 if it is refused with the caption."""
     child = os.fork()
     if child == 0:
         try:

@@ -12,7 +12,7 @@ from training.toy import recipe, toy_train
 from imgdit.apps.jobs.plan import Plan
 from imgdit.apps.jobs.request import Request
 from imgdit.data import open_rows
-from imgdit.data.opening import open_picture
+from imgdit.data.opening import decode_image
 from imgdit.data.shards import write_shards
 from imgdit.io.safe_json import climbs, inside, parse_json
 from imgdit.lora.files import LORA_ADAPTER_METADATA_KEY, read_adapter
@@ -39,7 +39,7 @@ def test_json_of_any_kind(text):
 
 
 def secret(tmp_path):
-    """A picture beside the folder that is read."""
+    """An image beside the folder that is read."""
     Image.new("RGB", (16, 16), "red").save(tmp_path / "secret.png")
     (tmp_path / "data").mkdir()
     return tmp_path / "data"
@@ -146,7 +146,7 @@ def test_a_lora_of_tensors_that_do_not_fit(tmp_path, down, up):
         read_adapter(tmp_path / "a.safetensors")
 
 
-def test_whatever_a_damaged_picture_does_to_pillow_is_told():
+def test_whatever_a_damaged_image_does_to_pillow_is_told():
     gif = b"GIF89a" + b"\x01\0\x01\0\x80\0\0" + bytes(6) + b"\x2c" + bytes(4)
     with pytest.raises(ValueError, match="damaged or no image"):
-        open_picture(gif)
+        decode_image(gif)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import yaml
-from tiny_pictures import picture
+from tiny_images import image
 
 from imgdit.apps.commands.data import _lines
 from imgdit.apps.jobs.plan import Plan
@@ -86,7 +86,7 @@ def test_every_reader_of_text(tmp_path, encoding):
     """Lists of prompts of all kinds, recipes, metadata and JSON."""
     (tmp_path / "prompts.txt").write_bytes(f"{STRANGE}\r\n\r\na cone\r\n".encode(encoding))
     assert _lines(tmp_path / "prompts.txt", "prompt") == [STRANGE, "a cone"]
-    assert SAEData(prompts_file=str(tmp_path / "prompts.txt"), held_out=1).sentences(0) == [STRANGE, "a cone"]
+    assert SAEData(prompts_file=str(tmp_path / "prompts.txt"), held_out=1).captions(0) == [STRANGE, "a cone"]
     assert [job.request.prompt for job in planned(tmp_path / "prompts.txt")] == [STRANGE, "a cone"]
     asked = json.dumps({"prompt": STRANGE, "name": "one"}, ensure_ascii=False)
     for name, text in (("asked.jsonl", f"{asked}\r\n{asked}"), ("array.json", f"[\n{asked},\n{asked}]")):
@@ -99,7 +99,7 @@ def test_every_reader_of_text(tmp_path, encoding):
     assert load_recipe(tmp_path / "recipe.yaml").run.folder == "grün"
     assert parse_json(asked.encode(encoding), "x")["prompt"] == STRANGE
     (tmp_path / "data").mkdir()
-    picture(0).save(tmp_path / "data" / "0.png")
+    image(0).save(tmp_path / "data" / "0.png")
     line = json.dumps({"file_name": "0.png", "text": STRANGE}, ensure_ascii=False)
     (tmp_path / "data" / "metadata.jsonl").write_bytes(f"{line}\r\n".encode(encoding))
     rows = open_rows(tmp_path / "data")

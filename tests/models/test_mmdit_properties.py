@@ -251,7 +251,7 @@ def test_an_adapter_acts_on_its_frame_alone(name):
     expected = run(plain, **kwargs)
     # Loaded, and no frame has it: the base model.
     torch.testing.assert_close(run(model, **{**kwargs, "layout": layout(None)}), expected, **TOLERANCE)
-    # On a frame: the picture changes, by each adapter in its own way.
+    # On a frame: the image changes, by each adapter in its own way.
     canny, depth = (run(model, **{**kwargs, "layout": layout(a)}) for a in ("canny", "depth"))
     assert (canny - expected).abs().max() > 1e-3 and (canny - depth).abs().max() > 1e-3
     # On a frame that the target does not see: the base model without that frame.

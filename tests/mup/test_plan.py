@@ -64,7 +64,7 @@ def test_a_proxy_for_a_target():
     assert target.parameters == pytest.approx(5e9, rel=0.05) and proxy.width <= target.width / 2
     assert found.target_recipe.model.arguments["mup_base_width"] == proxy.width
     expected = 7 * proxy.parameters * 30_000 / (target.parameters * 200_000)
-    assert found.share == pytest.approx(expected)
+    assert found.fraction == pytest.approx(expected)
 
 
 def test_the_command():

@@ -68,7 +68,7 @@ def position(condition):
 
 
 def pixels(case, condition):
-    """A picture of the condition's size: its tokens are replaced by the recorded ones."""
+    """An image of the condition's size: its tokens are replaced by the recorded ones."""
     rows, columns = condition["grid"]
     return torch.zeros(3, rows * 16, columns * 16)
 

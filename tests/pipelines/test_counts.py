@@ -1,4 +1,4 @@
-"""Lists of generators, texts and latents that do not fit the batch: one sentence in every pipeline of ours."""
+"""Lists of generators, texts and latents that do not fit the batch: one prompt in every pipeline of ours."""
 
 import numpy as np
 import pytest

@@ -34,7 +34,7 @@ def nextdit() -> OneDiffusionPipeline:
     return build("nextdit")
 
 
-def picture(seed=0, size=(32, 32)) -> Image.Image:
+def image(seed=0, size=(32, 32)) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8))
 
 
@@ -51,13 +51,13 @@ def near(a, b, atol=1e-4):
 def test_each_frame_comes_out_as_what_it_is(pipe):
     out = run(pipe)
     assert out.images.shape == (1, 32, 32, 3) and out.latents.shape == (1, 1, 16, 4, 4) and out.depth is None
-    out = run(pipe, task="depth", images=picture(), inverse=True)
+    out = run(pipe, task="depth", images=image(), inverse=True)
     assert len(out.images) == 0 and out.depth.shape == (1, 32, 32) and 0 <= out.depth.min() <= out.depth.max() <= 1
     assert out.maps["depth"].shape == (1, 32, 32, 3) and list(out.maps) == ["depth"]
     legend = {"cat": "cyan", "sofa": "gold"}
-    out = run(pipe, task="segmentation", images=picture(), inverse=True, legend=legend)
+    out = run(pipe, task="segmentation", images=image(), inverse=True, legend=legend)
     assert out.labels.shape == (1, 32, 32) and set(np.unique(out.labels)) <= {0, 1, 2} and out.legend == legend
-    out = run(pipe, task="views", images=[picture(), picture(1)], cameras=[CAMERAS[0], None])
+    out = run(pipe, task="views", images=[image(), image(1)], cameras=[CAMERAS[0], None])
     assert out.cameras.shape == (1, 2, 4, 4) and len(out.images) == 0 and out.maps is None
     assert near(out.cameras[0, 0], torch.eye(4))
 
@@ -71,9 +71,9 @@ def test_all_frames_may_be_made(pipe):
 
 
 def test_three_ways_to_say_the_same(pipe):
-    by_task = run(pipe, task="depth", images=picture())
-    by_frames = run(pipe, frames=[ImageFrame.make(), ImageFrame.given(picture(), "depth")])
-    raw = run(pipe, "[[depth2image]] a cat", denoise_mask=[1, 0], images=[picture()])
+    by_task = run(pipe, task="depth", images=image())
+    by_frames = run(pipe, frames=[ImageFrame.make(), ImageFrame.given(image(), "depth")])
+    raw = run(pipe, "[[depth2image]] a cat", denoise_mask=[1, 0], images=[image()])
     assert np.array_equal(by_task.images, by_frames.images) and np.array_equal(by_task.images, raw.images)
 
 
@@ -84,43 +84,41 @@ def test_given_frames_stay_as_they_are(pipe):
         steps.append(tensors["latents"].clone())
         return {}
 
-    out = run(pipe, task="canny", images=picture(), callback_on_step_end=keep)
+    out = run(pipe, task="canny", images=image(), callback_on_step_end=keep)
     assert all(torch.equal(x[:, 1], out.latents[:, 1]) for x in steps)
     assert not torch.equal(steps[0][:, 0], steps[1][:, 0])
 
 
 def test_given_frames_matter(pipe):
-    assert not near(
-        run(pipe, task="depth", images=picture()).images, run(pipe, task="depth", images=picture(1)).images
-    )
+    assert not near(run(pipe, task="depth", images=image()).images, run(pipe, task="depth", images=image(1)).images)
 
 
-def test_latents_stand_for_pictures(pipe):
-    whole = run(pipe, task="depth", images=picture())
+def test_latents_stand_for_images(pipe):
+    whole = run(pipe, task="depth", images=image())
     noise = torch.randn(1, 2, 16, 4, 4)
     given = whole.latents[0, 1]
     again = run(pipe, frames=[ImageFrame.make(), ImageFrame.given(given, "depth")], latents=noise)
-    from_noise = run(pipe, task="depth", images=picture(), latents=noise)
+    from_noise = run(pipe, task="depth", images=image(), latents=noise)
     assert near(again.images, from_noise.images)
 
 
 def test_scenes_do_not_depend_on_their_batch(pipe):
-    """One generator per scene: each is what it would be alone, given pictures of its own and all."""
-    pictures = [picture(0), picture(1)]
-    frames = [ImageFrame.make(), ImageFrame.given(pictures, "depth")]
+    """One generator per scene: each is what it would be alone, given images of its own and all."""
+    images = [image(0), image(1)]
+    frames = [ImageFrame.make(), ImageFrame.given(images, "depth")]
     seeds = [torch.Generator().manual_seed(i) for i in range(4)]
     both = run(pipe, ["a cat", "a dog on the table"], frames=frames, num_images_per_prompt=2, generator=seeds)
     assert both.images.shape[0] == 4
     for i in range(4):
-        alone = run(pipe, ["a cat", "a dog on the table"][i // 2], i, task="depth", images=pictures[i // 2])
+        alone = run(pipe, ["a cat", "a dog on the table"][i // 2], i, task="depth", images=images[i // 2])
         assert near(both.images[i : i + 1], alone.images)
 
 
 @pytest.mark.parametrize("stochastic", [False, True])
-def test_a_seed_tells_the_picture(pipe, stochastic):
+def test_a_seed_tells_the_image(pipe, stochastic):
     pipe = OneDiffusionPipeline(**pipe.components)
     pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, stochastic_sampling=stochastic)
-    first, again, other = (run(pipe, task="depth", images=picture(), seed=seed).images for seed in (0, 0, 1))
+    first, again, other = (run(pipe, task="depth", images=image(), seed=seed).images for seed in (0, 0, 1))
     assert np.array_equal(first, again) and not np.array_equal(first, other)
 
 
@@ -135,7 +133,7 @@ def test_output_types(nextdit, output_type, kind, shape):
 
 
 def test_tuples_have_images_and_latents_first(nextdit):
-    out = run(nextdit, task="depth", images=picture(), return_dict=False)
+    out = run(nextdit, task="depth", images=image(), return_dict=False)
     assert isinstance(out, tuple) and out[0].shape == (1, 32, 32, 3) and out[1].shape == (1, 2, 16, 4, 4)
 
 
@@ -145,7 +143,7 @@ def test_save_and_load(pipe, tmp_path):
         again = cls.from_pretrained(tmp_path)
         again.set_progress_bar_config(disable=True)
         assert type(again.transformer) is type(pipe.transformer)
-        options = {"task": "depth", "images": picture()}
+        options = {"task": "depth", "images": image()}
         assert near(run(again, **options).images, run(pipe, **options).images)
 
 
@@ -182,7 +180,7 @@ def test_given_levels_are_selectable(pipe):
     )
     try:
         for level in (None, "last", "clean"):
-            run(pipe, task="depth", images=picture(), given_level=level, num_inference_steps=1)
+            run(pipe, task="depth", images=image(), given_level=level, num_inference_steps=1)
         last = float(pipe.scheduler.timesteps[-1]) / 1000
     finally:
         hook.remove()
@@ -190,12 +188,12 @@ def test_given_levels_are_selectable(pipe):
 
 
 def test_frozen_frames_are_computed_once(pipe, monkeypatch):
-    """A given frame that sees only itself is read from a cache; without the cache the pictures are the same."""
+    """A given frame that sees only itself is read from a cache; without the cache the images are the same."""
     lengths = []
     hook = pipe.transformer.register_forward_hook(
         lambda module, args, kwargs, output: lengths.append(kwargs["hidden_states"].shape[1]), with_kwargs=True
     )
-    frames = [ImageFrame.make(), ImageFrame.given(picture(), "depth", sees="self")]
+    frames = [ImageFrame.make(), ImageFrame.given(image(), "depth", sees="self")]
     try:
         cached = run(pipe, frames=frames, num_inference_steps=3)
         monkeypatch.setattr(FrameLayout, "frozen", frozenset())
@@ -204,7 +202,7 @@ def test_frozen_frames_are_computed_once(pipe, monkeypatch):
         hook.remove()
     assert lengths == [8, 4, 4, 8, 8, 8]
     assert near(cached.images, plain.images)
-    assert not near(cached.images, run(pipe, task="depth", images=picture(), num_inference_steps=3).images)
+    assert not near(cached.images, run(pipe, task="depth", images=image(), num_inference_steps=3).images)
 
 
 def test_frozen_frames_are_computed_anew_where_the_positions_change(pipe, monkeypatch):
@@ -215,7 +213,7 @@ def test_frozen_frames_are_computed_anew_where_the_positions_change(pipe, monkey
     hook = pipe.transformer.register_forward_hook(
         lambda module, args, kwargs, output: lengths.append(kwargs["hidden_states"].shape[1]), with_kwargs=True
     )
-    frames = [ImageFrame.make(), ImageFrame.given(picture(), "depth", sees="self")]
+    frames = [ImageFrame.make(), ImageFrame.given(image(), "depth", sees="self")]
     call = {"frames": frames, "num_inference_steps": 4, "scale_factor": 1.5}
     try:
         cached = run(pipe, **call, scale_watershed=700.0)
@@ -247,43 +245,43 @@ def test_mmdit_composes_a_task_with_a_conditions_adapter():
     from peft import LoraConfig
 
     pipe = build("mmdit")
-    task = [ImageFrame.given(picture()), ImageFrame.make("depth")]
+    task = [ImageFrame.given(image()), ImageFrame.make("depth")]
     plain = run(pipe, frames=task)
     pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"]), "subject")
     for name, parameter in pipe.transformer.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.5)
-    condition = ImageFrame.given(picture(2), adapter="subject", sees="joint", index=0, offset=(0, 2))
+    condition = ImageFrame.given(image(2), adapter="subject", sees="joint", index=0, offset=(0, 2))
     steered = run(pipe, frames=[*task, condition])
     assert steered.depth.shape == (1, 32, 32) and not near(steered.depth, plain.depth)
-    other = dataclasses.replace(condition, content=picture(3))
+    other = dataclasses.replace(condition, content=image(3))
     assert not near(run(pipe, frames=[*task, other]).depth, steered.depth)
     assert near(run(pipe, frames=[*task, condition]).depth, steered.depth)
 
 
 def test_cameras_come_back_through_the_pipeline(pipe):
     moved = torch.linalg.inv(CAMERAS[:1]) @ CAMERAS
-    out = run(pipe, task="views", images=[picture()], cameras=CAMERAS)
+    out = run(pipe, task="views", images=[image()], cameras=CAMERAS)
     assert near(out.cameras[0], moved, 1e-3) and out.images.shape == (1, 32, 32, 3)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"task": "dept", "images": picture()}, "'dept'; did you mean 'depth'"),
-        ({"task": "depth", "images": [picture(), picture()]}, "takes 1 given picture.* got 2"),
-        ({"task": "identity", "images": [picture()] * 4}, "takes 1 to 3 given"),
-        ({"images": picture()}, "add task="),
-        ({"frames": [ImageFrame.make(), ImageFrame.given(picture())]}, "could be of several tasks"),
-        ({"frames": [ImageFrame.given(picture())]}, "nothing to make"),
+        ({"task": "dept", "images": image()}, "'dept'; did you mean 'depth'"),
+        ({"task": "depth", "images": [image(), image()]}, "takes 1 given image.* got 2"),
+        ({"task": "identity", "images": [image()] * 4}, "takes 1 to 3 given"),
+        ({"images": image()}, "add task="),
+        ({"frames": [ImageFrame.make(), ImageFrame.given(image())]}, "could be of several tasks"),
+        ({"frames": [ImageFrame.given(image())]}, "nothing to make"),
         ({"frames": []}, "frames is empty"),
-        ({"frames": [ImageFrame.make()], "images": picture()}, "leave out images"),
+        ({"frames": [ImageFrame.make()], "images": image()}, "leave out images"),
         ({"task": "views", "cameras": list(CAMERAS), "width": 48}, "views are square, got 32x48"),
         ({"height": 40}, "multiples of 16 pixels, got 40x32; try 32x32"),
-        ({"task": "depth", "images": picture(), "item": "cat"}, "item names"),
-        ({"denoise_mask": [1, 0], "images": [picture()] * 2, "task": "depth"}, "1 places for pictures, got 2"),
-        ({"denoise_mask": [1, 0, 0], "images": [picture()], "task": "depth"}, "2 places for pictures, got 1"),
-        ({"denoise_mask": [1, 0], "images": [picture()], "captions": ["a"]}, "go with task="),
+        ({"task": "depth", "images": image(), "item": "cat"}, "item names"),
+        ({"denoise_mask": [1, 0], "images": [image()] * 2, "task": "depth"}, "1 places for images, got 2"),
+        ({"denoise_mask": [1, 0, 0], "images": [image()], "task": "depth"}, "2 places for images, got 1"),
+        ({"denoise_mask": [1, 0], "images": [image()], "captions": ["a"]}, "go with task="),
         ({"latents": torch.zeros(1, 2, 16, 4, 4)}, r"latents must be \(1, 1, 16, 4, 4\)"),
         ({"num_images_per_prompt": 0}, "at least 1"),
         ({"generator": [torch.Generator()] * 2}, "2 generators for 1 scenes"),
@@ -293,15 +291,15 @@ def test_cameras_come_back_through_the_pipeline(pipe):
         ({"negative_prompt": ["a", "b"]}, "2 negative prompts for 1 prompts"),
         ({"callback_on_step_end_tensor_inputs": ["noise"]}, "callbacks may ask for"),
         (
-            {"frames": [ImageFrame.make(), ImageFrame.given([picture()] * 3, "depth")]},
-            r"3 pictures for 1 prompt\(s\)",
+            {"frames": [ImageFrame.make(), ImageFrame.given([image()] * 3, "depth")]},
+            r"3 images for 1 prompt\(s\)",
         ),
         (
             {
                 "prompt": "[[image_editing]] x",
                 "frames": [
-                    ImageFrame.given(picture(size=(32, 48))),
-                    ImageFrame.given(picture(), "depth"),
+                    ImageFrame.given(image(size=(32, 48))),
+                    ImageFrame.given(image(), "depth"),
                     ImageFrame.make("canny"),
                 ],
             },
@@ -339,7 +337,7 @@ def test_scaled_positions_are_nextdits_alone(nextdit):
 
 def test_what_would_be_ignored_is_refused(nextdit):
     with pytest.raises(ValueError, match="prompt_embeds hold it already"):
-        run(nextdit, None, prompt_embeds=torch.zeros(1, 3, 32), task="subject", images=picture(), item="cat")
+        run(nextdit, None, prompt_embeds=torch.zeros(1, 3, 32), task="subject", images=image(), item="cat")
     dynamic = nextdit.scheduler
     try:
         nextdit.scheduler = type(dynamic).from_config(dynamic.config, use_dynamic_shifting=False)
@@ -356,8 +354,8 @@ def test_what_would_be_ignored_is_refused(nextdit):
         ((1, 8, 8), [(8, 8), (8, 8), (8, 8), (6, 4)]),
     ],
 )
-def test_sizes_follow_the_first_picture(trained, expected):
-    """In cells of 8 pixels; a model of smaller pictures has its own size for everything but latents."""
+def test_sizes_follow_the_first_image(trained, expected):
+    """In cells of 8 pixels; a model of smaller images has its own size for everything but latents."""
     pipe = build("nextdit")
     pipe.transformer.register_to_config(input_size=trained)
     sizes = []
@@ -371,7 +369,7 @@ def test_sizes_follow_the_first_picture(trained, expected):
 
     pipe.prepare_latents = stop
     for options in (
-        {"task": "depth", "images": picture(size=(720, 1280))},
+        {"task": "depth", "images": image(size=(720, 1280))},
         {"task": "views", "cameras": list(CAMERAS)},
         {},
         {"frames": [ImageFrame.make(), ImageFrame.given(torch.zeros(16, 6, 4), "depth")]},

@@ -77,8 +77,8 @@ def call(pipe, it, **changes):
     given = tensors(it, "inputs")
     if "denoise_mask" in options:
         arguments["denoise_mask"] = options["denoise_mask"]
-        pictures = [given[f"image{i}"].numpy() for i in range(9) if f"image{i}" in given]
-        arguments["images"] = pictures or None
+        images = [given[f"image{i}"].numpy() for i in range(9) if f"image{i}" in given]
+        arguments["images"] = images or None
     if options.get("is_multiview"):
         cameras = orbit_cameras(
             options["multiview_azimuths"], options["multiview_elevations"], options["multiview_distances"]
@@ -167,4 +167,4 @@ def test_pose_is_read_from_the_made_rays(pipe):
     output, *_ = call(pipe, it, generator=torch.Generator().manual_seed(it["options"]["seed"]))
     assert output.cameras.shape == (1, 2, 4, 4)
     assert torch.allclose(output.cameras[0, 0], torch.eye(4), atol=1e-4)
-    assert len(output.images) == 0 and output.maps is None  # rays are no pictures
+    assert len(output.images) == 0 and output.maps is None  # rays are no images

@@ -1,7 +1,7 @@
-"""A seed is a picture: how it is batched, stored, cached, cut up for decoding or attended to does not matter.
+"""A seed is an image: how it is batched, stored, cached, cut up for decoding or attended to does not matter.
 
 Bitwise where the arithmetic is the same; where the same sums are taken in another order, `SAME` on latents and pixels
-of size one (float32 has 6e-8, and a picture is a thousand products deep).
+of size one (float32 has 6e-8, and an image is a thousand products deep).
 """
 
 import functools
@@ -14,7 +14,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny import WORDS, rope_config, sincos_config, tiny_pipeline
-from tiny_control import SD3_TARGETS, lora_file, picture
+from tiny_control import SD3_TARGETS, image, lora_file
 from training.toy import Tokens, collate
 
 from imgdit import Condition, ImgDiTPipeline
@@ -27,7 +27,7 @@ EXAMPLES = pytest.mark.parametrize("examples", [4, pytest.param(60, marks=pytest
 
 @dataclass(frozen=True)
 class Case:
-    """Pictures that are asked for at once."""
+    """Images that are asked for at once."""
 
     model: str
     prompts: tuple[str, ...]
@@ -37,7 +37,7 @@ class Case:
     size: tuple[int, int]
     """Height and width in pixels."""
     conditions: tuple[str, ...]
-    """Adapters: "joint" ones see the picture, "own" ones only themselves."""
+    """Adapters: "joint" ones see the image, "own" ones only themselves."""
     stochastic: bool = False
     """Whether every step draws new noise."""
 
@@ -87,11 +87,11 @@ def seeds(case: Case) -> list[torch.Generator]:
 
 
 def latents(case: Case, pipe: ImgDiTPipeline | None = None, **options) -> torch.Tensor:
-    """All of a case's pictures as latents, (B, C, h, w)."""
+    """All of a case's images as latents, (B, C, h, w)."""
     pipe, (height, width) = pipe or kept(case.model), case.size
     pipe.scheduler.register_to_config(stochastic_sampling=case.stochastic)
     call = {
-        "conditions": [Condition(picture(i), name) for i, name in enumerate(case.conditions)],
+        "conditions": [Condition(image(i), name) for i, name in enumerate(case.conditions)],
         "condition_generator": torch.Generator().manual_seed(case.seed),
         "generator": seeds(case),
         "output_type": "latent",
@@ -169,7 +169,7 @@ def test_attention_backend(examples):
 
 @EXAMPLES
 def test_chunked_decoding(examples):
-    """Slices one by one, and tiles no smaller than the picture; smaller ones are blended, which is another picture."""
+    """Slices one by one, and tiles no smaller than the image; smaller ones are blended, which is another image."""
 
     def check(case):
         pipe = kept(case.model)

@@ -46,8 +46,8 @@ def test_pack_is_fluxs_and_unpack_returns():
 
 
 def test_outputs(pipe):
-    pictures = run(pipe, ["a red cube", "a blue cone"], output_type="pil", num_images_per_prompt=2)
-    assert len(pictures) == 4 and all(isinstance(p, PIL.Image.Image) and p.size == (16, 16) for p in pictures)
+    images = run(pipe, ["a red cube", "a blue cone"], output_type="pil", num_images_per_prompt=2)
+    assert len(images) == 4 and all(isinstance(p, PIL.Image.Image) and p.size == (16, 16) for p in images)
     array = run(pipe, output_type="np", height=8, width=24)
     assert isinstance(array, np.ndarray) and array.shape == (1, 8, 24, 3) and 0 <= array.min() <= array.max() <= 1
     assert run(pipe, output_type="pt").shape == (1, 3, 16, 16)
@@ -55,7 +55,7 @@ def test_outputs(pipe):
     assert isinstance(pipe("a cube", num_inference_steps=1, return_dict=False), tuple)
 
 
-def test_a_seed_gives_the_same_picture(pipe):
+def test_a_seed_gives_the_same_image(pipe):
     assert torch.equal(run(pipe), run(pipe))
     assert (run(pipe) - run(pipe, seed=1)).abs().max() > 0.1
     assert (run(pipe) - run(pipe, "a blue sphere")).abs().max() > 1e-4
@@ -378,7 +378,7 @@ def test_bad_input(kwargs, message):
         run(pipe, **{"prompt": "a cube", **kwargs})
 
 
-def test_a_picture_larger_than_the_position_table():
+def test_an_image_larger_than_the_position_table():
     pipe = tiny_pipeline(sincos_config())
     with pytest.raises(ValueError, match="52x16 pixels are 13x4 tokens, the model's positions end at 12"):
         run(pipe, height=52)

@@ -19,5 +19,5 @@ def test_a_concept_with_few_features_is_not_filled_up():
     assert select_concept(found, "neon", top_n=2, floor=0.1).features.tolist() == [0]
     assert select_concept(found, "neon", percentile=0, floor=0.1).features.tolist() == [0]
     assert select_concept(found, "neon", top_n=2, floor=0.1).origin["floor"] == 0.1
-    with pytest.raises(ValueError, match=r"floor is a share of the best score and must be in \[0, 1\], got 10"):
+    with pytest.raises(ValueError, match=r"floor is a fraction of the best score and must be in \[0, 1\], got 10"):
         select_concept(found, "neon", top_n=2, floor=10)

@@ -35,7 +35,7 @@ def sae():
 
 
 def codes(pipe, sae, prompt, seed):
-    """Dense codes (steps, n, L) of one picture."""
+    """Dense codes (steps, n, L) of one image."""
     found = []
 
     def read(tokens):
@@ -48,16 +48,16 @@ def codes(pipe, sae, prompt, seed):
 
 
 def test_features_of_the_text(pipe, tmp_path):
-    """They have no place in the picture: the sheets show the pictures alone."""
+    """They have no place in the image: the sheets show the images alone."""
     config = SAEConfig(32, 64, k=4, hookpoint="transformer.context_embedder")
     sae = SparseAutoencoder(config, generator=torch.Generator().manual_seed(0)).requires_grad_(False)
     survey = survey_features(pipe, sae, PROMPTS, batch_size=2, **CALL)
     feature = int(survey.strongest.amax(0).argmax())
     shown = heat_maps(pipe, sae, PROMPTS, [feature], batch_size=2, output_type="pil", **CALL)
-    assert shown.maps is None and len(shown.pictures) == 3
+    assert shown.maps is None and len(shown.images) == 3
     write_report(tmp_path, survey, shown, PROMPTS)
-    best = survey.top_pictures(feature)
-    height = 128 * shown.pictures[0].height // shown.pictures[0].width
+    best = survey.top_images(feature)
+    height = 128 * shown.images[0].height // shown.images[0].width
     sheet = Image.open(tmp_path / f"feature-{feature:05d}.png")
     assert sheet.size == (len(best) * 132 - 4, height)
     assert json.loads((tmp_path / "features.json").read_text())["features"][0]["top"][0]["token"] == best[0][2]
@@ -70,8 +70,8 @@ def test_survey_and_heat_maps_are_the_codes(pipe, sae):
     torch.testing.assert_close(survey.strongest, dense.amax((1, 2)), atol=1e-2, rtol=1e-2)
     assert (survey.density - (dense > 0).float().mean((0, 1, 2))).abs().max() < 0.02
     feature = int(survey.density.argmax())
-    picture, value, place = survey.top_pictures(feature, 1)[0]
-    assert value == pytest.approx(float(dense[picture, :, place, feature].max()), rel=1e-2)
+    image, value, place = survey.top_images(feature, 1)[0]
+    assert value == pytest.approx(float(dense[image, :, place, feature].max()), rel=1e-2)
     counts, edges, dead = survey.histogram()
     assert counts.sum() + dead == 64 and len(edges) == len(counts) + 1
 

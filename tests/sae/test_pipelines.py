@@ -352,7 +352,7 @@ def test_step_cache(first):
 @pytest.mark.parametrize("block", ["transformer_blocks.1", "single_transformer_blocks.0"])
 @pytest.mark.parametrize("first", ["conditions", "unlearner"])
 def test_beside_conditions(block, first):
-    """Condition tokens ride behind the picture's; they are neither read nor changed."""
+    """Condition tokens ride behind the image's; they are neither read nor changed."""
     case = next(case for case in OMNI.values() if case.get("active_adapters"))
     pipe, hookpoint = omni_pipeline(case), f"transformer.{block}"
     adapter = case["active_adapters"][0]
@@ -529,12 +529,12 @@ def test_a_concept_has_its_own_strength(tmp_path):
 
 
 def test_the_text_comes_first():
-    """Where a concept is known to an SAE of the text, the picture's are left alone, unless they are asked for."""
+    """Where a concept is known to an SAE of the text, the image's are left alone, unless they are asked for."""
     pipe, inputs = ours()
-    text, picture = "transformer.context_embedder", "transformer.transformer_blocks.1"
+    text, image = "transformer.context_embedder", "transformer.transformer_blocks.1"
     one, other = all_features("one"), all_features("other")
     both = unlearner_of(pipe, text, [one])
-    beside = unlearner_of(pipe, picture, [one, other])
+    beside = unlearner_of(pipe, image, [one, other])
     both.saes |= beside.saes
     both.books |= beside.books
 
@@ -544,10 +544,10 @@ def test_the_text_comes_first():
 
     only_text = result(unlearner_of(pipe, text, [one]), ["one"])
     assert torch.equal(result(both, ["one"]), only_text)
-    assert torch.equal(result(both, ["one"], hookpoints=[picture]), result(beside, ["one"]))
+    assert torch.equal(result(both, ["one"], hookpoints=[image]), result(beside, ["one"]))
     # The text does not know the other one.
-    everywhere_ = result(both, ["one"], hookpoints=[text, picture])
-    assert torch.equal(result(both, ["one", "other"], hookpoints=[picture]), result(beside, ["one", "other"]))
+    everywhere_ = result(both, ["one"], hookpoints=[text, image])
+    assert torch.equal(result(both, ["one", "other"], hookpoints=[image]), result(beside, ["one", "other"]))
     assert not torch.equal(everywhere_, only_text)
     assert not torch.equal(result(both, ["one", "other"]), only_text)
 
@@ -629,7 +629,7 @@ def test_learn_save_load(tmp_path):
     assert sum(f.stat().st_size for f in tmp_path.rglob("concepts.*")) < 20_000
     for one in (again, unlearner):
         with one.attach(pipe, ["cube"], multiplier=-5.0):
-            picture = pipe("a red cube", **options, output_type="latent", generator=torch.Generator().manual_seed(0))
+            image = pipe("a red cube", **options, output_type="latent", generator=torch.Generator().manual_seed(0))
         if one is again:
-            first = picture.images
-    assert torch.equal(first, picture.images)
+            first = image.images
+    assert torch.equal(first, image.images)

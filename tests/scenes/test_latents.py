@@ -5,7 +5,7 @@ import pytest
 import torch
 from diffusers import AutoencoderDC
 
-from imgdit.images.latents import decode_latents, encode_pictures
+from imgdit.images.latents import decode_latents, encode_images
 from imgdit.io import atomic as files
 from imgdit.io.fingerprints import weights_hash
 from imgdit.scenes import latents
@@ -115,11 +115,11 @@ def test_a_full_disk_costs_one_shard(vae, tmp_path, small_shards, monkeypatch):
 def test_scaling_is_undone(vae):
     pixels = torch.rand(2, 3, 32, 32) * 2 - 1
     with torch.no_grad():
-        plain = encode_pictures(vae, pixels)
+        plain = encode_images(vae, pixels)
         made = decode_latents(vae, plain)
         vae.register_to_config(scaling_factor=0.5)
         try:
-            assert torch.allclose(encode_pictures(vae, pixels), plain * 0.5)
+            assert torch.allclose(encode_images(vae, pixels), plain * 0.5)
             assert torch.allclose(decode_latents(vae, plain * 0.5), made, atol=1e-5)
         finally:
             vae.register_to_config(scaling_factor=1.0)

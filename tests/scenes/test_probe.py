@@ -1,9 +1,9 @@
 import torch
 
 from imgdit.benchmarks.scenes.text_to_image import expected
+from imgdit.scenes.answers import NOTHING
 from imgdit.scenes.probe import SceneProbe
 from imgdit.scenes.readings import QUESTIONS, SceneReadings
-from imgdit.scenes.sentences import NOTHING
 from imgdit.scenes.world import Scene
 from imgdit.training import load_recipe, train
 from imgdit.training.build import build_model

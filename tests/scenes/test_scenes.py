@@ -230,11 +230,11 @@ def test_edges_surround_the_objects():
     assert cube > sphere * 0.8 and edges(geometry(one_of_each()[:1], SIZE))[0].sum() == sphere
 
 
-def test_objects_fill_the_picture_and_do_not_hide_each_other():
+def test_objects_fill_the_image_and_do_not_hide_each_other():
     ones = [Scene.sample(seed, objects=1) for seed in range(60)]
     seen = geometry(ones, SIZE).indices > 0
-    share = seen.flatten(1).float().mean(1)
-    assert share.min() > 0.18 and share.max() < 0.58 and 0.28 < share.mean() < 0.42
+    fraction = seen.flatten(1).float().mean(1)
+    assert fraction.min() > 0.18 and fraction.max() < 0.58 and 0.28 < fraction.mean() < 0.42
     border = torch.cat([seen[:, 0], seen[:, -1], seen[:, :, 0], seen[:, :, -1]], dim=1)
     assert not border.any()
     twos = [Scene.sample(seed, objects=2) for seed in range(40)]
@@ -247,7 +247,7 @@ def test_objects_fill_the_picture_and_do_not_hide_each_other():
         assert (left / whole).min() > 0.85
 
 
-def test_left_and_right_are_true_in_the_picture():
+def test_left_and_right_are_true_in_the_image():
     scenes = [Scene.sample(seed, objects=2) for seed in range(40)]
     found = boxes(geometry(scenes, 32).indices)
     middle = (found[:, :, 0] + found[:, :, 2]) / 2
@@ -314,7 +314,7 @@ def test_shadows_fall_away_from_the_light():
     assert half.sum() > 10
 
 
-# Pictures
+# Images
 
 
 def test_style_colour_and_background_leave_the_geometry():
@@ -328,13 +328,13 @@ def test_style_colour_and_background_leave_the_geometry():
             assert a == b if isinstance(a, int) else torch.equal(a, b)
 
 
-def test_every_look_is_another_picture():
+def test_every_look_is_another_image():
     scene = Scene.sample(11, objects=1)
     buffers = geometry([scene], 32, oversample=2)
     looks = [scene.with_look(style, background) for style in STYLES for background in BACKGROUNDS]
-    pictures = torch.cat([shade(buffers, [look]) for look in looks])
-    assert pictures.shape == (36, 3, 32, 32) and pictures.min() >= 0 and pictures.max() <= 1
-    apart = torch.cdist(pictures.flatten(1), pictures.flatten(1)) / math.sqrt(3 * 32 * 32)
+    images = torch.cat([shade(buffers, [look]) for look in looks])
+    assert images.shape == (36, 3, 32, 32) and images.min() >= 0 and images.max() <= 1
+    apart = torch.cdist(images.flatten(1), images.flatten(1)) / math.sqrt(3 * 32 * 32)
     assert apart[~torch.eye(36, dtype=torch.bool)].min() > 0.01
     # Between the styles far more so, on any background.
     across = apart.view(6, 6, 6, 6).diagonal(dim1=1, dim2=3)
@@ -369,5 +369,5 @@ def test_preview_writes_a_sheet(tmp_path):
     path = preview(tmp_path / "new", 3, size=32, columns=2, task="depth")
     assert path == tmp_path / "new" / "scenes.png" and path.stat().st_size > 1000
     assert preview(tmp_path / "sheet.jpg", 1, size=16).name == "sheet.jpg"
-    with pytest.raises(ValueError, match="at least one picture"):
+    with pytest.raises(ValueError, match="at least one image"):
         preview(tmp_path, 0)

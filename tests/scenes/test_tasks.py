@@ -10,18 +10,18 @@ from imgdit.benchmarks.metrics import mean_iou
 from imgdit.images import to_image, to_pixels
 from imgdit.images.preprocess import HOLE
 from imgdit.scenes.geometry import FAR, project
-from imgdit.scenes.pictures import ScenePictures
+from imgdit.scenes.images import SceneImages
 from imgdit.scenes.render import render
 from imgdit.scenes.tasks import (
     NEAR,
     PALETTE,
     TASKS,
-    depth_to_picture,
+    depth_to_image,
     from_photo,
     from_scene,
-    picture_to_depth,
-    picture_to_segmentation,
-    segmentation_to_picture,
+    image_to_depth,
+    image_to_segmentation,
+    segmentation_to_image,
 )
 from imgdit.scenes.world import OBJECTS, Scene, is_heldout
 
@@ -59,28 +59,28 @@ def test_every_task_makes_a_pair(name, rendering):
             from_scene(name, SCENE, Random(1), rendering, inverse=True)
 
 
-def test_depth_pictures_go_back(rendering):
-    picture = from_scene("depth", SCENE, Random(0), rendering).condition
-    torch.testing.assert_close(picture_to_depth(picture), rendering.depth[0], atol=1e-5, rtol=0)
-    assert (picture_to_depth(to_pixels(to_image(picture))[0]) - rendering.depth[0]).abs().max() < (FAR - NEAR) / 255
+def test_depth_images_go_back(rendering):
+    image = from_scene("depth", SCENE, Random(0), rendering).condition
+    torch.testing.assert_close(image_to_depth(image), rendering.depth[0], atol=1e-5, rtol=0)
+    assert (image_to_depth(to_pixels(to_image(image))[0]) - rendering.depth[0]).abs().max() < (FAR - NEAR) / 255
     depth = torch.tensor([0.5, NEAR, 4.0, FAR, 99.0]).view(1, 1, 1, 5)
-    back = picture_to_depth(depth_to_picture(depth))
+    back = image_to_depth(depth_to_image(depth))
     torch.testing.assert_close(back, torch.tensor([NEAR, NEAR, 4.0, FAR, FAR]).view(1, 1, 1, 5))
-    assert depth_to_picture(depth)[0, 0, 0, 1] == 1 and depth_to_picture(depth)[0, 0, 0, 3] == 0
+    assert depth_to_image(depth)[0, 0, 0, 1] == 1 and depth_to_image(depth)[0, 0, 0, 3] == 0
 
 
 def test_segmentation_goes_back(rendering):
     example = from_scene("segmentation", SCENE, Random(0), rendering)
-    back = picture_to_segmentation(example.condition)
+    back = image_to_segmentation(example.condition)
     assert mean_iou(back[None], example.details["classes"][None]) > 0.99
     assert back.shape == (SIZE, SIZE) and torch.equal(
-        picture_to_segmentation(torch.stack([example.condition, 1 - example.condition]))[0], back
+        image_to_segmentation(torch.stack([example.condition, 1 - example.condition]))[0], back
     )
     for number, thing in enumerate(SCENE.objects, start=1):
         classes = example.details["classes"][rendering.indices[0] == number]
         assert (classes == OBJECTS.index(thing.kind) + 1).all()
     noise = 0.4 * torch.rand(3, SIZE, SIZE, generator=torch.Generator().manual_seed(0)) - 0.2
-    assert torch.equal(picture_to_segmentation(example.condition + noise), back)
+    assert torch.equal(image_to_segmentation(example.condition + noise), back)
     apart = torch.cdist(torch.tensor(PALETTE), torch.tensor(PALETTE)) + 9 * torch.eye(len(PALETTE))
     assert len(PALETTE) == len(OBJECTS) + 1 and apart.min() > 0.8
 
@@ -90,15 +90,15 @@ def test_a_blurred_border_is_no_third_object(blur):
     """Half-way from the ground's black to white lies the palette's grey."""
     classes = torch.zeros(1, 32, 32, dtype=torch.long)
     classes[:, 8:24, 8:24] = PALETTE.index((1.0, 1.0, 1.0))
-    picture = avg_pool2d(segmentation_to_picture(classes), blur, 1, blur // 2, count_include_pad=False)
-    back = picture_to_segmentation(picture)
+    image = avg_pool2d(segmentation_to_image(classes), blur, 1, blur // 2, count_include_pad=False)
+    back = image_to_segmentation(image)
     assert back.unique().tolist() == [0, PALETTE.index((1.0, 1.0, 1.0))]
     assert mean_iou(back, classes) > 0.9
 
 
 def test_a_segmentation_of_nothing_but_specks_is_read_by_its_colours():
     classes = (torch.arange(8)[:, None] + torch.arange(8)) % 2
-    assert torch.equal(picture_to_segmentation(segmentation_to_picture(classes)), classes)
+    assert torch.equal(image_to_segmentation(segmentation_to_image(classes)), classes)
 
 
 def test_boxes_are_drawn_where_the_objects_are(rendering):
@@ -171,7 +171,7 @@ def test_unknown_tasks_and_wrong_input_are_named(rendering, photo, tmp_path):
         from_photo("super_resolution", photo, factor=1)
     with pytest.raises(ValueError, match=r"there is no image .*none\.png"):
         from_photo("grey", tmp_path / "none.png")
-    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "text.png").write_text("no image")
     with pytest.raises(ValueError, match=r"text\.png.* cannot be read"):
         from_photo("grey", tmp_path / "text.png")
     photo.save(tmp_path / "whole.png")
@@ -219,10 +219,10 @@ def test_depth_of_photos_by_a_model(photo, tmp_path):
     assert example.condition[0].flatten()[nearest] == 1
 
 
-def test_pictures_for_an_autoencoder():
-    dataset = ScenePictures(looks=3, size=32)
-    pictures = dataset[5]
-    assert pictures.shape == (4, 3, 32, 32) and pictures.min() >= -1 and pictures.max() <= 1
-    assert torch.equal(pictures, ScenePictures(first_seed=3, looks=3, size=32)[2])
-    torch.testing.assert_close(pictures[0], render([Scene.sample(5)], 32).rgb[0] * 2 - 1)
-    assert not torch.equal(pictures, ScenePictures(looks=3, size=32, split="heldout")[5])
+def test_images_for_an_autoencoder():
+    dataset = SceneImages(looks=3, size=32)
+    images = dataset[5]
+    assert images.shape == (4, 3, 32, 32) and images.min() >= -1 and images.max() <= 1
+    assert torch.equal(images, SceneImages(first_seed=3, looks=3, size=32)[2])
+    torch.testing.assert_close(images[0], render([Scene.sample(5)], 32).rgb[0] * 2 - 1)
+    assert not torch.equal(images, SceneImages(looks=3, size=32, split="heldout")[5])

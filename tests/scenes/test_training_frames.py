@@ -63,7 +63,7 @@ def test_a_sample_is_the_same_wherever_it_is_made(runs):
 
 def test_latents_are_scaled_to_one(runs):
     dataset = SceneFrames(**runs)
-    cached = torch.stack(list(dataset.latents.pictures(2)))
+    cached = torch.stack(list(dataset.latents.images(2)))
     assert latent_scale(runs["latents"]) == pytest.approx(1 / float(cached.std()), abs=0.006)
 
 

@@ -4,8 +4,8 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from imgdit.pipelines.texts import BYTES, unknown_words
+from imgdit.scenes.answers import NOTHING, SLOTS, SceneCaptions, answers
 from imgdit.scenes.captions import words
-from imgdit.scenes.sentences import NOTHING, SLOTS, SceneSentences, answers
 from imgdit.scenes.tokenizer import caption_tokenizer
 from imgdit.scenes.world import Scene
 from imgdit.tasks import TASK_TOKENS, task_caption
@@ -14,14 +14,14 @@ TOKENIZER = caption_tokenizer()
 
 
 def test_every_sentence_of_the_grammar_is_whole_words():
-    dataset = SceneSentences()
+    dataset = SceneCaptions()
     for i in range(300):
-        sentence, _ = dataset[i]
-        tokens = TOKENIZER.convert_ids_to_tokens(TOKENIZER(sentence).input_ids)
+        caption, _ = dataset[i]
+        tokens = TOKENIZER.convert_ids_to_tokens(TOKENIZER(caption).input_ids)
         task = tokens[:1] if tokens[0] in TASK_TOKENS.values() else []
-        assert [t for t in tokens if t.isalpha()] == words(sentence.removeprefix("".join(task)))
+        assert [t for t in tokens if t.isalpha()] == words(caption.removeprefix("".join(task)))
         assert tokens[-1] == "</s>" and not set(tokens) & {*BYTES, "<unk>"}
-        assert unknown_words(TOKENIZER, sentence) == []
+        assert unknown_words(TOKENIZER, caption) == []
 
 
 @settings(max_examples=200, deadline=None)
@@ -59,7 +59,7 @@ def test_answers_say_what_the_scene_is(split):
         if len(order) == 2:
             assert (said["right object"], said["right colour"]) == (order[1].kind, order[1].colour)
         assert (said["style"], said["background"], said["task"]) == (scene.style, scene.background, NOTHING)
-    assert SceneSentences(split=split)[7] == SceneSentences(first_seed=3, split=split)[4]
+    assert SceneCaptions(split=split)[7] == SceneCaptions(first_seed=3, split=split)[4]
 
 
 def test_tasks_are_one_token_each():

@@ -190,7 +190,7 @@ def test_clean_frames_and_shared_levels():
             r"or \(B, h, w\) for latent grids .* got \(1, 4\)",
         ),
         (lambda s, x, lay: s.sample_sigmas(2, distribution="normal"), "'logit_normal' or 'uniform', got 'normal'"),
-        (lambda s, x, lay: s.sample_sigmas(2, clean=1.5), r"share of frames in \[0, 1\]"),
+        (lambda s, x, lay: s.sample_sigmas(2, clean=1.5), r"fraction of frames in \[0, 1\]"),
         (lambda s, x, lay: mix(x, x, torch.ones(1, 3), [2, 3]), r"sigmas must be \(1, 2\)"),
         (lambda s, x, lay: linear_sigmas(0), "at least 1, got 0"),
     ],

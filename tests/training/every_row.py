@@ -1,4 +1,4 @@
-"""A run on people's own pictures that writes down the number and the rows of every batch it takes; as one process or
+"""A run on people's own images that writes down the number and the rows of every batch it takes; as one process or
 by torchrun on two CPU ranks, killed at a batch or (-1) whole.
 
     python every_row.py RECIPE FOLDER BATCH

@@ -10,8 +10,8 @@ import torch
 from diffusers import DiffusionPipeline
 from tiny import tiny_mmdit
 from tiny_control import flux as flux_pipeline
-from tiny_control import folder_of, make, picture, sd3
-from tiny_pictures import write_folder
+from tiny_control import folder_of, image, make, sd3
+from tiny_images import write_folder
 
 from imgdit.adapters.condition import Condition
 from imgdit.adapters.omni_control import OmniControl
@@ -40,8 +40,8 @@ def data(tmp_path_factory):
     return str(folder)
 
 
-def recipe(folder, source, pictures, /, **sections):
-    """Six pictures of 4x4 tokens at a time, over and over."""
+def recipe(folder, source, images, /, **sections):
+    """Six images of 4x4 tokens at a time, over and over."""
     values = {
         "run": {"folder": str(folder / "run"), "steps": 30, "batch_size": 1, "log_every": 1, "tracker": "none"},
         "model": {"pretrained": source, "subfolder": "transformer", "gradient_checkpointing": True},
@@ -49,7 +49,7 @@ def recipe(folder, source, pictures, /, **sections):
         "optimizer": {"lr": 0.02, "betas": [0.9, 0.95]},
         "ema": {"decay": 0.0},
     }
-    arguments = {"path": pictures, "model": source, "cache": str(folder / "cache")}
+    arguments = {"path": images, "model": source, "cache": str(folder / "cache")}
     arguments |= {"base": 16, "samples": 6, "ratio": 1.0}
     for name, section in sections.items():
         values[name] = values.get(name, {}) | section
@@ -98,7 +98,7 @@ def test_a_condition_adapter_on_a_quantised_flux(tmp_path, flux, data, kind):
     report = control.load(file, adapter_name="grey")
     assert not report.unused and report.info.task == "grey" and report.info.mode == "independent"
     assert torch.equal(make(pipe), plain)
-    with control.use([Condition(picture(), "grey")]):
+    with control.use([Condition(image(), "grey")]):
         controlled = make(pipe)
     assert (controlled - plain).abs().max() > 1e-3
 

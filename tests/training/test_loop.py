@@ -9,7 +9,7 @@ from training.toy import Tokens, batch, fixed_noise, global_noise, recipe, toy_t
 
 from imgdit.io.checkpoints import load_weights
 from imgdit.training import Batches
-from imgdit.training.batches import Pictures
+from imgdit.training.batches import Images
 from imgdit.training.loop import NonFiniteLoss, optimizer_groups, train
 from imgdit.training.objectives.autoencoder import autoencoder
 from imgdit.training.objectives.flow_matching import flow_matching
@@ -172,9 +172,9 @@ def test_autoencoder_trains_and_resumes(tmp_path):
             return torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(index)) * 2 - 1
 
     made = recipe(tmp_path / "whole", model={"kind": "autoencoder_kl"}, objective={"name": "autoencoder"})
-    options = {"batches": Batches(Noise(), lambda samples: Pictures(torch.stack(samples)), seed=0)}
+    options = {"batches": Batches(Noise(), lambda samples: Images(torch.stack(samples)), seed=0)}
     whole = tiny_vae()
-    train(made, model=whole, held_out=[Pictures(torch.zeros(1, 3, 16, 16))], **options)
+    train(made, model=whole, held_out=[Images(torch.zeros(1, 3, 16, 16))], **options)
     half = made.replace(run={"folder": str(tmp_path / "half")})
     train(half, model=tiny_vae(), stop_at=2, **options)
     resumed = tiny_vae()

@@ -1,4 +1,4 @@
-"""People's own pictures by the thousand: defects, kills, and how fast the second run starts."""
+"""People's own images by the thousand: defects, kills, and how fast the second run starts."""
 
 import json
 import os
@@ -13,7 +13,7 @@ import pytest
 import yaml
 from PIL import Image
 from tiny import rope_config, tiny_pipeline
-from tiny_pictures import DEFECTS, ODDITIES, write_folder
+from tiny_images import DEFECTS, ODDITIES, write_folder
 from typer.testing import CliRunner
 
 from imgdit.apps.cli import app
@@ -48,7 +48,7 @@ def taken(folder):
 
 
 @pytest.mark.slow
-def test_two_thousand_pictures_with_every_defect(tmp_path, model):
+def test_two_thousand_images_with_every_defect(tmp_path, model):
     """5 % of each kind: the linter finds each, and training takes every other row exactly once per epoch, on one and
     on two processes, killed and resumed."""
     count, each = 2000, 100

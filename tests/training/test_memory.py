@@ -11,7 +11,7 @@ import torch
 import yaml
 from tiny import tiny_pipeline
 from tiny_control import quiet
-from tiny_pictures import write_folder
+from tiny_images import write_folder
 from torch._subclasses.fake_tensor import FakeTensorMode
 from training.peak_memory import SAMPLES, TEXT, layout
 from typer.testing import CliRunner

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 from tiny import rope_config, tiny_pipeline
-from tiny_pictures import write_folder
+from tiny_images import write_folder
 
 from imgdit import MMDiT
 from imgdit.io.checkpoints import latest_checkpoint, read_state, read_tensors

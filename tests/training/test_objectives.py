@@ -10,7 +10,7 @@ from tiny import randomize, rope_config, tiny_mmdit, tiny_vae
 from training.toy import LAYOUT, batch
 
 from imgdit import Frame, FrameLayout, MultiFrameFlowMatchScheduler
-from imgdit.training.batches import Pictures, Text
+from imgdit.training.batches import Images, Text
 from imgdit.training.objectives.autoencoder import autoencoder
 from imgdit.training.objectives.condition_lora import condition_lora
 from imgdit.training.objectives.flow_matching import flow_matching
@@ -109,14 +109,14 @@ def test_share_of_clean_frames():
     assert not clean.all(dim=1).any()
 
 
-@pytest.mark.parametrize("share", [0.1, 0.5])
-def test_share_of_dropped_texts(share):
+@pytest.mark.parametrize("fraction", [0.1, 0.5])
+def test_share_of_dropped_texts(fraction):
     data = batch(4096)
     empty = Text(torch.full((1, 4, 32), 7.0), torch.full((1, 32), 7.0), torch.tensor([[True, False, False, False]]))
     oracle = Oracle(data)
-    flow_matching(oracle, SCHEDULER, dataclasses.replace(data, empty=empty), seeded(), text_dropout=share)
+    flow_matching(oracle, SCHEDULER, dataclasses.replace(data, empty=empty), seeded(), text_dropout=fraction)
     dropped = (oracle.seen.pooled == 7).all(dim=1)
-    assert dropped.float().mean().item() == pytest.approx(share, abs=0.03)
+    assert dropped.float().mean().item() == pytest.approx(fraction, abs=0.03)
     assert torch.equal((oracle.seen.text == 7).all(dim=2).all(dim=1), dropped)  # both at once
     assert torch.equal(oracle.seen.mask.sum(dim=1), torch.where(dropped, 1, 4))
 
@@ -180,7 +180,7 @@ def test_condition_lora_trains_the_adapter_on_condition_rows_only():
     assert torch.equal(with_adapter, condition_lora(model, SCHEDULER, alone, seeded(), condition_dropout=0.0).loss)
 
 
-def test_condition_lora_drops_to_the_empty_picture():
+def test_condition_lora_drops_to_the_empty_image():
     data = dataclasses.replace(batch(2048, CONDITION), empty_tokens=torch.full((8, 16), 9.0))
     oracle = Oracle(data)
     output = condition_lora(oracle, SCHEDULER, data, seeded(), condition_dropout=0.25)
@@ -194,7 +194,7 @@ def test_condition_lora_drops_to_the_empty_picture():
     ("change", "objective", "options", "message"),
     [
         ({"empty": None}, flow_matching, {}, r"text_dropout=0.1 needs the empty text"),
-        ({}, flow_matching, {"text_dropout": 1.5}, r"text_dropout is a share in \[0, 1\], got 1.5"),
+        ({}, flow_matching, {"text_dropout": 1.5}, r"text_dropout is a fraction in \[0, 1\], got 1.5"),
         ({}, condition_lora, {}, r"needs a layout with a held frame that an adapter reads"),
         ({"layout": FrameLayout.pack([LAYOUT, LAYOUT])}, flow_matching, {}, r"got a packed one of 2 scenes"),
         ({"tokens": torch.zeros(3, 5, 16)}, flow_matching, {}, r"tokens must be \(batch, 8, channels\).*\(3, 5, 16\)"),
@@ -209,15 +209,15 @@ def test_what_does_not_fit_is_named(change, objective, options, message):
 
 def test_autoencoder_terms():
     vae = tiny_vae().train()
-    pictures = Pictures(torch.rand(2, 3, 16, 16, generator=seeded()) * 2 - 1)
-    output = autoencoder(vae, None, pictures, seeded(), square_weight=2.0, gradient_weight=0.5, kl_weight=0.1)
+    images = Images(torch.rand(2, 3, 16, 16, generator=seeded()) * 2 - 1)
+    output = autoencoder(vae, None, images, seeded(), square_weight=2.0, gradient_weight=0.5, kl_weight=0.1)
     terms = output.metrics
     expected = terms["pixel"] + 2.0 * terms["square"] + 0.5 * terms["edges"] + 0.1 * terms["kl"]
     torch.testing.assert_close(output.loss, expected)
-    posterior = vae.encode(pictures.pixels).latent_dist
+    posterior = vae.encode(images.pixels).latent_dist
     decoded = vae.decode(posterior.sample(generator=seeded())).sample
-    torch.testing.assert_close(terms["pixel"], (decoded - pictures.pixels).abs().mean())
-    torch.testing.assert_close(terms["square"], (decoded - pictures.pixels).square().mean())
+    torch.testing.assert_close(terms["pixel"], (decoded - images.pixels).abs().mean())
+    torch.testing.assert_close(terms["square"], (decoded - images.pixels).square().mean())
     torch.testing.assert_close(terms["kl"], posterior.kl().mean() / posterior.mean[0].numel())
     output.loss.backward()
     assert all(p.grad is not None for p in vae.parameters())
@@ -234,11 +234,11 @@ def test_autoencoder_weight_and_perfection():
             self.encoder(pixels)  # mean 0, log-variance 0: a normal distribution
             return SimpleNamespace(sample=pixels)
 
-    pictures = Pictures(torch.rand(2, 3, 16, 16))
-    assert autoencoder(Perfect(), None, pictures, None).loss == 0
+    images = Images(torch.rand(2, 3, 16, 16))
+    assert autoencoder(Perfect(), None, images, None).loss == 0
     vae = tiny_vae()
-    plain = autoencoder(vae, None, pictures, None).metrics["pixel"]
-    weighted = autoencoder(vae, None, dataclasses.replace(pictures, weight=torch.full((2, 1, 16, 16), 2.0)), None)
+    plain = autoencoder(vae, None, images, None).metrics["pixel"]
+    weighted = autoencoder(vae, None, dataclasses.replace(images, weight=torch.full((2, 1, 16, 16), 2.0)), None)
     torch.testing.assert_close(weighted.metrics["pixel"], 2 * plain)
 
 
@@ -250,16 +250,16 @@ def test_autoencoder_dc_draws_its_latent():
         ("qkv_multiscales", ((), ())),
     )}  # fmt: skip
     model = AutoencoderDC(latent_channels=4, attention_head_dim=8, downsample_block_type="conv", **blocks)
-    pictures = Pictures(torch.rand(2, 3, 16, 16) * 2 - 1)
+    images = Images(torch.rand(2, 3, 16, 16) * 2 - 1)
     model.train()
-    a, b = (autoencoder(model, None, pictures, seeded(), latent_noise=0.5) for _ in range(2))
-    other = autoencoder(model, None, pictures, seeded(1), latent_noise=0.5)
+    a, b = (autoencoder(model, None, images, seeded(), latent_noise=0.5) for _ in range(2))
+    other = autoencoder(model, None, images, seeded(1), latent_noise=0.5)
     assert a.loss == b.loss != other.loss
-    z = model.encode(pictures.pixels).latent
+    z = model.encode(images.pixels).latent
     expected = 0.5 * (z.square() + 0.25 - 1 - math.log(0.25)).mean()
     torch.testing.assert_close(a.metrics["kl"], expected.detach())
     assert other.metrics["kl"] == a.metrics["kl"], "noise is drawn behind the latent"
     model.eval()
-    plain = autoencoder(model, None, pictures, seeded(), latent_noise=0.5)
-    restored = model(pictures.pixels).sample
-    torch.testing.assert_close(plain.metrics["pixel"], (restored - pictures.pixels).abs().mean().detach())
+    plain = autoencoder(model, None, images, seeded(), latent_noise=0.5)
+    restored = model(images.pixels).sample
+    torch.testing.assert_close(plain.metrics["pixel"], (restored - images.pixels).abs().mean().detach())

@@ -9,7 +9,7 @@ import pytest
 import torch
 from onediffusion_fixtures import TINY
 from tiny import randomize
-from tiny_pictures import picture, write_folder
+from tiny_images import image, write_folder
 from tiny_runs import QUICK, small_cache, small_pipeline
 from typer.testing import CliRunner
 
@@ -36,7 +36,7 @@ STEPS = 24
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A folder with a pipeline of small random models, the cached scenes of its runs, and pictures with frames."""
+    """A folder with a pipeline of small random models, the cached scenes of its runs, and images with frames."""
     folder = tmp_path_factory.mktemp("world")
     small_pipeline(folder)
     randomize(MMDiT.from_pretrained(folder / "pipeline", subfolder="transformer")).save_pretrained(
@@ -46,7 +46,7 @@ def world(tmp_path_factory):
     poses = scale_positions(orbit_cameras([0.0, 20.0], [0.0, 5.0]))
     lines = (folder / "pictures" / "metadata.jsonl").read_text().splitlines()
     for i, line in enumerate(lines):
-        picture(100 + i, (150, 150)).save(folder / "pictures" / f"other-{i}.png")
+        image(100 + i, (150, 150)).save(folder / "pictures" / f"other-{i}.png")
         frames = {"frames_file_names": [f"other-{i}.png"], "cameras": poses.tolist()}
         lines[i] = json.dumps(json.loads(line) | frames)
     (folder / "pictures" / "metadata.jsonl").write_text("\n".join(lines))
@@ -113,8 +113,8 @@ def test_the_stages_start_from_one_another():
     tasks = stages[1].data.arguments
     shares, pairs = tasks["shares"], tasks["pairs"]
     each = [shares[kind] / sum(shares.values()) for kind in ("pictures", "views")]
-    share = shares["pairs"] / sum(shares.values()) / sum(pairs.values())
-    each += [share * pairs[name] / (5 if name == "other" else 1) for name in pairs]
+    fraction = shares["pairs"] / sum(shares.values()) / sum(pairs.values())
+    each += [fraction * pairs[name] / (5 if name == "other" else 1) for name in pairs]
     assert len(pairs) == 6 and each == pytest.approx([1 / 12] * 8)  # twelve tasks with equal probability
 
 
@@ -187,13 +187,13 @@ def lora(world, tmp_path_factory):
 
 
 def made(pipe, **options):
-    """Latents of depth and picture, from one seed."""
+    """Latents of depth and image, from one seed."""
     frames = [ImageFrame.make(), ImageFrame.make("canny")]
     options |= {"num_inference_steps": 2, "generator": torch.Generator().manual_seed(0), "output_type": "latent"}
     return pipe("a red cube", frames, height=64, width=64, **options).latents
 
 
-def changes_the_picture(pipe, run, file):
+def changes_the_image(pipe, run, file):
     """Write a run's LoRA, load it, take it away again."""
     pipe.set_progress_bar_config(disable=True)
     before = made(pipe)
@@ -208,7 +208,7 @@ def changes_the_picture(pipe, run, file):
 
 def test_a_lora_for_one_task(world, lora, tmp_path):
     pipe = OneDiffusionPipeline(**ImgDiTPipeline.from_pretrained(world / "pipeline").components)
-    layers = changes_the_picture(pipe, lora, tmp_path / "canny.safetensors")
+    layers = changes_the_image(pipe, lora, tmp_path / "canny.safetensors")
     assert {"x_embedder", "single_transformer_blocks.0.attn.to_q"} <= layers
     info = read_adapter(tmp_path / "canny.safetensors").info
     assert (info.task, info.mode, info.position) == ("canny", None, None)
@@ -222,7 +222,7 @@ def test_user_images(name, world, tmp_path):
     assert fall(recipe) < 1.0
     if name == "own/task_lora":
         pipe = OneDiffusionPipeline(**ImgDiTPipeline.from_pretrained(world / "pipeline").components)
-        changes_the_picture(pipe, recipe.run.folder, tmp_path / "canny.safetensors")
+        changes_the_image(pipe, recipe.run.folder, tmp_path / "canny.safetensors")
         return
     pipe = run_pipeline(recipe.run.folder)
     assert type(pipe) is ImgDiTPipeline
@@ -236,13 +236,13 @@ def test_a_lora_of_one_diffusion_on_user_images(world, tmp_path):
     arguments = {**recipe.data.arguments, "model": str(TINY), "base": 32, "preprocessor": "grey", "condition": "grey"}
     recipe = recipe.replace(data={"arguments": arguments}, model={"gradient_checkpointing": False})
     assert fall(recipe) < 1.0
-    layers = changes_the_picture(
+    layers = changes_the_image(
         OneDiffusionPipeline.from_pretrained(TINY), recipe.run.folder, tmp_path / "a.safetensors"
     )
     assert {"layers.0.attention.wq", "layers.0.feed_forward.w2"} <= layers
 
 
-def test_pictures_are_encoded_as_the_reference_does(world):
+def test_images_are_encoded_as_the_reference_does(world):
     """OneDiffusion's reference ignores an autoencoder's shift; a pipeline with `MMDiT` does not."""
     dataset = UserImages(UserImagesSettings(str(world / "pictures"), str(TINY), None, base=32, samples=1))
     assert dataset.row_encoder.encoder.pipe.vae.config.shift_factor is None
@@ -256,7 +256,7 @@ def test_pictures_are_encoded_as_the_reference_does(world):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"shares": {"picture": 1.0}}, "unknown name in shares 'picture'; did you mean 'pictures'"),
+        ({"shares": {"picture": 1.0}}, "unknown name in shares 'image'; did you mean 'images'"),
         ({"pairs": {"dpeth": 1.0}}, "unknown name in pairs 'dpeth'; did you mean 'depth'"),
         ({"shares": {"views": 0.0}}, "shares must be 0 or more, and one of them positive, got {'views': 0.0}"),
         ({"shares": {}}, "shares must be 0 or more"),

@@ -6,8 +6,8 @@ from statistics import mean
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from tiny_control import flux, folder_of, make, picture, sd3
-from tiny_pictures import write_folder
+from tiny_control import flux, folder_of, image, make, sd3
+from tiny_images import write_folder
 
 from imgdit import Condition, OmniControl
 from imgdit.apps.chores.run_pipeline import run_pipeline
@@ -66,7 +66,7 @@ def test_a_condition_adapter(model, data, tmp_path):
     report = control.load(tmp_path / "grey.safetensors", adapter_name="grey")
     assert not report.unused and (report.info.task, report.info.mode) == ("grey", "independent")
     assert torch.equal(make(pipe), plain)
-    with control.use([Condition(picture(), "grey")]):
+    with control.use([Condition(image(), "grey")]):
         assert control.run.cached
         controlled = make(pipe)
     assert (controlled - plain).abs().max() > 1e-3

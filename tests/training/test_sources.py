@@ -51,9 +51,9 @@ def test_mistakes_in_the_data_section():
     values = {"run": {"folder": "x", "steps": 1, "batch_size": 1}}
     with pytest.raises(ValueError, match=r"data\.name is 'user_image'; did you mean 'user_images'"):
         training_batches(parse_recipe({**values, "data": {"name": "user_image"}}, "toy"))
-    wrong = {"name": "imgdit.scenes.sources:pictures", "arguments": {"look": 2}}
+    wrong = {"name": "imgdit.scenes.sources:images", "arguments": {"look": 2}}
     with pytest.raises(ValueError, match="unknown key 'look'; did you mean 'looks'"):
         training_batches(parse_recipe({**values, "data": wrong}, "toy"))
-    zero = {"name": "imgdit.scenes.sources:pictures", "arguments": {"looks": 0}}
+    zero = {"name": "imgdit.scenes.sources:images", "arguments": {"looks": 0}}
     with pytest.raises(ValueError, match="at least 1, got 0"):
         training_batches(parse_recipe({**values, "data": zero}, "toy"))

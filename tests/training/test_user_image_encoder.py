@@ -1,4 +1,4 @@
-"""Sentences and pictures through other pipelines' components."""
+"""Captions and images through other pipelines' components."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 from tiny import tiny_text_encoder, tiny_tokenizer, tiny_vae
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from imgdit.images.latents import cell_size, encode_pictures
+from imgdit.images.latents import cell_size, encode_images
 from imgdit.io.fingerprints import folder_hash
 from imgdit.training.user_images.encoder import Encoder
 
@@ -41,10 +41,10 @@ def test_a_flux_folder_gives_what_its_pipeline_gives(folder):
     assert encoded.embeddings.shape == (512, 32)
     torch.testing.assert_close(encoded.embeddings, embeddings[0].detach(), atol=5e-5, rtol=1e-5)
     torch.testing.assert_close(encoded.pooled, pooled[0].detach(), atol=1e-5, rtol=1e-5)
-    picture = torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(0))
+    image = torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        expected = encode_pictures(pipe.vae, picture[None] * 2 - 1)[0]
-    assert torch.equal(encoder.latents(picture), expected.half())
+        expected = encode_images(pipe.vae, image[None] * 2 - 1)[0]
+    assert torch.equal(encoder.latents(image), expected.half())
     assert encoder.cell == cell_size(pipe.vae) == 2
 
 

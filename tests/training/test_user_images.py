@@ -1,4 +1,4 @@
-"""Training on people's own pictures."""
+"""Training on people's own images."""
 
 import json
 import logging
@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from tiny import rope_config, tiny_pipeline, tiny_vae
-from tiny_pictures import DEFECTS, ODDITIES, picture, write_folder
+from tiny_images import DEFECTS, ODDITIES, image, write_folder
 
 from imgdit.apps.chores.training_plan import training_plan
 from imgdit.data.convert import convert
@@ -105,12 +105,12 @@ def test_batches_fit_their_layout(tmp_path, data, model):
     sizes = set()
     for i in range(dataset.index.batches_per_epoch):
         batch = dataset[i]
-        picture, condition = batch.layout.frames
-        assert picture.size == condition.size and condition.index == 1.0
+        image, condition = batch.layout.frames
+        assert image.size == condition.size and condition.index == 1.0
         assert batch.tokens.shape == (len(dataset.index.rows_of(i)), batch.layout.image_length, 16)
         assert torch.isfinite(batch.tokens).all() and batch.text.mask.any(1).all()
-        sizes.add(picture.size)
-    assert len(sizes) == 2  # the folder's pictures lie and stand
+        sizes.add(image.size)
+    assert len(sizes) == 2  # the folder's images lie and stand
     adapter = UserImages(
         UserImagesSettings(
             data,
@@ -139,11 +139,11 @@ def test_a_sample_is_the_same_wherever_it_is_made(tmp_path, data, model):
         assert torch.equal(cached[7].text.embeddings, other.text.embeddings)
 
 
-def test_captions_are_drawn_and_pictures_without_one_have_the_empty_text(tmp_path, model):
+def test_captions_are_drawn_and_images_without_one_have_the_empty_text(tmp_path, model):
     folder = tmp_path / "data"
     folder.mkdir()
     for i in range(2):
-        picture(i, (16, 16)).save(folder / f"{i}.png")
+        image(i, (16, 16)).save(folder / f"{i}.png")
     rows = [{"file_name": "0.png", "text": ["a red cube", "a blue sphere", "the cone"]}, {"file_name": "1.png"}]
     (folder / "metadata.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     dataset = UserImages(UserImagesSettings(str(folder), model, None, base=16, samples=1))
@@ -162,7 +162,7 @@ def test_views_with_cameras(tmp_path):
     folder = tmp_path / "data"
     folder.mkdir()
     for i in range(2):
-        picture(i, (16, 16)).save(folder / f"{i}.png")
+        image(i, (16, 16)).save(folder / f"{i}.png")
     scene = Scene.sample(0)
     poses = camera_to_world([scene.camera, scene.camera.orbit(azimuth=20.0)])
     row = {"file_name": "0.png", "frames_file_names": ["1.png"], "cameras": poses.tolist()}
@@ -226,15 +226,15 @@ def test_held_out_rows_are_never_trained_on(tmp_path, model):
 def test_what_changed_is_computed_again(tmp_path, data, model, monkeypatch):
     made = []
     plain = Encoder.latents
-    monkeypatch.setattr(Encoder, "latents", lambda self, picture: (made.append(1), plain(self, picture))[1])
+    monkeypatch.setattr(Encoder, "latents", lambda self, image: (made.append(1), plain(self, image))[1])
     options = {**BASE, "cache": str(tmp_path / "cache"), "condition": "blur", "preprocessor": "blur"}
     UserImages(UserImagesSettings(data, model, **options))
     assert len(made) == 20
     UserImages(UserImagesSettings(data, model, **options))
     assert len(made) == 20
     UserImages(UserImagesSettings(data, model, **options, preprocessor_options={"radius": 2.0}))
-    assert len(made) == 30  # the pictures are the same
-    picture(99).save(f"{data}/00003.png")
+    assert len(made) == 30  # the images are the same
+    image(99).save(f"{data}/00003.png")
     UserImages(UserImagesSettings(data, model, **options))
     assert len(made) == 32
 
@@ -320,7 +320,7 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_run_that_goes_on_with_other_rows_says_so(tmp_path, data, model, change, caplog):
     resumed(tmp_path / "run", data, model, stop_at=1)
-    picture(99, (24, 16)).save(Path(data) / "new.png")
+    image(99, (24, 16)).save(Path(data) / "new.png")
     resumed(tmp_path / "run", data, model, stop_at=2)  # the rows are the same
     edit_rows(data, CHANGES[change][0])
     with pytest.raises(ValueError, match=f"was trained on other rows: {CHANGES[change][1]}.*accept_data=True"):
@@ -335,7 +335,7 @@ def test_a_run_that_goes_on_with_other_rows_says_so(tmp_path, data, model, chang
 
 def test_another_image_under_the_same_name_is_another_row(tmp_path, data, model):
     resumed(tmp_path / "run", data, model, stop_at=1)
-    picture(99, (24, 16)).save(Path(data) / "00000.png")
+    image(99, (24, 16)).save(Path(data) / "00000.png")
     with pytest.raises(ValueError, match="0 added, 0 gone, 1 changed"):
         resumed(tmp_path / "run", data, model)
 
@@ -368,7 +368,7 @@ def test_repeats_fill_an_epoch(tmp_path, model):
     folder = tmp_path / "data"
     for name in ("3_red/a.png", "1_blue/b.png"):
         (folder / name).parent.mkdir(parents=True)
-        picture(len(name), (16, 16)).save(folder / name)
+        image(len(name), (16, 16)).save(folder / name)
         (folder / name).with_suffix(".txt").write_text(name)
     dataset = UserImages(UserImagesSettings(str(folder), model, None, base=16, samples=2))
     for epoch in range(2):
@@ -380,7 +380,7 @@ def test_what_is_left_alone_and_bare_is_told(tmp_path, model, caplog):
     folder = tmp_path / "data"
     folder.mkdir()
     for name in ("a", "b", "c"):
-        picture(1, (16, 16)).save(folder / f"{name}.png")
+        image(1, (16, 16)).save(folder / f"{name}.png")
     (folder / "a.txt").write_text("a wall")
     (folder / "._a.png").write_bytes(b"\0")
     UserImages(UserImagesSettings(str(folder), model, None, base=16, samples=2))

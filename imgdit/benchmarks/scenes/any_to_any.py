@@ -1,6 +1,6 @@
 """Any-to-any tasks of a model of scenes, each against exact ground truth; `scenes` has those with bars.
 
-Pictures are (N, 3, S, S) in [0, 1].
+Images are (N, 3, S, S) in [0, 1].
 """
 
 from __future__ import annotations
@@ -31,23 +31,23 @@ from imgdit.scenes.tasks import from_scene, scene_classes
 from imgdit.scenes.world import Camera, another_camera, another_look
 
 RESTORED = ("blur", "super_resolution", "grey", "mask")
-"""Tasks whose condition is a worse copy of the picture."""
+"""Tasks whose condition is a worse copy of the image."""
 DRAWN = ("depth", "canny", "segmentation", "boxes")
-"""Tasks whose condition is a map of the picture."""
+"""Tasks whose condition is a map of the image."""
 
 
 class AnyMaker(Maker, Protocol):
     """What is measured."""
 
     def poses(self, prompts: Sequence[str], first: torch.Tensor, second: torch.Tensor, seed: int) -> torch.Tensor:
-        """Camera-to-world matrices (N, 4, 4) of second pictures, in the frame of the first ones' cameras."""
+        """Camera-to-world matrices (N, 4, 4) of second images, in the frame of the first ones' cameras."""
 
 
 Keep = Callable[[str, Any], None]
 
 
 def restoration_scores(maker: AnyMaker, count: int, keep: Keep) -> list[Score]:
-    """Blurred, coarse, grey and incomplete pictures to whole ones: decibels won over what was given."""
+    """Blurred, coarse, grey and incomplete images to whole ones: decibels won over what was given."""
     held, scores = held_out(count), []
     truth = held.rendering.rgb
     for task in RESTORED:
@@ -55,13 +55,13 @@ def restoration_scores(maker: AnyMaker, count: int, keep: Keep) -> list[Score]:
         made = maker.conditioned(task, held.prompts, given, seed=0)
         keep(f"{task} → image", (held.prompts, torch.stack([given, made, truth], 1), []))
         scores.append(
-            mean_score(f"{task} → image", "PSNR over the given picture, dB", psnr(made, truth) - psnr(given, truth))
+            mean_score(f"{task} → image", "PSNR over the given image, dB", psnr(made, truth) - psnr(given, truth))
         )
     return scores
 
 
 def drawing_scores(maker: AnyMaker, probe: SceneProbe, count: int, keep: Keep) -> list[Score]:
-    """Maps to pictures: is what the probe sees in the picture where the map had it?"""
+    """Maps to images: is what the probe sees in the image where the map had it?"""
     held, scores = held_out(count), []
     truth = held.rendering
     classes = torch.stack([scene_classes(scene, truth.indices[i]) for i, scene in enumerate(held.scenes)])
@@ -105,7 +105,7 @@ def reference_scores(maker: AnyMaker, probe: SceneProbe, count: int, keep: Keep)
 
 
 def pose_scores(maker: AnyMaker, count: int) -> list[Score]:
-    """The camera of a second picture: degrees between the found rotation and the true one."""
+    """The camera of a second image: degrees between the found rotation and the true one."""
     held = held_out(count)
     others = [another_camera(scene, Random(i)) for i, scene in enumerate(held.scenes)]
     found = maker.poses(held.prompts, held.rendering.rgb, render(others).rgb, seed=0)
@@ -113,8 +113,8 @@ def pose_scores(maker: AnyMaker, count: int) -> list[Score]:
     truth = torch.stack([relative_pose(*pair) for pair in cameras])
     still = torch.eye(3).expand(count, 3, 3)
     return [
-        mean_score("two pictures → camera", "error of the rotation, degrees", rotation_error(found, truth)),
-        mean_score("two pictures → camera", "error if nothing had turned, degrees", rotation_error(still, truth)),
+        mean_score("two images → camera", "error of the rotation, degrees", rotation_error(found, truth)),
+        mean_score("two images → camera", "error if nothing had turned, degrees", rotation_error(still, truth)),
     ]
 
 
@@ -128,8 +128,8 @@ def _condition(task: str, held: Held, i: int) -> torch.Tensor:
     return from_scene(task, held.scenes[i], Random(i), held.rendering.one(i)).condition
 
 
-def _shown(picture: torch.Tensor, size: int) -> torch.Tensor:
-    """The picture at full size; super-resolution gives a small one."""
-    if picture.shape[-1] == size:
-        return picture
-    return F.interpolate(picture[None], size, mode="bicubic", antialias=True)[0].clamp(0, 1)
+def _shown(image: torch.Tensor, size: int) -> torch.Tensor:
+    """The image at full size; super-resolution gives a small one."""
+    if image.shape[-1] == size:
+        return image
+    return F.interpolate(image[None], size, mode="bicubic", antialias=True)[0].clamp(0, 1)

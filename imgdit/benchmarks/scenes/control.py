@@ -1,6 +1,6 @@
-"""What condition adapters do to a model of scenes: is the condition obeyed, and the sentence still?
+"""What condition adapters do to a model of scenes: is the condition obeyed, and the prompt still?
 
-Pictures are (N, 3, S, S) in [0, 1].
+Images are (N, 3, S, S) in [0, 1].
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from imgdit.scenes.tasks import Example, from_scene, scene_classes
 from imgdit.scenes.world import Scene
 
 TEXT = ("left object", "left colour", "right object", "right colour", "style")
-"""What of a sentence must be right."""
+"""What of a prompt must be right."""
 
 
 class ControlMaker(Protocol):
     """What is measured."""
 
     def controlled(self, prompts: Sequence[str], conditions: Mapping[str, torch.Tensor], seed: int) -> torch.Tensor:
-        """A picture per prompt, under conditions (N, 3, S, S) by the adapters that read them; with none of them, plain
-        pictures from the same noise."""
+        """An image per prompt, under conditions (N, 3, S, S) by the adapters that read them; with none of them, plain
+        images from the same noise."""
 
 
 Keep = Callable[[str, Any], None]
@@ -49,7 +49,7 @@ METRICS: dict[str, tuple[str, dict[str, float]]] = {
     "AbsRel around": ("AbsRel of depth around the hole", {}),
     "F1 around": ("F1 of outlines around the hole", {}),
 }
-"""How near pictures are to the truth: what it is called, and the bar of its ratio to that without a condition."""
+"""How near images are to the truth: what it is called, and the bar of its ratio to that without a condition."""
 WANTED = {"depth": ("AbsRel", "fitted"), "canny": ("F1",), "inpainting": tuple(METRICS)}
 """What each condition has to improve."""
 
@@ -94,7 +94,7 @@ def control_scores(maker: ControlMaker, probe: SceneProbe, count: int, keep: Kee
 
 
 def subject_scores(maker: ControlMaker, probe: SceneProbe, count: int, keep: Keep) -> list[Score]:
-    """A subject in a new place and style, which the sentence does not name."""
+    """A subject in a new place and style, which the prompt does not name."""
     held = held_out(count, objects=1)
     prompts = [caption(scene, Random(i), ["subject"]) for i, scene in enumerate(held.scenes)]
     given = _conditions("subject", held)
@@ -125,7 +125,7 @@ def _stacked(examples: Sequence[Example]) -> torch.Tensor:
 
 
 def _obeyed(seen: Seen, depth: torch.Tensor, classes: torch.Tensor, shown: torch.Tensor) -> dict[str, torch.Tensor]:
-    """How near pictures are to the truth; "around" counts only what a mask (N, 1, H, W) shows."""
+    """How near images are to the truth; "around" counts only what a mask (N, 1, H, W) shows."""
     made, real = outlines(seen.classes), outlines(classes)
     return {
         "AbsRel": abs_rel(seen.depth, depth),

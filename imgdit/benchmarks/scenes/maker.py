@@ -24,14 +24,14 @@ from imgdit.tasks import TASKS, ImageFrame
 class PipelineMaker:
     """Makes what the benchmark asks for with one pipeline's components.
 
-    Every picture has its own generator, so the batch size changes nothing.
+    Every image has its own generator, so the batch size changes nothing.
 
     Args:
         pipe: of a model of the scenes.
         steps: of the sampler.
-        guidance: scale where a picture is made.
-        perception: scale where a given picture tells what is to be made: its maps, its camera, its other views.
-        batch: pictures at a time.
+        guidance: scale where an image is made.
+        perception: scale where a given image tells what is to be made: its maps, its camera, its other views.
+        batch: images at a time.
     """
 
     def __init__(
@@ -59,15 +59,15 @@ class PipelineMaker:
             self.positions[report.adapter] = report.info.position or "aligned"
         return list(self.positions)
 
-    def pictures(self, prompts: Sequence[str], seed: int) -> torch.Tensor:
+    def images(self, prompts: Sequence[str], seed: int) -> torch.Tensor:
         def make(rows: range, options: dict) -> torch.Tensor:
             return self.text([prompts[i] for i in rows], guidance_scale=self.guidance, **options).images
 
         return self._batches("pictures", len(prompts), seed, make)
 
-    def condition(self, task: str, prompts: Sequence[str], pictures: torch.Tensor, seed: int) -> torch.Tensor:
+    def condition(self, task: str, prompts: Sequence[str], images: torch.Tensor, seed: int) -> torch.Tensor:
         def make(rows: range, options: dict) -> torch.Tensor:
-            given = ImageFrame.given(_images(pictures, rows))
+            given = ImageFrame.given(_images(images, rows))
             frames = [given, ImageFrame.make(task)]
             output = self.any([prompts[i] for i in rows], frames, guidance_scale=self.perception, **options)
             return output.maps[task]
@@ -83,14 +83,14 @@ class PipelineMaker:
         return self._batches(f"{task} → image", len(prompts), seed, make)
 
     def views(
-        self, prompts: Sequence[str], pictures: torch.Tensor, cameras: Sequence[tuple[Camera, Camera]], seed: int
+        self, prompts: Sequence[str], images: torch.Tensor, cameras: Sequence[tuple[Camera, Camera]], seed: int
     ) -> torch.Tensor:
         focal_length = float(intrinsics(1)[0, 0])
 
         def make(rows: range, options: dict) -> torch.Tensor:
             poses = torch.stack([scene_poses(cameras[i]) for i in rows])  # (B, 2, 4, 4)
             frames = [
-                ImageFrame.given(_images(pictures, rows)),
+                ImageFrame.given(_images(images, rows)),
                 ImageFrame.given(poses[:, 0], "rays"),
                 ImageFrame.make(),
                 ImageFrame.given(poses[:, 1], "rays"),
@@ -103,8 +103,8 @@ class PipelineMaker:
     def controlled(self, prompts: Sequence[str], conditions: Mapping[str, torch.Tensor], seed: int) -> torch.Tensor:
         def make(rows: range, options: dict) -> torch.Tensor:
             given = [
-                Condition(pictures[rows.start : rows.stop], name, position=self.positions[name])
-                for name, pictures in conditions.items()
+                Condition(images[rows.start : rows.stop], name, position=self.positions[name])
+                for name, images in conditions.items()
             ]
             options |= {"guidance_scale": self.guidance, "conditions": given}
             return self.text([prompts[i] for i in rows], **options).images
@@ -134,5 +134,5 @@ class PipelineMaker:
         return torch.cat(made)
 
 
-def _images(pictures: torch.Tensor, rows: range) -> list[Image.Image]:
-    return [to_image(pictures[i]) for i in rows]
+def _images(images: torch.Tensor, rows: range) -> list[Image.Image]:
+    return [to_image(images[i]) for i in rows]

@@ -35,7 +35,7 @@ from imgdit.images.sheet import contact_sheet
 from imgdit.scenes.probe import SceneProbe
 
 SHEET = 64
-"""Pictures on a sheet."""
+"""Images on a sheet."""
 
 
 def run(model: Path, probe_folder: Path, out: Path, count: int, steps: int, guidance: float) -> list[Score]:
@@ -44,7 +44,7 @@ def run(model: Path, probe_folder: Path, out: Path, count: int, steps: int, guid
     Args:
         model, probe_folder: of the pipeline and of the `SceneProbe`.
         out: folder.
-        count: pictures of each kind.
+        count: images of each kind.
         steps, guidance: of the sampler.
     """
     maker, probe = _load(model, probe_folder, steps, guidance)
@@ -113,12 +113,12 @@ def write(path: Path, scores: list[Score], settings: dict[str, Any]) -> None:
 
 
 def seconds(maker: PipelineMaker, model: Path, rounds: int = 3) -> dict[str, list[float]]:
-    """Wall-clock seconds of one picture in this process, of loading the pipeline, and of `imgdit generate`."""
-    found: dict[str, list[float]] = {"one picture": [], "loading": [], "whole process": []}
+    """Wall-clock seconds of one image in this process, of loading the pipeline, and of `imgdit generate`."""
+    found: dict[str, list[float]] = {"one image": [], "loading": [], "whole process": []}
     for _ in range(rounds):
         start = time.perf_counter()
         maker.text("a red cube", num_inference_steps=maker.steps, guidance_scale=maker.guidance)
-        found["one picture"].append(time.perf_counter() - start)
+        found["one image"].append(time.perf_counter() - start)
         start = time.perf_counter()
         DiffusionPipeline.from_pretrained(model)
         found["loading"].append(time.perf_counter() - start)
@@ -131,10 +131,10 @@ def seconds(maker: PipelineMaker, model: Path, rounds: int = 3) -> dict[str, lis
 
 
 def sheets(kept: dict[str, Any], out: Path) -> list[Path]:
-    """A sheet of each task's first pictures, and one of what the probe calls mistakes."""
+    """A sheet of each task's first images, and one of what the probe calls mistakes."""
     files, failures = [], []
-    for name, (prompts, pictures, wrong) in kept.items():
-        groups = pictures if pictures.ndim == 5 else pictures[:, None]  # (N, K, 3, S, S)
+    for name, (prompts, images, wrong) in kept.items():
+        groups = images if images.ndim == 5 else images[:, None]  # (N, K, 3, S, S)
         tiles = [([to_image(p) for p in group], prompt) for prompt, group in zip(prompts, groups)]
         failures += [tiles[i] for i in wrong]
         files.append(out / f"{name.replace(' → ', '-to-').replace(', ', '-').replace(' ', '-')}.png")

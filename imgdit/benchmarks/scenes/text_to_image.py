@@ -1,6 +1,6 @@
 """How well a model does on scenes: text, depth, edges, segmentation and views against exact ground truth.
 
-Pictures are (N, 3, S, S) in [0, 1]. What makes them is given as functions (`Maker`), so that the library need not know
+Images are (N, 3, S, S) in [0, 1]. What makes them is given as functions (`Maker`), so that the library need not know
 pipelines; every draw comes from the held-out splits and fixed seeds.
 """
 
@@ -27,30 +27,30 @@ from imgdit.benchmarks.metrics import (
     ssim,
     wilson,
 )
+from imgdit.scenes.answers import NOTHING
 from imgdit.scenes.captions import caption
 from imgdit.scenes.probe import SceneProbe
 from imgdit.scenes.render import Rendering, render
-from imgdit.scenes.sentences import NOTHING
-from imgdit.scenes.tasks import depth_to_picture, picture_to_depth, picture_to_segmentation, scene_classes
+from imgdit.scenes.tasks import depth_to_image, image_to_depth, image_to_segmentation, scene_classes
 from imgdit.scenes.world import Scene, another_camera
 
 
 class Maker(Protocol):
-    """What is measured. Every function makes one picture per prompt, the same for the same seed."""
+    """What is measured. Every function generates one image per prompt, the same for the same seed."""
 
-    def pictures(self, prompts: Sequence[str], seed: int) -> torch.Tensor:
+    def images(self, prompts: Sequence[str], seed: int) -> torch.Tensor:
         """Text to image."""
 
-    def condition(self, task: str, prompts: Sequence[str], pictures: torch.Tensor, seed: int) -> torch.Tensor:
-        """The condition of a task ("depth", "segmentation", "canny") as a picture, from pictures."""
+    def condition(self, task: str, prompts: Sequence[str], images: torch.Tensor, seed: int) -> torch.Tensor:
+        """The condition of a task ("depth", "segmentation", "canny") as an image, from images."""
 
     def conditioned(self, task: str, prompts: Sequence[str], conditions: torch.Tensor, seed: int) -> torch.Tensor:
-        """Pictures from conditions."""
+        """Images from conditions."""
 
     def views(
-        self, prompts: Sequence[str], pictures: torch.Tensor, cameras: Sequence[tuple[Any, Any]], seed: int
+        self, prompts: Sequence[str], images: torch.Tensor, cameras: Sequence[tuple[Any, Any]], seed: int
     ) -> torch.Tensor:
-        """The scenes of pictures from other cameras; `cameras` are pairs (of the picture, of the wanted view)."""
+        """The scenes of images from other cameras; `cameras` are pairs (of the image, of the wanted view)."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Score:
     metric: str
     """What was measured, with its unit."""
     estimate: Interval
-    """The mean over pictures with its 95 % interval."""
+    """The mean over images with its 95 % interval."""
     bar: str
     """What is to be reached, "" where nothing is set."""
     met: bool | None
@@ -72,7 +72,7 @@ class Score:
 
 
 class Held(NamedTuple):
-    """Scenes never trained on, with their sentences and truth."""
+    """Scenes never trained on, with their prompts and truth."""
 
     scenes: list[Scene]
     prompts: list[str]
@@ -87,7 +87,7 @@ def held_out(count: int, split: str = "heldout", objects: int | None = None, fir
 
 
 class Seen(NamedTuple):
-    """What a probe sees in N pictures."""
+    """What a probe sees in N images."""
 
     answers: list[dict[str, str]]
     """By question."""
@@ -99,12 +99,12 @@ class Seen(NamedTuple):
     """(N, D)."""
 
 
-def read(probe: SceneProbe, pictures: torch.Tensor, batch: int = 64) -> Seen:
-    """Ask a probe about pictures."""
+def read(probe: SceneProbe, images: torch.Tensor, batch: int = 64) -> Seen:
+    """Ask a probe about images."""
     said: list[dict[str, str]] = []
     depths, classes, features = [], [], []
     with torch.no_grad():
-        for part in pictures.split(batch):
+        for part in images.split(batch):
             reading = probe(part * 2 - 1)
             chosen = {name: logits.argmax(1).tolist() for name, logits in reading.answers.items()}
             said += [
@@ -127,7 +127,7 @@ def expected(scene: Scene) -> dict[str, str]:
 
 
 def share_score(task: str, metric: str, right: Sequence[bool], bar: float | None = None) -> Score:
-    """A share of pictures, with Wilson's interval."""
+    """A fraction of images, with Wilson's interval."""
     estimate = wilson(sum(right), len(right))
     met = None if bar is None else estimate.value >= bar
     text = "" if bar is None else f"≥ {bar:.0%}"
@@ -137,7 +137,7 @@ def share_score(task: str, metric: str, right: Sequence[bool], bar: float | None
 def mean_score(
     task: str, metric: str, values: torch.Tensor, at_most: float | None = None, at_least: float | None = None
 ) -> Score:
-    """A mean over pictures, with a bootstrap interval."""
+    """A mean over images, with a bootstrap interval."""
     estimate = bootstrap(values.tolist())
     bar, met = "", None
     if at_most is not None:
@@ -157,11 +157,11 @@ def text_scores(maker: Maker, probe: SceneProbe, count: int, keep: Callable[[str
         ("two objects", "heldout", 2, None),
     ):
         held = held_out(count, split, objects)
-        pictures = maker.pictures(held.prompts, seed=0)
-        said, _, _, features = read(probe, pictures)
+        images = maker.images(held.prompts, seed=0)
+        said, _, _, features = read(probe, images)
         truth = [expected(scene) for scene in held.scenes]
         wrong = [i for i, (a, b) in enumerate(zip(said, truth)) if a != b]
-        keep(f"text, {name}", (held.prompts, pictures, wrong))
+        keep(f"text, {name}", (held.prompts, images, wrong))
 
         def right(*questions: str, said: list = said, truth: list = truth) -> list[bool]:
             return [all(a[q] == b[q] for q in questions) for a, b in zip(said, truth)]
@@ -198,49 +198,49 @@ def text_scores(maker: Maker, probe: SceneProbe, count: int, keep: Callable[[str
 
 
 def condition_scores(maker: Maker, probe: SceneProbe, count: int, keep: Callable[[str, Any], None]) -> list[Score]:
-    """Picture to depth, edges and segmentation, and depth to picture."""
+    """Image to depth, edges and segmentation, and depth to image."""
     held = held_out(count)
     truth, rgb = held.rendering, held.rendering.rgb
     classes = torch.stack([scene_classes(scene, truth.indices[i]) for i, scene in enumerate(held.scenes)])
     made = {task: maker.condition(task, held.prompts, rgb, seed=0) for task in ("depth", "segmentation", "canny")}
-    for task, pictures in made.items():
-        keep(f"image → {task}", (held.prompts, torch.stack([rgb, pictures], 1), []))
-    depth = picture_to_depth(made["depth"])
+    for task, images in made.items():
+        keep(f"image → {task}", (held.prompts, torch.stack([rgb, images], 1), []))
+    depth = image_to_depth(made["depth"])
     scores = [
         mean_score("image → depth", "AbsRel", abs_rel(depth, truth.depth), at_most=0.06),
         mean_score("image → depth", "δ1", delta_1(depth, truth.depth)),
         mean_score(
             "image → segmentation",
             "mIoU",
-            mean_iou(picture_to_segmentation(made["segmentation"]), classes),
+            mean_iou(image_to_segmentation(made["segmentation"]), classes),
             at_least=0.85,
         ),
         mean_score(
             "image → edges", "F1 within a pixel", edge_f1(made["canny"].mean(1, keepdim=True) > 0.5, truth.edges)
         ),
     ]
-    given = depth_to_picture(truth.depth)
+    given = depth_to_image(truth.depth)
     controlled = maker.conditioned("depth", held.prompts, given, seed=0)
     keep("depth → image", (held.prompts, torch.stack([given, controlled], 1), []))
-    free = maker.pictures(held.prompts, seed=0)
-    seen = [read(probe, pictures).depth for pictures in (controlled, free)]
+    free = maker.images(held.prompts, seed=0)
+    seen = [read(probe, images).depth for images in (controlled, free)]
     for name, found, bar in (
         ("AbsRel", seen, 0.5),
         ("AbsRel after fitting", [fitted(depth, truth.depth) for depth in seen], None),
     ):
         with_depth, without = (abs_rel(depth, truth.depth) for depth in found)
         scores += [
-            mean_score("depth → image", f"{name} of the made picture's depth", with_depth),
-            mean_score("the same prompts without depth", f"{name} of the made picture's depth", without),
+            mean_score("depth → image", f"{name} of the generated image's depth", with_depth),
+            mean_score("the same prompts without depth", f"{name} of the generated image's depth", without),
             mean_score(
-                "depth → image", f"{name} as a share of that without depth", with_depth / without.mean(), at_most=bar
+                "depth → image", f"{name} relative to that without depth", with_depth / without.mean(), at_most=bar
             ),
         ]
     return scores
 
 
 def view_scores(maker: Maker, count: int, keep: Callable[[str, Any], None]) -> list[Score]:
-    """A new view of a scene from one picture and the cameras."""
+    """A new view of a scene from one image and the cameras."""
     held = held_out(count)
     others = [another_camera(scene, Random(i)) for i, scene in enumerate(held.scenes)]
     truth, given = render(others).rgb, held.rendering.rgb

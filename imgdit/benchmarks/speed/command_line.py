@@ -22,7 +22,7 @@ from imgdit import DiffusionPipeline
 from imgdit.benchmarks.speed import sae as sae_speed
 from imgdit.benchmarks.speed import timing as speed
 from imgdit.benchmarks.speed.conditions import condition_costs
-from imgdit.benchmarks.speed.pipeline import load, picture_comparison
+from imgdit.benchmarks.speed.pipeline import image_comparison, load
 from imgdit.benchmarks.speed.timing import Comparison
 from imgdit.benchmarks.speed.training import training_cost
 from imgdit.checkpoints import SCENES
@@ -69,9 +69,10 @@ def _forward(rounds: int) -> Iterator[Row]:
         yield ratio_row(row, bar)
         if bar is not None and row.against.startswith("Flux"):
             for name, peak in speed.gemm_peaks().items():
-                share = work / row.ours / peak
+                fraction = work / row.ours / peak
                 bar_of = 0.88 if name == "torch.mm" else None
-                yield Row(f"{row.work}, share of {name}", "", share, share, share, "of GEMM", bar_of, row.ours)
+                work_of = f"{row.work}, fraction of {name}"
+                yield Row(work_of, "", fraction, fraction, fraction, "of GEMM", bar_of, row.ours)
 
 
 def _frames(rounds: int) -> Iterator[Row]:
@@ -93,9 +94,9 @@ def _conditions(rounds: int) -> Iterator[Row]:
     for cost in condition_costs(rounds=rounds):
         bar = _CONDITION_BARS.get(cost.work)
         yield Row(cost.work, cost.against, cost.ratio, cost.low, cost.high, "x", bar, cost.seconds, cost.other)
-        share = (cost.share, cost.share, cost.share)
+        fraction = (cost.fraction, cost.fraction, cost.fraction)
         if cost.work == "1 condition, joint":
-            yield Row(f"{cost.work}, share of torch.mm", "", *share, "of GEMM", 0.85, cost.seconds)
+            yield Row(f"{cost.work}, fraction of torch.mm", "", *fraction, "of GEMM", 0.85, cost.seconds)
 
 
 _HOOK_BARS = {"exact delta, 10 % of the tokens show the concept": 0.3, "learned threshold": 0.03}
@@ -107,8 +108,8 @@ def _sae(rounds: int) -> Iterator[Row]:
         yield ratio_row(row, _HOOK_BARS.get(row.work))
 
 
-def _picture(rounds: int) -> Iterator[Row]:
-    yield ratio_row(picture_comparison(load(SCENES), rounds=rounds), 0.9)
+def _image(rounds: int) -> Iterator[Row]:
+    yield ratio_row(image_comparison(load(SCENES), rounds=rounds), 0.9)
 
 
 def _training(rounds: int) -> Iterator[Row]:
@@ -149,7 +150,7 @@ GROUPS: dict[str, Callable[[int], Iterator[Row]]] = {
     "conditions": _conditions,
     "frames": _frames,
     "packing": _packing,
-    "picture": _picture,
+    "picture": _image,
     "sae": _sae,
     "training": _training,
     "start": _start,

@@ -1,4 +1,4 @@
-"""What conditions cost, against the same model without them: ratios within one run, and the share of GEMM's peak."""
+"""What conditions cost, against the same model without them: ratios within one run, and the fraction of GEMM."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Cost(NamedTuple):
     """Median of the pairwise ratios."""
     low: float
     high: float
-    share: float
+    fraction: float
     """Floating-point operations per second over GEMM's peak in the same run."""
 
 
@@ -50,15 +50,15 @@ def condition_costs(
         model.add_adapter(LoraConfig(r=rank, target_modules=TARGETS, init_lora_weights=False), name)
     activate(model, [])
     control = OmniControl(FluxPipeline(FlowMatchEulerDiscreteScheduler(), _vae(), None, None, None, None, model))
-    picture = torch.rand(3, SIDE * 16, SIDE * 16)
-    first, second = Condition(picture, "first"), Condition(picture, "second", position="subject")
+    image = torch.rand(3, SIDE * 16, SIDE * 16)
+    first, second = Condition(image, "first"), Condition(image, "second", position="subject")
 
     def row(work: str, call: Callable[[], torch.Tensor], other: Any) -> Cost:
         against = type(other).__name__
         result = compare(work, against, call, lambda: other(**inputs).sample, rounds=rounds, device=device)
         peak = gemm_peak(device=device, dtype=dtype)  # in the row's own minute: the machine's speed drifts
-        share = flops_of(call) / result.ours / peak
-        return Cost(work, against, result.ours, result.other, result.ratio, result.low, result.high, share)
+        fraction = flops_of(call) / result.ours / peak
+        return Cost(work, against, result.ours, result.other, result.ratio, result.low, result.high, fraction)
 
     def step() -> torch.Tensor:
         return model(**inputs).sample

@@ -102,7 +102,7 @@ def exponent(x: Sequence[float], y: Sequence[float]) -> float:
 def plot(points: Sequence[Point], path: str | Path) -> Path:
     """Seconds (above) and bytes (below) against each axis, lines of the formulas through the largest size."""
     names = list(dict.fromkeys(point.axis for point in points))
-    figure, axes = panels(len(names), 2, share=False)
+    figure, axes = panels(len(names), 2, fraction=False)
     for column, name in enumerate(names):
         for work in ("forward", "training step"):
             line = [point for point in points if (point.axis, point.work) == (name, work)]

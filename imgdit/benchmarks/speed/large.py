@@ -35,7 +35,7 @@ class Size(NamedTuple):
     double: int
     single: int
     side: int
-    """Rows and columns of tokens of the picture, and of each condition."""
+    """Rows and columns of tokens of the image, and of each condition."""
     text: int
 
 
@@ -60,7 +60,7 @@ class LargeRow(NamedTuple):
     high: float
     flops: float
     """Floating-point operations per second."""
-    share: float
+    fraction: float
     """`flops` over those of a square product in the same run and dtype."""
     graph_breaks: int = 0
     recompiled: int = 0

@@ -1,4 +1,4 @@
-"""A guided picture against diffusers' own pipeline on the same weights, and what diffusers' step caches do to both."""
+"""A guided image against diffusers' own pipeline on the same weights, and what diffusers' step caches do to both."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def load(model: Path) -> ImgDiTPipeline:
     return pipe
 
 
-def picture_comparison(pipe: ImgDiTPipeline, *, steps: int = 28, guidance: float = 3.0, rounds: int = 5) -> Comparison:
-    """Sentence to pixels: ours, against `FluxPipeline` with `true_cfg_scale` over `to_diffusers()`.
+def image_comparison(pipe: ImgDiTPipeline, *, steps: int = 28, guidance: float = 3.0, rounds: int = 5) -> Comparison:
+    """Prompt to pixels: ours, against `FluxPipeline` with `true_cfg_scale` over `to_diffusers()`.
 
     diffusers' pipeline runs the transformer once for each half of guidance. Encoding the text and decoding the latents
     are ours on both sides, as FLUX's encoders are others; both start from the same noise.
@@ -80,7 +80,7 @@ def picture_comparison(pipe: ImgDiTPipeline, *, steps: int = 28, guidance: float
 
 
 class CacheRow(NamedTuple):
-    """What a step cache does to pictures."""
+    """What a step cache does to images."""
 
     cache: str
     ratio: float
@@ -88,14 +88,14 @@ class CacheRow(NamedTuple):
     low: float
     high: float
     psnr: float
-    """In dB, of its pictures against those without it: mean over the pictures."""
+    """In dB, of its images against those without it: mean over the images."""
     ssim: float
 
 
 def cache_table(
     pipe: ImgDiTPipeline, *, count: int = 8, steps: int = 28, guidance: float = 3.0, rounds: int = 3
 ) -> Iterator[CacheRow]:
-    """diffusers' step caches on held-out scenes, against the same pictures without a cache."""
+    """diffusers' step caches on held-out scenes, against the same images without a cache."""
     prompts = held_out(count).prompts
     transformer: Any = pipe.transformer
     call: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance, "output_type": "pt"}
@@ -112,10 +112,10 @@ def cache_table(
 
     plain = make()
     for name, config in _configs(pipe, _magnitude_ratios(pipe, make), steps):
-        pictures = make(config)
+        images = make(config)
         row = compare(name, "no cache", partial(make, config), make, rounds=rounds)
-        change = statistics.mean(psnr(pictures, plain).tolist())
-        yield CacheRow(name, row.ratio, row.low, row.high, change, statistics.mean(ssim(pictures, plain).tolist()))
+        change = statistics.mean(psnr(images, plain).tolist())
+        yield CacheRow(name, row.ratio, row.low, row.high, change, statistics.mean(ssim(images, plain).tolist()))
 
 
 def _configs(pipe: ImgDiTPipeline, ratios: list[float], steps: int) -> Iterator[tuple[str, Any]]:

@@ -97,7 +97,7 @@ def hook_comparisons(*, rounds: int = 15, device: torch.device | str = "cpu") ->
     def run_block() -> torch.Tensor:
         return block(image, text, vector, vector, None, plan)[0]
 
-    for name, share, threshold in (
+    for name, fraction, threshold in (
         ("exact delta, 10 % of the tokens show the concept", 0.10, False),
         ("exact delta, 2 % of the tokens show the concept", 0.02, False),
         ("learned threshold", 0.10, True),
@@ -107,7 +107,7 @@ def hook_comparisons(*, rounds: int = 15, device: torch.device | str = "cpu") ->
         scores = sae.scores(rows)
         if threshold:
             sae.threshold = float(scores.flatten().topk(ACTIVE * len(rows)).values[-1])
-        intervention = Intervention(sae, [[_selection(scores, share)]], "scale", -1.0, (0.0, 1000.0), "both", False)
+        intervention = Intervention(sae, [[_selection(scores, fraction)]], "scale", -1.0, (0.0, 1000.0), "both", False)
 
         def hooked(intervention: Intervention = intervention) -> torch.Tensor:
             changed = intervention(tokens)
@@ -134,11 +134,11 @@ def _over_block(
     return row._replace(difference=float("nan"))  # a hook and a block compute different things
 
 
-def _selection(scores: torch.Tensor, share: float) -> ConceptSelection:
-    """Three features, with thresholds that a share of the tokens passes with any of them."""
+def _selection(scores: torch.Tensor, fraction: float) -> ConceptSelection:
+    """Three features, with thresholds that a fraction of the tokens passes with any of them."""
     features = torch.arange(CHOSEN)
     strongest = scores[:, :CHOSEN].amax(1)
-    threshold = float(strongest.quantile(1 - share).clamp(min=0.0))
+    threshold = float(strongest.quantile(1 - fraction).clamp(min=0.0))
     return ConceptSelection(
         name="concept",
         timesteps=(500.0,),

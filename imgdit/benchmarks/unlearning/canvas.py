@@ -1,4 +1,4 @@
-"""`imgdit bench unlearn-canvas`: pictures that somebody made, in UnlearnCanvas' own layout.
+"""`imgdit bench unlearn-canvas`: images that somebody made, in UnlearnCanvas' own layout.
 
 <folder>/<target>/<style>_<object>_seed<number>.jpg    of the model that unlearned the target
 """
@@ -11,7 +11,7 @@ from typing import Any
 
 from imgdit.benchmarks.unlearning.labels import classifier, label_all
 from imgdit.benchmarks.unlearning.plan import ENDINGS, Cell, Classify, cells, read_folder
-from imgdit.benchmarks.unlearning.table import TargetScores, domain_means, score_pictures
+from imgdit.benchmarks.unlearning.table import TargetScores, domain_means, score_images
 from imgdit.data.listing import is_stranger
 
 
@@ -21,18 +21,18 @@ def run(
     """Scores of every target that has a folder.
 
     Args:
-        folder: of the pictures.
+        folder: of the images.
         style_classifier, object_classifier: see `classifier`.
         labels: folder that keeps what the classifiers said; `None`: nothing is kept.
         engine: with `labels`, see `imgdit.io.bulk.run_bulk`.
 
     Raises:
-        ValueError: no folder of a style or object, or one that lacks pictures.
+        ValueError: no folder of a style or object, or one that lacks images.
     """
     inside = sorted(folder.iterdir()) if folder.is_dir() else []
     targets = [inner for inner in inside if inner.is_dir() and not is_stranger(inner.name)]
     if not targets:
-        raise ValueError(f"{folder} holds no folder of pictures; expected one for each unlearned style or object")
+        raise ValueError(f"{folder} holds no folder of images; expected one for each unlearned style or object")
     names = {inner: _cells(inner) for inner in targets}
     every = [cell for found in names.values() for cell in found]
     styles, objects, seeds = (sorted(set(values)) for values in zip(*every))
@@ -41,9 +41,9 @@ def run(
     scores = []
     for inner in targets:
         if inner.name not in (*styles, *objects):
-            raise ValueError(f"{inner} is not called by a style or object of its pictures: {', '.join(styles)}, …")
+            raise ValueError(f"{inner} is not called by a style or object of its images: {', '.join(styles)}, …")
         seen = read_folder(inner, wanted, style, thing)
-        scores.append(score_pictures(inner.name, "style" if inner.name in styles else "object", seen))
+        scores.append(score_images(inner.name, "style" if inner.name in styles else "object", seen))
     return {
         "styles": styles,
         "objects": objects,
@@ -56,7 +56,7 @@ def run(
 def _classifiers(
     targets: list[Path], style: str, thing: str, labels: Path | None, engine: dict[str, Any]
 ) -> list[Classify]:
-    """Of styles and of objects: what is asked as it comes, or what a job has asked about all pictures."""
+    """Of styles and of objects: what is asked as it comes, or what a job has asked about all images."""
     sources = {"style": style, "object": thing}
     if labels is None:
         return [classifier(source, domain) for domain, source in sources.items()]
@@ -70,7 +70,7 @@ def _images(folder: Path) -> list[Path]:
 
 
 def _cells(folder: Path) -> list[Cell]:
-    """What the names of a folder's pictures say. Styles may have underscores in them, objects do not."""
+    """What the names of a folder's images say. Styles may have underscores in them, objects do not."""
     found = []
     for file in _images(folder):
         parts = file.stem.rsplit("_", 2)
@@ -78,7 +78,7 @@ def _cells(folder: Path) -> list[Cell]:
             raise ValueError(f"{file} is not called <style>_<object>_seed<number>")
         found.append(Cell(parts[0], parts[1], int(parts[2].removeprefix("seed"))))
     if not found:
-        raise ValueError(f"{folder} holds no pictures; expected <style>_<object>_seed<number>.jpg")
+        raise ValueError(f"{folder} holds no images; expected <style>_<object>_seed<number>.jpg")
     return found
 
 
@@ -94,7 +94,7 @@ def _target(scores: TargetScores) -> dict[str, Any]:
 
 def table(result: Mapping[str, Any]) -> str:
     """The scores as text; CRA as UnlearnCanvas counts it stands behind ours."""
-    lines = [f"{'target':<24}{'UA':>7}{'95 %':>15}{'IRA':>7}{'CRA':>7}{'CRA of all pictures':>22}"]
+    lines = [f"{'target':<24}{'UA':>7}{'95 %':>15}{'IRA':>7}{'CRA':>7}{'CRA of all images':>22}"]
     for target, row in result["targets"].items():
         spread = f"{100 * row['unlearned_interval']['low']:.1f}–{100 * row['unlearned_interval']['high']:.1f}"
         lines.append(

@@ -1,4 +1,4 @@
-"""Classifiers of picture files, for `imgdit bench unlearn` and `unlearn-canvas`."""
+"""Classifiers of image files, for `imgdit bench unlearn` and `unlearn-canvas`."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def classifier(source: str | Path, domain: str) -> Classify:
 
     @torch.no_grad()
     def classify(files: Sequence[Path]) -> list[str]:
-        pictures = [to_rgb(open_image(file)) for file in files]
-        logits = model(**processor(pictures, return_tensors="pt").to(device)).logits
+        images = [to_rgb(open_image(file)) for file in files]
+        logits = model(**processor(images, return_tensors="pt").to(device)).logits
         return [model.config.id2label[number] for number in logits.argmax(1).tolist()]
 
     return classify
@@ -65,8 +65,8 @@ CHUNK = 64
 """Images that a worker labels before it writes them."""
 
 
-class LabelPictures:
-    """Says what one chunk of pictures shows.
+class LabelImages:
+    """Says what one chunk of images shows.
 
     Args:
         classifiers: what is told apart -> classifier of it, see `classifier`.
@@ -87,10 +87,10 @@ class LabelPictures:
 def label_all(
     files: Sequence[Path], classifiers: dict[str, str], out: Path, **engine: Any
 ) -> dict[str, dict[Path, str]]:
-    """Labels of pictures; what is written in the folder already is not asked again.
+    """Labels of images; what is written in the folder already is not asked again.
 
     Args:
-        files: pictures, in an order that is the same every time.
+        files: images, in an order that is the same every time.
         classifiers: what is told apart ("style", "object") -> folder or Hub repository of its classifier.
         out: folder of what was said.
         engine: see `run_bulk`.
@@ -99,7 +99,7 @@ def label_all(
         For each of `classifiers`, the label of each file.
 
     Raises:
-        ValueError: the folder holds labels of other pictures or by other classifiers.
+        ValueError: the folder holds labels of other images or by other classifiers.
     """
     out.mkdir(parents=True, exist_ok=True)
     names = [str(file.resolve()) for file in files]
@@ -108,7 +108,7 @@ def label_all(
     chunks = {f"{first:08d}.json": names[first : first + CHUNK] for first in range(0, len(names), CHUNK)}
     items = [{"chunk": chunk, "files": part} for chunk, part in chunks.items() if not (out / chunk).exists()]
     arguments = {"classifiers": dict(classifiers), "out": str(out.resolve())}
-    for _ in run_bulk(items, LabelPictures, arguments, **engine):
+    for _ in run_bulk(items, LabelImages, arguments, **engine):
         pass
     found: dict[str, dict[Path, str]] = {domain: {} for domain in classifiers}
     places = dict(zip(names, files, strict=True))

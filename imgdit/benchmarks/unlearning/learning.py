@@ -10,33 +10,33 @@ from typing import Any
 
 from safetensors import safe_open
 
+from imgdit.benchmarks.unlearning.images import digest
 from imgdit.benchmarks.unlearning.methods.material import Material, Statistics, collect
-from imgdit.benchmarks.unlearning.pictures import digest
 from imgdit.io.atomic import write_tensors, write_text
 from imgdit.io.fingerprints import weights_hash
 from imgdit.io.safe_json import read_object
 from imgdit.sae.concepts import ConceptStatistics
 from imgdit.sae.unlearning import ConceptUnlearner
-from imgdit.scenes.labels import LABELS, label_sentences, label_words
+from imgdit.scenes.labels import LABELS, label_prompts, label_words
 
 SEED = 7
-"""Of the sentences and pictures that methods learn from; those that judge them have other seeds."""
+"""Of the prompts and images that methods learn from; those that judge them have other seeds."""
 
 
 def build_material(
     pipe: Any, saes: Path | None, folder: Path, *, sentences: int, steps: int, guidance: float
 ) -> tuple[Material, float]:
-    """Sentences for every style and object, and with SAEs their activations.
+    """Prompts for every style and object, and with SAEs their activations.
 
     Args:
         saes: folder of the SAEs; `None`: no method needs them.
         folder: of the statistics.
-        sentences: for each label.
+        prompts: for each label.
 
     Returns:
         The material, and the seconds that its statistics took.
     """
-    prompts = {kind: label_sentences(sentences, SEED, kind) for kind in LABELS}
+    prompts = {kind: label_prompts(sentences, SEED, kind) for kind in LABELS}
     words = {label: label_words(label) for labels in LABELS.values() for label in labels}
     found = {} if saes is None else ConceptUnlearner.from_pretrained(saes).saes
     for sae in found.values():

@@ -1,4 +1,4 @@
-"""The pictures that unlearning is judged by, in UnlearnCanvas' layout, and what classifiers see in them.
+"""The images that unlearning is judged by, in UnlearnCanvas' layout, and what classifiers see in them.
 
 A folder holds `<style>_<object>_seed<number>.jpg` (or .png) for every style, object and seed (arXiv 2402.11846).
 """
@@ -10,7 +10,7 @@ from pathlib import Path
 from random import Random
 from typing import NamedTuple
 
-from imgdit.scenes.labels import label_sentence
+from imgdit.scenes.labels import label_prompt
 from imgdit.scenes.world import OBJECTS, STYLES
 
 VALIDATION, TEST = 1_000, 188
@@ -19,7 +19,7 @@ ENDINGS = (".png", ".jpg")
 
 
 class Cell(NamedTuple):
-    """What a picture should show, and its seed."""
+    """What an image should show, and its seed."""
 
     style: str
     object: str
@@ -32,13 +32,13 @@ class Cell(NamedTuple):
 
     @property
     def prompt(self) -> str:
-        """A sentence about procedural scenes; colour and place are drawn by the cell, and told apart by classifiers of
+        """A prompt about procedural scenes; colour and place are drawn by the cell, and told apart by classifiers of
         neither."""
-        return label_sentence(self.style, self.object, self._rng())
+        return label_prompt(self.style, self.object, self._rng())
 
     @property
     def noise(self) -> int:
-        """Seed of the starting noise: the same for all methods, another for each picture."""
+        """Seed of the starting noise: the same for all methods, another for each image."""
         return self._rng("noise").randrange(2**31)
 
     def _rng(self, what: str = "") -> Random:
@@ -55,17 +55,17 @@ def cells(seeds: Iterable[int], styles: Sequence[str] = STYLES, objects: Sequenc
 
 
 def scene_seeds(count: int, first: int = TEST) -> range:
-    """Seeds of the pictures that methods are compared by, or tuned by (`VALIDATION`)."""
+    """Seeds of the images that methods are compared by, or tuned by (`VALIDATION`)."""
     return range(first, first + count)
 
 
-def find_picture(folder: Path, cell: Cell) -> Path | None:
+def find_image(folder: Path, cell: Cell) -> Path | None:
     """The file of a cell."""
     return next((path for end in ENDINGS if (path := folder / f"{cell.name}{end}").is_file()), None)
 
 
 class Seen(NamedTuple):
-    """A cell and what classifiers call its picture."""
+    """A cell and what classifiers call its image."""
 
     cell: Cell
     style: str
@@ -81,20 +81,20 @@ class Seen(NamedTuple):
 
 
 Classify = Callable[[Sequence[Path]], Sequence[str]]
-"""Labels of pictures by their files."""
+"""Labels of images by their files."""
 
 
 def read_folder(folder: Path, wanted: Sequence[Cell], style: Classify, thing: Classify, batch: int = 32) -> list[Seen]:
-    """What two classifiers see in a folder's pictures.
+    """What two classifiers see in a folder's images.
 
     Raises:
-        ValueError: pictures are missing.
+        ValueError: images are missing.
     """
-    files = {cell: file for cell in wanted if (file := find_picture(folder, cell)) is not None}
+    files = {cell: file for cell in wanted if (file := find_image(folder, cell)) is not None}
     missing = [cell.name for cell in wanted if cell not in files]
     if missing:
         raise ValueError(
-            f"{folder} lacks {len(missing)} of {len(wanted)} pictures, {missing[0]}.jpg or .png among them; every "
+            f"{folder} lacks {len(missing)} of {len(wanted)} images, {missing[0]}.jpg or .png among them; every "
             "style needs one with every object for every seed"
         )
     found: list[Seen] = []

@@ -1,6 +1,6 @@
 """An attack on unlearning: text vectors before a prompt, found by gradient, that bring the concept back.
 
-B pictures, K prefix tokens, T text tokens, J text features, σ the noise level in [0, 1].
+B images, K prefix tokens, T text tokens, J text features, σ the noise level in [0, 1].
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ def attack_prompt(
     samples: int = 4,
     seed: int = 0,
 ) -> dict[str, torch.Tensor]:
-    """The prompt with a prefix under which the pipeline, as it now is, predicts a picture of the concept best.
+    """The prompt with a prefix under which the pipeline, as it now is, predicts an image of the concept best.
 
-    As UnlearnDiffAtk (arXiv 2310.11868), which asks the unlearned model itself to denoise one picture of the concept;
+    As UnlearnDiffAtk (arXiv 2310.11868), which asks the unlearned model itself to denoise one image of the concept;
     but the prefix is free in the space of the text encoder's output, which is stronger than choosing words. The
     gradient goes through hooks and changed weights. Guidance takes no part in it.
 
     Args:
         pipe: an `ImgDiTPipeline`, with the method under attack attached.
         prompt: that names the concept.
-        latents: (1, C, h, w) of a picture that shows it, as the pipeline returns them.
+        latents: (1, C, h, w) of an image that shows it, as the pipeline returns them.
         tokens: K.
         steps: of Adam.
-        lr: as a share of the text vectors' root mean square.
+        lr: as a fraction of the text vectors' root mean square.
         samples: noise levels per step.
         seed: of the prefix's start, the noise and its levels.
 
@@ -47,7 +47,7 @@ def attack_prompt(
     transformer = pipe.transformer
     config, dtype, device = transformer.config, transformer.dtype, transformer.device
     if latents.ndim != 4 or len(latents) != 1:
-        raise ValueError(f"one picture is attacked at a time, as latents (1, C, h, w); got {tuple(latents.shape)}")
+        raise ValueError(f"one image is attacked at a time, as latents (1, C, h, w); got {tuple(latents.shape)}")
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         embeds, *_ = pipe.encode_prompt(prompt, do_classifier_free_guidance=False)  # (1, T, J)

@@ -14,16 +14,16 @@ import torch
 
 from imgdit import DiffusionPipeline
 from imgdit.benchmarks.metrics import wilson
+from imgdit.benchmarks.unlearning.images import Eyes, Look, Studio
 from imgdit.benchmarks.unlearning.learning import build_material
 from imgdit.benchmarks.unlearning.methods.catalogue import METHODS
-from imgdit.benchmarks.unlearning.pictures import Eyes, Look, Studio
 from imgdit.benchmarks.unlearning.plan import VALIDATION, Cell, cells, scene_seeds
 from imgdit.benchmarks.unlearning.table import (
     accuracies,
     bootstrap_means,
     domain_means,
     interval,
-    score_pictures,
+    score_images,
     score_together,
 )
 from imgdit.io.atomic import write_text
@@ -49,7 +49,7 @@ class UnlearnPlan:
     targets: tuple[str, ...] = (*STYLES, *OBJECTS)
     """Labels that are unlearned, one at a time."""
     seeds: int = 6
-    """Pictures of each style with each object, for each target and method."""
+    """Images of each style with each object, for each target and method."""
     steps: int = 20
     """Of the sampler."""
     guidance: float = 3.0
@@ -59,7 +59,7 @@ class UnlearnPlan:
     tune: bool = False
     """Choose each method's settings on other seeds first; otherwise the first of its grid are used."""
     together: int = 2
-    """Seeds of the pictures for several labels at once, 1 to 6 of `SEQUENCE`; 0: none."""
+    """Seeds of the images for several labels at once, 1 to 6 of `SEQUENCE`; 0: none."""
     attack: int = 5
     """Prompts of each of `FEW_TARGETS` that are attacked; 0: none."""
 
@@ -84,11 +84,11 @@ class UnlearnPlan:
 
 
 QUICK = UnlearnPlan(FEW_METHODS, FEW_TARGETS, seeds=2, steps=12, sentences=6, together=0, attack=0)
-"""1,632 pictures and 84 to learn from."""
+"""1,632 images and 84 to learn from."""
 
 
 def run(model: Path, probe: Path, saes: Path, out: Path, plan: UnlearnPlan) -> dict[str, Any]:
-    """Measure methods; `out` gets unlearn.json and the pictures, and what it has already is not made again.
+    """Measure methods; `out` gets unlearn.json and the images, and what it has already is not made again.
 
     Args:
         model, probe, saes: folders of the pipeline, of the `SceneProbe` and of the SAEs.
@@ -182,7 +182,7 @@ class _Bench:
         tried = self.tried[name] = []
         for settings in grid:
             scores = [
-                score_pictures(t, kind_of(t), [look.seen for look in self._looks(name, [t], settings, wanted)])
+                score_images(t, kind_of(t), [look.seen for look in self._looks(name, [t], settings, wanted)])
                 for t in targets or self.plan.targets[:1]
             ]
             mean = sum(s.scores.mean for s in scores) / len(scores)
@@ -192,7 +192,7 @@ class _Bench:
     def _summary(
         self, name: str, seen: Mapping[str, Any], draws: Mapping[str, np.ndarray], everyone: Mapping[str, Any]
     ) -> dict[str, Any]:
-        scores = [score_pictures(target, self.domains[target], found) for target, found in seen.items()]
+        scores = [score_images(target, self.domains[target], found) for target, found in seen.items()]
         means = domain_means(scores)
         six = [value for mean in means.values() for value in mean]
         of_six = _of_six(draws)
@@ -214,7 +214,7 @@ class _Bench:
         }
 
     def _side_effects(self, looks: Mapping[str, Sequence[Look]]) -> dict[str, Any]:
-        """Artefacts over all pictures, and changes of those whose prompt does not name the target."""
+        """Artefacts over all images, and changes of those whose prompt does not name the target."""
         every = [look for found in looks.values() for look in found]
         kept = [
             look
@@ -254,7 +254,7 @@ class _Bench:
         return found
 
     def _attacked(self, name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """How often the target is seen in pictures of its own prompts, before and under attack."""
+        """How often the target is seen in images of its own prompts, before and under attack."""
         before = after = total = 0
         for target in (t for t in FEW_TARGETS if t in self.plan.targets):
             domain = kind_of(target)

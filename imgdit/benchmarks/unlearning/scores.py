@@ -10,7 +10,7 @@ class UnlearningScores(NamedTuple):
     """Shares in [0, 1]."""
 
     unlearned: float
-    """UA: how often the target's pictures are not recognised as the target."""
+    """UA: how often the target's images are not recognised as the target."""
     retained: float
     """IRA: mean accuracy of the other labels of the target's domain (styles, or objects)."""
     cross: float
@@ -24,7 +24,7 @@ class UnlearningScores(NamedTuple):
 def score_target(
     target: str, own: Mapping[str, float], other: Mapping[str, float] | Sequence[float]
 ) -> UnlearningScores:
-    """Scores of one unlearned target. Labels count alike, however many pictures each has.
+    """Scores of one unlearned target. Labels count alike, however many images each has.
 
     Args:
         target: the unlearned label.

@@ -1,6 +1,6 @@
 """From what classifiers saw to UnlearnCanvas' table, with intervals.
 
-P pictures, R draws of the bootstrap.
+P images, R draws of the bootstrap.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ class TargetScores(NamedTuple):
     target: str
     domain: str
     scores: UnlearningScores
-    """CRA is that of pictures whose prompt does not name the target."""
+    """CRA is that of images whose prompt does not name the target."""
     cross_everywhere: float
-    """CRA of all pictures, as UnlearnCanvas counts it."""
+    """CRA of all images, as UnlearnCanvas counts it."""
     unlearned: Interval
-    """UA with Wilson's interval; the pictures are the target's."""
+    """UA with Wilson's interval; the images are the target's."""
     confusion: dict[str, dict[str, dict[str, int]]]
-    """Counts by domain, expected and given label, of all pictures."""
+    """Counts by domain, expected and given label, of all images."""
 
 
-def score_pictures(target: str, domain: str, seen: Sequence[Seen]) -> TargetScores:
-    """Scores of a label that is unlearned, from the pictures of every style and object."""
+def score_images(target: str, domain: str, seen: Sequence[Seen]) -> TargetScores:
+    """Scores of a label that is unlearned, from the images of every style and object."""
     other = DOMAINS[1 - DOMAINS.index(domain)]
     rest = [s for s in seen if s.cell.expected(domain) != target]
     own = accuracies(seen, domain)
     if target not in own:
-        raise ValueError(f"no picture's {domain} is {target!r}; there are {', '.join(own)}")
+        raise ValueError(f"no image's {domain} is {target!r}; there are {', '.join(own)}")
     mine = [s for s in seen if s.cell.expected(domain) == target]
     missed = wilson(sum(not s.right(domain) for s in mine), len(mine))
     return TargetScores(
@@ -53,14 +53,14 @@ def score_pictures(target: str, domain: str, seen: Sequence[Seen]) -> TargetScor
 
 
 def accuracies(seen: Sequence[Seen], domain: str) -> dict[str, float]:
-    """Share of each label's pictures that are recognised."""
+    """Share of each label's images that are recognised."""
     labels = dict.fromkeys(s.cell.expected(domain) for s in seen)
     rows = {label: [s.right(domain) for s in seen if s.cell.expected(domain) == label] for label in labels}
     return {label: sum(right) / len(right) for label, right in rows.items()}
 
 
 def confusion(seen: Sequence[Seen], domain: str) -> dict[str, dict[str, int]]:
-    """How often each label's pictures are called what."""
+    """How often each label's images are called what."""
     counts: dict[str, dict[str, int]] = {}
     for s in seen:
         row = counts.setdefault(s.cell.expected(domain), {})
@@ -77,9 +77,9 @@ def domain_means(scores: Sequence[TargetScores]) -> dict[str, UnlearningScores]:
 def bootstrap_means(
     seen: Mapping[str, Sequence[Seen]], domains: Mapping[str, str], draws: int = DRAWS, seed: int = 0
 ) -> dict[str, np.ndarray]:
-    """Draws (R, 3) of UA, IRA and CRA of each domain, resampling pictures.
+    """Draws (R, 3) of UA, IRA and CRA of each domain, resampling images.
 
-    A picture stands for a prompt and a noise, which all targets and all methods share: the same pictures are drawn for
+    An image stands for a prompt and a noise, which all targets and all methods share: the same images are drawn for
     all of them, so that draws of two methods can be subtracted.
 
     Args:
@@ -88,14 +88,14 @@ def bootstrap_means(
     """
     first = next(iter(seen.values()))
     count = len(first)
-    for target, pictures in seen.items():
-        if [s.cell for s in pictures] != [s.cell for s in first]:
-            raise ValueError(f"the pictures of {target!r} are not those of the other targets in the same order")
+    for target, images in seen.items():
+        if [s.cell for s in images] != [s.cell for s in first]:
+            raise ValueError(f"the images of {target!r} are not those of the other targets in the same order")
     rng = np.random.default_rng(seed)
     weights = np.stack([np.bincount(rng.integers(count, size=count), minlength=count) for _ in range(draws)])  # (R, P)
     found: dict[str, list[np.ndarray]] = {}
-    for target, pictures in seen.items():
-        found.setdefault(domains[target], []).append(_draws(target, domains[target], pictures, weights))
+    for target, images in seen.items():
+        found.setdefault(domains[target], []).append(_draws(target, domains[target], images, weights))
     return {domain: _mean(values) for domain, values in found.items()}
 
 
@@ -110,7 +110,7 @@ def _draws(target: str, domain: str, seen: Sequence[Seen], weights: np.ndarray) 
 
 
 def _accuracy_draws(seen: Sequence[Seen], domain: str, weights: np.ndarray) -> dict[str, np.ndarray]:
-    """(R,) accuracy of each label; not a number where no picture of it was drawn."""
+    """(R,) accuracy of each label; not a number where no image of it was drawn."""
     right = np.array([s.right(domain) for s in seen])
     labels = np.array([s.cell.expected(domain) for s in seen])
     found = {}
@@ -122,7 +122,7 @@ def _accuracy_draws(seen: Sequence[Seen], domain: str, weights: np.ndarray) -> d
 
 
 def _mean(values: Sequence[np.ndarray]) -> np.ndarray:
-    """Mean of those that are numbers, as few draws miss all pictures of a label."""
+    """Mean of those that are numbers, as few draws miss all images of a label."""
     stacked = np.stack(values)
     with np.errstate(invalid="ignore"):
         return np.nansum(stacked, axis=0) / np.isfinite(stacked).sum(axis=0)
@@ -135,7 +135,7 @@ def interval(values: np.ndarray, estimate: float) -> Interval:
 
 
 def score_together(concepts: Mapping[str, str], seen: Sequence[Seen]) -> dict[str, Any]:
-    """Several labels unlearned at once: how often each is gone, and what pictures that name none of them still show.
+    """Several labels unlearned at once: how often each is gone, and what images that name none of them still show.
 
     Args:
         concepts: domains of the unlearned labels.
@@ -147,7 +147,7 @@ def score_together(concepts: Mapping[str, str], seen: Sequence[Seen]) -> dict[st
         counts[label] = {"unlearned": wrong, "of": len(mine)}
         gone.append(wrong / len(mine))
     rest = [s for s in seen if not any(s.cell.expected(domain) == label for label, domain in concepts.items())]
-    kept = [share for domain in DOMAINS for share in accuracies(rest, domain).values()]
+    kept = [fraction for domain in DOMAINS for fraction in accuracies(rest, domain).values()]
     if not kept:
-        raise ValueError(f"unlearning {', '.join(concepts)} leaves no picture without any of them")
+        raise ValueError(f"unlearning {', '.join(concepts)} leaves no image without any of them")
     return {"unlearned": sum(gone) / len(gone), "retained": sum(kept) / len(kept), "counts": counts}

@@ -13,13 +13,13 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.utils.torch_utils import randn_tensor
 
 from imgdit.schedulers.flow_match import MultiFrameFlowMatchScheduler
-from imgdit.training.batches import ObjectiveOutput, Pictures
+from imgdit.training.batches import Images, ObjectiveOutput
 
 
 def autoencoder(
     model: torch.nn.Module,
     scheduler: MultiFrameFlowMatchScheduler | None,
-    batch: Pictures,
+    batch: Images,
     generator: torch.Generator | None,
     *,
     square_weight: float = 1.0,
@@ -27,7 +27,7 @@ def autoencoder(
     kl_weight: float = 1e-6,
     latent_noise: float = 0.1,
 ) -> ObjectiveOutput:
-    """Reconstruction of pictures: absolute and squared error of pixels, absolute error of their differences at three
+    """Reconstruction of images: absolute and squared error of pixels, absolute error of their differences at three
     scales, and the divergence of the latent distribution from a normal one.
 
     The differences make edges sharp without a perceptual network, which could not be had offline.
@@ -36,7 +36,7 @@ def autoencoder(
         model: `AutoencoderKL`, or `AutoencoderDC`, whose latent z counts as a normal distribution N(z, latent_noise²);
             wrapped for distributed training or not.
         scheduler: not used.
-        batch: pictures.
+        batch: images.
         generator: source of the latent's draw; in evaluation the mode is decoded.
         square_weight: of the squared error.
         gradient_weight: of the differences.

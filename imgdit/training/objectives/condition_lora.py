@@ -32,8 +32,8 @@ def condition_lora(
 
     Args:
         model, scheduler, batch, generator, distribution, mean, std, guidance: see `flow_matching`.
-        text_dropout: share of samples whose text becomes the empty one.
-        condition_dropout: share of samples whose conditions become `batch.empty_tokens`; still held clean.
+        text_dropout: fraction of samples whose text becomes the empty one.
+        condition_dropout: fraction of samples whose conditions become `batch.empty_tokens`; still held clean.
 
     Raises:
         ValueError: no condition with an adapter in the layout, or as `flow_matching`.

@@ -44,9 +44,9 @@ def flow_matching(
         batch: frames.
         generator: source of noise levels, noise and dropout.
         distribution, mean, std, shared: see `MultiFrameFlowMatchScheduler.sample_sigmas`.
-        clean: share of frames at level 0, as if given; they do not count, and one frame of a sample keeps its noise.
-        text_dropout: share of samples whose text becomes the empty one.
-        condition_dropout: share of samples whose given frames (held by the layout, or clean by draw) become pure
+        clean: fraction of frames at level 0; they do not count, and one frame of a sample keeps its noise.
+        text_dropout: fraction of samples whose text becomes the empty one.
+        condition_dropout: fraction of samples whose given frames (held by the layout, or clean by draw) become pure
             noise at level 1, which says nothing about them: the unconditional branch of guidance.
         guidance: input of guidance-distilled models.
 

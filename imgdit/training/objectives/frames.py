@@ -35,10 +35,10 @@ def check_batch(batch: Batch) -> None:
 
 def training_fractions(model: torch.nn.Module, **shares: float) -> list[float]:
     """The shares while training, zeros in evaluation."""
-    for name, share in shares.items():
-        if not 0.0 <= share <= 1.0:
-            raise ValueError(f"{name} is a share in [0, 1], got {share}")
-    return [share if model.training else 0.0 for share in shares.values()]
+    for name, fraction in shares.items():
+        if not 0.0 <= fraction <= 1.0:
+            raise ValueError(f"{name} is a fraction in [0, 1], got {fraction}")
+    return [fraction if model.training else 0.0 for fraction in shares.values()]
 
 
 def noise_of(batch: Batch, generator: torch.Generator | None) -> torch.Tensor:
@@ -48,19 +48,19 @@ def noise_of(batch: Batch, generator: torch.Generator | None) -> torch.Tensor:
     return randn_tensor(batch.tokens.shape, generator=generator, device=batch.tokens.device, dtype=batch.tokens.dtype)
 
 
-def chosen_rows(size: int, share: float, generator: torch.Generator | None, device: torch.device) -> torch.Tensor:
+def chosen_rows(size: int, fraction: float, generator: torch.Generator | None, device: torch.device) -> torch.Tensor:
     """Boolean (size,), each true with probability `share`."""
     where = generator.device if generator is not None else device
-    return (torch.rand(size, generator=generator, device=where) < share).to(device)
+    return (torch.rand(size, generator=generator, device=where) < fraction).to(device)
 
 
-def drop_text(batch: Batch, share: float, generator: torch.Generator | None) -> Text:
-    if share == 0.0:
+def drop_text(batch: Batch, fraction: float, generator: torch.Generator | None) -> Text:
+    if fraction == 0.0:
         return batch.text
     text, empty = batch.text, batch.empty
     if empty is None:
-        raise ValueError(f"text_dropout={share} needs the empty text; give Batch(empty=...) or set text_dropout: 0.0")
-    dropped = chosen_rows(len(text.embeddings), share, generator, text.embeddings.device)
+        raise ValueError(f"text_dropout={fraction} needs the empty text; pass Batch(empty=...) or text_dropout=0")
+    dropped = chosen_rows(len(text.embeddings), fraction, generator, text.embeddings.device)
     mask = None
     if text.mask is not None or empty.mask is not None:
         real, none = (_full(t) if t.mask is None else t.mask for t in (text, empty))

@@ -1,4 +1,4 @@
-"""Pictures to latents and sentences to embeddings, by the components of a pipeline's folder."""
+"""Images to latents and captions to embeddings, by the components of a pipeline's folder."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from diffusers.utils import logging
 from imgdit import compat
 from imgdit.family import prompt_encodings
 from imgdit.hub import find_pipeline
-from imgdit.images.latents import encode_pictures
+from imgdit.images.latents import encode_images
 from imgdit.io.fingerprints import folder_hash
 from imgdit.io.safe_json import read_object
 
 
 class EncodedText(NamedTuple):
-    """One sentence."""
+    """One caption."""
 
     embeddings: torch.Tensor
     """(T, J): real tokens only, where the model has a mask."""
@@ -30,7 +30,7 @@ class EncodedText(NamedTuple):
 class Encoder:
     """Autoencoder and text encoders of a pipeline folder, loaded when something has to be encoded.
 
-    Every picture and sentence is encoded alone, so that what comes out depends on nothing else.
+    Every image and caption is encoded alone, so that what comes out depends on nothing else.
 
     Args:
         model: folder of a pipeline in diffusers' layout, a repository on the Hub, or "embedded".
@@ -102,14 +102,14 @@ class Encoder:
         return {"model": folder_hash(parts), "dtype": str(self.dtype).removeprefix("torch.")}
 
     @torch.no_grad()
-    def latents(self, picture: torch.Tensor) -> torch.Tensor:
-        """A picture (3, H, W) in [0, 1] to scaled latents (C, h, w), rounded to float16 as caches keep them."""
-        return encode_pictures(self.pipe.vae, picture[None].to(self.device) * 2 - 1)[0].half().cpu()
+    def latents(self, image: torch.Tensor) -> torch.Tensor:
+        """An image (3, H, W) in [0, 1] to scaled latents (C, h, w), rounded to float16 as caches keep them."""
+        return encode_images(self.pipe.vae, image[None].to(self.device) * 2 - 1)[0].half().cpu()
 
     @torch.no_grad()
-    def text(self, sentence: str) -> EncodedText:
-        """A sentence."""
+    def text(self, caption: str) -> EncodedText:
+        """A caption."""
         places, others = self._encoding
-        found = self.pipe.encode_prompt(sentence, **dict.fromkeys(others, sentence))
+        found = self.pipe.encode_prompt(caption, **dict.fromkeys(others, caption))
         embeddings, pooled = (found[place][0].cpu() for place in places[:2])
         return EncodedText(embeddings if places[2] is None else embeddings[found[places[2]][0].cpu()], pooled)

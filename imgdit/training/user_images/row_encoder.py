@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from imgdit.cameras import FOCAL_LENGTH, RAY_CHANNELS, ray_frames, relative_rays, scale_positions
-from imgdit.data.opening import open_picture
+from imgdit.data.opening import decode_image
 from imgdit.data.rows import Blob, Row
 from imgdit.images import fit, to_image, to_pixels
 from imgdit.images.fitting import SHARP, Size
@@ -119,10 +119,10 @@ class RowEncoder:
 
         def fitted(blob: Blob, sharp: bool = False) -> Callable[[], torch.Tensor]:
             resample = Image.Resampling.NEAREST if sharp else Image.Resampling.LANCZOS
-            return lambda: to_pixels(fit(open_picture(blob.read()).picture, size, resample))[0]
+            return lambda: to_pixels(fit(decode_image(blob.read()).image, size, resample))[0]
 
         hashes = inspection.hashes
-        blobs = {"picture": row.picture, **{str(n): row.frames[n] for n in range(settings.views - 1)}}
+        blobs = {"picture": row.image, **{str(n): row.frames[n] for n in range(settings.views - 1)}}
         found = [(tensor_key("picture", hashes[name], size), fitted(blob)) for name, blob in blobs.items()]
         condition, preprocessor = settings.condition, settings.preprocessor
         if condition is not None and condition in row.conditions:
@@ -133,7 +133,7 @@ class RowEncoder:
             assert preprocessor is not None
             options = sorted(settings.preprocessor_options.items())
             key = tensor_key("computed", hashes["picture"], size, preprocessor, options)
-            found.append((key, lambda: self._computed(preprocessor, fitted(row.picture)())))
+            found.append((key, lambda: self._computed(preprocessor, fitted(row.image)())))
         return found
 
     def _computed(self, preprocessor: str, pixels: torch.Tensor) -> torch.Tensor:

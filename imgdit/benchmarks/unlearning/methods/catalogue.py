@@ -62,7 +62,7 @@ def _features(*pairs: tuple[int, float], **fixed: Any) -> tuple[dict[str, Any], 
     return tuple({"top_n": top_n, "multiplier": multiplier, **fixed} for top_n, multiplier in pairs)
 
 
-_PICTURE = ((4, -5.0), (4, -1.0), (2, -5.0), (8, -5.0), (4, -15.0), (8, -1.0))
+_IMAGE = ((4, -5.0), (4, -1.0), (2, -5.0), (8, -5.0), (4, -15.0), (8, -1.0))
 _TEXT = ((4, -0.5), (4, -0.2), (4, -1.0), (8, -0.5))
 _FLOOR = 0.1  # ours leaves out features that a concept only seems to have
 
@@ -89,14 +89,14 @@ METHODS: dict[str, Method] = {
         needs_saes=True,
     ),
     "saeuron": Method(
-        "SAeUron as published", without_features, _features(*_PICTURE, paper_compat=True), needs_saes=True
+        "SAeUron as published", without_features, _features(*_IMAGE, paper_compat=True), needs_saes=True
     ),
     "scale": Method(
         "ours, scale",
         without_features,
         (
             *_features(*_TEXT, stream="text", floor=_FLOOR),
-            *_features(*_PICTURE[:2], stream="picture", floor=_FLOOR),
+            *_features(*_IMAGE[:2], stream="picture", floor=_FLOOR),
         ),
         needs_saes=True,
     ),

@@ -27,16 +27,16 @@ def edited_in_closed_form(
     ridge: float = 0.1,
     sentences: int = 16,
 ) -> Unlearned:
-    """Where a sentence says a concept, its text is projected as if it said another label of the same kind.
+    """Where a prompt says a concept, its text is projected as if it said another label of the same kind.
 
     UCE edits the keys and values of cross-attention; what reads text in an MMDiT is the embedding of its tokens and
     the embedding of the pooled text, so both are edited:
     W' = (Σ W c₀ cᵀ + preserve Σ W p pᵀ + ridge W) (Σ c cᵀ + preserve Σ p pᵀ + ridge I)⁻¹ (UCE's equation 7).
 
     Args:
-        preserve: weight of the sentences p of all other labels.
+        preserve: weight of the prompts p of all other labels.
         ridge: weight of leaving the matrix as it is.
-        sentences: for each label.
+        prompts: for each label.
     """
     model = denoiser(pipe)
     changed: dict[str, torch.Tensor] = {}
@@ -78,7 +78,7 @@ def _edited(
 
 @torch.no_grad()
 def _vectors(pipe: Any, lines: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token vectors (N, J) of sentences, one after the other, and pooled vectors (sentences, J)."""
+    """Token vectors (N, J) of prompts, one after the other, and pooled vectors (prompts, J)."""
     if not lines:
         model: Any = denoiser(pipe)
         widths = (model.config.joint_attention_dim, model.config.pooled_projection_dim)

@@ -24,7 +24,7 @@ def without_direction(
 
     Args:
         stream: whose tokens.
-        strength: 1 puts a token at the mean of the pictures without the concept along the direction; 2 as far beyond.
+        strength: 1 puts a token at the mean of the images without the concept along the direction; 2 as far beyond.
     """
     places = {
         hookpoint: [_Direction.of(material, concept, hookpoint) for concept in concepts]
@@ -48,7 +48,7 @@ class _Direction(NamedTuple):
     unit: torch.Tensor
     """(S, d) of norm 1."""
     middle: torch.Tensor
-    """(S,) where the pictures without the concept lie along it."""
+    """(S,) where the images without the concept lie along it."""
 
     @classmethod
     def of(cls, material: Material, concept: str, hookpoint: str) -> _Direction:

@@ -38,7 +38,7 @@ def without_features(
         mode, multiplier, paper_compat: see `ConceptUnlearner.attach`.
         top_n, floor: features for each concept and timestep, see `select_concept`.
         until: timestep below which nothing is changed.
-        random_seed: take as many features by lot instead, with the concept's means.
+        random_seed: take as many features at random instead, with the concept's means.
     """
     books: dict[str, ConceptBook] = {}
     model = model_fingerprint(denoiser(pipe))

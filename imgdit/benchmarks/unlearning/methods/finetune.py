@@ -27,26 +27,26 @@ def erased_by_finetuning(
     steps: int = 150,
     batch_size: int = 4,
     eta: float = 1.0,
-    pictures: int = 8,
+    images: int = 8,
     seed: int = 0,
 ) -> Unlearned:
-    """Train the attention's projections to predict v₀ − eta (v_c − v₀) of the frozen model for a concept's sentences.
+    """Train the attention's projections to predict v₀ − eta (v_c − v₀) of the frozen model for a concept's prompts.
 
-    v₀ is for the same sentence with another label in the concept's place instead of ESD's empty prompt, so that what
-    else the sentence says is kept. The latents are those of pictures that the frozen model makes of the sentences.
+    v₀ is for the same prompt with another label in the concept's place instead of ESD's empty prompt, so that what
+    else the prompt says is kept. The latents are those of images that the frozen model makes of the prompts.
 
     Args:
         lr: of Adam.
         steps, batch_size: of the training.
         eta: how far beyond v₀.
-        pictures: trajectories for each concept.
-        seed: of the pictures and of the order of their steps.
+        images: trajectories for each concept.
+        seed: of the images and of the order of their steps.
     """
     model = denoiser(pipe)
     names = [name for name, _ in model.named_parameters() if _ATTENTION.search(name)]
     changed: dict[str, torch.Tensor] = {}
     if concepts:
-        seen = _recorded(pipe, concepts, material, eta, pictures, seed)
+        seen = _recorded(pipe, concepts, material, eta, images, seed)
         changed = _trained(model, names, seen, lr, steps, batch_size, seed)
 
     @contextmanager
@@ -81,15 +81,15 @@ class _Recorder(CallHook):
 
 
 def _recorded(
-    pipe: Any, concepts: Sequence[str], material: Material, eta: float, pictures: int, seed: int
+    pipe: Any, concepts: Sequence[str], material: Material, eta: float, images: int, seed: int
 ) -> list[tuple[dict[str, Any], torch.Tensor]]:
-    """Calls of the denoiser, a batch of pictures each, with their targets."""
+    """Calls of the denoiser, a batch of images each, with their targets."""
     recorder = _Recorder(pipe, eta)
     with placed(recorder), torch.no_grad():
         for concept in concepts:
             lines = material.lines(concept)
             other = material.lines(material.others(concept, concepts)[0])
-            for batch in prompt_batches(lines[:pictures], material.batch_size, seed):
+            for batch in prompt_batches(lines[:images], material.batch_size, seed):
                 without = list(other[batch.first : batch.first + len(batch.prompts)])
                 batch.run(pipe, negative_prompt=without, **material.call)
     return recorder.seen

@@ -1,6 +1,6 @@
 """Unlearning by guidance: away from the concept's words in every step.
 
-B pictures, T text tokens, J features.
+B images, T text tokens, J features.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def safe_latent_guidance(
         scale: of the push, before it is clamped to 1.
         threshold: difference of the prompt's and the concepts' prediction below which a value is pushed.
         momentum_scale, momentum_beta: of the running mean of the push.
-        warmup: share of the schedule, from pure noise, in which nothing is pushed; 10 of 50 steps as published.
+        warmup: fraction of the schedule, from pure noise, in which nothing is pushed; 10 of 50 steps as published.
     """
 
     @contextmanager

@@ -32,10 +32,10 @@ class Unlearned(NamedTuple):
 
 @dataclass(frozen=True)
 class Material:
-    """Sentences and pictures of every label, none of which a method is judged by."""
+    """Prompts and images of every label, none of which a method is judged by."""
 
     prompts: Mapping[str, Mapping[str, Sequence[str]]]
-    """By kind and label. Sentence i of the labels of a kind differs in the label alone."""
+    """By kind and label. Prompt i of the labels of a kind differs in the label alone."""
     words: Mapping[str, str]
     """How a label is said alone."""
     saes: Mapping[str, SparseAutoencoder] = field(default_factory=dict)
@@ -43,9 +43,9 @@ class Material:
     call: Mapping[str, Any] = field(default_factory=dict)
     """Arguments of the pipeline, as `num_inference_steps` and `guidance_scale`."""
     seed: int = 0
-    """Of the first picture of each label."""
+    """Of the first image of each label."""
     batch_size: int = 8
-    """Pictures made at once."""
+    """Images made at once."""
     statistics: Statistics = field(default_factory=dict)
     """Activations of all labels, see `collect`."""
 
@@ -58,7 +58,7 @@ class Material:
         raise ValueError(f"unknown label {nearest(label, known)}")
 
     def lines(self, label: str) -> Sequence[str]:
-        """Sentences with a label."""
+        """Prompts with a label."""
         return self.prompts[self.kind(label)][label]
 
     def others(self, label: str, taken: Collection[str] = ()) -> list[str]:

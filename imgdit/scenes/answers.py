@@ -1,4 +1,4 @@
-"""Scenes as sentences with what they mean, for a text encoder."""
+"""Scenes as captions with what they mean, for a text encoder."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SLOTS = {
 TASKED, BARE, UNSAID = 0.5, 0.05, 0.1
 
 
-class SceneSentences:
+class SceneCaptions:
     """Endless: sample i is a prompt about the scene with seed `first_seed + i` and its answers, one per slot.
 
     Args:
@@ -48,7 +48,7 @@ class SceneSentences:
 
 
 def answers(scene: Scene | None, unsaid: Collection[str] = (), task: str | None = None) -> list[int]:
-    """Number of the right answer of each slot; no scene, no sentence."""
+    """Number of the right answer of each slot; no scene, no caption."""
     values = [NOTHING] * (len(SLOTS) - 1)
     if scene is not None:
         said = meaning(scene)

@@ -1,6 +1,6 @@
-"""Pictures of the unlearning benchmark, on disk under a name that everything which makes them decides.
+"""Images of the unlearning benchmark, on disk under a name that everything which makes them decides.
 
-<folder>/<method>/<concepts>-<hash>/   the pictures in UnlearnCanvas' layout, and
+<folder>/<method>/<concepts>-<hash>/   the images in UnlearnCanvas' layout, and
     info.json                          what the hash stands for, and what making ready cost
     seen-<hash of the probe>.json      what the probe saw
 """
@@ -22,7 +22,7 @@ from imgdit.benchmarks.speed.timing import compare
 from imgdit.benchmarks.unlearning.labels import QUESTIONS
 from imgdit.benchmarks.unlearning.methods.catalogue import METHODS
 from imgdit.benchmarks.unlearning.methods.material import Material, Unlearned
-from imgdit.benchmarks.unlearning.plan import Cell, Seen, cells, find_picture
+from imgdit.benchmarks.unlearning.plan import Cell, Seen, cells, find_image
 from imgdit.benchmarks.unlearning.prompt_attack import attack_prompt
 from imgdit.images import open_image, to_image, to_pixels
 from imgdit.io.atomic import write_text, written_whole
@@ -31,11 +31,11 @@ from imgdit.io.safe_json import read_object
 from imgdit.scenes.probe import SceneProbe
 
 TIMED_STEPS, TIMED_ROUNDS = 4, 3
-"""Steps of the pictures that a method's time is measured on, and pairs of them."""
+"""Steps of the images that a method's time is measured on, and pairs of them."""
 
 
 class Album(NamedTuple):
-    """Pictures of one method and some concepts."""
+    """Images of one method and some concepts."""
 
     folder: Path
     setup_seconds: float
@@ -47,11 +47,11 @@ class Album(NamedTuple):
 
 
 class Look(NamedTuple):
-    """What the probe saw in a picture."""
+    """What the probe saw in an image."""
 
     seen: Seen
     pixels: float
-    """Root mean square difference of the unmodified model's picture from the same noise, of values in [0, 1]."""
+    """Root mean square difference of the unmodified model's image from the same noise, of values in [0, 1]."""
     features: float
     """1 − cosine of the probe's features of the two."""
 
@@ -67,14 +67,14 @@ def digest(*parts: Any) -> str:
 
 
 class Studio:
-    """Makes pictures that are not there yet.
+    """Generates images that are not there yet.
 
     Args:
         pipe: a pipeline of the scenes.
         material: what methods learn from.
-        folder: of all pictures.
+        folder: of all images.
         steps, guidance: of the sampler.
-        batch: pictures at once; each has its own noise, so it changes nothing.
+        batch: images at once; each has its own noise, so it changes nothing.
     """
 
     def __init__(
@@ -85,12 +85,12 @@ class Studio:
         saes = {hookpoint: sae.fingerprint() for hookpoint, sae in material.saes.items()}
         learned = {name: list(lines) for kind in material.prompts.values() for name, lines in kind.items()}
         self.model = weights_hash(pipe.transformer, pipe.vae, pipe.text_encoder)
-        # By whether a method reads autoencoders: pictures of those that read none are good beside any.
+        # By whether a method reads autoencoders: images of those that read none are good beside any.
         self.lessons = {
             needs_saes: digest(saes if needs_saes else {}, learned, dict(material.call), material.seed)
             for needs_saes in (False, True)
         }
-        # A cell's sentence and noise are functions of its name: some stand for the functions.
+        # A cell's prompt and noise are functions of its name: some stand for the functions.
         self.asked = digest([[cell.prompt, cell.noise] for cell in cells([0])])
 
     def album(
@@ -103,16 +103,16 @@ class Studio:
         timed: bool = False,
         attack: bool = False,
     ) -> Album:
-        """Pictures of the cells under a method.
+        """Images of the cells under a method.
 
         Args:
             settings: of the method; the first of its grid by default.
-            timed: measure what a call costs, if pictures have to be made.
+            timed: measure what a call costs, if images have to be made.
             attack: each prompt has a prefix that is optimised against the method.
         """
         chosen = METHODS[method]
         settings = dict(chosen.grid[0] if settings is None else settings)
-        # The unmodified model learns nothing, so its pictures are good for any material.
+        # The unmodified model learns nothing, so its images are good for any material.
         lessons = None if method == "none" else self.lessons[chosen.needs_saes]
         key = {
             "model": self.model, "method": method, "settings": settings, "concepts": list(concepts),
@@ -122,7 +122,7 @@ class Studio:
         folder.mkdir(parents=True, exist_ok=True)
         info_file = folder / "info.json"
         info = read_object(info_file) if info_file.is_file() else None
-        missing = [cell for cell in wanted if find_picture(folder, cell) is None]
+        missing = [cell for cell in wanted if find_image(folder, cell) is None]
         if missing or info is None or (timed and info["time_ratio"] is None):
             start = time.perf_counter()
             unlearned = chosen.prepare(self.pipe, concepts, self.material, **settings)
@@ -140,15 +140,15 @@ class Studio:
             group = missing[first : first + size]
             inputs: dict[str, Any] = {"prompt": [cell.prompt for cell in group]}
             if attack:
-                # What the attack aims at is the picture that the unmodified model makes of the prompt.
+                # What the attack aims at is the image that the unmodified model makes of the prompt.
                 latents = self._sample(group, inputs, output_type="latent")
             with unlearned.attach(self.pipe) as call:
                 if attack:
                     inputs = dict(attack_prompt(self.pipe, group[0].prompt, latents, seed=group[0].noise))
-                pictures = self._sample(group, {**inputs, **call})
-            for cell, picture in zip(group, pictures):
+                images = self._sample(group, {**inputs, **call})
+            for cell, image in zip(group, images):
                 with written_whole(folder / f"{cell.name}.png") as file:
-                    to_image(picture).save(file, format="PNG")
+                    to_image(image).save(file, format="PNG")
 
     def _sample(
         self, group: Sequence[Cell], inputs: Mapping[str, Any], output_type: str = "pt", **call: Any
@@ -180,7 +180,7 @@ class Eyes:
         self.probe, self.name = probe, f"seen-{weights_hash(probe)}.json"
 
     def looks(self, folder: Path, wanted: Sequence[Cell], plain: Path, batch: int = 32) -> list[Look]:
-        """What a folder's pictures show, and how far they are from those in `plain`."""
+        """What a folder's images show, and how far they are from those in `plain`."""
         file = folder / self.name
         known: dict[str, Any] = read_object(file) if file.is_file() else {}
         new = [cell for cell in wanted if cell.name not in known]
@@ -193,7 +193,7 @@ class Eyes:
 
     @torch.no_grad()
     def _look(self, folder: Path, group: Sequence[Cell], plain: Path) -> dict[str, Any]:
-        made, before = _pictures(folder, group), _pictures(plain, group)
+        made, before = _images(folder, group), _images(plain, group)
         reading, original = self.probe(made * 2 - 1), self.probe(before * 2 - 1)
         pixels = (made - before).square().flatten(1).mean(1).sqrt().tolist()
         features = (1 - F.cosine_similarity(reading.features, original.features)).tolist()
@@ -205,6 +205,6 @@ class Eyes:
         return {cell.name: [style, kind, round(p, 5), round(f, 5)] for cell, style, kind, p, f in rows}
 
 
-def _pictures(folder: Path, group: Sequence[Cell]) -> torch.Tensor:
+def _images(folder: Path, group: Sequence[Cell]) -> torch.Tensor:
     """(N, 3, S, S) in [0, 1]."""
     return torch.cat([to_pixels(open_image(folder / f"{cell.name}.png")) for cell in group])

@@ -1,4 +1,4 @@
-"""The pictures and numbers of docs/, made by the embedded model or a folder like it."""
+"""The images and numbers of docs/, made by the embedded model or a folder like it."""
 
 from __future__ import annotations
 
@@ -29,37 +29,37 @@ CONTROLLED = (
     "a green cube at night, neon style",
     "a mosaic of a yellow cube",
 )
-"""Other pictures of the first prompt's object."""
+"""Other images of the first prompt's object."""
 UNLEARNED = ("neon", "sketch", "mosaic", "cube", "sphere", "cone")
 """Concepts of the sheet, as far as the sparse autoencoder knows them."""
 TURNS = (-40.0, -20.0, 20.0, 40.0)
-"""Degrees between the given picture's camera and the others'."""
+"""Degrees between the given image's camera and the others'."""
 VIEWED = 3
 """Scenes that are looked at from around."""
 
 
-def make_pictures(out: Path, *, model: Path = SCENES, count: int = 100, steps: int = 28) -> Iterator[Path]:
+def make_images(out: Path, *, model: Path = SCENES, count: int = 100, steps: int = 28) -> Iterator[Path]:
     """Make the sheets and the benchmark's numbers; each file as it is written.
 
     Args:
-        out: folder; the sheets go into its `pictures`.
+        out: folder; the sheets go into its `images`.
         model: folder of a pipeline of the scenes. Sheets that need adapters or a sparse autoencoder are made where
             its folder has them.
-        count: pictures of each kind of the benchmark.
+        count: images of each kind of the benchmark.
         steps: of the sampler.
     """
-    pictures = out / "pictures"
-    pictures.mkdir(parents=True, exist_ok=True)
+    images = out / "pictures"
+    images.mkdir(parents=True, exist_ok=True)
     session = Session(Shelf(model))
     session.quiet()
     made = [session.generate(Request(text, seed=i, steps=steps)).images[0] for i, text in enumerate(PROMPTS)]
-    yield _save(contact_sheet([([picture], text) for picture, text in zip(made, PROMPTS)]), pictures / "generate.png")
-    yield _save(_any_sheet(session, made[:3], steps), pictures / "any.png")
-    yield _save(_views_sheet(session, steps), pictures / "views.png")
+    yield _save(contact_sheet([([image], text) for image, text in zip(made, PROMPTS)]), images / "generate.png")
+    yield _save(_any_sheet(session, made[:3], steps), images / "any.png")
+    yield _save(_views_sheet(session, steps), images / "views.png")
     if session.shelf.adapter_for("depth") is not None:
-        yield _save(_control_sheet(session, made[0], steps), pictures / "control.png")
+        yield _save(_control_sheet(session, made[0], steps), images / "control.png")
     if session.shelf.has_sae:
-        yield _save(_unlearn_sheet(session, steps), pictures / "unlearn.png")
+        yield _save(_unlearn_sheet(session, steps), images / "unlearn.png")
     yield from _benchmark(out, model, count, steps)
 
 
@@ -73,18 +73,18 @@ def _benchmark(out: Path, model: Path, count: int, steps: int) -> Iterator[Path]
     shutil.rmtree(work)
 
 
-def _any_sheet(session: Session, pictures: list[Image.Image], steps: int) -> Image.Image:
-    """Each picture, what is found in it, and another picture of its depth."""
+def _any_sheet(session: Session, images: list[Image.Image], steps: int) -> Image.Image:
+    """Each image, what is found in it, and another image of its depth."""
     tiles = []
-    for picture, text in zip(pictures, PROMPTS):
-        given = RequestFrame(image=picture)
+    for image, text in zip(images, PROMPTS):
+        given = RequestFrame(image=image)
         found = {
             kind: session.generate(Request(frames=(given, RequestFrame(kind)), steps=steps)).images[0]
             for kind in ("depth", "canny", "segmentation")
         }
         frames = (RequestFrame(), RequestFrame("depth", found["depth"]))
         again = session.generate(Request(text, seed=100, steps=steps, frames=frames)).images[0]
-        tiles.append(([picture, *found.values(), again], f"{text}: depth, edges, segmentation; depth to picture"))
+        tiles.append(([image, *found.values(), again], f"{text}: depth, edges, segmentation; depth to image"))
     return contact_sheet(tiles, columns=1)
 
 
@@ -107,9 +107,9 @@ def _views_sheet(session: Session, steps: int) -> Image.Image:
     return contact_sheet(tiles, columns=1)
 
 
-def _control_sheet(session: Session, picture: Image.Image, steps: int) -> Image.Image:
-    """A depth map, and pictures that follow it more and more."""
-    depth = condition_of(session, "depth", picture)
+def _control_sheet(session: Session, image: Image.Image, steps: int) -> Image.Image:
+    """A depth map, and images that follow it more and more."""
+    depth = condition_of(session, "depth", image)
     tiles = []
     for i, text in enumerate(CONTROLLED):
         controls = [Control("depth", depth, strength) for strength in STRENGTHS]
@@ -119,7 +119,7 @@ def _control_sheet(session: Session, picture: Image.Image, steps: int) -> Image.
 
 
 def _unlearn_sheet(session: Session, steps: int) -> Image.Image:
-    """Pictures of concepts, and the same noise without them."""
+    """Images of concepts, and the same noise without them."""
     tiles = []
     for concept in (name for name in UNLEARNED if name in session.unlearner.concepts):
         thing = concept in OBJECTS
@@ -131,6 +131,6 @@ def _unlearn_sheet(session: Session, steps: int) -> Image.Image:
     return contact_sheet(tiles, columns=3)
 
 
-def _save(picture: Image.Image, file: Path) -> Path:
-    picture.convert("RGB").save(file, quality=QUALITY)
+def _save(image: Image.Image, file: Path) -> Path:
+    image.convert("RGB").save(file, quality=QUALITY)
     return file

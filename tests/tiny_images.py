@@ -1,4 +1,4 @@
-"""Small folders of pictures, sound and broken."""
+"""Small folders of images, sound and broken."""
 
 import json
 import random
@@ -9,11 +9,11 @@ from PIL import Image
 DEFECTS = ("missing", "broken", "too small", "caption", "duplicate", "metadata", "broken condition", "condition shape")
 """Kinds of rows that cannot be used; the names that the linter gives them."""
 ODDITIES = ("rotated", "alpha", "16 bit", "cmyk", "animated")
-"""Kinds of pictures that need work before they can."""
+"""Kinds of images that need work before they can."""
 
 
-def picture(seed, size=(24, 16)):
-    """A smooth random picture: two colours that blend."""
+def image(seed, size=(24, 16)):
+    """A smooth random image: two colours that blend."""
     rng = np.random.default_rng(seed)
     left, right = rng.integers(0, 256, (2, 3))
     weight = np.linspace(0, 1, size[0])[None, :, None] * np.ones((size[1], 1, 1))
@@ -41,7 +41,7 @@ def write_folder(folder, count, defects=None, seed=0, size=(24, 16), conditions=
     for i, kind in enumerate(kinds):
         name = f"{i:05d}." + ("jpg" if kind == "cmyk" else "gif" if kind == "animated" else "png")
         line = {"file_name": name, "text": f"a {colours[i % 3]} cube"}
-        made = picture(i, (size[1], size[0]) if i % 2 else size)
+        made = image(i, (size[1], size[0]) if i % 2 else size)
         _write(folder / name, kind, made, i)
         if conditions or kind.endswith(("condition", "shape")):
             line["grey_file_name"] = f"grey-{name}.png"
@@ -50,7 +50,7 @@ def write_folder(folder, count, defects=None, seed=0, size=(24, 16), conditions=
         if kind == "missing":
             (folder / name).unlink()
         elif kind == "broken condition":
-            (folder / line["grey_file_name"]).write_bytes(b"no picture")
+            (folder / line["grey_file_name"]).write_bytes(b"no image")
         elif kind == "caption":
             line["text"] = 7
         elif kind == "duplicate":
@@ -83,6 +83,6 @@ def _write(path, kind, made, seed):
     elif kind == "cmyk":
         made.convert("CMYK").save(path, quality=95)
     elif kind == "animated":
-        made.save(path, save_all=True, append_images=[picture(seed + 1, made.size)])
+        made.save(path, save_all=True, append_images=[image(seed + 1, made.size)])
     else:
         made.save(path)

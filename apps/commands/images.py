@@ -1,4 +1,4 @@
-"""`imgdit generate`, `control`, `any`, `unlearn`: the commands that make pictures."""
+"""`imgdit generate`, `control`, `any`, `unlearn`: the commands that generate images."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from imgdit.apps.commands.options import ImageOptions, with_images, with_loading
-from imgdit.apps.console import one_sentence
+from imgdit.apps.console import user_errors
 from imgdit.pipelines.load_options import LoadOptions
 
 if TYPE_CHECKING:
@@ -19,33 +19,33 @@ if TYPE_CHECKING:
 
 Adapters = Annotated[Path | None, typer.Option(help="Folder of condition adapters; MODEL/adapters by default.")]
 
-PICTURES, CONTROL = Path("outputs/pictures"), Path("outputs/control.png")
+IMAGES, CONTROL = Path("outputs/pictures"), Path("outputs/control.png")
 ANY, UNLEARNED = Path("outputs/any.png"), Path("outputs/unlearned.png")
-"""Where pictures go if nothing is said; with a number behind the name where something else is there."""
+"""Where images go if nothing is said; with a number behind the name where something else is there."""
 
 
 @with_loading
 @with_images
 def generate(
-    prompt: Annotated[list[str] | None, typer.Argument(help="Sentences; six examples if there is none.")] = None,
+    prompt: Annotated[list[str] | None, typer.Argument(help="Prompts; six examples if there is none.")] = None,
     prompts: Annotated[
-        str | None, typer.Option(help="File with a sentence or JSON object per line; - for what is piped in.")
+        str | None, typer.Option(help="File with a message or JSON object per line; - for what is piped in.")
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="A file for one picture, otherwise a folder; outputs/pictures by default."),
+        typer.Option(help="A file for one image, otherwise a folder; outputs/images by default."),
     ] = None,
-    like: Annotated[Path | None, typer.Option(help="A picture of imgdit's that is made again, bit for bit.")] = None,
-    control: Annotated[list[str] | None, typer.Option(help="KIND=FILE: a picture that steers (depth=d.png).")] = None,
-    num_images: Annotated[int, typer.Option(min=1, help="Pictures of each sentence.")] = 1,
+    like: Annotated[Path | None, typer.Option(help="An image of imgdit's that is made again, bit for bit.")] = None,
+    control: Annotated[list[str] | None, typer.Option(help="KIND=FILE: an image that steers (depth=d.png).")] = None,
+    num_images: Annotated[int, typer.Option(min=1, help="Images of each prompt.")] = 1,
     adapters: Adapters = None,
-    sheet: Annotated[bool, typer.Option(help="Write sheet.png with all pictures of a folder.")] = True,
+    sheet: Annotated[bool, typer.Option(help="Write sheet.png with all images of a folder.")] = True,
     *,
     options: ImageOptions,
     loading: LoadOptions,
 ) -> None:
-    """Make pictures from sentences. An interrupted folder goes on where it stopped."""
-    with one_sentence():
+    """Generate images from prompts. An interrupted folder goes on where it stopped."""
+    with user_errors():
         from imgdit.apps.jobs.plan import PROMPTS, Plan, at_free_names
         from imgdit.apps.jobs.run import write_sheet
 
@@ -68,7 +68,7 @@ def generate(
                 for request in requests:
                     plan.add(request)
         command = options.command(loading, adapters=adapters)
-        jobs, page = plan.at(out or PICTURES)
+        jobs, page = plan.at(out or IMAGES)
         if out is None and not prompts and not options.overwrite:
             jobs = at_free_names(jobs, command.name)
         jobs = command.run(jobs)
@@ -95,11 +95,11 @@ def control(
     options: ImageOptions,
     loading: LoadOptions,
 ) -> None:
-    """Make a picture that follows others: depth, edges, segmentation, a hole to fill, …
+    """Generate an image that follows others: depth, edges, segmentation, a hole to fill, …
 
-    With --find the conditions are written beside the picture, as NAME-KIND.png.
+    With --find the conditions are written beside the image, as NAME-KIND.png.
     """
-    with one_sentence():
+    with user_errors():
         from imgdit.apps.jobs.plan import Job
 
         command = options.command(loading, adapters=adapters)
@@ -119,19 +119,19 @@ def control(
 @with_loading
 @with_images
 def any_to_any(
-    prompt: Annotated[str, typer.Argument(help="Caption of the picture, or the instruction of editing.")] = "",
+    prompt: Annotated[str, typer.Argument(help="Caption of the image, or the instruction of editing.")] = "",
     given: Annotated[list[str] | None, typer.Option(help="KIND=FILE: image=photo.png, depth=d.png.")] = None,
     make: Annotated[list[str] | None, typer.Option(help="Kinds to make: image, depth, canny, …")] = None,
     camera: Annotated[
-        list[str] | None, typer.Option(help="AZIMUTH,ELEVATION of each view; given pictures are the first.")
+        list[str] | None, typer.Option(help="AZIMUTH,ELEVATION of each view; given images are the first.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="File to write; outputs/any.png by default.")] = None,
     *,
     options: ImageOptions,
     loading: LoadOptions,
 ) -> None:
-    """Make any frames from any others: depth of a picture, a picture of depth, both, or another view."""
-    with one_sentence():
+    """Make any frames from any others: depth of an image, an image of depth, both, or another view."""
+    with user_errors():
         from imgdit.apps.jobs.plan import Job
         from imgdit.apps.jobs.request import frame_row
 
@@ -165,8 +165,8 @@ def unlearn(
     options: ImageOptions,
     loading: LoadOptions,
 ) -> None:
-    """Make a picture without concepts, and the same with them."""
-    with one_sentence():
+    """Generate an image without concepts, and the same with them."""
+    with user_errors():
         from imgdit.apps.jobs.plan import Job
 
         command = options.command(loading, sae=sae)
@@ -198,7 +198,7 @@ def _again(image: Path, out: Path | None, options: ImageOptions, loading: LoadOp
     beside: Any = {name: place and Path(place) for name, place in origin.places.items() if name != "model"}
     options = replace(options, model=options.model or origin.places["model"])
     command = options.command(as_it_was(loading, origin.made_with), **beside)
-    file = out if out is not None and out.suffix else (out or PICTURES) / f"{image.stem}-again.png"
+    file = out if out is not None and out.suffix else (out or IMAGES) / f"{image.stem}-again.png"
     check_png(file)
 
     def usable(file: Path) -> bool:

@@ -1,6 +1,6 @@
-"""Pictures into frames and out of them: sizes, crops, depth and segmentation.
+"""Images into frames and out of them: sizes, crops, depth and segmentation.
 
-P pictures, H x W pixels.
+P images, H x W pixels.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from imgdit.images.convert import to_pixels
 from imgdit.images.preprocess import areas_of_colours
 from imgdit.tasks import hex_colour
 
-# Height and width of OneDiffusion's pictures of about 512 x 512 pixels, from wide to tall.
+# Height and width of OneDiffusion's images of about 512 x 512 pixels, from wide to tall.
 BUCKETS = (
     *((256, w) for w in (1024, 992, 960, 928)),
     *((288, w) for w in (896, 864, 832)),
@@ -32,52 +32,52 @@ BUCKETS = (
 
 
 def bucket_size(height: int, width: int) -> tuple[int, int]:
-    """Height and width, of about 512 x 512 pixels, whose ratio is nearest to a picture's."""
+    """Height and width, of about 512 x 512 pixels, whose ratio is nearest to an image's."""
     return min(BUCKETS, key=lambda size: abs(round(size[0] / size[1], 2) - height / width))
 
 
-def pixels_of_pictures(
-    pictures: Sequence[Any], height: int, width: int, *, crop: bool = True, stretch_bright: bool = False
+def pixels_of_images(
+    images: Sequence[Any], height: int, width: int, *, crop: bool = True, stretch_bright: bool = False
 ) -> torch.Tensor:
-    """Pictures of any sizes to (P, 3, height, width) in [-1, 1].
+    """Images of any sizes to (P, 3, height, width) in [-1, 1].
 
     Args:
-        pictures: what `imgdit.images.to_pixels` takes.
+        images: what `imgdit.images.to_pixels` takes.
         height, width: in pixels.
         crop: cut the largest middle part of the right ratio and resize it without antialias, as OneDiffusion does;
             otherwise resize all of it, with antialias.
-        stretch_bright: where no value of all the pictures is below the middle, map the upper half of the range to the
+        stretch_bright: where no value of all the images is below the middle, map the upper half of the range to the
             whole. OneDiffusion does so, by mistake.
     """
-    read = [to_pixels(picture) for picture in pictures]
+    read = [to_pixels(image) for image in images]
     if any(len(one) != 1 for one in read):
-        raise ValueError("an entry of a frame is one picture; give several as a list, one per prompt")
+        raise ValueError("an entry of a frame is one image; give several as a list, one per prompt")
     pixels = torch.cat([_resized(one, height, width, crop) for one in read]) * 2 - 1
     return pixels * 2 - 1 if stretch_bright and bool((pixels >= 0).all()) else pixels
 
 
-def _resized(picture: torch.Tensor, height: int, width: int, crop: bool) -> torch.Tensor:
+def _resized(image: torch.Tensor, height: int, width: int, crop: bool) -> torch.Tensor:
     if crop:
-        rows, columns = picture.shape[-2:]
+        rows, columns = image.shape[-2:]
         high, wide = min(rows, columns * height / width), min(columns, rows * width / height)
         top, left = int((rows - high) / 2), int((columns - wide) / 2)
-        picture = picture[..., top : top + int(high), left : left + int(wide)]
-    return F.interpolate(picture, (height, width), mode="bilinear", antialias=not crop)
+        image = image[..., top : top + int(high), left : left + int(wide)]
+    return F.interpolate(image, (height, width), mode="bilinear", antialias=not crop)
 
 
-def depth_of_pictures(pictures: torch.Tensor) -> np.ndarray:
-    """Nearness (P, H, W) float32 in [0, 1], 1 the nearest: the luminance of pictures (P, 3, H, W) in [0, 1]."""
-    weights = pictures.new_tensor([0.299, 0.587, 0.114])
-    return torch.einsum("pchw,c->phw", pictures, weights).cpu().numpy()
+def depth_of_images(images: torch.Tensor) -> np.ndarray:
+    """Nearness (P, H, W) float32 in [0, 1], 1 the nearest: the luminance of images (P, 3, H, W) in [0, 1]."""
+    weights = images.new_tensor([0.299, 0.587, 0.114])
+    return torch.einsum("pchw,c->phw", images, weights).cpu().numpy()
 
 
-def labels_of_pictures(pictures: torch.Tensor, legend: Mapping[str, str]) -> np.ndarray:
+def labels_of_images(images: torch.Tensor, legend: Mapping[str, str]) -> np.ndarray:
     """Number of the object (P, H, W) int64 whose colour an area has: 0 black, which is nothing, 1 the legend's first.
 
     Args:
-        pictures: (P, 3, H, W) in [0, 1].
+        images: (P, 3, H, W) in [0, 1].
         legend: colour, by name or "#RRGGBB", of each object.
     """
     codes = ["#000000", *(hex_colour(colour) for colour in legend.values())]
-    colours = pictures.new_tensor([[int(code[i : i + 2], 16) / 255 for i in (1, 3, 5)] for code in codes])
-    return areas_of_colours(pictures, colours).cpu().numpy()
+    colours = images.new_tensor([[int(code[i : i + 2], 16) / 255 for i in (1, 3, 5)] for code in codes])
+    return areas_of_colours(images, colours).cpu().numpy()

@@ -1,4 +1,4 @@
-"""The commands that make pictures: folders, controls, frames, and a picture again from what it tells."""
+"""The commands that generate images: folders, controls, frames, and an image again from what it tells."""
 
 import json
 from pathlib import Path
@@ -56,10 +56,10 @@ def photo(path, size=(128, 128)):
         ((), ("image", "image"), True, 3.0),
     ],
 )
-def test_nothing_is_guided_that_a_given_picture_tells(model, tmp_path, given, made, turn, guidance):
-    picture = Image.open(photo(tmp_path / "given.png"))
+def test_nothing_is_guided_that_a_given_image_tells(model, tmp_path, given, made, turn, guidance):
+    image = Image.open(photo(tmp_path / "given.png"))
     cameras = [(0.0, 24.0), (30.0, 24.0)] if turn else []
-    frames = frame_row([(kind, picture) for kind in given], made, cameras) if given or made else ()
+    frames = frame_row([(kind, image) for kind in given], made, cameras) if given or made else ()
     one = session.Session(Shelf(model))
     assert one.settled(Request("a cone", frames=frames)).guidance == guidance
     assert one.settled(Request("a cone", frames=frames, guidance=2.0)).guidance == 2.0
@@ -77,11 +77,11 @@ def test_nothing_is_guided_that_a_given_picture_tells(model, tmp_path, given, ma
     ],
     ids=lambda value: " ".join(value[:2]) if len(value) > 1 else "".join(value),
 )
-def test_a_picture_repeats_bitwise_from_itself(model, tmp_path, command, given):
+def test_an_image_repeats_bitwise_from_itself(model, tmp_path, command, given):
     file = photo(tmp_path / "given.png", (200, 150))
     done = run(*command, *(f"{kind}={file}" for kind in given), "--model", model, "--out", tmp_path / "a.png", *QUICK)
     assert done.exit_code == 0, done.output
-    file.unlink()  # the picture carries what it was made from
+    file.unlink()  # the image carries what it was made from
     done = run("generate", "--like", tmp_path / "a.png", "--out", tmp_path / "b.png", "--json")
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["same"] is True
@@ -127,8 +127,8 @@ def test_one_pipeline_is_loaded_and_another_made_for_frames_only(model):
 
 def test_another_machine_is_told(model, tmp_path, monkeypatch):
     assert run("generate", "a cone", "--model", model, "--out", tmp_path / "a.png", *QUICK).exit_code == 0
-    picture, origin = Image.open(tmp_path / "a.png"), read_origin(tmp_path / "a.png")
-    changed = Image.fromarray(255 - np.asarray(picture))
+    image, origin = Image.open(tmp_path / "a.png"), read_origin(tmp_path / "a.png")
+    changed = Image.fromarray(255 - np.asarray(image))
     origin.made_with["torch"] = "0.1"
     write_png(changed, tmp_path / "a.png", origin)
     done = run("generate", "--like", tmp_path / "a.png", "--out", tmp_path / "b.png")
@@ -186,7 +186,7 @@ def test_what_is_done_loads_no_model(model, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("command", "sentence"),
+    ("command", "as_sentence"),
     [
         (["generate", "x", "--out", "a.jpg"], "PNG"),
         (["generate", "x", "y", "--out", "a.png"], "folder"),
@@ -204,13 +204,13 @@ def test_what_is_done_loads_no_model(model, tmp_path, monkeypatch):
         (["unlearn", "x", "--concept", "neon", "--out", "b.png"], "no sparse autoencoder"),
     ],
 )
-def test_mistakes_are_one_sentence(model, tmp_path, monkeypatch, command, sentence):
+def test_mistakes_are_one_sentence(model, tmp_path, monkeypatch, command, as_sentence):
     monkeypatch.chdir(tmp_path)
     photo(tmp_path / "p.png")
     (tmp_path / "bad.jsonl").write_text('{"prompt": "x", "sead": 3}')
     done = run(*command, *([] if "--like" in command else ["--model", model]))
     assert done.exit_code == 2 and "Traceback" not in done.output
-    assert sentence in " ".join(done.output.replace("│", " ").split())
+    assert as_sentence in " ".join(done.output.replace("│", " ").split())
     assert not list(tmp_path.glob("[ab].*g"))
 
 
@@ -260,7 +260,7 @@ def test_a_control_is_the_same_however_it_is_kept(model, tmp_path, form):
 
 
 @pytest.mark.parametrize("make", [flux, sd3])
-def test_flux_and_sd3_folders_make_pictures_under_conditions(make, tmp_path):
+def test_flux_and_sd3_folders_make_images_under_conditions(make, tmp_path):
     pipe = with_texts(make())
     pipe.save_pretrained(tmp_path / "model")
     targets = r".*attn\.to_[qkv]"
@@ -292,19 +292,19 @@ def test_watching_previews_and_stops(model):
 
 
 def test_a_request_survives_the_file(tmp_path):
-    picture = Image.effect_noise((8, 8), 50).convert("RGB")
-    request = Request("ü 🙂", seed=2**62, controls=(Control("depth", picture, 0.5),), features=((3, 2.0),))
+    image = Image.effect_noise((8, 8), 50).convert("RGB")
+    request = Request("ü 🙂", seed=2**62, controls=(Control("depth", image, 0.5),), features=((3, 2.0),))
     again = Request.from_dict(json.loads(json.dumps(request.to_dict())))
-    assert again.to_dict() == request.to_dict() and same_pixels(again.controls[0].image, picture)
+    assert again.to_dict() == request.to_dict() and same_pixels(again.controls[0].image, image)
     with pytest.raises(ValueError, match="did you mean 'seed'"):
         Request.from_dict({"sed": 1})
     with pytest.raises(ValueError, match="damaged"):
         Request.from_dict({"controls": [{"kind": "depth", "picture": "AAAA"}]})
 
 
-def test_rows_of_frames_begin_with_the_picture():
-    picture = Image.new("RGB", (4, 4))
-    kinds = [frame.kind for frame in frame_row([("depth", picture)], [])]
+def test_rows_of_frames_begin_with_the_image():
+    image = Image.new("RGB", (4, 4))
+    kinds = [frame.kind for frame in frame_row([("depth", image)], [])]
     assert kinds == ["image", "depth"]
     assert [f.kind for f in frame_row([], ["depth", "image"])] == ["image", "depth"]
 
