@@ -191,7 +191,6 @@ class MaskedTextPipeline(compat.DiffusionPipeline):
             guidance_scale, cache, remasking, tuple(forbidden_tokens), tuple(late_tokens),
             allow_mask_token, eos_early_stop, generator, output_type,
         )  # fmt: skip
-        options.check()
         mask_id, eos_ids = self._special_tokens(mask_token_id, eos_token_id, options)
         if input_ids is None:
             input_ids, attention_mask = encode_prompts(

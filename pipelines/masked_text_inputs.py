@@ -23,7 +23,11 @@ GEN_LENGTH = 2048
 
 @dataclass(frozen=True)
 class TextOptions:
-    """How `MaskedTextPipeline` writes; the names are those of its arguments."""
+    """How `MaskedTextPipeline` writes; the names are those of its arguments.
+
+    Raises:
+        ValueError: a value that no model takes.
+    """
 
     block_length: int
     num_inference_steps: int
@@ -45,8 +49,7 @@ class TextOptions:
     generator: Generators
     output_type: str
 
-    def check(self) -> None:
-        """Refuse values that mean nothing."""
+    def __post_init__(self) -> None:
         for name in ("block_length", "num_inference_steps", "minimal_topk"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
