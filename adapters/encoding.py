@@ -23,7 +23,7 @@ CUT = 0.05
 """Fraction of a condition's area that may be cut off without a warning."""
 
 
-class Encoded(NamedTuple):
+class EncodedCondition(NamedTuple):
     """A condition that is ready to ride behind the image tokens."""
 
     condition: Condition
@@ -59,7 +59,7 @@ def encode_conditions(
     with_empty: bool = False,
     target: Target = UNKNOWN,
     sharp: Collection[str] = (),
-) -> list[Encoded]:
+) -> list[EncodedCondition]:
     """Encode conditions.
 
     Args:
@@ -87,7 +87,7 @@ def encode_conditions(
             return packed if frame.mask is None else packed[:, frame.mask.flatten()]
 
         black = tokens(torch.full_like(pixels[:1], -1.0)) if with_empty else None
-        encoded.append(Encoded(condition, frame, tokens(pixels), black, given))
+        encoded.append(EncodedCondition(condition, frame, tokens(pixels), black, given))
     return encoded
 
 

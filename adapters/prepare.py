@@ -11,7 +11,7 @@ from peft.tuners.lora import LoraLayer
 
 from imgdit import compat
 from imgdit.adapters.condition import Condition
-from imgdit.adapters.encoding import Encoded, encode_conditions, token_format
+from imgdit.adapters.encoding import EncodedCondition, encode_conditions, token_format
 from imgdit.adapters.options import ConditionOptions
 from imgdit.adapters.pairing import UNKNOWN, Target
 from imgdit.adapters.run import ConditionRun, Progress, at_the_start
@@ -185,7 +185,7 @@ def refuse_processors(model: Any) -> None:
             )
 
 
-def _region(encoded: Sequence[Encoded], region: Any, side: int) -> torch.Tensor | None:
+def _region(encoded: Sequence[EncodedCondition], region: Any, side: int) -> torch.Tensor | None:
     """The tokens (rows, columns) that are made; `side` pixels each."""
     complements = [item for item in encoded if item.condition.complement]
     if not complements:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from peft.tuners.lora import LoraLayer
 
-from imgdit.adapters.encoding import Encoded
+from imgdit.adapters.encoding import EncodedCondition
 from imgdit.adapters.pairing import ONE, Pairing, Samples
 from imgdit.attention.cache import KVCache
 from imgdit.families.step import Step
@@ -72,7 +72,7 @@ class _Kept(threading.local):
 class ConditionRun:
     """The conditions of one `OmniControl.use`, for pipelines in as many threads as there are."""
 
-    conditions: Sequence[Encoded]
+    conditions: Sequence[EncodedCondition]
     main_adapters: tuple[str, ...] | None
     cached: bool
     """Whether keys and values of conditions that see only themselves are kept between passes."""
@@ -262,7 +262,7 @@ def _per_row(tokens: torch.Tensor, pairing: Pairing) -> torch.Tensor:
     return tokens.expand(len(order), -1, -1) if len(tokens) == 1 else tokens[list(order)]
 
 
-def _fits(item: Encoded, grid: tuple[int, int], side: int) -> bool:
+def _fits(item: EncodedCondition, grid: tuple[int, int], side: int) -> bool:
     """Whether a condition has the size at which it is read for an image of so many rows and columns of tokens."""
     rows, columns = item.frame.size
     return item.condition.read_size(item.given, side, grid) == (rows * side, columns * side)

@@ -66,7 +66,7 @@ def text_end(
 
 
 @dataclass
-class _Run:
+class _BlockTextRun:
     """What a call works on: B rows of N places, whole blocks."""
 
     grid: torch.Tensor
@@ -173,7 +173,7 @@ class BlockTextPipeline(compat.DiffusionPipeline):
         grid, new = self._grid(rows, gen_length)
         room = self.model.config.model_length - self.model.config.block_size
         kept = BlockCache(room) if cache and self.model.config.cross_attn else None
-        run = _Run(
+        run = _BlockTextRun(
             grid, [len(row) for row in rows], torch.zeros(len(rows), dtype=torch.bool, device=grid.device), kept,
             sampler, num_inference_steps, temperature, top_p, generator, callback_on_step_end, wanted,
         )  # fmt: skip
@@ -226,7 +226,7 @@ class BlockTextPipeline(compat.DiffusionPipeline):
             row[: len(tokens)] = tokens
         return grid.to(compat.execution_device(self)), new
 
-    def _write(self, run: _Run, new: int, eos_ids: tuple[int, ...], min_entropy: float | None) -> None:
+    def _write(self, run: _BlockTextRun, new: int, eos_ids: tuple[int, ...], min_entropy: float | None) -> None:
         size, total = self.model.config.block_size, run.grid.shape[1]
         first = min(run.prompts) // size * size  # blocks before are given in all rows
         self._interrupt = False
@@ -243,7 +243,7 @@ class BlockTextPipeline(compat.DiffusionPipeline):
                     self.model(run.grid[:, start : start + size], cache=run.cache, store=True)
 
     def _find_finished(
-        self, run: _Run, stop: int, new: int, eos_ids: tuple[int, ...], min_entropy: float | None
+        self, run: _BlockTextRun, stop: int, new: int, eos_ids: tuple[int, ...], min_entropy: float | None
     ) -> None:
         for n, (row, prompt) in enumerate(zip(run.grid, run.prompts)):
             written = row[prompt : min(stop, prompt + new)]
@@ -251,7 +251,7 @@ class BlockTextPipeline(compat.DiffusionPipeline):
             ended |= min_entropy is not None and text_end(row[:stop], min_entropy=min_entropy).stops
             run.finished[n] |= ended or stop >= prompt + new
 
-    def _write_block(self, run: _Run, start: int, stop: int) -> None:
+    def _write_block(self, run: _BlockTextRun, start: int, stop: int) -> None:
         """Reveal all masks of a block."""
         if self.model.config.parameterization == "score":
             self._by_score(run, stop)
@@ -260,11 +260,11 @@ class BlockTextPipeline(compat.DiffusionPipeline):
         else:
             self._by_ancestors(run, start, stop)
 
-    def _masked(self, run: _Run, start: int, stop: int) -> torch.Tensor:
+    def _masked(self, run: _BlockTextRun, start: int, stop: int) -> torch.Tensor:
         """Boolean (B, block) masks of rows that are still written."""
         return (run.grid[:, start:stop] == self.model.mask_token_id) & ~run.finished[:, None]
 
-    def _by_first_hitting(self, run: _Run, start: int, stop: int) -> None:
+    def _by_first_hitting(self, run: _BlockTextRun, start: int, stop: int) -> None:
         """One token per pass, any mask with the same chance. The time at which that happens, the largest of the
         masks' times, is told to the callback; the model does not see it (arXiv 2409.02908, section 4.1)."""
         time = torch.ones(len(run.grid), device=run.grid.device)
@@ -276,7 +276,7 @@ class BlockTextPipeline(compat.DiffusionPipeline):
             chosen = masked & (rank == self._hitting_places(run, number)[:, None])
             self._reveal(run, start, stop, chosen, tokens, time)
 
-    def _by_ancestors(self, run: _Run, start: int, stop: int) -> None:
+    def _by_ancestors(self, run: _BlockTextRun, start: int, stop: int) -> None:
         """From time t to s = t - 1 / steps a mask stays one with probability s / t; the last step reveals all."""
         steps, mask = run.steps, self.model.mask_token_id
         probabilities = None
@@ -299,7 +299,7 @@ class BlockTextPipeline(compat.DiffusionPipeline):
         """Probability of staying masked from a time on for a step; 0 at time 0, where nothing may."""
         return (time - step).clamp(min=0) / time.clamp(min=step)
 
-    def _by_score(self, run: _Run, stop: int) -> None:
+    def _by_score(self, run: _BlockTextRun, stop: int) -> None:
         """SEDD's analytic sampler, then a step that leaves no mask (arXiv 2310.16834, section 4.2)."""
         mask = self.model.mask_token_id
         times = torch.linspace(1, LAST_TIME, run.steps + 1, device=run.grid.device)
@@ -317,7 +317,7 @@ class BlockTextPipeline(compat.DiffusionPipeline):
             tokens = self._tokens(run, mixed, masked.any(1))
             self._reveal(run, 0, stop, masked & (tokens != mask), tokens, times[n].expand(len(grid)))
 
-    def _probabilities(self, run: _Run, start: int, stop: int) -> torch.Tensor:
+    def _probabilities(self, run: _BlockTextRun, start: int, stop: int) -> torch.Tensor:
         """(B, block, V) float64, of a block's tokens given those before."""
         block = run.grid[:, start:stop]
         if run.cache is not None:
@@ -331,13 +331,13 @@ class BlockTextPipeline(compat.DiffusionPipeline):
         found = (found / run.temperature).softmax(-1)
         return found if run.top_p in (None, 1.0) else nucleus(found, run.top_p)
 
-    def _tokens(self, run: _Run, weights: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    def _tokens(self, run: _BlockTextRun, weights: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """Tokens (B, L) drawn with probabilities that are proportional to weights (B, L, V), in rows (B,)."""
         uniforms = self._token_uniforms(run, weights.shape, rows)
         return (weights / (TINY - (uniforms + TINY).log())).argmax(-1)
 
     def _reveal(
-        self, run: _Run, start: int, stop: int, chosen: torch.Tensor, tokens: torch.Tensor, time: torch.Tensor
+        self, run: _BlockTextRun, start: int, stop: int, chosen: torch.Tensor, tokens: torch.Tensor, time: torch.Tensor
     ) -> None:
         run.grid[:, start:stop] = torch.where(chosen, tokens, run.grid[:, start:stop])
         run.calls += 1
@@ -348,20 +348,20 @@ class BlockTextPipeline(compat.DiffusionPipeline):
 
     # Random draws, of the rows (B,) that are still written
 
-    def _token_uniforms(self, run: _Run, shape: torch.Size, rows: torch.Tensor) -> torch.Tensor:
+    def _token_uniforms(self, run: _BlockTextRun, shape: torch.Size, rows: torch.Tensor) -> torch.Tensor:
         return draw_uniform(shape, run.grid.device, run.generator, torch.float64, rows)
 
-    def _hitting_times(self, run: _Run, rows: torch.Tensor) -> torch.Tensor:
+    def _hitting_times(self, run: _BlockTextRun, rows: torch.Tensor) -> torch.Tensor:
         return draw_uniform((len(rows),), run.grid.device, run.generator, torch.float32, rows)
 
-    def _hitting_places(self, run: _Run, number: torch.Tensor) -> torch.Tensor:
+    def _hitting_places(self, run: _BlockTextRun, number: torch.Tensor) -> torch.Tensor:
         """Which one (B,) of so many masks (B,)."""
         drawn = draw_uniform((len(number),), run.grid.device, run.generator, torch.float32, number > 0)
         return (drawn * number).long().clamp(max=number - 1)
 
     def _output(
-        self, run: _Run, new: int, eos_ids: tuple[int, ...], stops: bool, min_entropy: float | None, output_type: str,
-        return_dict: bool,
+        self, run: _BlockTextRun, new: int, eos_ids: tuple[int, ...], stops: bool, min_entropy: float | None,
+        output_type: str, return_dict: bool,
     ) -> Any:  # fmt: skip
         filler = eos_ids[0] if eos_ids else self.model.mask_token_id
         sequences = torch.full((len(run.grid), new), filler, device=run.grid.device)

@@ -46,7 +46,7 @@ class Block(NamedTuple):
 
 
 @dataclass
-class _Run:
+class _MaskedTextRun:
     """What a call works on: B rows of N = P + G places."""
 
     grid: torch.Tensor
@@ -249,7 +249,7 @@ class MaskedTextPipeline(compat.DiffusionPipeline):
     def _prepare(
         self, prompts: Prompts, new: int, options: TextOptions, mask_id: int, eos_ids: tuple[int, ...],
         callback: Any, callback_inputs: Sequence[str],
-    ) -> _Run:  # fmt: skip
+    ) -> _MaskedTextRun:  # fmt: skip
         rows, length = prompts.ids.shape
         check_generators(options.generator, rows)
         device = prompts.ids.device
@@ -267,18 +267,18 @@ class MaskedTextPipeline(compat.DiffusionPipeline):
                 "tokens revealed since; cache=None is exact"
             )
         finished = torch.zeros(rows, dtype=torch.bool, device=device)
-        return _Run(
+        return _MaskedTextRun(
             grid, fillable, length, passes, options, mask_id, eos_ids, finished, callback, callback_inputs
         )  # fmt: skip
 
-    def _blocks(self, run: _Run) -> list[Block]:
+    def _blocks(self, run: _MaskedTextRun) -> list[Block]:
         """Blocks in the order in which they are revealed: all holes of the prompts, then the new tokens."""
         first, total, size = run.prompt_length, run.grid.shape[1], run.options.block_length
         holes = [Block(0, first, 0)] if run.fillable[:, :first].any() else []
         starts = range(first, total, size)
         return holes + [Block(start, min(start + size, total), start) for start in starts]
 
-    def _write(self, run: _Run) -> None:
+    def _write(self, run: _MaskedTextRun) -> None:
         blocks = self._blocks(run)
         self._num_timesteps = run.options.steps * len(blocks)
         self._interrupt = False
@@ -289,7 +289,7 @@ class MaskedTextPipeline(compat.DiffusionPipeline):
                 self._write_block(run, block)
                 bar.update()
 
-    def _write_block(self, run: _Run, block: Block) -> None:
+    def _write_block(self, run: _MaskedTextRun, block: Block) -> None:
         """Reveal a block's masks, then edit its tokens if the scheduler does. Ends after a known number of steps."""
         options, scheduler = run.options, self.scheduler
         start, stop, count_from = block
@@ -330,7 +330,7 @@ class MaskedTextPipeline(compat.DiffusionPipeline):
             again = left | masked | (output.editing_transfer_index.any(1) & (edits <= options.max_post_steps))
             active = active & ~run.finished & (again if editing > 0 else left)
 
-    def _draws(self, run: _Run, step: int, revealed: torch.Tensor | None) -> TextDraws:
+    def _draws(self, run: _MaskedTextRun, step: int, revealed: torch.Tensor | None) -> TextDraws:
         """What a step uses in place of its generator's draws.
 
         Args:
@@ -339,7 +339,7 @@ class MaskedTextPipeline(compat.DiffusionPipeline):
         """
         return TextDraws(revealed=revealed)
 
-    def _tell(self, run: _Run, block: Block, step: int, output: Any, before: torch.Tensor) -> None:
+    def _tell(self, run: _MaskedTextRun, block: Block, step: int, output: Any, before: torch.Tensor) -> None:
         """Call back with what the step did, and take a changed `block_x` from it."""
         run.calls += 1
         if run.callback is None:
@@ -356,7 +356,7 @@ class MaskedTextPipeline(compat.DiffusionPipeline):
         if "block_x" in given:
             run.grid[:, : block.stop] = given["block_x"]
 
-    def _output(self, run: _Run, prompts: Prompts) -> MaskedTextPipelineOutput:
+    def _output(self, run: _MaskedTextRun, prompts: Prompts) -> MaskedTextPipelineOutput:
         new = run.grid[:, run.prompt_length :]
         if run.finished.any():  # what is masked behind the end is never read
             new[(new == run.mask_token_id) & run.finished[:, None]] = run.eos_token_ids[0]

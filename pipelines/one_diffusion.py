@@ -79,7 +79,7 @@ class _Texts:
     """Keys and values of the given frames that see only themselves."""
 
 
-class _Run(NamedTuple):
+class _FramesRun(NamedTuple):
     """What stays the same over a run."""
 
     layout: FrameLayout
@@ -403,7 +403,7 @@ class OneDiffusionPipeline(ImgDiTPipeline):
         last: float,
         options: FrameOptions,
         joint_attention_kwargs: dict[str, Any] | None,
-    ) -> _Run:
+    ) -> _FramesRun:
         """What stays the same over a run, for frames of so many rows and columns of tokens; `last` is the lowest noise
         level of the schedule."""
         at_last = options.given_level == "last" or (options.given_level is None and self.follows_reference)
@@ -424,9 +424,9 @@ class OneDiffusionPipeline(ImgDiTPipeline):
         extra: dict[str, Any] = {"joint_attention_kwargs": joint_attention_kwargs}
         if self.follows_reference:
             extra |= options.scaling
-        return _Run(layout, layout.without_frozen(), text.pooled, text.mask, extra, {})
+        return _FramesRun(layout, layout.without_frozen(), text.pooled, text.mask, extra, {})
 
-    def _velocity(self, state: dict[str, Any], t: torch.Tensor, guided: bool, run: _Run) -> torch.Tensor:
+    def _velocity(self, state: dict[str, Any], t: torch.Tensor, guided: bool, run: _FramesRun) -> torch.Tensor:
         """Velocity (k * B, M, C, h, w) float32 of the M frames being made, under k texts for each scene."""
         config, dtype = self.transformer.config, self.transformer.dtype
         sources = [state[name] for name in (["negative_prompt_embeds"] if guided else []) + ["prompt_embeds"]]
@@ -473,7 +473,7 @@ class OneDiffusionPipeline(ImgDiTPipeline):
         cells = unpack(velocity.float().unflatten(1, (made, -1)).flatten(0, 1), self.patch_size, grid)
         return cells.unflatten(0, (-1, made))
 
-    def _turned_otherwise(self, run: _Run, cache: KVCache, timestep: torch.Tensor) -> bool:
+    def _turned_otherwise(self, run: _FramesRun, cache: KVCache, timestep: torch.Tensor) -> bool:
         """Whether the noise level crossed `scale_watershed`: the kept keys are of other rotations than this step's."""
         if not self.follows_reference:
             return False

@@ -8,8 +8,7 @@ from PIL import Image, ImageOps, ImageStat
 
 from imgdit.apps.jobs.request import Request, RequestFrame, fitted
 from imgdit.images import fit, to_image, to_rgb
-from imgdit.scenes.tasks import TASKS as PHOTO_TASKS
-from imgdit.scenes.tasks import from_photo
+from imgdit.scenes.tasks import SCENE_TASKS, from_photo
 
 SIMPLE = ("blur", "grey", "mask", "super_resolution")
 """Conditions that are the photo with something taken away."""
@@ -59,7 +58,7 @@ def condition_of(
         if kind == "mask" and mask is not None:
             options["mask"] = fit(to_rgb(mask), photo.size, Image.Resampling.NEAREST).convert("L")
         return to_image(from_photo(kind, photo, **options).condition)
-    if kind in PHOTO_TASKS and kind in MAPS:
+    if kind in SCENE_TASKS and kind in MAPS:
         raise ValueError(
             f"{kind} is not found in photos by this model; give the {kind} image itself, made by a tool of yours"
         )

@@ -71,7 +71,7 @@ class TextMemory:
         return self._pairs.setdefault(layer, [])
 
 
-class BlockPlan(NamedTuple):
+class NextDiTBlockPlan(NamedTuple):
     """What every block of one forward pass needs to know about the frames."""
 
     lengths: tuple[int, ...]
@@ -100,7 +100,7 @@ def nextdit_attention(
     encoder_hidden_states: torch.Tensor,
     image_rotary_emb: torch.Tensor,
     *,
-    plan: BlockPlan,
+    plan: NextDiTBlockPlan,
     cache: LayerCache | None = None,
     text_pairs: list[torch.Tensor] | None = None,
     backend: Any = None,
@@ -274,7 +274,7 @@ class NextDiTBlock(nn.Module):
         encoder_hidden_states: torch.Tensor,
         temb: torch.Tensor,
         image_rotary_emb: torch.Tensor,
-        plan: BlockPlan,
+        plan: NextDiTBlockPlan,
         cache: LayerCache | None = None,
         text_pairs: list[torch.Tensor] | None = None,
     ) -> torch.Tensor:
@@ -572,14 +572,14 @@ class NextDiT(SafetensorsOnly, ModelMixin, ConfigMixin, Adapters, StepCaches, At
         memory: TextMemory,
         dtype: torch.dtype,
         cache: KVCache | None,
-    ) -> BlockPlan:
+    ) -> NextDiTBlockPlan:
         """What the blocks need to know, computed once per forward pass."""
         per_frame = levels.shape[1] == len(layout.live)
         asks = [bool(layout.visible[layout.num_texts + i, 0]) for i in layout.live]
         cap = self.config.attention_softcap
         if cap == "auto":
             cap = None if dtype == torch.float32 else SOFTCAP
-        return BlockPlan(
+        return NextDiTBlockPlan(
             lengths=layout.lengths if per_frame else (1,) * levels.shape[1],
             groups=layout.image_groups,
             frozen=layout.frozen_rows(image_only=True) if cache is not None and cache.mode == "write" else (),
@@ -588,7 +588,7 @@ class NextDiT(SafetensorsOnly, ModelMixin, ConfigMixin, Adapters, StepCaches, At
             softcap=cap,
         )
 
-    def _read_out(self, hidden_states: torch.Tensor, temb: torch.Tensor, plan: BlockPlan) -> torch.Tensor:
+    def _read_out(self, hidden_states: torch.Tensor, temb: torch.Tensor, plan: NextDiTBlockPlan) -> torch.Tensor:
         """Prediction (B, n, C*p*p) of what the last block gave, in the order of the tokens that came in."""
         lengths = plan.lengths
         if plan.asking is not None:
@@ -629,7 +629,7 @@ def _levels(layout: FrameLayout, timestep: torch.Tensor) -> torch.Tensor:
     return layout.expand(timestep, [None if f.sigma is None else f.sigma * 1000 for f in layout.frames])
 
 
-def _ending(plan: BlockPlan, layout: FrameLayout) -> BlockPlan:
+def _ending(plan: NextDiTBlockPlan, layout: FrameLayout) -> NextDiTBlockPlan:
     """The plan of the last block: nothing reads what becomes of the held frames, so only the others ask."""
     made = [n for n, i in enumerate(layout.live) if not layout.frames[i].held]
     if len(made) == len(layout.live):

@@ -34,7 +34,7 @@ def preview(
         split: of `Scene.sample`.
         size: pixels per side of an image.
         columns: images in a row.
-        task: a key of `TASKS`: show its condition at the left of every image.
+        task: a key of `SCENE_TASKS`: show its condition at the left of every image.
     """
     if count < 1 or columns < 1:
         raise ValueError(f"a sheet needs at least one image and one column, got count={count}, columns={columns}")

@@ -61,17 +61,15 @@ class Example(NamedTuple):
     target: torch.Tensor
     """(3, H, W) in [0, 1]: what is to be made."""
     details: dict[str, Any]
-    """What the task knows besides, under the names that `TASKS` lists."""
+    """What the task knows besides, under the names that `SCENE_TASKS` lists."""
 
 
 @dataclass(frozen=True)
-class Task:
+class SceneTask:
     """A task by its name."""
 
     name: str
-    """Key in `TASKS`."""
-    help: str
-    """What is given and what is made, in a line."""
+    """Key in `SCENE_TASKS`."""
     scene: Callable[[_Given], tuple[torch.Tensor, dict[str, Any]]]
     """Condition image and details of a rendered scene."""
     photo: Callable[..., tuple[torch.Tensor, dict[str, Any]]] | None = None
@@ -111,7 +109,7 @@ def from_scene(
     """Condition and target of a scene, both exact.
 
     Args:
-        task: a key of `TASKS`.
+        task: a key of `SCENE_TASKS`.
         scene: what is shown.
         rng: draws holes, reference scenes and the other camera.
         rendering: of this scene alone; rendered here if `None`.
@@ -130,25 +128,25 @@ def from_photo(task: str, photo: Image.Image | str | Path, inverse: bool = False
     """Condition and target of a photo, by the libraries that people use for it.
 
     Args:
-        task: a key of `TASKS` whose entry has a `photo` function; its options are that function's.
+        task: a key of `SCENE_TASKS` whose entry has a `photo` function; its options are that function's.
         photo: an image or its file.
         inverse: give the photo and ask for the condition.
     """
     chosen = _task(task, inverse)
     if chosen.photo is None:
-        able = ", ".join(name for name, other in TASKS.items() if other.photo)
+        able = ", ".join(name for name, other in SCENE_TASKS.items() if other.photo)
         raise ValueError(f"the task {task!r} needs a scene, a photo does not tell its truth. Photos can: {able}")
     image = opened(photo)
     condition, details = chosen.photo(image, **options)
     return _example(condition, to_pixels(image)[0], details, inverse)
 
 
-def _task(name: str, inverse: bool) -> Task:
-    check_name("task", name, TASKS)
-    if inverse and not TASKS[name].invertible:
-        able = ", ".join(task.name for task in TASKS.values() if task.invertible)
+def _task(name: str, inverse: bool) -> SceneTask:
+    check_name("task", name, SCENE_TASKS)
+    if inverse and not SCENE_TASKS[name].invertible:
+        able = ", ".join(task.name for task in SCENE_TASKS.values() if task.invertible)
         raise ValueError(f"the task {name!r} has no inverse. These have one: {able}")
-    return TASKS[name]
+    return SCENE_TASKS[name]
 
 
 def _example(condition: torch.Tensor, image: torch.Tensor, details: dict[str, Any], inverse: bool) -> Example:
@@ -299,20 +297,20 @@ def _scene_views(given: _Given) -> tuple[torch.Tensor, dict[str, Any]]:
     }
 
 
-TASKS = {
+SCENE_TASKS = {
     task.name: task
     for task in (
-        Task("canny", "edges, white on black → image", _scene_canny, photo_canny, invertible=True),
-        Task("depth", "depth, near is white → image", _scene_depth, photo_depth, invertible=True),
-        Task("segmentation", "a colour for each kind of object → image", _scene_segmentation, invertible=True),
-        Task("boxes", "a coloured frame around each object → image", _scene_boxes, invertible=True),
-        Task("blur", "blurred image → sharp one", _scene_blur, photo_blur),
-        Task("grey", "grey image → coloured one", _scene_grey, photo_grey),
-        Task("mask", "image with a grey hole → whole one", _scene_mask, photo_mask),
-        Task("super_resolution", "small image → large one", _scene_super_resolution, photo_super_resolution),
-        Task("subject", "an object elsewhere → the scene with it", _scene_subject),
-        Task("style_reference", "another scene → this one in its style", _scene_style_reference),
-        Task("views", "the scene from another place → from here", _scene_views, invertible=True),
+        SceneTask("canny", _scene_canny, photo_canny, invertible=True),
+        SceneTask("depth", _scene_depth, photo_depth, invertible=True),
+        SceneTask("segmentation", _scene_segmentation, invertible=True),
+        SceneTask("boxes", _scene_boxes, invertible=True),
+        SceneTask("blur", _scene_blur, photo_blur),
+        SceneTask("grey", _scene_grey, photo_grey),
+        SceneTask("mask", _scene_mask, photo_mask),
+        SceneTask("super_resolution", _scene_super_resolution, photo_super_resolution),
+        SceneTask("subject", _scene_subject),
+        SceneTask("style_reference", _scene_style_reference),
+        SceneTask("views", _scene_views, invertible=True),
     )
 }
 """The tasks by name. Details: `depth` depth (1, H, W), of photos estimate; `canny` low, high of photos; `segmentation`

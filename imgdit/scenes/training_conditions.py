@@ -22,7 +22,7 @@ from imgdit.scenes.world import STYLES, pick
 from imgdit.training.batches import Batch
 from imgdit.training.recipe import ADAPTER
 
-TASKS = (*MAPS, *OTHERS, "subject", "style_reference")
+CONDITION_TASKS = (*MAPS, *OTHERS, "subject", "style_reference")
 """What a condition may be, by the names of `data.tasks`."""
 
 NAMELESS = 0.75
@@ -33,7 +33,7 @@ class SceneConditions(CachedScenes):
     """Endless: sample i is a `Batch` of [image, condition], the same for the same i.
 
     Args:
-        task: what the condition is, one of `TASKS`.
+        task: what the condition is, one of `CONDITION_TASKS`.
         mode: "independent": the condition sees only itself, so its keys and values can be cached; "joint": everything.
         position: "aligned": on the image; "subject": to its left.
         model: pipeline folder of the autoencoder and text encoder; "embedded" for the one that comes along.
@@ -54,7 +54,7 @@ class SceneConditions(CachedScenes):
         samples: int = 32,
         split: str = "train",
     ):
-        check_name("task", task, TASKS)
+        check_name("task", task, CONDITION_TASKS)
         check_choice("mode", mode, ("independent", "joint"))
         check_choice("position", position, ("aligned", "subject"))
         vae, text_encoder, tokenizer = scene_components(model)

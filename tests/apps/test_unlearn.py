@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from imgdit.apps.cli import app
 from imgdit.benchmarks.unlearning import run as unlearn_bench
-from imgdit.benchmarks.unlearning.images import Studio
+from imgdit.benchmarks.unlearning.images import GeneratedImages
 from imgdit.benchmarks.unlearning.methods.catalogue import METHODS
 from imgdit.benchmarks.unlearning.plan import cells
 from imgdit.sae.config import SAEConfig
@@ -95,13 +95,13 @@ def test_a_run_goes_on_where_it_stopped(folders, tmp_path, monkeypatch):
     _, first = bench(folders, tmp_path, *options)
     files = {file: file.read_bytes() for file in tmp_path.rglob("*.png")}
     assert len(files) == 8 * (1 + 2 * 2)
-    made, make = [], Studio._make
+    made, make = [], GeneratedImages._make
 
-    def watched(studio, folder, unlearned, missing, attack):
+    def watched(generated, folder, unlearned, missing, attack):
         made.extend(cell.name for cell in missing)
-        make(studio, folder, unlearned, missing, attack)
+        make(generated, folder, unlearned, missing, attack)
 
-    monkeypatch.setattr(Studio, "_make", watched)
+    monkeypatch.setattr(GeneratedImages, "_make", watched)
     lost = next(file for file in files if "scale" in file.parts)
     lost.unlink()
     _, second = bench(folders, tmp_path, *options)

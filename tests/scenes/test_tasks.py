@@ -15,7 +15,7 @@ from imgdit.scenes.render import render
 from imgdit.scenes.tasks import (
     NEAR,
     PALETTE,
-    TASKS,
+    SCENE_TASKS,
     depth_to_image,
     from_photo,
     from_scene,
@@ -41,7 +41,7 @@ def photo():
     return to_image(noise)
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", SCENE_TASKS)
 def test_every_task_makes_a_pair(name, rendering):
     example = from_scene(name, SCENE, Random(1), rendering)
     again = from_scene(name, SCENE, Random(1), rendering)
@@ -50,8 +50,8 @@ def test_every_task_makes_a_pair(name, rendering):
     assert torch.equal(example.target, rendering.rgb[0])
     small = example.details.get("factor", 1)
     assert example.condition.shape == (3, SIZE // small, SIZE // small)
-    assert TASKS[name].help and TASKS[name].name == name
-    if TASKS[name].invertible:
+    assert SCENE_TASKS[name].name == name
+    if SCENE_TASKS[name].invertible:
         inverse = from_scene(name, SCENE, Random(1), rendering, inverse=True)
         assert torch.equal(inverse.condition, example.target) and torch.equal(inverse.target, example.condition)
     else:

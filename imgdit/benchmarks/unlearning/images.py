@@ -66,7 +66,7 @@ def digest(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-class Studio:
+class GeneratedImages:
     """Generates images that are not there yet.
 
     Args:

@@ -14,7 +14,7 @@ import torch
 
 from imgdit import DiffusionPipeline
 from imgdit.benchmarks.metrics import wilson
-from imgdit.benchmarks.unlearning.images import Eyes, Look, Studio
+from imgdit.benchmarks.unlearning.images import Eyes, GeneratedImages, Look
 from imgdit.benchmarks.unlearning.learning import build_material
 from imgdit.benchmarks.unlearning.methods.catalogue import METHODS
 from imgdit.benchmarks.unlearning.plan import VALIDATION, Cell, cells, scene_seeds
@@ -112,16 +112,16 @@ def run(model: Path, probe: Path, saes: Path, out: Path, plan: UnlearnPlan) -> d
         steps=plan.steps,
         guidance=plan.guidance,
     )
-    studio = Studio(pipe, material, out / "pictures", steps=plan.steps, guidance=plan.guidance)
-    bench = _Bench(plan, studio, Eyes(SceneProbe.from_pretrained(probe).eval()), seconds)
+    generated = GeneratedImages(pipe, material, out / "pictures", steps=plan.steps, guidance=plan.guidance)
+    bench = _Bench(plan, generated, Eyes(SceneProbe.from_pretrained(probe).eval()), seconds)
     result = bench.result()
     write_text(out / "unlearn.json", json.dumps(result, indent=1, ensure_ascii=False))
     return result
 
 
 class _Bench:
-    def __init__(self, plan: UnlearnPlan, studio: Studio, eyes: Eyes, statistics_seconds: float) -> None:
-        self.plan, self.studio, self.eyes = plan, studio, eyes
+    def __init__(self, plan: UnlearnPlan, generated: GeneratedImages, eyes: Eyes, statistics_seconds: float) -> None:
+        self.plan, self.generated, self.eyes = plan, generated, eyes
         self.statistics_seconds = statistics_seconds
         self.methods = [name for name in METHODS if name in plan.methods or name == "none"]
         self.domains = {target: kind_of(target) for target in plan.targets}
@@ -145,7 +145,7 @@ class _Bench:
         plain = next(iter(seen["none"].values()))
         return {
             "plan": dataclasses.asdict(plan),
-            "model": self.studio.model,
+            "model": self.generated.model,
             "unmodified": {domain: accuracies(plain, domain) for domain in ("style", "object")},
             "methods": rows,
             "together": {name: self._together(name, settings[name]) for name in self.methods} if plan.together else {},
@@ -158,8 +158,8 @@ class _Bench:
         }
 
     def _looks(self, name: str, concepts: Sequence[str], settings: Mapping[str, Any], wanted: Any, **how: Any) -> Any:
-        album = self.studio.album(name, [] if name == "none" else concepts, wanted, settings, **how)
-        plain = self.studio.album("none", [], wanted)
+        album = self.generated.album(name, [] if name == "none" else concepts, wanted, settings, **how)
+        plain = self.generated.album("none", [], wanted)
         return self.eyes.looks(album.folder, wanted, plain.folder)
 
     def _of_targets(
@@ -171,7 +171,7 @@ class _Bench:
         }
 
     def _grid(self, name: str) -> Sequence[Mapping[str, Any]]:
-        return METHODS[name].usable(self.studio.material.streams(self.studio.pipe))
+        return METHODS[name].usable(self.generated.material.streams(self.generated.pipe))
 
     def _tuned(self, name: str) -> dict[str, Any]:
         """The settings of the grid with the best mean of UA, IRA and CRA, on seeds of their own."""
@@ -231,8 +231,8 @@ class _Bench:
 
     def _costs(self, name: str, settings: Mapping[str, Any], wanted: Sequence[Cell]) -> dict[str, Any]:
         concepts = [[] if name == "none" else [target] for target in self.plan.targets]
-        albums = [self.studio.album(name, names, wanted, settings) for names in concepts]
-        labels = sum(len(of) for of in self.studio.material.prompts.values())
+        albums = [self.generated.album(name, names, wanted, settings) for names in concepts]
+        labels = sum(len(of) for of in self.generated.material.prompts.values())
         shared = self.statistics_seconds / labels if METHODS[name].needs_saes else 0.0
         ratios = [album.time_ratio for album in albums if album.time_ratio is not None]
         return {
