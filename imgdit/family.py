@@ -131,7 +131,7 @@ class PromptEncoding(NamedTuple):
     """Names of the prompts for further text encoders."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LoraNames:
     """Names that LoRA files use for the layers of a family."""
 
@@ -144,6 +144,12 @@ class LoraNames:
     """Whether files can be written by the repository's names too."""
     inputs: tuple[str, ...] = ()
     """Layers that read the latents."""
+    missing_rows: Mapping[str, int] = field(default_factory=dict)
+    """Part of a fused layer, and its rows in widths of the model where a LoRA has nothing for it; 1 by default."""
+    scale_first: tuple[str, ...] = ()
+    """Layers outside of blocks that give scale and shift here, and shift and scale in the repository."""
+    scale_first_alone: tuple[str, ...] = ()
+    """The same of layers in blocks, where they give nothing else."""
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 
-from imgdit.families.mmdit import ROLES, SETTINGS
+from imgdit.families.mmdit import ADDED_QKV, QKV, ROLES, SETTINGS
 from imgdit.families.step import (
     embed_tokens,
     grid_of_ids,
@@ -19,7 +19,17 @@ from imgdit.families.step import (
     read_image,
     single_text_first,
 )
-from imgdit.family import Arguments, AsMMDiT, Block, Call, Conditions, Family, PromptEncoding, timestep_times
+from imgdit.family import (
+    Arguments,
+    AsMMDiT,
+    Block,
+    Call,
+    Conditions,
+    Family,
+    LoraNames,
+    PromptEncoding,
+    timestep_times,
+)
 from imgdit.frames import Frame
 from imgdit.models.functional import rope_table
 
@@ -76,6 +86,45 @@ def _blocks(model: Any) -> Iterator[Block]:
         yield Block(f"single_transformer_blocks.{i}", module, single_text_first, ends_conditions=ends)
 
 
+# Names of FLUX's repository.
+_DOUBLE = {
+    "img_mod.lin": ("norm1.linear",),
+    "txt_mod.lin": ("norm1_context.linear",),
+    "img_attn.qkv": QKV,
+    "txt_attn.qkv": ADDED_QKV,
+    "img_attn.proj": ("attn.to_out.0",),
+    "txt_attn.proj": ("attn.to_add_out",),
+    "img_mlp.0": ("ff.net.0.proj",),
+    "img_mlp.2": ("ff.net.2",),
+    "txt_mlp.0": ("ff_context.net.0.proj",),
+    "txt_mlp.2": ("ff_context.net.2",),
+}
+_SINGLE = {
+    "modulation.lin": ("norm.linear",),
+    "linear1": (*QKV, "proj_mlp"),
+    "linear2": ("proj_out",),
+}
+_ROOT = {
+    "img_in": ("x_embedder",),
+    "txt_in": ("context_embedder",),
+    "time_in.in_layer": ("time_text_embed.timestep_embedder.linear_1",),
+    "time_in.out_layer": ("time_text_embed.timestep_embedder.linear_2",),
+    "guidance_in.in_layer": ("time_text_embed.guidance_embedder.linear_1",),
+    "guidance_in.out_layer": ("time_text_embed.guidance_embedder.linear_2",),
+    "vector_in.in_layer": ("time_text_embed.text_embedder.linear_1",),
+    "vector_in.out_layer": ("time_text_embed.text_embedder.linear_2",),
+    "final_layer.adaLN_modulation.1": ("norm_out.linear",),
+    "final_layer.linear": ("proj_out",),
+}
+# XLabs' names; 1 is the image's stream, 2 the text's.
+_XLABS_DOUBLE = {
+    "processor.qkv_lora1": QKV,
+    "processor.qkv_lora2": ADDED_QKV,
+    "processor.proj_lora1": ("attn.to_out.0",),
+    "processor.proj_lora2": ("attn.to_add_out",),
+}
+_XLABS_SINGLE = {"processor.qkv_lora": QKV, "processor.proj_lora": ("proj_out",)}
+
 FAMILY = Family(
     classes=("FluxTransformer2DModel",),
     places=lambda model, arguments: one_image(grid_of_ids(arguments["img_ids"])),
@@ -94,6 +143,17 @@ FAMILY = Family(
         sigma=lambda model, arguments: arguments["timestep"].float(),
         transport=("joint_attention_kwargs", "joint_attention_kwargs"),
         residual_arguments=("controlnet_block_samples", "controlnet_single_block_samples"),
+    ),
+    lora=LoraNames(
+        blocks={
+            "double": ("transformer_blocks", _DOUBLE | _XLABS_DOUBLE),
+            "single": ("single_transformer_blocks", _SINGLE | _XLABS_SINGLE),
+        },
+        root=_ROOT,
+        written=True,
+        inputs=("x_embedder",),
+        missing_rows={"proj_mlp": 4},
+        scale_first=("norm_out.linear",),
     ),
     prompts={"FluxPipeline": PromptEncoding((0, 1, None), others=("prompt_2",))},
     as_mmdit=AsMMDiT(

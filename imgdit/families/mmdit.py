@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from imgdit.families.step import grid_of_ids, one_image, packed_tokens, places_of_planes, timestep_of_config
-from imgdit.family import Arguments, Family, Grid, PromptEncoding
+from imgdit.family import Arguments, Family, Grid, LoraNames, PromptEncoding
 from imgdit.mup.structure import Structure
 
 
@@ -44,6 +44,12 @@ SETTINGS = (
     "pooled_projection_dim",
 )
 """Settings that `MMDiT`, FLUX.1 and SD3 call the same."""
+
+QKV, ADDED_QKV = (
+    tuple(f"attn.{name}" for name in names)
+    for names in (("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj"))
+)
+"""Projections of an attention, of the image and of the text, in the order of their rows where they are fused."""
 
 ROLES = Structure(
     roles=(
@@ -93,6 +99,7 @@ FAMILY = Family(
     timestep=timestep_of_layout,
     joint_parts=r"^single_transformer_blocks$",
     tokens=packed_tokens(patch=_patch, channels=lambda model: model.token_channels),
+    lora=LoraNames(inputs=("x_embedder", "pos_embed.proj")),
     prompts={"ImgDiTPipeline": PromptEncoding((0, 2, 4))},
     mup=ROLES,
 )

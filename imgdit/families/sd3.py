@@ -13,7 +13,7 @@ from diffusers.models.attention_processor import (
     XFormersJointAttnProcessor,
 )
 
-from imgdit.families.mmdit import ROLES, SETTINGS
+from imgdit.families.mmdit import ADDED_QKV, QKV, ROLES, SETTINGS
 from imgdit.families.step import (
     Step,
     grid_of_planes,
@@ -24,7 +24,7 @@ from imgdit.families.step import (
     read_image,
     with_conditions,
 )
-from imgdit.family import Arguments, AsMMDiT, Block, Call, Conditions, Family, PromptEncoding
+from imgdit.family import Arguments, AsMMDiT, Block, Call, Conditions, Family, LoraNames, PromptEncoding
 from imgdit.frames import Frame
 from imgdit.lora.rows import linear
 from imgdit.models.functional import pack, table_positions
@@ -72,6 +72,29 @@ def _check_config(config: Mapping[str, Any]) -> None:
         )
 
 
+# Names of SD3's repository.
+_JOINT = {
+    "x_block.adaLN_modulation.1": ("norm1.linear",),
+    "context_block.adaLN_modulation.1": ("norm1_context.linear",),
+    "x_block.attn.qkv": QKV,
+    "context_block.attn.qkv": ADDED_QKV,
+    "x_block.attn2.qkv": ("attn2.to_q", "attn2.to_k", "attn2.to_v"),
+    "x_block.attn.proj": ("attn.to_out.0",),
+    "context_block.attn.proj": ("attn.to_add_out",),
+    "x_block.attn2.proj": ("attn2.to_out.0",),
+    "x_block.mlp.fc1": ("ff.net.0.proj",),
+    "x_block.mlp.fc2": ("ff.net.2",),
+    "context_block.mlp.fc1": ("ff_context.net.0.proj",),
+    "context_block.mlp.fc2": ("ff_context.net.2",),
+}
+_ROOT = {
+    "x_embedder.proj": ("pos_embed.proj",),
+    "t_embedder.mlp.0": ("time_text_embed.timestep_embedder.linear_1",),
+    "t_embedder.mlp.2": ("time_text_embed.timestep_embedder.linear_2",),
+    "y_embedder.mlp.0": ("time_text_embed.text_embedder.linear_1",),
+    "y_embedder.mlp.2": ("time_text_embed.text_embedder.linear_2",),
+}
+
 FAMILY = Family(
     classes=("SD3Transformer2DModel",),
     places=places_of_planes,
@@ -89,6 +112,13 @@ FAMILY = Family(
         transport=("joint_attention_kwargs", "joint_attention_kwargs"),
         residual_arguments=("block_controlnet_hidden_states",),
         spatial=True,
+    ),
+    lora=LoraNames(
+        blocks={"joint": ("transformer_blocks", _JOINT)},
+        root=_ROOT,
+        inputs=("pos_embed.proj",),
+        scale_first=("norm_out.linear",),
+        scale_first_alone=("norm1_context.linear",),
     ),
     prompts={"StableDiffusion3Pipeline": PromptEncoding((0, 2, None), others=("prompt_2", "prompt_3"))},
     as_mmdit=AsMMDiT(

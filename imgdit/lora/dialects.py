@@ -9,11 +9,13 @@ xlabs      `single_blocks.0.processor.qkv_lora.down.weight`
 
 The models' own names fuse projections that diffusers keeps apart: a fused LoRA is the parts' down-projections above
 each other and their up-projections on a block diagonal. diffusers' converters for FLUX.1 are written for its published
-size and lose layers of some dialects, so the tables are here; a test holds them to diffusers' converters at that size.
+size and lose layers of some dialects, so the families have tables; a test holds them to diffusers' converters at that
+size.
 """
 
 from __future__ import annotations
 
+import functools
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -21,85 +23,52 @@ from typing import Any, NamedTuple
 
 import torch
 
+from imgdit.family import LoraNames, families
 from imgdit.naming import check_name
 
-_MLP_RATIO = 4  # FLUX.1: where a file has no LoRA for the MLP, its rows are still there in the fused layer
-_QKV, _ADDED_QKV = (
-    tuple(f"attn.{name}" for name in names)
-    for names in (("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj"))
-)
 
-# FLUX's own name of a layer in a block, and diffusers' names of its parts in the order of their rows.
-_DOUBLE = {
-    "img_mod.lin": ("norm1.linear",),
-    "txt_mod.lin": ("norm1_context.linear",),
-    "img_attn.qkv": _QKV,
-    "txt_attn.qkv": _ADDED_QKV,
-    "img_attn.proj": ("attn.to_out.0",),
-    "txt_attn.proj": ("attn.to_add_out",),
-    "img_mlp.0": ("ff.net.0.proj",),
-    "img_mlp.2": ("ff.net.2",),
-    "txt_mlp.0": ("ff_context.net.0.proj",),
-    "txt_mlp.2": ("ff_context.net.2",),
-}
-_SINGLE = {
-    "modulation.lin": ("norm.linear",),
-    "linear1": (*_QKV, "proj_mlp"),
-    "linear2": ("proj_out",),
-}
-_ROOT = {
-    "img_in": ("x_embedder",),
-    "txt_in": ("context_embedder",),
-    "time_in.in_layer": ("time_text_embed.timestep_embedder.linear_1",),
-    "time_in.out_layer": ("time_text_embed.timestep_embedder.linear_2",),
-    "guidance_in.in_layer": ("time_text_embed.guidance_embedder.linear_1",),
-    "guidance_in.out_layer": ("time_text_embed.guidance_embedder.linear_2",),
-    "vector_in.in_layer": ("time_text_embed.text_embedder.linear_1",),
-    "vector_in.out_layer": ("time_text_embed.text_embedder.linear_2",),
-    "final_layer.adaLN_modulation.1": ("norm_out.linear",),
-    "final_layer.linear": ("proj_out",),
-}
-# SD3's own names, which are read only.
-_JOINT = {
-    "x_block.adaLN_modulation.1": ("norm1.linear",),
-    "context_block.adaLN_modulation.1": ("norm1_context.linear",),
-    "x_block.attn.qkv": _QKV,
-    "context_block.attn.qkv": _ADDED_QKV,
-    "x_block.attn2.qkv": ("attn2.to_q", "attn2.to_k", "attn2.to_v"),
-    "x_block.attn.proj": ("attn.to_out.0",),
-    "context_block.attn.proj": ("attn.to_add_out",),
-    "x_block.attn2.proj": ("attn2.to_out.0",),
-    "x_block.mlp.fc1": ("ff.net.0.proj",),
-    "x_block.mlp.fc2": ("ff.net.2",),
-    "context_block.mlp.fc1": ("ff_context.net.0.proj",),
-    "context_block.mlp.fc2": ("ff_context.net.2",),
-}
-_SD3_ROOT = {
-    "x_embedder.proj": ("pos_embed.proj",),
-    "t_embedder.mlp.0": ("time_text_embed.timestep_embedder.linear_1",),
-    "t_embedder.mlp.2": ("time_text_embed.timestep_embedder.linear_2",),
-    "y_embedder.mlp.0": ("time_text_embed.text_embedder.linear_1",),
-    "y_embedder.mlp.2": ("time_text_embed.text_embedder.linear_2",),
-}
-# XLabs' names; 1 is the image's stream, 2 the text's.
-_XLABS_DOUBLE = {
-    "processor.qkv_lora1": _QKV,
-    "processor.qkv_lora2": _ADDED_QKV,
-    "processor.proj_lora1": ("attn.to_out.0",),
-    "processor.proj_lora2": ("attn.to_add_out",),
-}
-_XLABS_SINGLE = {"processor.qkv_lora": _QKV, "processor.proj_lora": ("proj_out",)}
+class _Tables(NamedTuple):
+    """The names of all families together; where two families give one a meaning, the first one's counts."""
 
-_OWN = {
-    "double": ("transformer_blocks", _DOUBLE | _XLABS_DOUBLE),
-    "single": ("single_transformer_blocks", _SINGLE | _XLABS_SINGLE),
-    "joint": ("transformer_blocks", _JOINT),
-}
-"""By own name of a list of blocks: diffusers' name of the list, and the layers."""
-_OWN_ROOT = _ROOT | _SD3_ROOT
-_OWN_BLOCK = re.compile(r"(double|single|joint)_blocks([._])(\d+)[._](.+)")
-_BLOCK = re.compile(r"((?:single_)?transformer_blocks)([._])(\d+)[._](.+)")
-_SWAPPED = "norm_out.linear"  # diffusers keeps scale before shift here, FLUX and SD3 shift before scale
+    blocks: dict[str, tuple[str, dict[str, tuple[str, ...]]]]
+    """By own name of a list of blocks: diffusers' name of the list, and the layers."""
+    root: dict[str, tuple[str, ...]]
+    own_block: re.Pattern[str]
+    block: re.Pattern[str]
+    layers: dict[str, str]
+    """diffusers' names of the layers of a block, by themselves with underscores."""
+    roots: dict[str, str]
+    """Names of layers outside of blocks, own and diffusers', by themselves with underscores."""
+    scale_first: frozenset[str]
+    scale_first_alone: tuple[str, ...]
+    """See `LoraNames`."""
+
+
+@functools.cache
+def _tables(names: tuple[LoraNames, ...]) -> _Tables:
+    blocks: dict[str, tuple[str, dict[str, tuple[str, ...]]]] = {}
+    root: dict[str, tuple[str, ...]] = {}
+    for one in names:
+        for own, (listed, layers) in one.blocks.items():
+            blocks.setdefault(own, (listed, dict(layers)))
+        root = {**one.root, **root}
+    lists = sorted({listed for listed, _ in blocks.values()})
+    return _Tables(
+        blocks,
+        root,
+        re.compile(rf"({'|'.join(map(re.escape, blocks))})_blocks([._])(\d+)[._](.+)"),
+        re.compile(rf"({'|'.join(map(re.escape, lists))})([._])(\d+)[._](.+)"),
+        {part.replace(".", "_"): part for _, table in blocks.values() for parts in table.values() for part in parts},
+        {name.replace(".", "_"): name for own, parts in root.items() for name in (own, *parts)},
+        frozenset(name for one in names for name in one.scale_first),
+        tuple(name for one in names for name in one.scale_first_alone),
+    )
+
+
+def _known(first: LoraNames | None = None) -> tuple[LoraNames, ...]:
+    """The names of a family, if one is told, and then those of the others."""
+    known = [family.lora for family in families() if family.lora is not None]
+    return tuple(dict.fromkeys(known if first is None else [first, *known]))
 
 
 class LoraPair(NamedTuple):
@@ -131,6 +100,8 @@ class Names(NamedTuple):
     """Keys that are no part of a LoRA of the transformer, or of half a LoRA; sorted."""
     aside: dict[str, str]
     """Those of them that are understood: key and what it is."""
+    tables: _Tables
+    """The names by which they were understood."""
 
     @property
     def used(self) -> list[str]:
@@ -194,8 +165,11 @@ CONTROL = (
 )
 
 
-def sort_names(keys: Iterable[str]) -> Names:
+def sort_names(keys: Iterable[str], family: LoraNames | None = None) -> Names:
     """Understand a file by its keys.
+
+    Args:
+        family: names of the model's family, which count before those of the others.
 
     Raises:
         LoraKindError: an adapter of another kind, several adapters, or a FLUX Control LoRA.
@@ -231,24 +205,26 @@ def sort_names(keys: Iterable[str]) -> Names:
             f"holds the adapters {', '.join(map(repr, adapters))} in one file; expected one. Save them apart "
             "(PEFT: save_pretrained(folder, selected_adapters=[name]))"
         )
-    return _by_module(read, unused, aside)
+    return _by_module(read, unused, aside, _tables(_known(family)))
 
 
-def _by_module(read: list[tuple[str, str, str, re.Match[str]]], unused: list[str], aside: dict[str, str]) -> Names:
+def _by_module(
+    read: list[tuple[str, str, str, re.Match[str]]], unused: list[str], aside: dict[str, str], tables: _Tables
+) -> Names:
     """Put the parts of each module together."""
-    repositories = {prefix for _, prefix, module, _ in read if _OWN_BLOCK.match(module)}
-    others = {prefix for _, prefix, module, _ in read if _BLOCK.match(module)}
+    repositories = {prefix for _, prefix, module, _ in read if tables.own_block.match(module)}
+    others = {prefix for _, prefix, module, _ in read if tables.block.match(module)}
     plain: dict[str, dict[str, str]] = {}
     own: dict[str, dict[str, str]] = {}
     sources: dict[str, str] = {}
     for key, prefix, module, match in read:
         # `img_in` is a name of FLUX's repository only where the file's blocks say so, or its prefix does.
         native = prefix in repositories or (prefix not in others and prefix.endswith(_OWN_PREFIXES))
-        name = _dotted(module, native) if prefix.endswith("_") else module
+        name = _dotted(module, native, tables) if prefix.endswith("_") else module
         if name is None:
             unused.append(key)
             continue
-        table = own if _own_parts(name) and (native or not _is_root(name)) else plain
+        table = own if _own_parts(name, tables) and (native or name not in tables.root) else plain
         taken = table.setdefault(name, {})
         part = _PARTS[match["peft"] or match["kohya"] or match["xlabs"] or match["alpha"]]
         if part in taken or sources.setdefault(name, prefix) != prefix:
@@ -256,13 +232,18 @@ def _by_module(read: list[tuple[str, str, str, re.Match[str]]], unused: list[str
         else:
             taken[part] = key
     for name in list(own):  # published files hold the same LoRA by two trainers' names
-        if any(part in plain for part in _own_parts(name)):
+        if any(part in plain for part in _own_parts(name, tables)):
             aside |= dict.fromkeys(own.pop(name).values(), _AGAIN)
     parts = plain | own
     for name in [name for name, keys in parts.items() if not {"down", "up"} <= keys.keys()]:
         unused += parts.pop(name).values()
     return Names(
-        parts, frozenset(parts.keys() & own.keys()), _dialect(parts, own), tuple(sorted([*unused, *aside])), aside
+        parts,
+        frozenset(parts.keys() & own.keys()),
+        _dialect(parts, own),
+        tuple(sorted([*unused, *aside])),
+        aside,
+        tables,
     )
 
 
@@ -283,35 +264,24 @@ def _dialect(parts: Mapping[str, Mapping[str, str]], own: Mapping[str, Any]) -> 
     return counts.most_common(1)[0][0] if counts else "peft"
 
 
-def _is_root(name: str) -> bool:
-    return name in _OWN_ROOT
-
-
-def _own_parts(name: str) -> tuple[str, ...]:
+def _own_parts(name: str, tables: _Tables) -> tuple[str, ...]:
     """diffusers' names of the parts of a layer under its own name; none for any other name."""
-    match = _OWN_BLOCK.fullmatch(name)
+    match = tables.own_block.fullmatch(name)
     if match is None:
-        return _OWN_ROOT.get(name, ())
-    blocks, table = _OWN[match[1]]
+        return tables.root.get(name, ())
+    blocks, table = tables.blocks[match[1]]
     return tuple(f"{blocks}.{match[3]}.{part}" for part in table.get(match[4], ()))
 
 
-_LAYERS = {part.replace(".", "_"): part for _, table in _OWN.values() for parts in table.values() for part in parts}
-"""diffusers' names of the layers of a block, by themselves with underscores."""
-_ROOTS = {name.replace(".", "_"): name for own, parts in _OWN_ROOT.items() for name in (own, *parts)} | {
-    "context_embedder": "context_embedder"
-}
-
-
-def _dotted(name: str, native: bool) -> str | None:
-    """A module's name with dots; `None` for a name that neither FLUX nor SD3 has."""
-    if match := _OWN_BLOCK.fullmatch(name):
-        inner = next((own for own in _OWN[match[1]][1] if own.replace(".", "_") == match[4]), None)
+def _dotted(name: str, native: bool, tables: _Tables) -> str | None:
+    """A module's name with dots; `None` for a name that no family has."""
+    if match := tables.own_block.fullmatch(name):
+        inner = next((own for own in tables.blocks[match[1]][1] if own.replace(".", "_") == match[4]), None)
         return inner and f"{match[1]}_blocks.{match[3]}.{inner}"
-    if match := _BLOCK.fullmatch(name):
-        inner = _LAYERS.get(match[4])
+    if match := tables.block.fullmatch(name):
+        inner = tables.layers.get(match[4])
         return inner and f"{match[1]}.{match[3]}.{inner}"
-    return _ROOTS.get(name) if native or name not in _OWN_ROOT else name
+    return tables.roots.get(name) if native or name not in tables.root else name
 
 
 _FAMILIES = (
@@ -362,7 +332,7 @@ def read_pairs(names: Names, tensors: Mapping[str, torch.Tensor], scale: Scale |
         else:
             factor = 1.0 if scale is None else scale(name, down.shape[0])
         pair = LoraPair(down, up if factor == 1.0 else up * factor)
-        pairs |= _split(name, pair) if name in names.own else {name: pair}
+        pairs |= _split(name, pair, names.tables) if name in names.own else {name: pair}
     return pairs
 
 
@@ -380,8 +350,8 @@ def from_diffusers(pairs: Mapping[str, LoraPair], dialect: str) -> dict[str, tor
     for name in pairs:
         if name not in left:
             continue
-        native, parts = _native(name)
-        fused[native] = _fuse([left.pop(part, None) for part in parts], parts)
+        native, parts, names = _native(name)
+        fused[native] = _fuse([left.pop(part, None) for part in parts], parts, names)
     return _named("diffusion_model.", fused)
 
 
@@ -416,11 +386,12 @@ def _named(prefix: str, pairs: Mapping[str, LoraPair]) -> dict[str, torch.Tensor
     return tensors
 
 
-def _split(module: str, pair: LoraPair) -> dict[str, LoraPair]:
+def _split(module: str, pair: LoraPair, tables: _Tables) -> dict[str, LoraPair]:
     """The parts of a LoRA under its own name."""
-    parts, width = _own_parts(module), pair.down.shape[1]
+    parts, width = _own_parts(module, tables), pair.down.shape[1]
     if len(parts) == 1:
-        return {parts[0]: LoraPair(pair.down, _scale_first(pair.up) if _is_swapped(parts[0], pair) else pair.up)}
+        swapped = _is_swapped(parts[0], pair, tables)
+        return {parts[0]: LoraPair(pair.down, _scale_first(pair.up) if swapped else pair.up)}
     rest = pair.up.shape[0] - 3 * width
     if pair.up.ndim != 2 or rest < 0 or (rest > 0) != (len(parts) > 3):
         short = ", ".join(part.rpartition(".")[2] for part in parts)
@@ -434,40 +405,42 @@ def _split(module: str, pair: LoraPair) -> dict[str, LoraPair]:
     return split or {part: LoraPair(pair.down, up) for part, up in zip(parts, pair.up.split(rows))}
 
 
-def _is_swapped(name: str, pair: LoraPair) -> bool:
+def _is_swapped(name: str, pair: LoraPair, tables: _Tables) -> bool:
     """Whether a layer gives scale and shift, which diffusers keeps in the other order: the last norm of the image, and
     of SD3's last block that of the text, which gives nothing else."""
-    return name == _SWAPPED or (name.endswith("norm1_context.linear") and pair.up.shape[0] == 2 * pair.down.shape[1])
+    alone = name.endswith(tables.scale_first_alone) and pair.up.shape[0] == 2 * pair.down.shape[1]
+    return name in tables.scale_first or alone
 
 
 def _scale_first(up: torch.Tensor) -> torch.Tensor:
     return torch.cat(up.chunk(2)[::-1])
 
 
-def _native(name: str) -> tuple[str, tuple[str, ...]]:
-    """FLUX's own name of the layer that holds a module, and diffusers' names of the layer's parts."""
-    match = re.fullmatch(r"(single_)?transformer_blocks\.(\d+)\.(.+)", name)
-    table = _ROOT if match is None else _SINGLE if match[1] else _DOUBLE
-    inner = match[3] if match else name
-    for native, parts in table.items():
-        if inner in parts:
-            if match is None:
-                return native, parts
-            prefix = f"{match[1] or ''}transformer_blocks.{match[2]}."
-            block = f"{'single' if match[1] else 'double'}_blocks.{match[2]}."
-            return block + native, tuple(prefix + part for part in parts)
+def _native(name: str) -> tuple[str, tuple[str, ...], LoraNames]:
+    """The repository's name of the layer that holds a module, diffusers' names of the layer's parts, and the family's
+    names."""
+    for names in (one for one in _known() if one.written):
+        for own, (blocks, layers) in names.blocks.items():
+            match = re.fullmatch(rf"{re.escape(blocks)}\.(\d+)\.(.+)", name)
+            for native, parts in layers.items():
+                if match and match[2] in parts:
+                    whole = tuple(f"{blocks}.{match[1]}.{part}" for part in parts)
+                    return f"{own}_blocks.{match[1]}.{native}", whole, names
+        for native, parts in names.root.items():
+            if name in parts:
+                return native, parts, names
     raise ValueError(f"{name!r} has no name in FLUX's own repository; only LoRAs for FLUX can be written as 'comfyui'")
 
 
-def _fuse(pairs: list[LoraPair | None], parts: tuple[str, ...]) -> LoraPair:
+def _fuse(pairs: list[LoraPair | None], parts: tuple[str, ...], names: LoraNames) -> LoraPair:
     present = [pair for pair in pairs if pair is not None]
     if len(parts) == 1:
         (down, up) = present[0]
-        return LoraPair(down, _scale_first(up) if parts[0] == _SWAPPED else up)
+        return LoraPair(down, _scale_first(up) if parts[0] in names.scale_first else up)
     down = torch.cat([pair.down for pair in present])  # (sum of ranks, in)
     width, blocks, rank = down.shape[1], [], 0
     for pair, name in zip(pairs, parts):
-        rows = width * (_MLP_RATIO if name.endswith("proj_mlp") else 1)
+        rows = width * names.missing_rows.get(name.rpartition(".")[2], 1)
         up = down.new_zeros(rows if pair is None else pair.up.shape[0], down.shape[0])
         if pair is not None:
             up[:, rank : rank + pair.up.shape[1]] = pair.up

@@ -27,6 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from imgdit import compat
+from imgdit.family import LoraNames, find_family
 from imgdit.hub import HUB_ID, TIMEOUT, hub_file
 from imgdit.io.safe_json import parse_object
 from imgdit.lora.config import CONFIG, of_transformer, scale_of
@@ -142,20 +143,23 @@ def counted(aside: Mapping[str, str]) -> list[str]:
     return [f"{n} {'key' if n == 1 else 'keys'} {reason}" for reason, n in Counter(aside.values()).items()]
 
 
-def read_adapter(source: str | Path, weight_name: str | None = None, **hub: Any) -> AdapterFile:
+def read_adapter(
+    source: str | Path, weight_name: str | None = None, *, family: LoraNames | None = None, **hub: Any
+) -> AdapterFile:
     """Read a LoRA file. The factor of each module (alpha / rank) is multiplied in, wherever the alpha stands: in keys,
     in the header, or in the `adapter_config.json` beside the weights.
 
     Args:
         source: a file, a folder, or a repository on the Hub.
         weight_name: file in the folder or repository; may be left out where there is only one.
+        family: names of the family of the model that it is for, if that is known.
         hub: `revision`, `token`, `cache_dir`, `local_files_only`, `force_download` of `hf_hub_download`.
 
     Raises:
         ValueError: not a safetensors file, damaged, without a LoRA, or of a kind other than plain LoRA.
     """
     path, config = _locate(source, weight_name, hub)
-    header, names, scale = _understood(path, config)
+    header, names, scale = _understood(path, config, family)
     with _damage_told(path), safe_open(path, framework="pt") as file:
         tensors = {key: file.get_tensor(key) for key in names.used}
     pairs = _pairs(names, tensors, scale, str(path))
@@ -338,9 +342,10 @@ def load_adapter(
 ) -> LoadReport:
     """`read_adapter`, then `attach_adapter` to a pipeline's transformer, by the file's name unless another is given
     (`legal_name`); what of the file was not used is logged."""
-    file = read_adapter(source, weight_name, **hub)
-    name = legal_name(Path(file.source).stem) if adapter_name is None else adapter_name
     model = compat.unwrapped(pipe.transformer)
+    known = find_family(model)
+    file = read_adapter(source, weight_name, family=None if known is None else known.lora, **hub)
+    name = legal_name(Path(file.source).stem) if adapter_name is None else adapter_name
     report = attach_adapter(model, file, name, hotswap=hotswap, pipeline=pipe)
     if report.unused or report.aside:
         logger.warning(str(report))
@@ -360,11 +365,13 @@ def activate(model: nn.Module, adapters: list[str]) -> None:
             module.set_adapter(adapters)
 
 
-def _understood(path: Path, config: Path | None) -> tuple[dict[str, str], Names, Scale | None]:
+def _understood(
+    path: Path, config: Path | None, family: LoraNames | None = None
+) -> tuple[dict[str, str], Names, Scale | None]:
     """A file's header, its keys, and the scale of its modules."""
     with _damage_told(path), safe_open(path, framework="pt") as file:
         header, keys = file.metadata() or {}, list(file.keys())
-    names, scale = _names(keys, str(path)), None
+    names, scale = _names(keys, str(path), family), None
     try:
         if told := header.get(LORA_ADAPTER_METADATA_KEY):
             scale = scale_of(of_transformer(parse_object(told, f"{path}: its PEFT configuration")), str(path))
@@ -375,20 +382,20 @@ def _understood(path: Path, config: Path | None) -> tuple[dict[str, str], Names,
     return header, names, scale
 
 
-def _names(keys: Iterable[str], source: str) -> Names:
+def _names(keys: Iterable[str], source: str, family: LoraNames | None = None) -> Names:
     """Keys that hold a LoRA of a transformer."""
     try:
-        names = sort_names(keys)
+        names = sort_names(keys, family)
     except LoraKindError as error:
         raise ValueError(f"{source} {error}") from error
     if names.parts:
         return names
     first = next(iter(keys), None)
     told = "; ".join(counted(names.aside)) or ("it is empty" if first is None else f"its first key is {first!r}")
-    family = family_of(keys)
+    of = family_of(keys)
     raise ValueError(
         f"{source} holds no LoRA of a transformer of FLUX.1 or SD3: {told}"
-        + (f"; it has the names of {family}" if family else "")
+        + (f"; it has the names of {of}" if of else "")
         + ". Expected keys like 'transformer.<module>.lora_A.weight', 'diffusion_model.…', 'lora_unet_…' or "
         "'lora_transformer_…'"
     )

@@ -12,6 +12,7 @@ import torch.nn as nn
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 
+from imgdit.family import find_family
 from imgdit.lora.dialects import CONTROL, PREFIXES, LoraPair, family_of
 from imgdit.naming import closest
 
@@ -46,7 +47,8 @@ def fitted(
     family, own = family_of(found), family_of(layers)
     of_file = f"; the file has the names of {family}" if family else ""
     families = f"{of_file}; the model is a {type(model).__name__}" + (f" ({own})" if own else "")
-    for name in _INPUT:
+    known = find_family(model)
+    for name in known.lora.inputs if known is not None and known.lora is not None else ():
         if name in found and name in layers:
             channels, ours = math.prod(found[name].down.shape[1:]), _shape(layers[name])
             if (found[name].up.shape[0], channels) == (ours[0], 2 * ours[1]):
@@ -72,10 +74,6 @@ def fitted(
             f"is {near!r}){families}"
         )
     return pairs, missing
-
-
-_INPUT = ("x_embedder", "pos_embed.proj")
-"""The layers that read the latents."""
 
 
 def _shaped(pair: LoraPair, layer: Any) -> LoraPair:
