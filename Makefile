@@ -16,7 +16,7 @@ help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 # make demo PROMPT="a red cube left of a blue sphere, cartoon style"
-demo: $(STAMP) ## make pictures of PROMPT, or of six examples, and print where they are
+demo: $(STAMP) ## generate images of PROMPT, or of six examples, and print their paths
 	$(BIN)/imgdit generate $(if $(PROMPT),"$(PROMPT)")
 
 test: lint types ## lint, format check, types and tests
@@ -63,10 +63,10 @@ weights: $(STAMP) ## train the embedded model from nothing, or go on with it
 	$(BIN)/imgdit assemble
 
 # MUP=1 makes the two plots of μP as well, ten minutes of processor time.
-docs: $(STAMP) ## make the pictures, numbers and API page of docs/
+docs: $(STAMP) ## make the images, numbers and API page of docs/
 	$(BIN)/imgdit docs api
 	$(BIN)/imgdit docs architecture
-	$(BIN)/imgdit docs pictures $(if $(MUP),--mup)
+	$(BIN)/imgdit docs images $(if $(MUP),--mup)
 
 clean: ## remove the environment, caches and build outputs
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

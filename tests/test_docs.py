@@ -330,7 +330,7 @@ def test_the_diagram_is_drawn_by_a_command(tmp_path):
     for file in files:
         assert CliRunner().invoke(app, ["docs", "architecture", str(file)]).exit_code == 0
     assert files[0].read_bytes() == files[1].read_bytes()
-    drawn, committed = (Image.open(f).convert("L") for f in (files[0], ROOT / "docs/pictures/architecture.png"))
+    drawn, committed = (Image.open(f).convert("L") for f in (files[0], ROOT / "docs/images/architecture.png"))
     assert drawn.size == committed.size
     assert ImageStat.Stat(ImageChops.difference(drawn, committed)).mean[0] < 1
 
@@ -345,10 +345,10 @@ def test_the_images_are_made_by_one_command(trained, tmp_path, monkeypatch):
         shutil.copytree(trained / run / "saes", model / "sae", dirs_exist_ok=True)
     monkeypatch.setattr(scene_bench, "seconds", lambda *_: {})  # starts processes
     done = CliRunner().invoke(
-        app, ["docs", "pictures", str(tmp_path / "docs"), "--model", str(model), "--count", "2", "--steps", "1"]
+        app, ["docs", "images", str(tmp_path / "docs"), "--model", str(model), "--count", "2", "--steps", "1"]
     )
     assert done.exit_code == 0, done.output + repr(done.exception)
-    made = {file.name for file in (tmp_path / "docs/pictures").iterdir()}
+    made = {file.name for file in (tmp_path / "docs/images").iterdir()}
     assert {"generate.png", "any.png", "views.png", "control.png", "unlearn.png", "text-one-object.jpg"} <= made
     shown = {name for text in PAGES.values() for name in re.findall(r"\((?:docs/)?images/([\w.-]+)\)", text)}
     apart = {"failures.jpg", "architecture.png"}  # one image of each kind may show no mistake; has its own command

@@ -48,7 +48,7 @@ def make_images(out: Path, *, model: Path = SCENES, count: int = 100, steps: int
         count: images of each kind of the benchmark.
         steps: of the sampler.
     """
-    images = out / "pictures"
+    images = out / "images"
     images.mkdir(parents=True, exist_ok=True)
     session = Session(Shelf(model))
     session.quiet()
@@ -69,7 +69,7 @@ def _benchmark(out: Path, model: Path, count: int, steps: int) -> Iterator[Path]
     scene_bench.run(model, SCENE_PROBE, work, count, steps, 3.0)
     yield (work / "scenes.json").replace(out / "bench-scenes.json")
     for sheet in sorted(work.glob("*.png")):
-        yield _save(Image.open(sheet), out / "pictures" / f"{sheet.stem}.jpg")
+        yield _save(Image.open(sheet), out / "images" / f"{sheet.stem}.jpg")
     shutil.rmtree(work)
 
 

@@ -28,7 +28,7 @@ def api(
 
 @app.command()
 def architecture(
-    out: Annotated[Path, typer.Argument(help="File to write.")] = Path("docs/pictures/architecture.png"),
+    out: Annotated[Path, typer.Argument(help="File to write.")] = Path("docs/images/architecture.png"),
 ) -> None:
     """Draw the diagram of frames, attention and adapters."""
     with user_errors():
