@@ -4,6 +4,7 @@ names go with version 0.3."""
 from __future__ import annotations
 
 import importlib
+import itertools
 import sys
 import warnings
 from collections.abc import Sequence
@@ -32,7 +33,6 @@ MOVED = {
     "apps.prepare": "apps.jobs.conditions",
     "apps.request": "apps.jobs.request",
     "apps.run_pipeline": "apps.chores.run_pipeline",
-    "apps.studio": "apps.session",
     "apps.subject_pairs": "scenes.subject_pairs",
     "apps.training_plan": "apps.chores.training_plan",
     "apps.training_sheet": "apps.chores.training_sheet",
@@ -126,7 +126,7 @@ SPLIT = {
 }
 """Names of modules that were split -> the other modules that hold their content now."""
 
-RENAMED = {"PictureFrame": "tasks.ImageFrame"}
+RENAMED = {"PictureFrame": "tasks.ImageFrame", "AskedFrame": "apps.jobs.request.RequestFrame"}
 """Classes that are called otherwise now -> their module within `imgdit` and name. `imgdit` had them too."""
 
 
@@ -141,6 +141,13 @@ def renamed(module: str, name: str) -> object:
     home, _, new = RENAMED[name].rpartition(".")
     warnings.warn(f"{module}.{name} is now {new}; the old name goes with version 0.3", DeprecationWarning, 3)
     return getattr(importlib.import_module(f"imgdit.{home}"), new)
+
+
+def _said_image(name: str) -> str:
+    """A name of version 0.1, which said picture, in today's words."""
+    for old, new in (("picture", "image"), ("Picture", "Image"), ("PICTURE", "IMAGE")):
+        name = name.replace(old, new)
+    return name
 
 
 class MovedFinder:
@@ -169,9 +176,11 @@ class MovedLoader(Loader):
         homes = [importlib.import_module(f"imgdit.{home}") for home in (new, *SPLIT.get(old, ()))]
 
         def __getattr__(name: str) -> object:
-            for home in homes:
-                if hasattr(home, name):
-                    return getattr(home, name)
+            for home, now in itertools.product(homes, dict.fromkeys((name, _said_image(name)))):
+                if hasattr(home, now):
+                    return getattr(home, now)
+            if name in RENAMED:
+                return renamed(module.__name__, name)
             raise AttributeError(f"module {module.__name__!r} (now {homes[0].__name__!r}) has no attribute {name!r}")
 
         module.__getattr__ = __getattr__  # type: ignore[method-assign]

@@ -67,7 +67,8 @@ def old_names(**names: str) -> Callable[[T], T]:
         for old, new in names.items():
             setattr(target, old, _old_attribute(target.__name__, old, new))
         if not issubclass(target, tuple):
-            target.__init__ = _takes_old_names(vars(target)["__init__"], target.__name__, names)  # type: ignore[method-assign]
+            init = _takes_old_names(target.__init__, target.__name__, names)
+            type.__setattr__(target, "__init__", init)
         return target
 
     return decorate

@@ -82,3 +82,17 @@ def test_old_names_of_attributes_and_arguments():
     assert [frame.kind for frame in old] == [frame.kind for frame in task_frames("depth", images=image)]
     with pytest.raises(TypeError, match="unexpected keyword argument 'photo'"):
         Row("a", photo=b"data")
+
+
+def test_a_studio_is_a_session():
+    from imgdit.apps.studio import Studio
+    from imgdit.checkpoints import SCENES
+
+    with pytest.warns(DeprecationWarning, match="imgdit.apps.request is now"):
+        sys.modules.pop("imgdit.apps.request", None)
+        from imgdit.apps.request import AskedFrame, Request
+    with pytest.warns(DeprecationWarning, match=r"Session\(Shelf\(folder\)\)"):
+        studio = Studio(SCENES)
+    made = studio.make(Request("a red cube", seed=1, steps=1, frames=(AskedFrame(),)))
+    with pytest.warns(DeprecationWarning, match="Generated: 'pictures' is now 'images'"):
+        assert len(made.pictures) == 1 and made.pictures[0].size == made.images[0].size
