@@ -26,6 +26,7 @@ from tiny import randomize, rope_config, tiny_pipeline, tiny_vae
 
 from imgdit.sae.concepts import ConceptBook, ConceptSelection
 from imgdit.sae.config import SAEConfig
+from imgdit.sae.edits import ChosenFeatures, Edit
 from imgdit.sae.model import SparseAutoencoder
 from imgdit.sae.unlearning import ConceptUnlearner
 
@@ -201,3 +202,11 @@ def unlearner_of(pipe, hookpoint, selections, sae=None):
 
 def all_features(name="everything", factor=-3.0):
     return selection(name, list(range(64)), [factor] * 64)
+
+
+def edit(sae: SparseAutoencoder, x: torch.Tensor, change: Edit) -> torch.Tensor:
+    """Activations x (N, d) with chosen features changed; the rest, the reconstruction error too, stays."""
+    chosen = ChosenFeatures(sae, change.features, change.thresholds)
+    rows, scale = sae.normalize(x.to(sae.W_dec.dtype))
+    acts = chosen.activations(rows, chosen.scores(rows))
+    return chosen.added(x, acts, change.factors, scale)

@@ -32,7 +32,7 @@ class Worker(Protocol):
 
 def run_bulk(
     items: Sequence[dict[str, Any]],
-    worker: Any,
+    worker: type[Worker],
     arguments: dict[str, Any],
     *,
     engine: str = "local",
@@ -59,7 +59,7 @@ def run_bulk(
         ImportError: Ray is not installed.
     """
     check_choice("engine", engine, ENGINES)
-    options = {"worker": worker, "arguments": arguments, "retries": retries}
+    options: dict[str, Any] = {"worker": worker, "arguments": arguments, "retries": retries}
     done: Iterator[dict[str, Any]]
     if engine == "ray":
         gpus = float(torch.cuda.is_available()) if gpus is None else gpus

@@ -283,21 +283,8 @@ def _number(shard: Mapping[str, Any]) -> int:
     return int(shard["file"].removeprefix("shard-").partition(".")[0])
 
 
-def record_activations(
-    pipe: Any, prompts: Sequence[Any], hookpoints: Sequence[str], folder: str | Path, **options: Any
-) -> None:
-    """Write activations of all hookpoints in one pass; goes on where an earlier recording stopped.
-
-    Arguments as in `ActivationRecorder`.
-
-    Raises:
-        ValueError: the folder holds a recording of something else.
-    """
-    ActivationRecorder(pipe, prompts, hookpoints, folder, **options).record_all()
-
-
 class RecordedActivations:
-    """Maps (n, d) of one hookpoint that `record_activations` wrote, read from disk one at a time."""
+    """Maps (n, d) of one hookpoint that an `ActivationRecorder` wrote, read from disk one at a time."""
 
     def __init__(self, folder: str | Path, hookpoint: str) -> None:
         folder = Path(folder)

@@ -103,14 +103,6 @@ class ChosenFeatures:
         return torch.addmm(x.to(exact), weights.to(exact), self.decoder.to(exact)).to(x.dtype)
 
 
-def edit(sae: SparseAutoencoder, x: torch.Tensor, change: Edit) -> torch.Tensor:
-    """Activations x (N, d) with chosen features changed; the rest, the reconstruction error too, stays."""
-    chosen = ChosenFeatures(sae, change.features, change.thresholds)
-    rows, scale = sae.normalize(x.to(sae.W_dec.dtype))
-    acts = chosen.activations(rows, chosen.scores(rows))
-    return chosen.added(x, acts, change.factors, scale)
-
-
 def edit_by_decoding(
     sae: SparseAutoencoder,
     x: torch.Tensor,
@@ -122,8 +114,9 @@ def edit_by_decoding(
 
     Args:
         x: (N, d).
-        error: "kept": x - reconstruction is added, as it should be, equal to `edit`; "reversed": its negative is, as
-            in all of SAeUron's published runs, which gives 2 * reconstruction - x where nothing is edited; "dropped".
+        error: "kept": x - reconstruction is added, as it should be, equal to `ChosenFeatures.added`; "reversed": its
+            negative is, as in all of SAeUron's published runs, which gives 2 * reconstruction - x where nothing is
+            edited; "dropped".
     """
     # The published hook ignores input_unit_norm.
     values = x.to(sae.W_dec.dtype)

@@ -178,10 +178,6 @@ class Scene:
         """The same scene seen from elsewhere."""
         return replace(self, camera=camera)
 
-    def with_look(self, style: str | None = None, background: str | None = None) -> Scene:
-        """The same geometry in another style, before another background."""
-        return replace(self, style=style or self.style, background=background or self.background)
-
     @property
     def order(self) -> tuple[int, ...]:
         """Numbers of the objects from left to right, as the camera sees their centres."""

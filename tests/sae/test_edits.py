@@ -4,12 +4,12 @@ import dataclasses
 
 import pytest
 import torch
-from tiny_sae import WIDTH, ours, run, selection, tiny_sae, unlearner_of
+from tiny_sae import WIDTH, edit, ours, run, selection, tiny_sae, unlearner_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from imgdit.sae.calls import DenoiserCall
 from imgdit.sae.config import SAEConfig
-from imgdit.sae.edits import ChosenFeatures, Edit, edit, edit_by_decoding
+from imgdit.sae.edits import ChosenFeatures, Edit, edit_by_decoding
 from imgdit.sae.hooks import hooked
 from imgdit.sae.model import SparseAutoencoder
 from imgdit.sae.streams import Tokens

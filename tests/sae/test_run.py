@@ -7,7 +7,7 @@ import torch
 import yaml
 from tiny import tiny_pipeline
 
-from imgdit.sae.activations import RecordedActivations, ShuffleBuffer, record_activations, stream_activations
+from imgdit.sae.activations import ActivationRecorder, RecordedActivations, ShuffleBuffer, stream_activations
 from imgdit.sae.hooks import find_hookpoints
 from imgdit.sae.unlearning import ConceptUnlearner
 from imgdit.training.sae_recipe import load_sae_recipe
@@ -162,9 +162,9 @@ def test_mistakes_in_a_recipe(tmp_path, changes, message):
 def test_recording_goes_on_where_it_stopped(tmp_path):
     pipe = tiny_pipeline()
     options = {"batch_size": 2, "seed": 3, **CALL}
-    record_activations(pipe, PROMPTS, HOOKPOINTS, tmp_path / "whole", **options)
-    record_activations(pipe, PROMPTS[:2], HOOKPOINTS, tmp_path / "parts", **options)
-    record_activations(pipe, PROMPTS, HOOKPOINTS, tmp_path / "parts", **options)
+    ActivationRecorder(pipe, PROMPTS, HOOKPOINTS, tmp_path / "whole", **options).record_all()
+    ActivationRecorder(pipe, PROMPTS[:2], HOOKPOINTS, tmp_path / "parts", **options).record_all()
+    ActivationRecorder(pipe, PROMPTS, HOOKPOINTS, tmp_path / "parts", **options).record_all()
     for hookpoint in HOOKPOINTS:
         whole, parts = (RecordedActivations(tmp_path / name, hookpoint) for name in ("whole", "parts"))
         assert len(whole) == len(parts) == 6 * 3  # prompts times steps, the guided half alone
@@ -172,7 +172,7 @@ def test_recording_goes_on_where_it_stopped(tmp_path):
         assert all(torch.equal(whole[i], parts[i]) for i in range(len(whole)))
         assert whole.timestep(0) == whole.timestep(1) > whole.timestep(2)
     with pytest.raises(ValueError, match="recording with seed=3"):
-        record_activations(pipe, PROMPTS, HOOKPOINTS, tmp_path / "parts", **{**options, "seed": 4})
+        ActivationRecorder(pipe, PROMPTS, HOOKPOINTS, tmp_path / "parts", **{**options, "seed": 4}).record_all()
     with pytest.raises(ValueError, match="recorded are"):
         RecordedActivations(tmp_path / "parts", "transformer.transformer_blocks.0")
 

@@ -4,10 +4,11 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from saeuron_cases import CASES, FOLDER, cases, close, sae_of, tensors
+from tiny_sae import edit
 
 from imgdit.sae.calls import DenoiserCall
 from imgdit.sae.concepts import ConceptStatistics, quantile, select_concept
-from imgdit.sae.edits import ChosenFeatures, Edit, edit, edit_by_decoding
+from imgdit.sae.edits import ChosenFeatures, Edit, edit_by_decoding
 from imgdit.sae.hooks import hooked
 from imgdit.sae.streams import Tokens
 from imgdit.sae.unlearning import ConceptUnlearner, Intervention

@@ -323,7 +323,7 @@ def test_style_colour_and_background_leave_the_geometry():
         scene, objects=tuple(dataclasses.replace(thing, colour="green") for thing in scene.objects)
     )
     first = geometry([scene], 24)
-    for other in (scene.with_look("neon", "wood"), recoloured):
+    for other in (dataclasses.replace(scene, style="neon", background="wood"), recoloured):
         for a, b in zip(first, geometry([other], 24)):
             assert a == b if isinstance(a, int) else torch.equal(a, b)
 
@@ -331,7 +331,7 @@ def test_style_colour_and_background_leave_the_geometry():
 def test_every_look_is_another_image():
     scene = Scene.sample(11, objects=1)
     buffers = geometry([scene], 32, oversample=2)
-    looks = [scene.with_look(style, background) for style in STYLES for background in BACKGROUNDS]
+    looks = [dataclasses.replace(scene, style=s, background=b) for s in STYLES for b in BACKGROUNDS]
     images = torch.cat([shade(buffers, [look]) for look in looks])
     assert images.shape == (36, 3, 32, 32) and images.min() >= 0 and images.max() <= 1
     apart = torch.cdist(images.flatten(1), images.flatten(1)) / math.sqrt(3 * 32 * 32)
