@@ -1,7 +1,9 @@
 """A transformer class of one's own gets conditions, activation hooks and μP by one registered family."""
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
+import pytest
 import torch
 from diffusers import ConfigMixin, DiffusionPipeline, ModelMixin
 from diffusers.configuration_utils import register_to_config
@@ -16,6 +18,7 @@ from imgdit import Condition, OmniControl
 from imgdit.families.step import embed_tokens, one_image, packed_tokens, read_image, single_text_first
 from imgdit.family import Block, Call, Conditions, Family, register_family
 from imgdit.frames import Frame
+from imgdit.models.functional import apply_rope, rope_table
 from imgdit.mup import Structure, mup_table
 from imgdit.sae.hooks import hooked
 
@@ -71,9 +74,9 @@ def toy_pipeline(tmp_path, kind=Toy2DModel):
     return pipe, lora_file(tmp_path / "edges.safetensors", pipe.transformer, r"img_in|layers.*(norm|attn|proj).*")
 
 
-def make(pipe):
+def make(pipe, tokens=5):
     image, text = torch.randn(2, 16, 16, generator=torch.Generator().manual_seed(0)).split([1, 1])
-    return pipe.transformer(image, text[:, :5], torch.tensor([0.5]))[0]
+    return pipe.transformer(image, text[:, :tokens], torch.tensor([0.5]))[0]
 
 
 @torch.no_grad()
@@ -129,3 +132,59 @@ def test_threads_take_turns(tmp_path):
     with control.use(Condition(image(), "edges")), ThreadPoolExecutor(4) as pool:
         expected = run(pipe)
         assert all(torch.equal(one, expected) for one in pool.map(run, [pipe] * 8))
+
+
+# What other families need of the plan: padded text, several frames of the model's own, shared modulation.
+
+
+class Other2DModel(Toy2DModel):
+    pass
+
+
+def output(tmp_path, mode="joint", tokens=5, **changes):
+    """Image tokens under a condition, by the toy's family with other conditions."""
+    pipe, file = toy_pipeline(tmp_path, Other2DModel)
+    register_family(replace(FAMILY, classes=("Other2DModel",), conditions=replace(FAMILY.conditions, **changes)))
+    control = OmniControl(pipe)
+    control.load(file)
+    with torch.no_grad(), control.use(Condition(image(), "edges"), mode=mode):
+        make(pipe, tokens)
+        return make(pipe, tokens)  # independent: from the cache
+
+
+def masked_call(model, given):
+    mask = torch.ones(1, 21, dtype=torch.bool)
+    mask[:, 3:5] = False
+    return call(model, given)._replace(key_mask=mask)
+
+
+@pytest.mark.parametrize("mode", ["joint", "independent"])
+def test_padded_text_is_not_seen(tmp_path, mode):
+    padded = output(tmp_path, mode, call=masked_call)
+    torch.testing.assert_close(padded, output(tmp_path, mode, tokens=3))
+    assert (padded - output(tmp_path, mode)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("mode", ["joint", "independent"])
+def test_a_model_may_have_frames_of_its_own(tmp_path, mode):
+    def frames(*found):
+        return output(tmp_path, mode, call=lambda model, given: call(model, given)._replace(frames=found))
+
+    one = output(tmp_path, mode)
+    torch.testing.assert_close(frames(Frame((2, 4)), Frame((2, 4))), one)
+    held = frames(Frame((2, 4)), Frame((2, 4), sigma=0.0))
+    assert held.shape == one.shape and (held - one).abs().max() > 1e-3
+
+
+def test_modulation_may_be_shared(tmp_path):
+    doubled = output(tmp_path, shared=lambda model, vectors, plan: 2 * vectors)
+    expected = output(tmp_path, vector=lambda model, given, frame: 2 * vector(model, given, frame))
+    torch.testing.assert_close(doubled, expected)
+    assert (doubled - output(tmp_path)).abs().max() > 1e-3
+
+
+def test_rotations_may_differ_by_sample():
+    x = torch.randn(2, 3, 2, 8)
+    tables = [rope_table(torch.rand(3, 1) * 9, [8], 100.0) for _ in range(2)]
+    each = torch.cat([apply_rope(row[None], table) for row, table in zip(x, tables, strict=True)])
+    assert torch.equal(apply_rope(x, torch.stack(tables)), each)
