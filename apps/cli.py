@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from imgdit import __version__
-from imgdit.apps.commands import bench, convert, data, docs, images, lora, mup, sae
+from imgdit.apps.commands import bench, convert, data, docs, images, lora, mup, sae, text
 from imgdit.apps.commands.demo import demo
 from imgdit.apps.commands.doctor import doctor
 from imgdit.apps.console import Commands, at_work
@@ -52,6 +52,8 @@ app.command()(images.generate)
 app.command()(images.control)
 app.command("any")(images.any_to_any)
 app.command()(images.unlearn)
+app.command()(text.write)
+app.command()(text.embed)
 app.command()(demo)
 app.command()(doctor)
 
@@ -108,14 +110,16 @@ def export(
     out: Annotated[Path, typer.Argument(help="Folder of the pipeline to write.")],
 ) -> None:
     """Write the pipeline of a run's latest checkpoint. For runs that trained a LoRA: `imgdit lora export`."""
-    from imgdit.apps.chores.run_pipeline import run_pipeline
+    from imgdit.apps.chores.run_pipeline import TEXT_DATA, run_pipeline
     from imgdit.apps.chores.weights import taught_by
     from imgdit.taught import write_taught
     from imgdit.training.trained import trained_recipe
 
     with at_work():
         run_pipeline(run).save_pretrained(out)
-        write_taught(out, taught_by(trained_recipe(run)))
+        recipe = trained_recipe(run)
+        if recipe.data.name not in TEXT_DATA:
+            write_taught(out, taught_by(recipe))
     typer.echo(f"wrote {out}")
 
 

@@ -269,6 +269,7 @@ MANY_PARAMETERS = {
     "imgdit/models/bd3lm.py BD3LM.__init__": "the configuration",
     "imgdit/training/block_diffusion_loss.py block_diffusion_loss": "the options of the published trainer",
     "apps/commands/bench.py unlearn": "the options of a command",
+    "apps/commands/text.py write": "the options of a command",
     "apps/demo/control.py _Handlers.control": "the fields of a page",
 }
 

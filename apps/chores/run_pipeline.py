@@ -8,10 +8,20 @@ from typing import Any
 from imgdit import NextDiT, OneDiffusionPipeline
 from imgdit.apps.chores.weights import scene_pipeline
 from imgdit.checkpoints import EMBEDDED
-from imgdit.scenes.sources import FRAMES
+from imgdit.models.bd3lm import BD3LM
+from imgdit.pipelines.block_text import BlockTextPipeline
+from imgdit.pipelines.masked_text import MaskedTextPipeline
+from imgdit.scenes.sources import FRAMES, TEXTS
+from imgdit.scenes.texts import scene_text_tokenizer
+from imgdit.schedulers.masked_text import MaskedTextScheduler
+from imgdit.training.recipe import Recipe
+from imgdit.training.text_rows import UserTexts
 from imgdit.training.trained import load_trained, trained_recipe
 from imgdit.training.user_images.encoder import Encoder
 from imgdit.training.user_images.settings import USER_IMAGES
+
+TEXT_DATA = (TEXTS, "user_texts")
+"""Data of language models."""
 
 
 def run_pipeline(run: Path) -> Any:
@@ -24,6 +34,8 @@ def run_pipeline(run: Path) -> Any:
     recipe = trained_recipe(run)
     if recipe.adapter.rank:
         raise ValueError(f"{run} trained a LoRA, which is a file: imgdit lora export {run} FILE.safetensors")
+    if recipe.data.name in TEXT_DATA:
+        return text_pipeline(recipe, load_trained(run))
     if recipe.data.name == FRAMES:
         return scene_pipeline(recipe, load_trained(run))
     if recipe.data.name != USER_IMAGES:
@@ -34,3 +46,14 @@ def run_pipeline(run: Path) -> Any:
         transformer = transformer.to_diffusers()
     owner: Any = OneDiffusionPipeline if isinstance(transformer, NextDiT) else type(pipe)
     return owner(**{**pipe.components, "transformer": transformer})
+
+
+def text_pipeline(recipe: Recipe, model: Any) -> MaskedTextPipeline | BlockTextPipeline:
+    """The pipeline of a trained language model, with its data's tokenizer."""
+    if recipe.data.name == TEXTS:
+        tokenizer = scene_text_tokenizer()
+    else:
+        tokenizer = UserTexts(**recipe.data.arguments).tokenizer
+    if isinstance(model, BD3LM):
+        return BlockTextPipeline(model, tokenizer)
+    return MaskedTextPipeline(model, MaskedTextScheduler(), tokenizer)

@@ -9,7 +9,13 @@ import typer
 
 from imgdit.apps.console import user_errors
 
-app = typer.Typer(help="Turn published checkpoints into diffusers folders.", no_args_is_help=True)
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+    "vocab.json", "merges.txt", "generation_config.json",
+)  # fmt: skip
+"""What is copied as it is."""
+
+app = typer.Typer(help="Turn published checkpoints into folders of diffusers and transformers.", no_args_is_help=True)
 
 Checkpoint = Annotated[Path, typer.Argument(help="The published torch file.")]
 Out = Annotated[Path, typer.Argument(help="Folder to write.")]
@@ -48,6 +54,28 @@ def pixart_mup(
     from imgdit.models.published_mup import convert_pixart
 
     _convert(convert_pixart, checkpoint, out, head_dim, base_width, output_mult)
+
+
+@app.command()
+def llada(
+    source: Annotated[str, typer.Argument(help="Published folder or Hub id: LLaDA, iLLaDA, Dream, LLaDA-V, MMaDA.")],
+    out: Out,
+) -> None:
+    """A diffusion language model to a folder that transformers loads without remote code, in the stored precision."""
+    import shutil
+
+    from imgdit.models.masked_lm import load_masked_lm, model_folder
+
+    with user_errors():
+        folder = model_folder(source, None, None, None)
+        if out.exists() and out.resolve() == folder.resolve():
+            raise ValueError(f"{out} is the folder that is read; name another one to write")
+        model = load_masked_lm(folder, dtype="auto")
+        model.save_pretrained(out)
+        for name in TOKENIZER_FILES:
+            if (folder / name).is_file():
+                shutil.copy(folder / name, out)
+    typer.echo(f"wrote {out}: {type(model).__name__} of {model.num_parameters():,} parameters")
 
 
 def _convert(convert: Any, checkpoint: Path, out: Path, head_dim: int, base_width: int, output_mult: float) -> None:

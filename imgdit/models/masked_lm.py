@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
+from transformers import LlamaForCausalLM, PreTrainedModel
 
 from imgdit import compat
 from imgdit.io.text import read_text
@@ -65,12 +66,12 @@ _OWN_CLASSES = ("llada_moe", "llada2_moe")
 def load_masked_lm(
     source: str | Path,
     *,
-    subfolder: str = "",
+    subfolder: str | None = None,
     mask_token_id: int | None = None,
     revision: str | None = None,
     token: Any = None,
     **options: Any,
-) -> Any:
+) -> PreTrainedModel:
     """A published diffusion language model as a bidirectional `LlamaForCausalLM` or `Qwen2ForCausalLM`.
 
     Args:
@@ -208,7 +209,7 @@ def _without(owner: Any, pattern: str) -> Any:
     return LanguagePart
 
 
-def model_folder(source: str | Path, subfolder: str, revision: str | None, token: Any) -> Path:
+def model_folder(source: str | Path, subfolder: str | None, revision: str | None, token: Any) -> Path:
     folder = Path(source).expanduser()
     if not folder.is_dir():
         try:
@@ -220,7 +221,7 @@ def model_folder(source: str | Path, subfolder: str, revision: str | None, token
                 f"there is no folder {str(source)!r} here, and the Hub gives none of that name: {error}"
             ) from error
         folder = Path(found)
-    folder = folder / subfolder
+    folder = folder / (subfolder or "")
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} has no config.json; expected the folder of a language model")
     if not any(folder.glob("*.safetensors")):
@@ -238,6 +239,31 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return values
 
 
+def new_masked_lm(
+    vocab_size: int,
+    mask_token_id: int,
+    eos_token_id: int,
+    hidden_size: int = 128,
+    num_layers: int = 4,
+    num_heads: int = 4,
+    max_length: int = 128,
+) -> LlamaForCausalLM:
+    """A bidirectional Llama with new weights, to be trained as a masked language model.
+
+    Args:
+        max_length: positions, in tokens.
+    """
+    from transformers import LlamaConfig
+
+    config = LlamaConfig(
+        vocab_size=vocab_size, hidden_size=hidden_size, intermediate_size=4 * hidden_size,
+        num_hidden_layers=num_layers, num_attention_heads=num_heads, max_position_embeddings=max_length,
+        use_cache=False, is_causal=False,
+        mask_token_id=mask_token_id, eos_token_id=eos_token_id, bos_token_id=None, pad_token_id=None,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
 def predicting_places(model: Any, attention_mask: torch.Tensor) -> torch.Tensor:
     """Places (B, L) of the outputs that predict the tokens of all places.
 
@@ -247,7 +273,7 @@ def predicting_places(model: Any, attention_mask: torch.Tensor) -> torch.Tensor:
         attention_mask: (B, L), 1 on real tokens.
     """
     places = torch.arange(attention_mask.shape[1], device=attention_mask.device).expand(attention_mask.shape)
-    if not getattr(model.config, "logit_shift", False):
+    if not getattr(compat.unwrapped(model).config, "logit_shift", False):
         return places
     latest = places.masked_fill(~attention_mask.bool(), -1).cummax(1).values
     before = torch.cat([torch.full_like(latest[:, :1], -1), latest[:, :-1]], 1)
@@ -263,7 +289,7 @@ def masked_logits(model: Any, input_ids: torch.Tensor, attention_mask: torch.Ten
     """
     given = {} if attention_mask is None else {"position_ids": real_positions(attention_mask)}
     logits = model(input_ids=input_ids, attention_mask=attention_mask, **given).logits
-    if not getattr(model.config, "logit_shift", False):
+    if not getattr(compat.unwrapped(model).config, "logit_shift", False):
         return logits
     real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     return rows_of(logits, predicting_places(model, real))

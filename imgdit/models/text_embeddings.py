@@ -5,6 +5,7 @@ DiffEmbed, arXiv 2505.15045. B texts, L tokens, D features.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -66,6 +67,29 @@ def pool(features: torch.Tensor, mask: torch.Tensor | None = None, pooling: Pool
     weights = weights / weights.sum(1, keepdim=True)
     # Padding may hold anything, nan included, which a product with 0 would keep.
     return (features.masked_fill(~counted[..., None], 0) * weights[..., None]).sum(1)
+
+
+@torch.no_grad()
+def embed_texts(
+    model: Any, tokenizer: Any, texts: Sequence[str], *, pooling: Pooling = "mean", batch_size: int = 32
+) -> torch.Tensor:
+    """Vectors (N, D) float32 of length 1, on the CPU, of texts as they are, without a chat template.
+
+    Raises:
+        ValueError: no text, or one without a token.
+    """
+    if not texts:
+        raise ValueError("give at least one text")
+    rows = [tokenizer(text)["input_ids"] for text in texts]
+    found = []
+    for first in range(0, len(rows), batch_size):
+        some = rows[first : first + batch_size]
+        longest = max(map(len, some))
+        ids = torch.tensor([row + [0] * (longest - len(row)) for row in some], dtype=torch.long)
+        mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in some], dtype=torch.long)
+        mask = mask.to(model.device)
+        found.append(pool(encode(model, ids.to(model.device), mask).float(), mask, pooling).cpu())
+    return functional.normalize(torch.cat(found), dim=-1)
 
 
 def contrastive_loss(

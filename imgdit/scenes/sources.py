@@ -9,14 +9,17 @@ import torch
 from imgdit.scenes.answers import SceneCaptions
 from imgdit.scenes.images import SceneImages
 from imgdit.scenes.readings import SceneReadings
+from imgdit.scenes.texts import SceneTexts
 from imgdit.scenes.training_conditions import SceneConditions
 from imgdit.scenes.training_frames import SceneFrames
 from imgdit.scenes.training_readers import collate_captions, collate_readings
 from imgdit.training.batches import Images
 from imgdit.training.sources import Source, only_batch
+from imgdit.training.text_rows import collate_text_rows
 
 FRAMES = "imgdit.scenes.sources:frames"
 CONDITIONS = "imgdit.scenes.sources:conditions"
+TEXTS = "imgdit.scenes.sources:texts"
 
 
 def collate_images(samples: Sequence[torch.Tensor]) -> Images:
@@ -26,6 +29,7 @@ def collate_images(samples: Sequence[torch.Tensor]) -> Images:
 
 images = Source(SceneImages, collate_images, held_out=16)
 captions = Source(SceneCaptions, collate_captions, held_out=512)
+texts = Source(SceneTexts, collate_text_rows, held_out=512)
 readings = Source(SceneReadings, collate_readings, held_out=64)
 frames = Source(SceneFrames, only_batch, held_out=8, whole_batches=True)
 conditions = Source(SceneConditions, only_batch, held_out=4, whole_batches=True)

@@ -38,3 +38,14 @@ def caption_tokenizer(max_length: int = 128) -> PreTrainedTokenizerFast:
         unk_token="<unk>",
         model_max_length=max_length,
     )
+
+
+def text_tokenizer(max_length: int = 128) -> PreTrainedTokenizerFast:
+    """`caption_tokenizer` for language models: with a mask token, and a token that begins texts in the place of
+    the one that ends them."""
+    tokenizer = caption_tokenizer(max_length)
+    tokenizer.add_special_tokens({"bos_token": "<s>", "mask_token": "<mask>"})
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
+    )
+    return tokenizer

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 
+from imgdit import compat
 from imgdit.models.bd3lm import BD3LM
 from imgdit.schedulers.masked_text import draw_uniform
 from imgdit.schedulers.text_noise import EPS, TextNoise, block_times, loglinear_masking, masking, sigma_of
@@ -34,7 +35,7 @@ class BlockDiffusionLoss(NamedTuple):
 
 
 def block_diffusion_loss(
-    model: BD3LM,
+    model: torch.nn.Module,
     ids: torch.Tensor,
     attention_mask: torch.Tensor | None = None,
     *,
@@ -54,8 +55,9 @@ def block_diffusion_loss(
     """The loss of texts, by what the model predicts.
 
     Args:
-        model: in training mode with its own bounds of the masking rate; in evaluation mode the first token is not
-            counted, and the bounds are 0.001 and 1, which make it the bound on the likelihood.
+        model: `BD3LM`, wrapped for distributed training or not. In training mode with its own bounds of the masking
+            rate; in evaluation mode the first token is not counted, and the bounds are 0.001 and 1, which make it the
+            bound on the likelihood.
         ids: (B, L), beginning with the token that begins every text.
         attention_mask: (B, L), 1 on tokens that are counted.
         block_size: `None`: the model's. 1 with `low` and `high` of 1 gives the exact likelihood.
@@ -69,16 +71,17 @@ def block_diffusion_loss(
         times, uniforms: in place of drawn ones: (B, L) or (B, 1), and for each round of masks (B, L).
         generator: on the device of `ids`, or on the CPU.
     """
+    plain: BD3LM = compat.unwrapped(model)
     counted = torch.ones_like(ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
     if prompt_mask is not None:
         counted = counted & ~prompt_mask
-    if model.config.parameterization == "autoregressive":
+    if plain.config.parameterization == "autoregressive":
         return _autoregressive_loss(model, ids, counted)
-    clipped = model.training and model.config.cross_attn
-    low = (model.config.sampling_eps_min if clipped else EPS) if low is None else low
-    high = (model.config.sampling_eps_max if clipped else 1.0) if high is None else high
-    size = model.config.block_size if block_size is None else block_size
-    size = size if model.config.cross_attn else ids.shape[1]
+    clipped = model.training and plain.config.cross_attn
+    low = (plain.config.sampling_eps_min if clipped else EPS) if low is None else low
+    high = (plain.config.sampling_eps_max if clipped else 1.0) if high is None else high
+    size = plain.config.block_size if block_size is None else block_size
+    size = size if plain.config.cross_attn else ids.shape[1]
     if times is None:
         times = block_times(
             len(ids),
@@ -94,16 +97,16 @@ def block_diffusion_loss(
     kept = torch.zeros_like(ids, dtype=torch.bool) if prompt_mask is None else prompt_mask.clone()
     kept[:, 0] |= keep_first
     bounds = (low, high) if resample else (EPS, 1.0)
-    noisy = _mask(ids, rate, kept, size, bounds, model.mask_token_id, uniforms, generator)
+    noisy = _mask(ids, rate, kept, size, bounds, plain.mask_token_id, uniforms, generator)
     sigma = sigma_of(rate[:, 0])  # (B,)
-    clean = ids if model.config.cross_attn else None
-    log_probs = model.log_probs(model(noisy, sigma, clean_ids=clean, block_size=block_size).logits, noisy, sigma)
+    clean = ids if plain.config.cross_attn else None
+    log_probs = plain.log_probs(model(noisy, sigma, clean_ids=clean, block_size=block_size).logits, noisy, sigma)
     if not model.training and keep_first:
         counted = counted.clone()
         counted[:, 0] = False
-    if model.config.parameterization == "score":
+    if plain.config.parameterization == "score":
         nlls = (weight * torch.expm1(sigma)[:, None]) * score_entropy(
-            log_probs, noisy, ids, sigma, model.mask_token_id
+            log_probs, noisy, ids, sigma, plain.mask_token_id
         )
     else:
         weight = torch.ones_like(weight) if low > 0.5 else weight
@@ -111,8 +114,8 @@ def block_diffusion_loss(
     return _loss(nlls, counted, noisy)
 
 
-def _autoregressive_loss(model: BD3LM, ids: torch.Tensor, counted: torch.Tensor) -> BlockDiffusionLoss:
-    log_probs = model.log_probs(model(ids[:, :-1]).logits, ids[:, :-1])
+def _autoregressive_loss(model: torch.nn.Module, ids: torch.Tensor, counted: torch.Tensor) -> BlockDiffusionLoss:
+    log_probs = compat.unwrapped(model).log_probs(model(ids[:, :-1]).logits, ids[:, :-1])
     nlls = -log_probs.gather(-1, ids[:, 1:, None])[..., 0]
     return _loss(nlls, counted[:, 1:], ids)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from imgdit.hub import find_model
 from imgdit.io.checkpoints import find_checkpoint, load_weights
@@ -22,7 +23,9 @@ def build_model(recipe: Recipe) -> torch.nn.Module:
     config = recipe.model
     if config.pretrained is not None:
         dtype = getattr(torch, config.dtype)
-        model = config.model_class.from_pretrained(
+        # A function is the loader itself.
+        load = getattr(config.model_class, "from_pretrained", config.model_class)
+        model = load(
             pretrained_folder(config), subfolder=config.subfolder or None, dtype=dtype,
             **load_options(config.quantize, dtype),
         )  # fmt: skip
@@ -32,7 +35,8 @@ def build_model(recipe: Recipe) -> torch.nn.Module:
         with torch.random.fork_rng():
             torch.manual_seed(recipe.run.seed)
             model = config.model_class(**config.arguments)
-        if hasattr(model, "init_weights"):
+        # transformers' models draw their weights when they are built; their method of this name is another.
+        if hasattr(model, "init_weights") and not isinstance(model, PreTrainedModel):
             model.init_weights(torch.Generator().manual_seed(recipe.run.seed))
         if config.start_from is not None and not any(p.is_meta for p in model.parameters()):
             load_weights(model, find_checkpoint(config.start_from))

@@ -24,10 +24,13 @@ MODELS = {
     "nextdit": "imgdit.models.nextdit:NextDiT",
     "autoencoder_kl": "diffusers:AutoencoderKL",
     "autoencoder_dc": "diffusers:AutoencoderDC",
+    "bd3lm": "imgdit.models.bd3lm:BD3LM",
+    "masked_lm": "imgdit.models.masked_lm:load_masked_lm",
 }
 """Short names of `model.kind`."""
 OBJECTIVES = {
-    name: f"imgdit.training.objectives.{name}:{name}" for name in ("flow_matching", "condition_lora", "autoencoder")
+    name: f"imgdit.training.objectives.{name}:{name}"
+    for name in ("flow_matching", "condition_lora", "autoencoder", "masked_text", "block_text")
 }
 """Short names of `objective.name`."""
 # As version 0.1 called them.
@@ -91,7 +94,8 @@ class ModelConfig:
 
     kind: str = "mmdit"
     """Its class: "mmdit" (`imgdit.MMDiT`), "nextdit" (`imgdit.NextDiT`), "autoencoder_kl" or "autoencoder_dc"
-    (diffusers' `AutoencoderKL` and `AutoencoderDC`), an entry point of the group "imgdit.models", or
+    (diffusers' `AutoencoderKL` and `AutoencoderDC`), "bd3lm" (`imgdit.BD3LM`), "masked_lm" (what `load_masked_lm`
+    reads from `pretrained`), an entry point of the group "imgdit.models", or
     "package.module:attribute": a torch module, or a function that returns one."""
     arguments: dict[str, Any] = field(default_factory=dict)
     """Arguments of its class."""

@@ -9,6 +9,7 @@ from imgdit.io.order import Batches, MapDataset
 from imgdit.recipes import check_arguments, find_object
 from imgdit.training.batches import Batch
 from imgdit.training.recipe import Recipe
+from imgdit.training.text_rows import UserTexts, collate_text_rows
 from imgdit.training.toy_data import BlobLatents, collate_blobs
 from imgdit.training.user_images import UserImages, UserImagesSettings
 
@@ -49,8 +50,9 @@ def only_batch(samples: Sequence[Batch]) -> Batch:
 
 toy = Source(BlobLatents, collate_blobs, held_out=512)
 user_images = Source(UserImages, only_batch, held_out=8, whole_batches=True, settings=UserImagesSettings)
+user_texts = Source(UserTexts, collate_text_rows, held_out=32)
 
-SOURCES = {name: f"imgdit.training.sources:{name}" for name in ("toy", "user_images")}
+SOURCES = {name: f"imgdit.training.sources:{name}" for name in ("toy", "user_images", "user_texts")}
 """Short names of `data.name`."""
 
 

@@ -1,0 +1,112 @@
+"""`imgdit write`, `imgdit embed`, `imgdit convert llada`, and the pipelines they load."""
+
+import json
+
+import pytest
+import torch
+from block_text_cases import FIXTURES as BLOCK_DIFFUSION
+from masked_text_cases import FIXTURES as LLADA
+from safetensors.torch import load_file
+from tiny_text import make_model, make_tokenizer
+from transformers import LlamaForCausalLM
+from typer.testing import CliRunner
+
+from imgdit import BlockTextPipeline, DiffusionPipeline, MaskedTextPipeline
+from imgdit.apps.cli import app
+from imgdit.models.masked_lm import load_masked_lm
+from imgdit.models.text_embeddings import embed_texts
+from imgdit.pipelines.text_loading import load_text_pipeline
+
+
+def run(*words):
+    return CliRunner().invoke(app, list(map(str, words)))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text") / "llada"
+    make_model().save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_write_continues_prompts_by_their_own_seeds(folder):
+    both = run("write", "w1 w2", "w3", "--model", folder, "--length", 6, "--steps", 3, "--seed", 4)
+    alone = run("write", "w3", "--model", folder, "--length", 6, "--steps", 3, "--seed", 5)
+    assert both.exit_code == 0, both.output
+    first, second = both.stdout.splitlines()
+    assert first.startswith("w1 w2 ") and alone.stdout.splitlines() == [second]
+
+
+def test_write_fills_holes_and_prints_json(folder):
+    found = run("write", "w1 _ w2 _", "--fill", "--model", folder, "--json")
+    words = json.loads(found.stdout)["text"].split()
+    assert (words[0], words[2], len(words)) == ("w1", "w2", 4) and "_" not in words
+    assert run("write", "w1 w2", "--fill", "--model", folder).exit_code == 2
+
+
+def test_embed_prints_similarities_and_writes_vectors(folder, tmp_path):
+    shown = run("embed", "w1 w2", "w1 w2", "w30 w9 w4", "--model", folder)
+    rows = [list(map(float, line.split()[:3])) for line in shown.stdout.splitlines()]
+    assert rows[0][0] == rows[0][1] == 1.0 and rows[0][2] < 0.999
+    assert run("embed", "w1 w2", "w3", "--model", folder, "--out", tmp_path / "v.safetensors").exit_code == 0
+    vectors = load_file(tmp_path / "v.safetensors")["embeddings"]
+    assert vectors.shape == (2, 32) and torch.allclose(vectors.norm(dim=1), torch.ones(2))
+
+
+def test_embeddings_do_not_depend_on_the_batch(folder):
+    pipe = load_text_pipeline(folder)
+    texts = ["w1", "w2 w3 w4 w5", "w6 w7"]
+    together = embed_texts(pipe.model, pipe.tokenizer, texts)
+    for text, vector in zip(texts, together):
+        torch.testing.assert_close(embed_texts(pipe.model, pipe.tokenizer, [text])[0], vector, rtol=0, atol=1e-5)
+    small = embed_texts(pipe.model, pipe.tokenizer, texts, batch_size=2)
+    torch.testing.assert_close(small, together, rtol=0, atol=1e-5)
+
+
+def test_convert_writes_a_folder_that_plain_transformers_loads(tmp_path):
+    done = run("convert", "llada", LLADA / "mha", tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    plain = LlamaForCausalLM.from_pretrained(tmp_path / "out")
+    assert plain.config.is_causal is False
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        assert torch.equal(plain(ids).logits, load_masked_lm(LLADA / "mha")(ids).logits)
+    assert run("convert", "llada", LLADA / "mha", LLADA / "mha").exit_code == 2
+    assert run("convert", "llada", tmp_path, tmp_path / "other").exit_code == 2
+
+
+def test_saved_pipelines_and_published_folders_are_loaded(folder, tmp_path):
+    pipe = load_text_pipeline(folder)
+    assert isinstance(pipe, MaskedTextPipeline)
+    pipe.save_pretrained(tmp_path / "pipe")
+    assert isinstance(load_text_pipeline(tmp_path / "pipe"), MaskedTextPipeline)
+    assert isinstance(DiffusionPipeline.from_pretrained(tmp_path / "pipe"), MaskedTextPipeline)
+    assert isinstance(load_text_pipeline(BLOCK_DIFFUSION / "bd3lm", tokenizer=folder), BlockTextPipeline)
+
+
+def test_what_writes_no_text_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="tokenizer"):
+        load_text_pipeline(BLOCK_DIFFUSION / "bd3lm")
+    with pytest.raises(ValueError, match="writes no text"):
+        from imgdit.checkpoints import SCENES
+
+        load_text_pipeline(SCENES)
+    with pytest.raises(ValueError, match="no folder"):
+        load_text_pipeline(tmp_path / "nothing")
+
+
+def test_block_diffusion_has_no_holes_on_the_command_line(folder):
+    options = ("--model", BLOCK_DIFFUSION / "bd3lm", "--tokenizer", folder)
+    assert run("write", "w1 _", "--fill", *options).exit_code == 2
+    assert run("embed", "w1", *options).exit_code == 2
+
+
+def test_the_packaged_model_writes_fills_and_embeds_captions():
+    words = set(run("write", "a cartoon of", "--seed", 3).stdout.split())
+    assert {"a", "cartoon", "of"} < words and not words & {"<mask>", "</s>", "<s>"}
+    filled = run("write", "--fill", "a _ of a red _ left of a blue cube", "--temperature", 0).stdout.split()
+    assert filled[4:] == ["red", filled[5], "left", "of", "a", "blue", "cube"] and "_" not in filled
+    rows = run("embed", "a red cube at night", "at night, a red cube", "a blue cone by day").stdout.splitlines()
+    close, far = (float(value) for value in rows[0].split()[1:3])
+    assert close > far
