@@ -78,7 +78,7 @@ def test_a_condition_adapter_on_a_quantised_flux(tmp_path, flux, data, kind):
     """The loss falls; the file loads in plain diffusers and in OmniControl, on the unquantised weights."""
     made = recipe(tmp_path, flux, data, **CONDITION, model={"quantize": kind})
     batches, _ = training_batches(made)
-    assert "pipe" not in vars(batches.dataset.encoder)  # text encoders are not in memory any more
+    assert "pipe" not in vars(batches.dataset.row_encoder.encoder)  # text encoders are not in memory any more
     network = build_model(made)
     frozen = {name: p.clone() for name, p in network.named_parameters() if not p.requires_grad}
     train(made, model=network, batches=batches)
