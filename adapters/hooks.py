@@ -12,7 +12,6 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -196,8 +195,8 @@ class ModelInputHook(ConditionHook):
                 given[name] = [_pad(sample, step) for sample in given[name]]
         self._prepare(module, given, step)
         out = self._run(given, step)
-        if step.cache is not None and step.cache.mode == "write":
-            step.cache.mode = "read"
+        if step.cache is not None:
+            step.cache.freeze()
         if step.kept is not None and step.full_length != step.image_length:
             out = self._fill(out, call.latents, self._sigma(module, given), run, pairing)
         return out
@@ -253,7 +252,7 @@ class ModelInputHook(ConditionHook):
     def _fill(self, out: Any, latents: torch.Tensor, sigma: torch.Tensor, run: ConditionRun, pairing: Pairing) -> Any:
         """Give known tokens the velocity that ends at what is known: v = (x - x_0) / sigma, as x = x_0 + sigma v."""
         known = run.known(pairing).to(latents.device)  # (B, N, C)
-        region = run.region.to(latents.device)  # type: ignore[union-attr]
+        region = run.region_on(latents.device)
         if self.conditions.spatial:
             known = unpack(known, self.patch, tuple(region.shape))
             made = region.repeat_interleave(self.patch, 0).repeat_interleave(self.patch, 1)[None, None]
@@ -276,7 +275,7 @@ def _completed(call: Call, run: ConditionRun) -> Sequence[Frame]:
             f"has {sum(frame.length for frame in call.frames)}; give the condition the image's size (and no "
             "reference image to the pipeline)"
         )
-    return (replace(image, size=(region.shape[0], region.shape[1]), mask=region),)
+    return (run.completed(image),)
 
 
 def _combine(a: Any, b: Any, function: Callable) -> Any:

@@ -19,6 +19,7 @@ from imgdit.adapters.prepare import blocks_of, prepare_run
 from imgdit.adapters.run import ConditionRun, Progress
 from imgdit.family import find_family, known_classes
 from imgdit.images.latents import cell_size
+from imgdit.kernels import prefer_onednn
 from imgdit.lora.files import (
     AdapterInfo,
     LoadReport,
@@ -63,6 +64,8 @@ class OmniControl:
         self._conditions, self._tokens = family.conditions, family.tokens
         self.run: ConditionRun | None = None
         """The conditions in use."""
+        self._schedule: tuple[torch.Tensor, list[float]] | None = None
+        """Timesteps of the scheduler that was asked last, and the same as numbers, read once."""
         others = _model_hooks(transformer)
         self.infos: dict[str, AdapterInfo] = others[0].control.infos if others else {}
         """How each adapter that `load` loaded was trained."""
@@ -209,9 +212,11 @@ class OmniControl:
             edges = {self._module(path): edge for path, edge in self._conditions.edges(self.transformer).items()}
             for module, edge in edges.items():
                 compat.insert_hook(module, EdgeHook(edge), NAME)
+        leave_onednn = prefer_onednn(self.transformer)
         try:
             yield self
         finally:
+            leave_onednn()
             self.run = None
             self._passing.step = None
             for module in edges:
@@ -242,10 +247,12 @@ class OmniControl:
         begin, index = getattr(scheduler, "begin_index", None), getattr(scheduler, "step_index", None)
         first = begin or 0
         index = first if index is None else index
-        timesteps = scheduler.timesteps
+        if self._schedule is None or self._schedule[0] is not scheduler.timesteps:
+            self._schedule = (scheduler.timesteps, scheduler.timesteps.tolist())
+        timesteps = self._schedule[1]
         near = 1e-3 + 2 * torch.finfo(dtype).eps * 1000.0
         started = getattr(scheduler, "num_inference_steps", None) is not None and index < len(timesteps)
-        if not started or abs(float(timesteps[index]) - timestep) > near:
+        if not started or abs(timesteps[index] - timestep) > near:
             raise ValueError(
                 f"start and end of a condition are counted by the scheduler of the {type(pipe).__name__}, which is "
                 f"not at the timestep {timestep:g} of this call; step that scheduler, or use start=0 and end=1"

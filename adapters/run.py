@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -19,8 +19,9 @@ from imgdit.attention.cache import KVCache
 from imgdit.families.step import Step
 from imgdit.frames import Frame
 from imgdit.layout import FrameLayout
-from imgdit.lora.rows import lora_plan
-from imgdit.models.blocks import BlockPlan
+from imgdit.models.blocks import block_plans
+
+_T = TypeVar("_T")
 
 
 class Progress(NamedTuple):
@@ -55,9 +56,27 @@ class _Entry(NamedTuple):
     sizes: tuple[tuple[int, int], ...]
     """Of the model's own frames: added positions count from the middle of a table, so the conditions' move with it."""
     weights: tuple
-    cached_by: torch.Tensor
+    cached_by: _Seen
     """What they depend on besides, such as the pooled text of the guidance branches; its dtype is the run's."""
     cache: KVCache
+
+
+class _Seen:
+    """A tensor of an earlier pass, with its values at that time."""
+
+    def __init__(self, given: torch.Tensor) -> None:
+        self.given, self.version = given, _version(given)
+        self.values = given.clone()
+
+    def equals(self, new: torch.Tensor) -> bool:
+        """Whether another tensor has the same values, which are read from the device unless it is the one that was
+        seen last: pipelines pass the same in every step."""
+        if new is self.given and self.version is not None and self.version == _version(new):
+            return True
+        same = new.shape == self.values.shape and new.dtype == self.values.dtype and torch.equal(self.values, new)
+        if same:
+            self.given, self.version = new, _version(new)
+        return same
 
 
 class _Kept(threading.local):
@@ -65,6 +84,7 @@ class _Kept(threading.local):
 
     def __init__(self) -> None:
         self.tables: dict[tuple, tuple[torch.Tensor, tuple]] = {}
+        self.tensors: dict[tuple, torch.Tensor] = {}
         self.caches: list[_Entry] = []
 
 
@@ -91,7 +111,7 @@ class ConditionRun:
     _refitted: dict[tuple[int, int], ConditionRun] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _layouts: dict[tuple, FrameLayout] = field(default_factory=dict)
-    _plans: dict[tuple, tuple[BlockPlan, BlockPlan]] = field(default_factory=dict)
+    _frames: dict[tuple, Frame] = field(default_factory=dict)
     _kept: _Kept = field(default_factory=_Kept)
 
     @property
@@ -149,14 +169,27 @@ class ConditionRun:
         mode = None if cache is None else cache.mode
         kinds = tuple((frame.size, frame.mask is None, frame.sigma) for frame in own)
         key = (kinds, text_length, active, riding, mode)
-        if key not in self._layouts:
-            self._layouts[key] = self._layout(own, text_length, active, riding, reads=mode == "read")
-        layout, tokens = self._layouts[key], None
+        layout = _remembered(
+            self._layouts,
+            key,
+            lambda: self._layout(own, text_length, active, riding, reads=mode == "read"),
+            _KEPT_LAYOUTS,
+        )
+        tokens = None
         if len(layout.live) > len(own):
-            riders = [self.conditions[riding[i - len(own)]] for i in layout.live[len(own) :]]
-            parts = [item.empty if empty else item.tokens for item in riders]
-            tokens = torch.cat([_per_row(part, pairing) for part in parts if part is not None], dim=1)
+            tokens = self._tokens([riding[i - len(own)] for i in layout.live[len(own) :]], pairing, empty)
         return Arranged(key, layout, tokens, cache)
+
+    def _tokens(self, riders: Sequence[int], pairing: Pairing, empty: bool) -> torch.Tensor:
+        """(B, n, C) of some conditions, for the rows of a batch."""
+        items = [self.conditions[i] for i in riders]
+        parts = [part for part in (item.empty if empty else item.tokens for item in items) if part is not None]
+        orders = tuple(pairing.order(len(part)) for part in parts)
+        return _remembered(
+            self._kept.tensors,
+            ("tokens", *riders, empty, orders),
+            lambda: torch.cat([_per_row(part, order) for part, order in zip(parts, orders, strict=True)], dim=1),
+        )
 
     def step(
         self,
@@ -174,20 +207,32 @@ class ConditionRun:
             places: objects that the rotations depend on; they are computed again when a pipeline passes others.
         """
         key, layout, tokens, cache = arranged
-        if key not in self._plans:
-            self._plans[key] = _plan(layout, writes=cache is not None and cache.mode == "write")
-        mask = layout.frames[0].mask
-        kept = None if mask is None else mask.flatten().nonzero().flatten()
-        table, tables = None, self._kept.tables
+        device = self.conditions[0].tokens.device
+        plans = block_plans(layout, device, writes=cache is not None and cache.mode == "write")
+        mask, kept, table = layout.frames[0].mask, None, None
+        if mask is not None:
+            kept = layout.kept(("places", device), lambda: mask.flatten().nonzero().flatten().to(device))
         if rope is not None:
-            place = (key, *map(id, places))
-            if place not in tables:
-                if len(tables) == _KEPT_TABLES:
-                    tables.clear()
-                riders = [layout.frames[i] for i in layout.live[own:]]
-                tables[place] = (rope(riders, kept), places)  # holding the objects, so that their ids stay theirs
-            table = tables[place][0]
-        return Step(layout, own, *self._plans[key], table, tokens, cache, kept)
+            riders = [layout.frames[i] for i in layout.live[own:]]
+            table, _ = _remembered(
+                self._kept.tables,
+                (key, *map(id, places)),
+                lambda: (rope(riders, kept), places),  # holding the objects, so that their ids stay theirs
+            )
+        return Step(layout, own, *plans, table, tokens, cache, kept)
+
+    def completed(self, image: Frame) -> Frame:
+        """The frame of an image of which complements know a part: its tokens are those that are generated."""
+        region = self.region
+        assert region is not None
+        size = (region.shape[0], region.shape[1])
+        return _remembered(self._frames, (image.sigma,), lambda: replace(image, size=size, mask=region))
+
+    def region_on(self, device: torch.device) -> torch.Tensor:
+        """The region on the device of the tokens."""
+        assert self.region is not None
+        region = self.region
+        return _remembered(self._kept.tensors, ("region", device), lambda: region.to(device))
 
     def forget(self) -> None:
         """Drop the kept keys and values; the next pass computes them."""
@@ -199,13 +244,19 @@ class ConditionRun:
     def known(self, pairing: Pairing = ONE) -> torch.Tensor:
         """(B, N, C) tokens of the complement conditions at their places, zero where none is."""
         assert self.region is not None
+        tokens, rows = self.region.numel(), pairing.batch
         complements = [item for item in self.conditions if item.condition.complement]
-        channels = complements[0].tokens.shape[2]
-        full = complements[0].tokens.new_zeros(pairing.batch, self.region.numel(), channels)
-        for item in complements:
-            assert item.frame.mask is not None
-            full[:, item.frame.mask.flatten()] = _per_row(item.tokens, pairing)
-        return full
+        orders = tuple(pairing.order(len(item.tokens)) for item in complements)
+
+        def build() -> torch.Tensor:
+            first = complements[0].tokens
+            full = first.new_zeros(rows, tokens, first.shape[2])
+            for item, order in zip(complements, orders, strict=True):
+                assert item.frame.mask is not None
+                full[:, item.frame.mask.flatten()] = _per_row(item.tokens, order)
+            return full
+
+        return _remembered(self._kept.tensors, ("known", rows, orders), build)
 
     def _layout(
         self, own: Sequence[Frame], text_length: int, active: tuple[int, ...], riding: tuple[int, ...], reads: bool
@@ -231,34 +282,30 @@ class ConditionRun:
         )
         kept = self._kept
         for entry in kept.caches:
-            if entry[:4] == (active, empty, sizes, weights) and _same(entry.cached_by, cached_by):
+            if entry[:4] == (active, empty, sizes, weights) and entry.cached_by.equals(cached_by):
                 return entry.cache
         kept.caches = [entry for entry in kept.caches if entry.weights == weights][-_KEPT_CACHES + 1 :]
-        kept.caches.append(_Entry(active, empty, sizes, weights, cached_by.clone(), KVCache()))
+        kept.caches.append(_Entry(active, empty, sizes, weights, _Seen(cached_by), KVCache()))
         return kept.caches[-1].cache
 
 
 _KEPT_CACHES = 4  # two guidance branches, each with its black image
-_KEPT_TABLES = 8
+_KEPT_TENSORS = 8
+_KEPT_LAYOUTS = 32
 
 
-def _plan(layout: FrameLayout, writes: bool) -> tuple[BlockPlan, BlockPlan]:
-    """The plans of the blocks, and of the last single-stream one."""
-    plan = BlockPlan(
-        layout.text_lengths,
-        layout.lengths,
-        layout.groups,
-        layout.image_groups,
-        lora=lora_plan(layout),
-        frozen=layout.frozen_rows() if writes else (),
-        image_frozen=layout.frozen_rows(image_only=True) if writes else (),
-    )
-    return plan, plan.last(layout)
+def _remembered(kept: dict[tuple, _T], key: tuple, build: Callable[[], _T], most: int = _KEPT_TENSORS) -> _T:
+    """What was built for an earlier pass, or is built now; so many at most."""
+    found = kept.get(key)
+    if found is None:
+        if len(kept) >= most:
+            kept.clear()
+        found = kept[key] = build()
+    return found
 
 
-def _per_row(tokens: torch.Tensor, pairing: Pairing) -> torch.Tensor:
+def _per_row(tokens: torch.Tensor, order: Sequence[int]) -> torch.Tensor:
     """Tokens (b, n, C) of b images for each row of a batch: (B, n, C)."""
-    order = pairing.order(len(tokens))
     return tokens.expand(len(order), -1, -1) if len(tokens) == 1 else tokens[list(order)]
 
 
@@ -273,5 +320,6 @@ def _state(weight: torch.Tensor) -> tuple[int, int]:
     return weight._version, weight.data_ptr()
 
 
-def _same(kept: torch.Tensor, new: torch.Tensor) -> bool:
-    return kept.shape == new.shape and kept.dtype == new.dtype and torch.equal(kept, new)
+def _version(tensor: torch.Tensor) -> int | None:
+    """What changes when a tensor is written; `None` for one of inference mode, which does not count."""
+    return None if tensor.is_inference() else tensor._version

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass
+from functools import cached_property
 from importlib import import_module
 from typing import Any, Literal
 
@@ -67,7 +68,7 @@ class Frame:
             if not self.mask.any():
                 raise ValueError("a frame's mask selects no token; leave the frame out instead")
 
-    @property
+    @cached_property
     def length(self) -> int:
         """Number of tokens."""
         return self.size[0] * self.size[1] if self.mask is None else int(self.mask.sum())

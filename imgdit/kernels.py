@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import math
 import platform
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,16 +40,39 @@ def onednn_is_faster() -> bool:
     return "GenuineIntel" not in text
 
 
-def is_plain(module: nn.Module) -> bool:
-    """Whether calling a module runs its class' `forward` and nothing besides: no hook, no offloading, no compiler."""
-    return not torch.compiler.is_compiling() and not compat.has_hooks(module)
+class OneDNNLinear(nn.Linear):
+    """`nn.Linear` that multiplies by oneDNN in float32 inference on a CPU, and is `nn.Linear` everywhere else."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if torch.compiler.is_compiling() or not _fits(self.weight, input):
+            return super().forward(input)
+        return _onednn(input, self.weight, self.bias)
 
 
-def linear(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """`layer(x)` for tokens (B, rows, features), by oneDNN where that is faster: inference in float32 on a CPU."""
-    if type(layer) is nn.Linear and is_plain(layer) and _fits(layer.weight, x):
-        return _onednn(x, layer.weight, layer.bias)
-    return layer(x)
+def prefer_onednn(model: nn.Module) -> Callable[[], None]:
+    """Let a model's linear layers multiply by oneDNN where that is faster: float32 inference on AMD's processors.
+
+    The layers stay the same objects, with their parameters, names and hooks; only their class becomes `OneDNNLinear`.
+    Subclasses, such as quantised layers, are left alone. On other processors nothing changes.
+
+    Returns:
+        What takes the change back.
+    """
+    changed = [layer for layer in model.modules() if type(layer) is nn.Linear] if onednn_is_faster() else []
+    for layer in changed:
+        layer.__class__ = OneDNNLinear
+
+    def undo() -> None:
+        for layer in changed:
+            if type(layer) is OneDNNLinear:
+                layer.__class__ = nn.Linear
+
+    return undo
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is `nn.Linear` itself, by whichever kernel, and no subclass with other weights."""
+    return type(module) in (nn.Linear, OneDNNLinear)
 
 
 def product(

@@ -4,14 +4,18 @@ call."""
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 from imgdit.frames import Frame
+
+_T = TypeVar("_T")
+_KEPT = 32
+"""Most things that a layout keeps: a run needs about ten for each device."""
 
 
 class RowGroup(NamedTuple):
@@ -24,18 +28,11 @@ class RowGroup(NamedTuple):
     cached: tuple[slice, ...] = ()
     """Rows of the key/value cache that they see besides."""
     bias: torch.Tensor | None = None
-    """What is added to the logits of each slice of `keys`, then of `cached`; on the CPU. `None`: nothing. A tensor,
+    """What is added to the logits of each slice of `keys`, then of `cached`. `None`: nothing. A tensor,
     because compiled blocks take a number for a constant: each strength would compile them anew."""
     ranks: tuple[int, ...] = ()
     """Place of each slice of `queries` among those of all groups; empty: by the row they begin at. Compiled blocks
     take rows that change for symbols, which cannot be sorted."""
-
-
-def ranked(groups: Sequence[RowGroup]) -> tuple[RowGroup, ...]:
-    """Groups whose `ranks` are told."""
-    starts = sorted(rows.start for group in groups for rows in group.queries)
-    rank = {start: number for number, start in enumerate(starts)}
-    return tuple(group._replace(ranks=tuple(rank[rows.start] for rows in group.queries)) for group in groups)
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,6 +55,7 @@ class FrameLayout:
     """Segments whose tokens are not in the sequence: their keys and values come from a cache."""
     main_adapters: tuple[str, ...] | None = None
     """Adapters of the text and of frames without one of their own. `None`: every active adapter no frame claims."""
+    _kept: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def build(
@@ -136,6 +134,28 @@ class FrameLayout:
             main_adapters=layouts[0].main_adapters,
         )
 
+    def kept(self, key: Hashable, build: Callable[[], _T]) -> _T:
+        """What follows from the layout alone: `build()` at the first call with a key, afterwards the same object.
+
+        Models keep here what their steps share, such as plans and tables of positions. Nothing is kept while a graph
+        is traced or tensors are fake.
+
+        Args:
+            key: what else it follows from: the device, the dtype and the settings of the model.
+            build: makes it. Nobody may write to its tensors.
+        """
+        if torch.compiler.is_compiling():
+            return build()
+        key = (key, torch.is_inference_mode_enabled())  # tensors of inference mode cannot serve a training step
+        found = self._kept.get(key)
+        if found is None:
+            found = build()
+            if type(torch.empty(0)) is torch.Tensor:  # not under FakeTensorMode
+                if len(self._kept) >= _KEPT:
+                    self._kept.clear()
+                self._kept[key] = found
+        return found
+
     # What is in the sequence
 
     @property
@@ -170,6 +190,16 @@ class FrameLayout:
         return _merge(rows for i, rows in zip(self.live, self.rows, strict=True) if not self.frames[i].held)
 
     @cached_property
+    def live_frames(self) -> tuple[slice, ...]:
+        """The live frames among all frames."""
+        return _merge(slice(i, i + 1) for i in self.live)
+
+    @cached_property
+    def predicted_frames(self) -> tuple[slice, ...]:
+        """The frames being made among the live frames."""
+        return _merge(slice(n, n + 1) for n, i in enumerate(self.live) if not self.frames[i].held)
+
+    @cached_property
     def predicted_lengths(self) -> tuple[int, ...]:
         return tuple(n for i, n in zip(self.live, self.lengths, strict=True) if not self.frames[i].held)
 
@@ -199,24 +229,57 @@ class FrameLayout:
                 raise ValueError(f"got {values.shape[1]} values per sample, expected one per frame: {len(self.live)}")
             return values
         if self.is_packed:
-            scenes = [self.scenes[i] for i in self.live]
-            per_frame = values[torch.tensor(scenes, device=values.device)][None]  # (1, F)
+            per_frame = values[self.scenes_of_live(values.device)][None]  # (1, F)
         else:
             per_frame = values[:, None].expand(-1, len(self.live))
         if held is not None and any(held[i] is not None for i in self.live):
-            fixed = values.new_tensor([0.0 if held[i] is None else held[i] for i in self.live])
-            follows = torch.tensor([held[i] is None for i in self.live], device=values.device)
+
+            def build() -> tuple[torch.Tensor, torch.Tensor]:
+                fixed = values.new_tensor([0.0 if held[i] is None else held[i] for i in self.live])
+                return torch.tensor([held[i] is None for i in self.live], device=values.device), fixed
+
+            follows, fixed = self.kept(("held", tuple(held), values.device, values.dtype), build)
             per_frame = torch.where(follows, per_frame, fixed)
         return per_frame
 
+    def segment_levels(self, values: torch.Tensor, held: Sequence[float | None]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Noise levels, or what else the conditioning vectors embed, of the live frames and of the texts.
+
+        A text has the level of the run, or of the noisiest frame of its scene where each frame has its own.
+
+        Args:
+            values: (B,), or (S,) for a packed layout; or (B, F), one per live frame, which override `held`.
+            held: one value per frame of the layout, `None` for those that follow `values`.
+
+        Returns:
+            (B, F) and (B, S), float32: half precision would round 945 to 944. One tensor twice where a text and its
+            only frame have the same level.
+        """
+        frames = self.expand(values.float(), held)
+        if len(self.live) == 1 and (values.ndim == 2 or held[self.live[0]] is None):
+            return frames, frames
+        if values.ndim == 1:
+            return frames, (values[None] if self.is_packed else values[:, None]).float()
+        members = [[n for n, i in enumerate(self.live) if self.scenes[i] == scene] for scene in range(self.num_texts)]
+        return frames, torch.stack([torch.stack([frames[:, n] for n in of]).amax(0) for of in members], dim=1)
+
+    def scenes_of_live(self, device: torch.device) -> torch.Tensor:
+        """Scene of each live frame, (F,)."""
+        return self.kept(("scenes", device), lambda: torch.tensor([self.scenes[i] for i in self.live], device=device))
+
     # Who sees whom
+
+    @cached_property
+    def sees(self) -> tuple[frozenset[int], ...]:
+        """Segments that each segment sees: the rows of `visible`."""
+        return tuple(frozenset(j for j, seen in enumerate(row) if seen) for row in self.visible.tolist())
 
     @cached_property
     def frozen(self) -> frozenset[int]:
         """Segments whose keys and values are the same in every step: held frames that see only such frames."""
         frozen = {self.num_texts + i for i, frame in enumerate(self.frames) if frame.held}
         while True:
-            kept = {i for i in frozen if set(self.visible[i].nonzero().flatten().tolist()) <= frozen}
+            kept = {i for i in frozen if self.sees[i] <= frozen}
             if kept == frozen:
                 return frozenset(kept)
             frozen = kept
@@ -244,7 +307,7 @@ class FrameLayout:
         place = dict(zip(stored, _consecutive([self._length(i) for i in stored]), strict=True))
         members: dict[tuple[tuple[int, float], ...], list[int]] = {}
         for i in present:
-            seen = tuple((j, self._bias(i, j)) for j in segments if self.visible[i, j])
+            seen = tuple((j, self._bias(i, j)) for j in segments if j in self.sees[i])
             members.setdefault(seen, []).append(i)
         groups = []
         for seen, asking in members.items():
@@ -299,6 +362,33 @@ class FrameLayout:
         if segment < self.num_texts:
             return self.text_lengths[segment]
         return self.frames[segment - self.num_texts].length
+
+
+def ranked(groups: Iterable[RowGroup]) -> tuple[RowGroup, ...]:
+    """Groups whose slices of queries know their places among one another's; those without any query go."""
+    groups = [group for group in groups if group.queries]
+    starts = sorted(rows.start for group in groups for rows in group.queries)
+    place = {start: rank for rank, start in enumerate(starts)}
+    return tuple(group._replace(ranks=tuple(place[rows.start] for rows in group.queries)) for group in groups)
+
+
+def on_device(groups: Iterable[RowGroup], device: torch.device) -> tuple[RowGroup, ...]:
+    """Groups whose biases, which a layout has on the CPU, lie where the tokens do: copying them waits."""
+    return tuple(group if group.bias is None else group._replace(bias=group.bias.to(device)) for group in groups)
+
+
+def take_rows(x: torch.Tensor, rows: Sequence[slice]) -> torch.Tensor:
+    """Rows of (B, N, …), copied only where they are not one piece. Unlike a list of numbers, which has to be copied to
+    the device first, slices need no wait."""
+    return x[:, rows[0]] if len(rows) == 1 else torch.cat([x[:, r] for r in rows], dim=1)
+
+
+def put_rows(x: torch.Tensor, rows: Sequence[slice], values: torch.Tensor) -> torch.Tensor:
+    """A copy of (B, N, …) with other values in some rows, in the dtype of the values."""
+    changed = x.to(values.dtype, copy=True)
+    for part, new in zip(rows, values.split([r.stop - r.start for r in rows], dim=1), strict=True):
+        changed[:, part] = new
+    return changed
 
 
 def _consecutive(lengths: Sequence[int]) -> tuple[slice, ...]:

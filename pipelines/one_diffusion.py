@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,7 +24,7 @@ from imgdit.cameras import FOCAL_LENGTH, cameras_of_rays, ray_frames, rays_of_fr
 from imgdit.frames import Frame
 from imgdit.images.convert import image_size
 from imgdit.images.latents import decode_latents, encode_images
-from imgdit.layout import FrameLayout
+from imgdit.layout import FrameLayout, take_rows
 from imgdit.models.functional import pack, unpack
 from imgdit.models.mmdit import MMDiT
 from imgdit.models.nextdit import NextDiT, TextMemory
@@ -250,13 +251,14 @@ class OneDiffusionPipeline(ImgDiTPipeline):
         text = self._encode_texts(texts, options)
         latents = self.prepare_latents(frames, samples, cells, framing, generator, latents)  # (B, F, C, h, w) float32
 
-        generated = [i for i, frame in enumerate(frames) if not frame.is_given]
+        generated = sum(not frame.is_given for frame in frames)
         grid = (cells[0] // self.patch_size, cells[1] // self.patch_size)
-        num_tokens = noise_scale * len(generated) * grid[0] * grid[1]
+        num_tokens = noise_scale * generated * grid[0] * grid[1]
         device = compat.execution_device(self)
         timesteps = set_schedule(self.scheduler, options.num_inference_steps, sigmas, num_tokens, device)
         run = self._prepare(frames, grid, text, float(timesteps[-1]) / 1000, framing, joint_attention_kwargs)
-        latents = self._denoise(latents, text, timesteps, options, partial(self._velocity, run=run), generated)
+        moving = run.layout.predicted_frames
+        latents = self._denoise(latents, text, timesteps, options, partial(self._velocity, run), moving)
         output = self._output(frames, latents, output_type, focal_length)
         self.maybe_free_model_hooks()
         return output if return_dict else output.to_tuple()
@@ -426,7 +428,9 @@ class OneDiffusionPipeline(ImgDiTPipeline):
             extra |= options.scaling
         return _FramesRun(layout, layout.without_frozen(), text.pooled, text.mask, extra, {})
 
-    def _velocity(self, state: dict[str, Any], t: torch.Tensor, guided: bool, run: _FramesRun) -> torch.Tensor:
+    def _velocity(
+        self, run: _FramesRun, state: dict[str, Any], t: torch.Tensor, level: float, guided: bool
+    ) -> torch.Tensor:
         """Velocity (k * B, M, C, h, w) float32 of the M frames being made, under k texts for each scene."""
         config, dtype = self.transformer.config, self.transformer.dtype
         sources = [state[name] for name in (["negative_prompt_embeds"] if guided else []) + ["prompt_embeds"]]
@@ -440,17 +444,19 @@ class OneDiffusionPipeline(ImgDiTPipeline):
             keeps = run.layout.frozen and not getattr(self.transformer, "is_cache_enabled", False)
             texts = run.texts[guided] = _Texts(sources, text, KVCache() if keeps else None)
         timestep = (t / config.timestep_scale).expand(len(sources) * state["latents"].shape[0])
-        layout = run.layout
+        layout, options = run.layout, dict(run.options)
+        rotation = self._rotation(run, level)
+        if rotation is not None:  # so the model need not read the level from the device
+            options["scale_watershed"] = 0.0 if rotation[0] == 1.0 else math.inf
         if texts.cache is not None and texts.cache.mode == "read":
-            if self._turned_otherwise(run, texts.cache, timestep):
+            if rotation not in (None, texts.cache.rotation):  # the level crossed scale_watershed
                 texts.cache.clear()
             else:
                 layout = run.rest
 
-        latents = state["latents"][:, list(layout.live)].to(dtype)  # (B, F, C, h, w)
+        latents = take_rows(state["latents"], layout.live_frames).to(dtype)  # (B, F, C, h, w)
         tokens = pack(latents.flatten(0, 1), self.patch_size).unflatten(0, latents.shape[:2]).flatten(1, 2)
         tokens = tokens.repeat(len(sources), 1, 1)  # (k * B, N, C * p * p)
-        options = dict(run.options)
         if config.guidance_embeds:
             options["guidance"] = torch.full((tokens.shape[0],), self.guidance_scale, device=tokens.device)
         # A guided and a plain step differ in batch size, so step caches keep them apart.
@@ -467,18 +473,19 @@ class OneDiffusionPipeline(ImgDiTPipeline):
                 **options,
             )
         if texts.cache is not None:
-            texts.cache.mode = "read"
+            texts.cache.freeze()
         made = len(layout.predicted_lengths)
         grid = layout.frames[0].size
         cells = unpack(velocity.float().unflatten(1, (made, -1)).flatten(0, 1), self.patch_size, grid)
         return cells.unflatten(0, (-1, made))
 
-    def _turned_otherwise(self, run: _FramesRun, cache: KVCache, timestep: torch.Tensor) -> bool:
-        """Whether the noise level crossed `scale_watershed`: the kept keys are of other rotations than this step's."""
+    def _rotation(self, run: _FramesRun, level: float) -> tuple[float, float] | None:
+        """`NextDiT.rotation` of a step, by its timestep as a number; `None` for a model that has no such choice."""
         if not self.follows_reference:
-            return False
+            return None
+        timestep = torch.tensor([level]) / self.transformer.config.timestep_scale
         scaling = run.options["scale_factor"], run.options["scale_watershed"]
-        return self.transformer.rotation(run.rest, timestep, *scaling) != cache.rotation
+        return self.transformer.rotation(run.layout, timestep, *scaling)
 
     # Output
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,8 @@ from imgdit.adapters.prepare import prepare_run
 from imgdit.adapters.run import ConditionRun, Progress
 from imgdit.frames import Frame
 from imgdit.images.latents import cell_size, decode_latents
-from imgdit.layout import FrameLayout
+from imgdit.kernels import prefer_onednn
+from imgdit.layout import FrameLayout, put_rows, take_rows
 from imgdit.lora.files import AdapterInfo, LoadReport, load_adapter
 from imgdit.models.functional import pack, unpack
 from imgdit.models.mmdit import MMDiT
@@ -46,6 +48,42 @@ class ImgDiTPipelineOutput(BaseOutput):
 
     images: list[PIL.Image.Image] | np.ndarray | torch.Tensor
     """Images of the output type asked for: a list, (B, H, W, 3) in [0, 1], (B, 3, H, W) in [0, 1], or latents."""
+
+
+Predict = Callable[[dict[str, Any], torch.Tensor, float, bool], torch.Tensor]
+"""`predict(state, t, level, guided)`: the velocity at a timestep, which is given as a tensor and as a number."""
+
+
+@dataclass(eq=False)
+class _Run:
+    """What stays the same over the steps of a call."""
+
+    image: Frame
+    """The frame that is generated."""
+    conditions: ConditionRun | None
+    text: JoinedText
+    places: torch.Tensor | None
+    """Numbers of the tokens that are generated, on the device; `None`: all."""
+    options: dict[str, Any]
+    """Of the transformer."""
+    layouts: dict[int, FrameLayout] = field(default_factory=dict)
+    """Of the image alone, by the length of the text, which callbacks may change."""
+    rows: dict[int, tuple[torch.Tensor, torch.Tensor | None]] = field(default_factory=dict)
+    """Pooled text and mask of a step, by its number of texts."""
+
+    def layout(self, text_length: int) -> FrameLayout:
+        """Of a step without conditions."""
+        if text_length not in self.layouts:
+            self.layouts[text_length] = FrameLayout.build([self.image], text_length)
+        return self.layouts[text_length]
+
+    def of_texts(self, count: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Pooled text and mask of the last `count` texts: the same tensors in every step, so that they are known again
+        without being compared."""
+        if count not in self.rows:
+            pooled, mask = self.text.pooled, self.text.mask
+            self.rows[count] = (pooled[-count:], None if mask is None else mask[-count:])
+        return self.rows[count]
 
 
 class ImgDiTPipeline(compat.DiffusionPipeline, LoraLoaderMixin):
@@ -358,18 +396,10 @@ class ImgDiTPipeline(compat.DiffusionPipeline, LoraLoaderMixin):
         size = (latents.shape[2] // self.patch_size, latents.shape[3] // self.patch_size)
         image = Frame(size, mask=None if run is None else run.region)
 
-        def predict(state: dict[str, Any], t: torch.Tensor, guided: bool) -> torch.Tensor:
-            embeds = state["prompt_embeds"]
-            if guided:
-                embeds = torch.cat([state["negative_prompt_embeds"], embeds])
-            rows = slice(-embeds.shape[0], None)
-            mask = None if text.mask is None else text.mask[rows]
-            return self._predict(
-                state["latents"], t, embeds, text.pooled[rows], mask, image, run, joint_attention_kwargs
-            )
-
+        places = None if image.mask is None else image.mask.flatten().nonzero().flatten().to(device)
+        steps = _Run(image, run, text, places, {"joint_attention_kwargs": joint_attention_kwargs})
         timesteps = set_schedule(self.scheduler, num_inference_steps, sigmas, image.length, device)
-        latents = self._denoise(latents, text, timesteps, options, predict)
+        latents = self._denoise(latents, text, timesteps, options, partial(self._predict, steps))
         if run is not None:
             latents = self._complete(latents, image, run)
         images = latents if output_type == "latent" else self.decode_latents(latents, output_type)
@@ -396,6 +426,8 @@ class ImgDiTPipeline(compat.DiffusionPipeline, LoraLoaderMixin):
 
     def _begin(self, options: SamplingOptions) -> None:
         """What callbacks and step caches may read, as a call begins."""
+        if isinstance(compat.unwrapped(self.transformer), MMDiT):  # NextDiT's numbers are held to its reference's
+            prefer_onednn(self.transformer)
         self._guidance_scale, self._true_cfg_scale = options.guidance_scale, options.true_cfg_scale
         self._interrupt = False
 
@@ -416,8 +448,8 @@ class ImgDiTPipeline(compat.DiffusionPipeline, LoraLoaderMixin):
         text: JoinedText,
         timesteps: torch.Tensor,
         options: SamplingOptions,
-        predict: Callable[[dict[str, Any], torch.Tensor, bool], torch.Tensor],
-        generated: Sequence[int] | None = None,
+        predict: Predict,
+        generated: Sequence[slice] | None = None,
     ) -> torch.Tensor:
         """The latents after all steps.
 
@@ -426,9 +458,8 @@ class ImgDiTPipeline(compat.DiffusionPipeline, LoraLoaderMixin):
             text: of the call.
             timesteps: in [0, 1000].
             options: of the call.
-            predict: velocity of the generated latents under (what callbacks may change, timestep, guided); guided, of
-                the batch twice, first under the negative texts.
-            generated: numbers of the frames that are generated; `None`: all latents.
+            predict: velocity of the generated latents; guided, of the batch twice, first under the negative texts.
+            generated: the frames that are generated; `None`: all latents.
         """
         # What callbacks may see and change, by the names of `_callback_tensor_inputs`.
         state: dict[str, Any] = {
@@ -441,22 +472,19 @@ class ImgDiTPipeline(compat.DiffusionPipeline, LoraLoaderMixin):
         low, high = options.guidance_interval
         self._num_timesteps = len(timesteps)
         with self.progress_bar(total=len(timesteps)) as progress_bar:
-            for i, t in enumerate(timesteps):
+            for i, (t, level) in enumerate(zip(timesteps, timesteps.tolist(), strict=True)):
                 if self.interrupt:
                     continue
                 self._current_timestep = t
                 self._progress = Progress(i // order, math.ceil(len(timesteps) / order))
-                guided = self.do_classifier_free_guidance and low <= float(t) / 1000 <= high
-                velocity = predict(state, t, guided)
+                guided = self.do_classifier_free_guidance and low <= level / 1000 <= high
+                velocity = predict(state, t, level, guided)
                 if guided:
                     negative, positive = velocity.chunk(2)
                     velocity = negative + self._cfg_scale * (positive - negative)
-                latents = state["latents"] if generated is None else state["latents"][:, generated]
+                latents = state["latents"] if generated is None else take_rows(state["latents"], generated)
                 (latents,) = self.scheduler.step(velocity, t, latents, **draws, return_dict=False)
-                if generated is not None:
-                    moved, latents = latents, state["latents"].clone()
-                    latents[:, generated] = moved
-                state["latents"] = latents
+                state["latents"] = latents if generated is None else put_rows(state["latents"], generated, latents)
 
                 if options.callback_on_step_end is not None:
                     seen = {name: state[name] for name in options.callback_tensors}
@@ -466,33 +494,31 @@ class ImgDiTPipeline(compat.DiffusionPipeline, LoraLoaderMixin):
         return state["latents"]
 
     def _predict(
-        self,
-        latents: torch.Tensor,
-        t: torch.Tensor,
-        embeds: torch.Tensor,
-        pooled: torch.Tensor,
-        mask: torch.Tensor | None,
-        image: Frame,
-        run: ConditionRun | None,
-        joint_attention_kwargs: dict[str, Any] | None,
+        self, steps: _Run, state: dict[str, Any], t: torch.Tensor, level: float, guided: bool
     ) -> torch.Tensor:
         """Velocity (k * B, C, h, w) float32 of the latents (B, C, h, w) under k * B texts, in one batch."""
-        config, dtype = self.transformer.config, self.transformer.dtype
+        config, dtype, run = self.transformer.config, self.transformer.dtype, steps.conditions
+        latents, embeds = state["latents"], state["prompt_embeds"]
+        if guided:
+            embeds = torch.cat([state["negative_prompt_embeds"], embeds])
         copies = embeds.shape[0] // latents.shape[0]
+        pooled, mask = steps.of_texts(embeds.shape[0])
         tokens = pack(latents.to(dtype), self.patch_size).repeat(copies, 1, 1)
-        if image.mask is not None:
-            tokens = tokens[:, image.mask.flatten()]
+        if steps.places is not None:
+            tokens = tokens[:, steps.places]
         guidance = None
         if config.guidance_embeds:
             guidance = torch.full((tokens.shape[0],), self.guidance_scale, device=tokens.device)
         step_cache = getattr(self.transformer, "is_cache_enabled", False)
 
         def velocity(empty: bool) -> torch.Tensor:
-            layout, cache, joined = FrameLayout.build([image], embeds.shape[1]), None, tokens
-            if run is not None:
+            cache, joined = None, tokens
+            if run is None:
+                layout = steps.layout(embeds.shape[1])
+            else:
                 pairing = Pairing(len(tokens), run.samples)
                 _, layout, riders, cache = run.arrange(
-                    (image,), embeds.shape[1], pairing, pooled, step_cache=step_cache, empty=empty
+                    (steps.image,), embeds.shape[1], pairing, pooled, step_cache=step_cache, empty=empty
                 )
                 joined = tokens if riders is None else torch.cat([tokens, riders.to(tokens)], dim=1)
             # Calls that differ in batch or content, which step caches must keep apart.
@@ -507,18 +533,22 @@ class ImgDiTPipeline(compat.DiffusionPipeline, LoraLoaderMixin):
                     encoder_attention_mask=mask,
                     layout=layout,
                     cache=cache,
-                    joint_attention_kwargs=joint_attention_kwargs,
                     return_dict=False,
+                    **steps.options,
                 )
             if cache is not None:
-                cache.mode = "read"
+                cache.freeze()
             return out.float()
 
         out = velocity(empty=False)
         if run is not None and run.image_guidance_scale != 1.0:
             black = velocity(empty=True)
             out = black + run.image_guidance_scale * (out - black)
-        return unpack(_spread(out, image), self.patch_size, image.size)
+        if steps.places is not None:  # zeros where nothing is generated
+            whole = out.new_zeros(out.shape[0], math.prod(steps.image.size), out.shape[2])
+            whole[:, steps.places] = out
+            out = whole
+        return unpack(out, self.patch_size, steps.image.size)
 
     def _complete(self, latents: torch.Tensor, image: Frame, run: ConditionRun) -> torch.Tensor:
         """The latents with what complement conditions know in its place."""
@@ -532,15 +562,6 @@ class ImgDiTPipeline(compat.DiffusionPipeline, LoraLoaderMixin):
     def decode_latents(self, latents: torch.Tensor, output_type: str = "pil") -> Any:
         """Latents (B, C, h, w) to images."""
         return self.image_processor.postprocess(decode_latents(self.vae, latents), output_type=output_type)
-
-
-def _spread(tokens: torch.Tensor, image: Frame) -> torch.Tensor:
-    """Tokens (B, n, C) of a masked frame at their places of the whole, zeros between them."""
-    if image.mask is None:
-        return tokens
-    whole = tokens.new_zeros(tokens.shape[0], image.mask.numel(), tokens.shape[2])
-    whole[:, image.mask.flatten()] = tokens
-    return whole
 
 
 compat.register_pipeline(ImgDiTPipeline)

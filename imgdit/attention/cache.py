@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Literal
 
@@ -14,16 +15,31 @@ from imgdit.layout import FrameLayout
 class KVCache:
     """Keys and values of frozen frames, one store per layer.
 
-    A run writes it once (`mode="write"`, all frames in the sequence) and reads it afterwards (`mode="read"`, with
-    `FrameLayout.without_frozen()`). It lives outside the model and belongs to one combination of frozen content,
+    A run writes it once, with all frames in the sequence, and after `freeze()` reads it, with
+    `FrameLayout.without_frozen()`. It lives outside the model and belongs to one combination of frozen content,
     pooled text, adapter weights and dtype: whoever keeps it must key it by these.
     """
 
     def __init__(self) -> None:
-        self.mode: Literal["write", "read"] = "write"
+        self._mode: Literal["write", "read"] = "write"
         self.rotation: tuple[float, float] | None = None
         """Divisor of the positions and base of the rotations, for a model that changes them during a run."""
         self._layers: dict[str, LayerCache] = {}
+
+    @property
+    def mode(self) -> Literal["write", "read"]:
+        """What the next pass does."""
+        return self._mode
+
+    @mode.setter
+    def mode(self, mode: Literal["write", "read"]) -> None:
+        """As of version 0.1; it goes with version 0.3."""
+        warnings.warn("KVCache.mode is not to be set any more; call freeze()", DeprecationWarning, stacklevel=2)
+        self._mode = mode
+
+    def freeze(self) -> None:
+        """End the writing: later passes read what the last one wrote."""
+        self._mode = "read"
 
     def layer(self, name: str) -> LayerCache:
         """The store of one block, in the cache's present mode."""
@@ -31,7 +47,8 @@ class KVCache:
             self._layers[name] = LayerCache()
         elif name not in self._layers:
             raise ValueError(
-                f"the key/value cache is read but holds nothing for {name}; run one step with mode='write' first"
+                f"the key/value cache is read but holds nothing for {name}; run one step with all frames and then "
+                "call freeze()"
             )
         layer = self._layers[name]
         layer.mode = self.mode
@@ -64,8 +81,8 @@ class KVCache:
                 )
         elif layout.cached:
             raise ValueError(
-                "the layout leaves its frozen frames to a key/value cache, whose mode is 'write'; run one step with "
-                "all frames first and set mode='read'"
+                "the layout leaves its frozen frames to a key/value cache that is still written; run one step with "
+                "all frames first and call freeze()"
             )
         if self.mode == "write":
             self.rotation = rotation
@@ -73,7 +90,7 @@ class KVCache:
     def clear(self) -> None:
         """Forget everything; the next run writes."""
         self._layers.clear()
-        self.mode = "write"
+        self._mode = "write"
 
 
 class LayerCache:

@@ -56,7 +56,7 @@ def grouped_attention(
     biased = any(group.bias is not None for group in groups)
     if packed is not None and key_mask is None and not biased and packed_backend(query, backend):
         return packed_attention(query, key, value, packed, cached=cached)
-    pieces: list[tuple[int, torch.Tensor]] = []
+    pieces: list[tuple[int, torch.Tensor]] = []  # with their places among all
     for group in groups:
         keys, values = _rows(key, group.keys), _rows(value, group.keys)
         mask = None if key_mask is None else _rows(key_mask, group.keys)
@@ -89,10 +89,10 @@ def _with_bias(
     """
     width = query.shape[-1]
     query = F.pad(query, (0, 8))
-    query[..., width] = width**0.5
+    query[..., width].fill_(width**0.5)
     keys = [F.pad(key, (0, 8)) for key in keys]
-    for key, value in zip(keys, bias, strict=True):
-        key[..., width] = value
+    for key, value in zip(keys, bias.unbind(), strict=True):
+        key[..., width].copy_(value)
     return query, keys, [F.pad(value, (0, 8)) for value in values]
 
 

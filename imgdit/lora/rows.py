@@ -15,7 +15,7 @@ import torch
 import torch.nn as nn
 from peft.tuners.lora import LoraLayer
 
-from imgdit import compat, kernels
+from imgdit import compat
 from imgdit.layout import FrameLayout
 
 
@@ -57,9 +57,11 @@ def main_rows(length: int) -> AdapterRows:
 
 
 def lora_plan(layout: FrameLayout) -> LoraPlan | None:
-    """Adapter rows of a layout; `None` where no frame has an adapter, so that PEFT's own forward is right."""
-    if not layout.has_adapters:
-        return None
+    """Adapter rows of a layout, kept on it. `None` where no frame has an adapter: PEFT's own forward is right."""
+    return layout.kept("adapter rows", lambda: _lora_plan(layout)) if layout.has_adapters else None
+
+
+def _lora_plan(layout: FrameLayout) -> LoraPlan:
     texts: list[tuple[int, str | None]] = [(n, None) for n in layout.text_lengths]
     frames = [(n, layout.frames[i].adapter) for i, n in zip(layout.live, layout.lengths)]
     made = [frame for i, frame in zip(layout.live, frames) if not layout.frames[i].held]
@@ -107,9 +109,7 @@ def linear(module: nn.Module, x: torch.Tensor, rows: AdapterRows | None, *, shar
     if not isinstance(module, LoraLayer):
         return _call(module, x)
     if rows is None:
-        if not _acts_on_rows(module):
-            return module(x)
-        rows = main_rows(x.shape[1])
+        return module(x)
     return compat.called(module, partial(on_rows, module, rows=rows, shared=shared), x)
 
 
@@ -139,11 +139,6 @@ def on_rows(module: LoraLayer, x: torch.Tensor, rows: AdapterRows, *, shared: bo
     return out
 
 
-def _acts_on_rows(module: LoraLayer) -> bool:
-    """Whether PEFT's own forward would compute what `linear` does: inference with plain, unmerged adapters."""
-    return not (torch.is_grad_enabled() or module.merged_adapters or module.lora_variant) and kernels.is_plain(module)
-
-
 def refuse_fused(claimed: Iterable[str], fused: Sequence[str]) -> None:
     """Refuse a condition's adapter that is part of the base weights."""
     wrong = [name for name in claimed if name in fused]
@@ -159,18 +154,17 @@ def _call(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
     if isinstance(layer, nn.Conv2d):  # one image per patch; called as a module, so that offloading sees it
         patches = x.reshape(-1, layer.in_channels, *layer.kernel_size)
         return layer(patches).reshape(*x.shape[:2], -1)
-    return kernels.linear(layer, x)
+    return layer(x)
 
 
 def feed_forward(module: nn.Module, x: torch.Tensor, rows: AdapterRows | None) -> torch.Tensor:
     """diffusers' `FeedForward` (GELU projection, dropout, projection) with adapters on rows."""
-    parts: Sequence[nn.Module] = module.net  # type: ignore[assignment]
-    if rows is None and not all(kernels.is_plain(part) for part in (module, *parts)):
+    if rows is None:
         return module(x)
     return compat.called(module, partial(_feed_forward, module, rows), x)
 
 
-def _feed_forward(module: nn.Module, rows: AdapterRows | None, x: torch.Tensor) -> torch.Tensor:
+def _feed_forward(module: nn.Module, rows: AdapterRows, x: torch.Tensor) -> torch.Tensor:
     activation, dropout, project = module.net  # type: ignore[misc]
 
     def activated(x: torch.Tensor) -> torch.Tensor:

@@ -27,8 +27,8 @@ from imgdit import compat
 from imgdit.attention.cache import LayerCache
 from imgdit.attention.grouped import grouped_attention
 from imgdit.attention.packed import PackedRows
-from imgdit.layout import FrameLayout, RowGroup, ranked
-from imgdit.lora.rows import AdapterRows, LoraPlan, feed_forward, linear
+from imgdit.layout import FrameLayout, RowGroup, on_device, ranked
+from imgdit.lora.rows import AdapterRows, LoraPlan, feed_forward, linear, lora_plan
 from imgdit.models.functional import apply_rope, gated_add, modulate
 
 
@@ -69,11 +69,34 @@ class BlockPlan(NamedTuple):
             group._replace(queries=tuple(slice(r.start, min(r.stop, rows)) for r in group.queries if r.start < rows))
             for group in self.groups or ()
         )
-        return plan._replace(groups=ranked([group for group in clipped if group.queries]) or None)
+        return plan._replace(groups=ranked(clipped) or None)
 
     def adapters(self, tensor: str) -> AdapterRows | None:
         """Adapter rows of one of `LoraPlan`'s tensors."""
         return None if self.lora is None else getattr(self.lora, tensor)
+
+
+def block_plans(layout: FrameLayout, device: torch.device, *, writes: bool) -> tuple[BlockPlan, BlockPlan]:
+    """What the blocks need to know about a layout, and the last single-stream one; kept on the layout.
+
+    Args:
+        device: of the tokens.
+        writes: whether a cache keeps the frozen frames' keys and values of this pass.
+    """
+
+    def build() -> tuple[BlockPlan, BlockPlan]:
+        plan = BlockPlan(
+            layout.text_lengths,
+            layout.lengths,
+            on_device(layout.groups, device),
+            on_device(layout.image_groups, device),
+            lora=lora_plan(layout),
+            frozen=layout.frozen_rows() if writes else (),
+            image_frozen=layout.frozen_rows(image_only=True) if writes else (),
+        )
+        return plan, plan.last(layout)
+
+    return layout.kept(("block plans", device, writes), build)
 
 
 def _heads(attn: Any, x: torch.Tensor, norm: nn.Module | None) -> torch.Tensor:

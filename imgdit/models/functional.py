@@ -75,7 +75,14 @@ def table_positions(pos_embed: Any, layout: FrameLayout) -> torch.Tensor:
         pos_embed: diffusers' `PatchEmbed` with its table `pos_embed` (1, side * side, dim). Places between the table's
             or outside of it are computed.
     """
-    table, side = pos_embed.pos_embed, pos_embed.pos_embed_max_size
+    table, side, base = pos_embed.pos_embed, pos_embed.pos_embed_max_size, pos_embed.base_size
+    device, dim = table.device, table.shape[-1]
+    where = layout.kept(("table places", side, base, dim, device), lambda: _places(layout, side, base, dim, device))
+    return where if where.is_floating_point() else table[0, where]
+
+
+def _places(layout: FrameLayout, side: int, base: int, dim: int, device: torch.device) -> torch.Tensor:
+    """Numbers (N,) of a layout's tokens in the table; their positions (N, dim) where these lie beside it."""
     places = []
     for i in layout.live:
         scene = [f for f, s in zip(layout.frames, layout.scenes) if s == layout.scenes[i]]
@@ -84,35 +91,37 @@ def table_positions(pos_embed: Any, layout: FrameLayout) -> torch.Tensor:
         places.append(layout.frames[i].ids()[:, 1:] + middle)
     place = torch.cat(places)  # (N, 2) rows and columns of the table
     if bool(((place.frac() == 0) & (place >= 0) & (place < side)).all()):
-        return table[0, (place[:, 0] * side + place[:, 1]).long()]
-    rows, columns = (place * pos_embed.base_size / side).unbind(1)
-    return sincos_positions(rows, columns, table.shape[-1])
+        return (place[:, 0] * side + place[:, 1]).long().to(device)
+    rows, columns = (place * base / side).unbind(1)
+    return sincos_positions(rows, columns, dim).to(device)
 
 
-def multiply_add(base: torch.Tensor, x: torch.Tensor, factor: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
-    """`base + x * factor`, each either tokens (B, N, D) or one vector per frame (B, F, D) broadcast over its tokens.
+def multiply_add(
+    base: torch.Tensor, x: torch.Tensor, factor: torch.Tensor, lengths: Sequence[int], *, per_frame: bool = False
+) -> torch.Tensor:
+    """`base + x * factor` of tokens x (B, N, D) and a factor per frame (B, F, D), broadcast over the frame's tokens.
 
     The vectors are never expanded to tokens: one frame broadcasts, equal frames fold into an axis, others go by slice.
+
+    Args:
+        base: (B, N, D); (B, F, D) if `per_frame`.
+        lengths: tokens of each frame.
     """
-    if len(lengths) == 1 or max(lengths) == 1:
+    if len(lengths) == 1 or max(lengths) == 1:  # a vector for everything, or each token's own
         return torch.addcmul(base, x, factor)
+    frames = len(lengths)
     if len(set(lengths)) == 1:
-        shaped = [
-            y[:, :, None] if y.shape[1] == len(lengths) else y.unflatten(1, (len(lengths), lengths[0]))
-            for y in (base, x, factor)
-        ]
-        return torch.addcmul(*shaped).flatten(1, 2)
-    parts = zip(*(_per_frame(y, lengths) for y in (base, x, factor)), strict=True)
+        tokens = (frames, lengths[0])
+        base = base[:, :, None] if per_frame else base.unflatten(1, tokens)
+        return torch.addcmul(base, x.unflatten(1, tokens), factor[:, :, None]).flatten(1, 2)
+    bases = base.split(1 if per_frame else list(lengths), dim=1)
+    parts = zip(bases, x.split(list(lengths), dim=1), factor.split(1, dim=1), strict=True)
     return torch.cat([torch.addcmul(*part) for part in parts], dim=1)
-
-
-def _per_frame(x: torch.Tensor, lengths: Sequence[int]) -> tuple[torch.Tensor, ...]:
-    return x.split(1, dim=1) if x.shape[1] == len(lengths) != sum(lengths) else x.split(list(lengths), dim=1)
 
 
 def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
     """adaLN: `x * (1 + scale) + shift` with one vector per frame (DiT, arXiv 2212.09748, section 3.2)."""
-    return multiply_add(shift, x, 1 + scale, lengths)
+    return multiply_add(shift, x, 1 + scale, lengths, per_frame=True)
 
 
 def gated_add(x: torch.Tensor, gate: torch.Tensor, update: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:

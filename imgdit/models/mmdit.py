@@ -34,15 +34,17 @@ from imgdit.attention.cache import KVCache
 from imgdit.attention.packed import PackedRows, packed_backend
 from imgdit.compat import Adapters, SafetensorsOnly, StepCaches
 from imgdit.frames import Frame
-from imgdit.layout import FrameLayout
+from imgdit.layout import FrameLayout, take_rows
 from imgdit.lora.rows import LoraPlan, linear, lora_plan, main_rows
 from imgdit.models import convert
-from imgdit.models.blocks import BlockPlan, MMDiTBlock, MMDiTSingleBlock, Modulation, adaptive_norm
+from imgdit.models.blocks import BlockPlan, MMDiTBlock, MMDiTSingleBlock, Modulation, adaptive_norm, block_plans
 from imgdit.models.functional import rope_table, table_positions
 from imgdit.models.validation import check_config, check_inputs
 from imgdit.mup import MupMixin
 
 _ONE_FRAME = FrameLayout.build([Frame((1, 1))], 1)
+_Pair = tuple[torch.Tensor, torch.Tensor]
+"""Of the frames, and of the texts."""
 
 
 class MMDiT(SafetensorsOnly, ModelMixin, ConfigMixin, Adapters, StepCaches, AttentionMixin, MupMixin):
@@ -236,13 +238,13 @@ class MMDiT(SafetensorsOnly, ModelMixin, ConfigMixin, Adapters, StepCaches, Atte
         encoder_hidden_states = linear(self.context_embedder, encoder_hidden_states, lora and lora.text, shared=True)
         text_length = encoder_hidden_states.shape[1]
         rope = self._rope(layout, img_ids, txt_ids, text_length, hidden_states.device)
-        plan = self._plan(layout, hidden_states, text_length, encoder_attention_mask, lora, cache)
+        plan, last = self._plans(layout, hidden_states, text_length, encoder_attention_mask, cache)
 
         for blocks in ("transformer_blocks", "single_transformer_blocks"):
             for i, block in enumerate(getattr(self, blocks)):
                 layer = None if cache is None else cache.layer(f"{blocks}.{i}")
-                if blocks.startswith("single") and layout is not None and i == self.config.num_single_layers - 1:
-                    plan = plan.last(layout)
+                if blocks == "single_transformer_blocks" and i == self.config.num_single_layers - 1:
+                    plan = last
                 if torch.is_grad_enabled() and self.gradient_checkpointing:
                     block = compat.checkpointed(self, block)
                 hidden_states, encoder_hidden_states = block(
@@ -266,46 +268,36 @@ class MMDiT(SafetensorsOnly, ModelMixin, ConfigMixin, Adapters, StepCaches, Atte
         layout: FrameLayout | None,
         timestep: torch.Tensor,
         *inputs: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Conditioning vectors of the frames (B, F, D) and of the texts (B, X, D): `time_text_embed` of frames.
-
-        The text has the noise level of the run, or of the noisiest frame of its scene where each has its own.
+    ) -> _Pair:
+        """Conditioning vectors of the frames (B, F, D) and of the texts (B, X, D): `time_text_embed` of frames. One
+        tensor twice where they are equal.
 
         Args:
             inputs: the pooled text; before it the guidance, for models with `guidance_embeds`.
         """
         *given, pooled = inputs
-        guidance = given[0] if given else None
         embed, scale = self.time_text_embed, self.config.timestep_scale
         pooled_emb = embed.text_embedder(pooled)  # (B or X, D)
-        layout = layout or _ONE_FRAME
-        scene = [layout.scenes[i] for i in layout.live]
+        layout = _ONE_FRAME if layout is None else layout
 
-        def embedding(embedder: nn.Module, values: torch.Tensor) -> torch.Tensor:
-            return embedder(embed.time_proj(values.flatten()).to(pooled.dtype)).unflatten(0, values.shape)
+        def vectors(embedder: nn.Module, values: torch.Tensor, held: list, scale: float) -> _Pair:
+            frames, texts = layout.segment_levels(values, held)  # (B, F), (B, X)
 
-        def vectors(embedder: nn.Module, values: torch.Tensor, scale: float, held: list) -> list[torch.Tensor]:
-            frames = layout.expand(values.float(), held)  # (B, F); bf16 would round 945 to 944 and turn cos(t) round
-            if len(scene) == 1 and (values.ndim == 2 or held[layout.live[0]] is None):
-                return [embedding(embedder, frames * scale)] * 2  # one text, one frame, one level
-            if values.ndim == 1:
-                texts = (values[None] if layout.is_packed else values[:, None]).float()
-            else:
-                members = [[f for f, s in enumerate(scene) if s == x] for x in range(layout.num_texts)]
-                texts = torch.stack([frames[:, of].amax(1) for of in members], dim=1)
-            return [embedding(embedder, frames * scale), embedding(embedder, texts * scale)]
+            def embedding(levels: torch.Tensor) -> torch.Tensor:
+                waves = embed.time_proj((levels * scale).flatten())
+                return embedder(waves.to(pooled.dtype)).unflatten(0, levels.shape)
+
+            of_frames = embedding(frames)
+            return of_frames, of_frames if texts is frames else embedding(texts)
 
         held = [None if f.sigma is None else f.sigma * 1000 / scale for f in layout.frames]
-        temb, context_temb = vectors(embed.timestep_embedder, timestep, scale, held)
-        if guidance is not None:
-            g, context_g = vectors(embed.guidance_embedder, guidance, 1000.0, [f.guidance for f in layout.frames])
-            shared = temb is context_temb and g is context_g
-            temb = temb + g
-            context_temb = temb if shared else context_temb + context_g
+        pair = vectors(embed.timestep_embedder, timestep, held, scale)
+        if given:
+            guidance = [f.guidance for f in layout.frames]
+            pair = _sums(pair, vectors(embed.guidance_embedder, given[0], guidance, 1000.0))
         if layout.is_packed:
-            return temb + pooled_emb[scene], context_temb + pooled_emb
-        shared, temb = temb is context_temb, temb + pooled_emb[:, None]
-        return temb, temb if shared else context_temb + pooled_emb[:, None]
+            return _sums(pair, (pooled_emb[layout.scenes_of_live(pooled.device)], pooled_emb))
+        return _sums(pair, (pooled_emb[:, None],) * 2)
 
     def _rope(
         self,
@@ -318,50 +310,50 @@ class MMDiT(SafetensorsOnly, ModelMixin, ConfigMixin, Adapters, StepCaches, Atte
         """Rotary table of the joint sequence; `None` for a model with sin-cos positions."""
         if self.config.pos_embed_type != "rope":
             return None
-        axes = self.config.axes_dims_rope
-        if layout is not None:
-            img_ids = layout.ids(device)
-        assert img_ids is not None  # check_inputs
-        if txt_ids is None:
-            txt_ids = torch.zeros(text_length, len(axes), device=device)
-        return rope_table(torch.cat([txt_ids, img_ids]).float(), axes, self.config.rope_theta)
+        axes, theta = self.config.axes_dims_rope, self.config.rope_theta
 
-    def _plan(
+        def table(image: torch.Tensor) -> torch.Tensor:
+            text = torch.zeros(text_length, len(axes), device=device) if txt_ids is None else txt_ids
+            return rope_table(torch.cat([text, image]).float(), axes, theta)
+
+        if layout is None:
+            assert img_ids is not None  # check_inputs
+            return table(img_ids)
+        if txt_ids is not None:
+            return table(layout.ids(device))
+        return layout.kept(("rope", tuple(axes), theta, device), lambda: table(layout.ids(device)))
+
+    def _plans(
         self,
         layout: FrameLayout | None,
         hidden_states: torch.Tensor,
         text_length: int,
         encoder_attention_mask: torch.Tensor | None,
-        lora: LoraPlan | None,
         cache: KVCache | None,
-    ) -> BlockPlan:
-        """What the blocks need to know, computed once per forward pass."""
+    ) -> tuple[BlockPlan, BlockPlan]:
+        """What the blocks need to know, and the last single-stream one."""
         key_mask = None
         if encoder_attention_mask is not None:
             image = encoder_attention_mask.new_ones(hidden_states.shape[:2], dtype=torch.bool)
             key_mask = torch.cat([encoder_attention_mask.bool(), image], dim=1)  # (B, S)
         if layout is None:
-            return BlockPlan((text_length,), (hidden_states.shape[1],), key_mask=key_mask)
-        packed = image_packed = None
-        if layout.is_packed and packed_backend(
-            hidden_states.unflatten(-1, (-1, self.config.attention_head_dim)), None
-        ):
-            packed = PackedRows.build(layout.groups, layout.text_length + layout.image_length, hidden_states.device)
-            if self.config.dual_attention_layers:
-                image_packed = PackedRows.build(layout.image_groups, layout.image_length, hidden_states.device)
+            return (BlockPlan((text_length,), (hidden_states.shape[1],), key_mask=key_mask),) * 2
         writes = cache is not None and cache.mode == "write"
-        return BlockPlan(
-            layout.text_lengths,
-            layout.lengths,
-            layout.groups,
-            layout.image_groups,
-            packed,
-            image_packed,
-            key_mask,
-            lora,
-            layout.frozen_rows() if writes else (),
-            layout.frozen_rows(image_only=True) if writes else (),
-        )
+        plan, last = block_plans(layout, hidden_states.device, writes=writes)
+        common: dict[str, Any] = {} if key_mask is None else {"key_mask": key_mask}
+        heads = hidden_states.unflatten(-1, (-1, self.config.attention_head_dim))
+        if layout.is_packed and packed_backend(heads, None):
+            common["packed"], common["image_packed"] = layout.kept(
+                ("packed", hidden_states.device), lambda: self._packed(layout, hidden_states.device)
+            )
+        return (plan._replace(**common), last._replace(**common)) if common else (plan, last)
+
+    def _packed(self, layout: FrameLayout, device: torch.device) -> tuple[PackedRows, PackedRows | None]:
+        """The joint sequence of a packed batch, and its image stream, each as one attention call."""
+        joint = PackedRows.build(layout.groups, layout.text_length + layout.image_length, device)
+        if not self.config.dual_attention_layers:
+            return joint, None
+        return joint, PackedRows.build(layout.image_groups, layout.image_length, device)
 
     def _read_out(
         self,
@@ -374,11 +366,10 @@ class MMDiT(SafetensorsOnly, ModelMixin, ConfigMixin, Adapters, StepCaches, Atte
         """Prediction of the frames being made: tokens, or a latent grid if one came in."""
         lengths: tuple[int, ...] = (hidden_states.shape[1],)
         if layout is not None:
-            made = [n for n, i in enumerate(layout.live) if not layout.frames[i].held]
-            if len(made) < len(layout.live):
-                hidden_states = torch.cat([hidden_states[:, rows] for rows in layout.predicted], dim=1)
-                temb = temb[:, made]
             lengths = layout.predicted_lengths
+            if len(lengths) < len(layout.live):
+                hidden_states = take_rows(hidden_states, layout.predicted)
+                temb = take_rows(temb, layout.predicted_frames)
         how = Modulation(lengths, lora and lora.made_vectors, shared=True)
         normed = adaptive_norm(self.norm_out, hidden_states, temb, how)
         out = linear(self.proj_out, normed, lora and lora.made, shared=True)
@@ -416,3 +407,9 @@ class MMDiT(SafetensorsOnly, ModelMixin, ConfigMixin, Adapters, StepCaches, Atte
     def max_grid(self) -> float:
         """Rows or columns of tokens a frame may have."""
         return math.inf if self.config.pos_embed_type == "rope" else self.config.pos_embed_max_size
+
+
+def _sums(a: _Pair, b: _Pair) -> _Pair:
+    """Sums of two pairs; one tensor twice stays one."""
+    of_frames = a[0] + b[0]
+    return of_frames, of_frames if a[0] is a[1] and b[0] is b[1] else a[1] + b[1]

@@ -28,7 +28,7 @@ from imgdit.attention.grouped import grouped_attention
 from imgdit.attention.softcap import softcap_attention
 from imgdit.compat import Adapters, SafetensorsOnly, StepCaches
 from imgdit.frames import Frame
-from imgdit.layout import FrameLayout, RowGroup
+from imgdit.layout import FrameLayout, RowGroup, on_device, ranked, take_rows
 from imgdit.models.functional import apply_rope, gated_add, multiply_add, pack, rope_table, unpack
 from imgdit.models.nextdit_validation import check_config, check_tokens, read_config
 from imgdit.models.validation import check_cache
@@ -88,7 +88,7 @@ class NextDiTBlockPlan(NamedTuple):
     asking: tuple[slice, ...] | None = None
     """Rows that ask and go on; the others are only seen. Rows of `groups`' queries and of `text_rows` count among
     these. `None`: all rows."""
-    vectors: tuple[int, ...] = ()
+    vectors: tuple[slice, ...] = ()
     """Condition vectors of the asking rows."""
     asking_lengths: tuple[int, ...] = ()
     """Asking rows that share a condition vector, one after another."""
@@ -121,7 +121,7 @@ def nextdit_attention(
     heads, repeats = attn.heads, attn.heads // attn.kv_heads
     asking, turns = hidden_states, image_rotary_emb
     if plan.asking is not None:
-        asking, turns = _take(hidden_states, plan.asking), _take(image_rotary_emb[None], plan.asking)[0]
+        asking, turns = take_rows(hidden_states, plan.asking), take_rows(image_rotary_emb[None], plan.asking)[0]
     query = apply_rope(attn.split(attn.q_norm(attn.wq(asking))), turns)  # (B, N, H, d)
     key = apply_rope(attn.split(attn.k_norm(attn.wk(hidden_states))), image_rotary_emb)  # (B, N, K, d)
     value = attn.split(attn.wv(hidden_states))
@@ -241,11 +241,6 @@ def _modulation(features: int, dim: int, vectors: int) -> nn.Sequential:
     return nn.Sequential(nn.SiLU(), nn.Linear(features, vectors * dim))
 
 
-def _take(x: torch.Tensor, rows: tuple[slice, ...]) -> torch.Tensor:
-    """Rows of (B, N, …), copied only where they are not one piece."""
-    return x[:, rows[0]] if len(rows) == 1 else torch.cat([x[:, r] for r in rows], dim=1)
-
-
 def _scaled(x: torch.Tensor, scale: torch.Tensor, lengths: tuple[int, ...]) -> torch.Tensor:
     """`x * (1 + scale)` with one vector per frame."""
     return multiply_add(x, x, scale, lengths)
@@ -294,8 +289,8 @@ class NextDiTBlock(nn.Module):
         attended = self.attention(normed, text, image_rotary_emb, plan=plan, cache=cache, text_pairs=text_pairs)
         lengths = plan.lengths
         if plan.asking is not None:
-            hidden_states, lengths = _take(hidden_states, plan.asking), plan.asking_lengths
-            gate, scale_mlp, gate_mlp = (x[:, list(plan.vectors)] for x in (gate, scale_mlp, gate_mlp))
+            hidden_states, lengths = take_rows(hidden_states, plan.asking), plan.asking_lengths
+            gate, scale_mlp, gate_mlp = (take_rows(x, plan.vectors) for x in (gate, scale_mlp, gate_mlp))
         hidden_states = gated_add(hidden_states, gate.tanh(), self.attention_norm2(attended), lengths)
         normed = _scaled(self.ffn_norm1(hidden_states), scale_mlp, lengths)
         update = self.ffn_norm2(self.feed_forward(normed))
@@ -482,7 +477,7 @@ class NextDiT(SafetensorsOnly, ModelMixin, ConfigMixin, Adapters, StepCaches, At
         rotation = self._rotation(layout, levels, scale_factor, scale_watershed)
         check_cache(layout, cache, hidden_states.shape[0], rotation)
         rope = self._rope(layout, rotation, hidden_states.device)
-        plan = self._plan(layout, levels, memory, hidden_states.dtype, cache)
+        plan, last = self._plans(layout, levels, memory, hidden_states.dtype, cache)
         hidden_states = self.x_embedder(self._channels_last(hidden_states))  # (B, N, D)
         for i, module in enumerate(self.layers):
             block: Any = module
@@ -491,7 +486,7 @@ class NextDiT(SafetensorsOnly, ModelMixin, ConfigMixin, Adapters, StepCaches, At
             layer = None if cache is None else cache.layer(f"layers.{i}")
             pairs = memory.pairs(i) if keep else None
             if i == len(self.layers) - 1:
-                plan = _ending(plan, layout)
+                plan = last
             hidden_states = block(hidden_states, memory.embeddings, temb, rope, plan, layer, pairs)
         sample = self._read_out(hidden_states, temb, plan)
         if grid is not None:
@@ -555,6 +550,8 @@ class NextDiT(SafetensorsOnly, ModelMixin, ConfigMixin, Adapters, StepCaches, At
     ) -> tuple[float, float]:
         if factor == 1.0:
             return 1.0, ROPE_THETA
+        if not 0.0 < watershed <= 1000.0:  # on one side of every level, which need not be read from the device
+            return (factor, ROPE_THETA) if watershed > 1000.0 else (1.0, ROPE_THETA * factor)
         frozen = [layout.frames[i].sigma for i in range(len(layout.frames)) if i not in layout.live]
         largest = max([float(levels.max()), *(1000.0 * sigma for sigma in frozen if sigma is not None)])
         return (factor, ROPE_THETA) if largest < watershed else (1.0, ROPE_THETA * factor)
@@ -563,36 +560,37 @@ class NextDiT(SafetensorsOnly, ModelMixin, ConfigMixin, Adapters, StepCaches, At
         """Rotations of the tokens, computed from their positions."""
         divisor, theta = rotation
         axes = (self.config.hidden_size // self.config.num_heads // 3,) * 3
-        return rope_table(layout.ids(device) / divisor, axes, theta)
+        return layout.kept(
+            ("rope of frames", axes, rotation, device), lambda: rope_table(layout.ids(device) / divisor, axes, theta)
+        )
 
-    def _plan(
+    def _plans(
         self,
         layout: FrameLayout,
         levels: torch.Tensor,
         memory: TextMemory,
         dtype: torch.dtype,
         cache: KVCache | None,
-    ) -> NextDiTBlockPlan:
-        """What the blocks need to know, computed once per forward pass."""
+    ) -> tuple[NextDiTBlockPlan, NextDiTBlockPlan]:
+        """What the blocks need to know, and the last one."""
         per_frame = levels.shape[1] == len(layout.live)
-        asks = [bool(layout.visible[layout.num_texts + i, 0]) for i in layout.live]
+        writes = cache is not None and cache.mode == "write"
         cap = self.config.attention_softcap
         if cap == "auto":
             cap = None if dtype == torch.float32 else SOFTCAP
-        return NextDiTBlockPlan(
-            lengths=layout.lengths if per_frame else (1,) * levels.shape[1],
-            groups=layout.image_groups,
-            frozen=layout.frozen_rows(image_only=True) if cache is not None and cache.mode == "write" else (),
-            text_rows=None if all(asks) else tuple(rows for rows, ask in zip(layout.rows, asks, strict=True) if ask),
-            text_mask=memory.mask,
-            softcap=cap,
+        plan, last = layout.kept(
+            ("NextDiT's plans", levels.device, per_frame, writes),
+            lambda: _frame_plans(layout, levels.device, per_frame=per_frame, writes=writes),
         )
+        if memory.mask is None and cap is None:
+            return plan, last
+        return plan._replace(text_mask=memory.mask, softcap=cap), last._replace(text_mask=memory.mask, softcap=cap)
 
     def _read_out(self, hidden_states: torch.Tensor, temb: torch.Tensor, plan: NextDiTBlockPlan) -> torch.Tensor:
         """Prediction (B, n, C*p*p) of what the last block gave, in the order of the tokens that came in."""
         lengths = plan.lengths
         if plan.asking is not None:
-            temb, lengths = temb[:, list(plan.vectors)], plan.asking_lengths
+            temb, lengths = take_rows(temb, plan.vectors), plan.asking_lengths
         patches = self.final_layer(hidden_states, temb, lengths)  # (B, n, p * p * C)
         return patches.unflatten(-1, (-1, self.config.in_channels)).transpose(-1, -2).flatten(-2)
 
@@ -629,6 +627,22 @@ def _levels(layout: FrameLayout, timestep: torch.Tensor) -> torch.Tensor:
     return layout.expand(timestep, [None if f.sigma is None else f.sigma * 1000 for f in layout.frames])
 
 
+def _frame_plans(
+    layout: FrameLayout, device: torch.device, *, per_frame: bool, writes: bool
+) -> tuple[NextDiTBlockPlan, NextDiTBlockPlan]:
+    """Plans of the blocks without mask and cap, and of the last one."""
+    asks = [0 in layout.sees[layout.num_texts + i] for i in layout.live]
+    plan = NextDiTBlockPlan(
+        lengths=layout.lengths if per_frame else (1,) * layout.image_length,
+        groups=on_device(layout.image_groups, device),
+        frozen=layout.frozen_rows(image_only=True) if writes else (),
+        text_rows=None if all(asks) else tuple(rows for rows, ask in zip(layout.rows, asks, strict=True) if ask),
+        text_mask=None,
+        softcap=None,
+    )
+    return plan, _ending(plan, layout)
+
+
 def _ending(plan: NextDiTBlockPlan, layout: FrameLayout) -> NextDiTBlockPlan:
     """The plan of the last block: nothing reads what becomes of the held frames, so only the others ask."""
     made = [n for n, i in enumerate(layout.live) if not layout.frames[i].held]
@@ -644,14 +658,13 @@ def _ending(plan: NextDiTBlockPlan, layout: FrameLayout) -> NextDiTBlockPlan:
         return tuple(new for old, new in places if any(r.start <= old.start < r.stop for r in rows))
 
     groups = (group._replace(queries=among(group.queries)) for group in plan.groups)
-    tokens = [i for old, _ in places for i in range(old.start, old.stop)]
     per_frame = len(plan.lengths) == len(layout.live)
     return plan._replace(
-        groups=tuple(group for group in groups if group.queries),
+        groups=ranked(groups),
         text_rows=None if plan.text_rows is None else among(plan.text_rows),
         asking=layout.predicted,
-        vectors=tuple(made if per_frame else tokens),
-        asking_lengths=layout.predicted_lengths if per_frame else (1,) * len(tokens),
+        vectors=layout.predicted_frames if per_frame else layout.predicted,
+        asking_lengths=layout.predicted_lengths if per_frame else (1,) * sum(layout.predicted_lengths),
     )
 
 

@@ -21,6 +21,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from imgdit.kernels import is_linear
+
 KEPT = ("x_embedder", "pos_embed", "context_embedder", "time_text_embed", "norm_out")
 """Layers at the model's edges, which are small and where rounding is seen most."""
 KINDS = {
@@ -74,7 +76,7 @@ def load_options(kind: str, dtype: torch.dtype, asked: str | None = None) -> dic
 def quantize_rows(model: nn.Module) -> None:
     """Replace a model's linear layers by `Int8Linear`, one after the other; on the meta device by their shapes."""
     for name, module in list(model.named_modules()):
-        if type(module) is nn.Linear and name.partition(".")[0] not in KEPT:
+        if is_linear(module) and name.partition(".")[0] not in KEPT:
             owner, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(owner), leaf, Int8Linear(module))
     for parameter in model.parameters():  # what is left of a mapped file would keep all of it in memory

@@ -17,7 +17,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteSchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
 
-from imgdit.layout import FrameLayout
+from imgdit.layout import FrameLayout, put_rows, take_rows
 
 
 def linear_sigmas(num_inference_steps: int) -> list[float]:
@@ -61,8 +61,14 @@ def mix(data: torch.Tensor, noise: torch.Tensor, sigmas: torch.Tensor, lengths: 
             f"for data of shape {tuple(data.shape)} sigmas must be ({data.shape[0]}, {len(lengths)}) and lengths add "
             f"up to {data.shape[1]}; got sigmas of shape {tuple(sigmas.shape)} and frames of {tuple(lengths)} tokens"
         )
-    per_token = sigmas.repeat_interleave(torch.tensor(lengths, device=sigmas.device), dim=1)[..., None].to(data)
+    per_token = _per_token(sigmas, lengths)[..., None].to(data)
     return (1.0 - per_token) * data + per_token * noise
+
+
+def _per_token(levels: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+    """Levels (B, F) of frames as levels (B, N) of their tokens."""
+    parts = (levels[:, n : n + 1].expand(-1, length) for n, length in enumerate(lengths))
+    return torch.cat(list(parts), dim=1)
 
 
 def velocity(data: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
@@ -120,7 +126,7 @@ class MultiFrameFlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
             return super().step(model_output, timestep, sample, *options, None, return_dict)
         if per_token_timesteps is not None:
             raise ValueError("give noise levels per frame (frame_timesteps) or per token, not both")
-        made = torch.cat([sample[:, rows] for rows in layout.predicted], dim=1)
+        made = take_rows(sample, layout.predicted)
         if model_output.shape != made.shape:
             raise ValueError(
                 f"model_output must be {tuple(made.shape)}, the tokens of the frames being made; "
@@ -130,10 +136,7 @@ class MultiFrameFlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
             (moved,) = super().step(model_output, timestep, made, *options, None, return_dict=False)
         else:
             moved = self._step_frames(model_output, timestep, made, options, layout, frame_timesteps)
-        lengths = [rows.stop - rows.start for rows in layout.predicted]
-        prev_sample = sample.to(moved.dtype, copy=True)
-        for rows, part in zip(layout.predicted, moved.split(lengths, dim=1)):
-            prev_sample[:, rows] = part
+        prev_sample = put_rows(sample, layout.predicted, moved)
         return FlowMatchEulerDiscreteSchedulerOutput(prev_sample=prev_sample) if return_dict else (prev_sample,)
 
     def _step_cells(
@@ -167,9 +170,8 @@ class MultiFrameFlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
         layout: FrameLayout,
         frame_timesteps: torch.Tensor,
     ) -> torch.Tensor:
-        frames = [n for n, i in enumerate(layout.live) if not layout.frames[i].held]
-        lengths = torch.tensor(layout.predicted_lengths, device=frame_timesteps.device)
-        per_token = layout.expand(frame_timesteps)[:, frames].repeat_interleave(lengths, dim=1)
+        per_frame = take_rows(layout.expand(frame_timesteps), layout.predicted_frames)
+        per_token = _per_token(per_frame, layout.predicted_lengths)
         # The parent's branch for per-token levels has dt = current - next, the opposite sign of its ordinary step.
         sign = 1 if self.config.stochastic_sampling else -1
         (moved,) = super().step(sign * model_output, timestep, made, *options, per_token, return_dict=False)

@@ -121,7 +121,7 @@ def test_cached_rows_equal_computed_ones(layout, through_packed):
     expected = dense(q, k, v, layout.dense_mask())
     cache = KVCache()
     assert cache.layer("block").exchange("attn", k, v, layout.frozen_rows()) is None
-    cache.mode = "read"
+    cache.freeze()
     stored = cache.layer("block").exchange("attn", k, v, ())
     read = layout.without_frozen()
     if not read.live:
@@ -166,7 +166,7 @@ def test_xformers_without_cuda_says_so():
 
 def test_reading_an_unwritten_cache_says_so():
     cache = KVCache()
-    cache.mode = "read"
+    cache.freeze()
     with pytest.raises(ValueError, match="holds nothing for block; run one step with mode='write' first"):
         cache.layer("block")
 
@@ -175,9 +175,9 @@ def test_cleared_cache_writes_again():
     cache = KVCache()
     _, k, v = qkv(1, 4)
     cache.layer("block").exchange("attn", k, v, (slice(0, 2),))
-    cache.mode = "read"
+    cache.freeze()
     cache.clear()
     assert cache.mode == "write"
-    cache.mode = "read"
+    cache.freeze()
     with pytest.raises(ValueError, match="holds nothing"):
         cache.layer("block")

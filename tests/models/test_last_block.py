@@ -44,6 +44,7 @@ def test_the_same_prediction_and_gradients_for_less(name, fused, monkeypatch):
     got, gradients = predict(model, layout)
     work = flops_of(lambda: model(**inputs(layout)))
     monkeypatch.setattr(BlockPlan, "last", lambda self, layout: self)
+    layout = FrameLayout.build(LAYOUTS[name], 5)
     expected, all_gradients = predict(model, layout)
     torch.testing.assert_close(got, expected)
     assert len(gradients) == len(all_gradients)

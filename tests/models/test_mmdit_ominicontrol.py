@@ -98,7 +98,7 @@ def test_cached_conditions_equal_computed_ones(name, tensors):
         computed = model(**kwargs).sample
         other = {**kwargs, "timestep": kwargs["timestep"] * 0.3}
         model(**other, cache=cache)
-        cache.mode = "read"
+        cache.freeze()
         kwargs["layout"] = layout.without_frozen()
         kwargs["hidden_states"] = kwargs["hidden_states"][:, : layout.lengths[0]]
         out = model(**kwargs, cache=cache).sample

@@ -139,7 +139,7 @@ def test_cached_equals_uncached(name, given_frames, batch, seed):
     kwargs = inputs(model, layout, batch, seed)
     cache = KVCache()
     torch.testing.assert_close(run(model, **kwargs, cache=cache), run(model, **kwargs), atol=0, rtol=0)
-    cache.mode = "read"
+    cache.freeze()
     kwargs["timestep"] = kwargs["timestep"] * 0.5
     kwargs["hidden_states"][:, :4] += 1
     expected = run(model, **kwargs)

@@ -187,10 +187,10 @@ def test_a_cache_of_something_else():
     rest, cache = WITH_FROZEN.without_frozen(), KVCache()
     with pytest.raises(ValueError, match="leaves its frozen frames to a key/value cache; pass the cache="):
         run(rest)
-    with pytest.raises(ValueError, match="whose mode is 'write'; run one step with all frames first"):
+    with pytest.raises(ValueError, match="still written; run one step with all frames first"):
         run(rest, cache=cache)
     run(WITH_FROZEN, cache=cache)
-    cache.mode = "read"
+    cache.freeze()
     run(rest, cache=cache)
     with pytest.raises(ValueError, match="holds 4 tokens of batch 2, this call reads 4 of batch 3; call clear"):
         run(rest, batch=3, cache=cache)

@@ -125,7 +125,7 @@ def test_frozen_frames_are_read_from_a_cache(model, scene, cap):
     try:
         first = predict(tokens, 900.0, whole, cache=cache)
         assert near(first, predict(tokens, 900.0, whole))
-        cache.mode = "read"
+        cache.freeze()
         rest = whole.without_frozen()
         assert near(predict(tokens[:, :12], 300.0, rest, cache=cache), predict(tokens, 300.0, whole))
         # It is its own world: the frame being made does not reach it, nor does the text reach its tokens.
@@ -147,13 +147,13 @@ def test_a_cache_is_of_one_rotation_of_the_positions(model, scene):
 
     assert not near(predict(tokens, 699.0, whole), predict(tokens, 701.0, whole))
     predict(tokens, 900.0, whole, cache=cache)
-    cache.mode = "read"
+    cache.freeze()
     assert near(predict(tokens[:, :12], 800.0, rest, cache=cache), predict(tokens, 800.0, whole))
     with pytest.raises(ValueError, match=r"crossed scale_watershed\. Call clear\(\)"):
         predict(tokens[:, :12], 600.0, rest, cache=cache)
     cache.clear()
     predict(tokens, 650.0, whole, cache=cache)
-    cache.mode = "read"
+    cache.freeze()
     assert near(predict(tokens[:, :12], 600.0, rest, cache=cache), predict(tokens, 600.0, whole))
 
 
@@ -168,7 +168,7 @@ def test_a_noisy_frozen_frame_counts_for_the_rotation(model, scene):
         return model(x, text, None, t, encoder_attention_mask=mask, layout=layout, **options, **scaled).sample
 
     predict(tokens, 950.0, whole, cache=cache)
-    cache.mode = "read"
+    cache.freeze()
     got = predict(tokens[:, :12], 300.0, whole.without_frozen(), cache=cache)
     assert near(got, predict(tokens, 300.0, whole))
 

@@ -163,7 +163,7 @@ def any_comparisons(*, rounds: int = 9, model: NextDiT | None = None) -> Iterato
         with torch.no_grad():  # the first step of a run
             model(tokens, memory, None, timestep, layout=layout, cache=cache)
         if cache is not None:
-            cache.mode = "read"
+            cache.freeze()
         rest = layout.without_frozen()
         live = tokens[:, : rest.image_length]
         row = compare(

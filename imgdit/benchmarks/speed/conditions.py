@@ -13,6 +13,7 @@ from peft import LoraConfig
 from imgdit.adapters.condition import Condition
 from imgdit.adapters.omni_control import OmniControl
 from imgdit.benchmarks.speed.timing import SIDE, compare, flops_of, gemm_peak, medium_flux
+from imgdit.kernels import prefer_onednn
 from imgdit.lora.config import OMINICONTROL_TARGETS
 from imgdit.lora.files import activate
 from imgdit.models.mmdit import MMDiT
@@ -45,6 +46,7 @@ def condition_costs(
     """Steps of a medium FLUX (4 double, 8 single blocks, width 768; 256 image and 64 text tokens, 256 a condition)."""
     plain, inputs = medium_flux(device, dtype)
     blocks = MMDiT.from_diffusers(plain)  # conditions run through its block functions
+    prefer_onednn(blocks)
     model = copy.deepcopy(plain)
     for name in ("first", "second"):
         model.add_adapter(LoraConfig(r=rank, target_modules=TARGETS, init_lora_weights=False), name)

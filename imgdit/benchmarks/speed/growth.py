@@ -17,6 +17,7 @@ import torch
 
 from imgdit.benchmarks.speed.timing import peak_memory, timed
 from imgdit.frames import Frame
+from imgdit.kernels import prefer_onednn
 from imgdit.layout import FrameLayout
 from imgdit.models.mmdit import MMDiT
 from imgdit.mup.cost import ACTIVATION_BYTES, model_cost
@@ -126,6 +127,7 @@ def plot(points: Sequence[Point], path: str | Path) -> Path:
 
 def _point(work: Work, axis: str, value: int, rounds: int, device: torch.device, dtype: torch.dtype) -> Point:
     model = _model(value if axis == "width" else WIDTH).to(device, dtype)
+    prefer_onednn(model)
     batch = value if axis == "batch" else 1
     frames = _frames(axis, value)
     layout = FrameLayout.build(frames, TEXT)

@@ -19,6 +19,7 @@ from imgdit.attention.cache import KVCache
 from imgdit.benchmarks.speed.conditions import TARGETS
 from imgdit.benchmarks.speed.timing import compare, flops_of, gemm_peak
 from imgdit.frames import Frame
+from imgdit.kernels import prefer_onednn
 from imgdit.layout import FrameLayout
 from imgdit.lora.files import activate
 from imgdit.models.mmdit import MMDiT
@@ -154,6 +155,7 @@ def _works(model: MMDiT, size: Size, device: Any, dtype: torch.dtype) -> Iterato
     model.add_adapter(config, "condition")
     model.to(device, dtype)
     activate(model, [])
+    prefer_onednn(model)
     prepare_model_for_compiled_hotswap(model)  # scales as tensors: a number would be compiled in
     for conditions in (0, 1, 2):
         for sees in ("joint", "self") if conditions else ("joint",):
@@ -169,7 +171,7 @@ def _works(model: MMDiT, size: Size, device: Any, dtype: torch.dtype) -> Iterato
                 cache = KVCache()
                 with torch.no_grad():
                     model(**inputs, layout=layout, cache=cache)
-                cache.mode = "read"
+                cache.freeze()
                 layout = layout.without_frozen()
                 inputs |= {"hidden_states": inputs["hidden_states"][:, : layout.image_length], "cache": cache}
             inputs["layout"] = layout

@@ -9,6 +9,7 @@ import torch
 
 from imgdit.benchmarks.speed.timing import Comparison, compare
 from imgdit.frames import Frame
+from imgdit.kernels import prefer_onednn
 from imgdit.layout import FrameLayout
 from imgdit.models.blocks import BlockPlan, MMDiTBlock
 from imgdit.sae.calls import DenoiserCall
@@ -86,6 +87,7 @@ def hook_comparisons(*, rounds: int = 15, device: torch.device | str = "cpu") ->
     """
     torch.manual_seed(0)
     block = MMDiTBlock(WIDTH, WIDTH // 64, 4.0, qk_norm=True, dual_attention=False, context_pre_only=False).to(device)
+    prefer_onednn(block)
     image = torch.randn(2, TOKENS, WIDTH, device=device)
     text, vector = torch.randn(2, TEXT, WIDTH, device=device), torch.randn(2, 1, WIDTH, device=device)
     layout = FrameLayout.build([Frame((16, 16))], TEXT)

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from imgdit import compat
 from imgdit.frames import Frame
-from imgdit.kernels import onednn_is_faster
+from imgdit.kernels import onednn_is_faster, prefer_onednn
 from imgdit.layout import FrameLayout
 from imgdit.models.mmdit import MMDiT
 
@@ -169,6 +169,7 @@ def forward_comparisons(
     to: dict[str, Any] = {"device": device, "dtype": dtype}
     flux, inputs = medium_flux(device, dtype)
     ours = MMDiT.from_diffusers(flux)
+    prefer_onednn(ours)
     yield compare(
         "MMDiT forward, 4 double + 8 single blocks",
         "FluxTransformer2DModel",
@@ -191,6 +192,7 @@ def forward_comparisons(
     )
     sd3 = sd3.to(**to).eval()
     ours_sd3 = MMDiT.from_diffusers(sd3)
+    prefer_onednn(ours_sd3)
     grid = {
         "hidden_states": torch.randn(1, 16, 2 * SIDE, 2 * SIDE, **to),
         "timestep": torch.rand(1, **to) * 1000,
@@ -219,6 +221,7 @@ def mixed_noise_comparison(
     """Two frames at their own noise levels against one frame of as many tokens. They compute different things."""
     flux, inputs = medium_flux(device, dtype)
     model = MMDiT.from_diffusers(flux)
+    prefer_onednn(model)
     two, one = (_frames_call(model, inputs, frames) for frames in (_HALVES, [Frame((SIDE, SIDE))]))
     row = compare(
         "two frames at mixed noise levels", "one frame of as many tokens", two, one, rounds=rounds, device=device
@@ -248,6 +251,7 @@ def packing_comparison(model: MMDiT, *, rounds: int = 9, device: torch.device | 
     The padded batch takes no mask, as if attention to padding cost nothing to leave out; so results differ.
     """
     generator = torch.Generator().manual_seed(0)
+    prefer_onednn(model)
     text_length, grid, config = 20, (8, 8), model.config
     to = {"device": device, "dtype": model.dtype}
 
