@@ -480,8 +480,8 @@ class OneDiffusionPipeline(ImgDiTPipeline):
         return cells.unflatten(0, (-1, made))
 
     def _rotation(self, run: _FramesRun, level: float) -> tuple[float, float] | None:
-        """`NextDiT.rotation` of a step, by its timestep as a number; `None` for a model that has no such choice."""
-        if not self.follows_reference:
+        """`NextDiT.rotation` of a step, by its timestep as a number; `None` where it is the same in all."""
+        if run.options.get("scale_factor", 1.0) == 1.0:
             return None
         timestep = torch.tensor([level]) / self.transformer.config.timestep_scale
         scaling = run.options["scale_factor"], run.options["scale_watershed"]

@@ -1,8 +1,11 @@
+import dataclasses
+
 import pytest
 import torch
 
 from imgdit import Frame, FrameLayout
-from imgdit.layout import RowGroup
+from imgdit.compat import FakeTensorMode
+from imgdit.layout import RowGroup, put_rows, take_rows
 
 
 def test_ids_of_a_plain_frame_are_fluxs():
@@ -105,3 +108,48 @@ def test_packed_scenes_do_not_see_each_other():
 def test_bad_input(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_texts_have_the_noisiest_level_of_their_frames():
+    held = [None, 0.0, None]
+    layout = FrameLayout.build([Frame((1, 1)), Frame((1, 1), sigma=0.0), Frame((1, 1))], 1)
+    frames, texts = layout.segment_levels(torch.tensor([0.5, 0.25]), held)
+    assert frames.tolist() == [[0.5, 0.0, 0.5], [0.25, 0.0, 0.25]] and texts.tolist() == [[0.5], [0.25]]
+    frames, texts = layout.segment_levels(torch.tensor([[0.1, 0.9, 0.2]], dtype=torch.bfloat16), held)
+    assert frames.dtype == torch.float32 and texts.tolist() == [[frames.max().item()]]
+    alone = FrameLayout.build([Frame((1, 1))], 1)
+    assert len({id(levels) for levels in alone.segment_levels(torch.tensor([0.5]), [None])}) == 1
+    packed = FrameLayout.pack([layout, alone])
+    frames, texts = packed.segment_levels(torch.tensor([0.5, 0.25]), [*held, None])
+    assert frames.tolist() == [[0.5, 0.0, 0.5, 0.25]] and texts.tolist() == [[0.5, 0.25]]
+    frames, texts = packed.segment_levels(torch.tensor([[0.5, 0.75, 0.25, 0.125]]), [*held, None])
+    assert texts.tolist() == [[0.75, 0.125]]
+
+
+def test_what_follows_from_a_layout_is_built_once():
+    layout, built = FrameLayout.build([Frame((1, 2))], 1), []
+
+    def ones(dtype=torch.float32):
+        return layout.kept(("ones", dtype), lambda: built.append(dtype) or torch.ones(2, dtype=dtype))
+
+    assert ones() is ones() and ones(torch.float64).dtype == torch.float64 and built == [torch.float32, torch.float64]
+    with torch.inference_mode():
+        assert ones() is ones() and ones().is_inference()
+    assert not ones().is_inference(), "a tensor of inference mode would end in a training step"
+    with FakeTensorMode():
+        assert ones(torch.int8) is not ones(torch.int8), "a tensor without memory would end in a real step"
+    assert type(ones(torch.int8)) is torch.Tensor
+    for number in range(100):
+        layout.kept(number, lambda: torch.ones(2))
+    assert len(layout._kept) <= 32
+    other = dataclasses.replace(layout, text_lengths=(2,))
+    assert not other._kept and other.groups != layout.groups
+
+
+def test_rows_are_taken_and_put_back():
+    x, rows = torch.arange(12.0).view(2, 6), (slice(0, 1), slice(3, 5))
+    taken = take_rows(x, rows)
+    assert taken.tolist() == [[0, 3, 4], [6, 9, 10]] and take_rows(x, rows[1:]).tolist() == [[3, 4], [9, 10]]
+    assert torch.equal(put_rows(x, rows, taken), x)
+    changed = put_rows(x, rows, (taken + 1).double())
+    assert changed.dtype == torch.float64 and changed[0].tolist() == [1, 1, 2, 4, 5, 5] and x[0, 0] == 0

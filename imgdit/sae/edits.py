@@ -38,8 +38,8 @@ class ChosenFeatures:
 
     Args:
         sae: it may lie on another device.
-        features: (m,) latents, each once, on the device of the activations.
-        thresholds: (m,) on that device: only activations above count.
+        features: (m,) latents, each once, on any device.
+        thresholds: (m,) on the device of the activations: only activations above count.
         whole: copies of the SAE that others use too; its own by default.
     """
 
@@ -50,8 +50,8 @@ class ChosenFeatures:
         thresholds: torch.Tensor,
         whole: DeviceCopies | None = None,
     ) -> None:
-        self.sae, self.features, self.whole = sae, features, whole or DeviceCopies(sae)
-        device, rows = features.device, features.to(sae.W_dec.device)
+        device, rows = thresholds.device, features.to(sae.W_dec.device)
+        self.sae, self.features, self.whole = sae, features.to(device), whole or DeviceCopies(sae)
         self.weight = sae.encoder.weight[rows].to(device)  # (m, d)
         shift = 0 if sae.config.transcode else self.weight @ sae.b_dec.to(device)
         self.bias = sae.encoder.bias[rows].to(device) - shift
@@ -87,7 +87,7 @@ class ChosenFeatures:
         scores = sae.scores(x)
         pattern = sae.active(scores)
         active = torch.zeros_like(scores, dtype=torch.bool)
-        active.view(-1)[pattern.rows * pattern.num_latents + pattern.indices] = True
+        active.view(-1).index_fill_(0, pattern.rows * pattern.num_latents + pattern.indices, True)
         mine = scores[:, self.features]
         return torch.where(active[:, self.features] & (mine > self.thresholds), mine, 0.0)
 

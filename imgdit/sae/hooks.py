@@ -23,7 +23,7 @@ from diffusers.models.attention_processor import Attention
 from imgdit import compat
 from imgdit.family import TEXT_PARTS, Grid, find_family
 from imgdit.naming import nearest_of_many
-from imgdit.sae.calls import DenoiserCall, bind, describe_call, family_of
+from imgdit.sae.calls import DenoiserCall, Measured, bind, describe_call, family_of
 from imgdit.sae.streams import Site, Tokens
 
 Function = Callable[[Tokens], torch.Tensor | None]
@@ -171,12 +171,13 @@ class _CallHook(compat.CallNameHook):
         super().__init__()
         self.pipe, self.denoiser, self.after_call = pipe, denoiser, after_call
         self.call: DenoiserCall | None = None
+        self.measured = Measured()
         self.waiting: dict[str, torch.nn.Module] = {}
         """Hookpoints that were not called yet."""
 
     def pre_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple, dict[str, Any]]:
         arguments = bind(self.denoiser, args, kwargs)
-        self.call = describe_call(self.pipe, self.denoiser, arguments, self.call_name)
+        self.call = describe_call(self.pipe, self.denoiser, arguments, self.call_name, self.measured)
         return args, kwargs
 
     def post_forward(self, module: torch.nn.Module, output: Any) -> Any:

@@ -266,20 +266,21 @@ def _requests(concepts: Sequence[Any]) -> list[list[str]]:
 
 
 class _Finite:
-    """Asks once per call of the denoiser whether what was read was finite: asking at every hook would wait for the
-    device each time."""
+    """Asks once per call of the denoiser whether what all hooks read was finite: asking at each of them would wait for
+    the device each time."""
 
     def __init__(self, interventions: Sequence[Intervention]) -> None:
         self.interventions = interventions
 
     def __call__(self, call: DenoiserCall) -> None:
+        finite = [torch.isfinite(one.sums) for one in self.interventions if one.sums is not None]
         for intervention in self.interventions:
-            if intervention.sums is not None and not bool(torch.isfinite(intervention.sums)):
-                raise ValueError(
-                    f"the activations that the SAE reads are NaN or infinite at timestep {call.timestep:g}; the model "
-                    "overflowed (try another dtype), or its weights are damaged"
-                )
             intervention.sums = None
+        if finite and not bool(torch.stack([one.to(finite[0].device) for one in finite]).all()):
+            raise ValueError(
+                f"the activations that the SAE reads are NaN or infinite at timestep {call.timestep:g}; the model "
+                "overflowed (try another dtype), or its weights are damaged"
+            )
 
 
 class _Plan(NamedTuple):
@@ -397,12 +398,18 @@ class Intervention:
         # A feature's threshold is a property of the statistics, the same for all requests.
         thresholds = {f: threshold for entries in merged for f, (_, threshold, _) in entries.items()}
         nothing = (1.0, 0.0, 0)
-        factors = torch.tensor([[e.get(f, nothing)[0] for f in features] for e in merged], dtype=dtype, device=device)
+
+        def put(values: list, dtype: torch.dtype) -> torch.Tensor:
+            return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)  # blocking, it would wait
+
+        factors = put([[e.get(f, nothing)[0] for f in features] for e in merged], dtype)
         chosen = ChosenFeatures(
             self.sae,
-            torch.tensor(features, dtype=torch.long, device=device),
-            torch.tensor([thresholds[f] for f in features], dtype=dtype, device=device),
+            torch.tensor(features, dtype=torch.long),
+            put([thresholds[f] for f in features], dtype),
             self.whole,
         )
-        concept = torch.tensor([[e.get(f, nothing)[2] for f in features] for e in merged], device=device)
-        return _Plan(chosen, factors if len(merged) > 1 else factors[0], concept, fills.to(device, dtype))
+        concept = put([[e.get(f, nothing)[2] for f in features] for e in merged], torch.long)
+        return _Plan(
+            chosen, factors if len(merged) > 1 else factors[0], concept, fills.to(device, dtype, non_blocking=True)
+        )
