@@ -22,7 +22,7 @@ from imgdit import compat
 from imgdit.adapters.pairing import COPIES, Pairing
 from imgdit.adapters.prepare import blocks_of, refuse_processors
 from imgdit.families.step import Step
-from imgdit.family import Block, Call, Conditions, Edge, Family
+from imgdit.family import Block, Call, Conditions, Edge, Family, MeasuredPlaces
 from imgdit.frames import Frame
 from imgdit.models.functional import unpack
 
@@ -122,7 +122,7 @@ class ModelInputHook(ConditionHook):
         self.patch = family.tokens.patch(model, control.pipe.vae)
         self.passing = passing
         self.signature = inspect.signature(type(model).forward)
-        self._measured: tuple[tuple, tuple[int, int]] | None = None
+        self._measured = MeasuredPlaces()
 
     def new_forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
         run = self.control.run
@@ -237,12 +237,9 @@ class ModelInputHook(ConditionHook):
 
     def _grid(self, module: Any, given: Mapping[str, Any]) -> tuple[int, int]:
         """Rows and columns of tokens of the image that is generated; reference images beside it do not count."""
-        places, measured = self._places(given), self._measured
-        if measured is None or not places or any(a is not b for a, b in zip(measured[0], places, strict=True)):
-            found = self.family.places(module, given)
-            assert found is not None
-            self._measured = measured = (places, found[0][1])
-        return measured[1]
+        places = self._measured.of(self.family, module, given)
+        assert places is not None
+        return places[0][1]
 
     def _sigma(self, module: Any, given: Mapping[str, Any]) -> torch.Tensor:
         if self.conditions.sigma is None:

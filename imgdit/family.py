@@ -235,6 +235,31 @@ class Family:
     """`imgdit.mup.Structure`: the role of every parameter; `None`: not known."""
 
 
+class MeasuredPlaces:
+    """`Family.places` of the calls of a run. Those that are read from position ids wait for the device, and a pipeline
+    passes the same ids in every step."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[int, ...], tuple[tuple, Sequence[tuple[slice, Grid]] | None]] = {}
+
+    def of(self, family: Family, model: Any, arguments: Arguments) -> Sequence[tuple[slice, Grid]] | None:
+        """Rows and grids of the images in a call."""
+        names = () if family.conditions is None else family.conditions.position_arguments
+        given = tuple(arguments.get(name) for name in names)
+        if all(one is None for one in given):
+            return family.places(model, arguments)
+        key = tuple(map(id, given))
+        found = self._known.get(key)
+        if found is None:
+            if len(self._known) >= 8:
+                self._known.clear()
+            found = self._known[key] = (
+                given,
+                family.places(model, arguments),
+            )  # holding them, so that ids stay theirs
+        return found[1]
+
+
 _REGISTERED: dict[str, Family] = {}
 
 

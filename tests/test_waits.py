@@ -55,7 +55,7 @@ USES = {
     },
     "image guidance": {"conditions": [condition()], "mode": "independent", "image_guidance_scale": 1.5},
     "completed": {"conditions": [condition(mask=HALF, complement=True)], "guidance_scale": 3.0},
-    "in some steps": {"conditions": [condition(start=0.25, end=0.75)]},
+    "in some steps": {"conditions": [condition(end=0.6)]},
 }
 
 
@@ -89,7 +89,7 @@ HOOKED = {
     "weak": (condition(strength=0.5), {}, 0),
     "cached": (condition(), {"mode": "independent"}, 0),
     "completed": (condition(mask=HALF, complement=True), {}, 0),
-    "in some steps": (condition(start=0.25, end=0.75), {}, 1),  # the timestep, to know that it is the scheduler's
+    "in some steps": (condition(end=0.6), {}, 1),  # the timestep, to know that it is the scheduler's
 }
 
 

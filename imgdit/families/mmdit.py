@@ -7,6 +7,7 @@ from typing import Any
 
 from imgdit.families.step import grid_of_ids, one_image, packed_tokens, places_of_planes, timestep_of_config
 from imgdit.family import Arguments, Family, Grid, LoraNames, PromptEncoding
+from imgdit.layout import take_rows
 from imgdit.mup.structure import Structure
 
 
@@ -25,7 +26,7 @@ def timestep_of_layout(model: Any, arguments: Arguments) -> float:
     """That of the frames that are generated, where each frame has its own."""
     timestep, layout = arguments["timestep"], arguments.get("layout")
     if layout is not None and getattr(timestep, "ndim", 0) == 2:
-        timestep = timestep[:, [n for n, i in enumerate(layout.live) if not layout.frames[i].held]]
+        timestep = take_rows(timestep, layout.predicted_frames)
     return timestep_of_config(model, {"timestep": timestep})
 
 

@@ -9,13 +9,12 @@ B batch, P images, N image tokens.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 from imgdit import compat
-from imgdit.family import Family, Grid, find_family, known_classes
+from imgdit.family import Family, Grid, MeasuredPlaces, find_family, known_classes
 
 
 class DenoiserCall(NamedTuple):
@@ -44,25 +43,6 @@ class DenoiserCall(NamedTuple):
         return self.batch // (self.parts or (1 if None in (self.conditional, self.unconditional) else 2))
 
 
-class Measured:
-    """Where the images lay in the last call: a pipeline passes the same position ids in every step, and reading them
-    waits for the device."""
-
-    def __init__(self) -> None:
-        self._of: tuple[Any, ...] = ()
-        self._places: Sequence[tuple[slice, Grid]] | None = None
-
-    def places(
-        self, family: Family, denoiser: torch.nn.Module, arguments: dict[str, Any]
-    ) -> Sequence[tuple[slice, Grid]] | None:
-        """`Family.places` of a call."""
-        names = () if family.conditions is None else family.conditions.position_arguments
-        given = tuple(arguments.get(name) for name in names)
-        if not given or len(given) != len(self._of) or any(a is not b for a, b in zip(given, self._of, strict=True)):
-            self._of, self._places = given, family.places(denoiser, arguments)
-        return self._places
-
-
 def family_of(denoiser: torch.nn.Module) -> Family:
     """What is known of a denoiser.
 
@@ -84,7 +64,7 @@ def describe_call(
     denoiser: torch.nn.Module,
     arguments: dict[str, Any],
     call_name: str | None,
-    measured: Measured | None = None,
+    measured: MeasuredPlaces | None = None,
 ) -> DenoiserCall:
     """What a call of the denoiser works on, from its arguments.
 
@@ -99,7 +79,7 @@ def describe_call(
     family = family_of(denoiser)
     latents = family.latents(arguments)
     conditional, unconditional, parts = _guidance_parts(pipe, family, latents, arguments, call_name)
-    places = (measured or Measured()).places(family, denoiser, arguments)
+    places = (measured or MeasuredPlaces()).of(family, denoiser, arguments)
     return DenoiserCall(
         family.timestep(denoiser, arguments),
         latents.shape[0],

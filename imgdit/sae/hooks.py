@@ -21,9 +21,9 @@ from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_processor import Attention
 
 from imgdit import compat
-from imgdit.family import TEXT_PARTS, Grid, find_family
+from imgdit.family import TEXT_PARTS, Grid, MeasuredPlaces, find_family
 from imgdit.naming import nearest_of_many
-from imgdit.sae.calls import DenoiserCall, Measured, bind, describe_call, family_of
+from imgdit.sae.calls import DenoiserCall, bind, describe_call, family_of
 from imgdit.sae.streams import Site, Tokens
 
 Function = Callable[[Tokens], torch.Tensor | None]
@@ -171,7 +171,7 @@ class _CallHook(compat.CallNameHook):
         super().__init__()
         self.pipe, self.denoiser, self.after_call = pipe, denoiser, after_call
         self.call: DenoiserCall | None = None
-        self.measured = Measured()
+        self.measured = MeasuredPlaces()
         self.waiting: dict[str, torch.nn.Module] = {}
         """Hookpoints that were not called yet."""
 

@@ -167,7 +167,7 @@ def test_xformers_without_cuda_says_so():
 def test_reading_an_unwritten_cache_says_so():
     cache = KVCache()
     cache.freeze()
-    with pytest.raises(ValueError, match="holds nothing for block; run one step with mode='write' first"):
+    with pytest.raises(ValueError, match="holds nothing for block; run one step with all frames and then call freeze"):
         cache.layer("block")
 
 

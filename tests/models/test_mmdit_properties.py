@@ -220,6 +220,23 @@ def test_regional_compile_changes_nothing(name, layout):
     torch.testing.assert_close(run(model, **kwargs), expected, **TOLERANCE)
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_blocks_are_compiled_whole_for_texts_of_any_length(name):
+    """With the second length rows become symbols, which a compiled block can neither sort nor keep as numbers."""
+    model = copy.deepcopy(MODELS[name])
+    frames = [
+        Frame((2, 2)),
+        Frame((1, 3), 0.0, sees="joint", adapter="a"),
+        Frame((1, 3), 0.0, sees="self", strength=0.5),
+    ]
+    calls = [inputs(model, FrameLayout.build(frames, length)) for length in (3, 5, 8)]
+    expected = [run(model, **call) for call in calls]
+    torch.compiler.reset()
+    model.compile_repeated_blocks(backend="eager", fullgraph=True)
+    for call, alone in zip(calls, expected):
+        torch.testing.assert_close(run(model, **call), alone, **TOLERANCE)
+
+
 def with_adapters(name, **config):
     model = copy.deepcopy(MODELS[name])
     for i, adapter in enumerate(("canny", "depth")):
