@@ -251,7 +251,7 @@ class ModelInputHook(ConditionHook):
         known = run.known(pairing).to(latents.device)  # (B, N, C)
         region = run.region_on(latents.device)
         if self.conditions.spatial:
-            known = unpack(known, self.patch, tuple(region.shape))
+            known = unpack(known, self.patch, (region.shape[0], region.shape[1]))
             made = region.repeat_interleave(self.patch, 0).repeat_interleave(self.patch, 1)[None, None]
         else:
             made = region.flatten()[None, :, None]

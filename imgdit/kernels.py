@@ -65,7 +65,7 @@ def prefer_onednn(model: nn.Module) -> Callable[[], None]:
     def undo() -> None:
         for layer in changed:
             if type(layer) is OneDNNLinear:
-                layer.__class__ = nn.Linear
+                layer.__class__ = nn.Linear  # type: ignore[assignment]
 
     return undo
 
