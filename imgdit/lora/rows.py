@@ -118,7 +118,8 @@ def on_rows(module: LoraLayer, x: torch.Tensor, rows: AdapterRows, *, shared: bo
     if module.disable_adapters:
         return _call(module.get_base_layer(), x)
     fused = module.merged_adapters
-    refuse_fused(rows.claimed, fused)
+    if fused:
+        refuse_fused(rows.claimed, fused)
     out = _call(module.base_layer, x)
     if compat.has_hooks(module.base_layer):
         out = out.clone()  # the adapters are added in place: a hook that kept it keeps what it saw
