@@ -7,7 +7,7 @@ import torch
 from onediffusion_fixtures import TINY
 from PIL import Image
 from tiny import rope_config, sincos_config, tiny_mmdit, tiny_pipeline
-from tiny_control import OMINICONTROL_TARGETS, SD3_TARGETS, lora_file, make, picture
+from tiny_control import SD3_TARGETS, TARGETS, lora_file, make, picture
 from tiny_sae import flux, flux_guided, ours, sd3, selection, tiny_sae, unlearner_of
 from tiny_sae import run as run_sae
 from waits import Waits
@@ -62,7 +62,7 @@ USES = {
 @pytest.fixture(scope="module", params=CONFIGS)
 def pipe(request, tmp_path_factory):
     pipe = tiny_pipeline(CONFIGS[request.param], shift=3.0)
-    targets = SD3_TARGETS if request.param == "sincos" else OMINICONTROL_TARGETS
+    targets = SD3_TARGETS if request.param == "sincos" else TARGETS
     file = lora_file(tmp_path_factory.mktemp("lora") / "canny.safetensors", pipe.transformer, targets=targets)
     pipe.load_control(file, adapter_name="canny")
     return pipe
@@ -98,7 +98,7 @@ HOOKED = {
 def test_steps_of_stock_pipelines(kind, use, tmp_path):
     pipe = getattr(tiny_control, kind)()
     control = OmniControl(pipe)
-    targets = SD3_TARGETS if kind == "sd3" else OMINICONTROL_TARGETS
+    targets = SD3_TARGETS if kind == "sd3" else TARGETS
     control.load(lora_file(tmp_path / "canny.safetensors", pipe.transformer, targets=targets))
     given, options, allowed = HOOKED[use]
 
