@@ -7,7 +7,7 @@ import torch
 from onediffusion_fixtures import TINY
 from PIL import Image
 from tiny import rope_config, sincos_config, tiny_mmdit, tiny_pipeline
-from tiny_control import SD3_TARGETS, TARGETS, lora_file, make, picture
+from tiny_control import SD3_TARGETS, TARGETS, image, lora_file, make
 from tiny_sae import flux, flux_guided, ours, sd3, selection, tiny_sae, unlearner_of
 from tiny_sae import run as run_sae
 from waits import Waits
@@ -25,7 +25,7 @@ HALF[:2] = True
 
 
 def condition(**options):
-    return Condition(picture(), "canny", **options)
+    return Condition(image(), "canny", **options)
 
 
 FEW, MANY = 2, 5
@@ -46,7 +46,7 @@ USES = {
     "guided": {"guidance_scale": 3.0, "negative_prompt": "a cone"},
     "guided between levels": {"guidance_scale": 3.0, "guidance_interval": (0.3, 0.9)},
     "conditioned": {"conditions": [condition()], "guidance_scale": 3.0},
-    "of two images": {"conditions": [Condition([picture(0), picture(1)], "canny")]},
+    "of two images": {"conditions": [Condition([image(0), image(1)], "canny")]},
     "weak": {"conditions": [condition(strength=0.5)]},
     "cached": {
         "conditions": [condition(), condition(position="subject")],
