@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 from imgdit.apps.jobs.request import Request
 from imgdit.apps.jobs.shelf import Shelf
@@ -35,3 +36,7 @@ class Studio(Session):
     def make(self, request: Request, watch: Watch | None = None) -> Generated:
         """`Session.generate`."""
         return self.generate(request, watch)
+
+    def __getattr__(self, name: str) -> Any:
+        """What the shelf has was the studio's."""
+        return getattr(super().__getattribute__("shelf"), name)

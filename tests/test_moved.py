@@ -93,6 +93,7 @@ def test_a_studio_is_a_session():
         from imgdit.apps.request import AskedFrame, Request
     with pytest.warns(DeprecationWarning, match=r"Session\(Shelf\(folder\)\)"):
         studio = Studio(SCENES)
+    assert studio.controls == studio.shelf.controls and studio.home == SCENES
     made = studio.make(Request("a red cube", seed=1, steps=1, frames=(AskedFrame(),)))
     with pytest.warns(DeprecationWarning, match="Generated: 'pictures' is now 'images'"):
         assert len(made.pictures) == 1 and made.pictures[0].size == made.images[0].size
