@@ -65,7 +65,7 @@ def build(holder: Holder) -> None:
     table.select(_clicked, table, [feature, status], **QUICK)
     look.click(
         guarded(handlers.feature_images), feature, [images, status],
-        api_name="feature_pictures", trigger_mode="once", **DEVICE,
+        api_name="feature_images", trigger_mode="once", **DEVICE,
     )  # fmt: skip
     make.click(
         guarded(handlers.steer), [prompt, feature, factor, *sampled], [plain, steered, status],

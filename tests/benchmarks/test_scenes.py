@@ -105,7 +105,7 @@ def test_the_cheat_meets_every_bar_and_the_blind_none(worlds):
             *condition_scores(maker, probe, count, keep),
             *view_scores(maker, count, keep),
         ]
-        judged = [score for score in scores if score.met is not None and "fraction of that" not in score.metric]
+        judged = [score for score in scores if score.met is not None and "relative to that" not in score.metric]
         assert len(judged) == 10
         assert {score.met for score in judged} == {met}, [s for s in judged if s.met != met]
     assert len(kept[True]) == 8

@@ -145,8 +145,8 @@ def test_mistakes(pipe, material):
 
 
 def test_settings_need_an_autoencoder_of_their_stream(pipe, material):
-    assert material.streams(pipe) == {"picture": [HOOKPOINT], "text": [TEXT]}
-    assert METHODS["scale"].usable(["picture", "text"]) == METHODS["scale"].grid
+    assert material.streams(pipe) == {"image": [HOOKPOINT], "text": [TEXT]}
+    assert METHODS["scale"].usable(["image", "text"]) == METHODS["scale"].grid
     assert {settings["stream"] for settings in METHODS["scale"].usable(["text"])} == {"text"}
     assert METHODS["negative"].usable([]) == METHODS["negative"].grid
     with pytest.raises(ValueError, match="'SAeUron as published' needs an autoencoder of the image; there are some"):

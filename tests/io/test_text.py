@@ -86,7 +86,7 @@ def test_every_reader_of_text(tmp_path, encoding):
     """Lists of prompts of all kinds, recipes, metadata and JSON."""
     (tmp_path / "prompts.txt").write_bytes(f"{STRANGE}\r\n\r\na cone\r\n".encode(encoding))
     assert _lines(tmp_path / "prompts.txt", "prompt") == [STRANGE, "a cone"]
-    assert SAEData(prompts_file=str(tmp_path / "prompts.txt"), held_out=1).captions(0) == [STRANGE, "a cone"]
+    assert SAEData(prompts_file=str(tmp_path / "prompts.txt"), held_out=1).all_prompts(0) == [STRANGE, "a cone"]
     assert [job.request.prompt for job in planned(tmp_path / "prompts.txt")] == [STRANGE, "a cone"]
     asked = json.dumps({"prompt": STRANGE, "name": "one"}, ensure_ascii=False)
     for name, text in (("asked.jsonl", f"{asked}\r\n{asked}"), ("array.json", f"[\n{asked},\n{asked}]")):

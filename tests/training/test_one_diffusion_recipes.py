@@ -256,7 +256,7 @@ def test_images_are_encoded_as_the_reference_does(world):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"shares": {"picture": 1.0}}, "unknown name in shares 'image'; did you mean 'images'"),
+        ({"shares": {"picture": 1.0}}, "unknown name in shares 'picture'; did you mean 'pictures'"),
         ({"pairs": {"dpeth": 1.0}}, "unknown name in pairs 'dpeth'; did you mean 'depth'"),
         ({"shares": {"views": 0.0}}, "shares must be 0 or more, and one of them positive, got {'views': 0.0}"),
         ({"shares": {}}, "shares must be 0 or more"),

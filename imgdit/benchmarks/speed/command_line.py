@@ -150,7 +150,7 @@ GROUPS: dict[str, Callable[[int], Iterator[Row]]] = {
     "conditions": _conditions,
     "frames": _frames,
     "packing": _packing,
-    "picture": _image,
+    "image": _image,
     "sae": _sae,
     "training": _training,
     "start": _start,

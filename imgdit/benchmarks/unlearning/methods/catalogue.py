@@ -31,9 +31,9 @@ class Method(NamedTuple):
         """
         if not self.needs_saes:
             return self.grid
-        found = tuple(settings for settings in self.grid if settings.get("stream", "picture") in streams)
+        found = tuple(settings for settings in self.grid if settings.get("stream", "image") in streams)
         if not found:
-            wanted = " or ".join(dict.fromkeys(settings.get("stream", "picture") for settings in self.grid))
+            wanted = " or ".join(dict.fromkeys(settings.get("stream", "image") for settings in self.grid))
             raise ValueError(
                 f"the method {self.title!r} needs an autoencoder of the {wanted}; there are some of the "
                 f"{' and the '.join(streams)}"
@@ -84,7 +84,7 @@ METHODS: dict[str, Method] = {
         without_direction,
         (
             *({"strength": strength, "stream": "text"} for strength in (1.0, 1.5, 2.0)),
-            *({"strength": strength, "stream": "picture"} for strength in (1.0, 2.0, 4.0)),
+            *({"strength": strength, "stream": "image"} for strength in (1.0, 2.0, 4.0)),
         ),
         needs_saes=True,
     ),
@@ -96,7 +96,7 @@ METHODS: dict[str, Method] = {
         without_features,
         (
             *_features(*_TEXT, stream="text", floor=_FLOOR),
-            *_features(*_IMAGE[:2], stream="picture", floor=_FLOOR),
+            *_features(*_IMAGE[:2], stream="image", floor=_FLOOR),
         ),
         needs_saes=True,
     ),
@@ -105,7 +105,7 @@ METHODS: dict[str, Method] = {
         without_features,
         tuple(
             {"mode": "replace", "top_n": top_n, "stream": s, "floor": _FLOOR}
-            for s in ("text", "picture")
+            for s in ("text", "image")
             for top_n in (2, 4)
         ),
         needs_saes=True,

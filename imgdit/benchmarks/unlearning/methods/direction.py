@@ -18,7 +18,7 @@ from imgdit.sae.streams import Tokens
 
 
 def without_direction(
-    pipe: Any, concepts: Sequence[str], material: Material, *, strength: float = 1.0, stream: Stream = "picture"
+    pipe: Any, concepts: Sequence[str], material: Material, *, strength: float = 1.0, stream: Stream = "image"
 ) -> Unlearned:
     """At the SAEs' hookpoints, each token loses what it has along (mean with the concept − mean without it).
 

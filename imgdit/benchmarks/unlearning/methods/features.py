@@ -22,7 +22,7 @@ def without_features(
     concepts: Sequence[str],
     material: Material,
     *,
-    stream: Stream = "picture",
+    stream: Stream = "image",
     mode: Mode = "scale",
     top_n: int = 4,
     floor: float = 0.0,

@@ -13,7 +13,7 @@ from imgdit.sae.hooks import site
 from imgdit.sae.model import SparseAutoencoder
 from imgdit.sae.statistics import collect_statistics
 
-Stream = Literal["text", "picture"]
+Stream = Literal["text", "image"]
 """What hookpoints read."""
 
 Statistics = dict[str, dict[str, ConceptStatistics]]
@@ -74,7 +74,7 @@ class Material:
         """Hookpoints by what they read."""
         found: dict[Stream, list[str]] = {}
         for place in self.saes:
-            found.setdefault("text" if site(pipe, place).text else "picture", []).append(place)
+            found.setdefault("text" if site(pipe, place).text else "image", []).append(place)
         return found
 
     def recorded(self, label: str, hookpoint: str) -> ConceptStatistics:
