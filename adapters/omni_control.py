@@ -59,6 +59,9 @@ class OmniControl:
                 f"{type(pipe).__name__} with {type(transformer).__name__}"
                 + ("; ImgDiTPipeline takes conditions= itself" if type(transformer).__name__ == "MMDiT" else "")
             )
+        reason = family.conditions.refused.get(type(pipe).__name__)
+        if reason is not None:
+            raise ValueError(f"OmniControl got a {type(pipe).__name__}, which cannot have conditions: {reason}")
         self.pipe = pipe
         self.transformer: Any = transformer
         self._conditions, self._tokens = family.conditions, family.tokens

@@ -172,6 +172,8 @@ def refuse_processors(model: Any) -> None:
             if processor is None or type(processor) in accepted:
                 continue
             kind, place = type(processor).__name__, f"{block.name}.{name}"
+            if kind in family.conditions.refused:
+                raise ValueError(f"{place}.processor is a {kind}: {family.conditions.refused[kind]}")
             if "IPAdapter" in kind:
                 raise ValueError(
                     f"{place}.processor is an IP-Adapter's ({kind}), which conditions would leave out; call "

@@ -101,6 +101,8 @@ class Conditions:
     processors: tuple[type, ...] = ()
     """Attention processors whose result for one frame is what the block functions compute; the first is the model's
     own. Others are refused."""
+    refused: Mapping[str, str] = field(default_factory=dict)
+    """Classes of pipelines and of attention processors that cannot run with conditions, and why."""
     rope: Callable[[Any, Arguments, Sequence[Frame], torch.Tensor | None], torch.Tensor] | None = None
     """`rope(model, arguments, conditions, kept)`: rotations (S, d/2) complex64 of text, image and condition tokens in
     the order of the layout, or (B, S, d/2) where samples differ; `kept` are the numbers of the image tokens that are

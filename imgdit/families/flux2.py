@@ -1,9 +1,278 @@
-"""FLUX.2 of diffusers: its activations can be read and changed."""
+"""FLUX.2 of diffusers, dev and klein: four-axis rotations, one modulation for all blocks of a kind, no pooled text.
+
+B batch, N image tokens, T text tokens, S all tokens, C channels of a token, D width, F frames, d features of a head.
+"""
 
 from __future__ import annotations
 
-from imgdit.families.step import grid_of_ids, one_image
-from imgdit.family import Family, timestep_times
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.transformers.transformer_flux2 import Flux2AttnProcessor, Flux2ParallelSelfAttnProcessor
+
+from imgdit import compat
+from imgdit.attention.cache import LayerCache
+from imgdit.attention.grouped import grouped_attention
+from imgdit.families.mmdit import ADDED_QKV, QKV
+from imgdit.families.step import Step, embed_tokens, grid_of_ids, known_vector, one_image, read_image
+from imgdit.family import Arguments, Block, Call, Conditions, Family, LoraNames, TokenFormat, timestep_times
+from imgdit.frames import Frame
+from imgdit.lora.rows import AdapterRows, linear
+from imgdit.models.blocks import BlockPlan, joint_attention
+from imgdit.models.functional import PATCH, apply_rope, gated_add, modulate, pack, rope_table
+from imgdit.mup.structure import Structure
+
+
+def _encode(model: Any, vae: Any, pixels: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
+    """Tokens normalised by the running statistics of the autoencoder's BatchNorm, as `Flux2Pipeline` does."""
+    posterior = vae.encode(pixels).latent_dist
+    latents = posterior.mode() if generator is None else posterior.sample(generator)
+    tokens = pack(latents.float(), PATCH)  # (B, n, C)
+    deviation = torch.sqrt(vae.bn.running_var.float() + vae.config.batch_norm_eps)
+    return (tokens - vae.bn.running_mean.float()) / deviation
+
+
+def _positions(arguments: Arguments) -> tuple[torch.Tensor, torch.Tensor]:
+    """(T, 4) and (N, 4): image, row, column, place in the text."""
+    text, image = (ids[0] if ids.ndim == 3 else ids for ids in (arguments["txt_ids"], arguments["img_ids"]))
+    return text, image
+
+
+def _call(model: Any, arguments: Arguments) -> Call:
+    """The pipeline's reference images have the noise level of the image that is generated: all are one frame."""
+    latents, text = arguments["hidden_states"], arguments["encoder_hidden_states"]
+    return Call(
+        frames=(Frame((1, latents.shape[1])),),
+        text_length=text.shape[1],
+        length=latents.shape[1],
+        latents=latents,
+        texts=(text,),
+        cached_by=latents.new_empty(len(latents), 0),
+    )
+
+
+def _rope(model: Any, arguments: Arguments, conditions: Sequence[Frame], kept: torch.Tensor | None) -> torch.Tensor:
+    text, image = _positions(arguments)
+    if kept is not None:
+        image = image[kept.to(image.device)]
+    riders = [F.pad(frame.ids(), (0, 1)).to(image.device) for frame in conditions]
+    ids = torch.cat([text.float(), image.float(), *riders])
+    return rope_table(ids, model.config.axes_dims_rope, model.config.rope_theta)
+
+
+def _vector(model: Any, arguments: Arguments, frame: Frame) -> torch.Tensor:
+    """The model multiplies timestep and guidance by 1000 in the type of the latents."""
+    dtype = arguments["hidden_states"].dtype
+    guidance = arguments.get("guidance")
+    timestep = arguments["timestep"].to(dtype) * 1000
+    guidance = None if guidance is None else guidance.to(dtype) * 1000
+    if frame.sigma is not None:
+        timestep = torch.full_like(timestep, frame.sigma * 1000)
+        guidance = None if guidance is None else torch.full_like(guidance, 1000.0 * (frame.guidance or 1.0))
+    return model.time_guidance_embed(timestep, guidance)
+
+
+class _Modulation(NamedTuple):
+    """Shift, scale and gate of all blocks of a kind, side by side."""
+
+    text: torch.Tensor
+    """(B, 1, 6D) of the double-stream blocks."""
+    image: torch.Tensor
+    """(B, F, 6D) of the double-stream blocks."""
+    joint: torch.Tensor
+    """(B, 1 + F, 3D) of the single-stream blocks: text, then frames."""
+
+
+def _shared(model: Any, vectors: torch.Tensor, plan: BlockPlan) -> _Modulation:
+    text = vectors[:, :1]
+
+    def project(module: Any, vectors: torch.Tensor, rows: str) -> torch.Tensor:
+        return linear(module.linear, module.act_fn(vectors), plan.adapters(rows))
+
+    return _Modulation(
+        project(model.double_stream_modulation_txt, text, "text_vectors"),
+        project(model.double_stream_modulation_img, vectors, "image_vectors"),
+        project(model.single_stream_modulation, torch.cat([text, vectors], dim=1), "joint_vectors"),
+    )
+
+
+def _known_modulation(stream: str, step: Step, module: Any, original: Callable, vector: torch.Tensor) -> torch.Tensor:
+    """Of a shared modulation: that of the image or of the text (B, 6D or 3D), which is computed already."""
+    return getattr(step.shared, stream)[:, 0]
+
+
+def _blocks(model: Any) -> Iterator[Block]:
+    double, single = len(model.transformer_blocks), len(model.single_transformer_blocks)
+    for i in range(double):
+        yield Block(f"transformer_blocks.{i}", model.transformer_blocks[i], _double_block)
+    for i in range(single):
+        module = model.single_transformer_blocks[i]
+        yield Block(f"single_transformer_blocks.{i}", module, _single_block, ends_conditions=i == single - 1)
+
+
+def _double_block(
+    block: Any, given: Arguments, step: Step, plan: BlockPlan, cache: LayerCache | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Text and image (B, T, D) and (B, N, D) of a `Flux2TransformerBlock`."""
+    image, text = given["hidden_states"], given["encoder_hidden_states"]
+    frames, texts = plan.frame_lengths, plan.text_lengths
+    shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = step.shared.image.chunk(6, dim=-1)
+    shift_t, scale_t, gate_t, shift_mlp_t, scale_mlp_t, gate_mlp_t = step.shared.text.chunk(6, dim=-1)
+
+    compute = partial(
+        _joint_attention, block.attn, plan=plan, cache=cache, backend=compat.processor_backend(block.attn)
+    )
+    attended, attended_t = compat.called(
+        block.attn,
+        compute,
+        hidden_states=modulate(block.norm1(image), shift, scale, frames),
+        encoder_hidden_states=modulate(block.norm1_context(text), shift_t, scale_t, texts),
+        image_rotary_emb=step.rope,
+    )
+    image = gated_add(image, gate, attended, frames)
+    normed = modulate(block.norm2(image), shift_mlp, scale_mlp, frames)
+    image = gated_add(image, gate_mlp, _feed_forward(block.ff, normed, plan.adapters("image")), frames)
+
+    text = gated_add(text, gate_t, attended_t, texts)
+    normed = modulate(block.norm2_context(text), shift_mlp_t, scale_mlp_t, texts)
+    text = gated_add(text, gate_mlp_t, _feed_forward(block.ff_context, normed, plan.adapters("text")), texts)
+    return _in_range(text), image
+
+
+def _joint_attention(
+    attn: Any,
+    hidden_states: torch.Tensor,
+    encoder_hidden_states: torch.Tensor,
+    image_rotary_emb: torch.Tensor,
+    **options: Any,
+) -> Any:
+    return joint_attention(attn, hidden_states, encoder_hidden_states, image_rotary_emb, **options)
+
+
+def _feed_forward(module: Any, x: torch.Tensor, rows: AdapterRows | None) -> torch.Tensor:
+    """`Flux2FeedForward` with adapters on rows."""
+    if rows is None:
+        return module(x)
+
+    def compute(x: torch.Tensor) -> torch.Tensor:
+        return linear(module.linear_out, module.act_fn(linear(module.linear_in, x, rows)), rows)
+
+    return compat.called(module, compute, x)
+
+
+def _single_block(block: Any, given: Arguments, step: Step, plan: BlockPlan, cache: LayerCache | None) -> torch.Tensor:
+    """Text and image in one sequence (B, S, D) of a `Flux2SingleTransformerBlock`."""
+    joint = given["hidden_states"]
+    lengths = plan.text_lengths + plan.frame_lengths
+    shift, scale, gate = step.shared.joint.chunk(3, dim=-1)
+    update = compat.called(
+        block.attn,
+        partial(_parallel_attention, block.attn, plan=plan, cache=cache),
+        hidden_states=modulate(block.norm(joint), shift, scale, lengths),
+        image_rotary_emb=step.rope,
+    )
+    done = gated_add(joint[:, : plan.read_rows], gate[:, : plan.read], update, lengths[: plan.read])
+    return _in_range(done if plan.read is None else torch.cat([done, joint[:, plan.read_rows :]], dim=1))
+
+
+def _parallel_attention(
+    attn: Any,
+    hidden_states: torch.Tensor,
+    image_rotary_emb: torch.Tensor,
+    *,
+    plan: BlockPlan,
+    cache: LayerCache | None,
+) -> torch.Tensor:
+    """Attention and MLP of a single-stream block, whose projections are fused: (B, rows that are read, D)."""
+    rows, read = plan.adapters("joint"), plan.read_rows
+    width = attn.inner_dim
+    query, key, value, mlp = linear(attn.to_qkv_mlp_proj, hidden_states, rows).split(
+        [width, width, width, attn.mlp_hidden_dim * attn.mlp_mult_factor], dim=-1
+    )
+    query, key, value = (x.unflatten(-1, (-1, attn.head_dim)) for x in (query[:, :read], key, value))
+    query = apply_rope(attn.norm_q(query), image_rotary_emb[: query.shape[1]])
+    key = apply_rope(attn.norm_k(key), image_rotary_emb)
+    cached = None if cache is None else cache.exchange("attn", key, value, plan.frozen)
+    attended = grouped_attention(
+        query,
+        key,
+        value,
+        plan.groups,
+        key_mask=plan.key_mask,
+        cached=cached,
+        packed=plan.packed,
+        backend=compat.processor_backend(attn),
+    )
+    attended = attended.flatten(2).to(query.dtype)
+    return linear(attn.to_out, torch.cat([attended, attn.mlp_act_fn(mlp[:, :read])], dim=-1), rows)
+
+
+def _in_range(x: torch.Tensor) -> torch.Tensor:
+    """Tokens in float16's range, to which the model clips them."""
+    return x.clip(-65504, 65504) if x.dtype == torch.float16 else x
+
+
+# Names of FLUX.2's repository.
+_DOUBLE = {
+    "img_attn.qkv": QKV,
+    "txt_attn.qkv": ADDED_QKV,
+    "img_attn.proj": ("attn.to_out.0",),
+    "txt_attn.proj": ("attn.to_add_out",),
+    "img_mlp.0": ("ff.linear_in",),
+    "img_mlp.2": ("ff.linear_out",),
+    "txt_mlp.0": ("ff_context.linear_in",),
+    "txt_mlp.2": ("ff_context.linear_out",),
+}
+_SINGLE = {"linear1": ("attn.to_qkv_mlp_proj",), "linear2": ("attn.to_out",)}
+_ROOT = {
+    "img_in": ("x_embedder",),
+    "txt_in": ("context_embedder",),
+    "time_in.in_layer": ("time_guidance_embed.timestep_embedder.linear_1",),
+    "time_in.out_layer": ("time_guidance_embed.timestep_embedder.linear_2",),
+    "guidance_in.in_layer": ("time_guidance_embed.guidance_embedder.linear_1",),
+    "guidance_in.out_layer": ("time_guidance_embed.guidance_embedder.linear_2",),
+    "double_stream_modulation_img.lin": ("double_stream_modulation_img.linear",),
+    "double_stream_modulation_txt.lin": ("double_stream_modulation_txt.linear",),
+    "single_stream_modulation.lin": ("single_stream_modulation.linear",),
+    "final_layer.adaLN_modulation.1": ("norm_out.linear",),
+    "final_layer.linear": ("proj_out",),
+}
+
+_ROLES = Structure(
+    roles=(
+        ("x_embedder.weight", "input"),
+        ("context_embedder.weight", "input"),
+        ("time_guidance_embed.*_embedder.linear_1.weight", "input"),
+        ("time_guidance_embed.*_embedder.linear_2.weight", "hidden"),
+        ("proj_out.weight", "output"),
+        ("*.norm_q.weight", "head"),
+        ("*.norm_k.weight", "head"),
+        ("*.norm_added_q.weight", "head"),
+        ("*.norm_added_k.weight", "head"),
+        ("norm_out.linear.weight", "modulation"),
+        ("*_stream_modulation*.linear.weight", "modulation"),
+        ("transformer_blocks.*.attn.*.weight", "hidden"),
+        ("transformer_blocks.*.ff*.linear_*.weight", "hidden"),
+        ("single_transformer_blocks.*.attn.to_*.weight", "hidden"),
+    ),
+    queries=(("*.norm_q.weight", "*.norm_added_q.weight"),),
+    branches=(
+        "transformer_blocks.*.attn.to_out.0.*",
+        "transformer_blocks.*.attn.to_add_out.*",
+        "transformer_blocks.*.ff*.linear_out.*",
+        "single_transformer_blocks.*.attn.to_out.*",
+    ),
+    blocks=("transformer_blocks.*", "single_transformer_blocks.*"),
+    depth=("num_layers", "num_single_layers"),
+)
+
+_KEEPS_KEYS = (
+    "Flux2KleinKVPipeline keeps the keys and values of its reference images itself, and conditions would be left out "
+    "of them. Load the model as a Flux2KleinPipeline"
+)
 
 FAMILY = Family(
     classes=("Flux2Transformer2DModel",),
@@ -11,4 +280,36 @@ FAMILY = Family(
     timestep=timestep_times(1000.0),
     joint_parts=r"^single_transformer_blocks$",
     guides_in_batch=False,
+    tokens=TokenFormat(
+        patch=lambda model, vae: PATCH, channels=lambda model: model.config.in_channels, encode=_encode
+    ),
+    conditions=Conditions(
+        call=_call,
+        rope=_rope,
+        position_arguments=("txt_ids", "img_ids"),
+        vector=_vector,
+        shared=_shared,
+        blocks=_blocks,
+        edges=lambda model: {
+            "x_embedder": embed_tokens,
+            "time_guidance_embed": known_vector,
+            "double_stream_modulation_txt": partial(_known_modulation, "text"),
+            "double_stream_modulation_img": partial(_known_modulation, "image"),
+            "single_stream_modulation": partial(_known_modulation, "joint"),
+            "norm_out": read_image,
+        },
+        processors=(Flux2AttnProcessor, Flux2ParallelSelfAttnProcessor),
+        refused=dict.fromkeys(
+            ("Flux2KleinKVPipeline", "Flux2KVAttnProcessor", "Flux2KVParallelSelfAttnProcessor"), _KEEPS_KEYS
+        ),
+        sigma=lambda model, arguments: arguments["timestep"].float(),
+        transport=("joint_attention_kwargs", "joint_attention_kwargs"),
+    ),
+    lora=LoraNames(
+        blocks={"double": ("transformer_blocks", _DOUBLE), "single": ("single_transformer_blocks", _SINGLE)},
+        root=_ROOT,
+        inputs=("x_embedder",),
+        scale_first=("norm_out.linear",),
+    ),
+    mup=_ROLES,
 )

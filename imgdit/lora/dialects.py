@@ -286,7 +286,11 @@ def _dotted(name: str, native: bool, tables: _Tables) -> str | None:
 
 _FAMILIES = (
     (r"(down|up)_blocks[._]|(in|out)put_blocks[._]|mid(dle)?_block", "Stable Diffusion 1, 2 or XL (a U-Net)"),
-    (r"to_qkv_mlp_proj|(double|single)_stream_modulation", "FLUX.2"),
+    (
+        r"to_qkv_mlp_proj|(double|single)_stream_modulation|single_transformer_blocks[._]\d+[._]attn[._]to_out"
+        r"|ff(_context)?[._]linear_(in|out)",
+        "FLUX.2",
+    ),
     (r"(double|single)_blocks[._]|single_transformer_blocks[._]", "FLUX.1"),
     (r"transformer_blocks[._]\d+[._](img|txt)_(mlp|mod)", "Qwen-Image"),
     (r"transformer_blocks[._]\d+[._]attn1[._]", "PixArt, Sana or Lumina"),

@@ -25,6 +25,12 @@ def flux(heads, **changes):
     return diffusers.FluxTransformer2DModel(num_attention_heads=heads, **config)
 
 
+def flux2(heads, **changes):
+    config = {"num_layers": 1, "num_single_layers": 2, "joint_attention_dim": 40, "timestep_guidance_channels": 24}
+    config |= {"in_channels": 16, "attention_head_dim": 16, "axes_dims_rope": (4, 4, 4, 4), **changes}
+    return diffusers.Flux2Transformer2DModel(num_attention_heads=heads, **config)
+
+
 def dit(heads, **changes):
     return diffusers.DiTTransformer2DModel(num_attention_heads=heads, num_embeds_ada_norm=10, **DIT, **changes)
 
@@ -45,6 +51,7 @@ CLASSES = {
     "MMDiT, sincos": lambda heads: MMDiT(**sincos_config(num_attention_heads=heads, dual_attention_layers=(0,))),
     "SD3": sd3,
     "Flux": flux,
+    "Flux2": flux2,
     "DiT": dit,
     "PixArt": pixart,
     "NextDiT": nextdit,
@@ -100,6 +107,7 @@ BY_HEAD_DIM = {
     ),
     "SD3": lambda d: sd3(3, attention_head_dim=d, caption_projection_dim=3 * d),
     "Flux": lambda d: flux(3, attention_head_dim=d, axes_dims_rope=(d // 2, d // 4, d // 4)),
+    "Flux2": lambda d: flux2(3, attention_head_dim=d, axes_dims_rope=(d // 4,) * 4),
     "DiT": lambda d: diffusers.DiTTransformer2DModel(num_attention_heads=3, **{**DIT, "attention_head_dim": d}),
     "PixArt": lambda d: pixart(3, attention_head_dim=d),
     "NextDiT": lambda d: nextdit(3, hidden_size=3 * d),
@@ -110,11 +118,11 @@ BY_HEAD_DIM = {
 def test_growing_depth(name):
     """Every residual branch holds its factor exactly once."""
     model = on_meta(CLASSES[name], 3)
-    blocks = 4 if name == "MMDiT" else 3 if name == "Flux" else 2
+    blocks = 4 if name == "MMDiT" else 3 if name in ("Flux", "Flux2") else 2
     configure(model, base_width=36 if name == "NextDiT" else 48, base_depth=1)
     for rule in mup_table(model):
         inside = "block" in rule.name or rule.name.startswith("layers.")
-        ends = ("to_out.0.", "to_add_out.", "net.2.", "attention_norm2.", "ffn_norm2.")
+        ends = ("to_out.", "to_add_out.", "net.2.", "linear_out.", "attention_norm2.", "ffn_norm2.")
         branch = inside and (any(end in rule.name for end in ends) or ".proj_out." in rule.name)
         assert rule.fold == pytest.approx(1 / blocks if branch else 1.0), rule.name
         assert rule.eps_mult * rule.fold == pytest.approx(1 / blocks if inside else 1.0), rule.name
