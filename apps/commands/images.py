@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 Adapters = Annotated[Path | None, typer.Option(help="Folder of condition adapters; MODEL/adapters by default.")]
 
-IMAGES, CONTROL = Path("outputs/pictures"), Path("outputs/control.png")
+IMAGES, CONTROL = Path("outputs/images"), Path("outputs/control.png")
 ANY, UNLEARNED = Path("outputs/any.png"), Path("outputs/unlearned.png")
 """Where images go if nothing is said; with a number behind the name where something else is there."""
 

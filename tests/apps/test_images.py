@@ -160,8 +160,8 @@ def test_a_folder_goes_on_where_it_stopped(model, tmp_path):
 
 def test_one_sentence_after_another_needs_no_folder(model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "outputs/pictures").mkdir(parents=True)
-    (tmp_path / "outputs/pictures/a-cone.png").write_bytes(b"somebody's")
+    (tmp_path / "outputs/images").mkdir(parents=True)
+    (tmp_path / "outputs/images/a-cone.png").write_bytes(b"somebody's")
     for sentences, found in (
         (["a red cube, neon style"], {"a-red-cube-neon-style.png"}),
         (["a torus"], {"a-torus.png"}),
@@ -170,11 +170,11 @@ def test_one_sentence_after_another_needs_no_folder(model, tmp_path, monkeypatch
         (["a TORUS", "a torus!"], {"a-torus-3.png", "a-torus-2-2.png", "sheet.png"}),
         (["a cone"], {"a-cone-2.png"}),
     ):
-        before = set(Path("outputs/pictures").iterdir())
+        before = set(Path("outputs/images").iterdir())
         done = run("generate", *sentences, "--model", model, *QUICK)
         assert done.exit_code == 0, done.output
-        assert {file.name for file in set(Path("outputs/pictures").iterdir()) - before} == found
-    assert Path("outputs/pictures/a-cone.png").read_bytes() == b"somebody's"
+        assert {file.name for file in set(Path("outputs/images").iterdir()) - before} == found
+    assert Path("outputs/images/a-cone.png").read_bytes() == b"somebody's"
 
 
 def test_what_is_done_loads_no_model(model, tmp_path, monkeypatch):
