@@ -352,6 +352,15 @@ def test_gradients_under_checkpointing_are_those_without(control):
     assert sum(a is not None and bool(a.any()) for a in found[0]) > len(weights) / 2
 
 
+def test_compiled_blocks(control):
+    torch._dynamo.reset()  # its limit of recompilations counts all models of a process
+    plain, expected = make(control.pipe), used(control, *CASES["several"])
+    control.transformer.compile_repeated_blocks(backend="eager", fullgraph=True)
+    near(used(control, *CASES["several"]), expected)
+    near(make(control.pipe), plain)
+    torch._dynamo.reset()
+
+
 def test_the_pipeline_that_keeps_keys_is_refused():
     pipe = flux2(Flux2KleinPipeline)
     with pytest.raises(ValueError, match="keeps the keys and values of its reference images itself"):
