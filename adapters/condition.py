@@ -28,9 +28,9 @@ class Condition:
     """γ: log γ is added to the attention logits between the condition and everything else. 1 is no bias, 0 leaves the
     condition out."""
     start: float = 0.0
-    """Share of the steps after which it begins to act."""
+    """Fraction of the steps after which it begins to act."""
     end: float = 1.0
-    """Share of the steps after which it acts no more."""
+    """Fraction of the steps after which it acts no more."""
     mask: Any = None
     """Which tokens are present: over tokens (rows, columns), or over the image's pixels, where a token counts if all
     its pixels do. White counts, see `imgdit.images.masks`. `None`: all."""

@@ -11,13 +11,13 @@ numbered texts first, then frames, and the joint sequence holds their tokens in 
 from __future__ import annotations
 
 import math
-import warnings
 from dataclasses import dataclass
 from functools import cached_property
-from importlib import import_module
 from typing import Any, Literal
 
 import torch
+
+from imgdit.moved import renamed
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,7 +98,4 @@ class Frame:
 
 def __getattr__(name: str) -> Any:
     """Names of version 0.1; they go with version 0.3."""
-    if name not in ("FrameLayout", "RowGroup"):
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    warnings.warn(f"imgdit.frames.{name} is now imgdit.layout.{name}", DeprecationWarning, stacklevel=2)
-    return getattr(import_module("imgdit.layout"), name)
+    return renamed(__name__, name, {"FrameLayout": "layout.FrameLayout", "RowGroup": "layout.RowGroup"})

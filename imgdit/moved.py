@@ -7,7 +7,7 @@ import importlib
 import itertools
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.abc import Loader
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -130,16 +130,22 @@ RENAMED = {"PictureFrame": "tasks.ImageFrame", "AskedFrame": "apps.jobs.request.
 """Classes that are called otherwise now -> their module within `imgdit` and name. `imgdit` had them too."""
 
 
-def renamed(module: str, name: str) -> object:
-    """What a module gives for the old name of a class, with a DeprecationWarning.
+def renamed(module: str, name: str, table: Mapping[str, str] = RENAMED) -> object:
+    """What a module gives for the old name of a class or function, with a DeprecationWarning.
+
+    Args:
+        module: that was asked for the name.
+        name: the old one.
+        table: old names -> where they are within `imgdit` now, and how they are called there.
 
     Raises:
         AttributeError: it is no old name.
     """
-    if name not in RENAMED:
+    if name not in table:
         raise AttributeError(f"module {module!r} has no attribute {name!r}")
-    home, _, new = RENAMED[name].rpartition(".")
-    warnings.warn(f"{module}.{name} is now {new}; the old name goes with version 0.3", DeprecationWarning, 3)
+    home, _, new = table[name].rpartition(".")
+    now = new if new != name else f"imgdit.{home}.{new}"
+    warnings.warn(f"{module}.{name} is now {now}; the old name goes with version 0.3", DeprecationWarning, 3)
     return getattr(importlib.import_module(f"imgdit.{home}"), new)
 
 

@@ -35,7 +35,7 @@ class Control:
     """As `Condition.strength`; only an adapter has one."""
     start: float = 0.0
     end: float = 1.0
-    """Share of the steps between which it acts."""
+    """Fraction of the steps between which it acts."""
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,7 @@ def fitted(depth: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
 
 
 def delta_1(depth: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
-    """Share of pixels whose depth is right to a factor of 1.25, (B,)."""
+    """Fraction of pixels whose depth is right to a factor of 1.25, (B,)."""
     ratio = torch.maximum(depth / truth, truth / depth.clamp(min=1e-6))
     return (ratio < 1.25).flatten(1).float().mean(1)
 

@@ -11,8 +11,6 @@ once, with torch's loader that only admits tensors.
 from __future__ import annotations
 
 import dataclasses
-import warnings
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from imgdit.io.safe_json import read_object
+from imgdit.moved import renamed
 from imgdit.sae.config import SAEConfig
 
 CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
@@ -129,7 +128,5 @@ def check_tensors(
 
 def __getattr__(name: str) -> Any:
     """Names of version 0.1; they go with version 0.3."""
-    if name not in ("load_sae", "save_sae", "convert_sdxl_unbox"):
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    warnings.warn(f"imgdit.sae.files.{name} is now in imgdit.sae.model", DeprecationWarning, stacklevel=2)
-    return getattr(import_module("imgdit.sae.model"), name)
+    names = ("load_sae", "save_sae", "convert_sdxl_unbox")
+    return renamed(__name__, name, {moved: f"sae.model.{moved}" for moved in names})

@@ -293,7 +293,7 @@ def _normal(distance: Callable[[torch.Tensor], torch.Tensor], p: torch.Tensor) -
 def _occlusion(
     distance: Callable[[torch.Tensor], torch.Tensor], origin: torch.Tensor, light: torch.Tensor, reach: float
 ) -> torch.Tensor:
-    """Share (N,) of the light held back from points (3, N); all in a solid's own coordinates.
+    """Fraction (N,) of the light held back from points (3, N); all in a solid's own coordinates.
 
     The narrowest angle between the ray to the light and the solid, against the light's radius (Quilez, "Soft shadows
     in raymarched SDFs").
@@ -397,7 +397,7 @@ def _shadow(
     depth: torch.Tensor,
     index: torch.Tensor,
 ) -> torch.Tensor:
-    """Share (B, N) of the light held back: on the ground by every object, on an object by the other one.
+    """Fraction (B, N) of the light held back: on the ground by every object, on an object by the other one.
 
     What an object hides from itself its normals tell.
     """

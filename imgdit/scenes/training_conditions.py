@@ -26,7 +26,7 @@ CONDITION_TASKS = (*MAPS, *OTHERS, "subject", "style_reference")
 """What a condition may be, by the names of `data.tasks`."""
 
 NAMELESS = 0.75
-"""Share of the captions about a given subject that do not say what it is."""
+"""Fraction of the captions about a given subject that do not say what it is."""
 
 
 class SceneConditions(CachedScenes):

@@ -23,7 +23,7 @@ STYLES = ("photo", "cartoon", "sketch", "neon", "mosaic", "sepia")
 BACKGROUNDS = ("studio", "sky", "checkerboard", "sunset", "night", "wood")
 SPLITS = ("train", "heldout", "heldout_triples")
 HELDOUT_FRACTION = 0.1
-"""Share of the object × colour × style triples that the split "train" never shows."""
+"""Fraction of the object × colour × style triples that the split "train" never shows."""
 ELEVATIONS = (20.0, 36.0)
 """Degrees that cameras are drawn from: high enough to see a cylinder's top, low enough to see a horizon."""
 FIELD_OF_VIEW = 40.0

@@ -53,7 +53,7 @@ def score_images(target: str, domain: str, seen: Sequence[Seen]) -> TargetScores
 
 
 def accuracies(seen: Sequence[Seen], domain: str) -> dict[str, float]:
-    """Share of each label's images that are recognised."""
+    """Fraction of each label's images that are recognised."""
     labels = dict.fromkeys(s.cell.expected(domain) for s in seen)
     rows = {label: [s.right(domain) for s in seen if s.cell.expected(domain) == label] for label in labels}
     return {label: sum(right) / len(right) for label, right in rows.items()}
