@@ -104,6 +104,16 @@ def caption(scene: Scene, rng: Random, unsaid: Collection[str] = ()) -> str:
     return pick(rng, patterns).format(subject=subject, look=look, place=place, style=scene.style)
 
 
+def plain_caption(scene: Scene) -> str:
+    """The same caption for the same meaning, by the first paraphrase of everything:
+    "a sketch of a red cube left of a blue cone, at night"."""
+    nouns = [_noun(scene.objects[i].kind, scene.objects[i].colour) for i in scene.order]
+    pattern = PAIRS["left" if scene.relation else None][0]
+    subject = nouns[0] if len(nouns) == 1 else pattern.format(first=nouns[0], second=nouns[1])
+    look = LOOKS[scene.style][0].format(subject=subject)
+    return f"{look}, {PLACES[scene.background][0]}"
+
+
 def meaning(scene: Scene) -> dict[str, Any]:
     """What a caption about the scene says, structured.
 

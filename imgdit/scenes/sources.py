@@ -13,6 +13,7 @@ from imgdit.scenes.texts import SceneTexts
 from imgdit.scenes.training_conditions import SceneConditions
 from imgdit.scenes.training_frames import SceneFrames
 from imgdit.scenes.training_readers import collate_captions, collate_readings
+from imgdit.scenes.training_texts import SceneImageTexts
 from imgdit.training.batches import Images
 from imgdit.training.sources import Source, only_batch
 from imgdit.training.text_rows import collate_text_rows
@@ -32,4 +33,5 @@ captions = Source(SceneCaptions, collate_captions, held_out=512)
 texts = Source(SceneTexts, collate_text_rows, held_out=512)
 readings = Source(SceneReadings, collate_readings, held_out=64)
 frames = Source(SceneFrames, only_batch, held_out=8, whole_batches=True)
+image_texts = Source(SceneImageTexts, only_batch, held_out=8, whole_batches=True)
 conditions = Source(SceneConditions, only_batch, held_out=4, whole_batches=True)

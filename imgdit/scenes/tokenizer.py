@@ -1,5 +1,5 @@
-"""The tokenizer of the scenes' captions: a token for every word the grammar says and for every task, bytes for all
-others."""
+"""The tokenizers of scenes: a token for every word of captions, for every task, and for every word of questions; bytes
+for all others."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerFast
 
 from imgdit.pipelines.texts import BYTES
 from imgdit.scenes.captions import vocabulary
+from imgdit.scenes.questions import NEW_WORDS
 from imgdit.tasks import TASK_TOKENS
 
 SPECIAL = ("<pad>", "</s>", "<unk>")
@@ -48,4 +49,15 @@ def text_tokenizer(max_length: int = 128) -> PreTrainedTokenizerFast:
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
     )
+    return tokenizer
+
+
+def question_tokenizer(max_length: int = 128) -> PreTrainedTokenizerFast:
+    """`caption_tokenizer` with the tokens of `text_tokenizer`, and behind them those of questions and answers: the ids
+    of all three agree. Texts end with the end token and begin with nothing."""
+    tokenizer = text_tokenizer(max_length)
+    ends = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", tokenizer.eos_token_id)])
+    tokenizer.backend_tokenizer.post_processor = ends
+    whole = [AddedToken(word, normalized=True, single_word=word.isalpha()) for word in NEW_WORDS]
+    tokenizer.add_tokens(whole)
     return tokenizer

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 from imgdit.io.order import Batches, MapDataset
 from imgdit.recipes import check_arguments, find_object
-from imgdit.training.batches import Batch
 from imgdit.training.recipe import Recipe
 from imgdit.training.text_rows import UserTexts, collate_text_rows
 from imgdit.training.toy_data import BlobLatents, collate_blobs
@@ -38,7 +37,7 @@ class Source(NamedTuple):
         return self.dataset(**arguments) if self.settings is None else self.dataset(self.settings(**arguments))
 
 
-def only_batch(samples: Sequence[Batch]) -> Batch:
+def only_batch(samples: Sequence[Any]) -> Any:
     """The only sample, which is a batch already."""
     if len(samples) != 1:
         raise ValueError(

@@ -1,6 +1,6 @@
 """Rows of tokens for language models: what people bring as text files, and batches of them.
 
-B rows, L tokens.
+B rows, L tokens; of images: B images of N tokens with C features, S rows of each.
 """
 
 from __future__ import annotations
@@ -31,6 +31,18 @@ class TextRows(Movable):
     """Boolean (B, L), tokens that are given and never masked."""
     counted: torch.Tensor
     """Boolean (B, L), tokens whose loss counts."""
+
+
+@dataclass(frozen=True, eq=False)
+class ImageTexts(Movable):
+    """Images, and texts about each of them."""
+
+    tokens: torch.Tensor
+    """(B, N, C) clean tokens of the images, row by row."""
+    size: tuple[int, int]
+    """Rows and columns of an image's tokens, N in all."""
+    texts: TextRows
+    """B · S rows: the first S are about the first image, and so on."""
 
 
 class TextRow(NamedTuple):

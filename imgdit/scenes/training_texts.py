@@ -1,0 +1,92 @@
+"""Data of models that read images and write about them: a scene's image with captions and answered questions."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from random import Random
+
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from imgdit.checkpoints import EMBEDDED
+from imgdit.io.order import mixed_seed
+from imgdit.models.functional import PATCH, pack
+from imgdit.scenes.captions import caption, plain_caption
+from imgdit.scenes.latents import SIZE, scene_views
+from imgdit.scenes.questions import question
+from imgdit.scenes.tokenizer import question_tokenizer
+from imgdit.scenes.training_frames import CachedScenes, scene_components
+from imgdit.scenes.world import Scene
+from imgdit.training.text_rows import ImageTexts, TextRow, text_rows
+
+
+@lru_cache(maxsize=1)
+def scene_question_tokenizer() -> PreTrainedTokenizerFast:
+    """The tokenizer of these rows, made once."""
+    return question_tokenizer()
+
+
+class SceneImageTexts(CachedScenes):
+    """Endless: sample i is a batch of images with their texts, the same for the same i.
+
+    A caption is an answer without a prompt. A question is a prompt, which is never masked. End tokens pad the rows and
+    are counted, so that a model learns where texts end.
+
+    Args:
+        model: pipeline folder of the autoencoder; "embedded" for the one that comes along.
+        latents: folder of the cache, see `data.latents`.
+        scenes: training scenes in it.
+        images: of a batch.
+        captions, questions: rows of each image.
+        plain: probability that a caption is `plain_caption`; the others are paraphrases.
+        length: tokens of a row. With the end token, captions have up to 29, questions with their answers 12.
+        size: pixels per side.
+        split: "train" or "heldout".
+    """
+
+    def __init__(
+        self,
+        model: str = EMBEDDED,
+        latents: str = "outputs/scenes/latents",
+        scenes: int = 6144,
+        images: int = 4,
+        captions: int = 2,
+        questions: int = 6,
+        plain: float = 0.0,
+        length: int = 32,
+        size: int = SIZE,
+        split: str = "train",
+    ):
+        if images < 1 or captions < 0 or questions < 0 or captions + questions < 1:
+            raise ValueError(f"a batch needs an image and each image a text, got {images=}, {captions=}, {questions=}")
+        if not 0.0 <= plain <= 1.0:
+            raise ValueError(f"plain is a probability, got {plain}")
+        vae, text_encoder, _ = scene_components(model)
+        tokenizer = scene_question_tokenizer()
+        super().__init__(vae, text_encoder, tokenizer, latents, scenes, split, size, vae.config.scaling_factor)
+        self.images, self.captions, self.questions, self.plain, self.length = (
+            images, captions, questions, plain, length,
+        )  # fmt: skip
+
+    def __getitem__(self, index: int) -> ImageTexts:
+        rng = Random(mixed_seed(index, 0))
+        latents, rows = [], []
+        for _ in range(self.images):
+            number, view, look = self.draw(rng)
+            latents.append(self.latent(number, "pictures", view, look))
+            shown = scene_views(number, self.split).looks[view][look]
+            rows += [self._caption(shown, rng) for _ in range(self.captions)]
+            rows += [self._question(shown, rng) for _ in range(self.questions)]
+        texts = text_rows(rows, self.length, self.tokenizer.eos_token_id)
+        return ImageTexts(pack(torch.stack(latents), PATCH), self.size, texts)
+
+    def _caption(self, scene: Scene, rng: Random) -> TextRow:
+        said = plain_caption(scene) if rng.random() < self.plain else caption(scene, rng)
+        return TextRow([], self._ids(said))
+
+    def _question(self, scene: Scene, rng: Random) -> TextRow:
+        asked = question(scene, rng)
+        return TextRow(self._ids(asked.text), self._ids(asked.answer))
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
