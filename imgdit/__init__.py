@@ -42,6 +42,7 @@ _EXPORTS = {
     "SchedulerMixin": "imgdit.compat",
     "SparseAutoencoder": "imgdit.sae.model",
     "StableDiffusion3OmniControlPipeline": "imgdit.pipelines.omni_control",
+    "TextFrame": "imgdit.frames",
 }
 __all__ = list(_EXPORTS)
 
@@ -63,6 +64,7 @@ if TYPE_CHECKING:
     from imgdit.compat import ModelMixin as ModelMixin
     from imgdit.compat import SchedulerMixin as SchedulerMixin
     from imgdit.frames import Frame as Frame
+    from imgdit.frames import TextFrame as TextFrame
     from imgdit.layout import FrameLayout as FrameLayout
     from imgdit.models.bd3lm import BD3LM as BD3LM
     from imgdit.models.mmdit import MMDiT as MMDiT

@@ -1,16 +1,18 @@
 """Frames, and the layout by which a backbone reads them.
 
-A generation is a sequence of frames: the image being made, a depth map that is given, a condition that steers.
-`Frame` says what one of them is; `FrameLayout` puts them in a row behind the text and answers what the backbone asks:
-how long each is, where each token sits, at which noise level it is held, which adapter reads it, and who sees whom.
+A generation is a sequence of frames: the image being generated, a depth map that is given, a condition that steers, a
+prompt, a caption that is generated. `Frame` is a latent grid, `TextFrame` a row of tokens, and `Segment` what both
+have in common. `FrameLayout` puts them in a row and answers what the backbone asks: how long each is, where each token
+sits, at which noise level it is held, which adapter reads it, and who sees whom.
 
-T text tokens, N image tokens, S texts (one per scene), F frames. A *segment* is a text or a frame; segments are
-numbered texts first, then frames, and the joint sequence holds their tokens in that order.
+T text tokens, N image tokens, X texts, F frames. Segments are numbered texts first, then frames, and the joint
+sequence holds their tokens in that order.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -20,8 +22,29 @@ import torch
 from imgdit.moved import renamed
 
 
+class Segment:
+    """What `Frame` and `TextFrame` have in common: tokens with a noise level, an adapter, and what they see."""
+
+    sigma: float | None
+    adapter: str | None
+    sees: Literal["all", "joint", "self"]
+    guidance: float | None
+    strength: float = 1.0
+
+    @property
+    def held(self) -> bool:
+        """Whether it keeps its noise level (it is given) instead of being denoised."""
+        return self.sigma is not None
+
+    def _check(self) -> None:
+        if self.sigma is not None and not 0.0 <= self.sigma <= 1.0:
+            raise ValueError(f"a frame's sigma is a noise level in [0, 1] or None, got {self.sigma}")
+        if self.sees not in ("all", "joint", "self"):
+            raise ValueError(f"a frame sees 'all', 'joint' or 'self', got {self.sees!r}")
+
+
 @dataclass(frozen=True, eq=False)
-class Frame:
+class Frame(Segment):
     """One latent grid: its tokens' places, its noise level, and the adapter that reads it."""
 
     size: tuple[int, int]
@@ -51,10 +74,7 @@ class Frame:
         rows, columns = self.size
         if rows < 1 or columns < 1:
             raise ValueError(f"a frame needs at least one row and one column of tokens, got size={self.size}")
-        if self.sigma is not None and not 0.0 <= self.sigma <= 1.0:
-            raise ValueError(f"a frame's sigma is a noise level in [0, 1] or None, got {self.sigma}")
-        if self.sees not in ("all", "joint", "self"):
-            raise ValueError(f"a frame sees 'all', 'joint' or 'self', got {self.sees!r}")
+        self._check()
         if self.scale <= 0:
             raise ValueError(f"a frame's scale must be positive, got {self.scale}")
         if not 0.0 < self.strength < math.inf:
@@ -73,11 +93,6 @@ class Frame:
         """Number of tokens."""
         return self.size[0] * self.size[1] if self.mask is None else int(self.mask.sum())
 
-    @property
-    def held(self) -> bool:
-        """Whether the frame keeps its noise level (it is given) instead of being denoised."""
-        return self.sigma is not None
-
     def ids(self) -> torch.Tensor:
         """Position ids (n, 3) float32: (frame, row, column). `(grid + offset) * scale + (scale - 1) / 2` centres a
         coarse token on the fine tokens it covers (OminiControl2, arXiv 2503.08280)."""
@@ -94,6 +109,72 @@ class Frame:
             dim=-1,
         )
         return grid[self.mask] if self.mask is not None else grid.reshape(-1, 3)
+
+
+@dataclass(frozen=True, eq=False)
+class TextFrame(Segment):
+    """One row of text tokens. Its noise level is the expected fraction of masked tokens."""
+
+    length: int
+    """Number of tokens."""
+    sigma: float | None = 0.0
+    """Noise level in [0, 1] the text is held at, 0 for a prompt; `None`: the text is generated.
+
+    A prompt is modulated by the level of the run if it sees anything that is generated, as FLUX and SD3 were trained,
+    otherwise by the highest level of what it sees."""
+    keep: torch.Tensor | None = None
+    """Boolean (length,) or (B, length): tokens of a generated text that are given and never masked, such as a question
+    before its answer. `None`: none."""
+    sees: Literal["all", "joint", "self"] = "all"
+    """What its tokens attend to, as in `Frame`; a block never sees later blocks."""
+    adapter: str | None = None
+    """Name of the LoRA adapter that acts on this text's tokens, and on no others."""
+    block: int | None = None
+    """Number of the block in a text that is generated block by block; `None`: the text is not in blocks."""
+    guidance: float | None = None
+    """Guidance the embedding of a guidance-distilled model is given for this text; `None`: the run's."""
+    start: int | None = None
+    """Position of its first token. `None`: 0 for a text that is generated; a prompt has no positions, as in FLUX."""
+
+    def __post_init__(self) -> None:
+        if self.length < 0:
+            raise ValueError(f"the length of a text counts tokens, got {self.length}")
+        self._check()
+        if self.block is not None and self.block < 0:
+            raise ValueError(f"blocks are numbered from 0, got block={self.block}")
+        if self.keep is not None:
+            if self.keep.dtype != torch.bool or self.keep.ndim not in (1, 2) or self.keep.shape[-1] != self.length:
+                raise ValueError(
+                    f"a text's keep must be boolean of shape ({self.length},) or (batch, {self.length}), got "
+                    f"{self.keep.dtype} of shape {tuple(self.keep.shape)}"
+                )
+            if self.held:
+                raise ValueError(f"keep is for a text that is generated, this one is held at sigma={self.sigma}")
+
+    @classmethod
+    def in_blocks(cls, length: int, block_length: int, done: int = 0, **options: Any) -> Iterator[TextFrame]:
+        """The segments of a text in blocks: those that are done are clean, the next one is generated.
+
+        Args:
+            length: tokens of the whole text; a multiple of `block_length`.
+            block_length: tokens of a block.
+            done: blocks that are finished.
+            options: other fields of each.
+        """
+        if block_length < 1 or length % block_length or not 0 <= done < length // block_length:
+            raise ValueError(
+                f"length must be a multiple of block_length with a block left after done, got {length}, "
+                f"{block_length} and {done}"
+            )
+        for block in range(done + 1):
+            sigma = 0.0 if block < done else None
+            yield cls(block_length, sigma, block=block, start=block * block_length, **options)
+
+    def positions(self) -> torch.Tensor:
+        """Positions (n,) float32 along the text: 0, 1, … from `start`, or zeros where it has none."""
+        if self.held and self.start is None:
+            return torch.zeros(self.length)
+        return torch.arange(self.length, dtype=torch.float32) + (self.start or 0)
 
 
 def __getattr__(name: str) -> Any:

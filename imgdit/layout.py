@@ -1,17 +1,16 @@
-"""The layout of a packed sequence: where each frame and text lies, what sees what, and which rows are one attention
-call."""
+"""The layout of a sequence: where each text and frame lies, what sees what, and which rows are one attention call."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from imgdit.frames import Frame
+from imgdit.frames import Frame, Segment, TextFrame
 
 _T = TypeVar("_T")
 _KEPT = 32
@@ -37,7 +36,7 @@ class RowGroup(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class FrameLayout:
-    """Frames in a row behind their text. Built once per run; all of it is derived from the fields.
+    """Texts and frames in a row. Built once per run; all of it is derived from the fields.
 
     `FrameLayout.build` makes the layout of one scene (any batch size), `FrameLayout.pack` puts unequal scenes behind
     each other in one sequence of batch 1.
@@ -45,23 +44,25 @@ class FrameLayout:
 
     frames: tuple[Frame, ...]
     """Frames in the order of their tokens."""
-    text_lengths: tuple[int, ...]
-    """Text tokens of each scene."""
+    texts: tuple[TextFrame, ...]
+    """Texts in the order of their tokens."""
     scenes: tuple[int, ...]
     """Scene of each frame."""
+    text_scenes: tuple[int, ...]
+    """Scene of each text."""
     visible: torch.Tensor = field(repr=False)
-    """Boolean (S + F, S + F): row segment sees column segment."""
+    """Boolean (X + F, X + F): row segment sees column segment."""
     cached: frozenset[int] = frozenset()
     """Segments whose tokens are not in the sequence: their keys and values come from a cache."""
     main_adapters: tuple[str, ...] | None = None
-    """Adapters of the text and of frames without one of their own. `None`: every active adapter no frame claims."""
+    """Adapters of segments without one of their own. `None`: every active adapter no segment claims."""
     _kept: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def build(
         cls,
-        frames: Sequence[Frame],
-        text_length: int,
+        frames: Sequence[Frame | TextFrame],
+        text_length: int | None = None,
         *,
         visible: torch.Tensor | None = None,
         main_adapters: Iterable[str] | None = None,
@@ -69,43 +70,42 @@ class FrameLayout:
         """Layout of one scene.
 
         Args:
-            frames: in the order of their tokens.
-            text_length: text tokens, T.
-            visible: boolean (1 + F, 1 + F), text first, where the frames' own `sees` rules are not what is wanted.
-            main_adapters: adapters of the text and of frames without one of their own.
+            frames: frames in the order of their tokens, and texts in theirs.
+            text_length: tokens of a prompt before the other texts, `TextFrame(text_length)`; `None`: there is none
+                but those in `frames`.
+            visible: boolean (X + F, X + F), texts first, where the `sees` rules are not what is wanted.
+            main_adapters: adapters of segments without one of their own.
         """
-        frames = tuple(frames)
-        if not frames:
-            raise ValueError("a layout needs at least one frame")
-        if text_length < 0:
-            raise ValueError(f"text_length counts tokens, got {text_length}")
-        size = 1 + len(frames)
+        prompt = [] if text_length is None else [TextFrame(text_length)]
+        texts = (*prompt, *(frame for frame in frames if isinstance(frame, TextFrame)))
+        frames = tuple(frame for frame in frames if isinstance(frame, Frame))
+        if not frames and all(text.held for text in texts):
+            raise ValueError("a layout needs at least one frame, or a text that is generated")
+        if not texts:
+            raise ValueError("a layout needs a text: give text_length, 0 for none, or a TextFrame")
+        size = len(texts) + len(frames)
         if visible is None:
-            visible = torch.ones(size, size, dtype=torch.bool)
-            for i, frame in enumerate(frames, start=1):
-                if frame.sees == "self":
-                    visible[i] = False
-                elif frame.sees == "joint":
-                    visible[i, 1:] = torch.tensor([other.adapter is None for other in frames])
-                visible[i, i] = True
+            visible = _rules((*texts, *frames))
         elif visible.dtype != torch.bool or tuple(visible.shape) != (size, size):
             raise ValueError(
-                f"visible must be boolean of shape ({size}, {size}), the text first and then {len(frames)} frame(s); "
-                f"got {visible.dtype} of shape {tuple(visible.shape)}"
+                f"visible must be boolean of shape ({size}, {size}), {len(texts)} text(s) first and then "
+                f"{len(frames)} frame(s); got {visible.dtype} of shape {tuple(visible.shape)}"
             )
         elif not visible.any(dim=1).all():
             raise ValueError("visible has a row without any True: a segment must see at least itself")
         return cls(
             frames=frames,
-            text_lengths=(text_length,),
+            texts=texts,
             scenes=(0,) * len(frames),
+            text_scenes=(0,) * len(texts),
             visible=visible.clone(),
             main_adapters=None if main_adapters is None else tuple(main_adapters),
         )
 
     @classmethod
     def pack(cls, layouts: Sequence[FrameLayout]) -> FrameLayout:
-        """Scenes of any sizes behind each other: sequence [text 0, text 1, …, frames of 0, frames of 1, …], batch 1.
+        """Scenes of any sizes behind each other: sequence [texts of 0, texts of 1, …, frames of 0, frames of 1, …],
+        batch 1.
 
         No scene sees another. The caller concatenates texts and tokens in the same order.
         """
@@ -119,17 +119,20 @@ class FrameLayout:
         size = texts + sum(len(layout.frames) for layout in layouts)
         visible = torch.zeros(size, size, dtype=torch.bool)
         scenes: list[int] = []
-        text, frame = 0, texts
+        text_scenes: list[int] = []
+        text, frame, scene = 0, texts, 0
         for layout in layouts:
             n, f = layout.num_texts, len(layout.frames)
             rows = torch.tensor([*range(text, text + n), *range(frame, frame + f)])
             visible[rows[:, None], rows[None, :]] = layout.visible
-            scenes += [text + scene for scene in layout.scenes]
-            text, frame = text + n, frame + f
+            scenes += [scene + i for i in layout.scenes]
+            text_scenes += [scene + i for i in layout.text_scenes]
+            text, frame, scene = text + n, frame + f, scene + layout.num_scenes
         return cls(
             frames=tuple(frame for layout in layouts for frame in layout.frames),
-            text_lengths=tuple(length for layout in layouts for length in layout.text_lengths),
+            texts=tuple(text for layout in layouts for text in layout.texts),
             scenes=tuple(scenes),
+            text_scenes=tuple(text_scenes),
             visible=visible,
             main_adapters=layouts[0].main_adapters,
         )
@@ -159,12 +162,21 @@ class FrameLayout:
     # What is in the sequence
 
     @property
+    def segments(self) -> tuple[Segment, ...]:
+        """Texts, then frames."""
+        return (*self.texts, *self.frames)
+
+    @property
     def num_texts(self) -> int:
-        return len(self.text_lengths)
+        return len(self.texts)
+
+    @property
+    def num_scenes(self) -> int:
+        return 1 + max(self.text_scenes)
 
     @property
     def is_packed(self) -> bool:
-        return self.num_texts > 1
+        return self.num_scenes > 1
 
     @cached_property
     def live(self) -> tuple[int, ...]:
@@ -172,9 +184,19 @@ class FrameLayout:
         return tuple(i for i in range(len(self.frames)) if self.num_texts + i not in self.cached)
 
     @cached_property
+    def live_texts(self) -> tuple[int, ...]:
+        """Numbers of the texts whose tokens are in the sequence."""
+        return tuple(i for i in range(self.num_texts) if i not in self.cached)
+
+    @cached_property
     def lengths(self) -> tuple[int, ...]:
         """Tokens of each live frame."""
         return tuple(self.frames[i].length for i in self.live)
+
+    @cached_property
+    def text_lengths(self) -> tuple[int, ...]:
+        """Tokens of each live text."""
+        return tuple(self.texts[i].length for i in self.live_texts)
 
     @property
     def text_length(self) -> int:
@@ -186,8 +208,14 @@ class FrameLayout:
 
     @cached_property
     def predicted(self) -> tuple[slice, ...]:
-        """Rows of the image stream the model predicts a velocity for: the live frames that are being made."""
+        """Rows of the image stream the model predicts a velocity for: the live frames that are being generated."""
         return _merge(rows for i, rows in zip(self.live, self.rows, strict=True) if not self.frames[i].held)
+
+    @cached_property
+    def predicted_texts(self) -> tuple[slice, ...]:
+        """Rows of the text stream the model predicts tokens for: the live texts that are being generated."""
+        rows = _consecutive(self.text_lengths)
+        return _merge(part for i, part in zip(self.live_texts, rows, strict=True) if not self.texts[i].held)
 
     @cached_property
     def live_frames(self) -> tuple[slice, ...]:
@@ -196,7 +224,7 @@ class FrameLayout:
 
     @cached_property
     def predicted_frames(self) -> tuple[slice, ...]:
-        """The frames being made among the live frames."""
+        """The frames being generated among the live frames."""
         return _merge(slice(n, n + 1) for n, i in enumerate(self.live) if not self.frames[i].held)
 
     @cached_property
@@ -210,7 +238,11 @@ class FrameLayout:
 
     def ids(self, device: torch.device | str | None = None) -> torch.Tensor:
         """Position ids (N, 3) float32 of the live frames' tokens. Float32: half precision rounds from 128 on."""
-        return torch.cat([self.frames[i].ids() for i in self.live]).to(device)
+        return torch.cat([torch.zeros(0, 3), *(self.frames[i].ids() for i in self.live)]).to(device)
+
+    def text_positions(self, device: torch.device | str | None = None) -> torch.Tensor:
+        """Positions (T,) float32 of the live texts' tokens along their text; 0 for prompts."""
+        return torch.cat([torch.zeros(0), *(self.texts[i].positions() for i in self.live_texts)]).to(device)
 
     # Noise levels
 
@@ -218,7 +250,7 @@ class FrameLayout:
         """Values per sample, as values per live frame.
 
         Args:
-            values: (B,), or (S,) for a packed layout; or (B, F) already per live frame, returned as it is.
+            values: (B,), or (S,) for a packed layout of S scenes; or (B, F) already per live frame, returned as it is.
             held: one value per frame of the layout that overrides `values`, or `None` to follow them.
 
         Returns:
@@ -242,30 +274,56 @@ class FrameLayout:
             per_frame = torch.where(follows, per_frame, fixed)
         return per_frame
 
-    def segment_levels(self, values: torch.Tensor, held: Sequence[float | None]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Noise levels, or what else the conditioning vectors embed, of the live frames and of the texts.
+    def segment_levels(
+        self, values: torch.Tensor, held: Sequence[float | None], text_values: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Noise levels, or what else the conditioning vectors embed, of the live frames and of the live texts.
 
-        A text has the level of the run, or of the noisiest frame of its scene where each frame has its own.
+        A text that is generated has its own level. Any other has the level of the run if it sees anything that is
+        generated, otherwise the highest that it or anything it sees is held at; where each frame has its own level,
+        that of the noisiest frame it sees.
 
         Args:
-            values: (B,), or (S,) for a packed layout; or (B, F), one per live frame, which override `held`.
-            held: one value per frame of the layout, `None` for those that follow `values`.
+            values: (B,), or (S,) for a packed layout of S scenes; or (B, F), one per live frame, overriding `held`.
+            held: one value per segment of the layout, texts first, `None` for those that follow `values`.
+            text_values: (B,) or (S,) of the texts that are generated; `None`: they are as any other.
 
         Returns:
-            (B, F) and (B, S), float32: half precision would round 945 to 944. One tensor twice where a text and its
+            (B, F) and (B, X), float32: half precision would round 945 to 944. One tensor twice where a text and its
             only frame have the same level.
         """
-        frames = self.expand(values.float(), held)
-        if len(self.live) == 1 and (values.ndim == 2 or held[self.live[0]] is None):
+        values = values.float()
+        frames = self.expand(values, held[self.num_texts :])
+        own = [text_values is not None and not self.texts[x].held for x in self.live_texts]
+        seen = [[n for n, i in enumerate(self.live) if self.num_texts + i in self.sees[x]] for x in self.live_texts]
+        levels = [self._level_of_text(x, held) for x in self.live_texts]
+        follows = values.ndim == 2 or (all(held[self.num_texts + i] is None for i in self.live) and levels == [None])
+        if own == [False] and len(self.live) == 1 and seen[0] and follows:
             return frames, frames
-        if values.ndim == 1:
-            return frames, (values[None] if self.is_packed else values[:, None]).float()
-        members = [[n for n, i in enumerate(self.live) if self.scenes[i] == scene] for scene in range(self.num_texts)]
-        return frames, torch.stack([torch.stack([frames[:, n] for n in of]).amax(0) for of in members], dim=1)
+        columns = []
+        for x, of, level, is_own in zip(self.live_texts, seen, levels, own, strict=True):
+            if is_own or (values.ndim == 1 and level is None):
+                run = text_values.float() if is_own and text_values is not None else values
+                columns.append(run[self.text_scenes[x]][None] if self.is_packed else run)
+            elif values.ndim == 2 and of:
+                columns.append(torch.stack([frames[:, n] for n in of]).amax(0))
+            else:
+                columns.append(values.new_full((len(frames),), level or 0.0))
+        return frames, torch.stack(columns, dim=1) if columns else frames.new_zeros(len(frames), 0)
+
+    def _level_of_text(self, text: int, held: Sequence[float | None]) -> float | None:
+        """The highest value that a text or anything it sees is held at; `None` if any of them follows the run."""
+        levels = [held[i] for i in self.sees[text] | {text}]
+        return None if None in levels else max(level for level in levels if level is not None)
 
     def scenes_of_live(self, device: torch.device) -> torch.Tensor:
         """Scene of each live frame, (F,)."""
         return self.kept(("scenes", device), lambda: torch.tensor([self.scenes[i] for i in self.live], device=device))
+
+    def scenes_of_texts(self, device: torch.device) -> torch.Tensor:
+        """Scene of each live text, (X,)."""
+        scenes = [self.text_scenes[i] for i in self.live_texts]
+        return self.kept(("scenes of texts", device), lambda: torch.tensor(scenes, device=device))
 
     # Who sees whom
 
@@ -276,8 +334,8 @@ class FrameLayout:
 
     @cached_property
     def frozen(self) -> frozenset[int]:
-        """Segments whose keys and values are the same in every step: held frames that see only such frames."""
-        frozen = {self.num_texts + i for i, frame in enumerate(self.frames) if frame.held}
+        """Segments whose keys and values are the same in every step: held ones that see only such ones."""
+        frozen = {i for i, segment in enumerate(self.segments) if segment.held}
         while True:
             kept = {i for i in frozen if self.sees[i] <= frozen}
             if kept == frozen:
@@ -285,20 +343,18 @@ class FrameLayout:
             frozen = kept
 
     def without_frozen(self) -> FrameLayout:
-        """The layout of the steps that read the frozen frames from a cache instead of computing them."""
-        return FrameLayout(
-            self.frames, self.text_lengths, self.scenes, self.visible, self.frozen | self.cached, self.main_adapters
-        )
+        """The layout of the steps that read the frozen segments from a cache instead of computing them."""
+        return replace(self, cached=self.frozen | self.cached)
 
     @cached_property
     def groups(self) -> tuple[RowGroup, ...]:
         """The joint sequence [texts, frames], as groups of rows that see the same."""
-        return self._group(range(self.num_texts + len(self.frames)))
+        return self._group(range(len(self.segments)))
 
     @cached_property
     def image_groups(self) -> tuple[RowGroup, ...]:
         """The image stream alone, as groups (SD3.5's second attention sees no text)."""
-        return self._group(range(self.num_texts, self.num_texts + len(self.frames)))
+        return self._group(range(self.num_texts, len(self.segments)))
 
     def _group(self, segments: range) -> tuple[RowGroup, ...]:
         present = [i for i in segments if i not in self.cached]
@@ -319,15 +375,15 @@ class FrameLayout:
         return ranked(groups)
 
     def _bias(self, row: int, column: int) -> float:
-        """What the logits between two segments get: each frame's log strength, nothing within a segment."""
+        """What the logits between two segments get: each segment's log strength, nothing within a segment."""
         if row == column:
             return 0.0
-        return sum(math.log(self.frames[i - self.num_texts].strength) for i in (row, column) if i >= self.num_texts)
+        return sum(math.log(self.segments[i].strength) for i in (row, column))
 
     def frozen_rows(self, *, image_only: bool = False) -> tuple[slice, ...]:
-        """Rows of the frozen frames in the joint sequence (or in the image stream), in the order a cache keeps."""
+        """Rows of the frozen segments in the joint sequence (or in the image stream), in the order a cache keeps."""
         first = self.num_texts if image_only else 0
-        present = [i for i in range(first, self.num_texts + len(self.frames)) if i not in self.cached]
+        present = [i for i in range(first, len(self.segments)) if i not in self.cached]
         position = dict(zip(present, _consecutive([self._length(i) for i in present]), strict=True))
         return _merge(position[i] for i in sorted(self.frozen) if i in position)
 
@@ -335,13 +391,13 @@ class FrameLayout:
         """Boolean (T + N, T + N) mask of the whole joint sequence. For tests: no path of the library builds it."""
         if self.cached:
             raise ValueError("a layout that reads from a cache has no square mask")
-        lengths = torch.tensor([self._length(i) for i in range(self.num_texts + len(self.frames))])
+        lengths = torch.tensor([self._length(i) for i in range(len(self.segments))])
         return self.visible.repeat_interleave(lengths, 0).repeat_interleave(lengths, 1)
 
     def dense_bias(self) -> torch.Tensor:
         """What is added to the logits of the whole joint sequence, (T + N, T + N), -inf where a row does not see. For
         tests, as `dense_mask`."""
-        segments = range(self.num_texts + len(self.frames))
+        segments = range(len(self.segments))
         bias = torch.tensor([[self._bias(i, j) for j in segments] for i in segments])
         lengths = torch.tensor([self._length(i) for i in segments])
         bias = bias.repeat_interleave(lengths, 0).repeat_interleave(lengths, 1)
@@ -351,8 +407,8 @@ class FrameLayout:
 
     @property
     def claimed(self) -> frozenset[str]:
-        """Adapters that belong to a frame."""
-        return frozenset(frame.adapter for frame in self.frames if frame.adapter is not None)
+        """Adapters that belong to a segment."""
+        return frozenset(segment.adapter for segment in self.segments if segment.adapter is not None)
 
     @property
     def has_adapters(self) -> bool:
@@ -360,8 +416,25 @@ class FrameLayout:
 
     def _length(self, segment: int) -> int:
         if segment < self.num_texts:
-            return self.text_lengths[segment]
+            return self.texts[segment].length
         return self.frames[segment - self.num_texts].length
+
+
+def _rules(segments: Sequence[Frame | TextFrame]) -> torch.Tensor:
+    """Boolean (X + F, X + F): who sees whom by the segments' own rules."""
+    visible = torch.ones(len(segments), len(segments), dtype=torch.bool)
+    for i, segment in enumerate(segments):
+        if segment.sees == "self":
+            visible[i] = False
+        elif segment.sees == "joint":
+            visible[i] = torch.tensor([other.adapter is None for other in segments])
+        block = segment.block if isinstance(segment, TextFrame) else None
+        if block is not None:
+            for j, other in enumerate(segments):
+                if isinstance(other, TextFrame) and other.block is not None and other.block > block:
+                    visible[i, j] = False
+        visible[i, i] = True
+    return visible
 
 
 def ranked(groups: Iterable[RowGroup]) -> tuple[RowGroup, ...]:

@@ -1,4 +1,4 @@
-"""LoRA on rows: an adapter that acts on one frame's tokens and on no others.
+"""LoRA on rows: an adapter that acts on the tokens of one frame or text and on no others.
 
 The adapters are ordinary PEFT layers (so files, `set_adapters` and quantised bases stay what they are). One base GEMM
 runs over all tokens, then each adapter adds its product on its own slice: `y[:, a:b] += scale * B(A(x[:, a:b]))`.
@@ -62,7 +62,7 @@ def lora_plan(layout: FrameLayout) -> LoraPlan | None:
 
 
 def _lora_plan(layout: FrameLayout) -> LoraPlan:
-    texts: list[tuple[int, str | None]] = [(n, None) for n in layout.text_lengths]
+    texts = [(n, layout.texts[i].adapter) for i, n in zip(layout.live_texts, layout.text_lengths)]
     frames = [(n, layout.frames[i].adapter) for i, n in zip(layout.live, layout.lengths)]
     made = [frame for i, frame in zip(layout.live, frames) if not layout.frames[i].held]
 

@@ -59,9 +59,9 @@ class BlockPlan(NamedTuple):
         return None if self.read is None else sum((self.text_lengths + self.frame_lengths)[: self.read])
 
     def last(self, layout: FrameLayout) -> BlockPlan:
-        """The plan of the last single-stream block: nobody reads what comes after the last frame being made."""
-        made = [n for n, i in enumerate(layout.live, start=1) if not layout.frames[i].held]
-        plan = self._replace(read=layout.num_texts + made[-1])
+        """The plan of the last single-stream block: nobody reads what comes after the last generated segment."""
+        live = [*(layout.texts[i] for i in layout.live_texts), *(layout.frames[i] for i in layout.live)]
+        plan = self._replace(read=max(n for n, segment in enumerate(live, start=1) if not segment.held))
         rows = plan.read_rows
         if layout.is_packed or rows is None or rows == sum(self.text_lengths + self.frame_lengths):
             return self

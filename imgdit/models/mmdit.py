@@ -290,13 +290,14 @@ class MMDiT(SafetensorsOnly, ModelMixin, ConfigMixin, Adapters, StepCaches, Atte
             of_frames = embedding(frames)
             return of_frames, of_frames if texts is frames else embedding(texts)
 
-        held = [None if f.sigma is None else f.sigma * 1000 / scale for f in layout.frames]
+        held = [None if s.sigma is None else s.sigma * 1000 / scale for s in layout.segments]
         pair = vectors(embed.timestep_embedder, timestep, held, scale)
         if given:
-            guidance = [f.guidance for f in layout.frames]
+            guidance = [s.guidance for s in layout.segments]
             pair = _sums(pair, vectors(embed.guidance_embedder, given[0], guidance, 1000.0))
         if layout.is_packed:
-            return _sums(pair, (pooled_emb[layout.scenes_of_live(pooled.device)], pooled_emb))
+            frames, texts = layout.scenes_of_live(pooled.device), layout.scenes_of_texts(pooled.device)
+            return _sums(pair, (pooled_emb[frames], pooled_emb[texts]))
         return _sums(pair, (pooled_emb[:, None],) * 2)
 
     def _rope(

@@ -74,7 +74,7 @@ def check_tokens(
     if model._parallel_config is not None:
         raise ValueError("NextDiT runs on one rank; disable context parallelism")
     if layout.is_packed:
-        raise ValueError(f"NextDiT takes one scene per sample, got a packed layout of {layout.num_texts}")
+        raise ValueError(f"NextDiT takes one scene per sample, got a packed layout of {layout.num_scenes}")
     if layout.has_adapters:
         raise ValueError(
             f"frames with adapters of their own ({', '.join(sorted(layout.claimed))}) need MMDiT; "

@@ -176,7 +176,7 @@ def _check_layout(
         )
     if text != layout.text_length:
         raise ValueError(f"encoder_hidden_states has {text} tokens, the layout expects {layout.text_length}")
-    if not layout.predicted:
+    if not layout.predicted and not layout.predicted_texts:
         raise ValueError("every frame of the layout is held at its noise level: there is nothing to predict")
     if not layout.is_packed:
         return hidden_states.shape[0]
@@ -184,7 +184,7 @@ def _check_layout(
         raise ValueError(f"a packed layout is one sequence of batch 1, got batch {hidden_states.shape[0]}")
     if encoder_attention_mask is not None:
         raise ValueError("a packed layout has no padding; pack each text at its own length and leave the mask out")
-    return layout.num_texts
+    return layout.num_scenes
 
 
 def _check_ids(name: str, ids: torch.Tensor | None, length: int) -> None:

@@ -18,7 +18,7 @@ def check_batch(batch: Batch) -> None:
     layout = batch.layout
     if layout.is_packed:
         raise ValueError(
-            f"a batch has one layout for all its samples, got a packed one of {layout.num_texts} scenes; "
+            f"a batch has one layout for all its samples, got a packed one of {layout.num_scenes} scenes; "
             "give scenes of one shape per batch, or one scene per micro-batch"
         )
     if batch.tokens.ndim != 3 or batch.tokens.shape[1] != layout.image_length:
