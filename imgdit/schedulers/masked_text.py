@@ -23,7 +23,7 @@ from diffusers.schedulers.scheduling_block_refinement import BlockRefinementSche
 from imgdit import compat
 from imgdit.naming import check_choice
 
-Reveal = Literal["even", "cosine", "shift", "time", "threshold", "factor", "owed"]
+Reveal = Literal["even", "cosine", "shift", "logit_normal", "time", "threshold", "factor", "owed"]
 Choose = Literal["probability", "log_probability", "margin", "entropy", "random", "ancestral"]
 Sampling = Literal["auto", "greedy", "multinomial", "gumbel", "filtered"]
 Generators = torch.Generator | Sequence[torch.Generator] | None
@@ -87,8 +87,9 @@ class MaskedTextScheduler(BlockRefinementScheduler):
         reveal: how many masks of a row a step reveals.
             "even": as many in each step, the remainder in the first ones (LLaDA); more where more than that exceed
             the threshold (LLaDA2, the parent's rule; a threshold above 1 turns that off).
-            "cosine": few at first and many at last (MaskGIT), and "shift": by a t / (1 + (a - 1) t), where a = 1/3
-            reveals many at first, both as LaViDa counts them.
+            "cosine": few at first and many at last (MaskGIT), "shift": by a t / (1 + (a - 1) t), where a = 1/3
+            reveals many at first and a = 1 is linear, and "logit_normal": by its distribution function, few at first
+            and at last; all three as LaViDa counts them.
             "time": a fraction 1 - s/t of those left when time goes from t to s, rounded down (Dream).
             "threshold": those whose probability is at least the threshold, and the best one (Fast-dLLM).
             "factor": the n best for the largest n with c_n >= 1 - factor / (n + 1) for all of them, and the best one
@@ -174,7 +175,7 @@ class MaskedTextScheduler(BlockRefinementScheduler):
     def counts(self, masks: int) -> torch.Tensor:
         """Masks (S,) that each step reveals of a number of masks; for "time" the expected even split."""
         steps = self.num_inference_steps
-        if self.config.reveal not in ("cosine", "shift"):
+        if self.config.reveal not in ("cosine", "shift", "logit_normal"):
             return self.get_num_transfer_tokens(masks, steps)
         if not masks:
             return torch.zeros(steps, dtype=torch.long)
@@ -183,6 +184,8 @@ class MaskedTextScheduler(BlockRefinementScheduler):
         times = torch.linspace(0, 1, used + 1)  # float32, which decides where a product is a whole number
         if self.config.reveal == "shift":
             done = self.config.shift * times / (1 + (self.config.shift - 1) * times)
+        elif self.config.reveal == "logit_normal":
+            done = torch.special.ndtr(torch.logit(times))
         else:
             done = (1 - torch.cos(math.pi * times)) / 2
         done[-1] = 1  # the formula's last value is 1, its floating-point number may be less

@@ -96,10 +96,12 @@ def test_even_counts_are_lladas(name):
         (32, 16, {"reveal": "shift", "shift": 1 / 3}, [6, 4, 4, 2, 3, 2, 2, 1, 1, 1, 1, 1, 1, 1, 1, 1]),
         (32, 8, {"reveal": "shift", "shift": 3.0}, [2, 2, 2, 2, 4, 4, 7, 9]),
         (20, 50, {"reveal": "shift"}, [1] * 20 + [0] * 30),
+        (32, 16, {"reveal": "shift", "shift": 1.0}, [2] * 16),
         (32, 12, {"reveal": "cosine"}, [1, 2, 2, 4, 3, 4, 5, 3, 4, 2, 1, 1]),
+        (32, 12, {"reveal": "logit_normal"}, [1, 1, 3, 3, 4, 4, 5, 4, 3, 2, 1, 1]),
     ],
 )
-def test_counts_of_shift_and_cosine_are_lavidas(masks, steps, settings, expected):
+def test_counts_of_schedules_are_lavidas(masks, steps, settings, expected):
     scheduler = MaskedTextScheduler(**settings)
     scheduler.set_timesteps(steps)
     assert scheduler.counts(masks).tolist() == expected
@@ -108,7 +110,7 @@ def test_counts_of_shift_and_cosine_are_lavidas(masks, steps, settings, expected
         assert counts.sum() == fewer and (counts[: min(steps, fewer)] >= 1).all() and (counts[fewer:] == 0).all()
 
 
-@pytest.mark.parametrize("reveal", ["even", "cosine", "shift", "time", "threshold", "factor", "owed"])
+@pytest.mark.parametrize("reveal", ["even", "cosine", "shift", "logit_normal", "time", "threshold", "factor", "owed"])
 @pytest.mark.parametrize("choose", ["probability", "log_probability", "margin", "entropy", "random", "ancestral"])
 def test_every_rule_ends_for_rows_with_different_numbers_of_masks(reveal, choose):
     if choose == "ancestral" and reveal in ("threshold", "factor", "owed"):
@@ -134,7 +136,7 @@ def test_every_rule_ends_for_rows_with_different_numbers_of_masks(reveal, choose
         assert not (tokens == MASK).any() and torch.equal(tokens[kept], before[kept])
 
 
-@pytest.mark.parametrize("reveal", ["even", "cosine", "shift", "time"])
+@pytest.mark.parametrize("reveal", ["even", "cosine", "shift", "logit_normal", "time"])
 def test_a_row_is_revealed_as_if_alone(reveal):
     logits, tokens = block()
     found = []
