@@ -461,7 +461,7 @@ class OneDiffusionPipeline(ImgDiTPipeline):
             options["guidance"] = torch.full((tokens.shape[0],), self.guidance_scale, device=tokens.device)
         # A guided and a plain step differ in batch size, so step caches keep them apart.
         with self.transformer.cache_context("guided" if guided else "plain"):
-            (velocity,) = self.transformer(
+            velocity, *_ = self.transformer(
                 hidden_states=tokens,
                 encoder_hidden_states=texts.text,
                 pooled_projections=run.pooled[rows].to(dtype),

@@ -524,7 +524,7 @@ class ImgDiTPipeline(compat.DiffusionPipeline, LoraLoaderMixin):
             # Calls that differ in batch or content, which step caches must keep apart.
             name = ("guided" if copies > 1 else "plain") + (" empty" if empty else "")
             with self.transformer.cache_context(name):
-                (out,) = self.transformer(
+                out, *_ = self.transformer(
                     hidden_states=joined,
                     encoder_hidden_states=embeds.to(dtype),
                     pooled_projections=pooled.to(dtype),

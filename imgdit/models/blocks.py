@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn as nn
 from diffusers.models.attention import AttentionModuleMixin, FeedForward
+from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.normalization import (
     AdaLayerNormContinuous,
     AdaLayerNormZero,
@@ -343,6 +344,16 @@ def single_block(
         joint = joint.clip(-65504, 65504)
     encoder_hidden_states, hidden_states = joint.split([encoder_hidden_states.shape[1], hidden_states.shape[1]], dim=1)
     return hidden_states, encoder_hidden_states
+
+
+class TimestepVector(nn.Module):
+    """Conditioning vector of a model that has no pooled text: the embedding of the timestep, with the names of
+    diffusers' `CombinedTimestepTextProjEmbeddings`."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.time_proj = Timesteps(num_channels=256, flip_sin_to_cos=True, downscale_freq_shift=0)
+        self.timestep_embedder = TimestepEmbedding(in_channels=256, time_embed_dim=dim)
 
 
 class MMDiTAttnProcessor:

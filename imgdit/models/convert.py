@@ -86,6 +86,8 @@ def to_diffusers(model: Any) -> ModelMixin:
     config = dict(model.config)
     if config["context_pre_only"] is None:
         config["context_pre_only"] = config["num_single_layers"] == 0
+    if config["text_vocab_size"] is not None or config["pooled_projection_dim"] is None:
+        raise ValueError("FLUX.1 and SD3 of diffusers have pooled text and no text head, this model differs in that")
     name, as_mmdit = _target(config["pos_embed_type"])
     target = getattr(diffusers, name)
     for key, value in as_mmdit.fixed.items():

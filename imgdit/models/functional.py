@@ -107,7 +107,7 @@ def multiply_add(
         base: (B, N, D); (B, F, D) if `per_frame`.
         lengths: tokens of each frame.
     """
-    if len(lengths) == 1 or max(lengths) == 1:  # a vector for everything, or each token's own
+    if len(lengths) < 2 or max(lengths) == 1:  # a vector for everything, or each token's own
         return torch.addcmul(base, x, factor)
     frames = len(lengths)
     if len(set(lengths)) == 1:

@@ -2,15 +2,18 @@
 
 Numerically it is diffusers' `FluxTransformer2DModel` (with `pos_embed_type="rope"`) or `SD3Transformer2DModel` (with
 `"sincos"`), with their parameter names. On top of them, the image stream may consist of several frames, each with its
-own noise level, adapter and view of the others (`imgdit.frames`).
+own noise level, adapter and view of the others (`imgdit.frames`), and a text head makes the text stream a prediction
+too (Dual Diffusion, arXiv 2501.00289).
 
 B batch, N image tokens, T text tokens, J text features, P pooled features, D width, C channels, F frames, X texts (one
-per scene of a packed batch, otherwise 1).
+per scene of a packed batch, otherwise 1), V vocabulary.
 """
 
 from __future__ import annotations
 
+import json
 import math
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -33,18 +36,40 @@ from imgdit import compat
 from imgdit.attention.cache import KVCache
 from imgdit.attention.packed import PackedRows, packed_backend
 from imgdit.compat import Adapters, SafetensorsOnly, StepCaches
-from imgdit.frames import Frame
+from imgdit.frames import Frame, TextFrame
 from imgdit.layout import FrameLayout, take_rows
 from imgdit.lora.rows import LoraPlan, linear, lora_plan, main_rows
 from imgdit.models import convert
-from imgdit.models.blocks import BlockPlan, MMDiTBlock, MMDiTSingleBlock, Modulation, adaptive_norm, block_plans
+from imgdit.models.blocks import (
+    BlockPlan,
+    MMDiTBlock,
+    MMDiTSingleBlock,
+    Modulation,
+    TimestepVector,
+    adaptive_norm,
+    block_plans,
+)
 from imgdit.models.functional import rope_table, table_positions
-from imgdit.models.validation import check_config, check_inputs
+from imgdit.models.validation import check_config, check_inputs, check_text_level
 from imgdit.mup import MupMixin
 
 _ONE_FRAME = FrameLayout.build([Frame((1, 1))], 1)
+_ONE_FRAME_AND_TEXT = FrameLayout.build([TextFrame(1, sigma=None), Frame((1, 1))])
 _Pair = tuple[torch.Tensor, torch.Tensor]
 """Of the frames, and of the texts."""
+_HEAD = ("text_vocab_size", "text_rope_axis", "null_image_tokens")
+"""Settings of the text head."""
+
+
+@dataclass
+class MMDiTOutput(Transformer2DModelOutput):
+    """What `MMDiT` predicts."""
+
+    sample: torch.Tensor | None = None
+    """(B, n, C) or (B, C, h, w), see `MMDiT.forward`; `None`: no frame is generated."""
+    text_logits: torch.Tensor | None = None
+    """(B, t, V) for the t tokens of the texts that are generated, all of them without a layout; `None`: there is none,
+    or the model has no text head."""
 
 
 class MMDiT(SafetensorsOnly, ModelMixin, ConfigMixin, Adapters, StepCaches, AttentionMixin, MupMixin):
@@ -58,7 +83,7 @@ class MMDiT(SafetensorsOnly, ModelMixin, ConfigMixin, Adapters, StepCaches, Atte
         num_single_layers: single-stream blocks after them.
         attention_head_dim, num_attention_heads: their product is the width.
         joint_attention_dim: features of a text token.
-        pooled_projection_dim: features of the pooled text.
+        pooled_projection_dim: features of the pooled text; `None`: there is none, and the timestep alone modulates.
         guidance_embeds: whether the guidance scale is an input (guidance-distilled models).
         pos_embed_type: "rope" (FLUX: rotary, ids per token) or "sincos" (SD3: added to the patches).
         axes_dims_rope: head features turned by frame, row and column; their sum is `attention_head_dim`.
@@ -68,10 +93,14 @@ class MMDiT(SafetensorsOnly, ModelMixin, ConfigMixin, Adapters, StepCaches, Atte
         qk_norm: "rms_norm" on queries and keys, or `None`.
         dual_attention_layers: double-stream blocks with a second attention over the image alone (SD3.5-medium).
         context_pre_only: whether the last double-stream block ends the text stream; `None`: if no single-stream
-            block follows, so that no parameter is left without a gradient.
+            block or text head follows, so that no parameter is left without a gradient.
         mlp_ratio: width of the MLPs over the model's.
         timestep_scale: what the `timestep` given to `forward` is multiplied by to lie in [0, 1000]: 1000 if callers
             pass sigma as FLUX's pipeline does, 1 if they pass the scheduler's timestep as SD3's does.
+        text_vocab_size: tokens that the text head predicts, V; `None`: there is no head.
+        text_rope_axis: rotary axis along which the tokens of a text that is generated lie, at 0, 1, …; `None`: they
+            all lie at 0 as those of a prompt, and a text encoder without absolute positions makes all masks equal.
+        null_image_tokens: learned tokens that stand for an image where there is none; 0: there always is one.
         mup_base_width: width at which learning rates were tuned (μP); `None`: standard parametrisation.
         mup_output_mult: factor of the readout (μP).
         mup_adaln_init: "zero" (adaLN-zero) or "normal" (as the μP paper's DiT).
@@ -127,7 +156,7 @@ class MMDiT(SafetensorsOnly, ModelMixin, ConfigMixin, Adapters, StepCaches, Atte
         attention_head_dim: int = 128,
         num_attention_heads: int = 24,
         joint_attention_dim: int = 4096,
-        pooled_projection_dim: int = 768,
+        pooled_projection_dim: int | None = 768,
         guidance_embeds: bool = False,
         pos_embed_type: str = "rope",
         axes_dims_rope: tuple[int, ...] = (16, 56, 56),
@@ -139,6 +168,9 @@ class MMDiT(SafetensorsOnly, ModelMixin, ConfigMixin, Adapters, StepCaches, Atte
         context_pre_only: bool | None = None,
         mlp_ratio: float = 4.0,
         timestep_scale: float = 1000.0,
+        text_vocab_size: int | None = None,
+        text_rope_axis: int | None = None,
+        null_image_tokens: int = 0,
         mup_base_width: int | None = None,
         mup_output_mult: float = 1.0,
         mup_adaln_init: str = "zero",
@@ -151,7 +183,9 @@ class MMDiT(SafetensorsOnly, ModelMixin, ConfigMixin, Adapters, StepCaches, Atte
         dim = num_attention_heads * attention_head_dim
         self.inner_dim = dim
         self.out_channels = out_channels or in_channels
-        ends_text = (num_single_layers == 0) if context_pre_only is None else context_pre_only
+        ends_text = context_pre_only
+        if ends_text is None:
+            ends_text = num_single_layers == 0 and text_vocab_size is None
 
         if pos_embed_type == "rope":
             self.x_embedder = nn.Linear(in_channels, dim)
@@ -164,10 +198,13 @@ class MMDiT(SafetensorsOnly, ModelMixin, ConfigMixin, Adapters, StepCaches, Atte
                 embed_dim=dim,
                 pos_embed_max_size=pos_embed_max_size,
             )
-        embeddings = (
-            CombinedTimestepGuidanceTextProjEmbeddings if guidance_embeds else CombinedTimestepTextProjEmbeddings
-        )
-        self.time_text_embed = embeddings(embedding_dim=dim, pooled_projection_dim=pooled_projection_dim)
+        if pooled_projection_dim is None:
+            self.time_text_embed: nn.Module = TimestepVector(dim)
+        else:
+            embeddings = (
+                CombinedTimestepGuidanceTextProjEmbeddings if guidance_embeds else CombinedTimestepTextProjEmbeddings
+            )
+            self.time_text_embed = embeddings(embedding_dim=dim, pooled_projection_dim=pooled_projection_dim)
         self.context_embedder = nn.Linear(joint_attention_dim, dim)
         self.transformer_blocks = nn.ModuleList(
             MMDiTBlock(
@@ -186,14 +223,21 @@ class MMDiT(SafetensorsOnly, ModelMixin, ConfigMixin, Adapters, StepCaches, Atte
         )
         self.norm_out = AdaLayerNormContinuous(dim, dim, elementwise_affine=False, eps=1e-6)
         self.proj_out = nn.Linear(dim, patch_size * patch_size * self.out_channels)
+        if text_vocab_size is not None:
+            self.text_norm_out = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
+            self.text_proj_out = nn.Linear(dim, text_vocab_size)
+            gathered = compat.ContextParallelOutput(gather_dim=1, expected_dims=3)
+            self._cp_plan = {**self._cp_plan, "text_proj_out": gathered}
+        if null_image_tokens:
+            self.null_image_embd = nn.Parameter(torch.randn(1, null_image_tokens, dim) * 0.02)
         self.gradient_checkpointing = False
 
     @apply_lora_scale("joint_attention_kwargs")
     def forward(
         self,
-        hidden_states: torch.Tensor,
+        hidden_states: torch.Tensor | None,
         encoder_hidden_states: torch.Tensor,
-        pooled_projections: torch.Tensor,
+        pooled_projections: torch.Tensor | None,
         timestep: torch.Tensor,
         img_ids: torch.Tensor | None = None,
         txt_ids: torch.Tensor | None = None,
@@ -202,15 +246,18 @@ class MMDiT(SafetensorsOnly, ModelMixin, ConfigMixin, Adapters, StepCaches, Atte
         encoder_attention_mask: torch.Tensor | None = None,
         layout: FrameLayout | None = None,
         cache: KVCache | None = None,
+        text_timestep: torch.Tensor | None = None,
         return_dict: bool = True,
-    ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
-        """Predict the velocity noise - data of every frame that is being made.
+    ) -> MMDiTOutput | tuple[torch.Tensor, ...]:
+        """Predict the velocity noise - data of every frame that is being made, and the tokens of the text.
 
         Args:
             hidden_states: (B, N, C) tokens of the frames in the layout's order; or one latent grid (B, C, h, w) for a
-                model with sin-cos positions and no layout. Batch 1 for a packed layout.
+                model with sin-cos positions and no layout. Batch 1 for a packed layout. `None`: no image, for models
+                with `null_image_tokens`.
             encoder_hidden_states: (B, T, J) text.
-            pooled_projections: (B, P) pooled text; (X, P), one per scene, for a packed layout.
+            pooled_projections: (B, P) pooled text; (X, P), one per scene, for a packed layout; `None` for a model
+                without it.
             timestep: (B,) (or (X,)) noise level of the frames being made, in [0, 1000] after `timestep_scale`;
                 or (B, F), one per frame, which overrides the layout's held levels too.
             img_ids, txt_ids: (N, 3) and (T, 3) positions; for rotary models without a layout.
@@ -219,9 +266,13 @@ class MMDiT(SafetensorsOnly, ModelMixin, ConfigMixin, Adapters, StepCaches, Atte
             encoder_attention_mask: (B, T), true on real text tokens. `None`: all are.
             layout: the frames; `None`: one frame.
             cache: keys and values of frozen frames, written or read.
+            text_timestep: (B,), or one per scene for a packed layout: noise level of the texts that are generated,
+                their fraction of masks, in [0, 1000] after `timestep_scale`. `None`: they have the level of the images
+                (Dual Diffusion). Without a layout the text is one that is generated if this is given, else a prompt.
 
         Returns:
-            (B, n, C) for the n tokens of the frames being made, or (B, C, h, w) for a latent grid.
+            `sample`: (B, n, C) for the n tokens of the frames being made, or (B, C, h, w) for a latent grid.
+            `text_logits`: see `MMDiTOutput`. Without `return_dict` a tuple of those there are.
 
         Raises:
             ValueError: a shape, length or option that does not fit, with what was expected.
@@ -230,14 +281,21 @@ class MMDiT(SafetensorsOnly, ModelMixin, ConfigMixin, Adapters, StepCaches, Atte
             self, hidden_states, encoder_hidden_states, pooled_projections, timestep, img_ids, txt_ids, guidance,
             joint_attention_kwargs, encoder_attention_mask, layout, cache,
         )  # fmt: skip
-        grid = (hidden_states.shape[2], hidden_states.shape[3]) if hidden_states.ndim == 4 else None
-        lora = None if layout is None else lora_plan(layout)
-        hidden_states = self._embed(hidden_states, layout, lora)  # (B, N, D)
+        check_text_level(self, text_timestep, layout, encoder_hidden_states)
+        has_image = hidden_states is not None
+        if hidden_states is None:
+            hidden_states = self.null_image_embd.expand(len(encoder_hidden_states), -1, -1)
+            grid, lora = None, None
+        else:
+            grid = (hidden_states.shape[2], hidden_states.shape[3]) if hidden_states.ndim == 4 else None
+            lora = None if layout is None else lora_plan(layout)
+            hidden_states = self._embed(hidden_states, layout, lora)  # (B, N, D)
         inputs = (timestep, pooled_projections) if guidance is None else (timestep, guidance, pooled_projections)
-        temb, context_temb = compat.called(self.time_text_embed, partial(self._condition, layout), *inputs)
+        condition = partial(self._condition, layout, text_timestep, hidden_states.dtype)
+        temb, context_temb = compat.called(self.time_text_embed, condition, *inputs)
         encoder_hidden_states = linear(self.context_embedder, encoder_hidden_states, lora and lora.text, shared=True)
         text_length = encoder_hidden_states.shape[1]
-        rope = self._rope(layout, img_ids, txt_ids, text_length, hidden_states.device)
+        rope = self._rope(layout, img_ids, txt_ids, text_length, text_timestep is not None, hidden_states)
         plan, last = self._plans(layout, hidden_states, text_length, encoder_attention_mask, cache)
 
         for blocks in ("transformer_blocks", "single_transformer_blocks"):
@@ -250,8 +308,15 @@ class MMDiT(SafetensorsOnly, ModelMixin, ConfigMixin, Adapters, StepCaches, Atte
                 hidden_states, encoder_hidden_states = block(
                     hidden_states, encoder_hidden_states, temb, context_temb, rope, plan, layer
                 )
-        sample = self._read_out(hidden_states, temb, layout, lora, grid)
-        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+        sample = logits = None
+        if has_image and (layout is None or layout.predicted):
+            sample = self._read_out(hidden_states, temb, layout, lora, grid)
+        if self.config.text_vocab_size is not None and (layout is None or layout.predicted_texts):
+            normed = self.text_norm_out(encoder_hidden_states)
+            logits = linear(self.text_proj_out, normed, lora and lora.text, shared=True)  # (B, T, V)
+            logits = logits if layout is None else take_rows(logits, layout.predicted_texts)
+        output = MMDiTOutput(sample, logits)
+        return output if return_dict else output.to_tuple()
 
     def _embed(self, hidden_states: torch.Tensor, layout: FrameLayout | None, lora: LoraPlan | None) -> torch.Tensor:
         """Tokens or a latent grid to (B, N, D), positions added where they are not rotary."""
@@ -266,35 +331,45 @@ class MMDiT(SafetensorsOnly, ModelMixin, ConfigMixin, Adapters, StepCaches, Atte
     def _condition(
         self,
         layout: FrameLayout | None,
+        text_timestep: torch.Tensor | None,
+        dtype: torch.dtype,
         timestep: torch.Tensor,
-        *inputs: torch.Tensor,
+        *inputs: torch.Tensor | None,
     ) -> _Pair:
         """Conditioning vectors of the frames (B, F, D) and of the texts (B, X, D): `time_text_embed` of frames. One
         tensor twice where they are equal.
 
         Args:
+            dtype: of the image tokens, in which a model without pooled text embeds timesteps.
             inputs: the pooled text; before it the guidance, for models with `guidance_embeds`.
         """
         *given, pooled = inputs
-        embed, scale = self.time_text_embed, self.config.timestep_scale
-        pooled_emb = embed.text_embedder(pooled)  # (B or X, D)
-        layout = _ONE_FRAME if layout is None else layout
+        embed: Any = self.time_text_embed
+        scale = self.config.timestep_scale
+        dtype = dtype if pooled is None else pooled.dtype
+        if layout is None:
+            layout = _ONE_FRAME if text_timestep is None else _ONE_FRAME_AND_TEXT
 
-        def vectors(embedder: nn.Module, values: torch.Tensor, held: list, scale: float) -> _Pair:
-            frames, texts = layout.segment_levels(values, held)  # (B, F), (B, X)
+        def vectors(
+            embedder: nn.Module, values: torch.Tensor, held: list, scale: float, of_text: torch.Tensor | None = None
+        ) -> _Pair:
+            frames, texts = layout.segment_levels(values, held, of_text)  # (B, F), (B, X)
 
             def embedding(levels: torch.Tensor) -> torch.Tensor:
                 waves = embed.time_proj((levels * scale).flatten())
-                return embedder(waves.to(pooled.dtype)).unflatten(0, levels.shape)
+                return embedder(waves.to(dtype)).unflatten(0, levels.shape)
 
             of_frames = embedding(frames)
             return of_frames, of_frames if texts is frames else embedding(texts)
 
         held = [None if s.sigma is None else s.sigma * 1000 / scale for s in layout.segments]
-        pair = vectors(embed.timestep_embedder, timestep, held, scale)
+        pair = vectors(embed.timestep_embedder, timestep, held, scale, text_timestep)
         if given:
             guidance = [s.guidance for s in layout.segments]
             pair = _sums(pair, vectors(embed.guidance_embedder, given[0], guidance, 1000.0))
+        if pooled is None:
+            return pair
+        pooled_emb = embed.text_embedder(pooled)  # (B or X, D)
         if layout.is_packed:
             frames, texts = layout.scenes_of_live(pooled.device), layout.scenes_of_texts(pooled.device)
             return _sums(pair, (pooled_emb[frames], pooled_emb[texts]))
@@ -306,23 +381,30 @@ class MMDiT(SafetensorsOnly, ModelMixin, ConfigMixin, Adapters, StepCaches, Atte
         img_ids: torch.Tensor | None,
         txt_ids: torch.Tensor | None,
         text_length: int,
-        device: torch.device,
+        text_is_generated: bool,
+        hidden_states: torch.Tensor,
     ) -> torch.Tensor | None:
         """Rotary table of the joint sequence; `None` for a model with sin-cos positions."""
         if self.config.pos_embed_type != "rope":
             return None
-        axes, theta = self.config.axes_dims_rope, self.config.rope_theta
+        axes, theta, device = self.config.axes_dims_rope, self.config.rope_theta, hidden_states.device
+        along = self.config.text_rope_axis
 
         def table(image: torch.Tensor) -> torch.Tensor:
-            text = torch.zeros(text_length, len(axes), device=device) if txt_ids is None else txt_ids
+            text = txt_ids
+            if text is None:
+                text = torch.zeros(text_length, len(axes), device=device)
+                if along is not None and layout is not None:
+                    text[:, along] = layout.text_positions(device)
+                elif along is not None and text_is_generated:
+                    text[:, along] = torch.arange(text_length, device=device)
             return rope_table(torch.cat([text, image]).float(), axes, theta)
 
-        if layout is None:
-            assert img_ids is not None  # check_inputs
-            return table(img_ids)
+        if layout is None:  # without an image, tokens that stand for it lie at 0
+            return table(torch.zeros(hidden_states.shape[1], len(axes), device=device) if img_ids is None else img_ids)
         if txt_ids is not None:
             return table(layout.ids(device))
-        return layout.kept(("rope", tuple(axes), theta, device), lambda: table(layout.ids(device)))
+        return layout.kept(("rope", tuple(axes), theta, along, device), lambda: table(layout.ids(device)))
 
     def _plans(
         self,
@@ -398,6 +480,13 @@ class MMDiT(SafetensorsOnly, ModelMixin, ConfigMixin, Adapters, StepCaches, Atte
     def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Read our configuration, or that of a diffusers FLUX or SD3 transformer folder."""
         return super().extract_init_dict(convert.read_config(cls, config_dict), **kwargs)
+
+    def to_json_string(self) -> str:
+        """The configuration; without a text head, as versions wrote it that have none and refuse unknown keys."""
+        config = json.loads(super().to_json_string())
+        if self.config.text_vocab_size is None:
+            config = {key: value for key, value in config.items() if key not in _HEAD}
+        return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
     @property
     def token_channels(self) -> int:

@@ -16,7 +16,9 @@ from imgdit.naming import check_choice
 def check_config(config: Mapping[str, Any]) -> None:
     """Refuse a configuration of `MMDiT` that cannot work."""
     widths = ("in_channels", "attention_head_dim", "joint_attention_dim", "pooled_projection_dim")
-    for field in ("patch_size", "num_attention_heads", *widths):
+    for field in ("patch_size", "num_attention_heads", *widths, "text_vocab_size"):
+        if config[field] is None and field in ("pooled_projection_dim", "text_vocab_size"):
+            continue
         if config[field] < 1:
             raise ValueError(f"{field} must be positive, got {config[field]}")
     if min(config["num_layers"], config["num_single_layers"]) < 0:
@@ -46,14 +48,41 @@ def check_config(config: Mapping[str, Any]) -> None:
             f"context_pre_only ends the text stream, but {config['num_single_layers']} single-stream blocks read it; "
             "set num_single_layers=0 or context_pre_only=False"
         )
+    _check_head(config)
     check_settings(mup_settings(config), head_dim)
+
+
+def _check_head(config: Mapping[str, Any]) -> None:
+    """Refuse settings of the text head, and of what it does without, that cannot work."""
+    if config["pooled_projection_dim"] is None and config["guidance_embeds"]:
+        raise ValueError("guidance_embeds needs pooled text; set pooled_projection_dim, or leave the guidance out")
+    axis, axes, tokens = config["text_rope_axis"], config["axes_dims_rope"], config["null_image_tokens"]
+    if config["text_vocab_size"] is None:
+        if axis is not None or tokens:
+            raise ValueError(
+                f"text_rope_axis={axis} and null_image_tokens={tokens} are of a text head; set text_vocab_size, or "
+                "leave them out"
+            )
+        return
+    if config["context_pre_only"]:
+        raise ValueError(
+            "context_pre_only ends the text stream in the last block, and the text head reads it behind that block; "
+            "set context_pre_only=False or leave it out"
+        )
+    if axis is not None and (config["pos_embed_type"] != "rope" or not 0 <= axis < len(axes)):
+        raise ValueError(
+            f"text_rope_axis must be None or the number of one of {len(axes)} rotary axes, from 0, of a model with "
+            f"pos_embed_type='rope'; got {axis} with pos_embed_type={config['pos_embed_type']!r}"
+        )
+    if tokens < 0:
+        raise ValueError(f"null_image_tokens counts tokens and cannot be negative, got {tokens}")
 
 
 def check_inputs(
     model: Any,
-    hidden_states: torch.Tensor,
+    hidden_states: torch.Tensor | None,
     encoder_hidden_states: torch.Tensor,
-    pooled_projections: torch.Tensor,
+    pooled_projections: torch.Tensor | None,
     timestep: torch.Tensor,
     img_ids: torch.Tensor | None,
     txt_ids: torch.Tensor | None,
@@ -76,7 +105,9 @@ def check_inputs(
             f"joint_attention_kwargs knows only 'scale', got {sorted(joint_attention_kwargs)}; adapters on frames and "
             "attention between frames are set by the layout"
         )
-    if hidden_states.ndim == 4 and not rotary and layout is None:
+    if hidden_states is None:
+        _check_no_image(config, img_ids, layout)
+    elif hidden_states.ndim == 4 and not rotary and layout is None:
         _check_grid(model, hidden_states)
     elif hidden_states.ndim != 3:
         expected = "(batch, tokens, channels)" + (
@@ -96,26 +127,23 @@ def check_inputs(
             f"encoder_hidden_states must be (batch, tokens, {config.joint_attention_dim}), "
             f"got {tuple(encoder_hidden_states.shape)}"
         )
-    batch, text = hidden_states.shape[0], encoder_hidden_states.shape[1]
-    if encoder_hidden_states.shape[0] != batch:
+    batch, text = encoder_hidden_states.shape[:2]
+    if hidden_states is not None and (batch := hidden_states.shape[0]) != encoder_hidden_states.shape[0]:
         raise ValueError(f"hidden_states has batch {batch}, encoder_hidden_states {encoder_hidden_states.shape[0]}")
     samples = batch
     if layout is not None:
+        assert hidden_states is not None  # _check_no_image
         samples = _check_layout(hidden_states, text, img_ids, encoder_attention_mask, layout)
     elif cache is not None:
         raise ValueError("a cache keeps the frozen frames of a layout; pass layout= as well")
-    elif rotary:
+    elif rotary and hidden_states is not None:
         _check_ids("img_ids", img_ids, hidden_states.shape[1])
     elif img_ids is not None:
         raise ValueError("img_ids are rotary positions; this model adds sin-cos positions (pos_embed_type='sincos')")
     check_cache(layout, cache, batch)
     if txt_ids is not None:
         _check_ids("txt_ids", txt_ids, text)
-    if tuple(pooled_projections.shape) != (samples, config.pooled_projection_dim):
-        raise ValueError(
-            f"pooled_projections must be ({samples}, {config.pooled_projection_dim}), "
-            f"got {tuple(pooled_projections.shape)}"
-        )
+    _check_pooled(pooled_projections, samples, config.pooled_projection_dim)
     frames = 1 if layout is None else len(layout.live)
     _check_levels("timestep", timestep, samples, batch, frames)
     if config.guidance_embeds and guidance is None:
@@ -128,6 +156,42 @@ def check_inputs(
         raise ValueError(
             f"encoder_attention_mask must be ({batch}, {text}), got {tuple(encoder_attention_mask.shape)}"
         )
+
+
+def check_text_level(
+    model: Any, text_timestep: torch.Tensor | None, layout: FrameLayout | None, text: torch.Tensor
+) -> None:
+    """Refuse a noise level of the text that does not fit the model, the layout or the text (B, T, J)."""
+    generated = text_timestep is not None if layout is None else bool(layout.predicted_texts)
+    if generated and model.config.text_vocab_size is None:
+        raise ValueError(
+            "a text is to be generated, and this model has no text head; hold every text at a sigma and leave "
+            "text_timestep out, or take a model with text_vocab_size"
+        )
+    if text_timestep is None:
+        return
+    if not generated:
+        raise ValueError("text_timestep is the noise level of texts that are generated; the layout has none")
+    scenes = text.shape[0] if layout is None or not layout.is_packed else layout.num_scenes
+    if tuple(text_timestep.shape) != (scenes,):
+        raise ValueError(f"text_timestep must be ({scenes},), one per sample, got shape {tuple(text_timestep.shape)}")
+
+
+def _check_no_image(config: Any, img_ids: torch.Tensor | None, layout: FrameLayout | None) -> None:
+    if not config.null_image_tokens:
+        raise ValueError(
+            "hidden_states is None, and this model has no tokens that stand for an image where there is none "
+            "(null_image_tokens=0); give an image"
+        )
+    if layout is not None or img_ids is not None:
+        raise ValueError("hidden_states is None, and nothing is to be placed; leave out layout and img_ids")
+
+
+def _check_pooled(pooled: torch.Tensor | None, samples: int, features: int | None) -> None:
+    got = None if pooled is None else tuple(pooled.shape)
+    expected = None if features is None else (samples, features)
+    if got != expected:
+        raise ValueError(f"pooled_projections must be {expected}, got {got}")
 
 
 def check_cache(

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -25,11 +25,13 @@ from imgdit.naming import check_choice
 
 Reveal = Literal["even", "cosine", "shift", "logit_normal", "time", "threshold", "factor", "owed"]
 Choose = Literal["probability", "log_probability", "margin", "entropy", "random", "ancestral"]
-Sampling = Literal["auto", "greedy", "multinomial", "gumbel", "filtered"]
+Sampling = Literal["auto", "greedy", "multinomial", "gumbel", "filtered", "categorical"]
 Generators = torch.Generator | Sequence[torch.Generator] | None
 """One for all rows, or one per row, so that a row's draws do not depend on the others."""
 ENTROPY_EPS = 1e-10
 """Dream's, inside the logarithm."""
+TINY = 1e-10
+"""MDLM's, keeps the logarithms of a categorical draw finite."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,8 @@ class MaskedTextScheduler(BlockRefinementScheduler):
         factor_takes_last: also reveal the least confident mask if it alone fails the rule of "factor", as the
             published code does.
         eps: last time of "time".
+        noise_removal: a further step, behind those that are asked for, reveals what is left then, each by its most
+            probable token (MDLM). Without it the last step reveals all.
     """
 
     @register_to_config
@@ -124,6 +128,7 @@ class MaskedTextScheduler(BlockRefinementScheduler):
         factor: float = 1.0,
         factor_takes_last: bool = False,
         eps: float = 1e-3,
+        noise_removal: bool = False,
     ):
         super().__init__(block_length, num_inference_steps, threshold, editing_threshold, minimal_topk)
         check_choice("reveal", reveal, get_args(Reveal))
@@ -133,6 +138,8 @@ class MaskedTextScheduler(BlockRefinementScheduler):
                 "expected shift > 0, order_noise >= 0, factor > 0 and 0 < eps < 1, got "
                 f"{shift}, {order_noise}, {factor} and {eps}"
             )
+        if noise_removal and reveal != "time":
+            raise ValueError(f"noise_removal follows a schedule that leaves masks: reveal='time', got {reveal=}")
         if choose == "ancestral" and reveal in ("threshold", "factor", "owed"):
             raise ValueError(f"choose='ancestral' draws by a schedule, which reveal={reveal!r} does not have")
         self._counts: torch.Tensor | None = None  # (B, S) of the block in progress
@@ -170,7 +177,12 @@ class MaskedTextScheduler(BlockRefinementScheduler):
         they need, at least one mask a step."""
         if self.config.reveal in ("threshold", "factor"):
             return masks
-        return self.num_inference_steps + (masks if self.config.reveal == "owed" else 0)
+        return self.num_inference_steps + self._extra + (masks if self.config.reveal == "owed" else 0)
+
+    @property
+    def _extra(self) -> int:
+        """Steps behind those that are asked for."""
+        return int(self.config.noise_removal)
 
     def counts(self, masks: int) -> torch.Tensor:
         """Masks (S,) that each step reveals of a number of masks; for "time" the expected even split."""
@@ -230,7 +242,8 @@ class MaskedTextScheduler(BlockRefinementScheduler):
             sampling_method: "auto" (at temperature 0 greedy, else multinomial), "greedy" and "multinomial" as in the
                 parent; "gumbel": the best of logits + temperature · Gumbel noise in float64, with the confidence of
                 the clean logits (LLaDA); "filtered": temperature, then top_p, then top_k, at temperature 0 too, with
-                the confidence of that distribution (Dream).
+                the confidence of that distribution (Dream); "categorical", with `choose` "ancestral": token and mask
+                token in one draw, in which the mask token has the probability of staying masked (MDLM).
             threshold, editing_threshold, prompt_mask, return_dict: of the parent. The editing threshold is compared
                 with the probability of a token that would replace another one.
             minimal_topk: of the parent, which does not read it.
@@ -248,10 +261,13 @@ class MaskedTextScheduler(BlockRefinementScheduler):
         choose = self.config.choose if choose is None else choose
         check_choice("sampling_method", sampling_method, get_args(Sampling))
         check_choice("choose", choose, get_args(Choose))
+        if sampling_method == "categorical" and choose != "ancestral":
+            raise ValueError(f"sampling_method='categorical' draws which masks go: choose='ancestral', got {choose=}")
         if forbidden:
             model_output = without_tokens(model_output, forbidden)
         own_settings = (self.config.reveal, choose, self.config.order_noise) != ("even", "probability", 0)
-        own_call = sampling_method in ("gumbel", "filtered") or forbid_mask or late or draws or fillable is not None
+        own_sampling = sampling_method in ("gumbel", "filtered", "categorical")
+        own_call = own_sampling or forbid_mask or late or draws or fillable is not None
         if not (own_settings or own_call or self._own_rules):
             return super().step(
                 model_output, timestep, sample, mask_token_id=mask_token_id, temperature=temperature, top_p=top_p,
@@ -277,8 +293,14 @@ class MaskedTextScheduler(BlockRefinementScheduler):
         if self._counts is None or (options.step == 0 and not self._planned):
             self._plan(fillable.sum(1))
         self._planned = False
-        drawn = self._draw(logits, options)
-        chosen = self._chosen(self._confidence(drawn, options), drawn.probability, fillable, options) & fillable
+        if self._extra and options.step >= self.num_inference_steps:
+            options = replace(options, sampling_method="greedy", forbid_mask=True)
+        if options.sampling_method == "categorical":
+            drawn = self._draw_categorical(logits, self._share(fillable.sum(1), options.step), options)
+            chosen = (drawn.tokens != options.mask_token_id) & fillable
+        else:
+            drawn = self._draw(logits, options)
+            chosen = self._chosen(self._confidence(drawn, options), drawn.probability, fillable, options) & fillable
         if (revealed := options.draws.revealed) is not None:
             chosen = torch.where(revealed.any(1, keepdim=True), revealed & fillable, chosen)
         edited = torch.zeros_like(chosen)
@@ -330,6 +352,26 @@ class MaskedTextScheduler(BlockRefinementScheduler):
         else:
             tokens = allowed.argmax(-1)
         return _Drawn(tokens, distribution.gather(-1, tokens[..., None])[..., 0], distribution)
+
+    def _draw_categorical(self, logits: torch.Tensor, fraction: torch.Tensor, options: _Options) -> _Drawn:
+        """Tokens for all places, the mask token where a mask stays.
+
+        Args:
+            fraction: (B,), with which a mask goes.
+        """
+        exact, mask, noise = logits.double(), options.mask_token_id, options.draws.gumbel
+        if options.temperature:
+            exact = compat.top_k_logits(compat.top_p_logits(exact / options.temperature, options.top_p), options.top_k)
+        distribution = without_tokens(exact, (mask,)).softmax(-1)
+        if not options.temperature:
+            distribution = torch.zeros_like(distribution).scatter(-1, distribution.argmax(-1, keepdim=True), 1.0)
+        fraction = fraction.double().to(exact.device)[:, None]
+        weights = distribution * fraction[..., None]
+        weights[..., mask] = 1 - fraction
+        if noise is None:
+            noise = draw_uniform(exact.shape, exact.device, options.generator, torch.float64, options.rows)
+        tokens = (weights / (TINY - (noise.double() + TINY).log())).argmax(-1)
+        return _Drawn(tokens, weights.gather(-1, tokens[..., None])[..., 0], distribution)
 
     def _confidence(self, drawn: _Drawn, options: _Options) -> torch.Tensor:
         """(B, L): the larger, the earlier a mask is revealed."""
@@ -387,7 +429,7 @@ class MaskedTextScheduler(BlockRefinementScheduler):
 
     def _number(self, open_: torch.Tensor, step: int) -> torch.Tensor:
         """Masks (B,) that a step reveals of those left, by the schedule."""
-        last = step >= self.num_inference_steps - 1
+        last = step >= self.num_inference_steps - 1 + self._extra
         if self.config.reveal == "time":
             return open_ if last else (open_.float() * self._time_fraction(step).to(open_.device)).long()
         assert self._counts is not None and self._masks is not None
@@ -397,7 +439,7 @@ class MaskedTextScheduler(BlockRefinementScheduler):
 
     def _share(self, open_: torch.Tensor, step: int) -> torch.Tensor:
         """Probability (B,) with which a mask goes in this step."""
-        if step >= self.num_inference_steps - 1:
+        if step >= self.num_inference_steps - 1 + self._extra:
             return torch.ones(len(open_), device=open_.device)
         if self.config.reveal == "time":
             return self._time_fraction(step).to(open_.device).expand(len(open_))

@@ -65,7 +65,7 @@ def attack_prompt(
         noise = torch.randn(clean.shape, generator=generator).to(device)
         with torch.enable_grad():
             text = torch.cat([prefix, embeds], dim=1).expand(samples, -1, -1)
-            (velocity,) = transformer(
+            velocity, *_ = transformer(
                 hidden_states=pack((1 - sigma) * clean + sigma * noise, patch).to(dtype),
                 encoder_hidden_states=text.to(dtype),
                 pooled_projections=text.mean(1).to(dtype),
