@@ -44,6 +44,7 @@ from diffusers.models.cache_utils import CacheMixin
 from diffusers.pipelines import auto_pipeline, pipeline_loading_utils
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, is_xformers_available
 from diffusers.utils.torch_utils import unwrap_module
+from safetensors.torch import load_file
 from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
 from torch.nn.modules import module as torch_module
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
@@ -80,6 +81,39 @@ class SafetensorsOnly:
             if not args or not folder.is_dir() or f"{SAFETENSORS_WEIGHTS_NAME} found" not in str(error):
                 raise
             raise OSError(f"{error} {_other_weights(folder)}") from error
+
+
+class OtherWeightNames:
+    """Loads folders in which parameters have other names. Mixed in before diffusers' class."""
+
+    @staticmethod
+    def _weight_names() -> Mapping[str, str]:
+        """What other names begin with, and what ours begin with instead."""
+        raise NotImplementedError
+
+    @classmethod
+    def _with_our_names(cls, weights: dict[str, torch.Tensor]) -> None:
+        names = cls._weight_names()
+        for name in list(weights):
+            theirs = next((start for start in names if name.startswith(start)), None)
+            if theirs is not None:
+                weights[names[theirs] + name.removeprefix(theirs)] = weights.pop(name)
+
+    def _fix_state_dict_keys_on_load(self, state_dict: Any) -> None:
+        """diffusers calls this for weights of a single file."""
+        if not state_dict.keys() <= self.state_dict().keys():  # type: ignore[attr-defined]
+            self._with_our_names(state_dict)
+
+    @classmethod
+    def _load_pretrained_model(
+        cls, model: Any, state_dict: Any, files: list[str], source: Any, loaded_keys: list[str], **options: Any
+    ) -> Any:
+        """Weights in several files are read one by one; those with other names are put together before."""
+        if state_dict is None and not set(loaded_keys) <= model.state_dict().keys():
+            state_dict = {name: tensor for file in files for name, tensor in load_file(file).items()}
+            cls._with_our_names(state_dict)
+            loaded_keys = list(state_dict)
+        return super()._load_pretrained_model(model, state_dict, files, source, loaded_keys, **options)  # type: ignore[misc]
 
 
 def _other_weights(folder: Path) -> str:

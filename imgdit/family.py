@@ -166,6 +166,13 @@ class AsMMDiT:
     """Further settings of the class for an `MMDiT`."""
     check: Callable[[Mapping[str, Any]], None] | None = None
     """Raises `ValueError` for a configuration that cannot run."""
+    defaults_of: str | None = None
+    """Class of diffusers whose defaults settings have that a configuration leaves out, for a class that diffusers does
+    not have; `None`: it has it."""
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    """Settings of `MMDiT` by the names that they have in the class, which a configuration must have."""
+    weights: Mapping[str, str] = field(default_factory=dict)
+    """Parameters of the class by the names they begin with, and those of `MMDiT`, where they are not the same."""
 
 
 def first_latents(arguments: Arguments) -> torch.Tensor:

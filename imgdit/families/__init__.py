@@ -3,6 +3,7 @@
 MODULES = {
     "FluxTransformer2DModel": "flux",
     "SD3Transformer2DModel": "sd3",
+    "SD3JointModelFlexible": "dual_diffusion",
     "MMDiT": "mmdit",
     "NextDiT": "nextdit",
     "Flux2Transformer2DModel": "flux2",

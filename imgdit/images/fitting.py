@@ -26,6 +26,14 @@ def fit(image: Image.Image, size: Size, resample: Image.Resampling = Image.Resam
     return image.resize(size, resample, box=_middle(image.size, size))
 
 
+def square(image: Image.Image, side: int, resample: Image.Resampling = Image.Resampling.BICUBIC) -> Image.Image:
+    """The middle of an image as a square: the shorter side scaled to `side` pixels, the longer one alike and
+    rounded down, then cut. Unlike `fit`, in two steps, as torchvision's `Resize` and `CenterCrop` do."""
+    width, height = (int(side * length / min(image.size)) for length in image.size)
+    left, top = round((width - side) / 2), round((height - side) / 2)
+    return image.resize((width, height), resample).crop((left, top, left + side, top + side))
+
+
 def fit_pixels(
     image: Any,
     size: Size,

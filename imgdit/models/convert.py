@@ -38,7 +38,8 @@ def read_config(cls: Any, config: Mapping[str, Any]) -> dict[str, Any]:
             )
         if as_mmdit.check is not None:
             as_mmdit.check(config)
-        return {**as_mmdit.fixed, **_pick(config, as_mmdit.names, name), **_mup(config), "_class_name": cls.__name__}
+        picked = _pick(config, as_mmdit.names, as_mmdit.defaults_of or name) | _renamed(config, as_mmdit, name)
+        return {**as_mmdit.fixed, **picked, **_mup(config), "_class_name": cls.__name__}
     known = compat.init_keys(cls)
     unknown = [key for key in config if not key.startswith("_") and key not in known | {"quantization_config"}]
     if unknown:
@@ -58,6 +59,20 @@ def _pick(config: Mapping[str, Any], names: tuple[str, ...], class_name: str) ->
     return {**picked, **passed_on}
 
 
+def _renamed(config: Mapping[str, Any], as_mmdit: AsMMDiT, class_name: str) -> dict[str, Any]:
+    """Settings that have another name in the class."""
+    missing = [theirs for theirs in as_mmdit.renamed.values() if theirs not in config]
+    if missing:
+        raise ValueError(f"the configuration of this {class_name} has no {missing[0]!r}; its folder is not complete")
+    return {ours: config[theirs] for ours, theirs in as_mmdit.renamed.items()}
+
+
+def our_names() -> dict[str, str]:
+    """What names of parameters begin with in folders that `MMDiT` reads, and what they begin with in it."""
+    known = [family.as_mmdit for family in families() if family.as_mmdit is not None]
+    return {theirs: ours for as_mmdit in known for theirs, ours in as_mmdit.weights.items()}
+
+
 def _mup(config: Mapping[str, Any]) -> dict[str, Any]:
     """The μP fields of a configuration, which a diffusers model has if `imgdit.mup.configure` wrote them."""
     names = (f"mup_{name}" for name in MupSettings._fields)
@@ -72,7 +87,8 @@ def from_diffusers(cls: Any, model: ModelMixin) -> Any:
     """See `MMDiT.from_diffusers`."""
     name = type(model).__name__
     if _as_mmdit(name) is None:
-        raise ValueError(f"from_diffusers takes a {' or '.join(known_classes('as_mmdit'))}, got {name}")
+        taken = [cls for family in _of_diffusers() for cls in family.classes]
+        raise ValueError(f"from_diffusers takes a {' or '.join(taken)}, got {name}")
     config = read_config(cls, {**model.config, "_class_name": name})
     with torch.device("meta"):
         ours = cls(**{key: value for key, value in config.items() if not key.startswith("_")})
@@ -109,10 +125,15 @@ def _as_mmdit(name: str) -> AsMMDiT | None:
     return None if family is None else family.as_mmdit
 
 
+def _of_diffusers() -> list[Any]:
+    """Families of diffusers' classes that are an `MMDiT`."""
+    return [f for f in families() if f.as_mmdit is not None and f.as_mmdit.defaults_of is None]
+
+
 def _target(positions: str) -> tuple[str, AsMMDiT]:
     """The class of diffusers whose positions are of a kind."""
-    for family in families():
-        if family.as_mmdit is not None and family.as_mmdit.fixed["pos_embed_type"] == positions:
+    for family in _of_diffusers():
+        if family.as_mmdit.fixed["pos_embed_type"] == positions:
             return family.classes[0], family.as_mmdit
     raise ValueError(f"no class of diffusers has pos_embed_type={positions!r}")
 

@@ -35,7 +35,7 @@ from diffusers.utils import apply_lora_scale
 from imgdit import compat
 from imgdit.attention.cache import KVCache
 from imgdit.attention.packed import PackedRows, packed_backend
-from imgdit.compat import Adapters, SafetensorsOnly, StepCaches
+from imgdit.compat import Adapters, OtherWeightNames, SafetensorsOnly, StepCaches
 from imgdit.frames import Frame, TextFrame
 from imgdit.layout import FrameLayout, take_rows
 from imgdit.lora.rows import LoraPlan, linear, lora_plan, main_rows
@@ -72,7 +72,9 @@ class MMDiTOutput(Transformer2DModelOutput):
     or the model has no text head."""
 
 
-class MMDiT(SafetensorsOnly, ModelMixin, ConfigMixin, Adapters, StepCaches, AttentionMixin, MupMixin):
+class MMDiT(
+    SafetensorsOnly, OtherWeightNames, ModelMixin, ConfigMixin, Adapters, StepCaches, AttentionMixin, MupMixin
+):
     """Multi-modal diffusion transformer over frames.
 
     Args:
@@ -112,6 +114,7 @@ class MMDiT(SafetensorsOnly, ModelMixin, ConfigMixin, Adapters, StepCaches, Atte
     _repeated_blocks = ["MMDiTBlock", "MMDiTSingleBlock"]
     _skip_layerwise_casting_patterns = ["pos_embed", "norm"]
     _skip_keys = ["cache", "layout"]
+    _weight_names = staticmethod(convert.our_names)
     _attention_pattern = r"(single_)?transformer_blocks\.\d+\.attn"
     # Every token-wise input is split along its tokens; the text too, so both lengths must divide by the ranks.
     _cp_plan = {
