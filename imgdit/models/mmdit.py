@@ -227,13 +227,16 @@ class MMDiT(
         self.norm_out = AdaLayerNormContinuous(dim, dim, elementwise_affine=False, eps=1e-6)
         self.proj_out = nn.Linear(dim, patch_size * patch_size * self.out_channels)
         if text_vocab_size is not None:
-            self.text_norm_out = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
-            self.text_proj_out = nn.Linear(dim, text_vocab_size)
-            gathered = compat.ContextParallelOutput(gather_dim=1, expected_dims=3)
-            self._cp_plan = {**self._cp_plan, "text_proj_out": gathered}
-        if null_image_tokens:
-            self.null_image_embd = nn.Parameter(torch.randn(1, null_image_tokens, dim) * 0.02)
+            self._add_text_head(text_vocab_size, null_image_tokens)
         self.gradient_checkpointing = False
+
+    def _add_text_head(self, vocab_size: int, null_image_tokens: int) -> None:
+        self.text_norm_out = nn.LayerNorm(self.inner_dim, elementwise_affine=False, eps=1e-6)
+        self.text_proj_out = nn.Linear(self.inner_dim, vocab_size)
+        gathered = compat.ContextParallelOutput(gather_dim=1, expected_dims=3)
+        self._cp_plan = {**self._cp_plan, "text_proj_out": gathered}
+        if null_image_tokens:
+            self.null_image_embd = nn.Parameter(torch.randn(1, null_image_tokens, self.inner_dim) * 0.02)
 
     @apply_lora_scale("joint_attention_kwargs")
     def forward(
