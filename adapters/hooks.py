@@ -186,13 +186,13 @@ class ModelInputHook(ConditionHook):
             empty=empty,
         )
         rope = None if self.conditions.rope is None else partial(self.conditions.rope, module, given)
-        step = run.step(arranged, len(frames), rope, self._places(given))
+        step = run.step(arranged, len(frames), rope, self._places(given), call.places)
         step.full_length = call.length
         if call.key_mask is not None:
             step.with_key_mask(call.key_mask)
         for name in self.conditions.residual_arguments:
             if given.get(name) is not None:
-                given[name] = [_pad(sample, step) for sample in given[name]]
+                given[name] = _padded(given[name], step)
         self._prepare(module, given, step)
         out = self._run(given, step)
         if step.cache is not None:
@@ -242,8 +242,7 @@ class ModelInputHook(ConditionHook):
         return places[0][1]
 
     def _sigma(self, module: Any, given: Mapping[str, Any]) -> torch.Tensor:
-        if self.conditions.sigma is None:
-            raise ValueError(f"conditions cannot complete an image (complement=True) with a {type(module).__name__}")
+        assert self.conditions.sigma is not None, "conditions that complete an image are refused before"
         return self.conditions.sigma(module, given)
 
     def _fill(self, out: Any, latents: torch.Tensor, sigma: torch.Tensor, run: ConditionRun, pairing: Pairing) -> Any:
@@ -276,10 +275,21 @@ def _completed(call: Call, run: ConditionRun) -> Sequence[Frame]:
 
 
 def _combine(a: Any, b: Any, function: Callable) -> Any:
-    """A function of two results of a transformer: tuples, or output objects."""
+    """A function of two results of a transformer: tuples, or output objects, of a tensor or of a list of samples."""
+    if isinstance(a, list):
+        return [function(*pair) for pair in zip(a, b, strict=True)]
+    if isinstance(a, torch.Tensor):
+        return function(a, b)
     if isinstance(a, tuple):
-        return (function(a[0], b[0]), *a[1:])
-    return type(a)(sample=function(a.sample, b.sample))
+        return (_combine(a[0], b[0], function), *a[1:])
+    return type(a)(sample=_combine(a.sample, b.sample, function))
+
+
+def _padded(residuals: Any, step: Step) -> Any:
+    """A ControlNet's residuals of all blocks for a sequence with conditions."""
+    if isinstance(residuals, Mapping):
+        return {block: _pad(sample, step) for block, sample in residuals.items()}
+    return [_pad(sample, step) for sample in residuals]
 
 
 def _pad(sample: torch.Tensor, step: Step) -> torch.Tensor:

@@ -132,6 +132,13 @@ def _check(
             "conditions on one rank"
         )
     refuse_processors(model)
+    family = find_family(model)
+    stock = None if family is None else family.conditions
+    if stock is not None and stock.sigma is None and any(condition.complement for condition in conditions):
+        raise ValueError(
+            f"complement=True cannot complete an image with a {type(compat.unwrapped(model)).__name__}; use its "
+            "inpainting pipeline, or a condition without complement"
+        )
     claimed = {condition.adapter for condition in conditions}
     for layer in model.modules():
         if isinstance(layer, LoraLayer):

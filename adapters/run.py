@@ -197,6 +197,7 @@ class ConditionRun:
         own: int,
         rope: Callable[[Sequence[Frame], torch.Tensor | None], torch.Tensor] | None = None,
         places: tuple = (),
+        numbers: tuple[int, ...] = (),
     ) -> Step:
         """The plan of a pass for a hooked transformer.
 
@@ -205,6 +206,7 @@ class ConditionRun:
             rope: gives the rotations of the sequence, from the frames of the conditions in it and the numbers of the
                 image tokens that are computed; `None`: positions are added.
             places: objects that the rotations depend on; they are computed again when a pipeline passes others.
+            numbers: that the rotations depend on.
         """
         key, layout, tokens, cache = arranged
         device = self.conditions[0].tokens.device
@@ -216,7 +218,7 @@ class ConditionRun:
             riders = [layout.frames[i] for i in layout.live[own:]]
             table, _ = _remembered(
                 self._kept.tables,
-                (key, *map(id, places)),
+                (key, numbers, *map(id, places)),
                 lambda: (rope(riders, kept), places),  # holding the objects, so that their ids stay theirs
             )
         return Step(layout, own, *plans, table, tokens, cache, kept)

@@ -65,6 +65,9 @@ class Call(NamedTuple):
     dtype is the run's."""
     key_mask: torch.Tensor | None = None
     """Boolean (B, T + N), False on padded text; `None`: all is seen."""
+    places: tuple[int, ...] = ()
+    """Numbers that positions depend on besides lengths and `position_arguments`, such as those of each sample's own
+    text tokens."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +122,8 @@ class Conditions:
     """Name of the dictionary that the model hands to its blocks, and its name there. `None`: it hands on none; the
     blocks then find the plan in an object that belongs to the transformer, which runs one pass at a time."""
     residual_arguments: tuple[str, ...] = ()
-    """Arguments that are lists of a ControlNet's residuals (B, N, D)."""
+    """Arguments that are lists, or dictionaries by block, of a ControlNet's residuals (B, N, D) of the image or
+    (B, S, D) of the sequence in the model's own order."""
     spatial: bool = False
     """Whether the model takes and returns planes (B, C, h, w) and not tokens."""
 
@@ -127,8 +131,8 @@ class Conditions:
 class PromptEncoding(NamedTuple):
     """How `encode_prompt` of a pipeline class is called and what it returns."""
 
-    places: tuple[int, int, int | None]
-    """Of embeddings, pooled text and mask in its result; `None`: it returns no mask."""
+    places: tuple[int, int | None, int | None]
+    """Of embeddings, pooled text and mask in its result; `None`: it returns none."""
     others: tuple[str, ...] = ()
     """Names of the prompts for further text encoders."""
 
@@ -138,8 +142,8 @@ class LoraNames:
     """Names that LoRA files use for the layers of a family."""
 
     blocks: Mapping[str, tuple[str, Mapping[str, tuple[str, ...]]]] = field(default_factory=dict)
-    """Name of a list of blocks in the model's own repository, without `_blocks`: diffusers' name of the list, and of
-    each layer there the names of its parts in the order of their rows."""
+    """Name of a list of blocks in the model's own repository: diffusers' name of the list, and of each layer there the
+    names of its parts in the order of their rows."""
     root: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """The same of layers outside of blocks."""
     written: bool = False
@@ -231,6 +235,9 @@ class Family:
     """Whether pipelines put the negative prompt into the same batch and not into a call of its own."""
     prompt_first: bool = False
     """Whether the prompt stands before the negative prompt in that batch."""
+    guides_by_second_call: bool = False
+    """Whether pipelines that name no calls make a second one for the negative prompt, with the tensors `hidden_states`
+    and `timestep` of the first."""
     tokens: TokenFormat | None = None
     """How images become condition tokens; `None`: there are none."""
     conditions: Conditions | None = None

@@ -7,6 +7,8 @@ MODULES = {
     "MMDiT": "mmdit",
     "NextDiT": "nextdit",
     "Flux2Transformer2DModel": "flux2",
+    "ZImageTransformer2DModel": "z_image",
+    "Krea2Transformer2DModel": "krea2",
     "Transformer2DModel": "transformer_2d",
     "DiTTransformer2DModel": "dit",
     "PixArtTransformer2DModel": "pixart",

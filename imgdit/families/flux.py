@@ -146,8 +146,8 @@ FAMILY = Family(
     ),
     lora=LoraNames(
         blocks={
-            "double": ("transformer_blocks", _DOUBLE | _XLABS_DOUBLE),
-            "single": ("single_transformer_blocks", _SINGLE | _XLABS_SINGLE),
+            "double_blocks": ("transformer_blocks", _DOUBLE | _XLABS_DOUBLE),
+            "single_blocks": ("single_transformer_blocks", _SINGLE | _XLABS_SINGLE),
         },
         root=_ROOT,
         written=True,

@@ -306,7 +306,10 @@ FAMILY = Family(
         transport=("joint_attention_kwargs", "joint_attention_kwargs"),
     ),
     lora=LoraNames(
-        blocks={"double": ("transformer_blocks", _DOUBLE), "single": ("single_transformer_blocks", _SINGLE)},
+        blocks={
+            "double_blocks": ("transformer_blocks", _DOUBLE),
+            "single_blocks": ("single_transformer_blocks", _SINGLE),
+        },
         root=_ROOT,
         inputs=("x_embedder",),
         scale_first=("norm_out.linear",),

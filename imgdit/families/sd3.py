@@ -114,7 +114,7 @@ FAMILY = Family(
         spatial=True,
     ),
     lora=LoraNames(
-        blocks={"joint": ("transformer_blocks", _JOINT)},
+        blocks={"joint_blocks": ("transformer_blocks", _JOINT)},
         root=_ROOT,
         inputs=("pos_embed.proj",),
         scale_first=("norm_out.linear",),

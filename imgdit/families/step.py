@@ -5,20 +5,21 @@ B batch, N image tokens, T text tokens, n condition tokens, C channels of a toke
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
-from diffusers.utils.torch_utils import randn_tensor
+import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
 
+from imgdit import compat
 from imgdit.attention.cache import KVCache, LayerCache
-from imgdit.family import Arguments, Grid, TokenFormat, timestep_times
-from imgdit.images.latents import encode_images, scale_latents
+from imgdit.family import Arguments, Edge, Grid, TokenFormat, timestep_times
+from imgdit.images.latents import encode_images
 from imgdit.layout import FrameLayout
-from imgdit.lora.rows import on_rows
+from imgdit.lora.rows import AdapterRows, linear, on_rows
 from imgdit.models.blocks import BlockPlan, double_block, single_block
 from imgdit.models.functional import pack
 
@@ -47,6 +48,8 @@ class Step:
     """(B, F, D) conditioning vector of each frame in the sequence."""
     shared: Any = None
     """What all blocks read besides; see `Conditions.shared`."""
+    waiting: dict[str, torch.Tensor] = field(default_factory=dict)
+    """(B, n, D) condition tokens where a model takes its sequence apart, by the place at which they enter it again."""
 
     @property
     def image_length(self) -> int:
@@ -62,8 +65,11 @@ class Step:
         """Let nobody see padding of the text.
 
         Args:
-            mask: boolean (B, T + N) of text and image.
+            mask: boolean (B, T + N) of text and image; of an image of which a part is computed, all of it.
         """
+        text = self.layout.text_length
+        if self.kept is not None and mask.shape[1] - text != self.image_length:
+            mask = torch.cat([mask[:, :text], mask[:, text:][:, self.kept]], dim=1)
         mask = torch.cat([mask, mask.new_ones(mask.shape[0], self.condition_length)], dim=1)
         self.plan, self.last = self.plan._replace(key_mask=mask), self.last._replace(key_mask=mask)
 
@@ -91,14 +97,57 @@ def known_vector(step: Step, module: Any, original: Callable, *args: Any, **kwar
     return step.vectors[:, 0]
 
 
-def read_image(step: Step, module: Any, original: Callable, hidden_states: torch.Tensor, *args: Any) -> torch.Tensor:
+def read_image(
+    step: Step, module: Any, original: Callable, hidden_states: torch.Tensor, *args: Any, **kwargs: Any
+) -> torch.Tensor:
     """Of the last norm: image tokens alone, zeros for those that were left out."""
-    out = original(hidden_states[:, : step.image_length], *args)
+    out = original(hidden_states[:, : step.image_length], *args, **kwargs)
     if step.kept is None or step.full_length == step.image_length:
         return out
     full = out.new_zeros(out.shape[0], step.full_length, out.shape[2])
     full[:, step.kept] = out
     return full
+
+
+def text_edges(model: Any, paths: Sequence[str]) -> dict[str, Edge]:
+    """Edges for the layers with LoRA in modules that work on text alone, so that the main adapters act there.
+
+    Args:
+        model: the bare transformer.
+        paths: of the modules.
+    """
+    return {
+        f"{path}.{name}".rstrip("."): _main_adapters
+        for path in paths
+        for name, layer in model.get_submodule(path).named_modules()
+        if isinstance(layer, LoraLayer)
+    }
+
+
+def _main_adapters(step: Step, module: Any, original: Callable, x: torch.Tensor) -> torch.Tensor:
+    rows = step.plan.adapters("text")
+    return original(x) if rows is None else on_rows(module, x[None], rows._replace(rows=((slice(None), None),)))[0]
+
+
+# Blocks
+
+
+def gated_feed_forward(
+    module: Any, names: tuple[str, str, str], x: torch.Tensor, rows: AdapterRows | None
+) -> torch.Tensor:
+    """SwiGLU, `down(silu(gate(x)) * up(x))`, with adapters on rows.
+
+    Args:
+        names: of the layers gate, up and down in the module.
+    """
+    if rows is None:
+        return module(x)
+    gate, up, down = (getattr(module, name) for name in names)
+
+    def compute(x: torch.Tensor) -> torch.Tensor:
+        return linear(down, F.silu(linear(gate, x, rows)) * linear(up, x, rows), rows)
+
+    return compat.called(module, compute, x)
 
 
 # Blocks with the submodules of FLUX and SD3
@@ -143,15 +192,7 @@ def packed_tokens(patch: Callable[[Any, Any], int], channels: Callable[[Any], in
 def _encode(
     patch: Callable[[Any, Any], int], model: Any, vae: Any, pixels: torch.Tensor, generator: torch.Generator | None
 ) -> torch.Tensor:
-    return pack(_latents(vae, pixels, generator), patch(model, vae))  # (B, rows * columns, C)
-
-
-def _latents(vae: Any, pixels: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
-    if generator is None:
-        return encode_images(vae, pixels)
-    posterior = vae.encode(pixels).latent_dist
-    noise = randn_tensor(posterior.mean.shape, generator=generator, device=pixels.device, dtype=pixels.dtype)
-    return scale_latents(vae, posterior.mean + posterior.std * noise)
+    return pack(encode_images(vae, pixels, generator), patch(model, vae))  # (B, rows * columns, C)
 
 
 def grid_of_ids(ids: torch.Tensor) -> Grid:

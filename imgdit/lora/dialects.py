@@ -33,6 +33,8 @@ class _Tables(NamedTuple):
     blocks: dict[str, tuple[str, dict[str, tuple[str, ...]]]]
     """By own name of a list of blocks: diffusers' name of the list, and the layers."""
     root: dict[str, tuple[str, ...]]
+    lists: dict[str, str]
+    """Names of lists of blocks, own and diffusers', by themselves with underscores."""
     own_block: re.Pattern[str]
     block: re.Pattern[str]
     layers: dict[str, str]
@@ -56,13 +58,20 @@ def _tables(names: tuple[LoraNames, ...]) -> _Tables:
     return _Tables(
         blocks,
         root,
-        re.compile(rf"({'|'.join(map(re.escape, blocks))})_blocks([._])(\d+)[._](.+)"),
-        re.compile(rf"({'|'.join(map(re.escape, lists))})([._])(\d+)[._](.+)"),
+        {name.replace(".", "_"): name for name in (*lists, *blocks)},
+        _block_names(blocks),
+        _block_names(lists),
         {part.replace(".", "_"): part for _, table in blocks.values() for parts in table.values() for part in parts},
         {name.replace(".", "_"): name for own, parts in root.items() for name in (own, *parts)},
         frozenset(name for one in names for name in one.scale_first),
         tuple(name for one in names for name in one.scale_first_alone),
     )
+
+
+def _block_names(lists: Iterable[str]) -> re.Pattern[str]:
+    """Names of layers in lists of blocks, with dots or underscores: list, number, layer."""
+    named = "|".join(re.escape(name).replace(r"\.", "[._]") for name in lists)
+    return re.compile(rf"({named})[._](\d+)[._](.+)")
 
 
 def _known(first: LoraNames | None = None) -> tuple[LoraNames, ...]:
@@ -269,18 +278,29 @@ def _own_parts(name: str, tables: _Tables) -> tuple[str, ...]:
     match = tables.own_block.fullmatch(name)
     if match is None:
         return tables.root.get(name, ())
-    blocks, table = tables.blocks[match[1]]
-    return tuple(f"{blocks}.{match[3]}.{part}" for part in table.get(match[4], ()))
+    blocks, table = tables.blocks[_listed(match, tables)]
+    parts = tuple(f"{blocks}.{match[2]}.{part}" for part in table.get(match[3], ()))
+    return () if parts == (name,) else parts
+
+
+def _listed(match: re.Match[str], tables: _Tables) -> str:
+    """The list of blocks that a name begins with."""
+    return tables.lists[match[1].replace(".", "_")]
 
 
 def _dotted(name: str, native: bool, tables: _Tables) -> str | None:
     """A module's name with dots; `None` for a name that no family has."""
-    if match := tables.own_block.fullmatch(name):
-        inner = next((own for own in tables.blocks[match[1]][1] if own.replace(".", "_") == match[4]), None)
-        return inner and f"{match[1]}_blocks.{match[3]}.{inner}"
-    if match := tables.block.fullmatch(name):
-        inner = tables.layers.get(match[4])
-        return inner and f"{match[1]}.{match[3]}.{inner}"
+    match = tables.own_block.fullmatch(name)
+    if match is not None:
+        listed = _listed(match, tables)
+        inner = next((own for own in tables.blocks[listed][1] if own.replace(".", "_") == match[3]), None)
+        if inner is not None:
+            return f"{listed}.{match[2]}.{inner}"
+    if found := tables.block.fullmatch(name):
+        inner = tables.layers.get(found[3])
+        return inner and f"{_listed(found, tables)}.{found[2]}.{inner}"
+    if match is not None:
+        return None
     return tables.roots.get(name) if native or name not in tables.root else name
 
 
@@ -293,6 +313,11 @@ _FAMILIES = (
     ),
     (r"(double|single)_blocks[._]|single_transformer_blocks[._]", "FLUX.1"),
     (r"transformer_blocks[._]\d+[._](img|txt)_(mlp|mod)", "Qwen-Image"),
+    (
+        r"attn[._]to_gate|transformer_blocks[._]\d+[._]ff[._](gate|up|down)|te?xt_?fusion|time_mod_proj"
+        r"|^blocks[._]\d+[._](attn[._](w[qkvo]|gate)|mlp[._](gate|up|down))",
+        "Krea 2",
+    ),
     (r"transformer_blocks[._]\d+[._]attn1[._]", "PixArt, Sana or Lumina"),
     (r"joint_blocks[._]|transformer_blocks[._]\d+[._]attn2[._]|^pos_embed[._]proj", "SD3"),
     (r"(layers|\w+_refiner)[._]\d+[._](attention|feed_forward)", "Z-Image or Lumina"),
@@ -429,7 +454,7 @@ def _native(name: str) -> tuple[str, tuple[str, ...], LoraNames]:
             for native, parts in layers.items():
                 if match and match[2] in parts:
                     whole = tuple(f"{blocks}.{match[1]}.{part}" for part in parts)
-                    return f"{own}_blocks.{match[1]}.{native}", whole, names
+                    return f"{own}.{match[1]}.{native}", whole, names
         for native, parts in names.root.items():
             if name in parts:
                 return native, parts, names

@@ -250,7 +250,8 @@ def init_weights(model: Any, generator: torch.Generator | None = None) -> None:
     | output | zeros | the model predicts 0 at first |
     | vector, finite | biases zeros, gains ones | |
 
-    All of it times the rule's `fold`, which is 1 unless a head dimension or a depth grows.
+    All of it times the rule's `fold`, which is 1 unless a head dimension or a depth grows. Where a model adds 1 to its
+    gains, their parameters are less by 1.
 
     Args:
         model: of a known class; sharded (FSDP2) or not, the same generator draws the same weights.
@@ -259,6 +260,7 @@ def init_weights(model: Any, generator: torch.Generator | None = None) -> None:
     Raises:
         ValueError: a model of unknown structure, or one that FSDP1 has cut into shards.
     """
+    less_one = structure_of(bare_model(model)).less_one
     for rule, parameter in zip(mup_table(model), model.parameters(), strict=True):
         if rule.role == "adapter":
             continue
@@ -268,7 +270,7 @@ def init_weights(model: Any, generator: torch.Generator | None = None) -> None:
                 "the model before it is wrapped"
             )
         if rule.init_std is None:
-            parameter.fill_(rule.fold)
+            parameter.fill_(rule.fold - 1.0 if matches(rule.name, less_one) else rule.fold)
         elif rule.init_std == 0.0:
             parameter.zero_()
         elif isinstance(parameter, DTensor):

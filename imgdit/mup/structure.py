@@ -55,6 +55,8 @@ class Structure:
     capped: tuple[str, ...] = ()
     """Parameters of conditioning vectors that do not grow beyond the width `cap`."""
     cap: int = 0
+    less_one: tuple[str, ...] = ()
+    """Gains that the model adds 1 to: their parameters are the gains less 1."""
 
     def kind(self, name: str) -> tuple[Kind, float | None]:
         """Kind of the parameter `name`, and its declared standard deviation.

@@ -65,6 +65,8 @@ def describe_call(
     arguments: dict[str, Any],
     call_name: str | None,
     measured: MeasuredPlaces | None = None,
+    *,
+    second: bool = False,
 ) -> DenoiserCall:
     """What a call of the denoiser works on, from its arguments.
 
@@ -72,12 +74,15 @@ def describe_call(
         arguments: of `forward`, by name.
         call_name: name the pipeline gave the call by `cache_context`.
         measured: of earlier calls.
+        second: whether the call has the latents and the timestep of the one before.
 
     Raises:
         ValueError: an unknown denoiser, or arguments that do not say where its tokens lie.
     """
     family = family_of(denoiser)
     latents = family.latents(arguments)
+    if second and call_name is None and family.guides_by_second_call:
+        call_name = "uncond"
     conditional, unconditional, parts = _guidance_parts(pipe, family, latents, arguments, call_name)
     places = (measured or MeasuredPlaces()).of(family, denoiser, arguments)
     return DenoiserCall(

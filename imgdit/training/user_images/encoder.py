@@ -24,7 +24,7 @@ class EncodedText(NamedTuple):
     embeddings: torch.Tensor
     """(T, J): real tokens only, where the model has a mask."""
     pooled: torch.Tensor
-    """(P,)."""
+    """(P,); (0,) of models that have none."""
 
 
 class Encoder:
@@ -94,6 +94,8 @@ class Encoder:
     def cell(self) -> int:
         """Pixels per side of a latent cell; from the configuration, so that cached latents need no autoencoder."""
         config = read_object(self.folder / "vae" / "config.json")
+        if "temperal_downsample" in config:
+            return 2 ** len(config["temperal_downsample"])
         return 2 ** (len(config.get("encoder_block_out_channels") or config["block_out_channels"]) - 1)
 
     def made_by(self, *folders: str) -> dict[str, str]:
@@ -111,5 +113,6 @@ class Encoder:
         """A caption."""
         places, others = self._encoding
         found = self.pipe.encode_prompt(caption, **dict.fromkeys(others, caption))
-        embeddings, pooled = (found[place][0].cpu() for place in places[:2])
+        embeddings = found[places[0]][0].cpu()
+        pooled = torch.empty(0) if places[1] is None else found[places[1]][0].cpu()
         return EncodedText(embeddings if places[2] is None else embeddings[found[places[2]][0].cpu()], pooled)

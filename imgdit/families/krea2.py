@@ -1,0 +1,232 @@
+"""Krea 2 of diffusers: text and image in one sequence, modulation shared but for a table per block, grouped key heads.
+
+B batch, N image tokens, T text tokens, L layers of the text encoder, S all tokens, C channels of a token, D width,
+F frames, H heads, K heads of keys and values, d features of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.transformers.transformer_krea2 import Krea2AttnProcessor
+
+from imgdit import compat
+from imgdit.attention.cache import LayerCache
+from imgdit.attention.grouped import grouped_attention
+from imgdit.families.step import (
+    Step,
+    embed_tokens,
+    gated_feed_forward,
+    grid_of_ids,
+    one_image,
+    packed_tokens,
+    read_image,
+    text_edges,
+)
+from imgdit.family import Arguments, Block, Call, Conditions, Family, Grid, LoraNames, timestep_times
+from imgdit.frames import Frame
+from imgdit.lora.rows import linear
+from imgdit.models.blocks import BlockPlan
+from imgdit.models.functional import PATCH, apply_rope, gated_add, modulate, rope_table
+from imgdit.mup.structure import Structure
+
+
+def _grid(arguments: Arguments) -> Grid:
+    return grid_of_ids(arguments["position_ids"][_text_length(arguments) :])
+
+
+def _text_length(arguments: Arguments) -> int:
+    return arguments["encoder_hidden_states"].shape[1]
+
+
+def _call(model: Any, arguments: Arguments) -> Call:
+    latents, text = arguments["hidden_states"], arguments["encoder_hidden_states"]
+    mask = arguments.get("encoder_attention_mask")
+    return Call(
+        frames=(Frame((1, latents.shape[1])),),
+        text_length=text.shape[1],
+        length=latents.shape[1],
+        latents=latents,
+        texts=(text,),
+        cached_by=latents.new_empty(len(latents), 0),
+        key_mask=None if mask is None else F.pad(mask.bool(), (0, latents.shape[1]), value=True),
+    )
+
+
+def _rope(model: Any, arguments: Arguments, conditions: Sequence[Frame], kept: torch.Tensor | None) -> torch.Tensor:
+    ids, text = arguments["position_ids"], _text_length(arguments)
+    own = ids if kept is None else torch.cat([ids[:text], ids[text:][kept.to(ids.device)]])
+    ids = torch.cat([own.float(), *(frame.ids().to(ids.device) for frame in conditions)])
+    return rope_table(ids, model.config.axes_dims_rope, model.config.rope_theta)
+
+
+def _vector(model: Any, arguments: Arguments, frame: Frame) -> torch.Tensor:
+    timestep = arguments["timestep"]
+    timestep = timestep if frame.sigma is None else torch.full_like(timestep, frame.sigma)
+    return model.time_embed(timestep, dtype=arguments["hidden_states"].dtype)[:, 0]
+
+
+def _shared(model: Any, vectors: torch.Tensor, plan: BlockPlan) -> torch.Tensor:
+    """Modulation (B, 1 + F, 6D) of text and frames, to which each block adds its table."""
+    vectors = F.gelu(torch.cat([vectors[:, :1], vectors], dim=1), approximate="tanh")
+    return linear(model.time_mod_proj, vectors, plan.adapters("joint_vectors"))
+
+
+def _known_vector(step: Step, module: Any, original: Callable, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """Of the embedding of the timestep: that of the image (B, 1, D)."""
+    assert step.vectors is not None
+    return step.vectors[:, :1]
+
+
+def _known_modulation(step: Step, module: Any, original: Callable, vector: torch.Tensor) -> torch.Tensor:
+    """Of the shared modulation: that of text and image (B, 1, 6D)."""
+    return step.shared[:, :1]
+
+
+def _blocks(model: Any) -> Iterator[Block]:
+    count = len(model.transformer_blocks)
+    for i in range(count):
+        module = model.transformer_blocks[i]
+        yield Block(f"transformer_blocks.{i}", module, _block, ends_conditions=i == count - 1)
+
+
+def _block(block: Any, given: Arguments, step: Step, plan: BlockPlan, cache: LayerCache | None) -> torch.Tensor:
+    """Text, image and conditions in one sequence (B, S, D) of a `Krea2TransformerBlock`."""
+    joint = given["hidden_states"]
+    lengths, read, count = plan.text_lengths + plan.frame_lengths, plan.read_rows, plan.read
+    modulation = step.shared.unflatten(-1, (6, -1)) + block.scale_shift_table  # (B, 1 + F, 6, D)
+    scale, shift, gate, scale_mlp, shift_mlp, gate_mlp = modulation.unbind(-2)
+    attended = compat.called(
+        block.attn,
+        partial(_attention, block.attn, plan=plan, cache=cache),
+        modulate(block.norm1(joint), shift, scale, lengths),
+        image_rotary_emb=step.rope,
+    )
+    done = gated_add(joint[:, :read], gate[:, :count], attended, lengths[:count])
+    normed = modulate(block.norm2(done), shift_mlp[:, :count], scale_mlp[:, :count], lengths[:count])
+    update = gated_feed_forward(block.ff, ("gate", "up", "down"), normed, plan.adapters("joint"))
+    done = gated_add(done, gate_mlp[:, :count], update, lengths[:count])
+    return done if read is None else torch.cat([done, joint[:, read:]], dim=1)
+
+
+def _attention(
+    attn: Any,
+    hidden_states: torch.Tensor,
+    image_rotary_emb: torch.Tensor,
+    *,
+    plan: BlockPlan,
+    cache: LayerCache | None,
+) -> torch.Tensor:
+    """Attention whose key and value heads serve several query heads: (B, rows that are read, D)."""
+    rows, asking = plan.adapters("joint"), hidden_states[:, : plan.read_rows]
+
+    def heads(module: Any, x: torch.Tensor) -> torch.Tensor:
+        return linear(module, x, rows).unflatten(-1, (-1, attn.head_dim))
+
+    query = apply_rope(attn.norm_q(heads(attn.to_q, asking)), image_rotary_emb[: asking.shape[1]])
+    key = apply_rope(attn.norm_k(heads(attn.to_k, hidden_states)), image_rotary_emb)  # (B, S, K, d)
+    value = heads(attn.to_v, hidden_states)
+    cached = None if cache is None else cache.exchange("attn", key, value, plan.frozen)
+    repeats = query.shape[2] // key.shape[2]
+    key, value, *cached = (x.repeat_interleave(repeats, dim=2) for x in (key, value, *(cached or ())))
+    attended = grouped_attention(
+        query,
+        key,
+        value,
+        plan.groups,
+        key_mask=plan.key_mask,
+        cached=tuple(cached) or None,
+        packed=plan.packed,
+        backend=compat.processor_backend(attn),
+    )
+    gated = attended.flatten(2).to(query.dtype) * torch.sigmoid(linear(attn.to_gate, asking, rows))
+    return linear(attn.to_out[0], gated, rows)
+
+
+# Names of Krea 2's repository.
+_BLOCK = {
+    **{f"attn.w{one}": (f"attn.to_{one}",) for one in "qkv"},
+    "attn.wo": ("attn.to_out.0",),
+    "attn.gate": ("attn.to_gate",),
+    **{f"mlp.{name}": (f"ff.{name}",) for name in ("gate", "up", "down")},
+}
+_ROOT = {
+    "first": ("img_in",),
+    "tmlp.0": ("time_embed.linear_1",),
+    "tmlp.2": ("time_embed.linear_2",),
+    "tproj.1": ("time_mod_proj",),
+    "txtmlp.1": ("txt_in.linear_1",),
+    "txtmlp.3": ("txt_in.linear_2",),
+    "txtfusion.projector": ("text_fusion.projector",),
+    "last.linear": ("final_layer.linear",),
+}
+
+_ROLES = Structure(
+    roles=(
+        ("img_in.weight", "input"),
+        ("time_embed.linear_1.weight", "input"),
+        ("time_embed.linear_2.weight", "hidden"),
+        ("time_mod_proj.weight", "modulation"),
+        ("text_fusion.*", "finite"),
+        ("txt_in.norm.weight", "finite"),
+        ("txt_in.linear_1.weight", "input"),
+        ("txt_in.linear_2.weight", "hidden"),
+        ("*scale_shift_table", "input", 0.0),
+        ("final_layer.linear.weight", "output"),
+        ("final_layer.linear.bias", "finite"),
+        ("final_layer.norm.weight", "vector"),
+        ("transformer_blocks.*.attn.norm_[qk].weight", "head"),
+        ("transformer_blocks.*.norm[12].weight", "vector"),
+        ("transformer_blocks.*.attn.to_*.weight", "hidden"),
+        ("transformer_blocks.*.ff.*.weight", "hidden"),
+        ("*.bias", "vector"),
+    ),
+    queries=(("transformer_blocks.*.norm_q.weight",),),
+    branches=("transformer_blocks.*.attn.to_out.0.*", "transformer_blocks.*.ff.down.*"),
+    blocks=("transformer_blocks.*",),
+    kv_heads="num_key_value_heads",
+    less_one=("*norm*.weight",),
+)
+
+FAMILY = Family(
+    classes=("Krea2Transformer2DModel",),
+    places=lambda model, arguments: one_image(_grid(arguments)),
+    timestep=timestep_times(1000.0),
+    text_length=lambda model, arguments: _text_length(arguments),
+    text_parts=r"^(txt_in|text_fusion)$",
+    joint_parts=r"^transformer_blocks$",
+    guides_in_batch=False,
+    guides_by_second_call=True,
+    tokens=packed_tokens(patch=lambda model, vae: PATCH, channels=lambda model: model.config.in_channels),
+    conditions=Conditions(
+        call=_call,
+        rope=_rope,
+        position_arguments=("position_ids",),
+        vector=_vector,
+        shared=_shared,
+        blocks=_blocks,
+        edges=lambda model: {
+            "img_in": embed_tokens,
+            "time_embed": _known_vector,
+            "time_mod_proj": _known_modulation,
+            "final_layer": read_image,
+            **text_edges(model, ["text_fusion", "txt_in"]),
+        },
+        processors=(Krea2AttnProcessor,),
+        sigma=lambda model, arguments: arguments["timestep"].float(),
+    ),
+    lora=LoraNames(
+        blocks={
+            "blocks": ("transformer_blocks", _BLOCK),
+            "txtfusion.layerwise_blocks": ("text_fusion.layerwise_blocks", _BLOCK),
+            "txtfusion.refiner_blocks": ("text_fusion.refiner_blocks", _BLOCK),
+        },
+        root=_ROOT,
+        inputs=("img_in",),
+    ),
+    mup=_ROLES,
+)
