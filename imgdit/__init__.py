@@ -30,6 +30,9 @@ _EXPORTS = {
     "ImgDiTPipelineOutput": "imgdit.pipelines.text_to_image",
     "KVCache": "imgdit.attention.cache",
     "MMDiT": "imgdit.models.mmdit",
+    "MMaDAPipeline": "imgdit.pipelines.mmada",
+    "MMaDAPipelineOutput": "imgdit.pipelines.mmada",
+    "MagViTv2": "imgdit.models.magvitv2",
     "MaskedTextPipeline": "imgdit.pipelines.masked_text",
     "MaskedTextPipelineOutput": "imgdit.pipelines.masked_text",
     "MaskedTextScheduler": "imgdit.schedulers.masked_text",
@@ -67,11 +70,14 @@ if TYPE_CHECKING:
     from imgdit.frames import TextFrame as TextFrame
     from imgdit.layout import FrameLayout as FrameLayout
     from imgdit.models.bd3lm import BD3LM as BD3LM
+    from imgdit.models.magvitv2 import MagViTv2 as MagViTv2
     from imgdit.models.mmdit import MMDiT as MMDiT
     from imgdit.models.nextdit import NextDiT as NextDiT
     from imgdit.pipelines.block_text import BlockTextPipeline as BlockTextPipeline
     from imgdit.pipelines.masked_text import MaskedTextPipeline as MaskedTextPipeline
     from imgdit.pipelines.masked_text import MaskedTextPipelineOutput as MaskedTextPipelineOutput
+    from imgdit.pipelines.mmada import MMaDAPipeline as MMaDAPipeline
+    from imgdit.pipelines.mmada import MMaDAPipelineOutput as MMaDAPipelineOutput
     from imgdit.pipelines.omni_control import FluxOmniControlPipeline as FluxOmniControlPipeline
     from imgdit.pipelines.omni_control import (
         StableDiffusion3OmniControlPipeline as StableDiffusion3OmniControlPipeline,

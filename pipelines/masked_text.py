@@ -47,13 +47,15 @@ class Block(NamedTuple):
 
 @dataclass
 class _MaskedTextRun:
-    """What a call works on: B rows of N = P + G places."""
+    """What a call works on: B rows of N = P + G + S places."""
 
     grid: torch.Tensor
     """(B, N) tokens."""
     fillable: torch.Tensor
     """Boolean (B, N), the places that may be revealed."""
     prompt_length: int
+    stop: int
+    """Where the new tokens end and the suffix begins."""
     passes: BlockPasses
     options: TextOptions
     mask_token_id: int
@@ -68,7 +70,7 @@ class _MaskedTextRun:
         """Rows with an end token among the new tokens and no mask before it."""
         if not self.options.eos_early_stop or not self.eos_token_ids:
             return
-        new = self.grid[:, self.prompt_length :]
+        new = self.grid[:, self.prompt_length : self.stop]
         whole = (new == self.mask_token_id).cumsum(1) == 0
         self.finished = self.finished | (self.ends(new) & whole).any(1)
 
@@ -157,6 +159,7 @@ class MaskedTextPipeline(compat.DiffusionPipeline):
         callback_on_step_end_tensor_inputs: list[str] | None = None,
         *,
         infill_mask: torch.Tensor | None = None,
+        suffix_ids: torch.Tensor | None = None,
         guidance_scale: float = 1.0,
         cache: CacheKind | None = None,
         remasking: str | None = None,
@@ -176,6 +179,7 @@ class MaskedTextPipeline(compat.DiffusionPipeline):
             eos_early_stop: a row ends with an end token before which nothing is masked; masks behind it become that.
             generator: one, or a list of one per row: a row's text does not depend on the others then.
             infill_mask: (B, P), true on the holes, in place of the mask tokens. All else stays as it is.
+            suffix_ids: (S,) or (B, S), tokens that stay behind the new ones, such as "The answer is"; masks too.
             guidance_scale: above 1, steer away from the prediction with a masked prompt; LLaDA's `cfg_scale` plus 1.
             cache: "prefix" or "dual" (Fast-dLLM): approximate but for each block's first pass.
             remasking: "low_confidence", "random" (LLaDA) or a name of the scheduler's `choose`; `None`: its own.
@@ -197,9 +201,11 @@ class MaskedTextPipeline(compat.DiffusionPipeline):
                 self.tokenizer, prompt, messages, use_chat_template, add_generation_prompt, (*eos_ids, 0)[0]
             )
         prompts = self._prompts(input_ids, attention_mask, infill_mask, mask_id)
-        new = new_tokens(gen_length, prompts, getattr(self.model.config, "max_position_embeddings", None))
+        suffix = self._suffix(suffix_ids, prompts.ids)
+        positions = getattr(self.model.config, "max_position_embeddings", None)
+        new = new_tokens(gen_length, prompts, None if positions is None else positions - suffix.shape[1])
         wanted = self._wanted(callback_on_step_end, callback_on_step_end_tensor_inputs)
-        run = self._prepare(prompts, new, options, mask_id, eos_ids, callback_on_step_end, wanted)
+        run = self._prepare(prompts, new, suffix, options, mask_id, eos_ids, callback_on_step_end, wanted)
         self._write(run)
         output = self._output(run, prompts)
         return output if return_dict else (output.sequences, output.texts)
@@ -208,6 +214,15 @@ class MaskedTextPipeline(compat.DiffusionPipeline):
         ids, mask = check_ids(input_ids, attention_mask, self._vocabulary)
         device = compat.execution_device(self)
         return find_holes(ids.to(device), mask.to(device), infill_mask, mask_id)
+
+    def _suffix(self, suffix_ids: Any, prompt: torch.Tensor) -> torch.Tensor:
+        """(B, S) tokens behind the new ones of prompts (B, P); S may be 0."""
+        if suffix_ids is None:
+            return prompt[:, :0]
+        suffix = check_ids(suffix_ids, None, self._vocabulary, "suffix_ids")[0].to(prompt.device)
+        if len(suffix) not in (1, len(prompt)):
+            raise ValueError(f"suffix_ids must be one row, or one per prompt, got {len(suffix)} for {len(prompt)}")
+        return suffix.expand(len(prompt), -1)
 
     def _wanted(self, callback: Any, names: list[str] | None) -> list[str]:
         """Names of the tensors that a callback is given."""
@@ -247,15 +262,17 @@ class MaskedTextPipeline(compat.DiffusionPipeline):
         return mask, eos_ids
 
     def _prepare(
-        self, prompts: Prompts, new: int, options: TextOptions, mask_id: int, eos_ids: tuple[int, ...],
-        callback: Any, callback_inputs: Sequence[str],
+        self, prompts: Prompts, new: int, suffix: torch.Tensor, options: TextOptions, mask_id: int,
+        eos_ids: tuple[int, ...], callback: Any, callback_inputs: Sequence[str],
     ) -> _MaskedTextRun:  # fmt: skip
         rows, length = prompts.ids.shape
         check_generators(options.generator, rows)
         device = prompts.ids.device
-        grid = torch.cat([prompts.ids, torch.full((rows, new), mask_id, device=device)], 1)
-        fillable = torch.cat([prompts.holes, torch.ones(rows, new, dtype=torch.bool, device=device)], 1)
-        real = torch.cat([prompts.mask, torch.ones(rows, new, dtype=torch.bool, device=device)], 1)
+        grid = torch.cat([prompts.ids, torch.full((rows, new), mask_id, device=device), suffix], 1)
+        made = torch.ones(rows, new, dtype=torch.bool, device=device)
+        behind = torch.ones_like(suffix, dtype=torch.bool)
+        fillable = torch.cat([prompts.holes, made, ~behind], 1)
+        real = torch.cat([prompts.mask, made, behind], 1)
         passes = BlockPasses(
             self.model, options.cache, None if real.all() else real.long(), options.guidance_scale,
             prompt=grid != mask_id, mask_token_id=mask_id,
@@ -268,12 +285,13 @@ class MaskedTextPipeline(compat.DiffusionPipeline):
             )
         finished = torch.zeros(rows, dtype=torch.bool, device=device)
         return _MaskedTextRun(
-            grid, fillable, length, passes, options, mask_id, eos_ids, finished, callback, callback_inputs
+            grid, fillable, length, length + new, passes, options, mask_id, eos_ids, finished, callback,
+            callback_inputs,
         )  # fmt: skip
 
     def _blocks(self, run: _MaskedTextRun) -> list[Block]:
         """Blocks in the order in which they are revealed: all holes of the prompts, then the new tokens."""
-        first, total, size = run.prompt_length, run.grid.shape[1], run.options.block_length
+        first, total, size = run.prompt_length, run.stop, run.options.block_length
         holes = [Block(0, first, 0)] if run.fillable[:, :first].any() else []
         starts = range(first, total, size)
         return holes + [Block(start, min(start + size, total), start) for start in starts]
@@ -357,7 +375,7 @@ class MaskedTextPipeline(compat.DiffusionPipeline):
             run.grid[:, : block.stop] = given["block_x"]
 
     def _output(self, run: _MaskedTextRun, prompts: Prompts) -> MaskedTextPipelineOutput:
-        new = run.grid[:, run.prompt_length :]
+        new = run.grid[:, run.prompt_length : run.stop]
         if run.finished.any():  # what is masked behind the end is never read
             new[(new == run.mask_token_id) & run.finished[:, None]] = run.eos_token_ids[0]
         texts = None

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 
@@ -15,6 +15,7 @@ from imgdit.models.masked_text_passes import CacheKind
 from imgdit.naming import check_choice
 from imgdit.schedulers.masked_text import Choose, Generators, Sampling
 
+Side = Literal["left", "right"]
 REMASKING = {"low_confidence": "probability"}
 """LLaDA's names of how masks are chosen -> the scheduler's; "random" is called the same."""
 GEN_LENGTH = 2048
@@ -127,40 +128,53 @@ def encode_prompts(
         if not texts or not all(isinstance(text, str) for text in texts):
             raise ValueError(f"prompt must be a text or a list of texts, at least one, got {prompt!r}")
         if not (use_chat_template and getattr(tokenizer, "chat_template", None)):
-            return _padded([tokenizer(text)["input_ids"] for text in texts], pad_token_id)
+            return padded_rows([tokenizer(text)["input_ids"] for text in texts], pad_token_id)
         chats = [[{"role": "user", "content": text}] for text in texts]
     # The template writes special tokens itself.
     rendered = [
         tokenizer.apply_chat_template(chat, add_generation_prompt=add_generation_prompt, tokenize=False)
         for chat in chats
     ]
-    return _padded([tokenizer(text, add_special_tokens=False)["input_ids"] for text in rendered], pad_token_id)
+    return padded_rows([tokenizer(text, add_special_tokens=False)["input_ids"] for text in rendered], pad_token_id)
 
 
-def _padded(rows: list[list[int]], pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-    length = max(map(len, rows))
-    ids = torch.tensor([[pad_token_id] * (length - len(row)) + row for row in rows], dtype=torch.long)
-    mask = torch.tensor([[False] * (length - len(row)) + [True] * len(row) for row in rows], dtype=torch.bool)
-    return ids.view(len(rows), length), mask.view(len(rows), length)
+def padded_rows(
+    rows: Sequence[Sequence[int]], pad_token_id: int, side: Side = "left", length: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens and boolean mask (B, L) of rows of different lengths.
+
+    Args:
+        side: of the padding.
+        length: L; `None`: of the longest row.
+    """
+    check_choice("side", side, get_args(Side))
+    length = max(map(len, rows)) if length is None else length
+    ids = torch.full((len(rows), length), pad_token_id)
+    mask = torch.zeros_like(ids, dtype=torch.bool)
+    for n, row in enumerate(rows):
+        at = slice(length - len(row), length) if side == "left" else slice(0, len(row))
+        ids[n, at], mask[n, at] = torch.tensor(row, dtype=torch.long), True
+    return ids, mask
 
 
-def check_ids(input_ids: Any, attention_mask: Any, vocabulary: int) -> tuple[torch.Tensor, torch.Tensor]:
+def check_ids(
+    input_ids: Any, attention_mask: Any, vocabulary: int, name: str = "input_ids"
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens and boolean mask (B, P) as given, a single row without its batch included."""
     if not isinstance(input_ids, torch.Tensor) or input_ids.ndim not in (1, 2) or not len(input_ids):
         shown = tuple(input_ids.shape) if isinstance(input_ids, torch.Tensor) else type(input_ids).__name__
-        raise ValueError(f"input_ids must be a tensor (batch, tokens) with at least one row, got {shown}")
+        raise ValueError(f"{name} must be a tensor (batch, tokens) with at least one row, got {shown}")
     if input_ids.dtype != torch.long:
-        raise ValueError(f"input_ids must be int64 token ids, got {input_ids.dtype}")
+        raise ValueError(f"{name} must be int64 token ids, got {input_ids.dtype}")
     ids = input_ids if input_ids.ndim == 2 else input_ids[None]
     if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= vocabulary):
         raise ValueError(
-            f"input_ids must lie in 0..{vocabulary - 1}, the model's vocabulary, got {int(ids.min())} to "
-            f"{int(ids.max())}"
+            f"{name} must lie in 0..{vocabulary - 1}, the model's vocabulary, got {int(ids.min())} to {int(ids.max())}"
         )
     mask = torch.ones_like(ids) if attention_mask is None else attention_mask
     mask = mask if mask.ndim == 2 else mask[None]
     if mask.shape != ids.shape:
-        raise ValueError(f"attention_mask must be {tuple(ids.shape)} like input_ids, got {tuple(mask.shape)}")
+        raise ValueError(f"attention_mask must be {tuple(ids.shape)} like {name}, got {tuple(mask.shape)}")
     return ids, mask.to(ids.device).bool()
 
 

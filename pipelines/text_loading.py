@@ -44,14 +44,19 @@ def load_text_pipeline(
             raise ValueError(f"{place} is a {type(pipe).__name__}, which writes no text")
         return pipe
     folder = model_folder(str(place) if place.is_dir() else source, None, None, None)
-    words = _tokenizer(folder if tokenizer is None else tokenizer)
+    words = load_tokenizer(folder if tokenizer is None else tokenizer)
     if read_object(folder / "config.json").get("model_type") == "bd3lm":
         return BlockTextPipeline(load_bd3lm(folder, dtype=dtype), words)
     model = load_masked_lm(folder, dtype="auto" if dtype is None else dtype)
     return MaskedTextPipeline(model, MaskedTextScheduler(), words)
 
 
-def _tokenizer(source: str | Path) -> Any:
+def load_tokenizer(source: str | Path) -> Any:
+    """The tokenizer of a folder or Hub repository, without remote code.
+
+    Raises:
+        ValueError: it has none.
+    """
     from transformers import AutoTokenizer
 
     try:

@@ -15,6 +15,11 @@ Size = tuple[int, int]
 SHARP = ("segmentation", "boxes")
 """Kinds of images whose colours mean something and must not be blended with their neighbours'."""
 
+LEAST_SIDE = 2
+"""Pixels of the shorter side of an image that a model reads."""
+LARGEST_ASPECT = 100
+"""Of its longer to its shorter side: scaled by the shorter side, a longer one would fill the memory."""
+
 
 def filter_of(kind: str | None) -> Image.Resampling:
     """The filter by which an image of a kind (depth, segmentation, …) is brought to another size."""
@@ -27,11 +32,41 @@ def fit(image: Image.Image, size: Size, resample: Image.Resampling = Image.Resam
 
 
 def square(image: Image.Image, side: int, resample: Image.Resampling = Image.Resampling.BICUBIC) -> Image.Image:
-    """The middle of an image as a square: the shorter side scaled to `side` pixels, the longer one alike and
-    rounded down, then cut. Unlike `fit`, in two steps, as torchvision's `Resize` and `CenterCrop` do."""
-    width, height = (int(side * length / min(image.size)) for length in image.size)
-    left, top = round((width - side) / 2), round((height - side) / 2)
-    return image.resize((width, height), resample).crop((left, top, left + side, top + side))
+    """The middle of an image as a square of `side` pixels, see `scale_and_crop`."""
+    return scale_and_crop(image, (side, side), resample)
+
+
+def scale_and_crop(
+    image: Image.Image, size: Size, resample: Image.Resampling = Image.Resampling.BICUBIC
+) -> Image.Image:
+    """An image at a size: scaled to whole pixels of which the shorter side fits, then its middle.
+
+    Unlike `fit` these are the two steps of torchvision's Resize and CenterCrop, which published readers of images use.
+    """
+    width, height = image.size
+    if width * size[1] <= height * size[0]:
+        scaled = (size[0], int(size[0] * height / width))
+    else:
+        scaled = (int(size[1] * width / height), size[1])
+    left, top = (round((scaled[n] - size[n]) / 2) for n in (0, 1))
+    return image.resize(scaled, resample).crop((left, top, left + size[0], top + size[1]))
+
+
+def check_sides(size: Size, name: str) -> None:
+    """Refuse an image that is too small or too narrow to be read.
+
+    Args:
+        name: what the message calls it.
+
+    Raises:
+        ValueError: it is.
+    """
+    short, long = sorted(size)
+    if short < LEAST_SIDE or long > LARGEST_ASPECT * short:
+        raise ValueError(
+            f"{name} has {size[0]}x{size[1]} pixels; images to be read have at least {LEAST_SIDE} on each side, and "
+            f"one side at most {LARGEST_ASPECT} times the other. Cut it"
+        )
 
 
 def fit_pixels(

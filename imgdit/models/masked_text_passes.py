@@ -6,7 +6,7 @@ B rows, N places of the whole grid, V vocabulary.
 from __future__ import annotations
 
 import inspect
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from transformers import Cache, DynamicCache
@@ -19,6 +19,15 @@ APPROXIMATE = {
     "prefix": "keys and values of the tokens before a block stay as they were in the block's first pass",
     "dual": "keys and values of all tokens outside a block stay as they were in the block's first pass",
 }
+
+
+class FreeRows(NamedTuple):
+    """What the unguided prediction sees in place of the prompt."""
+
+    ids: torch.Tensor
+    """(B, N), of which the prompt's places are read."""
+    attention_mask: torch.Tensor
+    """(B, N), 1 on real tokens."""
 
 
 class SlotLayer(DynamicLayer):
@@ -54,6 +63,7 @@ class BlockPasses:
             is off. LLaDA's `cfg_scale` is g - 1.
         prompt: boolean (B, N), what u masks.
         mask_token_id: with which.
+        free: what u sees there instead of masks, such as an empty prompt.
     """
 
     def __init__(
@@ -64,15 +74,21 @@ class BlockPasses:
         guidance_scale: float,
         prompt: torch.Tensor,
         mask_token_id: int,
+        free: FreeRows | None = None,
     ):
         self.model, self.kind = model, cache
-        self.guidance_scale, self.prompt, self.mask_token_id = guidance_scale, prompt, mask_token_id
-        self.attention_mask = attention_mask
-        self.positions = None if attention_mask is None else real_positions(attention_mask)
+        self.guidance_scale, self.prompt = guidance_scale, prompt
+        self.free = mask_token_id if free is None else free.ids
+        real = torch.ones_like(prompt, dtype=torch.long)
+        masks = [attention_mask]  # of all rows that are computed
+        if self.guided:
+            masks.append(attention_mask if free is None else free.attention_mask)
+        whole = torch.cat([real if mask is None else mask.long() for mask in masks])
+        self.attention_mask = None if all(mask is None for mask in masks) else whole
+        self.positions = None if self.attention_mask is None else real_positions(whole)
         self.keeps_rows = "logits_to_keep" in inspect.signature(model.forward).parameters
         self.shifted = bool(getattr(model.config, "logit_shift", False))
-        real = torch.ones_like(prompt, dtype=torch.long) if attention_mask is None else attention_mask
-        self.predicting = predicting_places(model, real)
+        self.predicting = predicting_places(model, whole)
         self.start = self.stop = 0
         self.cache: Cache | None = None
 
@@ -90,12 +106,12 @@ class BlockPasses:
         only the first cached pass computes; `None` without a cache or where there is no such row."""
         if self.kind is None or self.start == self.stop:
             return None
-        outside = self.predicting[:, self.start] < self.start
+        outside = self.predicting[: len(self.prompt), self.start] < self.start
         return outside if outside.any() else None
 
     def __call__(self, grid: torch.Tensor) -> torch.Tensor:
         """Logits (B, stop - start, V) of the block's tokens, given the grid (B, N)."""
-        ids = torch.cat([grid, grid.masked_fill(self.prompt, self.mask_token_id)]) if self.guided else grid
+        ids = torch.cat([grid, torch.where(self.prompt, self.free, grid)]) if self.guided else grid
         length = grid.shape[1]
         first, last = 0, length  # the places that are computed
         if self.kind is not None and self.cache is not None:
@@ -120,11 +136,10 @@ class BlockPasses:
         lowest = max(self.start - 1, first) if self.shifted else self.start
         rows = torch.arange(lowest - first, self.stop - first, device=ids.device)
         options: dict[str, Any] = {"logits_to_keep": rows} if self.keeps_rows else {}
-        copies = 2 if self.guided else 1
         if self.attention_mask is not None:
-            options["attention_mask"] = self.attention_mask.repeat(copies, 1)
+            options["attention_mask"] = self.attention_mask
         if self.positions is not None:
-            options["position_ids"] = self.positions[:, first:last].repeat(copies, 1)
+            options["position_ids"] = self.positions[:, first:last]
         elif self.cache is not None:
             options["position_ids"] = torch.arange(first, last, device=ids.device)[None].repeat(len(ids), 1)
         if self.cache is not None:
@@ -134,4 +149,4 @@ class BlockPasses:
         if not self.shifted:
             return logits
         places = (self.predicting[:, self.start : self.stop] - lowest).clamp(min=0)
-        return rows_of(logits, places.repeat(copies, 1))
+        return rows_of(logits, places)

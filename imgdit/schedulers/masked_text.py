@@ -22,10 +22,12 @@ from diffusers.schedulers.scheduling_block_refinement import BlockRefinementSche
 
 from imgdit import compat
 from imgdit.naming import check_choice
+from imgdit.schedulers.mask_schedule import check_schedule, masked_fraction
 
-Reveal = Literal["even", "cosine", "shift", "logit_normal", "time", "threshold", "factor", "owed"]
+Reveal = Literal["even", "cosine", "shift", "logit_normal", "time", "threshold", "factor", "owed", "maskgit"]
 Choose = Literal["probability", "log_probability", "margin", "entropy", "random", "ancestral"]
 Sampling = Literal["auto", "greedy", "multinomial", "gumbel", "filtered", "categorical"]
+NoiseDecay = Literal["none", "linear", "cumulative"]
 Generators = torch.Generator | Sequence[torch.Generator] | None
 """One for all rows, or one per row, so that a row's draws do not depend on the others."""
 ENTROPY_EPS = 1e-10
@@ -74,6 +76,7 @@ class _Options:
     forbid_mask: bool
     late: tuple[int, ...]
     choose: str
+    order_noise: float
     draws: TextDraws
     generator: Generators
     rows: torch.Tensor
@@ -98,6 +101,9 @@ class MaskedTextScheduler(BlockRefinementScheduler):
             (Fast-dLLM).
             "owed": those that an even split owes by now, as far as they reach the threshold, and the best one
             (Fast-dLLM's Dream). The last three go on until nothing is masked.
+            "maskgit": so many that after step k of S a fraction of all places, by `mask_schedule` at k / S and rounded
+            down, is still masked, at least one; the last step reveals all. Equal confidences go together (MaskGIT,
+            as MMaDA has it).
         shift: a of "shift".
         choose: which masks are revealed first: by the "probability" of the drawn token, its "log_probability" (the
             same order, unless noise is added), the "margin" between the best two, the negative "entropy", or at
@@ -105,6 +111,9 @@ class MaskedTextScheduler(BlockRefinementScheduler):
             gives, which is how MDLM and Dream's "origin" sample.
         order_noise: scale of Gumbel noise on that confidence; Dream's `alg_temp`, and MaskGIT's temperature with
             "log_probability".
+        order_noise_decay: how its scale falls over the S steps. "linear": by 1 - k / S in step k, from 1 (MaskGIT);
+            "cumulative": by the product of these factors so far (MMaDA).
+        mask_schedule: of "maskgit", see `masked_fraction`.
         factor: of "factor".
         factor_takes_last: also reveal the least confident mask if it alone fails the rule of "factor", as the
             published code does.
@@ -129,10 +138,14 @@ class MaskedTextScheduler(BlockRefinementScheduler):
         factor_takes_last: bool = False,
         eps: float = 1e-3,
         noise_removal: bool = False,
+        order_noise_decay: NoiseDecay = "none",
+        mask_schedule: str = "cosine",
     ):
         super().__init__(block_length, num_inference_steps, threshold, editing_threshold, minimal_topk)
         check_choice("reveal", reveal, get_args(Reveal))
         check_choice("choose", choose, get_args(Choose))
+        check_choice("order_noise_decay", order_noise_decay, get_args(NoiseDecay))
+        check_schedule(mask_schedule)
         if shift <= 0 or order_noise < 0 or factor <= 0 or not 0 < eps < 1:
             raise ValueError(
                 "expected shift > 0, order_noise >= 0, factor > 0 and 0 < eps < 1, got "
@@ -140,7 +153,7 @@ class MaskedTextScheduler(BlockRefinementScheduler):
             )
         if noise_removal and reveal != "time":
             raise ValueError(f"noise_removal follows a schedule that leaves masks: reveal='time', got {reveal=}")
-        if choose == "ancestral" and reveal in ("threshold", "factor", "owed"):
+        if choose == "ancestral" and reveal in ("threshold", "factor", "owed", "maskgit"):
             raise ValueError(f"choose='ancestral' draws by a schedule, which reveal={reveal!r} does not have")
         self._counts: torch.Tensor | None = None  # (B, S) of the block in progress
         self._masks: torch.Tensor | None = None  # (B,) at its start
@@ -227,6 +240,7 @@ class MaskedTextScheduler(BlockRefinementScheduler):
         forbid_mask: bool = False,
         late: tuple[int, ...] = (),
         choose: str | None = None,
+        order_noise: float | None = None,
         draws: TextDraws | None = None,
         generator: Generators = None,
         return_dict: bool = True,
@@ -252,20 +266,21 @@ class MaskedTextScheduler(BlockRefinementScheduler):
             forbid_mask: never draw the mask token. Probabilities stay those of the model.
             late: tokens that are revealed last: their confidence is 0, that of others is renormalised without them
                 (LLaDA's `confidence_eos_eot_inf`).
-            choose: in place of the setting.
+            choose, order_noise: in place of the settings.
             draws: in place of the generator's.
 
         Raises:
             ValueError: no mask token with settings of this class, or an unknown name.
         """
         choose = self.config.choose if choose is None else choose
+        order_noise = self.config.order_noise if order_noise is None else order_noise
         check_choice("sampling_method", sampling_method, get_args(Sampling))
         check_choice("choose", choose, get_args(Choose))
         if sampling_method == "categorical" and choose != "ancestral":
             raise ValueError(f"sampling_method='categorical' draws which masks go: choose='ancestral', got {choose=}")
         if forbidden:
             model_output = without_tokens(model_output, forbidden)
-        own_settings = (self.config.reveal, choose, self.config.order_noise) != ("even", "probability", 0)
+        own_settings = (self.config.reveal, choose, order_noise) != ("even", "probability", 0)
         own_sampling = sampling_method in ("gumbel", "filtered", "categorical")
         own_call = own_sampling or forbid_mask or late or draws or fillable is not None
         if not (own_settings or own_call or self._own_rules):
@@ -281,7 +296,7 @@ class MaskedTextScheduler(BlockRefinementScheduler):
             int(timestep), mask_token_id, temperature, top_p, top_k, sampling_method,
             self.config.threshold if threshold is None else threshold,
             self.config.editing_threshold if editing_threshold is None else editing_threshold,
-            prompt_mask, fillable, forbid_mask, late, choose, draws or TextDraws(), generator,
+            prompt_mask, fillable, forbid_mask, late, choose, order_noise, draws or TextDraws(), generator,
             (masked if fillable is None else masked & fillable).any(1),
         )  # fmt: skip
         output = self._reveal(model_output, sample, options)
@@ -386,10 +401,20 @@ class MaskedTextScheduler(BlockRefinementScheduler):
         else:
             confidence = drawn.probability.double()
             confidence = confidence.log() if choose == "log_probability" else confidence
-        if self.config.order_noise:
+        if options.order_noise or self.config.reveal == "maskgit":  # which draws at scale 0 too, as MMaDA does
             noise = self._order_uniforms(drawn.tokens, options)
-            confidence = confidence - self.config.order_noise * (-noise.log()).log()
+            confidence = confidence - self._noise_scale(options) * (-noise.log()).log()
         return confidence
+
+    def _noise_scale(self, options: _Options) -> float:
+        """Scale of the order's noise in this step."""
+        scale, steps = options.order_noise, self.num_inference_steps
+        if self.config.order_noise_decay == "linear":
+            return scale * max(1 - (options.step + 1) / steps, 0.0)
+        if self.config.order_noise_decay == "cumulative":
+            for step in range(min(options.step + 1, steps)):
+                scale *= 1 - (step + 1) / steps
+        return scale
 
     def _order_uniforms(self, like: torch.Tensor, options: _Options) -> torch.Tensor:
         if options.draws.order is not None:
@@ -411,6 +436,8 @@ class MaskedTextScheduler(BlockRefinementScheduler):
         if options.choose == "ancestral":
             fraction = self._share(open_, options.step)[:, None]
             return (confidence.float() < fraction) | (fraction >= 1)
+        if reveal == "maskgit":
+            return self._above_cut(confidence, fillable, options.step)
         confidence = confidence.masked_fill(~fillable, -math.inf)
         rank = confidence.argsort(-1, descending=True).argsort(-1)  # (B, L), 0 is the best
         if reveal == "factor":
@@ -426,6 +453,18 @@ class MaskedTextScheduler(BlockRefinementScheduler):
             certain = fillable & (probability > options.threshold)
             chosen = torch.where(certain.sum(1, keepdim=True) >= number[:, None], certain, chosen)
         return chosen
+
+    def _above_cut(self, confidence: torch.Tensor, fillable: torch.Tensor, step: int) -> torch.Tensor:
+        """Boolean (B, L): the masks that are no less certain than the most certain one that the schedule keeps."""
+        steps, length = self.num_inference_steps, fillable.shape[1]
+        if step >= steps - 1:
+            return fillable
+        fraction = masked_fraction(torch.tensor((step + 1) / steps), self.config.mask_schedule)
+        kept = (length * fraction).floor().long().to(fillable.device)
+        kept = torch.minimum(fillable.sum(1) - 1, kept).clamp(min=1)  # (B,)
+        confidence = confidence.masked_fill(~fillable, math.inf)
+        cut = confidence.sort(-1).values.gather(1, kept.clamp(max=length - 1)[:, None])
+        return confidence >= cut
 
     def _number(self, open_: torch.Tensor, step: int) -> torch.Tensor:
         """Masks (B,) that a step reveals of those left, by the schedule."""

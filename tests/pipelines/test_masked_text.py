@@ -123,6 +123,29 @@ def test_no_hole_is_the_identity():
         assert torch.equal(pipe(input_ids=prompt, infill_mask=nothing).sequences, prompt)
 
 
+@pytest.mark.parametrize("kind", ["llama", "dream"])
+def test_a_suffix_is_seen_and_stays(kind):
+    """New tokens between a prompt and a suffix are a hole between two parts of a prompt."""
+    pipe = make_pipe(kind)
+    suffix = torch.tensor([20, 3, MASK, 6])
+    options = SHORT | {"gen_length": 4}
+    found = pipe(input_ids=PROMPT, suffix_ids=suffix, **options).sequences
+    assert found.shape == (1, 4) and not torch.equal(found, pipe(input_ids=PROMPT, **options).sequences)
+    whole = torch.cat([PROMPT, torch.full((1, 4), MASK), suffix[None]], 1)
+    holes = torch.zeros_like(whole, dtype=torch.bool)
+    holes[:, 5:9] = True
+    filled = pipe(input_ids=whole, infill_mask=holes, **options | {"gen_length": 0}).sequences
+    assert torch.equal(filled, torch.cat([PROMPT, found, suffix[None]], 1))
+    two = pipe(input_ids=PROMPT.repeat(2, 1), suffix_ids=torch.stack([suffix, suffix]), **options).sequences
+    assert torch.equal(two, found.repeat(2, 1))
+    with pytest.raises(ValueError, match="one row, or one per prompt, got 3 for 1"):
+        pipe(input_ids=PROMPT, suffix_ids=suffix.repeat(3, 1), **options)
+    with pytest.raises(ValueError, match=r"suffix_ids must lie in 0\.\.39"):
+        pipe(input_ids=PROMPT, suffix_ids=suffix + 20, **options)
+    with pytest.raises(ValueError, match="at most gen_length=39"):  # 48 positions
+        pipe(input_ids=PROMPT, suffix_ids=suffix, **options | {"gen_length": 40})
+
+
 def test_all_masks_and_nothing_at_all_are_prompts():
     pipe = make_pipe(tokenizer=make_tokenizer())
     blank = torch.full((1, 6), MASK)

@@ -4,9 +4,10 @@ import itertools
 
 import pytest
 import torch
-from diffusers import BlockRefinementScheduler
+from diffusers import AmusedScheduler, BlockRefinementScheduler
 from masked_text_cases import CASES, named
 
+from imgdit.schedulers.mask_schedule import masked_fraction
 from imgdit.schedulers.masked_text import MaskedTextScheduler, TextDraws
 
 MASK = 19
@@ -110,10 +111,12 @@ def test_counts_of_schedules_are_lavidas(masks, steps, settings, expected):
         assert counts.sum() == fewer and (counts[: min(steps, fewer)] >= 1).all() and (counts[fewer:] == 0).all()
 
 
-@pytest.mark.parametrize("reveal", ["even", "cosine", "shift", "logit_normal", "time", "threshold", "factor", "owed"])
+@pytest.mark.parametrize(
+    "reveal", ["even", "cosine", "shift", "logit_normal", "time", "threshold", "factor", "owed", "maskgit"]
+)
 @pytest.mark.parametrize("choose", ["probability", "log_probability", "margin", "entropy", "random", "ancestral"])
 def test_every_rule_ends_for_rows_with_different_numbers_of_masks(reveal, choose):
-    if choose == "ancestral" and reveal in ("threshold", "factor", "owed"):
+    if choose == "ancestral" and reveal in ("threshold", "factor", "owed", "maskgit"):
         with pytest.raises(ValueError, match="does not have"):
             MaskedTextScheduler(reveal=reveal, choose=choose)
         return
@@ -136,7 +139,7 @@ def test_every_rule_ends_for_rows_with_different_numbers_of_masks(reveal, choose
         assert not (tokens == MASK).any() and torch.equal(tokens[kept], before[kept])
 
 
-@pytest.mark.parametrize("reveal", ["even", "cosine", "shift", "logit_normal", "time"])
+@pytest.mark.parametrize("reveal", ["even", "cosine", "shift", "logit_normal", "time", "maskgit"])
 def test_a_row_is_revealed_as_if_alone(reveal):
     logits, tokens = block()
     found = []
@@ -146,6 +149,68 @@ def test_a_row_is_revealed_as_if_alone(reveal):
         scheduler.start_block((tokens[rows] == MASK).sum(1))
         found.append(scheduler.step(logits[rows], 0, tokens[rows], mask_token_id=MASK, threshold=2.0).prev_sample)
     assert torch.equal(found[0][1], found[1][0])
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+@pytest.mark.parametrize("scales", [[0.0] * 6, [4.5 * (1 - k / 6) for k in range(1, 7)]])
+def test_maskgit_reveals_as_diffusers_scheduler_of_amused(schedule, scales):
+    generator = torch.Generator().manual_seed(3)
+    theirs = AmusedScheduler(MASK, masking_schedule=schedule)
+    theirs.set_timesteps(6)
+    theirs.temperatures = torch.tensor(scales)
+    mine = MaskedTextScheduler(
+        reveal="maskgit", choose="log_probability", order_noise=4.5 * bool(scales[0]), order_noise_decay="linear",
+        mask_schedule=schedule,
+    )  # fmt: skip
+    mine.set_timesteps(6)
+    tokens = torch.full((3, 16), MASK)
+    tokens[1, :9] = 3
+    mine.start_block((tokens == MASK).sum(1))
+    expected = tokens
+    for step, timestep in enumerate(theirs.timesteps.tolist()):
+        logits = 2 * torch.randn(3, 16, MASK, generator=generator)
+        expected = theirs.step(logits, timestep, expected, generator=seeded(step)).prev_sample
+        tokens = mine.step(
+            logits, step, tokens, mask_token_id=MASK, temperature=1.0, generator=seeded(step)
+        ).prev_sample  # fmt: skip
+        assert torch.equal(tokens, expected)
+    assert not (tokens == MASK).any()
+
+
+def test_equal_confidences_are_revealed_together():
+    """Which of them came first would be the processor's choice."""
+    logits, tokens = confident(0.5, 0.5, 0.5, 0.9)
+    assert revealed(logits, tokens, steps=2, reveal="maskgit") == [0, 1, 2, 3]
+    logits, tokens = confident(0.5, 0.6, 0.7, 0.9)
+    assert revealed(logits, tokens, steps=2, reveal="maskgit") == [2, 3]  # 4 cos(π / 4) = 2.8 stay
+
+
+def test_noise_on_the_order_falls():
+    def scales(decay):
+        scheduler = MaskedTextScheduler(
+            reveal="maskgit", choose="log_probability", order_noise=2.0, order_noise_decay=decay
+        )
+        scheduler.set_timesteps(4)
+        logits, tokens = torch.zeros(1, 2, 20), torch.full((1, 2), MASK)
+        seen = []
+        scheduler._above_cut = lambda confidence, fillable, step: seen.append(confidence) or fillable
+        order = torch.tensor([[0.5, 0.9]])
+        for step in range(4):
+            scheduler.step(logits, step, tokens, mask_token_id=MASK, draws=TextDraws(order=order))
+        noise = -(-order.double().log()).log()
+        return [float((one[0, 1] - one[0, 0]) / (noise[0, 1] - noise[0, 0])) for one in seen]
+
+    assert scales("none") == pytest.approx([2.0] * 4)
+    assert scales("linear") == pytest.approx([1.5, 1.0, 0.5, 0.0])
+    assert scales("cumulative") == pytest.approx([1.5, 0.75, 0.1875, 0.0])
+
+
+def test_unknown_mask_schedules_are_refused():
+    for name in ("pow", "pow0", "cos", "linear2"):
+        with pytest.raises(ValueError, match="mask_schedule must be one of cosine, linear, pow2"):
+            MaskedTextScheduler(mask_schedule=name)
+    halves = masked_fraction(torch.tensor([0.0, 0.5, 1.0]), "pow0.5")
+    torch.testing.assert_close(halves, torch.tensor([1.0, 1 - 0.5**0.5, 1e-6]))
 
 
 def confident(*probabilities: float) -> tuple[torch.Tensor, torch.Tensor]:
