@@ -134,6 +134,8 @@ def desk(tmp_path, trained, hub, monkeypatch):
     (tmp_path / "outputs/own").mkdir()
     shutil.copy(hub["Yuanshi/OminiControl"] / "my_edges.safetensors", tmp_path / "outputs/own")
     (tmp_path / "prompts.jsonl").write_text('a red cube\n{"prompt": "a cone", "control": {"canny": "edges.png"}}\n')
+    pair = {"query": "a red cube at night", "positive": "at night, a red cube", "negative": "a blue cube at night"}
+    (tmp_path / "pairs.jsonl").write_text(f"{json.dumps(pair)}\n" * 20)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     return tmp_path
@@ -299,7 +301,7 @@ def test_no_command_writes_where_recipes_read_images():
     recipes = [yaml.safe_load(file.read_text(encoding="utf-8")) for file in packaged_recipes().values()]
     arguments = [recipe.get("data", {}).get("arguments", {}) for recipe in recipes if isinstance(recipe, dict)]
     read = {values["path"] for values in arguments if "path" in values}
-    assert read == {"training_images", "texts.jsonl"}
+    assert read == {"training_images", "texts.jsonl", "pairs.jsonl"}
     written = {word for text in PAGES.values() for word in re.findall(r"--(?:out|folder)[ =](\S+)", text)}
     commands = [typer.main.get_command(app)]
     for command in commands:

@@ -11,31 +11,32 @@ from imgdit.checkpoints import EMBEDDED
 from imgdit.models.bd3lm import BD3LM
 from imgdit.pipelines.block_text import BlockTextPipeline
 from imgdit.pipelines.masked_text import MaskedTextPipeline
-from imgdit.scenes.sources import FRAMES, TEXTS
+from imgdit.scenes.sources import FRAMES, TEXT_PAIRS, TEXTS
 from imgdit.scenes.texts import scene_text_tokenizer
 from imgdit.schedulers.masked_text import MaskedTextScheduler
 from imgdit.training.recipe import Recipe
-from imgdit.training.text_rows import UserTexts
-from imgdit.training.trained import load_trained, trained_recipe
+from imgdit.training.sources import source_of
+from imgdit.training.trained import load_merged, load_trained, trained_recipe
 from imgdit.training.user_images.encoder import Encoder
 from imgdit.training.user_images.settings import USER_IMAGES
 
-TEXT_DATA = (TEXTS, "user_texts")
+TEXT_DATA = (TEXTS, TEXT_PAIRS, "user_texts", "user_text_pairs")
 """Data of language models."""
 
 
 def run_pipeline(run: Path) -> Any:
     """The pipeline of a run's latest checkpoint: with what reads the scenes for scenes, that of the
-    folder which `data.arguments.model` names for "user_images". A FLUX or SD3 folder's stays diffusers' own.
+    folder which `data.arguments.model` names for "user_images". A FLUX or SD3 folder's stays diffusers' own. A LoRA of
+    a language model is added to its weights.
 
     Raises:
-        ValueError: the run has no checkpoint, trained a LoRA, or trained no backbone.
+        ValueError: the run has no checkpoint, trained a LoRA of a backbone, or trained none.
     """
     recipe = trained_recipe(run)
+    if recipe.data.name in TEXT_DATA:
+        return text_pipeline(recipe, load_merged(run) if recipe.adapter.rank else load_trained(run))
     if recipe.adapter.rank:
         raise ValueError(f"{run} trained a LoRA, which is a file: imgdit lora export {run} FILE.safetensors")
-    if recipe.data.name in TEXT_DATA:
-        return text_pipeline(recipe, load_trained(run))
     if recipe.data.name == FRAMES:
         return scene_pipeline(recipe, load_trained(run))
     if recipe.data.name != USER_IMAGES:
@@ -50,10 +51,10 @@ def run_pipeline(run: Path) -> Any:
 
 def text_pipeline(recipe: Recipe, model: Any) -> MaskedTextPipeline | BlockTextPipeline:
     """The pipeline of a trained language model, with its data's tokenizer."""
-    if recipe.data.name == TEXTS:
+    if recipe.data.name in (TEXTS, TEXT_PAIRS):
         tokenizer = scene_text_tokenizer()
     else:
-        tokenizer = UserTexts(**recipe.data.arguments).tokenizer
+        tokenizer = source_of(recipe).open(recipe.data.arguments).tokenizer  # type: ignore[attr-defined]
     if isinstance(model, BD3LM):
         return BlockTextPipeline(model, tokenizer)
     return MaskedTextPipeline(model, MaskedTextScheduler(), tokenizer)

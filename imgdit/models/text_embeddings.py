@@ -105,5 +105,10 @@ def contrastive_loss(
     if queries.shape != positives.shape:
         raise ValueError(f"each query needs a positive: got {tuple(queries.shape)} and {tuple(positives.shape)}")
     others = positives if negatives is None else torch.cat([positives, negatives])
-    scores = scale * functional.normalize(queries, dim=-1) @ functional.normalize(others, dim=-1).T  # (B, B + N)
+    scores = scale * cosines(queries, others)  # (B, B + N)
     return functional.cross_entropy(scores, torch.arange(len(queries), device=scores.device))
+
+
+def cosines(queries: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """Cosine (B, N) of each vector (B, D) with each other vector (N, D)."""
+    return functional.normalize(queries, dim=-1) @ functional.normalize(others, dim=-1).T

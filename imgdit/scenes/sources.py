@@ -9,18 +9,20 @@ import torch
 from imgdit.scenes.answers import SceneCaptions
 from imgdit.scenes.images import SceneImages
 from imgdit.scenes.readings import SceneReadings
-from imgdit.scenes.texts import SceneTexts
+from imgdit.scenes.texts import SceneTextPairs, SceneTexts
 from imgdit.scenes.training_conditions import SceneConditions
 from imgdit.scenes.training_frames import SceneFrames
 from imgdit.scenes.training_readers import collate_captions, collate_readings
 from imgdit.scenes.training_texts import SceneImageTexts
 from imgdit.training.batches import Images
 from imgdit.training.sources import Source, only_batch
+from imgdit.training.text_pairs import collate_text_pairs
 from imgdit.training.text_rows import collate_text_rows
 
 FRAMES = "imgdit.scenes.sources:frames"
 CONDITIONS = "imgdit.scenes.sources:conditions"
 TEXTS = "imgdit.scenes.sources:texts"
+TEXT_PAIRS = "imgdit.scenes.sources:text_pairs"
 
 
 def collate_images(samples: Sequence[torch.Tensor]) -> Images:
@@ -31,6 +33,7 @@ def collate_images(samples: Sequence[torch.Tensor]) -> Images:
 images = Source(SceneImages, collate_images, held_out=16)
 captions = Source(SceneCaptions, collate_captions, held_out=512)
 texts = Source(SceneTexts, collate_text_rows, held_out=512)
+text_pairs = Source(SceneTextPairs, collate_text_pairs, held_out=128)
 readings = Source(SceneReadings, collate_readings, held_out=64)
 frames = Source(SceneFrames, only_batch, held_out=8, whole_batches=True)
 image_texts = Source(SceneImageTexts, only_batch, held_out=8, whole_batches=True)

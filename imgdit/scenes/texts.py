@@ -1,7 +1,8 @@
-"""Captions of scenes as rows of tokens, for language models."""
+"""Captions of scenes as rows of tokens and in pairs, for language models."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 from random import Random
 
@@ -10,7 +11,8 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from imgdit.models.masked_lm import new_masked_lm
 from imgdit.scenes.captions import caption, leave_unsaid
 from imgdit.scenes.tokenizer import text_tokenizer
-from imgdit.scenes.world import Scene
+from imgdit.scenes.world import BACKGROUNDS, COLOURS, OBJECTS, STYLES, Scene, pick
+from imgdit.training.text_pairs import TextPair
 from imgdit.training.text_rows import TextRow, TextRows, begun, text_rows
 
 UNSAID = 0.1
@@ -53,3 +55,48 @@ class SceneTexts:
         said = caption(scene, rng, leave_unsaid(rng, UNSAID))
         row = TextRow(begun(tokenizer, ""), begun(tokenizer, said)[1:])
         return text_rows([row], self.length, tokenizer.eos_token_id, self.count_padding)
+
+
+class SceneTextPairs:
+    """Endless: sample i is two captions of the scene with seed `first_seed + i`, and one of a scene that differs from
+    it in one thing.
+
+    Args:
+        first_seed: of the scenes.
+        split: "train", "heldout" or "heldout_triples", see `Scene.sample`.
+    """
+
+    def __init__(self, first_seed: int = 0, split: str = "train"):
+        self.first_seed, self.split = first_seed, split
+
+    def __getitem__(self, index: int) -> TextPair:
+        ids = [scene_text_tokenizer()(text)["input_ids"] for text in self.texts(index)]
+        return TextPair(ids[0], ids[1], (ids[2],))
+
+    def texts(self, index: int) -> tuple[str, str, str]:
+        """Two captions of a scene, and one of the other scene."""
+        seed = self.first_seed + index
+        scene, rng = Scene.sample(seed, self.split), Random(seed)
+        return caption(scene, rng), caption(scene, rng), caption(other_scene(scene, rng), rng)
+
+
+def other_scene(scene: Scene, rng: Random) -> Scene:
+    """A scene whose caption differs in one thing: a colour, an object, the style, the place, or which of two objects
+    has which colour."""
+    things = list(scene.objects)
+    changes = ["colour", "object", "style", "place", *(["colours swapped"] if len(things) == 2 else [])]
+    change, n = pick(rng, changes), pick(rng, range(len(things)))
+    if change == "style":
+        return replace(scene, style=pick(rng, [s for s in STYLES if s != scene.style]))
+    if change == "place":
+        return replace(scene, background=pick(rng, [b for b in BACKGROUNDS if b != scene.background]))
+    if change == "colour":
+        taken = {thing.colour for thing in things}
+        things[n] = replace(things[n], colour=pick(rng, [c for c in COLOURS if c not in taken]))
+    elif change == "object":
+        taken = {thing.kind for thing in things}
+        things[n] = replace(things[n], kind=pick(rng, [k for k in OBJECTS if k not in taken]))
+    else:
+        first, second = things
+        things = [replace(first, colour=second.colour), replace(second, colour=first.colour)]
+    return replace(scene, objects=tuple(things))

@@ -30,7 +30,7 @@ MODELS = {
 """Short names of `model.kind`."""
 OBJECTIVES = {
     name: f"imgdit.training.objectives.{name}:{name}"
-    for name in ("flow_matching", "condition_lora", "autoencoder", "masked_text", "block_text")
+    for name in ("flow_matching", "condition_lora", "autoencoder", "masked_text", "block_text", "contrastive")
 }
 """Short names of `objective.name`."""
 # As version 0.1 called them.

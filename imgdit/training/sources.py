@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from imgdit.io.order import Batches, MapDataset
 from imgdit.recipes import check_arguments, find_object
 from imgdit.training.recipe import Recipe
+from imgdit.training.text_pairs import UserTextPairs, collate_text_pairs
 from imgdit.training.text_rows import UserTexts, collate_text_rows
 from imgdit.training.toy_data import BlobLatents, collate_blobs
 from imgdit.training.user_images import UserImages, UserImagesSettings
@@ -50,8 +51,9 @@ def only_batch(samples: Sequence[Any]) -> Any:
 toy = Source(BlobLatents, collate_blobs, held_out=512)
 user_images = Source(UserImages, only_batch, held_out=8, whole_batches=True, settings=UserImagesSettings)
 user_texts = Source(UserTexts, collate_text_rows, held_out=32)
+user_text_pairs = Source(UserTextPairs, collate_text_pairs, held_out=32)
 
-SOURCES = {name: f"imgdit.training.sources:{name}" for name in ("toy", "user_images", "user_texts")}
+SOURCES = {name: f"imgdit.training.sources:{name}" for name in ("toy", "user_images", "user_texts", "user_text_pairs")}
 """Short names of `data.name`."""
 
 

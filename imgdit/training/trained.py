@@ -16,7 +16,7 @@ from imgdit.io.checkpoints import (
     read_state,
 )
 from imgdit.training.build import build_model
-from imgdit.training.recipe import Recipe, parse_recipe
+from imgdit.training.recipe import ADAPTER, Recipe, parse_recipe
 
 
 def load_trained(folder: str | Path) -> Any:
@@ -36,6 +36,28 @@ def load_trained(folder: str | Path) -> Any:
     model = build_model(recipe)
     load_weights(model, checkpoint)
     return model.requires_grad_(False).eval()
+
+
+def load_merged(folder: str | Path) -> Any:
+    """The model of a run that trained a LoRA, with it added to the unquantised weights that it was trained on.
+
+    Args:
+        folder: of the run, or of one checkpoint.
+
+    Raises:
+        CheckpointError: there is no complete checkpoint.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    checkpoint = find_checkpoint(folder)
+    recipe = trained_recipe(checkpoint).replace(model={"quantize": "none"})
+    adapted, merged = build_model(recipe), build_model(recipe.replace(adapter={"rank": 0}))
+    load_weights(adapted, checkpoint)
+    with torch.no_grad():
+        for name, module in adapted.named_modules():
+            if isinstance(module, LoraLayer):
+                merged.get_submodule(name).weight += module.get_delta_weight(ADAPTER)
+    return merged.requires_grad_(False).eval()
 
 
 def trained_recipe(folder: str | Path) -> Recipe:
