@@ -26,9 +26,12 @@ _EXPORTS = {
     "Frame": "imgdit.frames",
     "FrameLayout": "imgdit.layout",
     "ImageFrame": "imgdit.tasks",
+    "ImageProjector": "imgdit.models.image_tokens",
     "ImgDiTPipeline": "imgdit.pipelines.text_to_image",
     "ImgDiTPipelineOutput": "imgdit.pipelines.text_to_image",
     "KVCache": "imgdit.attention.cache",
+    "LLaDAVPipeline": "imgdit.pipelines.vision_language",
+    "LaViDaPipeline": "imgdit.pipelines.vision_language",
     "MMDiT": "imgdit.models.mmdit",
     "MMaDAPipeline": "imgdit.pipelines.mmada",
     "MMaDAPipelineOutput": "imgdit.pipelines.mmada",
@@ -70,6 +73,7 @@ if TYPE_CHECKING:
     from imgdit.frames import TextFrame as TextFrame
     from imgdit.layout import FrameLayout as FrameLayout
     from imgdit.models.bd3lm import BD3LM as BD3LM
+    from imgdit.models.image_tokens import ImageProjector as ImageProjector
     from imgdit.models.magvitv2 import MagViTv2 as MagViTv2
     from imgdit.models.mmdit import MMDiT as MMDiT
     from imgdit.models.nextdit import NextDiT as NextDiT
@@ -86,6 +90,8 @@ if TYPE_CHECKING:
     from imgdit.pipelines.one_diffusion import OneDiffusionPipelineOutput as OneDiffusionPipelineOutput
     from imgdit.pipelines.text_to_image import ImgDiTPipeline as ImgDiTPipeline
     from imgdit.pipelines.text_to_image import ImgDiTPipelineOutput as ImgDiTPipelineOutput
+    from imgdit.pipelines.vision_language import LaViDaPipeline as LaViDaPipeline
+    from imgdit.pipelines.vision_language import LLaDAVPipeline as LLaDAVPipeline
     from imgdit.sae.model import SparseAutoencoder as SparseAutoencoder
     from imgdit.sae.unlearning import ConceptUnlearner as ConceptUnlearner
     from imgdit.schedulers.flow_match import MultiFrameFlowMatchScheduler as MultiFrameFlowMatchScheduler

@@ -12,6 +12,7 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.utils import BaseOutput, logging
 
 from imgdit import compat
+from imgdit.models.image_rows import ImageVectors
 from imgdit.models.masked_text_passes import APPROXIMATE, BlockPasses, CacheKind
 from imgdit.pipelines.masked_text_inputs import (
     Prompts,
@@ -62,17 +63,30 @@ class _MaskedTextRun:
     eos_token_ids: tuple[int, ...]
     finished: torch.Tensor
     """Boolean (B,), rows whose text has ended."""
+    stopped: torch.Tensor
+    """(B,) place of each row's first stop string; N where there is none."""
     callback: Callable[..., Any] | None
     callback_inputs: Sequence[str]
     calls: int = 0
 
     def find_finished(self) -> None:
-        """Rows with an end token among the new tokens and no mask before it."""
-        if not self.options.eos_early_stop or not self.eos_token_ids:
-            return
+        """Rows with an end token or a stop string among the new tokens and no mask before it. Masks behind a stop
+        string are revealed no more, wherever it is."""
         new = self.grid[:, self.prompt_length : self.stop]
         whole = (new == self.mask_token_id).cumsum(1) == 0
-        self.finished = self.finished | (self.ends(new) & whole).any(1)
+        if self.options.eos_early_stop and self.eos_token_ids:
+            self.finished = self.finished | (self.ends(new) & whole).any(1)
+        for stop in self.options.stops:
+            if len(stop) > new.shape[1]:
+                continue
+            starts = (new.unfold(1, len(stop), 1) == new.new_tensor(stop)).all(-1)  # (B, G - stop + 1)
+            first = self.prompt_length + starts.long().argmax(1)
+            self.stopped = torch.where(starts.any(1) & (first < self.stopped), first, self.stopped)
+        if self.options.stops:
+            places = torch.arange(self.grid.shape[1], device=self.grid.device)
+            self.fillable &= places < self.stopped[:, None]
+            left = ((self.grid == self.mask_token_id) & self.fillable).any(1)
+            self.finished = self.finished | ((self.stopped < self.grid.shape[1]) & ~left)
 
     def ends(self, tokens: torch.Tensor) -> torch.Tensor:
         return torch.isin(tokens, torch.tensor(self.eos_token_ids, dtype=tokens.dtype, device=tokens.device))
@@ -181,7 +195,8 @@ class MaskedTextPipeline(compat.DiffusionPipeline):
             infill_mask: (B, P), true on the holes, in place of the mask tokens. All else stays as it is.
             suffix_ids: (S,) or (B, S), tokens that stay behind the new ones, such as "The answer is"; masks too.
             guidance_scale: above 1, steer away from the prediction with a masked prompt; LLaDA's `cfg_scale` plus 1.
-            cache: "prefix" or "dual" (Fast-dLLM): approximate but for each block's first pass.
+            cache: "prefix" or "dual" (Fast-dLLM): approximate but for each block's first pass. "prompt" (LaViDa): the
+                prompt sees itself only and is computed once.
             remasking: "low_confidence", "random" (LLaDA) or a name of the scheduler's `choose`; `None`: its own.
             forbidden_tokens, late_tokens: LLaDA's `logits_eos_inf` and `confidence_eos_eot_inf`, for any tokens.
             allow_mask_token: let the model predict the mask token, as published samplers do; such masks are left over.
@@ -205,7 +220,8 @@ class MaskedTextPipeline(compat.DiffusionPipeline):
         positions = getattr(self.model.config, "max_position_embeddings", None)
         new = new_tokens(gen_length, prompts, None if positions is None else positions - suffix.shape[1])
         wanted = self._wanted(callback_on_step_end, callback_on_step_end_tensor_inputs)
-        run = self._prepare(prompts, new, suffix, options, mask_id, eos_ids, callback_on_step_end, wanted)
+        draft = torch.full((len(prompts.ids), new), mask_id)
+        run = self._prepare(prompts, draft, suffix, options, mask_id, eos_ids, callback_on_step_end, wanted)
         self._write(run)
         output = self._output(run, prompts)
         return output if return_dict else (output.sequences, output.texts)
@@ -262,20 +278,29 @@ class MaskedTextPipeline(compat.DiffusionPipeline):
         return mask, eos_ids
 
     def _prepare(
-        self, prompts: Prompts, new: int, suffix: torch.Tensor, options: TextOptions, mask_id: int,
+        self, prompts: Prompts, draft: torch.Tensor, suffix: torch.Tensor, options: TextOptions, mask_id: int,
         eos_ids: tuple[int, ...], callback: Any, callback_inputs: Sequence[str],
     ) -> _MaskedTextRun:  # fmt: skip
         rows, length = prompts.ids.shape
         check_generators(options.generator, rows)
         device = prompts.ids.device
-        grid = torch.cat([prompts.ids, torch.full((rows, new), mask_id, device=device), suffix], 1)
-        made = torch.ones(rows, new, dtype=torch.bool, device=device)
+        if options.cache == "prompt" and prompts.holes.any():
+            raise ValueError(
+                "cache='prompt' computes the prompt once, so that its holes cannot be filled; use cache=None"
+            )
+        draft, suffix = draft.to(device), suffix.to(device)
+        grid = torch.cat([prompts.ids, draft, suffix], 1)
         behind = torch.ones_like(suffix, dtype=torch.bool)
-        fillable = torch.cat([prompts.holes, made, ~behind], 1)
-        real = torch.cat([prompts.mask, made, behind], 1)
+        fillable = torch.cat([prompts.holes, draft == mask_id, ~behind], 1)
+        real = torch.cat([prompts.mask, torch.ones_like(draft, dtype=torch.bool), behind], 1)
+        images, follow = prompts.images, draft.shape[1] + suffix.shape[1]
+        if images is not None:  # none are in the answer
+            vectors = torch.nn.functional.pad(images.vectors, (0, 0, 0, follow))
+            images = ImageVectors(vectors, torch.nn.functional.pad(images.places, (0, follow)))
+        asked = torch.nn.functional.pad(prompts.ids != mask_id, (0, follow))
         passes = BlockPasses(
-            self.model, options.cache, None if real.all() else real.long(), options.guidance_scale,
-            prompt=grid != mask_id, mask_token_id=mask_id,
+            self.model, options.cache, None if real.all() else real.long(), options.guidance_scale, prompt=asked,
+            mask_token_id=mask_id, images=images, prompt_length=length,
         )  # fmt: skip
         if options.cache is not None and options.cache not in self._told:
             self._told.add(options.cache)
@@ -284,8 +309,10 @@ class MaskedTextPipeline(compat.DiffusionPipeline):
                 "tokens revealed since; cache=None is exact"
             )
         finished = torch.zeros(rows, dtype=torch.bool, device=device)
+        stopped = torch.full((rows,), grid.shape[1], device=device)
         return _MaskedTextRun(
-            grid, fillable, length, length + new, passes, options, mask_id, eos_ids, finished, callback,
+            grid, fillable, length, length + draft.shape[1], passes, options, mask_id, eos_ids, finished, stopped,
+            callback,
             callback_inputs,
         )  # fmt: skip
 
@@ -369,6 +396,7 @@ class MaskedTextPipeline(compat.DiffusionPipeline):
             "sampled_tokens": output.sampled_tokens,
             "sampled_probs": output.sampled_probs,
             "active_block": before == run.mask_token_id,
+            "answer": run.grid[:, run.prompt_length :],
         }
         given = run.callback(self, run.calls - 1, step, {name: known[name] for name in run.callback_inputs}) or {}
         if "block_x" in given:
@@ -376,8 +404,10 @@ class MaskedTextPipeline(compat.DiffusionPipeline):
 
     def _output(self, run: _MaskedTextRun, prompts: Prompts) -> MaskedTextPipelineOutput:
         new = run.grid[:, run.prompt_length : run.stop]
-        if run.finished.any():  # what is masked behind the end is never read
-            new[(new == run.mask_token_id) & run.finished[:, None]] = run.eos_token_ids[0]
+        if run.eos_token_ids:  # what is masked behind the end is never read
+            places = torch.arange(run.prompt_length, run.stop, device=new.device)
+            behind = (new == run.mask_token_id) & run.finished[:, None]
+            new[behind | (places >= run.stopped[:, None])] = run.eos_token_ids[0]
         texts = None
         if run.options.output_type == "text" and self.tokenizer is not None:
             ends = [run.ends(tokens).nonzero() for tokens in new]

@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 
+from imgdit.models.image_rows import ImageVectors
 from imgdit.models.masked_text_passes import CacheKind
 from imgdit.naming import check_choice
 from imgdit.schedulers.masked_text import Choose, Generators, Sampling
@@ -49,6 +50,8 @@ class TextOptions:
     eos_early_stop: bool
     generator: Generators
     output_type: str
+    stops: tuple[tuple[int, ...], ...] = ()
+    """Tokens of each stop string; a row ends before one of them."""
 
     def __post_init__(self) -> None:
         for name in ("block_length", "num_inference_steps", "minimal_topk"):
@@ -93,6 +96,8 @@ class Prompts(NamedTuple):
     """Whether holes were asked for, though there may be none."""
     order: torch.Tensor
     """(B, P), where each token was before padding went to the left."""
+    images: ImageVectors | None = None
+    """Vectors at places of images (B, P); `None`: there are none."""
 
     def as_given(self, filled: torch.Tensor) -> torch.Tensor:
         """Rows (B, P) with their padding where it was."""

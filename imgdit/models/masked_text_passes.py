@@ -12,10 +12,12 @@ import torch
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from imgdit.models.image_rows import ImageVectors, embed_rows
 from imgdit.models.masked_lm import predicting_places, real_positions, rows_of
 
-CacheKind = Literal["prefix", "dual"]
+CacheKind = Literal["prefix", "dual", "prompt"]
 APPROXIMATE = {
+    "prompt": "the prompt sees itself only, as if its tokens did not depend on the answer",
     "prefix": "keys and values of the tokens before a block stay as they were in the block's first pass",
     "dual": "keys and values of all tokens outside a block stay as they were in the block's first pass",
 }
@@ -49,21 +51,47 @@ class SlotLayer(DynamicLayer):
         return self.get_seq_length() or query_length, 0
 
 
+def sees_prefix(lengths: torch.Tensor, length: int) -> torch.Tensor:
+    """Boolean (B, 1, L, L), true where a place (row) sees another (column): prefixes see themselves, what follows sees
+    everything (LaViDa's prefix mask, arXiv 2505.16839, section 3.3).
+
+    Args:
+        lengths: (B,) places of each row's prefix.
+        length: L.
+    """
+    inside = torch.arange(length, device=lengths.device) < lengths[:, None]  # (B, L)
+    return (~inside[:, :, None] | inside[:, None, :])[:, None]
+
+
+def sees_earlier_turns(turns: torch.Tensor) -> torch.Tensor:
+    """Boolean (B, 1, L, L): a place sees those of its own and of earlier turns of a dialogue (LLaDA-V,
+    arXiv 2505.16933, section 3.3).
+
+    Args:
+        turns: (B, L) number of each place's turn.
+    """
+    return (turns[:, None, :] <= turns[:, :, None])[:, None]
+
+
 class BlockPasses:
     """Logits of a block's tokens given the whole grid.
 
-    Without a cache each pass is over the whole grid and exact. With one, so is the first pass over a block; the others
-    are approximate (Fast-dLLM, arXiv 2505.22618): "prefix" computes the block and what follows it, "dual" the block.
+    Without a cache each pass is over the whole grid and exact. With "prefix" or "dual", so is the first pass over a
+    block; the others are approximate (Fast-dLLM, arXiv 2505.22618): "prefix" computes the block and what follows it,
+    "dual" the block. "prompt" computes the prompt once and by itself, then what follows it; all passes are exact for
+    the mask of `sees_prefix` (LaViDa, arXiv 2505.16839).
 
     Args:
         model: a bidirectional language model of transformers.
-        cache: "prefix", "dual" or `None`.
+        cache: "prefix", "dual", "prompt" or `None`.
         attention_mask: (B, N), 1 on real tokens, padding at the left; `None`: all are real.
         guidance_scale: g of u + g (c - u), where c is the prediction and u the one with the prompt masked; at most 1
             is off. LLaDA's `cfg_scale` is g - 1.
         prompt: boolean (B, N), what u masks.
         mask_token_id: with which.
         free: what u sees there instead of masks, such as an empty prompt.
+        images: vectors in place of tokens; u has none, as they are of the prompt.
+        prompt_length: places of the prompt, that "prompt" computes once.
     """
 
     def __init__(
@@ -75,8 +103,10 @@ class BlockPasses:
         prompt: torch.Tensor,
         mask_token_id: int,
         free: FreeRows | None = None,
+        images: ImageVectors | None = None,
+        prompt_length: int = 0,
     ):
-        self.model, self.kind = model, cache
+        self.model, self.kind, self.images, self.prompt_length = model, cache, images, prompt_length
         self.guidance_scale, self.prompt = guidance_scale, prompt
         self.free = mask_token_id if free is None else free.ids
         real = torch.ones_like(prompt, dtype=torch.long)
@@ -91,6 +121,7 @@ class BlockPasses:
         self.predicting = predicting_places(model, whole)
         self.start = self.stop = 0
         self.cache: Cache | None = None
+        self.first_logits: torch.Tensor | None = None  # (B, 1, V) of what the prompt's last place predicts
 
     @property
     def guided(self) -> bool:
@@ -98,13 +129,15 @@ class BlockPasses:
 
     def begin(self, start: int, stop: int) -> None:
         """Go to the block of places start to stop."""
-        self.start, self.stop, self.cache = start, stop, None
+        self.start, self.stop = start, stop
+        if self.kind != "prompt":
+            self.cache = None
 
     @property
     def first_is_outside(self) -> torch.Tensor | None:
         """Boolean (B,), rows whose block begins with a token that is predicted at a place outside the block, which
         only the first cached pass computes; `None` without a cache or where there is no such row."""
-        if self.kind is None or self.start == self.stop:
+        if self.kind in (None, "prompt") or self.start == self.stop:
             return None
         outside = self.predicting[: len(self.prompt), self.start] < self.start
         return outside if outside.any() else None
@@ -114,7 +147,11 @@ class BlockPasses:
         ids = torch.cat([grid, torch.where(self.prompt, self.free, grid)]) if self.guided else grid
         length = grid.shape[1]
         first, last = 0, length  # the places that are computed
-        if self.kind is not None and self.cache is not None:
+        if self.kind == "prompt":
+            first = self.prompt_length
+            if self.cache is None and first:
+                self._read_prompt(ids)
+        elif self.kind is not None and self.cache is not None:
             first, last = self.start, length if self.kind == "prefix" else self.stop
         elif self.kind == "prefix":
             self.cache = DynamicCache()
@@ -123,6 +160,8 @@ class BlockPasses:
         logits = self._run(ids, first, last)
         if self.kind == "prefix":
             self.cache.crop(self.start - length)  # type: ignore[union-attr]
+        elif self.kind == "prompt" and self.cache is not None:
+            self.cache.crop(first - length)
         elif self.kind == "dual":
             for layer in self.cache.layers:  # type: ignore[union-attr]
                 layer.start = self.start
@@ -131,22 +170,53 @@ class BlockPasses:
         given, free = logits.chunk(2)
         return free + self.guidance_scale * (given - free)
 
-    def _run(self, ids: torch.Tensor, first: int, last: int) -> torch.Tensor:
-        # A token may be predicted at the place before it, if that is computed.
-        lowest = max(self.start - 1, first) if self.shifted else self.start
-        rows = torch.arange(lowest - first, self.stop - first, device=ids.device)
-        options: dict[str, Any] = {"logits_to_keep": rows} if self.keeps_rows else {}
+    def _read_prompt(self, ids: torch.Tensor) -> None:
+        """Keys and values of the prompt, which sees itself."""
+        self.cache = DynamicCache()
+        options = self._options(len(ids), 0, self.prompt_length)
+        options |= {"logits_to_keep": 1} if self.keeps_rows else {}
+        if "attention_mask" in options:
+            options["attention_mask"] = options["attention_mask"][:, : self.prompt_length]
+        logits = self.model(**self._inputs(ids, 0, self.prompt_length), **options).logits[:, -1:]
+        if self.shifted:
+            self.first_logits = logits
+
+    def _inputs(self, ids: torch.Tensor, first: int, last: int) -> dict[str, torch.Tensor]:
+        """The model's input at places first to last: tokens, or embeddings where there are images."""
+        if self.images is None:
+            return {"input_ids": ids[:, first:last]}
+        vectors, places = self.images
+        if self.guided:
+            vectors, places = vectors.repeat(2, 1, 1), torch.cat([places, torch.zeros_like(places)])
+        images = ImageVectors(vectors[:, first:last], places[:, first:last])
+        return {"inputs_embeds": embed_rows(self.model, ids[:, first:last], images)}
+
+    def _options(self, rows: int, first: int, last: int) -> dict[str, Any]:
+        """Mask, positions and cache of a pass over places first to last."""
+        options: dict[str, Any] = {}
         if self.attention_mask is not None:
             options["attention_mask"] = self.attention_mask
         if self.positions is not None:
             options["position_ids"] = self.positions[:, first:last]
         elif self.cache is not None:
-            options["position_ids"] = torch.arange(first, last, device=ids.device)[None].repeat(len(ids), 1)
+            device = self.prompt.device
+            options["position_ids"] = torch.arange(first, last, device=device)[None].repeat(rows, 1)
         if self.cache is not None:
             options |= {"past_key_values": self.cache, "use_cache": True}
-        logits = self.model(input_ids=ids[:, first:last], **options).logits
+        return options
+
+    def _run(self, ids: torch.Tensor, first: int, last: int) -> torch.Tensor:
+        # A token may be predicted at the place before it, if that is computed.
+        lowest = max(self.start - 1, first) if self.shifted else self.start
+        rows = torch.arange(lowest - first, self.stop - first, device=ids.device)
+        options: dict[str, Any] = {"logits_to_keep": rows} if self.keeps_rows else {}
+        options |= self._options(len(ids), first, last)
+        logits = self.model(**self._inputs(ids, first, last), **options).logits
         logits = logits if self.keeps_rows else logits[:, rows]
         if not self.shifted:
             return logits
         places = (self.predicting[:, self.start : self.stop] - lowest).clamp(min=0)
-        return rows_of(logits, places)
+        found = rows_of(logits, places)
+        if self.first_logits is not None and self.start == self.prompt_length:
+            found[:, :1] = self.first_logits
+        return found

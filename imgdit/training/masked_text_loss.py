@@ -39,19 +39,21 @@ def mask_tokens(
     *,
     maskable: torch.Tensor | None = None,
     complement: bool = False,
+    smallest: bool = False,
     eps: float = EPS,
     times: torch.Tensor | None = None,
     uniforms: torch.Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> Noised:
-    """Mask each token with a probability of its row, (1 - eps) t + eps for t uniform in [0, 1].
+    """Mask each token with a probability of its row, (1 - eps) t + eps for t in [0, 1].
 
     Args:
         ids: (B, L).
         maskable: boolean (B, L); `None`: all tokens.
         complement: also return the rows with the other maskable tokens masked, 2 B rows in all: each token is
             masked once.
-        times: t (B,), in place of drawn ones.
+        smallest: also mask the token of a row's smallest number, if it is maskable, as LaViDa does.
+        times: t (B,), in place of uniform ones.
         uniforms: (B, L), in place of drawn ones; a token is masked where its number is below the rate.
         generator: on the device of `ids`, or on the CPU.
     """
@@ -63,12 +65,28 @@ def mask_tokens(
         uniforms = torch.rand(ids.shape, device=source, generator=generator).to(device)
     rate = (1 - eps) * times + eps
     masked = uniforms < rate[:, None]
+    if smallest:
+        masked = masked | (uniforms == uniforms.min(1, keepdim=True).values)
     maskable = torch.ones_like(masked) if maskable is None else maskable
     if complement:
         masked, maskable = torch.cat([masked, ~masked]), maskable.repeat(2, 1)
         ids, rate = ids.repeat(2, 1), torch.cat([rate, (1 - rate).clamp(min=eps)])
     masked = masked & maskable
     return Noised(ids.masked_fill(masked, mask_token_id), masked, rate)
+
+
+def logit_normal_times(
+    count: int, mean: float, std: float, generator: torch.Generator | None = None, normals: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Times t (count,) in (0, 1), the logistic function of normally distributed numbers.
+
+    Args:
+        normals: (count,) of this mean and deviation, in place of drawn ones.
+    """
+    if normals is None:
+        source = None if generator is None else generator.device
+        normals = mean + std * torch.randn(count, device=source, generator=generator)
+    return normals.sigmoid()
 
 
 def masked_text_loss(

@@ -26,11 +26,21 @@ MODELS = {
     "autoencoder_dc": "diffusers:AutoencoderDC",
     "bd3lm": "imgdit.models.bd3lm:BD3LM",
     "masked_lm": "imgdit.models.masked_lm:load_masked_lm",
+    "vision_language": "imgdit.training.vision_language:instruction_stage",
+    "vision_language_projector": "imgdit.training.vision_language:projector_stage",
 }
 """Short names of `model.kind`."""
 OBJECTIVES = {
     name: f"imgdit.training.objectives.{name}:{name}"
-    for name in ("flow_matching", "condition_lora", "autoencoder", "masked_text", "block_text", "contrastive")
+    for name in (
+        "flow_matching",
+        "condition_lora",
+        "autoencoder",
+        "masked_text",
+        "block_text",
+        "contrastive",
+        "vision_language",
+    )
 }
 """Short names of `objective.name`."""
 # As version 0.1 called them.
@@ -95,7 +105,8 @@ class ModelConfig:
     kind: str = "mmdit"
     """Its class: "mmdit" (`imgdit.MMDiT`), "nextdit" (`imgdit.NextDiT`), "autoencoder_kl" or "autoencoder_dc"
     (diffusers' `AutoencoderKL` and `AutoencoderDC`), "bd3lm" (`imgdit.BD3LM`), "masked_lm" (what `load_masked_lm`
-    reads from `pretrained`), an entry point of the group "imgdit.models", or
+    reads from `pretrained`), "vision_language" or "vision_language_projector" (what `load_vision_language` reads;
+    all but the tower is trained, or the projector alone), an entry point of the group "imgdit.models", or
     "package.module:attribute": a torch module, or a function that returns one."""
     arguments: dict[str, Any] = field(default_factory=dict)
     """Arguments of its class."""

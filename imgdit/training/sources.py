@@ -12,6 +12,7 @@ from imgdit.training.text_pairs import UserTextPairs, collate_text_pairs
 from imgdit.training.text_rows import UserTexts, collate_text_rows
 from imgdit.training.toy_data import BlobLatents, collate_blobs
 from imgdit.training.user_images import UserImages, UserImagesSettings
+from imgdit.training.vision_language import UserDialogues, collate_vision_rows
 
 
 class Source(NamedTuple):
@@ -52,8 +53,12 @@ toy = Source(BlobLatents, collate_blobs, held_out=512)
 user_images = Source(UserImages, only_batch, held_out=8, whole_batches=True, settings=UserImagesSettings)
 user_texts = Source(UserTexts, collate_text_rows, held_out=32)
 user_text_pairs = Source(UserTextPairs, collate_text_pairs, held_out=32)
+user_dialogues = Source(UserDialogues, collate_vision_rows, held_out=1)
 
-SOURCES = {name: f"imgdit.training.sources:{name}" for name in ("toy", "user_images", "user_texts", "user_text_pairs")}
+SOURCES = {
+    name: f"imgdit.training.sources:{name}"
+    for name in ("toy", "user_images", "user_texts", "user_text_pairs", "user_dialogues")
+}
 """Short names of `data.name`."""
 
 

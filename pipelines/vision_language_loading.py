@@ -1,0 +1,59 @@
+"""From a folder's name to a vision-language pipeline: saved pipelines, and published folders of LLaDA-V and LaViDa."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from imgdit import compat
+from imgdit.hub import INDEX
+from imgdit.io.safe_json import read_object
+from imgdit.models.masked_lm import model_folder
+from imgdit.models.vision_language import load_vision_language
+from imgdit.pipelines.dialogues import SpecialTokens
+from imgdit.pipelines.text_loading import load_tokenizer
+from imgdit.pipelines.vision_language import LaViDaPipeline, LLaDAVPipeline, VisionLanguagePipeline
+from imgdit.schedulers.masked_text import MaskedTextScheduler
+
+
+def load_vision_language_pipeline(
+    source: str | Path,
+    *,
+    vision_tower: str | Path | None = None,
+    tokenizer: str | Path | None = None,
+    dtype: torch.dtype | None = None,
+) -> VisionLanguagePipeline:
+    """A pipeline that answers questions about images.
+
+    Args:
+        source: folder that such a pipeline's `save_pretrained` wrote, or folder or Hub repository of LLaDA-V or
+            LaViDa.
+        vision_tower: folder or repository of the tower, in place of the one that `config.json` names.
+        tokenizer: folder or repository of the tokenizer, where the model's has none.
+        dtype: of the weights; `None`: as stored for published folders, float32 for saved pipelines.
+
+    Raises:
+        ValueError: neither, a model without a tower or a tokenizer, or parts of different models.
+    """
+    place = Path(source).expanduser()
+    if (place / INDEX).is_file():
+        pipe = compat.DiffusionPipeline.from_pretrained(place, dtype=dtype or torch.float32)
+        if not isinstance(pipe, VisionLanguagePipeline):
+            raise ValueError(f"{place} is a {type(pipe).__name__}, which answers no questions about images")
+        return pipe
+    folder = model_folder(str(place) if place.is_dir() else source, None, None, None)
+    words = load_tokenizer(folder if tokenizer is None else tokenizer)
+    mask = SpecialTokens.of(words).mask
+    # LaViDa's folders have LLaDA's own names, LLaDA-V's those of Llama.
+    values: dict[str, Any] = read_object(folder / "config.json")
+    lavida = "d_model" in values
+    named = values.get("mask_token_id")
+    model = load_vision_language(
+        folder, vision_tower=vision_tower, mask_token_id=mask if named is None else named,
+        dtype="auto" if dtype is None else dtype,
+    )  # fmt: skip
+    scheduler = MaskedTextScheduler(reveal="shift", threshold=2.0) if lavida else MaskedTextScheduler(threshold=2.0)
+    owner = LaViDaPipeline if lavida else LLaDAVPipeline
+    return owner(model.language_model, model.vision_tower, model.projector, scheduler, words)
