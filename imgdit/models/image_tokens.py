@@ -165,7 +165,7 @@ def join_tiles(
     if most_tiles is not None:
         times = math.sqrt(height * width / (most_tiles * side**2))
         if times > SHRINK_ABOVE:
-            smaller = (int(height // times), int(width // times))
+            smaller = (max(1, int(height // times)), max(1, int(width // times)))
             whole = functional.interpolate(whole[None], smaller, mode="bilinear")[0]
     ends = newline.to(whole)[:, None, None].expand(-1, whole.shape[1], 1)
     return torch.cat([base, torch.cat([whole, ends], 2).flatten(1).T])
