@@ -40,6 +40,8 @@ UNUSED = r"(post_layernorm|head)\."
 class VisionLanguageModel(Adapters, nn.Module):
     """The three parts as one module, for training."""
 
+    base_model_prefix = ""  # PEFT asks transformers for the names of weights, which reads this of a model's root
+
     def __init__(self, language_model: Any, vision_tower: Any, projector: ImageProjector):
         super().__init__()
         self.language_model, self.vision_tower, self.projector = language_model, vision_tower, projector
@@ -51,7 +53,8 @@ class VisionLanguageModel(Adapters, nn.Module):
 
     def enable_gradient_checkpointing(self) -> None:
         """Recompute the language model's activations in the backward pass."""
-        self.language_model.gradient_checkpointing_enable()
+        model = self.language_model
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()  # its new name
 
     def forward(
         self,

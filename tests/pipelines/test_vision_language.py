@@ -280,7 +280,7 @@ def test_parts_of_different_models_are_refused(pipe):
     other = PreTrainedTokenizerFast.from_pretrained(FIXTURES / "lavida/model")
     model = make_vision_pipe().model
     model.config.mask_token_id = 5
-    with pytest.raises(ValueError, match="the mask token is 327 in the tokenizer .* and 5 in the model"):
+    with pytest.raises(ValueError, match=r"the mask token is 327 in the tokenizer .* and 5 in the model"):
         LaViDaPipeline(**parts | {"model": model, "tokenizer": other})
 
 
