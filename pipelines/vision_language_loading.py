@@ -11,7 +11,7 @@ from imgdit import compat
 from imgdit.hub import INDEX
 from imgdit.io.safe_json import read_object
 from imgdit.models.masked_lm import model_folder
-from imgdit.models.vision_language import load_vision_language
+from imgdit.models.vision_language import VisionLanguageModel, load_vision_language
 from imgdit.pipelines.dialogues import SpecialTokens
 from imgdit.pipelines.text_loading import load_tokenizer
 from imgdit.pipelines.vision_language import LaViDaPipeline, LLaDAVPipeline, VisionLanguagePipeline
@@ -39,21 +39,42 @@ def load_vision_language_pipeline(
     """
     place = Path(source).expanduser()
     if (place / INDEX).is_file():
-        pipe = compat.DiffusionPipeline.from_pretrained(place, dtype=dtype or torch.float32)
-        if not isinstance(pipe, VisionLanguagePipeline):
-            raise ValueError(f"{place} is a {type(pipe).__name__}, which answers no questions about images")
-        return pipe
+        return _saved(place, dtype=dtype or torch.float32)
     folder = model_folder(str(place) if place.is_dir() else source, None, None, None)
     words = load_tokenizer(folder if tokenizer is None else tokenizer)
-    mask = SpecialTokens.of(words).mask
-    # LaViDa's folders have LLaDA's own names, LLaDA-V's those of Llama.
-    values: dict[str, Any] = read_object(folder / "config.json")
-    lavida = "d_model" in values
-    named = values.get("mask_token_id")
-    model = load_vision_language(
-        folder, vision_tower=vision_tower, mask_token_id=mask if named is None else named,
+    named = read_object(folder / "config.json").get("mask_token_id")
+    parts = load_vision_language(
+        folder, vision_tower=vision_tower, mask_token_id=SpecialTokens.of(words).mask if named is None else named,
         dtype="auto" if dtype is None else dtype,
     )  # fmt: skip
+    return _published(folder, parts, words)
+
+
+def with_parts(source: str | Path, parts: VisionLanguageModel) -> VisionLanguagePipeline:
+    """The pipeline of a folder over other parts of the same sizes, such as trained ones.
+
+    Args:
+        source: as of `load_vision_language_pipeline`.
+    """
+    place = Path(source).expanduser()
+    if (place / INDEX).is_file():
+        return _saved(
+            place, model=parts.language_model, vision_tower=parts.vision_tower, projector=parts.projector
+        )  # fmt: skip
+    folder = model_folder(str(place) if place.is_dir() else source, None, None, None)
+    return _published(folder, parts, load_tokenizer(folder))
+
+
+def _saved(place: Path, **options: Any) -> VisionLanguagePipeline:
+    pipe = compat.DiffusionPipeline.from_pretrained(place, **options)
+    if not isinstance(pipe, VisionLanguagePipeline):
+        raise ValueError(f"{place} is a {type(pipe).__name__}, which answers no questions about images")
+    return pipe
+
+
+def _published(folder: Path, parts: VisionLanguageModel, tokenizer: Any) -> VisionLanguagePipeline:
+    """LaViDa's folders have LLaDA's own names of sizes, LLaDA-V's those of Llama."""
+    lavida = "d_model" in read_object(folder / "config.json")
     scheduler = MaskedTextScheduler(reveal="shift", threshold=2.0) if lavida else MaskedTextScheduler(threshold=2.0)
     owner = LaViDaPipeline if lavida else LLaDAVPipeline
-    return owner(model.language_model, model.vision_tower, model.projector, scheduler, words)
+    return owner(parts.language_model, parts.vision_tower, parts.projector, scheduler, tokenizer)

@@ -11,6 +11,7 @@ from imgdit.checkpoints import EMBEDDED
 from imgdit.models.bd3lm import BD3LM
 from imgdit.pipelines.block_text import BlockTextPipeline
 from imgdit.pipelines.masked_text import MaskedTextPipeline
+from imgdit.pipelines.vision_language_loading import with_parts
 from imgdit.scenes.sources import FRAMES, TEXT_PAIRS, TEXTS
 from imgdit.scenes.texts import scene_text_tokenizer
 from imgdit.schedulers.masked_text import MaskedTextScheduler
@@ -22,6 +23,8 @@ from imgdit.training.user_images.settings import USER_IMAGES
 
 TEXT_DATA = (TEXTS, TEXT_PAIRS, "user_texts", "user_text_pairs")
 """Data of language models."""
+DIALOGUES = "user_dialogues"
+"""Data of vision-language models."""
 
 
 def run_pipeline(run: Path) -> Any:
@@ -35,6 +38,9 @@ def run_pipeline(run: Path) -> Any:
     recipe = trained_recipe(run)
     if recipe.data.name in TEXT_DATA:
         return text_pipeline(recipe, load_merged(run) if recipe.adapter.rank else load_trained(run))
+    if recipe.data.name == DIALOGUES:
+        parts = load_merged(run) if recipe.adapter.rank else load_trained(run)
+        return with_parts(recipe.data.arguments["model"], parts)
     if recipe.adapter.rank:
         raise ValueError(f"{run} trained a LoRA, which is a file: imgdit lora export {run} FILE.safetensors")
     if recipe.data.name == FRAMES:

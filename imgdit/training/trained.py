@@ -50,7 +50,7 @@ def load_merged(folder: str | Path) -> Any:
     from peft.tuners.lora import LoraLayer
 
     checkpoint = find_checkpoint(folder)
-    recipe = trained_recipe(checkpoint).replace(model={"quantize": "none"})
+    recipe = trained_recipe(checkpoint).replace(model={"quantize": "none", "dtype": "float32"})
     adapted, merged = build_model(recipe), build_model(recipe.replace(adapter={"rank": 0}))
     load_weights(adapted, checkpoint)
     with torch.no_grad():

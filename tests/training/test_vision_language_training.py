@@ -6,12 +6,14 @@ import pytest
 import torch
 from tiny_vision import SPECIAL, make_vision_pipe, noise_image
 
+from imgdit.apps.chores.run_pipeline import run_pipeline
 from imgdit.models.image_rows import IMAGE_PLACE
+from imgdit.models.vision_language import load_vision_language
+from imgdit.pipelines.vision_language import LaViDaPipeline
 from imgdit.training import load_recipe, train
 from imgdit.training.build import build_model
 from imgdit.training.objectives.vision_language import join_batch, visible, vision_language
 from imgdit.training.sources import training_batches
-from imgdit.training.trained import load_trained
 from imgdit.training.vision_language import UserDialogues, collate_vision_rows
 
 LENGTH = 200
@@ -165,6 +167,8 @@ STAGES = {
 @pytest.mark.parametrize("name", STAGES)
 def test_each_stage_trains_its_parts(folder, name):
     recipe = recipe_of(folder, name)
+    if name == "own/vision_lora":  # as it stands, frozen weights are in bfloat16
+        recipe = recipe.replace(model={"dtype": "bfloat16"}, run={"mixed_precision": "bf16"})
     model = build_model(recipe)
     trained = {key for key, p in model.named_parameters() if p.requires_grad}
     assert trained and all(key.startswith(STAGES[name]) for key in trained)
@@ -174,9 +178,14 @@ def test_each_stage_trains_its_parts(folder, name):
     train(recipe, model=model, batches=training_batches(recipe)[0])
     changed = {key for key, p in model.named_parameters() if not torch.equal(p, before[key])}
     assert changed and changed <= trained
-    loaded = load_trained(folder / name)
-    tuned = dict(loaded.named_parameters())
-    assert all(torch.equal(tuned[key], p) for key, p in model.named_parameters() if key not in trained)
+    pipe = run_pipeline(folder / name)
+    assert type(pipe) is LaViDaPipeline
+    pipe.save_pretrained(folder / f"{name}_exported")
+    exported = dict(load_vision_language(folder / f"{name}_exported").named_parameters())
+    base = dict(load_vision_language(folder / "model").named_parameters())
+    other = {key for key, p in base.items() if not torch.equal(exported[key], p)}
+    learnt = {key for key in exported if key.startswith(STAGES[name])}
+    assert other and other <= learnt
 
 
 def test_the_projector_learns_one_caption(folder):
