@@ -64,7 +64,7 @@ class Call(NamedTuple):
     """(B, …) what keys and values of conditions depend on besides weights, such as pooled text; (B, 0) if nothing. Its
     dtype is the run's."""
     key_mask: torch.Tensor | None = None
-    """Boolean (B, T + N), False on padded text; `None`: all is seen."""
+    """Boolean (B, T + N), False on padded text; or floating, see `grouped_attention`; `None`: all is seen."""
     places: tuple[int, ...] = ()
     """Numbers that positions depend on besides lengths and `position_arguments`, such as those of each sample's own
     text tokens."""
@@ -146,6 +146,8 @@ class LoraNames:
     names of its parts in the order of their rows."""
     root: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """The same of layers outside of blocks."""
+    layers: tuple[str, ...] = ()
+    """Layers of blocks that the repository calls as diffusers does, for files that write underscores for dots."""
     written: bool = False
     """Whether files can be written by the repository's names too."""
     inputs: tuple[str, ...] = ()

@@ -42,7 +42,8 @@ def grouped_attention(
     Args:
         query, key, value: (B, S, H, D); there may be fewer queries, of the first rows.
         groups: who sees whom; together their queries are all rows of `query`. `None`: everything sees everything.
-        key_mask: boolean (B, S), False on padding: keys that nobody sees.
+        key_mask: boolean (B, S), False on padding: keys that nobody sees. Or floating: to each logit the product of
+            the numbers of its row and its key is added, as models do that give the attention such a mask (Chroma).
         cached: keys and values (B, K, H, D) of rows that are not in the sequence.
         packed: the same groups for one variable-length call (`PackedRows.build`), used on CUDA.
         backend: name of a diffusers attention backend; `None`: the active one.
@@ -51,8 +52,12 @@ def grouped_attention(
     Returns:
         (B, S, H, D).
     """
+    width, scale = query.shape[-1], None
+    if key_mask is not None and key_mask.is_floating_point():
+        query, key, value, cached = _with_products(query, key, value, cached, key_mask)
+        key_mask, packed, scale = None, None, width**-0.5
     if groups is None or _is_everything(groups, key.shape[1]):
-        return _attend(query, key, value, key_mask, backend, parallel_config)
+        return _attend(query, key, value, key_mask, backend, parallel_config, scale)[..., :width]
     biased = any(group.bias is not None for group in groups)
     if packed is not None and key_mask is None and not biased and packed_backend(query, backend):
         return packed_attention(query, key, value, packed, cached=cached)
@@ -66,13 +71,12 @@ def grouped_attention(
             values.extend(_rows(cached[1], group.cached))
             if mask is not None:
                 mask.append(mask[0].new_ones(mask[0].shape[0], sum(s.stop - s.start for s in group.cached)))
-        asked, scale = _cat(_rows(query, group.queries)), None
+        asked, scale_of_group = _cat(_rows(query, group.queries)), scale
         if group.bias is not None:
-            scale = query.shape[-1] ** -0.5
-            asked, keys, values = _with_bias(asked, keys, values, group.bias)
-        out = _attend(
-            asked, _cat(keys), _cat(values), None if mask is None else _cat(mask), backend, parallel_config, scale
-        )[..., : query.shape[-1]]
+            scale_of_group = width**-0.5
+            asked, keys, values = _with_bias(asked, keys, values, group.bias, scale_of_group)
+        mask = None if mask is None else _cat(mask)
+        out = _attend(asked, _cat(keys), _cat(values), mask, backend, parallel_config, scale_of_group)[..., :width]
         lengths = [rows.stop - rows.start for rows in group.queries]
         ranks = group.ranks or [rows.start for rows in group.queries]
         pieces += zip(ranks, out.split(lengths, dim=1), strict=True)
@@ -80,20 +84,38 @@ def grouped_attention(
 
 
 def _with_bias(
-    query: torch.Tensor, keys: list[torch.Tensor], values: list[torch.Tensor], bias: torch.Tensor
+    query: torch.Tensor, keys: list[torch.Tensor], values: list[torch.Tensor], bias: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
-    """One more feature, sqrt(D) in the query and the bias in the key: their scaled product is the bias.
+    """One more feature, 1 / scale in the query and the bias in the key: their scaled product is the bias.
 
     So a bias that is constant over a slice of keys needs no mask, which flash and sage kernels refuse. Kernels want
     features in multiples of 8 and as many of the values; the others are zero.
     """
     width = query.shape[-1]
     query = F.pad(query, (0, 8))
-    query[..., width].fill_(width**0.5)
+    query[..., width].fill_(1 / scale)
     keys = [F.pad(key, (0, 8)) for key in keys]
     for key, value in zip(keys, bias.unbind(), strict=True):
         key[..., width].copy_(value)
     return query, keys, [F.pad(value, (0, 8)) for value in values]
+
+
+def _with_products(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cached: tuple[torch.Tensor, torch.Tensor] | None,
+    numbers: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
+    """One more feature, as in `_with_bias`: the numbers (B, S) of the rows in queries and keys; 1 for those cached."""
+    width = query.shape[-1]
+    query, key, value = (F.pad(x, (0, 8)) for x in (query, key, value))
+    query[..., width] = (numbers[:, : query.shape[1]] * width**0.5)[:, :, None]
+    key[..., width] = numbers[:, :, None]
+    if cached is not None:
+        cached = F.pad(cached[0], (0, 8)), F.pad(cached[1], (0, 8))
+        cached[0][..., width] = 1.0
+    return query, key, value, cached
 
 
 def _attend(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,13 +10,16 @@ from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 
 from imgdit.families.mmdit import ADDED_QKV, QKV, ROLES, SETTINGS
 from imgdit.families.step import (
+    compute_dtype,
     embed_tokens,
     grid_of_ids,
     joint_text_last,
     known_vector,
     one_image,
+    own_positions,
     packed_tokens,
     read_image,
+    rope_of_ids,
     single_text_first,
 )
 from imgdit.family import (
@@ -31,19 +34,12 @@ from imgdit.family import (
     timestep_times,
 )
 from imgdit.frames import Frame
-from imgdit.models.functional import rope_table
-
-
-def _positions(arguments: Arguments) -> tuple[torch.Tensor, torch.Tensor]:
-    """(T, 3) and (N, 3)."""
-    text, image = (ids[0] if ids.ndim == 3 else ids for ids in (arguments["txt_ids"], arguments["img_ids"]))
-    return text, image
 
 
 def _call(model: Any, arguments: Arguments) -> Call:
     latents, text = arguments["hidden_states"], arguments["encoder_hidden_states"]
     pooled = arguments["pooled_projections"]
-    _, ids = _positions(arguments)
+    _, ids = own_positions(arguments)
     return Call(
         frames=(Frame((1, len(ids))),),
         text_length=text.shape[1],
@@ -54,20 +50,9 @@ def _call(model: Any, arguments: Arguments) -> Call:
     )
 
 
-def _rope(model: Any, arguments: Arguments, conditions: Sequence[Frame], kept: torch.Tensor | None) -> torch.Tensor:
-    text, image = _positions(arguments)
-    if kept is not None:
-        image = image[kept.to(image.device)]
-    riders = [frame.ids().to(image.device) for frame in conditions]
-    ids = torch.cat([text.float(), image.float(), *riders])
-    return rope_table(ids, model.config.axes_dims_rope, model.pos_embed.theta)
-
-
 def _vector(model: Any, arguments: Arguments, frame: Frame) -> torch.Tensor:
     """The model multiplies timestep and guidance by 1000 in the type in which it computes."""
-    latents, guidance = arguments["hidden_states"], arguments.get("guidance")
-    device = latents.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else latents.dtype
+    dtype, guidance = compute_dtype(arguments["hidden_states"]), arguments.get("guidance")
     timestep = arguments["timestep"].to(dtype) * 1000
     rest = [] if guidance is None else [guidance.to(dtype) * 1000]
     if frame.sigma is not None:
@@ -87,7 +72,7 @@ def _blocks(model: Any) -> Iterator[Block]:
 
 
 # Names of FLUX's repository.
-_DOUBLE = {
+DOUBLE = {
     "img_mod.lin": ("norm1.linear",),
     "txt_mod.lin": ("norm1_context.linear",),
     "img_attn.qkv": QKV,
@@ -99,7 +84,7 @@ _DOUBLE = {
     "txt_mlp.0": ("ff_context.net.0.proj",),
     "txt_mlp.2": ("ff_context.net.2",),
 }
-_SINGLE = {
+SINGLE = {
     "modulation.lin": ("norm.linear",),
     "linear1": (*QKV, "proj_mlp"),
     "linear2": ("proj_out",),
@@ -134,7 +119,7 @@ FAMILY = Family(
     tokens=packed_tokens(patch=lambda model, vae: 2, channels=lambda model: model.config.in_channels),
     conditions=Conditions(
         call=_call,
-        rope=_rope,
+        rope=rope_of_ids,
         position_arguments=("txt_ids", "img_ids"),
         vector=_vector,
         blocks=_blocks,
@@ -146,8 +131,8 @@ FAMILY = Family(
     ),
     lora=LoraNames(
         blocks={
-            "double_blocks": ("transformer_blocks", _DOUBLE | _XLABS_DOUBLE),
-            "single_blocks": ("single_transformer_blocks", _SINGLE | _XLABS_SINGLE),
+            "double_blocks": ("transformer_blocks", DOUBLE | _XLABS_DOUBLE),
+            "single_blocks": ("single_transformer_blocks", SINGLE | _XLABS_SINGLE),
         },
         root=_ROOT,
         written=True,

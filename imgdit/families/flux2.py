@@ -17,12 +17,12 @@ from imgdit import compat
 from imgdit.attention.cache import LayerCache
 from imgdit.attention.grouped import grouped_attention
 from imgdit.families.mmdit import ADDED_QKV, QKV
-from imgdit.families.step import Step, embed_tokens, grid_of_ids, known_vector, one_image, read_image
+from imgdit.families.step import Step, embed_tokens, grid_of_ids, known_vector, one_image, own_positions, read_image
 from imgdit.family import Arguments, Block, Call, Conditions, Family, LoraNames, TokenFormat, timestep_times
 from imgdit.frames import Frame
 from imgdit.lora.rows import AdapterRows, linear
-from imgdit.models.blocks import BlockPlan, joint_attention
-from imgdit.models.functional import PATCH, apply_rope, gated_add, modulate, pack, rope_table
+from imgdit.models.blocks import BlockPlan, attend
+from imgdit.models.functional import PATCH, apply_rope, gated_add, in_range, modulate, pack, rope_table
 from imgdit.mup.structure import Structure
 
 
@@ -33,12 +33,6 @@ def _encode(model: Any, vae: Any, pixels: torch.Tensor, generator: torch.Generat
     tokens = pack(latents.float(), PATCH)  # (B, n, C)
     deviation = torch.sqrt(vae.bn.running_var.float() + vae.config.batch_norm_eps)
     return (tokens - vae.bn.running_mean.float()) / deviation
-
-
-def _positions(arguments: Arguments) -> tuple[torch.Tensor, torch.Tensor]:
-    """(T, 4) and (N, 4): image, row, column, place in the text."""
-    text, image = (ids[0] if ids.ndim == 3 else ids for ids in (arguments["txt_ids"], arguments["img_ids"]))
-    return text, image
 
 
 def _call(model: Any, arguments: Arguments) -> Call:
@@ -55,7 +49,7 @@ def _call(model: Any, arguments: Arguments) -> Call:
 
 
 def _rope(model: Any, arguments: Arguments, conditions: Sequence[Frame], kept: torch.Tensor | None) -> torch.Tensor:
-    text, image = _positions(arguments)
+    text, image = own_positions(arguments)
     if kept is not None:
         image = image[kept.to(image.device)]
     riders = [F.pad(frame.ids(), (0, 1)).to(image.device) for frame in conditions]
@@ -122,15 +116,13 @@ def _double_block(
     shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = step.shared.image.chunk(6, dim=-1)
     shift_t, scale_t, gate_t, shift_mlp_t, scale_mlp_t, gate_mlp_t = step.shared.text.chunk(6, dim=-1)
 
-    compute = partial(
-        _joint_attention, block.attn, plan=plan, cache=cache, backend=compat.processor_backend(block.attn)
-    )
-    attended, attended_t = compat.called(
+    attended, attended_t = attend(
         block.attn,
-        compute,
-        hidden_states=modulate(block.norm1(image), shift, scale, frames),
-        encoder_hidden_states=modulate(block.norm1_context(text), shift_t, scale_t, texts),
-        image_rotary_emb=step.rope,
+        modulate(block.norm1(image), shift, scale, frames),
+        modulate(block.norm1_context(text), shift_t, scale_t, texts),
+        step.rope,
+        plan=plan,
+        cache=cache,
     )
     image = gated_add(image, gate, attended, frames)
     normed = modulate(block.norm2(image), shift_mlp, scale_mlp, frames)
@@ -139,17 +131,7 @@ def _double_block(
     text = gated_add(text, gate_t, attended_t, texts)
     normed = modulate(block.norm2_context(text), shift_mlp_t, scale_mlp_t, texts)
     text = gated_add(text, gate_mlp_t, _feed_forward(block.ff_context, normed, plan.adapters("text")), texts)
-    return _in_range(text), image
-
-
-def _joint_attention(
-    attn: Any,
-    hidden_states: torch.Tensor,
-    encoder_hidden_states: torch.Tensor,
-    image_rotary_emb: torch.Tensor,
-    **options: Any,
-) -> Any:
-    return joint_attention(attn, hidden_states, encoder_hidden_states, image_rotary_emb, **options)
+    return in_range(text), image
 
 
 def _feed_forward(module: Any, x: torch.Tensor, rows: AdapterRows | None) -> torch.Tensor:
@@ -175,7 +157,7 @@ def _single_block(block: Any, given: Arguments, step: Step, plan: BlockPlan, cac
         image_rotary_emb=step.rope,
     )
     done = gated_add(joint[:, : plan.read_rows], gate[:, : plan.read], update, lengths[: plan.read])
-    return _in_range(done if plan.read is None else torch.cat([done, joint[:, plan.read_rows :]], dim=1))
+    return in_range(done if plan.read is None else torch.cat([done, joint[:, plan.read_rows :]], dim=1))
 
 
 def _parallel_attention(
@@ -208,11 +190,6 @@ def _parallel_attention(
     )
     attended = attended.flatten(2).to(query.dtype)
     return linear(attn.to_out, torch.cat([attended, attn.mlp_act_fn(mlp[:, :read])], dim=-1), rows)
-
-
-def _in_range(x: torch.Tensor) -> torch.Tensor:
-    """Tokens in float16's range, to which the model clips them."""
-    return x.clip(-65504, 65504) if x.dtype == torch.float16 else x
 
 
 # Names of FLUX.2's repository.

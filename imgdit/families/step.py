@@ -17,11 +17,12 @@ from peft.tuners.lora import LoraLayer
 from imgdit import compat
 from imgdit.attention.cache import KVCache, LayerCache
 from imgdit.family import Arguments, Edge, Grid, TokenFormat, timestep_times
+from imgdit.frames import Frame
 from imgdit.images.latents import encode_images
 from imgdit.layout import FrameLayout
 from imgdit.lora.rows import AdapterRows, linear, on_rows
 from imgdit.models.blocks import BlockPlan, double_block, single_block
-from imgdit.models.functional import pack
+from imgdit.models.functional import pack, rope_table
 
 
 @dataclass(eq=False)
@@ -65,7 +66,7 @@ class Step:
         """Let nobody see padding of the text.
 
         Args:
-            mask: boolean (B, T + N) of text and image; of an image of which a part is computed, all of it.
+            mask: (B, T + N) of text and image, see `Call.key_mask`; also of all tokens where some are not computed.
         """
         text = self.layout.text_length
         if self.kept is not None and mask.shape[1] - text != self.image_length:
@@ -195,6 +196,24 @@ def _encode(
     return pack(encode_images(vae, pixels, generator), patch(model, vae))  # (B, rows * columns, C)
 
 
+def own_positions(arguments: Arguments) -> tuple[torch.Tensor, torch.Tensor]:
+    """Position ids (T, axes) and (N, axes) of text and image, which pipelines pass with or without a batch."""
+    text, image = (ids[0] if ids.ndim == 3 else ids for ids in (arguments["txt_ids"], arguments["img_ids"]))
+    return text, image
+
+
+def rope_of_ids(
+    model: Any, arguments: Arguments, conditions: Sequence[Frame], kept: torch.Tensor | None
+) -> torch.Tensor:
+    """`Conditions.rope` of a model whose image begins at row and column 0, such as FLUX.1."""
+    text, image = own_positions(arguments)
+    if kept is not None:
+        image = image[kept.to(image.device)]
+    riders = [frame.ids().to(image.device) for frame in conditions]
+    ids = torch.cat([text.float(), image.float(), *riders])
+    return rope_table(ids, model.config.axes_dims_rope, model.pos_embed.theta)
+
+
 def grid_of_ids(ids: torch.Tensor) -> Grid:
     """Grid of the generated image from position ids (N, 3 or more) or (B, N, 3 or more) with rows and columns in the
     second and third coordinate; reference images have another first one.
@@ -219,6 +238,12 @@ def grid_of_planes(latents: torch.Tensor, patch: int) -> Grid:
 def timestep_of_config(model: Any, arguments: Arguments) -> float:
     """`Family.timestep` of a model whose configuration has the factor, `timestep_scale`."""
     return timestep_times(model.config.timestep_scale)(model, arguments)
+
+
+def compute_dtype(latents: torch.Tensor) -> torch.dtype:
+    """The type that a model computes in: that of autocast, or of its latents."""
+    device = latents.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else latents.dtype
 
 
 def one_image(grid: Grid) -> tuple[tuple[slice, Grid], ...]:

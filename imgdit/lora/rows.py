@@ -158,17 +158,21 @@ def _call(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return layer(x)
 
 
-def feed_forward(module: nn.Module, x: torch.Tensor, rows: AdapterRows | None) -> torch.Tensor:
-    """diffusers' `FeedForward` (GELU projection, dropout, projection) with adapters on rows."""
+def feed_forward(module: nn.Module, x: torch.Tensor, rows: AdapterRows | None, *, shared: bool = True) -> torch.Tensor:
+    """diffusers' `FeedForward` (GELU projection, dropout, projection) with adapters on rows.
+
+    Args:
+        shared: of `linear` for the first projection, which OminiControl does not switch.
+    """
     if rows is None:
         return module(x)
-    return compat.called(module, partial(_feed_forward, module, rows), x)
+    return compat.called(module, partial(_feed_forward, module, rows, shared), x)
 
 
-def _feed_forward(module: nn.Module, rows: AdapterRows, x: torch.Tensor) -> torch.Tensor:
+def _feed_forward(module: nn.Module, rows: AdapterRows, shared: bool, x: torch.Tensor) -> torch.Tensor:
     activation, dropout, project = module.net  # type: ignore[misc]
 
     def activated(x: torch.Tensor) -> torch.Tensor:
-        return activation.gelu(linear(activation.proj, x, rows, shared=True))
+        return activation.gelu(linear(activation.proj, x, rows, shared=shared))
 
     return linear(project, dropout(compat.called(activation, activated, x)), rows)

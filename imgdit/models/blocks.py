@@ -30,7 +30,7 @@ from imgdit.attention.grouped import grouped_attention
 from imgdit.attention.packed import PackedRows
 from imgdit.layout import FrameLayout, RowGroup, on_device, ranked
 from imgdit.lora.rows import AdapterRows, LoraPlan, feed_forward, linear, lora_plan
-from imgdit.models.functional import apply_rope, gated_add, modulate
+from imgdit.models.functional import apply_rope, gated_add, in_range, modulate
 
 
 class BlockPlan(NamedTuple):
@@ -186,15 +186,18 @@ def joint_attention(
     return image, linear(attn.to_add_out, text, plan.adapters("text"), shared=True)
 
 
-def _attend(
+def attend(
     attn: Any,
     hidden_states: torch.Tensor,
     encoder_hidden_states: torch.Tensor | None,
     image_rotary_emb: torch.Tensor | None,
     **options: Any,
 ) -> Any:
-    """Ours goes through its processor. diffusers' is called with our computation in place of its processor's, by the
-    names its blocks use, so hooks and step caches see both."""
+    """`joint_attention` of a block; `options` are its plan, cache and stream.
+
+    Ours goes through its processor. diffusers' is called with our computation in place of its processor's, by the
+    names its blocks use, so hooks and step caches see both.
+    """
     if isinstance(attn, MMDiTAttention):
         return attn(hidden_states, encoder_hidden_states, image_rotary_emb, **options)
     given = {
@@ -230,9 +233,10 @@ def adaptive_norm(norm: Any, x: torch.Tensor, vectors: torch.Tensor, how: Modula
     """diffusers' adaptive norm with one vector per segment.
 
     Args:
-        norm: `AdaLayerNormZero`, `AdaLayerNormZeroSingle`, `SD35AdaLayerNormZeroX` or `AdaLayerNormContinuous`.
+        norm: `AdaLayerNormZero`, `AdaLayerNormZeroSingle`, `SD35AdaLayerNormZeroX` or `AdaLayerNormContinuous`; or
+            without projection, as Chroma has them.
         x: (B, N, D).
-        vectors: (B, F, D).
+        vectors: (B, F, D); (B, F, k, D) for a norm without projection, the k shifts, scales and gates themselves.
 
     Returns:
         What `norm` returns: modulated tokens, and gates and the MLP's modulation (B, F, D) behind them.
@@ -249,8 +253,11 @@ def _continuous(norm: Any, how: Modulation, x: torch.Tensor, vectors: torch.Tens
 
 
 def _zero(norm: Any, how: Modulation, x: torch.Tensor, emb: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    emb = linear(norm.linear, norm.silu(emb), how.rows, shared=how.shared)
-    count = {AdaLayerNormZeroSingle: 3, SD35AdaLayerNormZeroX: 9}.get(type(norm), 6)
+    if emb.ndim == 4:  # (B, F, 6 or 3, D): Chroma's norms have no projection
+        count, emb = emb.shape[2], emb.flatten(2)
+    else:
+        emb = linear(norm.linear, norm.silu(emb), how.rows, shared=how.shared)
+        count = {AdaLayerNormZeroSingle: 3, SD35AdaLayerNormZeroX: 9}.get(type(norm), 6)
     shift, scale, *rest = emb.chunk(count, dim=-1)
     normed = norm.norm(x)
     if count == 9:  # shift and scale of a second attention, before its gate
@@ -292,12 +299,12 @@ def double_block(
     else:
         text, gate_text, shift_text_mlp, scale_text_mlp, gate_text_mlp = normed
 
-    image, text = _attend(block.attn, image, text, image_rotary_emb, plan=plan, cache=cache)
+    image, text = attend(block.attn, image, text, image_rotary_emb, plan=plan, cache=cache)
     hidden_states = gated_add(hidden_states, gate, image, frames)
     if second:
         image, gate_2 = second
         rope = None if image_rotary_emb is None else image_rotary_emb[..., encoder_hidden_states.shape[1] :, :]
-        image = _attend(block.attn2, image, None, rope, plan=plan, cache=cache, stream="image")
+        image = attend(block.attn2, image, None, rope, plan=plan, cache=cache, stream="image")
         hidden_states = gated_add(hidden_states, gate_2, image, frames)
     image = modulate(block.norm2(hidden_states), shift_mlp, scale_mlp, frames)
     image = feed_forward(block.ff, image, plan.adapters("image"))
@@ -308,8 +315,7 @@ def double_block(
         text = modulate(block.norm2_context(encoder_hidden_states), shift_text_mlp, scale_text_mlp, texts)
         text = feed_forward(block.ff_context, text, plan.adapters("text"))
         encoder_hidden_states = gated_add(encoder_hidden_states, gate_text_mlp, text, texts)
-        if encoder_hidden_states.dtype == torch.float16:
-            encoder_hidden_states = encoder_hidden_states.clip(-65504, 65504)
+        encoder_hidden_states = in_range(encoder_hidden_states)
     return hidden_states, encoder_hidden_states
 
 
@@ -332,18 +338,28 @@ def single_block(
     vectors = torch.cat([context_temb, temb], dim=1)  # (B, X + F, D)
     if context_temb is temb and plan.lora is None:  # one text and one frame at one noise level: broadcast it
         vectors, lengths = temb, (joint.shape[1],)
+    joint = joint_block(block, joint, vectors, lengths, image_rotary_emb, plan, cache)
+    encoder_hidden_states, hidden_states = joint.split([encoder_hidden_states.shape[1], hidden_states.shape[1]], dim=1)
+    return hidden_states, encoder_hidden_states
 
+
+def joint_block(
+    block: Any,
+    joint: torch.Tensor,
+    vectors: torch.Tensor,
+    lengths: tuple[int, ...],
+    image_rotary_emb: torch.Tensor | None,
+    plan: BlockPlan,
+    cache: LayerCache | None = None,
+) -> torch.Tensor:
+    """`single_block` of text and image in one sequence (B, S, D), with a vector for each of `lengths` rows."""
     normed, gate = adaptive_norm(block.norm, joint, vectors, Modulation(lengths, plan.adapters("joint_vectors")))
     read = normed[:, : plan.read_rows]  # all of them but in the last block
     mlp = block.act_mlp(linear(block.proj_mlp, read, plan.adapters("joint")))  # (B, S, 4D)
-    attended = _attend(block.attn, normed, None, image_rotary_emb, plan=plan, cache=cache)
+    attended = attend(block.attn, normed, None, image_rotary_emb, plan=plan, cache=cache)
     out = linear(block.proj_out, torch.cat([attended, mlp], dim=2), plan.adapters("joint"))
     done = gated_add(joint[:, : plan.read_rows], gate[:, : plan.read], out, lengths[: plan.read])
-    joint = done if plan.read is None else torch.cat([done, joint[:, plan.read_rows :]], dim=1)
-    if joint.dtype == torch.float16:
-        joint = joint.clip(-65504, 65504)
-    encoder_hidden_states, hidden_states = joint.split([encoder_hidden_states.shape[1], hidden_states.shape[1]], dim=1)
-    return hidden_states, encoder_hidden_states
+    return in_range(done if plan.read is None else torch.cat([done, joint[:, plan.read_rows :]], dim=1))
 
 
 class TimestepVector(nn.Module):

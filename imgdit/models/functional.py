@@ -127,3 +127,8 @@ def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, lengths:
 def gated_add(x: torch.Tensor, gate: torch.Tensor, update: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
     """`x + gate * update` with one gate per frame."""
     return multiply_add(x, update, gate, lengths)
+
+
+def in_range(x: torch.Tensor) -> torch.Tensor:
+    """Tokens in float16's range, to which diffusers' blocks clip them."""
+    return x.clip(-65504, 65504) if x.dtype == torch.float16 else x

@@ -115,4 +115,5 @@ class Encoder:
         found = self.pipe.encode_prompt(caption, **dict.fromkeys(others, caption))
         embeddings = found[places[0]][0].cpu()
         pooled = torch.empty(0) if places[1] is None else found[places[1]][0].cpu()
-        return EncodedText(embeddings if places[2] is None else embeddings[found[places[2]][0].cpu()], pooled)
+        mask = None if places[2] is None else found[places[2]]  # `None` too where all tokens are real
+        return EncodedText(embeddings if mask is None else embeddings[mask[0].bool().cpu()], pooled)

@@ -1,0 +1,166 @@
+"""Chroma of diffusers: FLUX.1's blocks without projections in their norms, whose shifts, scales and gates are slices
+of one table; padded text.
+
+B batch, N image tokens, T text tokens, S all tokens, M vectors of the table, D width, F frames.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
+
+from imgdit.attention.cache import LayerCache
+from imgdit.families.flux import DOUBLE, SINGLE
+from imgdit.families.mmdit import ROLES
+from imgdit.families.step import (
+    Step,
+    compute_dtype,
+    embed_tokens,
+    grid_of_ids,
+    one_image,
+    packed_tokens,
+    read_image,
+    rope_of_ids,
+)
+from imgdit.family import Arguments, Block, Call, Conditions, Family, LoraNames, PromptEncoding, timestep_times
+from imgdit.frames import Frame
+from imgdit.models.blocks import BlockPlan, double_block, joint_block
+from imgdit.models.functional import PATCH
+
+
+def _call(model: Any, arguments: Arguments) -> Call:
+    """Pipelines cast the padding mask to the type of the text, in which the model adds it to the logits: a token sees
+    padding e times less, not never. So do the blocks here."""
+    latents, text = arguments["hidden_states"], arguments["encoder_hidden_states"]
+    return Call(
+        frames=(Frame((1, latents.shape[1])),),
+        text_length=text.shape[1],
+        length=latents.shape[1],
+        latents=latents,
+        texts=(text,),
+        cached_by=latents.new_empty(len(latents), 0),
+        key_mask=arguments.get("attention_mask"),
+    )
+
+
+def _vector(model: Any, arguments: Arguments, frame: Frame) -> torch.Tensor:
+    """The table (B, M, D)."""
+    timestep = arguments["timestep"].to(compute_dtype(arguments["hidden_states"])) * 1000
+    if frame.sigma is not None:
+        timestep = torch.full_like(timestep, frame.sigma * 1000)
+    return model.distilled_guidance_layer(model.time_text_embed(timestep))
+
+
+def _known_table(step: Step, module: Any, original: Callable, *args: Any) -> torch.Tensor:
+    """Of the network that computes the table: the tables of all frames (B, M, F, D), of which the model gives each
+    block its vectors."""
+    assert step.vectors is not None
+    return step.vectors.transpose(1, 2)
+
+
+def _read_image(
+    step: Step, module: Any, original: Callable, hidden_states: torch.Tensor, table: torch.Tensor
+) -> torch.Tensor:
+    """Of the last norm, by the image's vectors."""
+    return read_image(step, module, original, hidden_states, table[:, :, 0])
+
+
+def _blocks(model: Any) -> Iterator[Block]:
+    double, single = len(model.transformer_blocks), len(model.single_transformer_blocks)
+    for i in range(double):
+        yield Block(f"transformer_blocks.{i}", model.transformer_blocks[i], _double_block)
+    for i in range(single):
+        module = model.single_transformer_blocks[i]
+        yield Block(f"single_transformer_blocks.{i}", module, _single_block, ends_conditions=i == single - 1)
+
+
+def _double_block(
+    block: Any, given: Arguments, step: Step, plan: BlockPlan, cache: LayerCache | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Text and image (B, T, D) and (B, N, D) of a `ChromaTransformerBlock`."""
+    table = given["temb"].transpose(1, 2)  # (B, F, 12, D)
+    image, text = double_block(
+        block,
+        given["hidden_states"],
+        given["encoder_hidden_states"],
+        table[:, :, :6],
+        table[:, :1, 6:],
+        step.rope,
+        plan,
+        cache,
+    )
+    return text, image
+
+
+def _single_block(block: Any, given: Arguments, step: Step, plan: BlockPlan, cache: LayerCache | None) -> torch.Tensor:
+    """Text and image in one sequence (B, S, D) of a `ChromaSingleTransformerBlock`."""
+    table = given["temb"].transpose(1, 2)  # (B, F, 3, D)
+    vectors = torch.cat([table[:, :1], table], dim=1)
+    lengths = plan.text_lengths + plan.frame_lengths
+    return joint_block(block, given["hidden_states"], vectors, lengths, step.rope, plan, cache)
+
+
+_ROOT = {
+    "img_in": ("x_embedder",),
+    "txt_in": ("context_embedder",),
+    "final_layer.linear": ("proj_out",),
+    "distilled_guidance_layer.in_proj": ("distilled_guidance_layer.in_proj",),
+    "distilled_guidance_layer.out_proj": ("distilled_guidance_layer.out_proj",),
+} | {
+    f"distilled_guidance_layer.layers.{i}.{own}_layer": (f"distilled_guidance_layer.layers.{i}.linear_{number}",)
+    for i in range(5)
+    for own, number in (("in", 1), ("out", 2))
+}
+
+FAMILY = Family(
+    classes=("ChromaTransformer2DModel",),
+    places=lambda model, arguments: one_image(grid_of_ids(arguments["img_ids"])),
+    timestep=timestep_times(1000.0),
+    joint_parts=r"^single_transformer_blocks$",
+    image_places={"ChromaTransformerBlock": 1},
+    guides_in_batch=False,
+    guides_by_second_call=True,
+    tokens=packed_tokens(patch=lambda model, vae: PATCH, channels=lambda model: model.config.in_channels),
+    conditions=Conditions(
+        call=_call,
+        rope=rope_of_ids,
+        position_arguments=("txt_ids", "img_ids"),
+        vector=_vector,
+        blocks=_blocks,
+        edges=lambda model: {
+            "x_embedder": embed_tokens,
+            "distilled_guidance_layer": _known_table,
+            "norm_out": _read_image,
+        },
+        processors=(FluxAttnProcessor,),
+        sigma=lambda model, arguments: arguments["timestep"].float(),
+        # The model has a dictionary for its blocks, but not under gradient checkpointing.
+        residual_arguments=("controlnet_block_samples", "controlnet_single_block_samples"),
+    ),
+    lora=LoraNames(
+        blocks={
+            "double_blocks": (
+                "transformer_blocks",
+                {name: parts for name, parts in DOUBLE.items() if "_mod." not in name},
+            ),
+            "single_blocks": ("single_transformer_blocks", {name: SINGLE[name] for name in ("linear1", "linear2")}),
+        },
+        root=_ROOT,
+        inputs=("x_embedder",),
+        missing_rows={"proj_mlp": 4},
+    ),
+    prompts={"ChromaPipeline": PromptEncoding((0, None, 2))},
+    mup=replace(
+        ROLES,
+        roles=(
+            ("distilled_guidance_layer.out_proj.weight", "input"),
+            ("distilled_guidance_layer.out_proj.bias", "vector"),
+            ("distilled_guidance_layer.*", "finite"),
+            *ROLES.roles,
+        ),
+    ),
+)

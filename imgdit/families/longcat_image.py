@@ -1,0 +1,104 @@
+"""LongCat-Image of diffusers, with its editing model: FLUX.1's blocks, without pooled text; the image's positions
+begin behind the text's.
+
+B batch, N image tokens, T text tokens, S all tokens, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from diffusers.models.transformers.transformer_longcat_image import LongCatImageAttnProcessor
+
+from imgdit.families.mmdit import ROLES
+from imgdit.families.step import (
+    compute_dtype,
+    embed_tokens,
+    grid_of_ids,
+    joint_text_last,
+    known_vector,
+    one_image,
+    own_positions,
+    packed_tokens,
+    read_image,
+    single_text_first,
+)
+from imgdit.family import Arguments, Block, Call, Conditions, Family, LoraNames, PromptEncoding, timestep_times
+from imgdit.frames import Frame
+from imgdit.models.functional import PATCH, rope_table
+
+
+def _call(model: Any, arguments: Arguments) -> Call:
+    """The pipeline's reference image has the noise level of the image that is generated: both are one frame."""
+    latents, text = arguments["hidden_states"], arguments["encoder_hidden_states"]
+    return Call(
+        frames=(Frame((1, latents.shape[1])),),
+        text_length=text.shape[1],
+        length=latents.shape[1],
+        latents=latents,
+        texts=(text,),
+        cached_by=latents.new_empty(len(latents), 0),
+    )
+
+
+def _rope(model: Any, arguments: Arguments, conditions: Sequence[Frame], kept: torch.Tensor | None) -> torch.Tensor:
+    """All positions are counted from the image's corner, which lies behind the text: attention depends on differences
+    alone, and cached keys of conditions are the same for prompts of other lengths."""
+    text, image = own_positions(arguments)
+    corner = image[0].float()
+    if kept is not None:
+        image = image[kept.to(image.device)]
+    riders = [frame.ids().to(image.device) for frame in conditions]
+    ids = torch.cat([text.float().to(corner.device) - corner, image.float() - corner, *riders])
+    return rope_table(ids, model.config.axes_dims_rope, model.pos_embed.theta)
+
+
+def _vector(model: Any, arguments: Arguments, frame: Frame) -> torch.Tensor:
+    dtype = compute_dtype(arguments["hidden_states"])
+    timestep = arguments["timestep"].to(dtype) * 1000
+    if frame.sigma is not None:
+        timestep = torch.full_like(timestep, frame.sigma * 1000)
+    return model.time_embed(timestep, dtype)
+
+
+def _blocks(model: Any) -> Iterator[Block]:
+    double, single = len(model.transformer_blocks), len(model.single_transformer_blocks)
+    for i in range(double):
+        yield Block(f"transformer_blocks.{i}", model.transformer_blocks[i], joint_text_last)
+    for i in range(single):
+        module = model.single_transformer_blocks[i]
+        yield Block(f"single_transformer_blocks.{i}", module, single_text_first, ends_conditions=i == single - 1)
+
+
+FAMILY = Family(
+    classes=("LongCatImageTransformer2DModel",),
+    places=lambda model, arguments: one_image(grid_of_ids(arguments["img_ids"])),
+    timestep=timestep_times(1000.0),
+    joint_parts=r"^single_transformer_blocks$",
+    image_places={"LongCatImageTransformerBlock": 1, "LongCatImageSingleTransformerBlock": 1},
+    guides_in_batch=False,
+    tokens=packed_tokens(patch=lambda model, vae: PATCH, channels=lambda model: model.config.in_channels),
+    conditions=Conditions(
+        call=_call,
+        rope=_rope,
+        position_arguments=("txt_ids", "img_ids"),
+        vector=_vector,
+        blocks=_blocks,
+        edges=lambda model: {"x_embedder": embed_tokens, "time_embed": known_vector, "norm_out": read_image},
+        processors=(LongCatImageAttnProcessor,),
+        sigma=lambda model, arguments: arguments["timestep"].float(),
+    ),
+    lora=LoraNames(inputs=("x_embedder",)),
+    prompts={"LongCatImagePipeline": PromptEncoding((0, None, None))},
+    mup=replace(
+        ROLES,
+        roles=(
+            ("time_embed.timestep_embedder.linear_1.weight", "input"),
+            ("time_embed.timestep_embedder.linear_2.weight", "hidden"),
+            *ROLES.roles,
+        ),
+    ),
+)

@@ -1,0 +1,268 @@
+"""Conditions in the stock pipeline of every family: against a dense reference inside each pass, and with all that may
+go along."""
+
+import pytest
+import tiny_flux2
+import tiny_flux_kin
+import tiny_qwen_image
+import torch
+from safetensors.torch import load_file
+from tiny_control import image, lora_file
+from tiny_families import differs, loaded, make, near, passes, tensor, used
+
+from imgdit import Condition
+from imgdit.family import find_family
+from imgdit.mup import mup_table
+from imgdit.sae.hooks import hooked
+
+CASES = {**tiny_flux2.CASES, **tiny_flux_kin.CASES, **tiny_qwen_image.CASES}
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request):
+    return CASES[request.param]
+
+
+@pytest.fixture(scope="module")
+def control(case, tmp_path_factory):
+    """For tests that leave the pipeline as it was."""
+    return loaded(case, case.pipeline(), tmp_path_factory.mktemp("adapters"))
+
+
+@pytest.fixture
+def fresh(case, tmp_path):
+    """For tests that change it."""
+    return loaded(case, case.pipeline(), tmp_path)
+
+
+def test_the_reference_is_the_model(case, control):
+    references = [] if case.references is None else [{"steps": 1, **case.references()}]
+    for call in ({"steps": 1}, {"batch": 2, "steps": 1}, *references):
+        for given, out in passes(case, control, call=call)[0]:
+            near(case.dense(control.transformer, given), out)
+
+
+ONE = [Condition(image(), "canny")]
+SEVERAL = [Condition(image(), "canny"), Condition(image(1), "depth", position="subject")]
+CONDITIONS = {
+    "one": ONE,
+    "several": SEVERAL,
+    "weak, moved": [Condition(image(), "canny", strength=0.3, position=(1, 2))],
+    "strong, compact": [Condition(image(size=8), "canny", scale=2.0, strength=3.0), Condition(image(1), "depth")],
+    "part": [Condition(image(), "canny", mask=torch.eye(4).bool())],
+}
+
+
+@pytest.mark.parametrize("mode", ["joint", "independent"])
+@pytest.mark.parametrize("conditions", CONDITIONS.values(), ids=CONDITIONS)
+def test_conditions_equal_the_reference(case, control, conditions, mode):
+    steps = 2 if mode == "independent" else 1  # in the second step keys come from the cache
+    found, riding = passes(case, control, conditions, mode=mode, call={"steps": steps})
+    assert len(found) == steps * case.calls
+    for given, out in found:
+        near(out, case.dense(control.transformer, given, riding))
+    differs(out, case.dense(control.transformer, given))
+
+
+@pytest.mark.parametrize("mode", ["joint", "independent"])
+def test_batches_and_the_pipelines_references(case, control, mode):
+    calls = [([Condition([image(), image(1)], "canny")], {"batch": 2, "steps": 2})]
+    if case.references is not None:
+        calls.append((SEVERAL, {"steps": 2, **case.references()}))
+    for conditions, call in calls:
+        found, riding = passes(case, control, conditions, mode=mode, call=call)
+        for given, out in found:
+            near(out, case.dense(control.transformer, given, riding))
+
+
+def test_start_and_end(case, control):
+    found, riding = passes(case, control, [Condition(image(), "canny", start=0.3, end=0.7)])
+    for number, (given, out) in enumerate(found):
+        acts = number // case.calls == 1
+        near(out, case.dense(control.transformer, given, riding if acts else ()))
+
+
+# Identity, effect, removal
+
+
+def test_nothing_changes_without_conditions_and_after_removal(case, tmp_path):
+    pipe = case.pipeline()
+
+    def run():
+        return make(case, pipe, steps=1)
+
+    plain = run()
+    control = loaded(case, pipe, tmp_path)
+
+    def under(*conditions):
+        return used(case, control, *conditions, call={"steps": 1})
+
+    assert torch.equal(run(), plain)
+    assert torch.equal(under(Condition(image(), "canny", strength=0.0)), plain)
+    assert torch.equal(under(Condition(image(), "canny", end=0.0)), plain)
+    one = under(Condition(image(), "canny"))
+    differs(one, plain)
+    differs(one, under(Condition(image(1), "canny")))
+    differs(one, under(Condition(image(), "depth")))
+    assert torch.equal(run(), plain)
+    control.remove()
+    assert torch.equal(run(), plain)
+
+
+@torch.no_grad()
+def test_blocks_without_condition_tokens_are_the_models(case, control):
+    """The family's functions on the model's own rows alone."""
+    for given, out in passes(case, control, call={"batch": 2, "steps": 1})[0]:
+        hook = control.transformer._diffusers_hook.hooks[control._name]
+        with control.use(ONE):
+            alone = hook._pass(control.transformer, control.run, dict(given), (), empty=False)[0]
+        near(alone, out, 1e-6)
+
+
+def test_cached_keys_equal_computed_ones(case, control):
+    conditions = [Condition(image(), "canny"), Condition(image(1), "depth", strength=0.5, end=0.6)]
+    computed = used(case, control, *conditions, mode="independent", cache=False)
+    near(used(case, control, *conditions, mode="independent"), computed)
+    differs(used(case, control, *conditions), computed, 1e-4)
+
+
+def test_all_guidance_calls_share_a_cache(case, control):
+    with control.use(Condition(image(), "canny"), mode="independent"):
+        make(case, control.pipe, steps=2)
+        assert len(control.run._kept.caches) == 1
+
+
+def test_several_prompts_in_one_use(case, control):
+    """In other numbers: each equals a use of its own."""
+    calls = [{"steps": 1}, {"batch": 2, "steps": 1}]
+    alone = [used(case, control, *ONE, call=call, mode="independent") for call in calls]
+    with control.use(ONE, mode="independent"):
+        for number in (0, 1, 0):
+            near(make(case, control.pipe, **calls[number]), alone[number])
+
+
+def test_image_guidance(case, control):
+    condition, black = Condition(image(), "canny"), Condition(torch.zeros(3, 16, 16), "canny")
+    runs = [
+        passes(case, control, [one], call={"steps": 1}, **options)[0]
+        for one, options in ((condition, {}), (black, {}), (condition, {"image_guidance_scale": 2.0}))
+    ]
+    for (_, a), (_, b), (_, guided) in zip(*runs, strict=True):
+        near(guided, b + 2.0 * (a - b), 1e-4)
+
+
+def test_completion(case, control):
+    mask = torch.ones(4, 4, dtype=torch.bool)
+    mask[1:3, 1:4] = False
+    condition = Condition(image(), "canny", mask=mask, complement=True)
+    for mode in ("joint", "independent") if case.completes else ():
+        with control.use(condition, mode=mode):
+            known, got = control.run.known(), make(case, control.pipe)
+        if got.ndim == 3:
+            near(got[:, mask.flatten()], known[:, mask.flatten()], 1e-4)
+        assert got.isfinite().all()
+    if case.references is not None or not case.completes:
+        with pytest.raises(ValueError, match=r"no reference image|cannot complete"), control.use(condition):
+            make(case, control.pipe, **(case.references() if case.references else {}))
+
+
+def test_a_style_lora_acts_on_text_and_image_alone(case, fresh, tmp_path):
+    style = lora_file(tmp_path / "style.safetensors", fresh.transformer, case.style, seed=4, std=0.2)
+
+    def under(**options):
+        return used(case, fresh, *ONE, call={"steps": 1}, **options)
+
+    plain = under()
+    fresh.transformer.load_lora_adapter(load_file(style), adapter_name="style")
+    styled = under()
+    differs(styled, plain)
+    assert torch.equal(styled, under(main_adapter="style"))
+    near(under(main_adapter=()), plain)
+
+
+def test_a_controlnets_residuals_are_added_to_the_image(case, control):
+    if case.residuals is None:
+        pytest.skip("the class takes no residuals")
+    model = control.transformer
+    given, _ = passes(case, control, call={"steps": 1})[0][0]
+    added = given | case.residuals(model, given)
+    with torch.no_grad(), control.use(SEVERAL):
+        with_them, without = model(**added)[0], model(**given)[0]
+        near(with_them, case.dense(model, added, control.run.conditions))
+    differs(with_them, without)
+
+
+# Precision, training, compilation
+
+
+def test_bfloat16_is_near_float32(case, fresh):
+    expected = used(case, fresh, *SEVERAL, mode="independent", call={"steps": 2})
+    fresh.pipe.to(torch.bfloat16)
+    got = used(case, fresh, *SEVERAL, mode="independent", call={"steps": 2})
+    assert got.dtype == torch.bfloat16
+    near(got.float(), expected, 0.06)
+
+
+def test_gradients_under_checkpointing_are_those_without(case, fresh):
+    given = passes(case, fresh, call={"steps": 1})[0][0][0]
+    weights = [p.requires_grad_() for name, p in fresh.transformer.named_parameters() if "lora_" in name]
+    found = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            fresh.transformer.enable_gradient_checkpointing()
+            fresh.transformer.train()
+        with fresh.use(SEVERAL):
+            out = fresh.transformer(**given)[0]
+            found.append(torch.autograd.grad(tensor(out).square().sum(), weights, allow_unused=True))
+    assert all((a is b is None) or torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert sum(a is not None and bool(a.any()) for a in found[0]) > len(weights) / 2
+
+
+QUICK = [name if case.compiled else pytest.param(name, marks=pytest.mark.slow) for name, case in CASES.items()]
+
+
+@pytest.mark.parametrize("case", QUICK, indirect=True)
+def test_compiled_blocks(case, fresh):
+    torch._dynamo.reset()  # its limit of recompilations counts all models of a process
+    expected = used(case, fresh, *SEVERAL, call={"steps": 1})
+    fresh.transformer.compile_repeated_blocks(backend="eager", fullgraph=True)
+    near(used(case, fresh, *SEVERAL, call={"steps": 1}), expected)
+    torch._dynamo.reset()
+
+
+# Activations and roles
+
+
+@pytest.mark.parametrize("conditions", [(), ONE], ids=["alone", "with a condition"])
+def test_activation_hooks(case, control, conditions):
+    call = {"steps": 1}
+    expected = used(case, control, *conditions, call=call)
+    for name in (f"transformer.{place}" for place in case.hookpoints):
+        seen = []
+
+        def same(tokens, seen=seen):
+            seen.append(tokens)
+            return tokens.values
+
+        with control.use(conditions):
+            with hooked(control.pipe, {name: same}):
+                assert torch.equal(make(case, control.pipe, **call), expected)
+            with hooked(control.pipe, {name: lambda tokens: tokens.values * 2}):
+                differs(make(case, control.pipe, **call), expected)
+        assert seen[0].values.shape == (1, 16, 32) and seen[0].grids == ((4, 4),)
+
+
+def test_every_parameter_has_a_role(case):
+    assert {rule.role for rule in mup_table(case.pipeline().transformer)} >= {"input", "hidden", "output"}
+
+
+def test_conditions_have_as_many_channels_as_the_image(control):
+    pipe, tokens = control.pipe, find_family(control.transformer).tokens
+
+    def encoded(generator=None):
+        return tokens.encode(pipe.transformer, pipe.vae, image()[None] * 2 - 1, generator)
+
+    assert encoded().shape == (1, 16, tokens.channels(pipe.transformer))
+    drawn = [encoded(torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
+    assert torch.equal(drawn[0], drawn[1])
+    differs(drawn[0], drawn[2], 1e-6)
