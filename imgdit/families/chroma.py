@@ -116,6 +116,11 @@ _ROOT = {
     for own, number in (("in", 1), ("out", 2))
 }
 
+
+def _without_modulation(layers: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+    return {name: parts for name, parts in layers.items() if not name.endswith(".lin")}
+
+
 FAMILY = Family(
     classes=("ChromaTransformer2DModel",),
     places=lambda model, arguments: one_image(grid_of_ids(arguments["img_ids"])),

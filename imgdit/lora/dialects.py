@@ -55,15 +55,15 @@ def _tables(names: tuple[LoraNames, ...]) -> _Tables:
             blocks.setdefault(own, (listed, dict(layers)))
         root = {**one.root, **root}
     lists = sorted({listed for listed, _ in blocks.values()})
-    layers = [part for _, table in blocks.values() for parts in table.values() for part in parts]
-    layers += [part for one in names for part in one.layers]
+    inner = [part for _, table in blocks.values() for parts in table.values() for part in parts]
+    inner += [part for one in names for part in one.layers]
     return _Tables(
         blocks,
         root,
         {name.replace(".", "_"): name for name in (*lists, *blocks)},
         _block_names(blocks),
         _block_names(lists),
-        {part.replace(".", "_"): part for part in layers},
+        {part.replace(".", "_"): part for part in inner},
         {name.replace(".", "_"): name for own, parts in root.items() for name in (own, *parts)},
         frozenset(name for one in names for name in one.scale_first),
         tuple(name for one in names for name in one.scale_first_alone),
