@@ -17,7 +17,7 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 import gradio as gr
 from PIL import Image
 
-from imgdit.apps.demo import any_to_any, control, create, features, limits, scale, unlearn
+from imgdit.apps.demo import any_to_any, control, create, features, limits, scale, text, unlearn
 from imgdit.apps.demo.holder import Holder
 from imgdit.apps.demo.limits import LIMITS
 from imgdit.apps.session import Session
@@ -78,6 +78,9 @@ def build(holder: Holder, results: Path) -> gr.Blocks:
             if "Features" not in hidden:
                 with gr.Tab("Features", id="features"):
                     features.build(holder)
+            if (words := text.text_folder(holder.session)) is not None:
+                with gr.Tab("Text", id="text"):
+                    text.build(holder, words)
             with gr.Tab("Scale", id="scale"):
                 scale.build(holder, results)
 
