@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 
 from imgdit import compat
@@ -47,10 +48,19 @@ class OmniControl:
 
     Args:
         pipe: a diffusers pipeline whose transformer is FLUX.1's, SD3's or of another family that has `conditions`
-            (`imgdit.family`).
+            (`imgdit.family`); a modular one with its transformer and autoencoder loaded.
+
+    Raises:
+        ValueError: its transformer takes no conditions, or it has none.
     """
 
     def __init__(self, pipe: Any):
+        missing = [name for name in ("transformer", "vae") if getattr(pipe, name, None) is None]
+        if isinstance(pipe, diffusers.ModularPipeline) and missing:
+            raise ValueError(
+                f"OmniControl got a {type(pipe).__name__} without {' and '.join(missing)}; load it by "
+                "load_components() or give it by update_components(), in a pipeline whose blocks use it"
+            )
         transformer = compat.unwrapped(getattr(pipe, "transformer", None))
         family = find_family(transformer)
         if family is None or family.conditions is None or family.tokens is None:

@@ -603,9 +603,10 @@ def offloading(pipe: Any) -> Callable[[], None] | None:
     hooks = [model._hf_hook for model in models if hasattr(model, "_hf_hook")]
     flat = [one for hook in hooks for one in getattr(hook, "hooks", (hook,))]  # a SequentialHook holds several
     offloads = [hook for hook in flat if isinstance(hook, CpuOffload)]
-    enable = pipe.enable_model_cpu_offload if offloads else pipe.enable_sequential_cpu_offload
+    name = "enable_model_cpu_offload" if offloads else "enable_sequential_cpu_offload"
     offloads = offloads or [hook for hook in flat if isinstance(hook, AlignDevicesHook)]
-    if not offloads:
+    enable = getattr(pipe, name, None)  # modular pipelines leave it to their components manager
+    if not offloads or enable is None:
         return None
     device = offloads[0].execution_device
 
@@ -625,7 +626,9 @@ def calling_pipeline(model: Any) -> Any:
     frame = inspect.currentframe()
     while frame is not None:
         caller = frame.f_locals.get("self")
-        mine = isinstance(caller, diffusers.DiffusionPipeline) and getattr(caller, "transformer", None)
+        mine = isinstance(caller, (diffusers.DiffusionPipeline, diffusers.ModularPipeline)) and getattr(
+            caller, "transformer", None
+        )
         if mine and unwrapped(mine) is model:
             return caller
         frame = frame.f_back

@@ -238,8 +238,8 @@ class Family:
     prompt_first: bool = False
     """Whether the prompt stands before the negative prompt in that batch."""
     guides_by_second_call: bool = False
-    """Whether pipelines that name no calls make a second one for the negative prompt, with the tensors `hidden_states`
-    and `timestep` of the first."""
+    """Whether pipelines that name no calls and do not guide in one batch make a second call for the negative prompt,
+    with the same objects as latents and timestep."""
     tokens: TokenFormat | None = None
     """How images become condition tokens; `None`: there are none."""
     conditions: Conditions | None = None

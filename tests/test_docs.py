@@ -11,6 +11,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import tiny_krea2
+import tiny_z_image
 import typer
 import yaml
 from block_text_cases import FIXTURES as BLOCK_DIFFUSION
@@ -102,8 +104,23 @@ def hub(tmp_path_factory):
         "kuleshov-group/bd3lm-owt-block_size16": BLOCK_DIFFUSION / "bd3lm",
         "black-forest-labs/FLUX.1-dev": folder / "flux",
         "Yuanshi/OminiControl": folder / "omini",
+        **_of_families(folder),
         "lehduong/OneDiffusion": TINY,
     }
+
+
+def _of_families(folder):
+    """Tiny pipelines of other families, with an adapter each."""
+    found = {}
+    for tiny, name, adapter in (
+        (tiny_z_image, "Tongyi-MAI/Z-Image-Turbo", "z-image-canny"),
+        (tiny_krea2, "krea/Krea-2-Turbo", "krea-2-depth"),
+    ):
+        found[name] = tiny.folder(folder / adapter)
+        (case,) = tiny.CASES.values()
+        file = folder / f"{adapter}.safetensors"
+        found[f"your-name/{adapter}"] = lora_file(file, case.pipeline().transformer, case.targets)
+    return found
 
 
 @pytest.fixture(scope="module")

@@ -293,6 +293,7 @@ FAMILY = Family(
     joint_parts=r"^layers$",
     image_first=True,
     prompt_first=True,
+    guides_by_second_call=True,
     tokens=TokenFormat(patch=_patch, channels=_channels, encode=_encode),
     conditions=Conditions(
         call=_call,

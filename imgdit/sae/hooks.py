@@ -172,14 +172,14 @@ class _CallHook(compat.CallNameHook):
         self.pipe, self.denoiser, self.after_call = pipe, denoiser, after_call
         self.call: DenoiserCall | None = None
         self.measured = MeasuredPlaces()
-        self.last: tuple[Any, Any] | None = None
+        self.last: tuple | None = None
         """Latents and timestep of the last call; `None` where the next one is the first with its own."""
         self.waiting: dict[str, torch.nn.Module] = {}
         """Hookpoints that were not called yet."""
 
     def pre_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple, dict[str, Any]]:
         arguments = bind(self.denoiser, args, kwargs)
-        given = (arguments.get("hidden_states"), arguments.get("timestep"))
+        given = tuple(arguments.get(name) for name in ("hidden_states", "x", "timestep", "t"))
         second = self.last is not None and all(a is b for a, b in zip(self.last, given))
         self.last = None if second else given
         self.call = describe_call(self.pipe, self.denoiser, arguments, self.call_name, self.measured, second=second)
