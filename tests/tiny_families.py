@@ -1,5 +1,6 @@
 """Tiny pipelines of the families whose stock transformers take conditions, and what tests of all of them need."""
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -44,11 +45,14 @@ def make(case, pipe, batch=1, steps=3, **changes):
     """Latents of a call."""
     options = {"height": 16, "width": 16, "num_inference_steps": steps, "output_type": "latent"}
     options |= case.prompts(batch) | case.options | changes
-    dtype = pipe.transformer.dtype
-    given = {
-        name: value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
-        for name, value in options.items()
-    }
+
+    def cast(value):
+        if isinstance(value, list):
+            return [cast(one) for one in value]
+        is_float = isinstance(value, torch.Tensor) and value.is_floating_point()
+        return value.to(pipe.transformer.dtype) if is_float else value
+
+    given = {name: cast(value) for name, value in options.items()}
     return pipe(**given, generator=torch.Generator().manual_seed(5), return_dict=False)[0]
 
 
@@ -87,15 +91,16 @@ def tensor(x):
 
 
 @torch.no_grad()
-def passes(case, control, conditions=(), call=None, **options):
+def passes(case, control, conditions=(), call=None, run=make, **options):
     """Arguments and result of each call of the transformer, and the encoded conditions."""
-    found = []
+    found, names = [], list(inspect.signature(type(control.transformer).forward).parameters)[1:]
     handle = control.transformer.register_forward_hook(
-        lambda module, args, kwargs, output: found.append((kwargs, output[0])), with_kwargs=True
+        lambda module, args, kwargs, output: found.append((dict(zip(names, args)) | kwargs, output[0])),
+        with_kwargs=True,
     )
     try:
         with control.use(conditions, **options):
-            make(case, control.pipe, **(call or {}))
+            run(case, control.pipe, **(call or {}))
             riding = () if control.run is None else control.run.conditions
     finally:
         handle.remove()
