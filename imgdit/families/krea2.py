@@ -27,7 +27,7 @@ from imgdit.families.step import (
     read_image,
     text_edges,
 )
-from imgdit.family import Arguments, Block, Call, Conditions, Family, Grid, LoraNames, timestep_times
+from imgdit.family import Arguments, Block, Call, Conditions, Family, Grid, LoraNames, PromptEncoding, timestep_times
 from imgdit.frames import Frame
 from imgdit.lora.rows import linear
 from imgdit.models.blocks import BlockPlan
@@ -219,6 +219,7 @@ FAMILY = Family(
         processors=(Krea2AttnProcessor,),
         sigma=lambda model, arguments: arguments["timestep"].float(),
     ),
+    prompts={"Krea2Pipeline": PromptEncoding((0, None, 1))},
     lora=LoraNames(
         blocks={
             "blocks": ("transformer_blocks", _BLOCK),

@@ -7,7 +7,7 @@ from repository_names import comfyui, kohya, own_tensors, scaled
 from safetensors.torch import save_file
 from tiny_control import image
 from tiny_families import loaded, make, near, passes
-from tiny_krea2 import CASES, krea2
+from tiny_krea2 import CASES, folder, krea2
 
 from imgdit import Condition, OmniControl
 from imgdit.families.krea2 import FAMILY
@@ -15,6 +15,7 @@ from imgdit.lora.dialects import family_of
 from imgdit.lora.files import adapter_pairs
 from imgdit.models.functional import unpack
 from imgdit.sae.hooks import hooked
+from imgdit.training.user_images.encoder import Encoder
 
 CASE = CASES["Krea 2"]
 
@@ -53,6 +54,13 @@ def test_activations_of_the_text():
     with hooked(pipe, {f"transformer.{name}": lambda tokens: shapes.append(tokens.values.shape) for name in names}):
         make(CASE, pipe, steps=1, guidance_scale=0.0)
     assert shapes == [(1, 6, 24), (1, 6, 64)]
+
+
+def test_captions_and_images_are_encoded_for_training(tmp_path):
+    encoder = Encoder(str(folder(tmp_path)))
+    embeddings, pooled = encoder.text("w1 w2")
+    assert embeddings.shape[1] == 3 * 24 and len(embeddings) < 64 and pooled.shape == (0,)
+    assert encoder.latents(image()).shape == (4, 8, 8)
 
 
 # LoRA names

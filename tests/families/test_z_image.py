@@ -8,7 +8,7 @@ from repository_names import comfyui, kohya, own_tensors, scaled
 from safetensors.torch import save_file
 from tiny_control import image
 from tiny_families import loaded, make, near, passes
-from tiny_z_image import CASES, z_image
+from tiny_z_image import CASES, folder, z_image
 
 from imgdit import Condition, OmniControl
 from imgdit.families.z_image import FAMILY
@@ -16,6 +16,7 @@ from imgdit.images.latents import encode_images
 from imgdit.lora.dialects import family_of
 from imgdit.lora.files import adapter_pairs
 from imgdit.sae.hooks import hooked
+from imgdit.training.user_images.encoder import Encoder
 
 CASE = CASES["Z-Image"]
 
@@ -85,6 +86,13 @@ def test_activations_tell_the_prompt_from_the_negative_one():
     call = seen[names[0]].call
     assert (call.conditional, call.unconditional) == (slice(0, 1), slice(1, 2))
     assert call.timestep == pytest.approx(1000.0)
+
+
+def test_captions_and_images_are_encoded_for_training(tmp_path):
+    encoder = Encoder(str(folder(tmp_path)))
+    embeddings, pooled = encoder.text("w1 w2")
+    assert embeddings.shape[1] == 24 and len(embeddings) < 64 and pooled.shape == (0,)
+    assert encoder.latents(image()).shape == (4, 8, 8)
 
 
 # LoRA names

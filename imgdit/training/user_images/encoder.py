@@ -22,7 +22,7 @@ class EncodedText(NamedTuple):
     """One caption."""
 
     embeddings: torch.Tensor
-    """(T, J): real tokens only, where the model has a mask."""
+    """(T, J): real tokens only, where the model has a mask. Several layers of a text encoder lie side by side."""
     pooled: torch.Tensor
     """(P,); (0,) of models that have none."""
 
@@ -113,7 +113,7 @@ class Encoder:
         """A caption."""
         places, others = self._encoding
         found = self.pipe.encode_prompt(caption, **dict.fromkeys(others, caption))
-        embeddings = found[places[0]][0].cpu()
+        embeddings = found[places[0]][0].flatten(1).cpu()
         pooled = torch.empty(0) if places[1] is None else found[places[1]][0].cpu()
         mask = None if places[2] is None else found[places[2]]  # `None` too where all tokens are real
         return EncodedText(embeddings if mask is None else embeddings[mask[0].bool().cpu()], pooled)
