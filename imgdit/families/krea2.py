@@ -131,15 +131,17 @@ def _attention(
     key = apply_rope(attn.norm_k(heads(attn.to_k, hidden_states)), image_rotary_emb)  # (B, S, K, d)
     value = heads(attn.to_v, hidden_states)
     cached = None if cache is None else cache.exchange("attn", key, value, plan.frozen)
-    repeats = query.shape[2] // key.shape[2]
-    key, value, *cached = (x.repeat_interleave(repeats, dim=2) for x in (key, value, *(cached or ())))
+
+    def repeated(x: torch.Tensor) -> torch.Tensor:
+        return x.repeat_interleave(query.shape[2] // x.shape[2], dim=2)
+
     attended = grouped_attention(
         query,
-        key,
-        value,
+        repeated(key),
+        repeated(value),
         plan.groups,
         key_mask=plan.key_mask,
-        cached=tuple(cached) or None,
+        cached=None if cached is None else (repeated(cached[0]), repeated(cached[1])),
         packed=plan.packed,
         backend=compat.processor_backend(attn),
     )
