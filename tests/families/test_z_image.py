@@ -2,11 +2,18 @@
 
 import pytest
 import torch
-from diffusers import ZImageImg2ImgPipeline, ZImageInpaintPipeline, ZImageOmniPipeline
+from diffusers import (
+    ZImageControlNetModel,
+    ZImageControlNetPipeline,
+    ZImageImg2ImgPipeline,
+    ZImageInpaintPipeline,
+    ZImageOmniPipeline,
+)
 from diffusers.loaders import ZImageLoraLoaderMixin
 from repository_names import comfyui, kohya, own_tensors, scaled
 from safetensors.torch import save_file
-from tiny_control import image
+from tiny import randomize
+from tiny_control import image, quiet
 from tiny_families import loaded, make, near, passes
 from tiny_z_image import CASES, folder, z_image
 
@@ -38,6 +45,22 @@ def test_conditions_in_pipelines_that_begin_with_an_image(kind, tmp_path):
     assert len(found) == 2
     near(found[0][1], CASE.dense(control.transformer, found[0][0]))
     near(found[1][1], CASE.dense(control.transformer, found[1][0], riding))
+
+
+def test_a_controlnet_acts_beside_conditions(tmp_path):
+    """It shares modules with the transformer, which are the model's own in its call."""
+    plain = z_image()
+    config = {"dim": 32, "n_refiner_layers": 2, "n_heads": 2, "n_kv_heads": 2}
+    side = ZImageControlNetModel([0], control_in_dim=4, **config)
+    pipe = quiet(ZImageControlNetPipeline(**plain.components, controlnet=randomize(side, std=0.1).eval()))
+    control = loaded(CASE, pipe, tmp_path)
+    call = {"control_image": image(5)[None], "steps": 1, "controlnet_conditioning_scale": 1.0}
+    found, riding = passes(CASE, control, [Condition(image(), "canny")], call=call)
+    ((given, out),) = found
+    assert given["controlnet_block_samples"][0].any()
+    near(out, CASE.dense(control.transformer, given, riding))
+    plain, _ = passes(CASE, control, call=call)
+    near(plain[0][0]["controlnet_block_samples"][0], given["controlnet_block_samples"][0])
 
 
 def test_turbo_runs_without_guidance(tmp_path):
