@@ -34,6 +34,8 @@ class EncodedCondition(NamedTuple):
     """The same of an all-black image, where image guidance compares with it."""
     given: tuple[int, int]
     """Height and width of the image before it was fitted."""
+    target: tuple[int, int] | None = None
+    """Rows and columns of tokens of the image that is generated, which it was placed for; `None`: not known."""
 
 
 def token_format(model: Any) -> TokenFormat:
@@ -80,14 +82,14 @@ def encode_conditions(
         if target.samples is not None:
             target.samples.order(len(pixels))  # refuses another number
         height, width = pixels.shape[-2:]
-        frame = condition.frame((height // side, width // side), side, view, given)
+        frame = condition.frame((height // side, width // side), side, view, given, target.grid)
 
         def tokens(pixels: torch.Tensor, frame: Frame = frame) -> torch.Tensor:
             packed = written.encode(model, vae, pixels.to(device, vae.dtype), generator)  # (b, rows * columns, C)
             return packed if frame.mask is None else packed[:, frame.mask.flatten()]
 
         black = tokens(torch.full_like(pixels[:1], -1.0)) if with_empty else None
-        encoded.append(EncodedCondition(condition, frame, tokens(pixels), black, given))
+        encoded.append(EncodedCondition(condition, frame, tokens(pixels), black, given, target.grid))
     return encoded
 
 

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -21,9 +22,11 @@ from diffusers.hooks import ModelHook
 from imgdit import compat
 from imgdit.adapters.pairing import COPIES, Pairing
 from imgdit.adapters.prepare import blocks_of, refuse_processors
+from imgdit.adapters.references import SeenReferences
 from imgdit.families.step import Step
 from imgdit.family import Block, Call, Conditions, Edge, Family, MeasuredPlaces
 from imgdit.frames import Frame
+from imgdit.lora.rows import AdapterRows, on_rows
 from imgdit.models.functional import unpack
 
 if TYPE_CHECKING:
@@ -34,6 +37,8 @@ _STEP = "condition_step"
 """Key of the plan in the dictionary that blocks get."""
 _PASS: ContextVar[Step | None] = ContextVar("imgdit_condition_pass", default=None)
 """The plan of the forward pass that goes on in this thread, for the hooks of the edges, which get tensors alone."""
+_PLANNED: ContextVar[Step | None] = ContextVar("imgdit_condition_planned", default=None)
+"""The same, and also while it is prepared, for the hooks of layers that are called then."""
 
 
 class Passing:
@@ -110,6 +115,20 @@ class EdgeHook(ConditionHook):
         return self.edge(step, module, self.fn_ref.original_forward, *args, **kwargs)
 
 
+class LayerHook(ConditionHook):
+    """On a layer outside of the blocks, where adapters that act on all tokens are added to those in use. What the
+    family computes with adapters on rows has them already."""
+
+    def new_forward(self, module: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        step = _PLANNED.get()
+        if step is None or not step.layout.everywhere or compat.is_computed(module):
+            return self.fn_ref.original_forward(x, *args, **kwargs)
+        layout, rows = step.layout, x if x.ndim == 3 else x[None]
+        whole = ((slice(0, rows.shape[1]), None),)
+        adapters = AdapterRows(whole, layout.claimed, layout.main_adapters, layout.everywhere)
+        return on_rows(module, rows, adapters).reshape(*x.shape[:-1], -1)
+
+
 class ModelInputHook(ConditionHook):
     """On the transformer: plans each pass, guides by a second one, fills in the tokens that are known."""
 
@@ -133,7 +152,9 @@ class ModelInputHook(ConditionHook):
         run = run.at(self._grid(module, given))
         refuse_processors(module)
         active = run.active(lambda: self._progress(module, given))
-        if not active and not self._step_cache(module):
+        seen = self._references(module, given, run)
+        changed = seen is not None and seen.changes
+        if not active and not changed and not (run.conditions and self._step_cache(module)):
             return self._plain(**given)
         scale = run.image_guidance_scale
         if scale != 1.0 and self._step_cache(module):
@@ -141,9 +162,9 @@ class ModelInputHook(ConditionHook):
                 "image guidance runs the model twice in a step, which a step cache takes for two steps; call "
                 "disable_cache() or use image_guidance_scale=1"
             )
-        out = self._pass(module, run, dict(given), active, empty=False)
+        out = self._pass(module, run, dict(given), active, seen, empty=False)
         if scale != 1.0:
-            black = self._pass(module, run, dict(given), active, empty=True)
+            black = self._pass(module, run, dict(given), active, seen, empty=True)
             out = _combine(out, black, lambda a, b: b + scale * (a - b))
         return out
 
@@ -168,11 +189,28 @@ class ModelInputHook(ConditionHook):
             if part is not None
         )
 
+    def _references(self, module: Any, given: Mapping[str, Any], run: ConditionRun) -> SeenReferences | None:
+        """What of the pipeline's own reference images is seen; `None`: what the model sees."""
+        settings = run.references
+        if settings is None:
+            return None
+        found = self._measured.references(self.family, module, given)
+        always = (settings.start, settings.end) == (0.0, 1.0)
+        acting = always or settings.acts(*self._progress(module, given))
+        return settings.seen(found, run.side, acting=acting, keep=self._step_cache(module))
+
     def _pass(
-        self, module: Any, run: ConditionRun, given: dict[str, Any], active: tuple[int, ...], *, empty: bool
+        self,
+        module: Any,
+        run: ConditionRun,
+        given: dict[str, Any],
+        active: tuple[int, ...],
+        seen: SeenReferences | None = None,
+        *,
+        empty: bool,
     ) -> Any:
         call = self.conditions.call(module, given)
-        frames = _completed(call, run)
+        frames = _completed(call, run) if seen is None or run.region is not None else _with_references(call, seen)
         guided = getattr(self.control.pipe, "do_classifier_free_guidance", None)  # told by its last call
         copies = COPIES if self.family.guides_in_batch else (1,)
         pairing = Pairing(call.latents.shape[0], run.samples, call.latents, call.texts, copies, guided)
@@ -184,20 +222,28 @@ class ModelInputHook(ConditionHook):
             active,
             step_cache=self._step_cache(module),
             empty=empty,
+            hidden=seen is not None and seen.hidden,
         )
         rope = None if self.conditions.rope is None else partial(self.conditions.rope, module, given)
-        step = run.step(arranged, len(frames), rope, self._places(given), call.places)
+        kept = None if seen is None else run.kept_rows(arranged, call, seen.present)
+        step = run.step(
+            arranged, len(frames), rope, self._places(given), call.places, kept=kept, device=call.latents.device
+        )
         step.full_length = call.length
         if call.key_mask is not None:
             step.with_key_mask(call.key_mask)
         for name in self.conditions.residual_arguments:
             if given.get(name) is not None:
                 given[name] = _padded(given[name], step)
-        self._prepare(module, given, step)
-        out = self._run(given, step)
+        token = _PLANNED.set(step)
+        try:
+            self._prepare(module, given, step)
+            out = self._run(given, step)
+        finally:
+            _PLANNED.reset(token)
         if step.cache is not None:
             step.cache.freeze()
-        if step.kept is not None and step.full_length != step.image_length:
+        if run.region is not None and step.full_length != step.image_length:
             out = self._fill(out, call.latents, self._sigma(module, given), run, pairing)
         return out
 
@@ -272,6 +318,14 @@ def _completed(call: Call, run: ConditionRun) -> Sequence[Frame]:
             "reference image to the pipeline)"
         )
     return (run.completed(image),)
+
+
+def _with_references(call: Call, seen: SeenReferences) -> Sequence[Frame]:
+    """The frames of a call with what is seen of its references."""
+    image = call.frames[0]
+    if len(call.frames) == 1:  # a family whose references have the image's noise level may give all as one frame
+        image = replace(image, size=(1, call.length - len(seen.present)))
+    return (image, *seen.frames)
 
 
 def _combine(a: Any, b: Any, function: Callable) -> Any:

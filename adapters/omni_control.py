@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
+from peft.tuners.lora import LoraLayer
 
 from imgdit import compat
 from imgdit.adapters.condition import Condition
-from imgdit.adapters.hooks import NAME, BlockHook, EdgeHook, ModelInputHook, Passing
+from imgdit.adapters.hooks import NAME, BlockHook, ConditionHook, EdgeHook, LayerHook, ModelInputHook, Passing
 from imgdit.adapters.options import ConditionOptions, Mode
 from imgdit.adapters.pairing import Samples, Target
 from imgdit.adapters.prepare import blocks_of, prepare_run
+from imgdit.adapters.references import References
 from imgdit.adapters.run import ConditionRun, Progress
-from imgdit.family import find_family, known_classes
+from imgdit.family import Edge, find_family, known_classes
 from imgdit.images.latents import cell_size
 from imgdit.kernels import prefer_onednn
 from imgdit.lora.files import (
@@ -165,6 +167,7 @@ class OmniControl:
         height: int | None = None,
         width: int | None = None,
         samples: int | Samples | None = None,
+        references: References | None = None,
     ) -> AbstractContextManager[OmniControl]:
         """Let conditions act in the pipeline's calls, in this thread and in others until the context ends.
 
@@ -175,13 +178,32 @@ class OmniControl:
                 the pipeline's first step, where a condition of another size is encoded again.
             samples: images that a call generates, prompts times `num_images_per_prompt`, for conditions of several
                 images. `None`: seen in the pipeline's first step.
+            references: settings of the pipeline's own reference images; see `references`.
 
         Raises:
             ValueError: an option that does not fit, before anything runs; a number of images that does not, in the
                 pipeline's first step where `samples` is not given.
         """
         options = ConditionOptions(main_adapter, mode, cache, image_guidance_scale, region, generator)
-        return self.apply(conditions, options, (height, width), samples)
+        return self.apply(conditions, options, (height, width), samples, references)
+
+    def references(
+        self, strength: float | Sequence[float] = 1.0, *, start: float = 0.0, end: float = 1.0, mask: Any = None
+    ) -> AbstractContextManager[OmniControl]:
+        """Set how much the model sees of the reference images that the pipeline is given (`pipe(image=…)` of FLUX.2,
+        Kontext or Qwen-Image-Edit), without an adapter. The defaults change nothing.
+
+            with control.references(strength=0.4, end=0.6):
+                image = pipe("the same chair in a garden", image=chair).images[0]
+
+        Args:
+            strength, start, end, mask: see `References`; together with conditions by `use(…, references=…)`.
+
+        Raises:
+            ValueError: a value that no reference can have; in the pipeline's first step, a call without references or
+                with another number of them.
+        """
+        return self.use((), references=References(strength, start, end, mask))
 
     @contextmanager
     def apply(
@@ -190,6 +212,7 @@ class OmniControl:
         options: ConditionOptions,
         size: tuple[int | None, int | None] = (None, None),
         samples: int | Samples | None = None,
+        references: References | None = None,
     ) -> Iterator[OmniControl]:
         """`use` with its options in one object.
 
@@ -198,6 +221,7 @@ class OmniControl:
             options: of all of them.
             size: height and width of `use`.
             samples: of `use`.
+            references: of `use`.
 
         Raises:
             ValueError: see `use`.
@@ -205,6 +229,11 @@ class OmniControl:
         if self._name not in getattr(getattr(self.transformer, "_diffusers_hook", None), "hooks", {}):
             raise ValueError("this OmniControl was removed; make a new one")
         self._refuse_second_use()
+        if references is not None and self._conditions.references is None:
+            raise ValueError(
+                f"a {type(self.transformer).__name__} takes no reference images of its pipeline; give the image as a "
+                "condition"
+            )
         side = self._tokens.patch(self.transformer, self.pipe.vae) * cell_size(self.pipe.vae)
         samples = Samples(samples) if isinstance(samples, int) else samples
         run = prepare_run(
@@ -214,6 +243,7 @@ class OmniControl:
             conditions,
             options,
             target=Target.of(size, side, samples),
+            references=references,
         )
         if run is None:
             yield self
@@ -223,8 +253,11 @@ class OmniControl:
             self.run = run
             # The modules as they are now: loading a LoRA wraps them.
             edges = {self._module(path): edge for path, edge in self._conditions.edges(self.transformer).items()}
-            for module, edge in edges.items():
-                compat.insert_hook(module, EdgeHook(edge), NAME)
+            hooks: dict[Any, ConditionHook] = {module: EdgeHook(edge) for module, edge in edges.items()}
+            if any(item.frame.everywhere for item in run.conditions):
+                hooks |= {layer: LayerHook() for layer in self._other_layers(edges)}
+            for module, hook in hooks.items():
+                compat.insert_hook(module, hook, NAME)
         leave_onednn = prefer_onednn(self.transformer)
         try:
             yield self
@@ -232,7 +265,7 @@ class OmniControl:
             leave_onednn()
             self.run = None
             self._passing.step = None
-            for module in edges:
+            for module in hooks:
                 compat.remove_hook(module, NAME)
 
     def _refuse_second_use(self) -> None:
@@ -241,6 +274,12 @@ class OmniControl:
                 "conditions are in use already on this transformer; pass all of them to one use(), in which pipelines "
                 "may run in several threads"
             )
+
+    def _other_layers(self, edges: Mapping[Any, Edge]) -> list[LoraLayer]:
+        """Layers with adapters that are neither in a block nor edges."""
+        inside = {part for block in blocks_of(self.transformer) for part in block.module.modules()}
+        layers = [part for part in self.transformer.modules() if isinstance(part, LoraLayer)]
+        return [layer for layer in layers if layer not in inside and layer not in edges]
 
     def _module(self, path: str) -> Any:
         return compat.unwrapped(self.transformer.get_submodule(path))

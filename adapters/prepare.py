@@ -14,6 +14,7 @@ from imgdit.adapters.condition import Condition
 from imgdit.adapters.encoding import EncodedCondition, encode_conditions, token_format
 from imgdit.adapters.options import ConditionOptions
 from imgdit.adapters.pairing import UNKNOWN, Target
+from imgdit.adapters.references import References
 from imgdit.adapters.run import ConditionRun, Progress, at_the_start
 from imgdit.family import Block, find_family
 from imgdit.images.fitting import SHARP
@@ -32,8 +33,9 @@ def prepare_run(
     *,
     progress: Callable[[], Progress] | None = None,
     target: Target = UNKNOWN,
+    references: References | None = None,
 ) -> ConditionRun | None:
-    """Check the conditions and encode them; `None` if none of them has a strength.
+    """Check the conditions and encode them; `None` if none of them has a strength and there are no references.
 
     Args:
         pipe: has the autoencoder.
@@ -43,21 +45,24 @@ def prepare_run(
         options: of the call.
         progress: tells where the sampler is; `None`: whoever asks which conditions act tells it.
         target: what is known of the images that are generated.
+        references: settings of the pipeline's own reference images.
     """
-    conditions = _listed(conditions)
+    conditions = [one.trained_as(infos.get(one.adapter) or AdapterInfo()) for one in _listed(conditions)]
     modes = _check(model, infos, conditions, options)
     kept = [(item, one) for item, one in zip(conditions, modes) if item.strength > 0]
-    if not kept:
+    if not kept and references is None:
         return None
     model = compat.unwrapped(model)
     tokens = token_format(model)
     side = tokens.patch(model, pipe.vae) * cell_size(pipe.vae)
-    sees = ["self" if one == "independent" else "joint" for _, one in kept]
+    sees = [_sees(item, one) for item, one in kept]
     lora_layers = [
         layer
         for layer in model.modules()
-        if isinstance(layer, LoraLayer) and any(item.adapter in layer.lora_A for item, _ in kept)
+        if isinstance(layer, LoraLayer)
+        and any(item.acts_on == "all" or item.adapter in layer.lora_A for item, _ in kept)
     ]
+    cached = any(view == "self" and item.level == "clean" for view, (item, _) in zip(sees, kept))
 
     def build(target: Target) -> ConditionRun:
         with torch.no_grad():
@@ -72,17 +77,19 @@ def prepare_run(
                 target=target,
                 sharp={name for name, info in infos.items() if info.task in SHARP},
             )
-        _check_channels(encoded[0].tokens.shape[2], tokens.channels(model))
+        if encoded:
+            _check_channels(encoded[0].tokens.shape[2], tokens.channels(model))
         return ConditionRun(
             encoded,
             options.main_adapters,
-            cached="self" in sees if options.cache is None else options.cache,
+            cached=cached and options.cache is not False,
             lora_layers=lora_layers,
             image_guidance_scale=options.image_guidance_scale,
             region=_region(encoded, options.region, side),
             progress=progress or at_the_start,
             side=side,
             samples=target.samples,
+            references=references,
             refit=refit,
         )
 
@@ -105,6 +112,13 @@ def _listed(conditions: Condition | Sequence[Condition]) -> Sequence[Condition]:
             f"conditions are Condition(image, adapter) objects, one or a list; got {type(wrong[0]).__name__}"
         )
     return conditions
+
+
+def _sees(condition: Condition, mode: str) -> str:
+    """What a condition's tokens attend to, as `Frame.sees`."""
+    if mode == "independent":
+        return "self"
+    return "all" if condition.acts_on == "all" else "joint"
 
 
 def _check_channels(got: int, channels: int) -> None:
@@ -139,18 +153,26 @@ def _check(
             f"complement=True cannot complete an image with a {type(compat.unwrapped(model)).__name__}; use its "
             "inpainting pipeline, or a condition without complement"
         )
-    claimed = {condition.adapter for condition in conditions}
+    claimed = {condition.adapter for condition in conditions if condition.acts_on == "condition"}
+    both = sorted(claimed & {condition.adapter for condition in conditions if condition.acts_on == "all"})
+    if both:
+        raise ValueError(
+            f"adapter {both[0]!r} acts on all tokens for one condition and on the condition's alone for another; "
+            "give its conditions the same acts_on"
+        )
     for layer in model.modules():
         if isinstance(layer, LoraLayer):
             refuse_fused(claimed, layer.merged_adapters)
-        elif claimed and getattr(layer, "fused_projections", False):
+        elif conditions and getattr(layer, "fused_projections", False):
             raise ValueError("adapters on tokens need separate projections; call unfuse_qkv_projections() first")
     chosen = [options.mode or (infos.get(item.adapter) or AdapterInfo()).mode or "joint" for item in conditions]
-    if options.cache and "independent" not in chosen:
+    if options.cache and not any(
+        mode == "independent" and one.level == "clean" for mode, one in zip(chosen, conditions)
+    ):
         raise ValueError(
             "cache=True keeps a condition's keys and values over the steps, but in joint mode they depend on the "
-            "image that is made. These adapters were not trained independently; pass mode='independent' to run "
-            "them so nevertheless"
+            "image that is made, and at its noise level on the step. These adapters were not trained independently; "
+            "pass mode='independent' (and level='clean') to run them so nevertheless"
         )
     return chosen
 

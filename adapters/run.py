@@ -15,8 +15,10 @@ from peft.tuners.lora import LoraLayer
 
 from imgdit.adapters.encoding import EncodedCondition
 from imgdit.adapters.pairing import ONE, Pairing, Samples
+from imgdit.adapters.references import References
 from imgdit.attention.cache import KVCache
 from imgdit.families.step import Step
+from imgdit.family import Call
 from imgdit.frames import Frame
 from imgdit.layout import FrameLayout
 from imgdit.models.blocks import block_plans
@@ -97,7 +99,7 @@ class ConditionRun:
     cached: bool
     """Whether keys and values of conditions that see only themselves are kept between passes."""
     lora_layers: Sequence[LoraLayer]
-    """The layers that have an adapter of the conditions."""
+    """The layers that have an adapter which reads conditions."""
     image_guidance_scale: float = 1.0
     region: torch.Tensor | None = None
     """Boolean (rows, columns): the tokens that are made; the others are the complements'. `None`: all."""
@@ -106,6 +108,8 @@ class ConditionRun:
     """Pixels per side of a token."""
     samples: Samples | None = None
     """That a call makes, if it is known."""
+    references: References | None = None
+    """Settings of the pipeline's own reference images."""
     refit: Callable[[tuple[int, int]], ConditionRun] | None = None
     """The same run for an image of other rows and columns of tokens."""
     _refitted: dict[tuple[int, int], ConditionRun] = field(default_factory=dict)
@@ -148,6 +152,7 @@ class ConditionRun:
         *,
         step_cache: bool,
         empty: bool = False,
+        hidden: bool = False,
     ) -> Arranged:
         """What rides along in one forward pass.
 
@@ -159,6 +164,7 @@ class ConditionRun:
             step_cache: a cache compares tokens over steps: the same conditions ride along in every one, and those
                 that do not act now are not seen.
             empty: put black images in the conditions' place.
+            hidden: frames of the image tokens behind the first one are not seen.
         """
         active = self.active() if active is None else active
         riding = tuple(range(len(self.conditions))) if step_cache else active
@@ -167,12 +173,12 @@ class ConditionRun:
             orders = tuple(pairing.order(len(self.conditions[i].tokens)) for i in active)
             cache = self._cache((active, orders), empty, tuple(frame.size for frame in own), cached_by)
         mode = None if cache is None else cache.mode
-        kinds = tuple((frame.size, frame.mask is None, frame.sigma) for frame in own)
-        key = (kinds, text_length, active, riding, mode)
+        kinds = tuple((frame.size, frame.mask is None, frame.sigma, frame.strength, frame.index) for frame in own)
+        key = (kinds, text_length, active, riding, hidden, mode)
         layout = _remembered(
             self._layouts,
             key,
-            lambda: self._layout(own, text_length, active, riding, reads=mode == "read"),
+            lambda: self._layout(own, text_length, active, riding, hidden=hidden, reads=mode == "read"),
             _KEPT_LAYOUTS,
         )
         tokens = None
@@ -198,6 +204,9 @@ class ConditionRun:
         rope: Callable[[Sequence[Frame], torch.Tensor | None], torch.Tensor] | None = None,
         places: tuple = (),
         numbers: tuple[int, ...] = (),
+        *,
+        kept: torch.Tensor | None = None,
+        device: torch.device | None = None,
     ) -> Step:
         """The plan of a pass for a hooked transformer.
 
@@ -207,11 +216,13 @@ class ConditionRun:
                 image tokens that are computed; `None`: positions are added.
             places: objects that the rotations depend on; they are computed again when a pipeline passes others.
             numbers: that the rotations depend on.
+            kept: numbers of the image tokens that are computed; `None`: those that the first frame's mask leaves.
+            device: of the tokens, where there are no conditions to tell it.
         """
         key, layout, tokens, cache = arranged
-        device = self.conditions[0].tokens.device
+        device = self.conditions[0].tokens.device if self.conditions else torch.device(device or "cpu")
         plans = block_plans(layout, device, writes=cache is not None and cache.mode == "write")
-        mask, kept, table = layout.frames[0].mask, None, None
+        mask, table = layout.frames[0].mask, None
         if mask is not None:
             kept = layout.kept(("places", device), lambda: mask.flatten().nonzero().flatten().to(device))
         if rope is not None:
@@ -222,6 +233,21 @@ class ConditionRun:
                 lambda: (rope(riders, kept), places),  # holding the objects, so that their ids stay theirs
             )
         return Step(layout, own, *plans, table, tokens, cache, kept)
+
+    def kept_rows(self, arranged: Arranged, call: Call, present: torch.Tensor) -> torch.Tensor | None:
+        """Numbers of the image tokens that are computed; `None`: all.
+
+        Args:
+            present: boolean, one for each token of the references.
+        """
+        if bool(present.all()):
+            return None
+
+        def build() -> torch.Tensor:
+            image = torch.arange(call.length - len(present))
+            return torch.cat([image, len(image) + present.nonzero().flatten()]).to(call.latents.device)
+
+        return _remembered(self._kept.tensors, ("rows", arranged.key, call.length), build)
 
     def completed(self, image: Frame) -> Frame:
         """The frame of an image of which complements know a part: its tokens are those that are generated."""
@@ -261,11 +287,20 @@ class ConditionRun:
         return _remembered(self._kept.tensors, ("known", rows, orders), build)
 
     def _layout(
-        self, own: Sequence[Frame], text_length: int, active: tuple[int, ...], riding: tuple[int, ...], reads: bool
+        self,
+        own: Sequence[Frame],
+        text_length: int,
+        active: tuple[int, ...],
+        riding: tuple[int, ...],
+        *,
+        hidden: bool,
+        reads: bool,
     ) -> FrameLayout:
         frames = [*own, *(self.conditions[i].frame for i in riding)]
         layout = FrameLayout.build(frames, text_length, main_adapters=self.main_adapters)
-        idle = [place for place, i in enumerate(riding, start=layout.num_texts + len(own)) if i not in active]
+        first = layout.num_texts + len(own)
+        idle = [place for place, i in enumerate(riding, start=first) if i not in active]
+        idle += range(layout.num_texts + 1, first) if hidden else []
         if idle:
             visible = layout.visible.clone()
             visible[idle] = False
@@ -274,12 +309,19 @@ class ConditionRun:
             layout = replace(layout, visible=visible)
         return layout.without_frozen() if reads else layout
 
+    def _reading(self, layer: LoraLayer) -> Sequence[str]:
+        """Adapters on which keys and values of conditions depend."""
+        if not any(item.frame.everywhere for item in self.conditions):
+            return self.adapters
+        main = layer.active_adapters if self.main_adapters is None else self.main_adapters
+        return list(dict.fromkeys((*self.adapters, *main)))
+
     def _cache(self, active: tuple, empty: bool, sizes: tuple, cached_by: torch.Tensor) -> KVCache:
         """The cache that belongs to these conditions, this prompt and these weights; a new one if none does."""
         weights = tuple(
-            (layer.scaling[name], *_state(layer.lora_A[name].weight), *_state(layer.lora_B[name].weight))
-            for name in self.adapters
+            (name, layer.scaling[name], *_state(layer.lora_A[name].weight), *_state(layer.lora_B[name].weight))
             for layer in self.lora_layers
+            for name in self._reading(layer)
             if name in layer.lora_A
         )
         kept = self._kept
@@ -314,6 +356,8 @@ def _per_row(tokens: torch.Tensor, order: Sequence[int]) -> torch.Tensor:
 def _fits(item: EncodedCondition, grid: tuple[int, int], side: int) -> bool:
     """Whether a condition has the size at which it is read for an image of so many rows and columns of tokens."""
     rows, columns = item.frame.size
+    if item.condition.position == "centred" and item.target != grid:
+        return False
     return item.condition.read_size(item.given, side, grid) == (rows * side, columns * side)
 
 

@@ -45,6 +45,7 @@ _EXPORTS = {
     "OmniControl": "imgdit.adapters.omni_control",
     "OneDiffusionPipeline": "imgdit.pipelines.one_diffusion",
     "OneDiffusionPipelineOutput": "imgdit.pipelines.one_diffusion",
+    "References": "imgdit.adapters.references",
     "SchedulerMixin": "imgdit.compat",
     "SparseAutoencoder": "imgdit.sae.model",
     "StableDiffusion3OmniControlPipeline": "imgdit.pipelines.omni_control",
@@ -65,6 +66,7 @@ if TYPE_CHECKING:
     from imgdit.adapters.condition import Condition as Condition
     from imgdit.adapters.omni_control import OmniControl as OmniControl
     from imgdit.adapters.options import ConditionOptions as ConditionOptions
+    from imgdit.adapters.references import References as References
     from imgdit.attention.cache import KVCache as KVCache
     from imgdit.compat import DiffusionPipeline as DiffusionPipeline
     from imgdit.compat import ModelMixin as ModelMixin

@@ -463,6 +463,15 @@ def called(module: torch.nn.Module, function: Callable, *args: Any, **kwargs: An
                 setattr(holder, name, innermost.forward)
 
 
+def is_computed(module: torch.nn.Module) -> bool:
+    """Whether `called` computes a module in the call that goes on, for a hook on it that would compute it too."""
+    given = _GIVEN.get()
+    if given is None:
+        return False
+    holder, name = _innermost_place(module)
+    return getattr(holder, name) is given.place
+
+
 class _Innermost:
     """Stands where a module's own `forward` stood while `called` runs; for other callers and threads it is that."""
 

@@ -126,6 +126,9 @@ class Conditions:
     (B, S, D) of the sequence in the model's own order."""
     spatial: bool = False
     """Whether the model takes and returns planes (B, C, h, w) and not tokens."""
+    references: Callable[[Any, Arguments], tuple[Frame, ...]] | None = None
+    """`references(model, arguments)`: frames of the pipeline's own reference images, each with its grid and noise
+    level, in the order of their tokens behind those of the image that is generated. `None`: the class takes none."""
 
 
 class PromptEncoding(NamedTuple):
@@ -254,28 +257,34 @@ class Family:
 
 
 class MeasuredPlaces:
-    """`Family.places` of the calls of a run. Those that are read from position ids wait for the device, and a pipeline
-    passes the same ids in every step."""
+    """Places and references of the calls of a run. Those that are read from position ids wait for the device, and a
+    pipeline passes the same ids in every step."""
 
     def __init__(self) -> None:
-        self._known: dict[tuple[int, ...], tuple[tuple, Sequence[tuple[slice, Grid]] | None]] = {}
+        self._known: dict[tuple, tuple[tuple, Any]] = {}
 
     def of(self, family: Family, model: Any, arguments: Arguments) -> Sequence[tuple[slice, Grid]] | None:
-        """Rows and grids of the images in a call."""
+        """Rows and grids of the images in a call: its `Family.places`."""
+        return self._measured(family, family.places, model, arguments)
+
+    def references(self, family: Family, model: Any, arguments: Arguments) -> tuple[Frame, ...]:
+        """Frames of the reference images in a call: its `Conditions.references`."""
+        function = None if family.conditions is None else family.conditions.references
+        return () if function is None else self._measured(family, function, model, arguments)
+
+    def _measured(
+        self, family: Family, function: Callable[[Any, Arguments], Any], model: Any, arguments: Arguments
+    ) -> Any:
         names = () if family.conditions is None else family.conditions.position_arguments
         given = tuple(arguments.get(name) for name in names)
         if all(one is None for one in given):
-            return family.places(model, arguments)
-        key = tuple(map(id, given))
-        found = self._known.get(key)
-        if found is None:
+            return function(model, arguments)
+        key = (function, *map(id, given))
+        if key not in self._known:
             if len(self._known) >= 8:
                 self._known.clear()
-            found = self._known[key] = (
-                given,
-                family.places(model, arguments),
-            )  # holding them, so that ids stay theirs
-        return found[1]
+            self._known[key] = (given, function(model, arguments))  # holding them, so that ids stay theirs
+        return self._known[key][1]
 
 
 _REGISTERED: dict[str, Family] = {}

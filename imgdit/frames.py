@@ -30,11 +30,18 @@ class Segment:
     sees: Literal["all", "joint", "self"]
     guidance: float | None
     strength: float = 1.0
+    reference: bool = False
+    everywhere: bool = False
 
     @property
     def held(self) -> bool:
-        """Whether it keeps its noise level (it is given) instead of being denoised."""
+        """Whether it keeps its noise level instead of being denoised."""
         return self.sigma is not None
+
+    @property
+    def predicted(self) -> bool:
+        """Whether the model predicts it: it is generated and not given."""
+        return self.sigma is None and not self.reference
 
     def _check(self) -> None:
         if self.sigma is not None and not 0.0 <= self.sigma <= 1.0:
@@ -69,6 +76,12 @@ class Frame(Segment):
     strength: float = 1.0
     """γ > 0: log γ is added to the attention logits between this frame and everything else (OminiControl, section
     3.2). 1 is no bias; a frame of strength 0 is left out."""
+    reference: bool = False
+    """A frame without `sigma` that is given and not generated: it has the noise level of the image that is generated,
+    and no velocity is predicted for it."""
+    everywhere: bool = False
+    """Whether its adapter acts on all tokens, as a LoRA of the model does, and not on this frame's alone. Such a frame
+    is read by the main adapters too."""
 
     def __post_init__(self) -> None:
         rows, columns = self.size
@@ -79,6 +92,8 @@ class Frame(Segment):
             raise ValueError(f"a frame's scale must be positive, got {self.scale}")
         if not 0.0 < self.strength < math.inf:
             raise ValueError(f"a frame's strength must be positive, got {self.strength}; leave the frame out for 0")
+        if self.reference and self.held:
+            raise ValueError(f"a reference has the noise level of the image, got sigma={self.sigma}; leave one out")
         if self.mask is not None:
             if self.mask.dtype != torch.bool or tuple(self.mask.shape) != tuple(self.size):
                 raise ValueError(

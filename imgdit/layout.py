@@ -209,7 +209,7 @@ class FrameLayout:
     @cached_property
     def predicted(self) -> tuple[slice, ...]:
         """Rows of the image stream the model predicts a velocity for: the live frames that are being generated."""
-        return _merge(rows for i, rows in zip(self.live, self.rows, strict=True) if not self.frames[i].held)
+        return _merge(rows for i, rows in zip(self.live, self.rows, strict=True) if self.frames[i].predicted)
 
     @cached_property
     def predicted_texts(self) -> tuple[slice, ...]:
@@ -225,11 +225,11 @@ class FrameLayout:
     @cached_property
     def predicted_frames(self) -> tuple[slice, ...]:
         """The frames being generated among the live frames."""
-        return _merge(slice(n, n + 1) for n, i in enumerate(self.live) if not self.frames[i].held)
+        return _merge(slice(n, n + 1) for n, i in enumerate(self.live) if self.frames[i].predicted)
 
     @cached_property
     def predicted_lengths(self) -> tuple[int, ...]:
-        return tuple(n for i, n in zip(self.live, self.lengths, strict=True) if not self.frames[i].held)
+        return tuple(n for i, n in zip(self.live, self.lengths, strict=True) if self.frames[i].predicted)
 
     @cached_property
     def rows(self) -> tuple[slice, ...]:
@@ -407,12 +407,18 @@ class FrameLayout:
 
     @property
     def claimed(self) -> frozenset[str]:
-        """Adapters that belong to a segment."""
-        return frozenset(segment.adapter for segment in self.segments if segment.adapter is not None)
+        """Adapters that belong to a segment and act on no other tokens."""
+        return frozenset(one.adapter for one in self.segments if one.adapter is not None and not one.everywhere)
+
+    @property
+    def everywhere(self) -> tuple[str, ...]:
+        """Adapters of segments that act on all tokens."""
+        adapters = (one.adapter for one in self.segments if one.everywhere)
+        return tuple(dict.fromkeys(name for name in adapters if name is not None))
 
     @property
     def has_adapters(self) -> bool:
-        return bool(self.claimed) or self.main_adapters is not None
+        return bool(self.claimed or self.everywhere) or self.main_adapters is not None
 
     def _length(self, segment: int) -> int:
         if segment < self.num_texts:

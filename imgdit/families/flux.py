@@ -19,6 +19,7 @@ from imgdit.families.step import (
     own_positions,
     packed_tokens,
     read_image,
+    references_of_ids,
     rope_of_ids,
     single_text_first,
 )
@@ -128,6 +129,7 @@ FAMILY = Family(
         sigma=lambda model, arguments: arguments["timestep"].float(),
         transport=("joint_attention_kwargs", "joint_attention_kwargs"),
         residual_arguments=("controlnet_block_samples", "controlnet_single_block_samples"),
+        references=lambda model, arguments: references_of_ids(arguments["img_ids"]),
     ),
     lora=LoraNames(
         blocks={

@@ -17,7 +17,16 @@ from imgdit import compat
 from imgdit.attention.cache import LayerCache
 from imgdit.attention.grouped import grouped_attention
 from imgdit.families.mmdit import ADDED_QKV, QKV
-from imgdit.families.step import Step, embed_tokens, grid_of_ids, known_vector, one_image, own_positions, read_image
+from imgdit.families.step import (
+    Step,
+    embed_tokens,
+    grid_of_ids,
+    known_vector,
+    one_image,
+    own_positions,
+    read_image,
+    references_of_ids,
+)
 from imgdit.family import Arguments, Block, Call, Conditions, Family, LoraNames, TokenFormat, timestep_times
 from imgdit.frames import Frame
 from imgdit.lora.rows import AdapterRows, linear
@@ -281,6 +290,7 @@ FAMILY = Family(
         ),
         sigma=lambda model, arguments: arguments["timestep"].float(),
         transport=("joint_attention_kwargs", "joint_attention_kwargs"),
+        references=lambda model, arguments: references_of_ids(arguments["img_ids"]),
     ),
     lora=LoraNames(
         blocks={

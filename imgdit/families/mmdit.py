@@ -16,7 +16,7 @@ def places_of_layout(model: Any, arguments: Arguments) -> tuple[tuple[slice, Gri
     layout = arguments.get("layout")
     if layout is not None:
         frames = [(rows, layout.frames[i]) for rows, i in zip(layout.rows, layout.live, strict=True)]
-        return tuple((rows, frame.size) for rows, frame in frames if not frame.held)
+        return tuple((rows, frame.size) for rows, frame in frames if frame.predicted)
     if arguments.get("img_ids") is not None:
         return one_image(grid_of_ids(arguments["img_ids"]))
     return places_of_planes(model, arguments)

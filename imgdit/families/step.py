@@ -230,6 +230,14 @@ def grid_of_ids(ids: torch.Tensor) -> Grid:
     return rows, columns
 
 
+def references_of_ids(ids: torch.Tensor) -> tuple[Frame, ...]:
+    """Frames of reference images, at the noise level of the call, from position ids as `grid_of_ids` reads them."""
+    ids = ids[0] if ids.ndim == 3 else ids
+    _, lengths = torch.unique_consecutive(ids[:, 0], return_counts=True)
+    _, *references = ids.split(lengths.tolist())
+    return tuple(Frame(grid_of_ids(one)) for one in references)
+
+
 def grid_of_planes(latents: torch.Tensor, patch: int) -> Grid:
     """Grid of tokens of latents (B, C, h, w)."""
     return latents.shape[2] // patch, latents.shape[3] // patch

@@ -78,6 +78,14 @@ class AdapterInfo:
     """"joint": conditions see text and image; "independent": only themselves."""
     size: int | None = None
     """Side in pixels of the images it was trained on."""
+    index: float | None = None
+    """As `Condition.index`."""
+    level: str | None = None
+    """As `Condition.level`."""
+    acts_on: str | None = None
+    """As `Condition.acts_on`."""
+    prompt_prefix: str | None = None
+    """What its prompts begin with."""
     licence: str | None = None
     """Licence of the weights."""
 
@@ -503,14 +511,19 @@ def _refuse_pickle(name: str) -> None:
 def _read_info(header: Mapping[str, str], source: str) -> AdapterInfo:
     found = parse_object(header.get(_INFO_KEY, "{}"), f"{source}: what it says of its training")
     values = {field.name: found[field.name] for field in fields(AdapterInfo) if found.get(field.name) is not None}
-    numbers: dict[str, Any] = {"scale": (int, float), "size": int}
+    numbers: dict[str, Any] = {"scale": (int, float), "index": (int, float), "size": int}
+    choices = {"level": ("clean", "image"), "acts_on": ("condition", "all")}
     for name, value in values.items():
         pair = (
             name == "position" and isinstance(value, list) and [type(v) in (int, float) for v in value] == [True, True]
         )
         if pair:
             values[name] = tuple(value)
-        elif isinstance(value, bool) or not isinstance(value, numbers.get(name, str)):
+        elif (
+            isinstance(value, bool)
+            or not isinstance(value, numbers.get(name, str))
+            or value not in choices.get(name, (value,))
+        ):
             raise ValueError(f"{source}: its {name} cannot be {value!r:.60}; write the file again by write_adapter")
     return AdapterInfo(**values)
 

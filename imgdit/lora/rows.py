@@ -28,6 +28,8 @@ class AdapterRows(NamedTuple):
     """Adapters that own rows somewhere in the run."""
     main: tuple[str, ...] | None
     """Adapters of the main rows; `None`: every active adapter that nobody claims."""
+    everywhere: tuple[str, ...] = ()
+    """Adapters of all rows."""
 
 
 class LoraPlan(NamedTuple):
@@ -63,8 +65,9 @@ def lora_plan(layout: FrameLayout) -> LoraPlan | None:
 
 def _lora_plan(layout: FrameLayout) -> LoraPlan:
     texts = [(n, layout.texts[i].adapter) for i, n in zip(layout.live_texts, layout.text_lengths)]
-    frames = [(n, layout.frames[i].adapter) for i, n in zip(layout.live, layout.lengths)]
-    made = [frame for i, frame in zip(layout.live, frames) if not layout.frames[i].held]
+    live = [layout.frames[i] for i in layout.live]
+    frames = [(n, None if frame.everywhere else frame.adapter) for frame, n in zip(live, layout.lengths)]
+    made = [rows for frame, rows in zip(live, frames) if frame.predicted]
 
     def rows(segments: Sequence[tuple[int, str | None]]) -> AdapterRows:
         slices: list[tuple[slice, str | None]] = []
@@ -76,7 +79,7 @@ def _lora_plan(layout: FrameLayout) -> LoraPlan:
             else:
                 slices.append((slice(start, stop), adapter))
             start = stop
-        return AdapterRows(tuple(slices), layout.claimed, layout.main_adapters)
+        return AdapterRows(tuple(slices), layout.claimed, layout.main_adapters, layout.everywhere)
 
     def vectors(segments: Sequence[tuple[int, str | None]]) -> AdapterRows:
         return rows([(1, adapter) for _, adapter in segments])
@@ -126,10 +129,12 @@ def on_rows(module: LoraLayer, x: torch.Tensor, rows: AdapterRows, *, shared: bo
     main = (
         tuple(name for name in module.active_adapters if name not in rows.claimed) if rows.main is None else rows.main
     )
-    main = tuple(name for name in main if name not in fused)
+    main = (*main, *rows.everywhere)
     for part, owner in rows.rows:
-        # A condition's adapter may be a main one as well, and acts once.
-        for name in main if owner is None else dict.fromkeys((owner, *main)) if shared else (owner,):
+        acting = main if owner is None else (owner, *(main if shared else rows.everywhere))
+        for name in dict.fromkeys(acting):  # a condition's adapter may be a main one as well, and acts once
+            if name in fused:
+                continue
             if name not in module.lora_A:
                 continue
             if name in module.lora_variant:

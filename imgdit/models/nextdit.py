@@ -645,7 +645,7 @@ def _frame_plans(
 
 def _ending(plan: NextDiTBlockPlan, layout: FrameLayout) -> NextDiTBlockPlan:
     """The plan of the last block: nothing reads what becomes of the held frames, so only the others ask."""
-    made = [n for n, i in enumerate(layout.live) if not layout.frames[i].held]
+    made = [n for n, i in enumerate(layout.live) if layout.frames[i].predicted]
     if len(made) == len(layout.live):
         return plan
     places: list[tuple[slice, slice]] = []  # rows of the frames being made, before and among themselves

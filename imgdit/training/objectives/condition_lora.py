@@ -40,7 +40,7 @@ def condition_lora(
     """
     layout = batch.layout
     check_batch(batch)
-    if not any(frame.held and frame.adapter is not None for frame in layout.frames):
+    if not any(not frame.predicted and frame.adapter is not None for frame in layout.frames):
         raise ValueError(
             "condition_lora needs a layout with a held frame that an adapter reads, "
             f'such as Frame(size, sigma=0.0, adapter="canny"); got {[(f.sigma, f.adapter) for f in layout.frames]}'

@@ -59,7 +59,7 @@ def flow_matching(
         model, text_dropout=text_dropout, condition_dropout=condition_dropout, clean=clean
     )
     size, device = len(batch.tokens), batch.tokens.device
-    made = [n for n, frame in enumerate(live_frames(layout)) if not frame.held]
+    made = [n for n, frame in enumerate(live_frames(layout)) if frame.predicted]
     sigmas = batch.sigmas
     if sigmas is None:
         drawn = scheduler.sample_sigmas(
