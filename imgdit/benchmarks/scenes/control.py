@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import torch
 
+from imgdit.benchmarks.alignment import alignment
 from imgdit.benchmarks.metrics import abs_rel, edge_f1, fitted
 from imgdit.benchmarks.scenes.text_to_image import (
     Held,
@@ -88,6 +89,9 @@ def control_scores(maker: ControlMaker, probe: SceneProbe, count: int, keep: Kee
             scores.append(mean_score(task, f"{title} over that without", ratio, **bar))
         now = _text_right(seen, held.scenes)
         change = torch.tensor([float(a) - float(b) for a, b in zip(now, right)])
+        found = alignment(list(conditions[names[0]]), list(made))
+        scores.append(mean_score(task, f"shift against {names[0]}, pixels", found.shifts.norm(dim=1)))
+        scores.append(mean_score(task, f"distance of edges to those of {names[0]}, pixels", found.distances))
         scores.append(share_score(task, "text right", now))
         scores.append(mean_score(task, "change of text right", change, at_least=-0.02))
     return scores
