@@ -194,7 +194,7 @@ class OmniControl:
         Kontext or Qwen-Image-Edit), without an adapter. The defaults change nothing.
 
             with control.references(strength=0.4, end=0.6):
-                image = pipe("the same chair in a garden", image=chair).images[0]
+                image = pipe(prompt="the same chair in a garden", image=chair).images[0]
 
         Args:
             strength, start, end, mask: see `References`; together with conditions by `use(…, references=…)`.

@@ -16,10 +16,11 @@ import tiny_z_image
 import typer
 import yaml
 from block_text_cases import FIXTURES as BLOCK_DIFFUSION
+from diffusers import Flux2KleinPipeline
 from onediffusion_fixtures import TINY
 from PIL import Image, ImageChops, ImageStat
 from test_rooms import FLOORS
-from tiny_control import flux, lora_file, with_texts
+from tiny_control import flux, flux2, lora_file, with_texts
 from tiny_images import write_folder
 from tiny_text import make_model, make_tokenizer
 from typer.testing import CliRunner
@@ -93,6 +94,10 @@ def hub(tmp_path_factory):
     pipe.save_pretrained(folder / "flux")
     for name in ("experimental/canny", "omini/subject_512", "my_edges"):
         lora_file(folder / f"omini/{name}.safetensors", pipe.transformer)
+    klein = with_texts(flux2(Flux2KleinPipeline))
+    klein.save_pretrained(folder / "klein")
+    targets = r".*attn\.(to_[qkv]|to_qkv_mlp_proj)"
+    lora_file(folder / "refcontrol/depth.safetensors", klein.transformer, targets)
     make_model(max_position_embeddings=512).save_pretrained(folder / "llada")
     make_tokenizer(template=True).save_pretrained(folder / "llada")
     gpt2 = make_tokenizer()
@@ -103,8 +108,10 @@ def hub(tmp_path_factory):
         "openai-community/gpt2": folder / "gpt2",
         "kuleshov-group/bd3lm-owt-block_size16": BLOCK_DIFFUSION / "bd3lm",
         "black-forest-labs/FLUX.1-dev": folder / "flux",
+        "black-forest-labs/FLUX.2-klein-4B": folder / "klein",
         "Yuanshi/OminiControl": folder / "omini",
         **_of_families(folder),
+        "refcontrol.safetensors": folder / "refcontrol/depth.safetensors",
         "lehduong/OneDiffusion": TINY,
     }
 

@@ -5,7 +5,11 @@ import re
 
 import torch
 from diffusers import (
+    AutoencoderKLFlux2,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Pipeline,
+    Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
     SD3Transformer2DModel,
@@ -13,7 +17,7 @@ from diffusers import (
 )
 from safetensors.torch import save_file
 from tiny import randomize, rope_config, tiny_text_encoder, tiny_tokenizer, tiny_vae
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, Qwen3Config, Qwen3ForCausalLM
 
 from imgdit.benchmarks.speed.conditions import TARGETS
 from imgdit.lora.dialects import LoraPair
@@ -55,6 +59,22 @@ def sd3(dual=(0,)) -> StableDiffusion3Pipeline:
     )
 
 
+def flux2(kind=Flux2Pipeline):
+    torch.manual_seed(0)
+    model = Flux2Transformer2DModel(
+        in_channels=16, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=24, timestep_guidance_channels=16, axes_dims_rope=(4, 4, 4, 4),
+        guidance_embeds=kind is Flux2Pipeline,
+    )  # fmt: skip
+    vae = AutoencoderKLFlux2(
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8), latent_channels=4, norm_num_groups=4, mid_block_add_attention=False,
+    )  # fmt: skip
+    vae.bn.running_mean.copy_(torch.randn(16) * 0.5)
+    vae.bn.running_var.copy_(torch.rand(16) + 0.2)
+    return quiet(kind(FlowMatchEulerDiscreteScheduler(), vae.eval(), None, None, randomize(model).eval()))
+
+
 def quiet(pipe):
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -62,6 +82,9 @@ def quiet(pipe):
 
 def with_texts(pipe):
     """The pipeline with tiny text encoders, so that its folder generates images from captions."""
+    if isinstance(pipe, Flux2KleinPipeline):
+        pipe.register_modules(text_encoder=_qwen3(), tokenizer=_chat_tokenizer())
+        return pipe
     words = {"tokenizer": tiny_tokenizer(), "text_encoder_2": tiny_text_encoder(), "tokenizer_2": tiny_tokenizer()}
     if isinstance(pipe, FluxPipeline):
         words["text_encoder"] = _clip(32, CLIPTextModel)
@@ -76,6 +99,22 @@ def folder_of(pipe, path):
     """The folder of a pipeline with tiny text encoders, as diffusers writes it."""
     with_texts(pipe).save_pretrained(path)
     return str(path)
+
+
+def _qwen3():
+    """Of whose hidden states FLUX.2 klein reads the 9th, 18th and 27th."""
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=32, hidden_size=8, intermediate_size=8, num_hidden_layers=28, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=4, bos_token_id=0, eos_token_id=1, max_position_embeddings=512,
+    )  # fmt: skip
+    return Qwen3ForCausalLM(config).eval()
+
+
+def _chat_tokenizer():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    return tokenizer
 
 
 def _clip(width, kind):

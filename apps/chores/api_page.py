@@ -28,6 +28,14 @@ SECTIONS = {
     "Frames and tasks": ("tasks", "frames", "layout", "cameras"),
     "Conditions and LoRA files": ("adapters.condition", "adapters.options", "adapters.omni_control", "lora.files"),
     "Images": ("images", "images.preprocess", "images.tiles"),
+    "Conditions and LoRA files": (
+        "adapters.condition",
+        "adapters.references",
+        "adapters.options",
+        "adapters.omni_control",
+        "lora.files",
+    ),
+    "Images": ("images", "images.preprocess", "benchmarks.alignment"),
     "Models and sampling": (
         "models.mmdit",
         "models.nextdit",
@@ -70,6 +78,7 @@ SECTIONS = {
 ONLY = {
     "compat": ("DiffusionPipeline", "ModelMixin", "SchedulerMixin"),
     "attention.cache": ("KVCache",),
+    "benchmarks.alignment": ("Alignment", "alignment"),
     "images.preprocess": ("find_preprocessor", "preprocess"),
     "training.sources": ("Source",),
     "training.batches": ("Batch", "Text", "ObjectiveOutput"),

@@ -94,24 +94,38 @@ def strongest(slopes: torch.Tensor, fraction: float = EDGES) -> torch.Tensor:
 
 def phase_shift(condition: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
     """Rows and columns (B, 2) by which planes (B, H, W) are shifted against others: the peak of the inverse transform
-    of their cross-power spectrum's phase (Kuglin and Hines 1975), between pixels by the Gaussian through three."""
-    rows, columns = condition.shape[1:]
+    of their cross-power spectrum's phase (Kuglin and Hines 1975), between pixels by the Gaussian through three. It is
+    sought a second time in what both show, where it lies near zero and the window around it draws it nowhere."""
+    found = []
+    for one, other in zip(condition, result, strict=True):
+        down, right = (round(shift) for shift in _peak(one, other))
+        if max(abs(down), abs(right)) * 2 < min(one.shape):
+            rest = _peak(_part(one, down, right), _part(other, -down, -right))
+            found.append([down + rest[0], right + rest[1]])
+        else:
+            found.append([float(down), float(right)])
+    return torch.tensor(found)
+
+
+def _part(plane: torch.Tensor, down: int, right: int) -> torch.Tensor:
+    """What of a plane (H, W) another one shows too that is shifted against it."""
+    rows, columns = plane.shape
+    return plane[max(-down, 0) : rows - max(down, 0), max(-right, 0) : columns - max(right, 0)]
+
+
+def _peak(condition: torch.Tensor, result: torch.Tensor) -> tuple[float, float]:
+    """Shift of a plane (H, W) against another."""
+    rows, columns = condition.shape
     window = torch.hann_window(rows, periodic=False)[:, None] * torch.hann_window(columns, periodic=False)
-    planes = [(plane - plane.mean((1, 2), keepdim=True)) * window.to(plane) for plane in (condition, result)]
-    a, b = (torch.fft.fft2(plane.double()) for plane in planes)
+    a, b = (torch.fft.fft2(((plane - plane.mean()) * window.to(plane)).double()) for plane in (condition, result))
     product = b * a.conj()
     frequencies = torch.fft.fftfreq(rows)[:, None].square() + torch.fft.fftfreq(columns).square()
     band = torch.exp(-frequencies.double() / (2 * _BAND**2)).to(product.device)
     size = product.abs()
-    phase = product / (size + 1e-6 * size.mean((1, 2), keepdim=True))
-    peak = torch.fft.ifft2(phase * band).real  # (B, H, W)
-    place = peak.flatten(1).argmax(1)
-    found = []
-    for plane, top in zip(peak, place.tolist(), strict=True):
-        row, column = divmod(top, columns)
-        down, right = row + _between(plane[:, column], row), column + _between(plane[row], column)
-        found.append([_signed(down, rows), _signed(right, columns)])
-    return torch.tensor(found)
+    peak = torch.fft.ifft2(product / (size + 1e-6 * size.mean()) * band).real  # (H, W)
+    row, column = divmod(int(peak.argmax()), columns)
+    down, right = row + _between(peak[:, column], row), column + _between(peak[row], column)
+    return _signed(down, rows), _signed(right, columns)
 
 
 def _between(line: torch.Tensor, top: int) -> float:

@@ -4,8 +4,7 @@ import pytest
 import torch
 from diffusers import Flux2KleinPipeline, Flux2Pipeline
 from PIL import Image
-from test_flux2 import flux2
-from tiny_control import image, lora_file, sd3
+from tiny_control import flux2, image, lora_file, sd3
 
 from imgdit import Condition, Frame, OmniControl, References
 from imgdit.lora.files import AdapterInfo
@@ -24,7 +23,16 @@ def photo(seed, size=64):
 
 @pytest.fixture(params=KINDS)
 def control(request, tmp_path):
-    pipe = flux2(KINDS[request.param])
+    return loaded(KINDS[request.param], tmp_path)
+
+
+@pytest.fixture
+def klein(tmp_path):
+    return loaded(Flux2KleinPipeline, tmp_path)
+
+
+def loaded(kind, tmp_path):
+    pipe = flux2(kind)
     control = OmniControl(pipe)
     for seed, name in enumerate(("reference", "other")):
         path = lora_file(tmp_path / f"{name}.safetensors", pipe.transformer, EVERY_LAYER, seed=seed, std=0.1)
@@ -69,7 +77,7 @@ def differs(a, b, least=1e-3):
 
 
 def test_references_as_conditions_are_the_stock_models(control):
-    photos = [photo(1), photo(2, 96)]
+    photos = [photo(1), photo(2, 80)]
     plain = make(control.pipe)
     expected = stock(control, "reference", image=photos)
     conditions = [Condition(one, "reference", index=10.0 + 10 * i, **NATIVE) for i, one in enumerate(photos)]
@@ -89,69 +97,60 @@ def test_adapters_of_several_references_act_on_all_tokens(control):
     near(used(control, *conditions), stock(control, "reference", "other", image=photos))
 
 
-def test_a_style_lora_acts_on_references_too(control):
+def test_a_style_lora_acts_on_references_too(klein):
     condition = Condition(photo(1), "reference", index=10.0, **NATIVE)
-    got = used(control, condition, main_adapter="other")
-    near(got, stock(control, "reference", "other", image=[photo(1)]))
-    differs(got, used(control, condition))
+    got = used(klein, condition, main_adapter="other")
+    near(got, stock(klein, "reference", "other", image=[photo(1)]))
+    differs(got, used(klein, condition))
 
 
-def test_settings_come_from_the_file(control, tmp_path):
+def test_settings_come_from_the_file(klein, tmp_path):
     info = AdapterInfo(index=10.0, level="image", acts_on="all", prompt_prefix="Depth. ")
-    path = lora_file(tmp_path / "kept.safetensors", control.transformer, EVERY_LAYER, seed=0, std=0.1, info=info)
-    assert control.load(path).info == info
-    got = used(control, Condition(photo(1), "kept"))  # fitted to the image, which is of its size
-    near(got, stock(control, "kept", image=[photo(1)]))
-    differs(got, used(control, Condition(photo(1), "kept", index=0.0)))
-    differs(got, used(control, Condition(photo(1), "kept", level="clean")))
-    differs(got, used(control, Condition(photo(1), "kept", acts_on="condition")))
-    control.save(tmp_path / "again.safetensors", "kept")
-    assert control.load(tmp_path / "again.safetensors").info == info
+    path = lora_file(tmp_path / "kept.safetensors", klein.transformer, EVERY_LAYER, seed=0, std=0.1, info=info)
+    assert klein.load(path).info == info
+    got = used(klein, Condition(photo(1), "kept"))  # fitted to the image, which is of its size
+    near(got, stock(klein, "kept", image=[photo(1)]))
+    differs(got, used(klein, Condition(photo(1), "kept", index=0.0)))
+    differs(got, used(klein, Condition(photo(1), "kept", level="clean")))
+    differs(got, used(klein, Condition(photo(1), "kept", acts_on="condition")))
+    klein.save(tmp_path / "again.safetensors", "kept")
+    assert klein.load(tmp_path / "again.safetensors").info == info
 
 
-def test_its_adapter_acts_while_the_condition_does(control):
-    plain = make(control.pipe)
+def test_its_adapter_acts_while_the_condition_does(klein):
+    plain = make(klein.pipe)
     settings = NATIVE | {"index": 10.0}
     for change in ({"strength": 0.0}, {"end": 0.0}):
-        assert torch.equal(used(control, Condition(photo(1), "reference", **(settings | change))), plain)
-    half = used(control, Condition(photo(1), "reference", **settings, end=0.5))
+        assert torch.equal(used(klein, Condition(photo(1), "reference", **(settings | change))), plain)
+    half = used(klein, Condition(photo(1), "reference", **settings, end=0.5))
     differs(half, plain)
-    differs(half, used(control, Condition(photo(1), "reference", **settings)))
-    control.remove()
-    assert torch.equal(make(control.pipe), plain)
+    differs(half, used(klein, Condition(photo(1), "reference", **settings)))
+    klein.remove()
+    assert torch.equal(make(klein.pipe), plain)
 
 
-def test_keys_of_clean_references_that_see_themselves_are_cached(control):
+def test_keys_of_clean_references_that_see_themselves_are_cached(klein):
     conditions = [Condition(photo(1), "reference", index=10.0, acts_on="all")]
     conditions += [Condition(photo(2), "other", level="image")]
-    computed = used(control, *conditions, mode="independent", cache=False)
-    near(used(control, *conditions, mode="independent"), computed)
+    computed = used(klein, *conditions, mode="independent", cache=False)
+    near(used(klein, *conditions, mode="independent"), computed)
     with pytest.raises(ValueError, match="at its noise level on the step"):
-        used(control, conditions[1], mode="independent", cache=True)
-    control.transformer.set_adapters(["other"])  # reads the first condition as well, so its keys are other ones
-    with control.use(conditions[:1], mode="independent"):
-        styled = make(control.pipe)
-        for layer in control.transformer.modules():
+        used(klein, conditions[1], mode="independent", cache=True)
+    alone = conditions[0]
+    klein.transformer.set_adapters(["other"])  # reads the first condition as well, so its keys are other ones
+    with klein.use(alone, mode="independent"):
+        styled = make(klein.pipe)
+        for layer in klein.transformer.modules():
             if "other" in getattr(layer, "scaling", {}):
                 layer.scaling["other"] = 0.0
-        near(make(control.pipe), computed_alone(control, conditions[0]))
-    differs(styled, computed_alone(control, conditions[0]))
+        plain = make(klein.pipe)
+    near(plain, used(klein, alone, mode="independent", cache=False))
+    differs(styled, plain)
 
 
-def computed_alone(control, condition):
-    run, control.run = control.run, None
-    try:
-        for layer in control.transformer.modules():
-            if "other" in getattr(layer, "scaling", {}):
-                layer.scaling["other"] = 0.0
-        return used(control, condition, mode="independent", cache=False)
-    finally:
-        control.run = run
-
-
-def test_centred_conditions_have_their_middle_over_the_images(control):
+def test_centred_conditions_have_their_middle_over_the_images(klein):
     def placed(position, size=32):
-        return used(control, Condition(photo(1, size), "other", position=position))
+        return used(klein, Condition(photo(1, size), "other", position=position))
 
     assert torch.equal(placed("centred"), placed((4, 4)))  # 16 tokens a side, and 8
     assert torch.equal(placed("centred", 96), placed((-4, -4), 96))
@@ -172,9 +171,9 @@ def test_settings_are_checked(wrong, message):
         Condition(photo(1), "reference", **wrong)
 
 
-def test_one_adapter_acts_in_one_way(control):
+def test_one_adapter_acts_in_one_way(klein):
     conditions = [Condition(photo(1), "other", acts_on=one) for one in ("all", "condition")]
-    with pytest.raises(ValueError, match="give its conditions the same acts_on"), control.use(conditions):
+    with pytest.raises(ValueError, match="give its conditions the same acts_on"), klein.use(conditions):
         pass
 
 
@@ -208,83 +207,81 @@ def referenced(control, call, *args, **settings):
         return make(control.pipe, **call)
 
 
-TWO = {"image": [photo(1), photo(2, 96)]}  # 256 tokens of text 5 + image 256, references 256 and 576
+TWO = {"image": [photo(1), photo(2, 80)]}  # 256 tokens of text 5 + image 256, references 256 and 400
 
 
 def test_strength_of_references_is_a_bias(control):
     plain = make(control.pipe, **TWO)
     for strength in (0.3, 2.0, [0.5, 3.0]):
         each = strength if isinstance(strength, list) else [strength] * 2
-        expected = biased(control, bias_of(5, 256, 256, 576, logs=torch.tensor(each).log()), **TWO)
+        expected = biased(control, bias_of(5, 256, 256, 400, logs=torch.tensor(each).log()), **TWO)
         got = referenced(control, TWO, strength)
         near(got, expected)
         differs(got, plain)
 
 
-def test_references_of_strength_1_are_the_stock_models_and_of_0_left_out(control):
-    plain = make(control.pipe, **TWO)
-    assert torch.equal(referenced(control, TWO), plain)
-    near(referenced(control, TWO, 0.0), make(control.pipe))
-    near(referenced(control, TWO, [1.0, 0.0]), make(control.pipe, image=TWO["image"][:1]))
-    differs(referenced(control, TWO, [0.0, 1.0]), make(control.pipe, image=TWO["image"][1:]))  # the second stays it
-    assert torch.equal(make(control.pipe, **TWO), plain)
-    control.remove()
-    assert torch.equal(make(control.pipe, **TWO), plain)
+def test_references_of_strength_1_are_the_stock_models_and_of_0_left_out(klein):
+    plain = make(klein.pipe, **TWO)
+    assert torch.equal(referenced(klein, TWO), plain)
+    near(referenced(klein, TWO, 0.0), make(klein.pipe))
+    near(referenced(klein, TWO, [1.0, 0.0]), make(klein.pipe, image=TWO["image"][:1]))
+    differs(referenced(klein, TWO, [0.0, 1.0]), make(klein.pipe, image=TWO["image"][1:]))  # the second stays it
+    assert torch.equal(make(klein.pipe, **TWO), plain)
+    klein.remove()
+    assert torch.equal(make(klein.pipe, **TWO), plain)
 
 
-def test_masked_tokens_of_references_are_left_out(control):
+def test_masked_tokens_of_references_are_left_out(klein):
     mask = torch.zeros(64, 64)
     mask[:24, 8:] = 1.0
     one = {"image": [photo(1)]}
     absent = torch.zeros(256 + 261, dtype=torch.bool)
     absent[261:] = ~(mask[::4, ::4] > 0).flatten()
     bias = torch.zeros(517, 517).masked_fill(absent[None, :], -1e9)
-    near(referenced(control, one, mask=mask), biased(control, bias, **one))
-    near(
-        referenced(control, TWO, mask=[mask, None]), referenced(control, TWO, [1.0, 1.0], mask=[mask[::4, ::4], None])
-    )
+    near(referenced(klein, one, mask=mask), biased(klein, bias, **one))
+    near(referenced(klein, TWO, mask=[mask, None]), referenced(klein, TWO, [1.0, 1.0], mask=[mask[::4, ::4], None]))
 
 
-def test_references_act_between_start_and_end(control):
-    plain, without = make(control.pipe, **TWO), make(control.pipe)
-    half = referenced(control, TWO, end=0.5)
+def test_references_act_between_start_and_end(klein):
+    plain, without = make(klein.pipe, **TWO), make(klein.pipe)
+    half = referenced(klein, TWO, end=0.5)
     differs(half, plain)
     differs(half, without)
-    near(referenced(control, TWO, end=0.0), without)
+    near(referenced(klein, TWO, end=0.0), without)
 
     def first(settings):
         seen = []
         call = TWO | {"callback_on_step_end": lambda pipe, step, t, tensors: seen.append(tensors["latents"]) or {}}
-        referenced(control, call, **settings)
+        referenced(klein, call, **settings)
         return seen[0]
 
     assert torch.equal(first({"end": 0.5}), first({}))  # the stock model's step
     near(first({"start": 0.5}), first({"strength": 0.0}))
 
 
-def test_references_beside_conditions(control):
+def test_references_beside_conditions(klein):
     condition = Condition(photo(3), "other")
     one = {"image": [photo(1)]}
-    with control.use(condition, references=References(0.0)):
-        left_out = make(control.pipe, **one)
-    near(left_out, used(control, condition))
-    with control.use(condition, references=References(0.4)):
-        weak = make(control.pipe, **one)
-    with control.use(condition):
-        full = make(control.pipe, **one)
+    with klein.use(condition, references=References(0.0)):
+        left_out = make(klein.pipe, **one)
+    near(left_out, used(klein, condition))
+    with klein.use(condition, references=References(0.4)):
+        weak = make(klein.pipe, **one)
+    with klein.use(condition):
+        full = make(klein.pipe, **one)
     differs(weak, full)
     differs(weak, left_out)
 
 
-def test_a_step_cache_keeps_references_in_the_sequence(control):
+def test_a_step_cache_keeps_references_in_the_sequence(klein):
     one = {"image": [photo(1)], "num_inference_steps": 4}
-    expected = referenced(control, one, 0.5, end=0.5)
+    expected = referenced(klein, one, 0.5, end=0.5)
     settings = References(0.5, end=0.5)
     kept = settings.seen([Frame((16, 16))], 4, acting=False, keep=True)
     assert kept.hidden and kept.present.all() and kept.changes
-    hook = control.transformer._diffusers_hook.hooks[control._name]
+    hook = klein.transformer._diffusers_hook.hooks[klein._name]
     hook._step_cache = lambda module: True
-    near(referenced(control, one, 0.5, end=0.5), expected)
+    near(referenced(klein, one, 0.5, end=0.5), expected)
 
 
 WRONG = [
@@ -296,13 +293,13 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("settings", "message"), WRONG)
-def test_settings_of_references_are_checked(control, settings, message):
+def test_settings_of_references_are_checked(klein, settings, message):
     with pytest.raises(ValueError, match=message):
-        referenced(control, TWO, **settings)
+        referenced(klein, TWO, **settings)
 
 
-def test_a_call_without_references_is_told(control):
+def test_a_call_without_references_is_told(klein):
     with pytest.raises(ValueError, match="this call has none"):
-        referenced(control, {}, 0.5)
+        referenced(klein, {}, 0.5)
     with pytest.raises(ValueError, match="takes no reference images"), OmniControl(sd3()).references(0.5):
         pass
