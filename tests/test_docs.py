@@ -20,7 +20,8 @@ from diffusers import Flux2KleinPipeline
 from onediffusion_fixtures import TINY
 from PIL import Image, ImageChops, ImageStat
 from test_rooms import FLOORS
-from tiny_control import flux, flux2, lora_file, with_texts
+from tiny_control import flux, lora_file, with_texts
+from tiny_flux2 import flux2
 from tiny_images import write_folder
 from tiny_text import make_model, make_tokenizer
 from typer.testing import CliRunner

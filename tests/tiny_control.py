@@ -5,11 +5,8 @@ import re
 
 import torch
 from diffusers import (
-    AutoencoderKLFlux2,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
-    Flux2Pipeline,
-    Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
     SD3Transformer2DModel,
@@ -57,22 +54,6 @@ def sd3(dual=(0,)) -> StableDiffusion3Pipeline:
     return quiet(
         StableDiffusion3Pipeline(transformer, FlowMatchEulerDiscreteScheduler(shift=3.0), tiny_vae(), *(None,) * 6)
     )
-
-
-def flux2(kind=Flux2Pipeline):
-    torch.manual_seed(0)
-    model = Flux2Transformer2DModel(
-        in_channels=16, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
-        joint_attention_dim=24, timestep_guidance_channels=16, axes_dims_rope=(4, 4, 4, 4),
-        guidance_embeds=kind is Flux2Pipeline,
-    )  # fmt: skip
-    vae = AutoencoderKLFlux2(
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(8, 8), latent_channels=4, norm_num_groups=4, mid_block_add_attention=False,
-    )  # fmt: skip
-    vae.bn.running_mean.copy_(torch.randn(16) * 0.5)
-    vae.bn.running_var.copy_(torch.rand(16) + 0.2)
-    return quiet(kind(FlowMatchEulerDiscreteScheduler(), vae.eval(), None, None, randomize(model).eval()))
 
 
 def quiet(pipe):

@@ -26,8 +26,6 @@ SECTIONS = {
         "pipelines.dialogues",
     ),
     "Frames and tasks": ("tasks", "frames", "layout", "cameras"),
-    "Conditions and LoRA files": ("adapters.condition", "adapters.options", "adapters.omni_control", "lora.files"),
-    "Images": ("images", "images.preprocess", "images.tiles"),
     "Conditions and LoRA files": (
         "adapters.condition",
         "adapters.references",
@@ -35,7 +33,7 @@ SECTIONS = {
         "adapters.omni_control",
         "lora.files",
     ),
-    "Images": ("images", "images.preprocess", "benchmarks.alignment"),
+    "Images": ("images", "images.preprocess", "images.tiles", "benchmarks.alignment"),
     "Models and sampling": (
         "models.mmdit",
         "models.nextdit",

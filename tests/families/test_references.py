@@ -4,7 +4,8 @@ import pytest
 import torch
 from diffusers import Flux2KleinPipeline, Flux2Pipeline
 from PIL import Image
-from tiny_control import flux2, image, lora_file, sd3
+from tiny_control import image, lora_file, sd3
+from tiny_flux2 import flux2
 
 from imgdit import Condition, Frame, OmniControl, References
 from imgdit.lora.files import AdapterInfo
