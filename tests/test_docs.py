@@ -25,6 +25,7 @@ from tiny_flux2 import flux2
 from tiny_images import write_folder
 from tiny_text import make_model, make_tokenizer
 from typer.testing import CliRunner
+from vision_cases import FIXTURES as VISION_LANGUAGE
 
 import imgdit
 from imgdit.apps.chores.api_page import api_page, public_names
@@ -106,6 +107,8 @@ def hub(tmp_path_factory):
     gpt2.save_pretrained(folder / "gpt2")
     return {
         "GSAI-ML/LLaDA-8B-Instruct": folder / "llada",
+        "jacklishufan/lavida-llada-v1.0-instruct": VISION_LANGUAGE / "lavida/model",
+        "GSAI-ML/LLaDA-V": VISION_LANGUAGE / "llada_v/model",
         "openai-community/gpt2": folder / "gpt2",
         "kuleshov-group/bd3lm-owt-block_size16": BLOCK_DIFFUSION / "bd3lm",
         "black-forest-labs/FLUX.1-dev": folder / "flux",
@@ -326,7 +329,7 @@ def test_no_command_writes_where_recipes_read_images():
     recipes = [yaml.safe_load(file.read_text(encoding="utf-8")) for file in packaged_recipes().values()]
     arguments = [recipe.get("data", {}).get("arguments", {}) for recipe in recipes if isinstance(recipe, dict)]
     read = {values["path"] for values in arguments if "path" in values}
-    assert read == {"training_images", "texts.jsonl", "pairs.jsonl"}
+    assert read == {"training_images", "texts.jsonl", "pairs.jsonl", "dialogues.json"}
     written = {word for text in PAGES.values() for word in re.findall(r"--(?:out|folder)[ =](\S+)", text)}
     commands = [typer.main.get_command(app)]
     for command in commands:
