@@ -41,7 +41,6 @@ class SpecialTokens(NamedTuple):
     end: int
     turn: int
     gap: int
-    fill: int
 
     @classmethod
     def of(cls, tokenizer: Any) -> SpecialTokens:
@@ -52,7 +51,7 @@ class SpecialTokens(NamedTuple):
         """
         known = tokenizer.get_vocab()
         bos, eos = tokenizer.bos_token, tokenizer.eos_token
-        wanted = (bos, eos, MASK, START, END, TURN, GAP, FILL)
+        wanted = (bos, eos, MASK, START, END, TURN, GAP)
         lacking = [name for name in wanted if name not in known]
         if lacking:
             raise ValueError(

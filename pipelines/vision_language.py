@@ -13,7 +13,7 @@ from imgdit import compat
 from imgdit.models.image_rows import JoinedRows, join_rows
 from imgdit.models.image_tokens import ImageProjector, tower_features
 from imgdit.models.masked_text_passes import CacheKind
-from imgdit.pipelines.dialogues import SpecialTokens
+from imgdit.pipelines.dialogues import FILL, GAP, SpecialTokens
 from imgdit.pipelines.masked_text import MaskedTextPipeline, MaskedTextPipelineOutput
 from imgdit.pipelines.masked_text_inputs import Prompts, TextOptions, new_tokens
 from imgdit.pipelines.vision_language_inputs import Answers, Row, SeenImage, listed, read_rows
@@ -176,8 +176,8 @@ class VisionLanguagePipeline(MaskedTextPipeline):
         self._write(run)
         output = self._output(run, prompts)
         output.sequences = torch.cat([output.sequences, run.grid[:, run.stop :]], 1)
-        if output.texts is not None and suffix:
-            output.texts = [text + suffix for text in output.texts]
+        if output.texts is not None:
+            output.texts = [text.replace(GAP, "").replace(FILL, "") + (suffix or "") for text in output.texts]
         return output if return_dict else (output.sequences, output.texts)
 
     def caption(self, images: Any, prompt: str = CAPTION, **options: Any) -> MaskedTextPipelineOutput:

@@ -124,6 +124,35 @@ def any_speed(
     )
 
 
+@app.command("answer-speed")
+def answer_speed(
+    rounds: Rounds = 3,
+    threads: Threads = 1,
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Time answers about an image with a cached prompt and with half the steps on a shifted schedule against neither.
+
+    The model is new, with 832 prompt and 32 answer tokens. Runs are interleaved.
+    """
+    import torch
+
+    from imgdit.benchmarks.speed.answers import answer_comparisons
+
+    torch.set_num_threads(threads)
+    if not as_json:
+        typer.echo(f"torch {torch.__version__}, {device}, float32, {threads} thread(s); against neither")
+        typer.echo(f"{'work':<44}{'seconds':>10}{'neither':>10}{'times faster':>14}{'spread':>14}")
+    _tell(
+        answer_comparisons(rounds=rounds, device=device),
+        as_json,
+        lambda row: (
+            f"{row.work:<44}{row.ours:>8.2f} s{row.other:>8.2f} s{1 / row.ratio:>14.2f}"
+            f"{f'{1 / row.high:.2f}-{1 / row.low:.2f}':>14}"
+        ),
+    )
+
+
 @app.command("control-speed")
 def control_speed(
     rounds: Rounds = 9,
