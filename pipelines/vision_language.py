@@ -34,7 +34,7 @@ class Choices(NamedTuple):
     """Number of each row's most likely choice."""
     log_likelihoods: torch.Tensor
     """(B, C) float64, in nats, of all tokens of a choice and the end token behind it. They are revealed one by one,
-    the most probable first, which is exact for choices of one token."""
+    the most probable first."""
 
 
 class VisionLanguagePipeline(MaskedTextPipeline):
@@ -177,16 +177,17 @@ class VisionLanguagePipeline(MaskedTextPipeline):
         output = self._output(run, prompts)
         output.sequences = torch.cat([output.sequences, run.grid[:, run.stop :]], 1)
         if output.texts is not None:
-            output.texts = [text.replace(GAP, "").replace(FILL, "") + (suffix or "") for text in output.texts]
+            output.texts = [_cut(text, stops) + (suffix or "") for text in output.texts]
+        self.maybe_free_model_hooks()
         return output if return_dict else (output.sequences, output.texts)
 
     def caption(self, images: Any, prompt: str = CAPTION, **options: Any) -> MaskedTextPipelineOutput:
         """Describe images; `options` are those of a call."""
-        return self(listed(images), prompt, **options)
+        return self(listed(images), prompt, **options)  # type: ignore[return-value]
 
     def answer(self, images: Any, questions: str | list[str], **options: Any) -> MaskedTextPipelineOutput:
         """Answer a question about images, or one about each; `options` are those of a call."""
-        return self(listed(images), questions, **options)
+        return self(listed(images), questions, **options)  # type: ignore[return-value]
 
     @torch.no_grad()
     def choose(
@@ -210,6 +211,7 @@ class VisionLanguagePipeline(MaskedTextPipeline):
         prompts = self._see(rows, longest)
         found = [self._likelihood(prompts, torch.tensor(one), cache) for one in tokens]
         likelihoods = torch.stack(found, 1)  # (B, C)
+        self.maybe_free_model_hooks()
         return Choices(likelihoods.argmax(1).tolist(), likelihoods)
 
     def _likelihood(self, prompts: Prompts, answer: torch.Tensor, cache: CacheKind | None) -> torch.Tensor:
@@ -265,6 +267,9 @@ class VisionLanguagePipeline(MaskedTextPipeline):
             found = [self._ids(one) for one in ([draft] if isinstance(draft, str) else draft)]
         if len(found) not in (1, rows):
             raise ValueError(f"got {len(found)} drafts for {rows} rows; give one, or as many")
+        wrong = [token for row in found for token in row if not 0 <= token < self._vocabulary]
+        if wrong:
+            raise ValueError(f"a draft has token {wrong[0]}; expected tokens in 0..{self._vocabulary - 1}")
         if not isinstance(gap_length, int) or gap_length < 1:
             raise ValueError(f"gap_length must be a whole number of at least 1, got {gap_length!r}")
         gap, spread = self.special.gap, [self.mask_token_id] * gap_length
@@ -293,8 +298,15 @@ class VisionLanguagePipeline(MaskedTextPipeline):
     def encode_images(self, images: Sequence[SeenImage]) -> list[torch.Tensor]:
         """Vectors (N, d) of each image."""
         tiles = [image.tiles(self.projector.tiling) for image in images]
-        features = tower_features(self.vision_tower, torch.cat(tiles)).split([len(one) for one in tiles])
+        together = torch.cat(tiles).to(compat.execution_device(self))
+        features = tower_features(self.vision_tower, together).split([len(one) for one in tiles])
         return self.projector(features, [image.shown for image in images])
+
+
+def _cut(text: str, stops: Sequence[str]) -> str:
+    """A text without marks of gaps, before the first stop string."""
+    text = text.replace(GAP, "").replace(FILL, "")
+    return text[: min([len(text), *(text.index(stop) for stop in stops if stop in text)])]
 
 
 class LLaDAVPipeline(VisionLanguagePipeline):

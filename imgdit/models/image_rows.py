@@ -85,7 +85,10 @@ def embed_rows(model: Any, ids: torch.Tensor, images: ImageVectors | None) -> to
     Args:
         images: of these places; `None`: there are none.
     """
-    embeds = model.get_input_embeddings()(ids)
+    layer = model.get_input_embeddings()
+    # A model that waits beside its device is fetched when it is called as a whole; single layers fetch themselves.
+    place = ids.device if layer.weight.is_meta else layer.weight.device
+    embeds = layer(ids.to(place)).to(ids.device)
     if images is None:
         return embeds
     return torch.where(images.places[..., None], images.vectors.to(embeds.dtype), embeds)

@@ -218,7 +218,7 @@ def tower_features(tower: Any, tiles: torch.Tensor, at_once: int = 16) -> torch.
         at_once: tiles per pass.
     """
     found = [
-        tower(pixel_values=part.to(tower.device, tower.dtype), output_hidden_states=True).hidden_states[-1]
+        tower(pixel_values=part.to(tower.dtype), output_hidden_states=True).hidden_states[-1]
         for part in tiles.split(at_once)
     ]
     return torch.cat(found)

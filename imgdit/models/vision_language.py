@@ -316,7 +316,7 @@ def _image_settings(folder: Path, values: Mapping[str, Any]) -> tuple[Mode, int 
 
 def read_weights(folder: Path, prefix: str) -> dict[str, torch.Tensor]:
     """Tensors of a folder whose names begin with a prefix, named without it."""
-    found = {}
+    found: dict[str, torch.Tensor] = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
             names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118 - it is no mapping

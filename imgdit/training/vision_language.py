@@ -84,16 +84,22 @@ class VisionRows(Movable):
 
 def collate_vision_rows(samples: Sequence[VisionRows]) -> VisionRows:
     """Rows of one length to one batch."""
-    joined = {name: torch.cat([getattr(s, name) for s in samples]) for name in ("ids", "targets", "turns", "tiles")}
-    lists = {name: sum((getattr(s, name) for s in samples), ()) for name in ("counts", "shown", "images")}
-    return VisionRows(**joined, **lists)
+    return VisionRows(
+        ids=torch.cat([one.ids for one in samples]),
+        targets=torch.cat([one.targets for one in samples]),
+        turns=torch.cat([one.turns for one in samples]),
+        tiles=torch.cat([one.tiles for one in samples]),
+        counts=tuple(count for one in samples for count in one.counts),
+        shown=tuple(size for one in samples for size in one.shown),
+        images=tuple(count for one in samples for count in one.images),
+    )
 
 
 class Dialogue(NamedTuple):
     """A sample as it was brought."""
 
-    messages: list[Message]
-    images: list[Blob]
+    messages: Sequence[Message]
+    images: Sequence[Blob]
 
 
 class UserDialogues:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -45,7 +46,7 @@ def answer_comparisons(
         scheduler = MaskedTextScheduler(reveal="shift" if half else "even", threshold=2.0)
         pipe = MaskedTextPipeline(model, scheduler)
         pipe.set_progress_bar_config(disable=True)
-        found = pipe(
+        found: Any = pipe(
             input_ids=ids, gen_length=answer, block_length=answer, cache=cache, eos_early_stop=False,
             num_inference_steps=max(1, answer // 2) if half else answer,
         )  # fmt: skip
@@ -53,4 +54,4 @@ def answer_comparisons(
 
     for work, options in WAYS.items():
         against = f"neither ({answer} steps)"
-        yield compare(work, against, lambda options=options: call(**options), call, rounds=rounds, device=device)
+        yield compare(work, against, partial(call, **options), call, rounds=rounds, device=device)
