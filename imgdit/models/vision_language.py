@@ -21,6 +21,7 @@ from torch import nn
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from imgdit.compat import Adapters
+from imgdit.hub import hub_file
 from imgdit.images.fitting import Size
 from imgdit.images.tiles import Mode, Tiling, Video
 from imgdit.io.safe_json import read_object
@@ -167,7 +168,7 @@ def read_tiling(source: str | Path) -> Tiling:
     folder = model_folder(source, None, None, None)
     values = read_config(folder)
     mode, _, grids = _image_settings(folder, values)
-    return Tiling(mode, grids, _tower_settings(_tower_folder(folder, values, None)).image_size)
+    return Tiling(mode, grids, _tower_settings(_tower_folder(folder, values, None, whole=False)).image_size)
 
 
 def _saved(folder: Path, dtype: Any, options: Mapping[str, Any]) -> VisionLanguageModel:
@@ -200,7 +201,8 @@ def load_vision_tower(
     Raises:
         ValueError: there is no tower, or its weights are not of the size that its configuration says.
     """
-    beside = _tower_folder(folder, values, named)
+    weights, where = read_weights(folder, INSIDE), folder
+    beside = _tower_folder(folder, values, named, whole=not weights)
     config = _tower_settings(beside)
     select = values.get("mm_vision_select_layer", -2)
     if values.get("mm_vision_select_feature", "patch") != "patch" or not -config.num_hidden_layers <= select < 0:
@@ -210,8 +212,6 @@ def load_vision_tower(
         )
     config.num_hidden_layers += 1 + select
     config.vision_use_head = False
-    weights = read_weights(folder, INSIDE)
-    where = folder
     if not weights:
         weights, where = read_weights(beside, BESIDE), beside
     if not weights:
@@ -236,8 +236,8 @@ def _tower_settings(folder: Path) -> SiglipVisionConfig:
     return SiglipVisionConfig(**{name: value for name, value in settings.items() if name in taken})
 
 
-def _tower_folder(folder: Path, values: Mapping[str, Any], named: str | Path | None) -> Path:
-    """Where the tower's own configuration is."""
+def _tower_folder(folder: Path, values: Mapping[str, Any], named: str | Path | None, whole: bool) -> Path:
+    """Where the tower's own configuration is, and if wanted all of it."""
     name = values.get("mm_vision_tower") if named is None else named
     if not name:
         raise ValueError(f"{folder / 'config.json'} names no mm_vision_tower; name the vision tower's folder")
@@ -245,8 +245,8 @@ def _tower_folder(folder: Path, values: Mapping[str, Any], named: str | Path | N
         if (place / "config.json").is_file():
             return place
     try:
-        return model_folder(str(name), None, None, None)
-    except ValueError as error:
+        return model_folder(str(name), None, None, None) if whole else hub_file(str(name), "config.json").parent
+    except Exception as error:  # of whichever library carries the request
         raise ValueError(
             f"{folder / 'config.json'} names the vision tower {str(name)!r}, which is neither in {folder.parent} nor "
             f"on the Hub ({error}); name the tower's folder"
