@@ -172,7 +172,7 @@ class FrameLayout:
 
     @property
     def num_scenes(self) -> int:
-        return 1 + max(self.text_scenes)
+        return 1 + max((*self.text_scenes, *self.scenes))
 
     @property
     def is_packed(self) -> bool:
@@ -345,6 +345,15 @@ class FrameLayout:
     def without_frozen(self) -> FrameLayout:
         """The layout of the steps that read the frozen segments from a cache instead of computing them."""
         return replace(self, cached=self.frozen | self.cached)
+
+    def only_frozen(self) -> FrameLayout:
+        """The layout of a pass over the frozen segments alone, which writes the cache of `without_frozen`."""
+        return replace(self, cached=frozenset(range(len(self.segments))) - self.frozen)
+
+    @cached_property
+    def reads_cache(self) -> bool:
+        """Whether a segment of the sequence sees one that is not."""
+        return any(self.sees[i] & self.cached for i in range(len(self.segments)) if i not in self.cached)
 
     @cached_property
     def groups(self) -> tuple[RowGroup, ...]:

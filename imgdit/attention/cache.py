@@ -79,13 +79,21 @@ class KVCache:
                     f"by {rotation}: the noise level crossed scale_watershed. Call clear() and run one step with all "
                     "frames"
                 )
-        elif layout.cached:
+        elif layout.reads_cache:
             raise ValueError(
                 "the layout leaves its frozen frames to a key/value cache that is still written; run one step with "
                 "all frames first and call freeze()"
             )
         if self.mode == "write":
             self.rotation = rotation
+
+    def of_samples(self, numbers: torch.Tensor) -> KVCache:
+        """A cache to read, whose sample i has what this one holds of sample `numbers[i]`: several texts about each
+        image read its keys and values."""
+        other = KVCache()
+        other.rotation, other._mode = self.rotation, "read"
+        other._layers = {name: layer.of_samples(numbers) for name, layer in self._layers.items()}
+        return other
 
     def clear(self) -> None:
         """Forget everything; the next run writes."""
@@ -105,6 +113,12 @@ class LayerCache:
         for key, _ in self._stored.values():
             return key.shape[0], key.shape[1]
         return None
+
+    def of_samples(self, numbers: torch.Tensor) -> LayerCache:
+        """See `KVCache.of_samples`."""
+        other = LayerCache()
+        other._stored = {name: (key[numbers], value[numbers]) for name, (key, value) in self._stored.items()}
+        return other
 
     def exchange(
         self, attention: str, key: torch.Tensor, value: torch.Tensor, frozen: Sequence[slice]

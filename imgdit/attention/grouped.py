@@ -52,6 +52,8 @@ def grouped_attention(
     Returns:
         (B, S, H, D).
     """
+    if not query.shape[1]:
+        return query
     width, scale = query.shape[-1], None
     if key_mask is not None and key_mask.is_floating_point():
         query, key, value, cached = _with_products(query, key, value, cached, key_mask)

@@ -63,6 +63,7 @@ ROLES = Structure(
         ("proj_out.bias", "finite"),
         ("text_proj_out.weight", "output"),
         ("text_proj_out.bias", "finite"),
+        ("text_embedder.weight", "input", 1.0),
         ("null_image_embd", "input", 0.02),
         ("*.norm_q.weight", "head"),
         ("*.norm_k.weight", "head"),

@@ -62,7 +62,7 @@ class BlockPlan(NamedTuple):
     def last(self, layout: FrameLayout) -> BlockPlan:
         """The plan of the last single-stream block: nobody reads what comes after the last generated segment."""
         live = [*(layout.texts[i] for i in layout.live_texts), *(layout.frames[i] for i in layout.live)]
-        plan = self._replace(read=max(n for n, segment in enumerate(live, start=1) if segment.predicted))
+        plan = self._replace(read=max((n for n, s in enumerate(live, start=1) if s.predicted), default=0))
         rows = plan.read_rows
         if layout.is_packed or rows is None or rows == sum(self.text_lengths + self.frame_lengths):
             return self

@@ -57,7 +57,7 @@ _ONE_FRAME = FrameLayout.build([Frame((1, 1))], 1)
 _ONE_FRAME_AND_TEXT = FrameLayout.build([TextFrame(1, sigma=None), Frame((1, 1))])
 _Pair = tuple[torch.Tensor, torch.Tensor]
 """Of the frames, and of the texts."""
-_HEAD = ("text_vocab_size", "text_rope_axis", "null_image_tokens")
+_HEAD = ("text_vocab_size", "text_rope_axis", "text_embeds", "null_image_tokens")
 """Settings of the text head."""
 
 
@@ -102,6 +102,8 @@ class MMDiT(
         text_vocab_size: tokens that the text head predicts, V; `None`: there is no head.
         text_rope_axis: rotary axis along which the tokens of a text that is generated lie, at 0, 1, …; `None`: they
             all lie at 0 as those of a prompt, and a text encoder without absolute positions makes all masks equal.
+        text_embeds: whether the tokens of a text that is generated have embeddings of their own, `text_embedder`;
+            otherwise a text encoder reads them, masks and all (Dual Diffusion).
         null_image_tokens: learned tokens that stand for an image where there is none; 0: there always is one.
         mup_base_width: width at which learning rates were tuned (μP); `None`: standard parametrisation.
         mup_output_mult: factor of the readout (μP).
@@ -173,6 +175,7 @@ class MMDiT(
         timestep_scale: float = 1000.0,
         text_vocab_size: int | None = None,
         text_rope_axis: int | None = None,
+        text_embeds: bool = False,
         null_image_tokens: int = 0,
         mup_base_width: int | None = None,
         mup_output_mult: float = 1.0,
@@ -233,6 +236,8 @@ class MMDiT(
     def _add_text_head(self, vocab_size: int, null_image_tokens: int) -> None:
         self.text_norm_out = nn.LayerNorm(self.inner_dim, elementwise_affine=False, eps=1e-6)
         self.text_proj_out = nn.Linear(self.inner_dim, vocab_size)
+        if self.config.text_embeds:
+            self.text_embedder = nn.Embedding(vocab_size, self.config.joint_attention_dim)
         gathered = compat.ContextParallelOutput(gather_dim=1, expected_dims=3)
         self._cp_plan = {**self._cp_plan, "text_proj_out": gathered}
         if null_image_tokens:

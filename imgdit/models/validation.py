@@ -58,10 +58,10 @@ def _check_head(config: Mapping[str, Any]) -> None:
         raise ValueError("guidance_embeds needs pooled text; set pooled_projection_dim, or leave the guidance out")
     axis, axes, tokens = config["text_rope_axis"], config["axes_dims_rope"], config["null_image_tokens"]
     if config["text_vocab_size"] is None:
-        if axis is not None or tokens:
+        if axis is not None or tokens or config["text_embeds"]:
             raise ValueError(
-                f"text_rope_axis={axis} and null_image_tokens={tokens} are of a text head; set text_vocab_size, or "
-                "leave them out"
+                f"text_rope_axis={axis}, text_embeds={config['text_embeds']} and null_image_tokens={tokens} are of a "
+                "text head; set text_vocab_size, or leave them out"
             )
         return
     if config["context_pre_only"]:
@@ -133,7 +133,8 @@ def check_inputs(
     samples = batch
     if layout is not None:
         assert hidden_states is not None  # _check_no_image
-        samples = _check_layout(hidden_states, text, img_ids, encoder_attention_mask, layout)
+        writes = cache is not None and cache.mode == "write"
+        samples = _check_layout(hidden_states, text, img_ids, encoder_attention_mask, layout, writes)
     elif cache is not None:
         raise ValueError("a cache keeps the frozen frames of a layout; pass layout= as well")
     elif rotary and hidden_states is not None:
@@ -229,8 +230,13 @@ def _check_layout(
     img_ids: torch.Tensor | None,
     encoder_attention_mask: torch.Tensor | None,
     layout: FrameLayout,
+    writes: bool,
 ) -> int:
-    """Check the tensors against a layout; the number of samples (batch, or scenes of a packed layout)."""
+    """Check the tensors against a layout; the number of samples (batch, or scenes of a packed layout).
+
+    Args:
+        writes: whether the pass fills a cache, and so need not predict anything.
+    """
     if img_ids is not None:
         raise ValueError("the layout holds the positions; pass either img_ids or layout")
     if hidden_states.shape[1] != layout.image_length:
@@ -240,7 +246,7 @@ def _check_layout(
         )
     if text != layout.text_length:
         raise ValueError(f"encoder_hidden_states has {text} tokens, the layout expects {layout.text_length}")
-    if not layout.predicted and not layout.predicted_texts:
+    if not layout.predicted and not layout.predicted_texts and not writes:
         raise ValueError("every frame of the layout is held at its noise level: there is nothing to predict")
     if not layout.is_packed:
         return hidden_states.shape[0]

@@ -13,7 +13,7 @@ from imgdit.scenes.texts import SceneTextPairs, SceneTexts
 from imgdit.scenes.training_conditions import SceneConditions
 from imgdit.scenes.training_frames import SceneFrames
 from imgdit.scenes.training_readers import collate_captions, collate_readings
-from imgdit.scenes.training_texts import SceneImageTexts
+from imgdit.scenes.training_texts import SceneFramesAndTexts, SceneImageTexts
 from imgdit.training.batches import Images
 from imgdit.training.sources import Source, only_batch
 from imgdit.training.text_pairs import collate_text_pairs
@@ -37,4 +37,5 @@ text_pairs = Source(SceneTextPairs, collate_text_pairs, held_out=128)
 readings = Source(SceneReadings, collate_readings, held_out=64)
 frames = Source(SceneFrames, only_batch, held_out=8, whole_batches=True)
 image_texts = Source(SceneImageTexts, only_batch, held_out=8, whole_batches=True)
+frames_and_texts = Source(SceneFramesAndTexts, only_batch, held_out=8, whole_batches=True)
 conditions = Source(SceneConditions, only_batch, held_out=4, whole_batches=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 from random import Random
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerFast
@@ -11,13 +12,40 @@ from transformers import PreTrainedTokenizerFast
 from imgdit.checkpoints import EMBEDDED
 from imgdit.io.order import mixed_seed
 from imgdit.models.functional import PATCH, pack
+from imgdit.models.mmdit import MMDiT
+from imgdit.models.text_head import with_text_head
+from imgdit.recipes import check_arguments
 from imgdit.scenes.captions import caption, plain_caption
 from imgdit.scenes.latents import SIZE, scene_views
 from imgdit.scenes.questions import question
 from imgdit.scenes.tokenizer import question_tokenizer
-from imgdit.scenes.training_frames import CachedScenes, scene_components
+from imgdit.scenes.training_frames import CachedScenes, SceneFrames, scene_components
 from imgdit.scenes.world import Scene
+from imgdit.training.sources import InTurn
 from imgdit.training.text_rows import ImageTexts, TextRow, text_rows
+
+TEXT_AXIS = 2
+"""Rotary axis of texts that are generated: the columns'."""
+
+
+def scene_text_transformer(
+    folder: str, subfolder: str | None = "transformer", dtype: torch.dtype = torch.float32
+) -> MMDiT:
+    """The transformer of a pipeline's folder with a new text head for `question_tokenizer`, as recipes begin with it.
+
+    A token that the folder's text encoder knows begins with the embedding that the encoder gives it alone.
+    """
+    transformer = MMDiT.from_pretrained(folder, subfolder=subfolder, dtype=dtype)
+    _, text_encoder, known = scene_components(folder)
+    tokens = len(scene_question_tokenizer())
+    generator = torch.Generator().manual_seed(0)
+    model = with_text_head(transformer, tokens, rope_axis=TEXT_AXIS, embeds=True, generator=generator)
+    with torch.no_grad():
+        alone = text_encoder(torch.arange(len(known))[:, None])[0][:, 0]  # (V, J)
+        weight = model.text_embedder.weight
+        weight.normal_(std=float(alone.std()), generator=generator)
+        weight[: len(known)] = alone.to(weight)
+    return model
 
 
 @lru_cache(maxsize=1)
@@ -67,6 +95,7 @@ class SceneImageTexts(CachedScenes):
         self.images, self.captions, self.questions, self.plain, self.length = (
             images, captions, questions, plain, length,
         )  # fmt: skip
+        self.pooled = self.encode([])[1].pooled  # of the empty prompt
 
     def __getitem__(self, index: int) -> ImageTexts:
         rng = Random(mixed_seed(index, 0))
@@ -78,7 +107,7 @@ class SceneImageTexts(CachedScenes):
             rows += [self._caption(shown, rng) for _ in range(self.captions)]
             rows += [self._question(shown, rng) for _ in range(self.questions)]
         texts = text_rows(rows, self.length, self.tokenizer.eos_token_id)
-        return ImageTexts(pack(torch.stack(latents), PATCH), self.size, texts)
+        return ImageTexts(pack(torch.stack(latents), PATCH), self.size, texts, self.pooled)
 
     def _caption(self, scene: Scene, rng: Random) -> TextRow:
         said = plain_caption(scene) if rng.random() < self.plain else caption(scene, rng)
@@ -90,3 +119,25 @@ class SceneImageTexts(CachedScenes):
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+class SceneFramesAndTexts(InTurn):
+    """Endless: batches of `SceneFrames` and of `SceneImageTexts` in turn, for the objective `joint`.
+
+    Args:
+        frames, texts: arguments of both; `split` and `model` hold for both.
+        model: pipeline folder of the autoencoder and text encoder.
+        split: "train" or "heldout".
+    """
+
+    def __init__(
+        self,
+        frames: dict[str, Any] | None = None,
+        texts: dict[str, Any] | None = None,
+        model: str = EMBEDDED,
+        split: str = "train",
+    ):
+        check_arguments(SceneFrames, frames or {}, "data.arguments.frames")
+        check_arguments(SceneImageTexts, texts or {}, "data.arguments.texts")
+        shared: dict[str, Any] = {"model": model, "split": split}
+        super().__init__(SceneFrames(**{**shared, **(frames or {})}), SceneImageTexts(**{**shared, **(texts or {})}))

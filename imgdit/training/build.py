@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -54,7 +55,11 @@ def pretrained_folder(config: ModelConfig) -> str:
 
 
 def add_adapter(model: Any, config: AdapterConfig, seed: int) -> None:
-    """Freeze a model and put a LoRA on it, called `ADAPTER`, that changes nothing yet."""
+    """Freeze a model, but for `config.modules`, and put a LoRA on it, called `ADAPTER`, that changes nothing yet.
+
+    Raises:
+        ValueError: `config.modules` names no module of the model.
+    """
     from diffusers.training_utils import cast_training_params
     from peft import LoraConfig
 
@@ -65,6 +70,12 @@ def add_adapter(model: Any, config: AdapterConfig, seed: int) -> None:
         model.add_adapter(
             LoraConfig(r=config.rank, lora_alpha=config.alpha or config.rank, target_modules=pattern), ADAPTER
         )
+    for whole in config.modules:
+        found = [module for name, module in model.named_modules() if re.fullmatch(whole, name)]
+        if not found:
+            raise ValueError(f"adapter.modules names {whole!r}, which is no module of {type(model).__name__}")
+        for module in found:
+            module.requires_grad_(True)
     cast_training_params(model)  # PEFT makes an adapter of what its layer is made of
 
 

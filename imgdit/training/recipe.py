@@ -40,6 +40,7 @@ OBJECTIVES = {
         "block_text",
         "contrastive",
         "vision_language",
+        "joint",
     )
 }
 """Short names of `objective.name`."""
@@ -163,6 +164,8 @@ class AdapterConfig:
     """Its scale times its rank; `None`: the rank."""
     targets: tuple[str, ...] = OMINICONTROL_TARGETS
     """Regular expressions of whole module names."""
+    modules: tuple[str, ...] = ()
+    """Regular expressions of whole names of modules that are trained themselves, such as a new text head."""
 
     def __post_init__(self) -> None:
         _require(self.rank >= 0, "rank", "0 or more", self.rank)

@@ -49,6 +49,16 @@ def only_batch(samples: Sequence[Any]) -> Any:
     return samples[0]
 
 
+class InTurn:
+    """Endless: the samples of two endless data sets in turn, such as images and texts about images."""
+
+    def __init__(self, first: MapDataset, second: MapDataset):
+        self.sets = (first, second)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.sets[index % 2][index // 2]
+
+
 toy = Source(BlobLatents, collate_blobs, held_out=512)
 user_images = Source(UserImages, only_batch, held_out=8, whole_batches=True, settings=UserImagesSettings)
 user_texts = Source(UserTexts, collate_text_rows, held_out=32)

@@ -43,6 +43,8 @@ class ImageTexts(Movable):
     """Rows and columns of an image's tokens, N in all."""
     texts: TextRows
     """B · S rows: the first S are about the first image, and so on."""
+    pooled: torch.Tensor | None = None
+    """(1, P) pooled text that the model is given with all of them, that of the empty prompt; `None`: none."""
 
 
 class TextRow(NamedTuple):

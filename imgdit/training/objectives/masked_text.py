@@ -1,4 +1,4 @@
-"""Masked diffusion of text (LLaDA, arXiv 2502.09992)."""
+"""Masked diffusion of text (LLaDA, arXiv 2502.09992), also of text about images (Dual Diffusion, arXiv 2501.00289)."""
 
 from __future__ import annotations
 
@@ -9,35 +9,60 @@ import torch
 from imgdit import compat
 from imgdit.models.masked_lm import masked_logits
 from imgdit.training.batches import ObjectiveOutput
-from imgdit.training.masked_text_loss import Weight, mask_tokens, masked_text_loss
-from imgdit.training.text_rows import TextRows
+from imgdit.training.image_texts import image_text_logits
+from imgdit.training.masked_text_loss import Weight, antithetic_times, mask_tokens, masked_text_loss
+from imgdit.training.text_rows import ImageTexts, TextRows
 
 
 def masked_text(
     model: torch.nn.Module,
     scheduler: Any,
-    batch: TextRows,
+    batch: TextRows | ImageTexts,
     generator: torch.Generator | None,
     *,
     weight: Weight = "rate_and_length",
     complement: bool = False,
+    antithetic: bool = False,
+    mask_token_id: int | None = None,
+    adapter: str | None = None,
+    image_adapter: str | None = None,
 ) -> ObjectiveOutput:
     """LLaDA's fine-tuning loss, or with `weight: rate` its pre-training loss; prompts are never masked.
 
     Args:
-        model: a masked language model of transformers, wrapped for distributed training or not.
+        model: a masked language model of transformers, or for texts about images an `MMDiT` with a text head; wrapped
+            for distributed training or not.
         scheduler: not used.
         batch: rows; those without a prompt are pre-training.
         generator: source of rates and masks.
         weight: see `masked_text_loss`.
         complement: use each row twice, the second time with the other tokens masked.
+        antithetic: spread the masking rates of a batch evenly, see `antithetic_times`.
+        mask_token_id: the mask token; `None`: of the model's configuration.
+        adapter: for texts about images: LoRA that reads the texts' rows, while nothing else is changed.
+        image_adapter: for texts about images: LoRA that reads the images' rows.
+
+    Raises:
+        ValueError: no mask token, or a model without a text head for texts about images.
     """
-    mask_token_id = compat.unwrapped(model).config.mask_token_id
-    noised = mask_tokens(batch.ids, mask_token_id, maskable=batch.counted, complement=complement, generator=generator)
+    about = batch if isinstance(batch, ImageTexts) else None
+    rows: TextRows = batch.texts if isinstance(batch, ImageTexts) else batch
+    mask = getattr(compat.unwrapped(model).config, "mask_token_id", None) if mask_token_id is None else mask_token_id
+    if mask is None:
+        raise ValueError("the model's configuration names no mask token; give mask_token_id")
+    times = antithetic_times(len(rows.ids), generator, rows.ids.device) if antithetic else None
+    noised = mask_tokens(
+        rows.ids, mask, maskable=rows.counted, complement=complement, times=times, generator=generator
+    )
     copies = 2 if complement else 1
-    lengths = batch.counted.sum(1).repeat(copies) if weight == "rate_and_length" else None
-    logits = masked_logits(model, noised.ids)
-    targets = batch.ids.repeat(copies, 1)
+    lengths = rows.counted.sum(1).repeat(copies) if weight == "rate_and_length" else None
+    if about is None:
+        logits = masked_logits(model, noised.ids)
+    else:
+        adapters = {"adapter": adapter, "image_adapter": image_adapter}
+        frozen = adapter is not None and image_adapter is None
+        logits = image_text_logits(model, about, noised.ids, noised.rate, frozen=frozen, **adapters)
+    targets = rows.ids.repeat(copies, 1)
     loss = masked_text_loss(logits, targets, noised, weight=weight, lengths=lengths)
     right = (logits.argmax(-1) == targets)[noised.masked]
     return ObjectiveOutput(loss, {"right": right.float().mean() if len(right) else loss.new_zeros(())})
