@@ -141,7 +141,11 @@ def on_rows(module: LoraLayer, x: torch.Tensor, rows: AdapterRows, *, shared: bo
                 raise ValueError(f"adapter {name!r} is not a plain LoRA (DoRA or the like) and cannot act on rows")
             down, up = module.lora_A[name], module.lora_B[name]
             delta = _call(up, _call(down, module.lora_dropout[name](x[:, part].to(down.weight.dtype))))
-            out[:, part] += (delta * module.scaling[name]).to(out.dtype)
+            change = (delta * module.scaling[name]).to(out.dtype)
+            if change.shape[1] == out.shape[1]:  # autograd refuses to change the whole of a frozen layer's result
+                out = out + change
+            else:
+                out[:, part] += change
     return out
 
 

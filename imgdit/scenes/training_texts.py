@@ -68,6 +68,8 @@ class SceneImageTexts(CachedScenes):
         captions, questions: rows of each image.
         plain: probability that a caption is `plain_caption`; the others are paraphrases.
         length: tokens of a row. With the end token, captions have up to 29, questions with their answers 12.
+        question_length: tokens of a row with a question; batches are then of captions and of questions in turn.
+            `None`: every batch has both, of `length`.
         size: pixels per side.
         split: "train" or "heldout".
     """
@@ -82,11 +84,14 @@ class SceneImageTexts(CachedScenes):
         questions: int = 6,
         plain: float = 0.0,
         length: int = 32,
+        question_length: int | None = None,
         size: int = SIZE,
         split: str = "train",
     ):
         if images < 1 or captions < 0 or questions < 0 or captions + questions < 1:
             raise ValueError(f"a batch needs an image and each image a text, got {images=}, {captions=}, {questions=}")
+        if question_length is not None and not (captions and questions):
+            raise ValueError(f"captions and questions in turn need both, got {captions=} and {questions=}")
         if not 0.0 <= plain <= 1.0:
             raise ValueError(f"plain is a probability, got {plain}")
         vae, text_encoder, _ = scene_components(model)
@@ -95,19 +100,27 @@ class SceneImageTexts(CachedScenes):
         self.images, self.captions, self.questions, self.plain, self.length = (
             images, captions, questions, plain, length,
         )  # fmt: skip
+        self.question_length = question_length
         self.pooled = self.encode([])[1].pooled  # of the empty prompt
 
     def __getitem__(self, index: int) -> ImageTexts:
         rng = Random(mixed_seed(index, 0))
         latents, rows = [], []
+        length, captions, questions = self._kind(index)
         for _ in range(self.images):
             number, view, look = self.draw(rng)
             latents.append(self.latent(number, "pictures", view, look))
             shown = scene_views(number, self.split).looks[view][look]
-            rows += [self._caption(shown, rng) for _ in range(self.captions)]
-            rows += [self._question(shown, rng) for _ in range(self.questions)]
-        texts = text_rows(rows, self.length, self.tokenizer.eos_token_id)
+            rows += [self._caption(shown, rng) for _ in range(captions)]
+            rows += [self._question(shown, rng) for _ in range(questions)]
+        texts = text_rows(rows, length, self.tokenizer.eos_token_id)
         return ImageTexts(pack(torch.stack(latents), PATCH), self.size, texts, self.pooled)
+
+    def _kind(self, index: int) -> tuple[int, int, int]:
+        """Tokens of a row, captions and questions of each image of a batch."""
+        if self.question_length is None:
+            return self.length, self.captions, self.questions
+        return (self.question_length, 0, self.questions) if index % 2 else (self.length, self.captions, 0)
 
     def _caption(self, scene: Scene, rng: Random) -> TextRow:
         said = plain_caption(scene) if rng.random() < self.plain else caption(scene, rng)

@@ -165,5 +165,13 @@ def test_rows_hold_images_with_captions_and_answered_questions(tmp_path):
     first = [look for seed in range(2) for view in scene_views(seed).looks for look in view]
     assert not said[0][0] and {said[0][1], said[4][1]} <= {plain_caption(look) for look in first}
     assert all(text.endswith("?") and answer for text, answer in (*said[1:4], *said[5:]))
+    with small_cache():
+        turns = SceneImageTexts(latents=str(tmp_path), scenes=2, images=2, captions=1, questions=3, question_length=14)
+        captions, questions = turns[0], turns[1]
+    assert captions.texts.ids.shape == (2, 32) and not captions.texts.prompt.any()
+    assert questions.texts.ids.shape == (6, 14) and questions.texts.prompt.any(1).all()
+    assert captions.pooled is not None and captions.pooled.shape[0] == 1
+    with pytest.raises(ValueError, match="in turn need both"):
+        SceneImageTexts(latents=str(tmp_path), captions=0, question_length=14)
     with pytest.raises(ValueError, match="each image a text"):
         SceneImageTexts(latents=str(tmp_path), captions=0, questions=0)
