@@ -186,8 +186,7 @@ class MMDiT(
     ):
         super().__init__()
         check_config(self.config)
-        dim = num_attention_heads * attention_head_dim
-        self.inner_dim = dim
+        dim = self.inner_dim = num_attention_heads * attention_head_dim
         self.out_channels = out_channels or in_channels
         ends_text = context_pre_only
         if ends_text is None:
