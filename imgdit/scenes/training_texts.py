@@ -13,7 +13,7 @@ from imgdit.checkpoints import EMBEDDED
 from imgdit.io.order import mixed_seed
 from imgdit.models.functional import PATCH, pack
 from imgdit.models.mmdit import MMDiT
-from imgdit.models.text_head import with_text_head
+from imgdit.models.text_head import add_text_head
 from imgdit.recipes import check_arguments
 from imgdit.scenes.captions import caption, plain_caption
 from imgdit.scenes.latents import SIZE, scene_views
@@ -39,13 +39,13 @@ def scene_text_transformer(
     _, text_encoder, known = scene_components(folder)
     tokens = len(scene_question_tokenizer())
     generator = torch.Generator().manual_seed(0)
-    model = with_text_head(transformer, tokens, rope_axis=TEXT_AXIS, embeds=True, generator=generator)
+    add_text_head(transformer, tokens, rope_axis=TEXT_AXIS, embeds=True, generator=generator)
     with torch.no_grad():
         alone = text_encoder(torch.arange(len(known))[:, None])[0][:, 0]  # (V, J)
-        weight = model.text_embedder.weight
+        weight = transformer.text_embedder.weight
         weight.normal_(std=float(alone.std()), generator=generator)
         weight[: len(known)] = alone.to(weight)
-    return model
+    return transformer
 
 
 @lru_cache(maxsize=1)

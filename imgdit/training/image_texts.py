@@ -114,6 +114,6 @@ def _config(model: torch.nn.Module) -> Any:
     if not config.text_embeds:
         raise ValueError(
             "the model has no embeddings of text that is generated (text_vocab_size, text_embeds); give it a text "
-            "head with imgdit.models.text_head.with_text_head"
+            "head with imgdit.models.text_head.add_text_head"
         )
     return config

@@ -7,7 +7,7 @@ import torch
 
 from imgdit import Frame, FrameLayout, MMDiT
 from imgdit.io.order import Batches
-from imgdit.models.text_head import with_text_head
+from imgdit.models.text_head import add_text_head, load_text_head, save_text_head
 from imgdit.schedulers.flow_match import MultiFrameFlowMatchScheduler
 from imgdit.training import train
 from imgdit.training.batches import Batch, Text
@@ -31,9 +31,9 @@ def model():
     plain = MMDiT(**CONFIG)
     for parameter in plain.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
-    net = with_text_head(plain, 20, rope_axis=2, embeds=True, generator=torch.Generator().manual_seed(0))
-    torch.nn.init.normal_(net.text_proj_out.weight, std=0.2)  # drawn as zeros, which pass no gradient on
-    return net
+    add_text_head(plain, 20, rope_axis=2, embeds=True, generator=torch.Generator().manual_seed(0))
+    torch.nn.init.normal_(plain.text_proj_out.weight, std=0.2)  # it begins with zeros, which pass no gradient on
+    return plain
 
 
 def texts(seed=0, images=2):
@@ -119,6 +119,18 @@ def test_a_frozen_image_gives_the_same_loss():
     assert not net.x_embedder.weight.grad.any()
 
 
+def test_a_head_is_saved_and_loaded(tmp_path):
+    trained = model()
+    save_text_head(trained, tmp_path / "head.safetensors")
+    plain = MMDiT(**CONFIG)
+    load_text_head(plain, tmp_path / "head.safetensors")
+    assert plain.config.text_rope_axis == 2 and plain.config.text_embeds and plain.config.text_vocab_size == 20
+    torch.testing.assert_close(plain.text_embedder.weight, trained.text_embedder.weight, atol=1e-3, rtol=1e-3)
+    wide = MMDiT(**{**CONFIG, "num_attention_heads": 4})
+    with pytest.raises(ValueError, match="no text head of a model of width 32"):
+        load_text_head(wide, tmp_path / "head.safetensors")
+
+
 def test_levels_are_spread_evenly():
     times = antithetic_times(5, torch.Generator().manual_seed(0))
     assert (times * 5).floor().tolist() == [0, 1, 2, 3, 4] and times.diff().tolist() == pytest.approx([0.2] * 4)
@@ -188,4 +200,6 @@ def test_models_without_a_head_and_missing_mask_tokens_are_refused():
     with pytest.raises(ValueError, match="names no mask token"):
         joint(model(), MultiFrameFlowMatchScheduler(), texts(), None, together=True)
     with pytest.raises(ValueError, match="has a text head of 20 tokens already"):
-        with_text_head(model(), 20)
+        add_text_head(model(), 20)
+    with pytest.raises(ValueError, match="ends the text stream"):
+        add_text_head(MMDiT(**{**CONFIG, "num_single_layers": 0}), 20)
