@@ -34,7 +34,8 @@ class FamilyCase:
     residuals: Callable[..., dict[str, Any]] | None = None
     """`residuals(model, arguments)`: arguments of the transformer with the residuals of a ControlNet."""
     compiled: bool = True
-    """Whether the quick tests compile its blocks; those whose blocks are like another family's wait for the slow."""
+    """Whether the quick tests compile its blocks; those that are like another family's, or take long, wait for the
+    slow."""
     completes: bool = True
     """Whether conditions can complete an image."""
     options: dict[str, Any] = field(default_factory=dict)

@@ -92,8 +92,4 @@ def dense(model, given, conditions=()):
     return model.final_layer(x[:, rows.image], made[:, None])
 
 
-CASES = {
-    "Krea 2": FamilyCase(
-        krea2, prompts, dense, TARGETS, STYLE, hookpoints=("transformer_blocks.0",), calls=2, compiled=False
-    )
-}
+CASES = {"Krea 2": FamilyCase(krea2, prompts, dense, TARGETS, STYLE, hookpoints=("transformer_blocks.0",), calls=2)}

@@ -131,6 +131,7 @@ CASES = {
         TARGETS,
         STYLE,
         hookpoints=("noise_refiner.1", "layers.0"),
+        compiled=False,  # in five forms, which takes ten seconds
         completes=False,
         residuals=residuals,
     )

@@ -36,6 +36,12 @@ def _shape(layer: Any) -> tuple[int, int]:
     return layer.out_features, layer.in_features
 
 
+_BY_CHANNELS = (
+    "reads its condition as further channels of the latents, which needs a wider model and a pipeline of its own; "
+    "OmniControl takes LoRAs that read a condition as tokens"
+)
+
+
 def fitted(
     found: Mapping[str, LoraPair], source: str, model: nn.Module, layers: Mapping[str, Any]
 ) -> tuple[dict[str, LoraPair], list[str]]:
@@ -52,7 +58,10 @@ def fitted(
         if name in found and name in layers:
             channels, ours = math.prod(found[name].down.shape[1:]), _shape(layers[name])
             if (found[name].up.shape[0], channels) == (ours[0], 2 * ours[1]):
-                raise ValueError(f"{source} {CONTROL} (its {name} reads {channels} channels, the model's {ours[1]})")
+                raise ValueError(
+                    f"{source} {CONTROL if own == 'FLUX.1' else _BY_CHANNELS} (its {name} reads {channels} channels, "
+                    f"the model's {ours[1]})"
+                )
     pairs: dict[str, LoraPair] = {}
     for name, pair in found.items():
         if name not in layers:

@@ -111,6 +111,17 @@ def test_files_by_the_repositorys_names_are_read_whole(key, tmp_path):
         torch.testing.assert_close(pair.up @ pair.down, changes[name])
 
 
+def test_a_lora_that_reads_its_condition_by_channels_is_refused(tmp_path):
+    pipe = krea2()
+    tensors, _ = own_tensors(
+        pipe.transformer, {"first": ("img_in",), "blocks.0.attn.wq": LAYERS["blocks.1.attn.wq"]}, comfyui
+    )
+    tensors["diffusion_model.first.lora_A.weight"] = torch.ones(2, 32)
+    save_file(tensors, tmp_path / "depth.safetensors")
+    with pytest.raises(ValueError, match=r"as further channels .* \(its img_in reads 32 channels, the model's 16\)"):
+        OmniControl(pipe).load(tmp_path / "depth.safetensors")
+
+
 @pytest.mark.parametrize("name", ["blocks.0.attn.wq", "transformer_blocks.0.ff.gate", "text_fusion.projector"])
 def test_layers_tell_the_family(name):
     assert family_of([name]) == "Krea 2"
