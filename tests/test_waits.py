@@ -3,11 +3,16 @@
 import numpy as np
 import pytest
 import tiny_control
+import tiny_flux2
+import tiny_krea2
+import tiny_z_image
 import torch
 from onediffusion_fixtures import TINY
 from PIL import Image
 from tiny import rope_config, sincos_config, tiny_mmdit, tiny_pipeline
 from tiny_control import SD3_TARGETS, TARGETS, image, lora_file, make
+from tiny_families import loaded
+from tiny_families import make as make_latents
 from tiny_sae import flux, flux_guided, ours, sd3, selection, tiny_sae, unlearner_of
 from tiny_sae import run as run_sae
 from waits import Waits
@@ -109,6 +114,17 @@ def test_steps_of_stock_pipelines(kind, use, tmp_path):
             return make(pipe, num_inference_steps=steps)
 
     assert steps_of(run).total() == (MANY - FEW) * allowed
+
+
+@pytest.mark.parametrize("name", ["FLUX.2 klein", "Z-Image", "Krea 2"])
+def test_steps_of_other_families(name, tmp_path):
+    """Conditions add no wait to those of the stock pipeline."""
+    case = (tiny_flux2.CASES | tiny_z_image.CASES | tiny_krea2.CASES)[name]
+    control = loaded(case, case.pipeline(), tmp_path)
+    plain = steps_of(lambda steps: make_latents(case, control.pipe, steps=steps)).total()
+    for mode in ("joint", "independent"):
+        with control.use([condition(), condition(position="subject")], mode=mode):
+            assert steps_of(lambda steps: make_latents(case, control.pipe, steps=steps)).total() == plain
 
 
 SCENES = {

@@ -6,8 +6,8 @@ S all tokens, C channels of a token, D width, V width of the conditioning vector
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -36,7 +36,7 @@ from imgdit.mup.structure import Structure
 WHOLE = 32
 """The model pads image and caption to multiples of so many tokens, with tokens of their own that are seen."""
 _OMNI = (
-    "ZImageOmniPipeline gives the model several images of a sample, and conditions would lie among them. Load the "
+    "it gives the model several images of a sample, whose order conditions and activation hooks do not know. Load the "
     "model as a ZImagePipeline"
 )
 
@@ -63,7 +63,7 @@ def _samples(arguments: Arguments) -> list[torch.Tensor]:
     """
     samples = list(arguments["x"])
     if isinstance(samples[0], (list, tuple)):
-        raise ValueError(f"each sample of this call is several images: {_OMNI}")
+        raise ValueError(f"each sample of this call is several images; this is ZImageOmniPipeline's way: {_OMNI}")
     sizes = {tuple(sample.shape) for sample in samples}
     if len(sizes) > 1:
         raise ValueError(f"the images of a batch are of one size, got {', '.join(map(str, sorted(sizes)))}")
@@ -90,6 +90,12 @@ def _text_lengths(arguments: Arguments) -> tuple[int, ...]:
     return tuple(_padded(len(caption)) for caption in arguments["cap_feats"])
 
 
+@functools.lru_cache(maxsize=32)
+def _as_tensor(lengths: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """(B, 1); the same tensor in every step, so that nothing is compared."""
+    return torch.tensor(lengths, dtype=dtype)[:, None]
+
+
 def _call(model: Any, arguments: Arguments) -> Call:
     latents, captions, lengths = _latents(arguments), arguments["cap_feats"], _text_lengths(arguments)
     rows, columns = _grid(arguments)
@@ -104,8 +110,7 @@ def _call(model: Any, arguments: Arguments) -> Call:
         length=image,
         latents=latents,
         texts=(torch.nn.utils.rnn.pad_sequence(list(captions), batch_first=True),),
-        # On the CPU, where comparing it with that of the last step waits for nothing.
-        cached_by=torch.tensor(lengths, dtype=latents.dtype, device="cpu")[:, None],
+        cached_by=_as_tensor(lengths, latents.dtype),
         key_mask=mask,
         places=lengths,
     )
@@ -201,7 +206,7 @@ def _compute(
     """A `ZImageTransformerBlock`, whose branches have norms at both ends."""
     rows, read = plan.adapters(stream), plan.read_rows
     backend = compat.processor_backend(block.attention)
-    compute = partial(_attention, block.attention, plan=plan, cache=cache, stream=stream, backend=backend)
+    compute = functools.partial(_attention, block.attention, plan=plan, cache=cache, stream=stream, backend=backend)
 
     def attend(normed: torch.Tensor) -> torch.Tensor:
         return block.attention_norm2(compat.called(block.attention, compute, normed, freqs_cis=rope))
