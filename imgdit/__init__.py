@@ -29,6 +29,8 @@ _EXPORTS = {
     "ImageProjector": "imgdit.models.image_tokens",
     "ImgDiTPipeline": "imgdit.pipelines.text_to_image",
     "ImgDiTPipelineOutput": "imgdit.pipelines.text_to_image",
+    "ImageTextPipeline": "imgdit.pipelines.image_text",
+    "ImageTextPipelineOutput": "imgdit.pipelines.image_text",
     "KVCache": "imgdit.attention.cache",
     "LLaDAVPipeline": "imgdit.pipelines.vision_language",
     "LaViDaPipeline": "imgdit.pipelines.vision_language",
@@ -80,6 +82,8 @@ if TYPE_CHECKING:
     from imgdit.models.mmdit import MMDiT as MMDiT
     from imgdit.models.nextdit import NextDiT as NextDiT
     from imgdit.pipelines.block_text import BlockTextPipeline as BlockTextPipeline
+    from imgdit.pipelines.image_text import ImageTextPipeline as ImageTextPipeline
+    from imgdit.pipelines.image_text import ImageTextPipelineOutput as ImageTextPipelineOutput
     from imgdit.pipelines.masked_text import MaskedTextPipeline as MaskedTextPipeline
     from imgdit.pipelines.masked_text import MaskedTextPipelineOutput as MaskedTextPipelineOutput
     from imgdit.pipelines.mmada import MMaDAPipeline as MMaDAPipeline

@@ -60,6 +60,8 @@ pipeline_loading_utils.LOADABLE_CLASSES.setdefault(
 
 # Published folders whose `model_index.json` leaves components out, by pipeline: where those are and what they are.
 _UNLISTED = {"OneDiffusionPipeline": {"transformer": ["imgdit", "NextDiT"]}}
+# Published folders of pipelines that no library has, by their class: what they are here.
+_RENAMED = {"DualDiffSD3Pipeline": {"_class_name": "ImageTextPipeline", "transformer": ["imgdit", "MMDiT"]}}
 
 
 class SafetensorsOnly:
@@ -166,7 +168,8 @@ class DiffusionPipeline(SafetensorsOnly, diffusers.DiffusionPipeline):
     def _dict_from_json_file(cls, json_file: Any) -> dict[str, Any]:
         """A configuration file's contents, components that it leaves out added; the loader then treats them alike."""
         config = super()._dict_from_json_file(json_file)
-        return _UNLISTED.get(str(config.get("_class_name")), {}) | config
+        name = str(config.get("_class_name"))
+        return _UNLISTED.get(name, {}) | config | _RENAMED.get(name, {})
 
 
 _HUB_OPTIONS = ("cache_dir", "local_files_only", "proxies", "revision", "token")

@@ -45,7 +45,7 @@ def load_pipeline(source: str | Path, options: LoadOptions = AUTO) -> Any:
     dtype = chosen_dtype(options)
     quantized = _quantization(options, device, dtype)
     found = find_pipeline(source)
-    name = str(diffusers.DiffusionPipeline.load_config(found).get("_class_name"))
+    name = str(compat.DiffusionPipeline.load_config(found).get("_class_name"))
     loader: Any = WITH_CONDITIONS.get(name)
     if loader is None:
         loader = compat.DiffusionPipeline if name in imgdit.__all__ else diffusers.DiffusionPipeline

@@ -258,15 +258,18 @@ class ImgDiTPipeline(compat.DiffusionPipeline, LoraLoaderMixin):
             prompt, padding="longest", truncation=True, max_length=max_sequence_length, return_tensors="pt"
         )
         for text in prompt:
-            whole = self.tokenizer(text, truncation=False).input_ids
-            if len(whole) > max_sequence_length:
-                cut = self.tokenizer.decode(whole[max_sequence_length - 1 :], skip_special_tokens=True)
-                logger.warning(f"the prompt has {len(whole)} tokens, {max_sequence_length} are read; cut off: {cut!r}")
+            self._tell_cut_text(text, max_sequence_length)
             if self.tells_unknown_words:
                 self._tell_unknown_words(text)
         mask = tokens.attention_mask.to(device)
         embeds = self.text_encoder(tokens.input_ids.to(device), attention_mask=mask)[0]
         return embeds.to(dtype=self.transformer.dtype if self.transformer is not None else None), mask.bool()
+
+    def _tell_cut_text(self, prompt: str, max_sequence_length: int) -> None:
+        whole = self.tokenizer(prompt, truncation=False).input_ids
+        if len(whole) > max_sequence_length:
+            cut = self.tokenizer.decode(whole[max_sequence_length - 1 :], skip_special_tokens=True)
+            logger.warning(f"the prompt has {len(whole)} tokens, {max_sequence_length} are read; cut off: {cut!r}")
 
     def _tell_unknown_words(self, prompt: str) -> None:
         """Say, once each, which words the text encoder was never taught and reads letter by letter."""
@@ -503,6 +506,7 @@ class ImgDiTPipeline(compat.DiffusionPipeline, LoraLoaderMixin):
             embeds = torch.cat([state["negative_prompt_embeds"], embeds])
         copies = embeds.shape[0] // latents.shape[0]
         pooled, mask = steps.of_texts(embeds.shape[0])
+        has_pooled = config.pooled_projection_dim is not None
         tokens = pack(latents.to(dtype), self.patch_size).repeat(copies, 1, 1)
         if steps.places is not None:
             tokens = tokens[:, steps.places]
@@ -527,7 +531,7 @@ class ImgDiTPipeline(compat.DiffusionPipeline, LoraLoaderMixin):
                 out, *_ = self.transformer(
                     hidden_states=joined,
                     encoder_hidden_states=embeds.to(dtype),
-                    pooled_projections=pooled.to(dtype),
+                    pooled_projections=pooled.to(dtype) if has_pooled else None,
                     timestep=(t / config.timestep_scale).expand(len(tokens)),
                     guidance=guidance,
                     encoder_attention_mask=mask,

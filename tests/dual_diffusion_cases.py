@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from imgdit import MMDiT
+from imgdit import ImageTextPipeline, MMDiT
+from imgdit.schedulers.masked_text import TextDraws
 
 FIXTURES = Path(__file__).parent / "parity" / "dual_diffusion"
 _READ = json.loads((FIXTURES / "cases.json").read_text())
@@ -42,3 +43,29 @@ def assert_near(found: torch.Tensor, expected: torch.Tensor, tolerance: float) -
 @cache
 def transformer() -> MMDiT:
     return MMDiT.from_pretrained(PIPELINE, subfolder="transformer").eval()
+
+
+@cache
+def pipeline() -> ImageTextPipeline:
+    pipe = ImageTextPipeline.from_pretrained(PIPELINE)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+class Replay:
+    """A pipeline that takes recorded draws, and what it read: each grid of tokens that a pass was made over."""
+
+    def __init__(self, uniform: torch.Tensor):
+        self.pipe, self.uniform, self.states = pipeline(), uniform, []
+
+    def __enter__(self) -> "Replay":
+        count = len(self.uniform)
+        self.pipe._draws_of = lambda step: TextDraws(gumbel=self.uniform[step]) if step < count else TextDraws()
+        self.hook = self.pipe.text_encoder.register_forward_pre_hook(
+            lambda module, args: self.states.append(args[0].clone())
+        )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        del self.pipe._draws_of
+        self.hook.remove()
