@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Unpack
+from typing import Any, NamedTuple, Unpack
 
 import numpy as np
 import PIL.Image
@@ -37,6 +37,7 @@ from imgdit.pipelines.image_text_inputs import (
 )
 from imgdit.pipelines.image_text_reading import ImageTextReader, reads_as_dual_diffusion
 from imgdit.pipelines.masked_text import MaskedTextPipeline
+from imgdit.pipelines.masked_text_inputs import check_ids
 from imgdit.pipelines.options import OUTPUT_TYPES
 from imgdit.pipelines.text_to_image import ImgDiTPipeline
 from imgdit.schedulers.flow_match import MultiFrameFlowMatchScheduler
@@ -59,6 +60,17 @@ class ImageTextPipelineOutput(BaseOutput):
     """(B, L) whole rows of tokens."""
     images: list[PIL.Image.Image] | np.ndarray | torch.Tensor | None = None
     """Of `joint`, of the output type asked for."""
+
+
+class _Shown(NamedTuple):
+    """The images of a call."""
+
+    values: torch.Tensor
+    """(n, 3, H, W) pixels in [-1, 1], or latents (n, C, h, w)."""
+    encoded: bool
+    """Whether they are latents."""
+    count: int
+    """Rows B: one image may be that of several."""
 
 
 class _Writer(MaskedTextPipeline):
@@ -136,8 +148,8 @@ class ImageTextPipeline(ImgDiTPipeline):
             ValueError: a model without a text head, or images or options that do not fit; nothing has been computed.
         """
         call = self._options(options)
-        latents = self._images(images, call)
-        return self._write(empty_rows(len(latents), self._length(call), self.mask_token_id), latents, call)
+        shown = self._images(images, call)
+        return self._write(empty_rows(shown.count, self._length(call), self.mask_token_id), shown, call)
 
     def answer(
         self, images: Any = None, questions: Any = None, **options: Unpack[WritingCall]
@@ -155,12 +167,12 @@ class ImageTextPipeline(ImgDiTPipeline):
         call = self._options(options)
         if questions is None:
             raise ValueError("answer needs questions: a text, or one for each image")
-        many = not isinstance(questions, str)
-        latents = self._images(images, call, copies=len(questions) if many else 1)
-        asked = texts_of("questions", questions, len(latents))
+        asked = texts_of("questions", questions)
+        shown = self._images(images, call, asked)
+        asked = asked * (shown.count // len(asked))
         length, mask = self._length(call), self.mask_token_id
         rows = question_rows(self._text_tokenizer, asked, self._template, length, mask)
-        return self._write(rows, latents, call)
+        return self._write(rows, shown, call)
 
     def fill(self, text: Any, images: Any = None, **options: Unpack[WritingCall]) -> ImageTextPipelineOutput:
         """Fill the holes of texts about images.
@@ -174,16 +186,12 @@ class ImageTextPipeline(ImgDiTPipeline):
             ValueError: as `caption`, and for texts that are empty or too long, have no hole or unknown placeholders.
         """
         call = self._options(options)
-        many = not isinstance(text, str)
-        latents = None
-        if images is not None or call.latents is not None:
-            latents = self._images(images, call, copies=len(text) if many else 1)
-        elif self.follows_reference and not self.transformer.config.null_image_tokens:
-            raise ValueError("this model needs an image (null_image_tokens=0); give images")
-        texts = texts_of("text", text, None if latents is None else len(latents))
+        texts = texts_of("text", text)
+        shown = self._images_or_none(images, call, texts)
+        texts = texts * (1 if shown is None else shown.count // len(texts))
         tokenizer = self._text_tokenizer
         rows = filling_rows(tokenizer, texts, self._length(call), self.mask_token_id, self._eos)
-        return self._write(rows, latents, call)
+        return self._write(rows, shown, call)
 
     def complete(
         self,
@@ -206,11 +214,15 @@ class ImageTextPipeline(ImgDiTPipeline):
         call = self._options(options)
         if call.max_length is not None:
             raise ValueError(f"rows of input_ids have their length, leave max_length={call.max_length} out")
-        has_images = images is not None or call.latents is not None
-        latents = self._images(images, call, copies=len(input_ids)) if has_images else None
+        input_ids, _ = check_ids(input_ids, None, len(self._text_tokenizer))
         mask = self.mask_token_id
         where = input_ids == mask if holes is None else holes.bool()
-        return self._write(Rows(input_ids.masked_fill(where, mask), where, [0] * len(input_ids)), latents, call)
+        if where.shape != input_ids.shape:
+            raise ValueError(f"holes must be {tuple(input_ids.shape)} like input_ids, got {tuple(where.shape)}")
+        shown = self._images_or_none(images, call, input_ids)
+        if shown is not None and shown.count != len(input_ids):
+            raise ValueError(f"got {len(input_ids)} row of input_ids for {shown.count} images; give one for each")
+        return self._write(Rows(input_ids.masked_fill(where, mask), where, [0] * len(input_ids)), shown, call)
 
     @torch.no_grad()
     def joint(
@@ -311,7 +323,7 @@ class ImageTextPipeline(ImgDiTPipeline):
         """Of a call, after the model has been asked whether it writes at all."""
         known = WritingOptions.__dataclass_fields__
         for name in given:
-            check_name("the option", name, known)
+            check_name("option", name, known)
         if self.transformer.config.text_vocab_size is None:
             raise ValueError(
                 "this transformer has no text head (text_vocab_size is None) and writes no text. Dual Diffusion's "
@@ -356,25 +368,38 @@ class ImageTextPipeline(ImgDiTPipeline):
     def _length(self, options: WritingOptions) -> int:
         return int(self.config.text_length) if options.max_length is None else options.max_length
 
-    @torch.no_grad()
-    def _images(self, images: Any, options: WritingOptions, copies: int = 1) -> torch.Tensor:
-        """Latents (B, C, h, w) of the images of a call; of one image as many as there are texts."""
-        device, channels = compat.execution_device(self), self.vae.config.latent_channels
+    def _images(self, images: Any, options: WritingOptions, texts: Sequence[Any] = ("",)) -> _Shown:
+        """The images of a call, not encoded yet, as many as there are texts if these are several."""
+        channels = self.vae.config.latent_channels
         if (images is None) == (options.latents is None):
             raise ValueError("give images, or latents= of them" + ("" if images is None else ", not both"))
         if options.latents is not None:
-            latents = options.latents
-            if latents.ndim != 4 or latents.shape[1] != channels or not len(latents):
-                raise ValueError(f"latents must be (batch, {channels}, h, w), got {tuple(latents.shape)}")
+            values = options.latents
+            if values.ndim != 4 or values.shape[1] != channels or not len(values):
+                raise ValueError(f"latents must be (batch, {channels}, h, w), got {tuple(values.shape)}")
         else:
             given = list(images) if isinstance(images, (list, tuple)) else [images]
             if not given:
                 raise ValueError("images is an empty list; give at least one image")
-            pixels = torch.cat([self.preprocess_image(image, options.resolution) for image in given])
-            latents = torch.cat([encode_images(self.vae, one.to(device)) for one in pixels.split(1)])
-        if copies != 1 and len(latents) not in (1, copies):
-            raise ValueError(f"got {copies} texts for {len(latents)} images; give one text, or one for each image")
-        return latents.to(device).expand(max(copies, len(latents)), -1, -1, -1)
+            values = torch.cat([self.preprocess_image(image, options.resolution) for image in given])
+        count = max(len(values), len(texts))
+        if count % len(values) or count % len(texts) or 1 < min(len(values), len(texts)) < count:
+            raise ValueError(f"got {len(texts)} texts for {len(values)} images; give one text, or one for each image")
+        return _Shown(values, options.latents is not None, count)
+
+    def _images_or_none(self, images: Any, options: WritingOptions, texts: Sequence[Any]) -> _Shown | None:
+        if images is not None or options.latents is not None:
+            return self._images(images, options, texts)
+        if self.follows_reference and not self.transformer.config.null_image_tokens:
+            raise ValueError("this model needs an image (null_image_tokens=0); give images")
+        return None
+
+    def _encoded(self, shown: _Shown) -> torch.Tensor:
+        """Latents (B, C, h, w), each image encoded on its own."""
+        values = shown.values.to(compat.execution_device(self))
+        if not shown.encoded:
+            values = torch.cat([encode_images(self.vae, one) for one in values.split(1)])
+        return values.repeat_interleave(shown.count // len(values), dim=0)
 
     def preprocess_image(self, image: Any, resolution: int | None = None) -> torch.Tensor:
         """An image of any kind as pixels (n, 3, H, W) in [-1, 1]: a square of the side that the model reads.
@@ -397,9 +422,10 @@ class ImageTextPipeline(ImgDiTPipeline):
         return found * 2 - 1
 
     @torch.no_grad()
-    def _write(self, rows: Rows, latents: torch.Tensor | None, options: WritingOptions) -> ImageTextPipelineOutput:
+    def _write(self, rows: Rows, shown: _Shown | None, options: WritingOptions) -> ImageTextPipelineOutput:
         device = compat.execution_device(self)
         check_generators(options.generator, len(rows.ids))
+        latents = None if shown is None else self._encoded(shown)
         reader = ImageTextReader(
             self.transformer, self._embed, latents, self._empty_pooled(device), rows.holes.to(device),
             self.mask_token_id, options.guidance_scale, self.text_adapter, device,
@@ -418,6 +444,8 @@ class ImageTextPipeline(ImgDiTPipeline):
                 callback_on_step_end=self._after_step(writer, options, bar),
                 callback_on_step_end_tensor_inputs=self._text_callback_tensor_inputs,
             )  # fmt: skip
+            if not self._interrupt:  # the others had nothing left to reveal
+                bar.update(bar.total - bar.n)
         self.maybe_free_model_hooks()
         return ImageTextPipelineOutput(self._texts(found.sequences, rows, options), found.sequences)
 

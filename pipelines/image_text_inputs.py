@@ -129,20 +129,12 @@ def check_text(name: str, text: Any) -> str:
     return text
 
 
-def texts_of(name: str, texts: Any, rows: int | None) -> list[str]:
-    """A text for each row; one text is for all of them.
-
-    Args:
-        rows: number of images; `None`: as many as there are texts.
-    """
-    if isinstance(texts, str):
-        return [check_text(name, texts)] * (rows or 1)
-    if not isinstance(texts, (list, tuple)) or not texts:
+def texts_of(name: str, texts: Any) -> list[str]:
+    """A text or several, checked."""
+    given = [texts] if isinstance(texts, str) else texts
+    if not isinstance(given, (list, tuple)) or not given:
         raise ValueError(f"{name} must be a text or a list of texts, at least one, got {shown(texts)}")
-    if rows is not None and len(texts) not in (1, rows):
-        raise ValueError(f"got {len(texts)} {name} for {rows} images; give one, or one for each")
-    found = [check_text(name, text) for text in texts]
-    return found * (rows or 1) if len(found) == 1 else found
+    return [check_text(name, text) for text in given]
 
 
 def empty_rows(count: int, length: int, mask: int) -> Rows:

@@ -77,6 +77,13 @@ def loglinear_sigma(times: torch.Tensor) -> torch.Tensor:
     return -torch.log1p(-(1 - EPS) * times)
 
 
+def importance_times(times: torch.Tensor) -> torch.Tensor:
+    """Times in (0, 1) whose log-linear noise levels σ spread evenly over ln(1 - exp(-σ)), from times in [0, 1]; MDLM's
+    option `importance_sampling`."""
+    low, high = (math.log(-math.expm1(-sigma)) for sigma in (EPS, MOST_SIGMA))
+    return torch.exp(times * high + (1 - times) * low) / (1 - EPS)
+
+
 def sigma_of(rate: torch.Tensor) -> torch.Tensor:
     """Noise level -ln(1 - rate) that a model is told, at most `MOST_SIGMA`."""
     return (-torch.log1p(-rate)).clamp(max=MOST_SIGMA)

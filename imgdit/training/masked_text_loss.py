@@ -15,6 +15,8 @@ import torch
 from torch.nn import functional
 
 from imgdit.naming import check_choice
+from imgdit.schedulers.masked_text import draw_uniform, without_tokens
+from imgdit.schedulers.text_noise import block_times, importance_times, loglinear_masking
 
 Predict = Callable[[torch.Tensor], torch.Tensor]
 Weight = Literal["none", "rate", "rate_and_length"]
@@ -30,7 +32,7 @@ class Noised(NamedTuple):
     masked: torch.Tensor
     """Boolean (B, L)."""
     rate: torch.Tensor
-    """(B,), the probability with which a token was masked."""
+    """(B,), the probability with which a token was masked, or another number by which its loss is divided."""
 
 
 def mask_tokens(
@@ -180,6 +182,46 @@ def sft_loss(
     copies = 2 if complement else 1
     lengths = maskable.sum(1).repeat(copies) if weight == "rate_and_length" else None
     return masked_text_loss(predict(noised.ids), ids.repeat(copies, 1), noised, weight=weight, lengths=lengths)
+
+
+def likelihood_bound(
+    predict: Predict,
+    ids: torch.Tensor,
+    mask_token_id: int,
+    *,
+    maskable: torch.Tensor | None = None,
+    antithetic: bool = True,
+    importance: bool = False,
+    times: torch.Tensor | None = None,
+    uniforms: torch.Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> torch.Tensor:
+    """MDLM's bound on the negative log-likelihood in nats per token (arXiv 2406.07524, equation 10), with log-linear
+    noise: a mask at time t weighs 1 / t. It is Dual Diffusion's loss of texts about clean images (arXiv 2501.00289).
+
+    Args:
+        predict: of rows (B, L); the mask token is never predicted.
+        ids: (B, L).
+        maskable: boolean (B, L), tokens that are masked; the sum over them is divided by all tokens B L.
+        antithetic: spread the times of the rows evenly.
+        importance: draw more small times, see `importance_times`.
+        times: (B,) uniform numbers from which times are made, in place of drawn ones.
+        uniforms: (B, L), in place of drawn ones; a token is masked where its number is below its probability.
+        generator: on the device of `ids`, or on the CPU.
+    """
+    rows, length = ids.shape
+    drawn = None if times is None else times[:, None]
+    t = block_times(
+        rows, length, length, antithetic=antithetic, uniforms=drawn, generator=generator, device=ids.device
+    )[:, 0]  # fmt: skip
+    t = importance_times(t) if importance else t
+    masking = loglinear_masking(t)
+    if uniforms is None:
+        uniforms = draw_uniform(ids.shape, ids.device, generator, torch.float32)
+    masked = uniforms < masking.rate[:, None]
+    masked = masked if maskable is None else masked & maskable
+    noised = Noised(ids.masked_fill(masked, mask_token_id), masked, 1 / masking.weight)
+    return masked_text_loss(without_tokens(predict(noised.ids), (mask_token_id,)), ids, noised)
 
 
 @torch.no_grad()

@@ -73,6 +73,30 @@ def text_rows(rows: Sequence[TextRow], length: int, eos_token_id: int, count_pad
     return TextRows(ids, prompt, counted & ~prompt)
 
 
+def question_row(tokenizer: Any, question: str, answer: str, length: int, reverse: bool = False) -> TextRows:
+    """One row of a question about an image and its answer, as Dual Diffusion is fine-tuned (arXiv 2501.00289):
+    `Q: … A: ` and the answer, or the answer and ` Q: …`. Questions are never masked, end tokens that pad the answer
+    are counted.
+
+    Args:
+        tokenizer: with an end token.
+        length: L; what is too long is cut behind.
+        reverse: whether the answer comes first.
+    """
+    end = tokenizer.eos_token_id
+    asked, said = (
+        tokenizer(text, add_special_tokens=False)["input_ids"][: length - 1]
+        for text in (f" Q: {question}" if reverse else f"Q: {question} A: ", answer)
+    )
+    if reverse:
+        asked = [*asked, end]
+    said = [*said, *[end] * (length - len(asked) - len(said))]
+    parts = [(said, False), (asked, True)] if reverse else [(asked, True), (said, False)]
+    ids = torch.tensor([[token for tokens, _ in parts for token in tokens][:length]])
+    prompt = torch.tensor([[given for tokens, given in parts for _ in tokens][:length]])
+    return TextRows(ids, prompt, ~prompt)
+
+
 class UserTexts:
     """Texts of a file, for fine-tuning and pre-training.
 

@@ -5,8 +5,11 @@ B batch, F frames, n tokens of the target frames, C channels. sigma is the noise
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 import torch
 
+from imgdit.naming import check_choice
 from imgdit.schedulers.flow_match import MultiFrameFlowMatchScheduler, mix
 from imgdit.training.batches import Batch, ObjectiveOutput, live_frames
 from imgdit.training.objectives.frames import (
@@ -18,6 +21,8 @@ from imgdit.training.objectives.frames import (
     training_fractions,
     velocity_loss,
 )
+
+Weighting = Literal["velocity", "x0"]
 
 
 def flow_matching(
@@ -34,6 +39,7 @@ def flow_matching(
     text_dropout: float = 0.1,
     condition_dropout: float = 0.0,
     guidance: float = 1.0,
+    weighting: Weighting = "velocity",
 ) -> ObjectiveOutput:
     """Multi-frame flow matching (OneDiffusion, arXiv 2411.16318): a noise level per frame, squared error of the
     velocity on every frame that has noise.
@@ -49,12 +55,15 @@ def flow_matching(
         condition_dropout: fraction of samples whose given frames (held by the layout, or clean by draw) become pure
             noise at level 1, which says nothing about them: the unconditional branch of guidance.
         guidance: input of guidance-distilled models.
+        weighting: "velocity": all noise levels alike; "x0": the error of the clean image that the velocity stands for,
+            which is sigma² of it (Dual Diffusion, arXiv 2501.00289).
 
     Raises:
         ValueError: a packed layout, dropout without the empty text, or shapes that do not fit.
     """
     layout = batch.layout
     check_batch(batch)
+    check_choice("weighting", weighting, get_args(Weighting))
     text_dropout, condition_dropout, clean = training_fractions(
         model, text_dropout=text_dropout, condition_dropout=condition_dropout, clean=clean
     )
@@ -91,4 +100,4 @@ def flow_matching(
     weights = (sigmas > 0.0)[:, made]
     if batch.counts is not None:
         weights = weights & batch.counts[:, made]
-    return velocity_loss(predicted, batch, noise, weights)
+    return velocity_loss(predicted, batch, noise, weights, sigmas[:, made] if weighting == "x0" else None)

@@ -98,14 +98,21 @@ def predict_velocity(
 
 
 def velocity_loss(
-    predicted: torch.Tensor, batch: Batch, noise: torch.Tensor, weights: torch.Tensor
+    predicted: torch.Tensor,
+    batch: Batch,
+    noise: torch.Tensor,
+    weights: torch.Tensor,
+    scales: torch.Tensor | None = None,
 ) -> ObjectiveOutput:
-    """Mean over samples of each one's mean over its counted tokens; `weights` is boolean (B, frames being made)."""
+    """Mean over samples of each one's mean over its counted tokens; `weights` is boolean (B, frames being made), and
+    `scales` of the same shape are factors of the errors before they are squared."""
     layout = batch.layout
     target = torch.cat([velocity(batch.tokens[:, rows], noise[:, rows]) for rows in layout.predicted], dim=1)
     errors = (predicted.float() - target.float()).square().mean(-1)  # (B, n)
     lengths = errors.new_tensor(layout.predicted_lengths)
     sums = torch.stack([part.sum(1) for part in errors.split(layout.predicted_lengths, dim=1)], dim=1)  # (B, made)
+    if scales is not None:
+        sums = sums * scales.square()
     counted = weights * lengths
     # A frame that does not count is left out by selection: 0 times an infinite error would still be NaN.
     loss = (sums.where(weights, 0.0).sum(1) / counted.sum(1).clamp(min=1.0)).mean()
