@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from imgdit import __version__
-from imgdit.apps.commands import bench, convert, data, docs, images, lora, mup, sae, text
+from imgdit.apps.commands import bench, captions, convert, data, docs, images, lora, mup, sae, text
 from imgdit.apps.commands.demo import demo
 from imgdit.apps.commands.doctor import doctor
 from imgdit.apps.console import Commands, at_work
@@ -52,6 +52,8 @@ app.command()(images.generate)
 app.command()(images.control)
 app.command("any")(images.any_to_any)
 app.command()(images.unlearn)
+app.command()(captions.caption)
+app.command()(captions.answer)
 app.command()(text.write)
 app.command()(text.embed)
 app.command()(demo)

@@ -324,11 +324,7 @@ class ImageTextPipeline(ImgDiTPipeline):
         known = WritingOptions.__dataclass_fields__
         for name in given:
             check_name("option", name, known)
-        if self.transformer.config.text_vocab_size is None:
-            raise ValueError(
-                "this transformer has no text head (text_vocab_size is None) and writes no text. Dual Diffusion's "
-                "folders have one, and MMDiT models that were trained on texts about images"
-            )
+        self.check_text_head()
         options = WritingOptions(**given)
         names = options.callback_on_step_end_tensor_inputs
         if isinstance(options.callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
@@ -343,6 +339,18 @@ class ImageTextPipeline(ImgDiTPipeline):
                 f"{self.transformer.config.text_vocab_size}; take the one that the head was trained with"
             )
         return replace(options, callback_on_step_end_tensor_inputs=names)
+
+    def check_text_head(self) -> None:
+        """Refuse a model that writes no text.
+
+        Raises:
+            ValueError: says which ones do.
+        """
+        if self.transformer.config.text_vocab_size is None:
+            raise ValueError(
+                "this transformer has no text head (text_vocab_size is None) and writes no text. Dual Diffusion's "
+                "folders have one, and MMDiT models that were trained on texts about images"
+            )
 
     @property
     def _text_tokenizer(self) -> Any:

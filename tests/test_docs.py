@@ -17,6 +17,7 @@ import typer
 import yaml
 from block_text_cases import FIXTURES as BLOCK_DIFFUSION
 from diffusers import Flux2KleinPipeline
+from dual_diffusion_cases import PIPELINE as DUAL_DIFFUSION
 from onediffusion_fixtures import TINY
 from PIL import Image, ImageChops, ImageStat
 from test_rooms import FLOORS
@@ -71,6 +72,9 @@ NOT_RUN = {
     "imgdit train scenes/": "hours; tests/apps/test_scenes.py runs these recipes with small models",
     "imgdit sae train": "an hour; tests/sae/test_run.py trains small ones",
     "imgdit assemble": "needs those runs; tests/apps/test_scenes.py",
+    "imgdit caption": "the model is on the Hub; tests/apps/test_caption_commands.py",
+    "imgdit answer": "the same",
+    "imgdit data caption": "the same",
     "imgdit demo": "ends with Ctrl-C; tests/apps/test_demo.py serves it",
     "imgdit bench scenes": "minutes; tests/apps/test_scenes.py",
     "imgdit bench unlearn": "minutes to hours; tests/apps/test_unlearn.py",
@@ -117,6 +121,7 @@ def hub(tmp_path_factory):
         **_of_families(folder),
         "refcontrol.safetensors": folder / "refcontrol/depth.safetensors",
         "lehduong/OneDiffusion": TINY,
+        "JleeOfficial/dual_diff_sd3_512_base": DUAL_DIFFUSION,
     }
 
 

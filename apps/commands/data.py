@@ -181,6 +181,40 @@ def generate(
 
 
 @app.command()
+@with_loading
+def caption(
+    folder: Annotated[Path, typer.Argument(help="Folder of images, with its sub-folders.")],
+    model: Annotated[str, typer.Option(help="Folder or Hub id of a pipeline that writes; see imgdit caption.")] = (
+        "embedded"
+    ),
+    steps: Annotated[int | None, typer.Option(min=1, help="Steps; the pipeline's own number by default.")] = None,
+    temperature: Annotated[float | None, typer.Option(min=0.0, help="0: the most probable tokens.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of all captions, with each file's name.")] = 0,
+    batch: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 8,
+    engine: Engine = "local",
+    workers: Workers = 1,
+    *,
+    loading: LoadOptions,
+) -> None:
+    """Write a caption beside each image that has none; start it again to go on where it stopped. Exit code 1 if an
+    image could not be read."""
+    from imgdit.apps.commands.captions import given_options
+    from imgdit.apps.jobs.captions import caption_all
+
+    with at_work():
+        options = given_options(steps, temperature)
+        done = list(
+            caption_all(
+                folder, model, options=options, seed=seed, batch=batch, loading=loading, engine=engine, workers=workers
+            )
+        )
+        broken = [line for item in done for line in item["broken"]]
+    typer.echo("\n".join([*broken, f"wrote {sum(item['written'] for item in done):,} captions in {folder}"]))
+    if broken:
+        raise typer.Exit(1)
+
+
+@app.command()
 def cache(
     recipe: Annotated[str, typer.Argument(help="A recipe on the data user_images.")],
     engine: Engine = "local",

@@ -1,0 +1,111 @@
+"""Captions of a folder's images, written beside them."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from imgdit.data.listing import CAPTION_ENDINGS, caption_files, list_folder
+from imgdit.images import open_image, to_rgb
+from imgdit.io.atomic import write_text
+from imgdit.io.bulk import run_bulk
+from imgdit.pipelines.image_text_loading import load_image_text_pipeline
+from imgdit.pipelines.load_options import AUTO, LoadOptions
+
+
+class CaptionImages:
+    """Writes the captions of some images. A caption depends on its image and the seed alone, not on the others.
+
+    Args:
+        model: folder or Hub repository of a pipeline that writes texts about images.
+        folder: of the images.
+        options: of the pipeline's `caption`.
+        seed: of all captions; each image's own follows from it and the file's name.
+        loading: fields of `LoadOptions`.
+    """
+
+    def __init__(self, model: str, folder: str, options: dict[str, Any], seed: int, loading: dict[str, Any]):
+        self.folder, self.options, self.seed = Path(folder), options, seed
+        self.pipe = load_image_text_pipeline(model, LoadOptions(**loading))
+        self.pipe.set_progress_bar_config(disable=True)
+
+    def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
+        images, names, broken = [], [], []
+        for name in item["files"]:
+            try:
+                images.append(to_rgb(open_image(self.folder / name)))
+                names.append(name)
+            except (ValueError, OSError) as error:
+                broken.append(f"{name}: {error}")
+        if names:
+            generators = [
+                torch.Generator().manual_seed((self.seed << 32) + zlib.crc32(name.encode())) for name in names
+            ]
+            texts = self.pipe.caption(images, generator=generators, **self.options).texts
+            for name, text in zip(names, texts, strict=True):
+                said = " ".join(text.split())
+                if said:
+                    write_text(caption_file(self.folder, name), f"{said}\n", single_writer=True)
+                else:
+                    broken.append(f"{name}: the model wrote an empty caption")
+        return {"written": len(item["files"]) - len(broken), "broken": broken, "process": os.getpid()}
+
+
+def caption_file(folder: Path, image: str) -> Path:
+    """File of an image's caption."""
+    return (folder / image).with_suffix(CAPTION_ENDINGS[0])
+
+
+def caption_all(
+    folder: Path,
+    model: str,
+    *,
+    options: dict[str, Any] | None = None,
+    seed: int = 0,
+    batch: int = 8,
+    loading: LoadOptions = AUTO,
+    **engine: Any,
+) -> Iterator[dict[str, Any]]:
+    """Write a caption beside each image that has none: `0001.txt` beside `0001.png`. Captions that are there are kept,
+    so a job that was stopped goes on.
+
+    Args:
+        folder: of images, looked through with all its sub-folders.
+        model: folder or Hub repository of a pipeline that writes texts about images.
+        options: of its `caption`, such as {"num_inference_steps": 16}.
+        seed: see `CaptionImages`.
+        batch: images at a time.
+        loading: of the pipeline.
+        engine: see `run_bulk`.
+
+    Raises:
+        ValueError: no folder, no image, metadata that would count in the place of captions, or two images whose
+            captions would be one file.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"there is no folder {str(folder)!r} of images")
+    listing = list_folder(folder)
+    if not listing.images:
+        raise ValueError(f"{str(folder)!r} holds no images")
+    if listing.metadata:
+        raise ValueError(
+            f"{str(folder)!r} has {listing.metadata[0]}, whose texts count in the place of captions beside images; "
+            "move it away first"
+        )
+    there, _ = caption_files(listing.images, listing.captions)
+    missing = [name for name in listing.images if not there[name]]
+    files: dict[Path, str] = {}
+    for name in missing:
+        other = files.setdefault(caption_file(folder, name), name)
+        if other != name:
+            raise ValueError(f"{other} and {name} would have one caption file; rename one of them")
+    items = [{"files": missing[first : first + batch]} for first in range(0, len(missing), batch)]
+    arguments = {"model": str(model), "folder": str(folder.resolve()), "options": options or {}, "seed": seed}
+    arguments["loading"] = dataclasses.asdict(loading)
+    yield from run_bulk(items, CaptionImages, arguments, **engine)

@@ -1,0 +1,96 @@
+"""`imgdit caption`, `imgdit answer` and `imgdit data caption`."""
+
+import json
+
+import numpy as np
+import pytest
+from dual_diffusion_cases import PIPELINE
+from PIL import Image
+from tiny import tiny_pipeline
+from typer.testing import CliRunner
+
+from imgdit.apps.cli import app
+from imgdit.apps.jobs.captions import caption_all
+from imgdit.data.sources import open_rows
+
+QUICK = {"num_inference_steps": 2, "max_length": 8}
+
+
+def run(*words):
+    return CliRunner().invoke(app, list(map(str, words)))
+
+
+def write_images(folder, count):
+    folder.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(0).integers(0, 256, (count, 18, 22, 3), dtype=np.uint8)
+    for n, one in enumerate(pixels):
+        Image.fromarray(one).save(folder / f"{n:03d}.png")
+    return folder
+
+
+def captions(folder):
+    return {path.name: path.read_text() for path in sorted(folder.rglob("*.txt"))}
+
+
+def test_captions_of_images_by_their_own_seeds(tmp_path):
+    folder = write_images(tmp_path, 2)
+    files = sorted(folder.glob("*.png"))
+    both = run("caption", *files, "--model", PIPELINE, "--steps", 2, "--seed", 4, "--json")
+    assert both.exit_code == 0, both.output
+    lines = [json.loads(line) for line in both.stdout.splitlines()]
+    assert [line["image"] for line in lines] == list(map(str, files))
+    alone = run("caption", files[1], "--model", PIPELINE, "--steps", 2, "--seed", 5)
+    assert alone.stdout.rstrip("\n") == lines[1]["text"].rstrip("\n")
+
+
+def test_answers_to_questions(tmp_path):
+    (tmp_path / "folder").mkdir()
+    file = next(write_images(tmp_path / "folder", 1).glob("*.png"))
+    found = run("answer", file, "What is it?", "Is it red?", "--model", PIPELINE, "--steps", 2, "--json")
+    assert found.exit_code == 0, found.output
+    assert [json.loads(line)["question"] for line in found.stdout.splitlines()] == ["What is it?", "Is it red?"]
+
+
+def test_a_folder_is_captioned_and_a_stopped_job_goes_on(tmp_path):
+    whole, parts = (write_images(tmp_path / name / "inner", 5).parent for name in ("whole", "parts"))
+    assert [item["written"] for item in caption_all(whole, str(PIPELINE), options=QUICK, batch=2)] == [2, 2, 1]
+    job = caption_all(parts, str(PIPELINE), options=QUICK, batch=2)
+    next(job)
+    job.close()
+    assert len(captions(parts)) == 2
+    assert [item["written"] for item in caption_all(parts, str(PIPELINE), options=QUICK, batch=3)] == [3]
+    assert captions(parts) == captions(whole) and len(captions(whole)) == 5
+    assert not list(caption_all(parts, str(PIPELINE), options=QUICK))
+    rows = open_rows(str(whole)).rows
+    assert [row.captions[0] for row in rows] == [text.strip() for text in captions(whole).values()]
+
+
+def test_captions_of_people_are_kept_and_damaged_images_named(tmp_path):
+    folder = write_images(tmp_path, 2)
+    (folder / "000.txt").write_text("mine")
+    (folder / "zzz.png").write_bytes(b"no image")
+    found = run("data", "caption", folder, "--model", PIPELINE, "--steps", 2)
+    assert found.exit_code == 1 and "zzz.png: " in found.stdout and "wrote 1 captions" in found.stdout
+    assert captions(folder)["000.txt"] == "mine" and captions(folder).keys() == {"000.txt", "001.txt"}
+
+
+def test_what_is_refused(tmp_path):
+    folder = write_images(tmp_path / "images", 1)
+    file = folder / "000.png"
+    plain = tmp_path / "plain"
+    tiny_pipeline().save_pretrained(plain)
+    for words, message in (
+        (("caption", file, "--model", plain), "has no text head"),
+        (("caption", folder / "none.png", "--model", PIPELINE), "there is no image"),
+        (("answer", file, "", "--model", PIPELINE), "is empty; write something"),
+        (("data", "caption", tmp_path / "nowhere"), "there is no folder"),
+        (("data", "caption", plain), "holds no images"),
+    ):
+        found = run(*words)
+        assert found.exit_code == 2 and message in " ".join(found.output.replace("│", " ").split()), found.output
+    (folder / "000.jpg").write_bytes(file.read_bytes())
+    with pytest.raises(ValueError, match=r"000.jpg and 000.png would have one caption file"):
+        list(caption_all(folder, str(PIPELINE)))
+    (folder / "metadata.jsonl").write_text("")
+    with pytest.raises(ValueError, match=r"has metadata.jsonl, whose texts count"):
+        list(caption_all(folder, str(PIPELINE)))
