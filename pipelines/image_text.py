@@ -69,8 +69,8 @@ class _Shown(NamedTuple):
     """(n, 3, H, W) pixels in [-1, 1], or latents (n, C, h, w)."""
     encoded: bool
     """Whether they are latents."""
-    count: int
-    """Rows B: one image may be that of several."""
+    rows: int
+    """B; one image may be that of several."""
 
 
 class _Writer(MaskedTextPipeline):
@@ -149,7 +149,7 @@ class ImageTextPipeline(ImgDiTPipeline):
         """
         call = self._options(options)
         shown = self._images(images, call)
-        return self._write(empty_rows(shown.count, self._length(call), self.mask_token_id), shown, call)
+        return self._write(empty_rows(shown.rows, self._length(call), self.mask_token_id), shown, call)
 
     def answer(
         self, images: Any = None, questions: Any = None, **options: Unpack[WritingCall]
@@ -169,7 +169,7 @@ class ImageTextPipeline(ImgDiTPipeline):
             raise ValueError("answer needs questions: a text, or one for each image")
         asked = texts_of("questions", questions)
         shown = self._images(images, call, asked)
-        asked = asked * (shown.count // len(asked))
+        asked = asked * (shown.rows // len(asked))
         length, mask = self._length(call), self.mask_token_id
         rows = question_rows(self._text_tokenizer, asked, self._template, length, mask)
         return self._write(rows, shown, call)
@@ -188,7 +188,7 @@ class ImageTextPipeline(ImgDiTPipeline):
         call = self._options(options)
         texts = texts_of("text", text)
         shown = self._images_or_none(images, call, texts)
-        texts = texts * (1 if shown is None else shown.count // len(texts))
+        texts = texts * (1 if shown is None else shown.rows // len(texts))
         tokenizer = self._text_tokenizer
         rows = filling_rows(tokenizer, texts, self._length(call), self.mask_token_id, self._eos)
         return self._write(rows, shown, call)
@@ -219,9 +219,9 @@ class ImageTextPipeline(ImgDiTPipeline):
         where = input_ids == mask if holes is None else holes.bool()
         if where.shape != input_ids.shape:
             raise ValueError(f"holes must be {tuple(input_ids.shape)} like input_ids, got {tuple(where.shape)}")
-        shown = self._images_or_none(images, call, input_ids)
-        if shown is not None and shown.count != len(input_ids):
-            raise ValueError(f"got {len(input_ids)} row of input_ids for {shown.count} images; give one for each")
+        shown = self._images_or_none(images, call, list(input_ids))
+        if shown is not None and shown.rows != len(input_ids):
+            raise ValueError(f"got {len(input_ids)} row of input_ids for {shown.rows} images; give one for each")
         return self._write(Rows(input_ids.masked_fill(where, mask), where, [0] * len(input_ids)), shown, call)
 
     @torch.no_grad()
@@ -254,10 +254,11 @@ class ImageTextPipeline(ImgDiTPipeline):
         if self.follows_reference:
             written = self._write(rows, None, call)
             embeds = self._embed(written.sequences)
-            images = self(
+            generator: Any = call.generator
+            (images,) = self(
                 prompt_embeds=embeds, height=side, width=side, num_inference_steps=call.num_inference_steps,
-                generator=call.generator, max_sequence_length=embeds.shape[1], output_type=image_output,
-            ).images  # fmt: skip
+                generator=generator, max_sequence_length=embeds.shape[1], output_type=image_output, return_dict=False,
+            )  # fmt: skip
             return ImageTextPipelineOutput(written.texts, written.sequences, images)
         latents, ids = self._denoise_both(rows, side, call)
         images = latents if image_output == "latent" else self.decode_latents(latents, image_output)
@@ -407,7 +408,7 @@ class ImageTextPipeline(ImgDiTPipeline):
         values = shown.values.to(compat.execution_device(self))
         if not shown.encoded:
             values = torch.cat([encode_images(self.vae, one) for one in values.split(1)])
-        return values.repeat_interleave(shown.count // len(values), dim=0)
+        return values.repeat_interleave(shown.rows // len(values), dim=0)
 
     def preprocess_image(self, image: Any, resolution: int | None = None) -> torch.Tensor:
         """An image of any kind as pixels (n, 3, H, W) in [-1, 1]: a square of the side that the model reads.
@@ -444,18 +445,18 @@ class ImageTextPipeline(ImgDiTPipeline):
         self._interrupt = False
         self._num_timesteps = options.num_inference_steps
         with self.progress_bar(total=options.num_inference_steps) as bar:
-            found = writer(
+            sequences, _ = writer(
                 input_ids=rows.ids.to(device), infill_mask=rows.holes.to(device), gen_length=0,
                 block_length=rows.ids.shape[1], num_inference_steps=options.num_inference_steps,
                 **self._sampling(options), mask_token_id=self.mask_token_id, eos_early_stop=False,
-                generator=options.generator, output_type="seq",
+                generator=options.generator, output_type="seq", return_dict=False,
                 callback_on_step_end=self._after_step(writer, options, bar),
                 callback_on_step_end_tensor_inputs=self._text_callback_tensor_inputs,
             )  # fmt: skip
             if not self._interrupt:  # the others had nothing left to reveal
                 bar.update(bar.total - bar.n)
         self.maybe_free_model_hooks()
-        return ImageTextPipelineOutput(self._texts(found.sequences, rows, options), found.sequences)
+        return ImageTextPipelineOutput(self._texts(sequences, rows, options), sequences)
 
     _draws_of: Callable[[int], TextDraws] | None = None
     """Of a step: what is taken in place of the generator's draws."""

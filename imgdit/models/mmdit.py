@@ -344,7 +344,7 @@ class MMDiT(
         text_timestep: torch.Tensor | None,
         dtype: torch.dtype,
         timestep: torch.Tensor,
-        *inputs: torch.Tensor | None,
+        *inputs: Any,
     ) -> _Pair:
         """Conditioning vectors of the frames (B, F, D) and of the texts (B, X, D): `time_text_embed` of frames. One
         tensor twice where they are equal.
