@@ -291,7 +291,7 @@ class MMaDAPipeline(compat.DiffusionPipeline):
         chats = [[tokens.reasoning, *chat] for chat in self._chats(prompts)]
         front, mask = padded_rows(chats, tokens.padding)
         self._check_length(front.shape[1] + options["gen_length"] + behind.shape[1])
-        written = self._write(front, mask, suffix_ids=behind, **options)
+        written = self._write(input_ids=front, attention_mask=mask, suffix_ids=behind, **options)
         text = written.sequences.cpu()
         length = front.shape[1] + text.shape[1]
         free = text_to_image_rows(tokens, [self._ids(text) for text in negatives], image_ids, max(length, 3))

@@ -15,6 +15,7 @@ import torch
 from torch.nn import functional
 
 from imgdit.naming import check_choice
+from imgdit.schedulers.mask_schedule import masked_fraction
 from imgdit.schedulers.masked_text import draw_uniform, without_tokens
 from imgdit.schedulers.text_noise import block_times, importance_times, loglinear_masking
 
@@ -99,6 +100,38 @@ def antithetic_times(rows: int, generator: torch.Generator | None = None, device
     return (first + torch.arange(rows, device=device)) / rows
 
 
+def mask_codes(
+    codes: torch.Tensor,
+    mask_token_id: int,
+    *,
+    schedule: str = "cosine",
+    least: float = 0.0,
+    times: torch.Tensor | None = None,
+    order: torch.Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Noised:
+    """Mask a fixed number of an image's codes, at least one: the fraction that a schedule leaves masked at a time
+    uniform in [0, 1] (MaskGIT, arXiv 2202.04200, section 3.1; MMaDA).
+
+    Args:
+        codes: (B, N) tokens.
+        schedule: see `masked_fraction`.
+        least: fraction that is masked at least.
+        times: (B,), in place of drawn ones.
+        order: uniform numbers (B, N), in place of drawn ones, whose sorting says which codes are masked.
+        generator: on the device of `codes`, or on the CPU.
+    """
+    source = codes.device if generator is None else generator.device
+    if times is None:
+        times = torch.rand(len(codes), device=source, generator=generator).to(codes.device)
+    if order is None:
+        order = torch.rand(codes.shape, device=source, generator=generator).to(codes.device)
+    rate = masked_fraction(times, schedule).clamp(min=least)
+    count = (codes.shape[1] * rate).round().clamp(min=1)
+    masked = order.argsort(-1) < count[:, None]
+    return Noised(codes.masked_fill(masked, mask_token_id), masked, rate)
+
+
 def masked_text_loss(
     logits: torch.Tensor,
     targets: torch.Tensor,
@@ -114,7 +147,7 @@ def masked_text_loss(
         targets: (B, L) tokens before masking.
         weight: "rate": each token by 1 / rate, divided by all tokens B L (LLaDA's pre-training, a bound on the
             negative log-likelihood per token); "rate_and_length": each by 1 / (rate · answer length), divided by the
-            rows B (LLaDA's fine-tuning); "none": the mean over masked tokens (LaViDa).
+            rows B (LLaDA's fine-tuning); "none": the mean over masked tokens (LaViDa, and the codes of MMaDA).
         lengths: answer lengths (B,) of "rate_and_length".
 
     Returns:

@@ -199,3 +199,9 @@ def test_answers_are_the_published_ones(pipe, name):
     assert torch.equal(torch.stack(grids[:-1]), found["states"]) and torch.equal(grids[-1], found["sequence"])
     asked = question_rows(pipe.tokens, pipe._chats([options["question"]]), ids[-1:, -1:])  # of any image
     assert asked[0][0, 4:].tolist() == ids[0, -len(asked[0][0, 4:]) :].tolist()
+
+
+def test_no_kind_of_case_is_left_out():
+    """The other kinds are those of the image tokenizer, and of masks and losses in training."""
+    here = {"preprocess", "prompting", "schedule", "forward", "t2i_generate", "mmu_generate"}
+    assert {case["kind"] for case in CASES.values()} == here | {"magvit", "masking", "losses"}
