@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import PIL.Image
@@ -40,8 +40,8 @@ logger = logging.get_logger(__name__)
 Fit = Literal["crop", "squash"]
 DESCRIBE = "Please describe this image in detail."
 """What captions answer."""
-IMAGE_TOKENIZER = "showlab/magvitv2"
-"""Of the published checkpoints."""
+IMAGE_TOKENIZER, IMAGE_CODES = "showlab/magvitv2", 1024
+"""Of the published checkpoints: the image tokenizer, and the codes of an image in training."""
 IMAGE_RULES: dict[str, Any] = {
     "reveal": "maskgit", "choose": "log_probability", "order_noise": 1.0, "order_noise_decay": "cumulative",
 }  # fmt: skip
@@ -110,7 +110,7 @@ class MMaDAPipeline(compat.DiffusionPipeline):
         tokenizer: Any,
         scheduler: MaskedTextScheduler,
         text_scheduler: MaskedTextScheduler,
-        image_codes: int = 1024,
+        image_codes: int = IMAGE_CODES,
     ):
         super().__init__()
         self.register_modules(
@@ -472,14 +472,21 @@ class MMaDAPipeline(compat.DiffusionPipeline):
             )
 
 
-def rgb_images(image: Any) -> list[PIL.Image.Image]:
-    """8-bit images of anything that `to_pixels` takes, of which sides are sound."""
+def rgb_images(image: Any, name: str | None = None) -> list[PIL.Image.Image]:
+    """8-bit images of anything that `to_pixels` takes, of sound sides.
+
+    Args:
+        name: what messages call it; by default its file.
+
+    Raises:
+        ValueError: it cannot be read, or `check_sides` refuses it.
+    """
     if isinstance(image, PIL.Image.Image):
-        check_sides(image.size, name_of(image))
-        return [to_rgb(image)]
+        check_sides(image.size, name or name_of(image))
+        return [to_rgb(image, name=name)]
     found = [to_image(one) for one in to_pixels(image)]
     for one in found:
-        check_sides(one.size, "an image")
+        check_sides(one.size, name or "an image")
     return found
 
 
@@ -536,21 +543,62 @@ def load_mmada(
     """
     if (Path(source).expanduser() / INDEX).is_file():
         return MMaDAPipeline.from_pretrained(Path(source).expanduser(), dtype=dtype or torch.float32)
+    parts = load_tokenizers(source, image_tokenizer, sizes=sizes, dtype=dtype, revision=revision, token=token)
     folder = model_folder(source, None, revision, token)
-    values = read_object(folder / "config.json")
-    if values.get("model_type") != "mmada":
-        raise ValueError(
-            f"{folder / 'config.json'} is of a model of type {values.get('model_type')!r}, expected 'mmada'"
-        )
-    tokenizer = load_tokenizer(folder)
-    images = load_magvitv2(image_tokenizer, sizes=sizes, dtype=dtype, token=token)
-    if values.get("codebook_size", images.codebook_size) != images.codebook_size:
-        raise ValueError(
-            f"{folder / 'config.json'} has {values['codebook_size']} codes, the image tokenizer {image_tokenizer} "
-            f"{images.codebook_size}; take the one that the model was trained with"
-        )
     model = load_masked_lm(folder, dtype="auto" if dtype is None else dtype)
     return MMaDAPipeline(
-        model, images, tokenizer, MaskedTextScheduler(**IMAGE_RULES), MaskedTextScheduler(**TEXT_RULES),
-        image_codes=values.get("num_vq_tokens", 1024),
+        model, parts.image_tokenizer, parts.tokenizer, MaskedTextScheduler(**IMAGE_RULES),
+        MaskedTextScheduler(**TEXT_RULES), image_codes=parts.image_codes,
     )  # fmt: skip
+
+
+class Tokenizers(NamedTuple):
+    """What turns texts and images into tokens."""
+
+    tokenizer: Any
+    image_tokenizer: MagViTv2
+    tokens: MMaDATokens
+    image_codes: int
+    """Codes of an image in training."""
+    image_folder: Path
+    """Of the image tokenizer."""
+
+    @property
+    def side(self) -> int:
+        """Pixels of an image's side in training."""
+        return math.isqrt(self.image_codes) * self.image_tokenizer.factor
+
+
+def load_tokenizers(
+    source: str | Path,
+    image_tokenizer: str | Path | None = None,
+    *,
+    sizes: Mapping[str, Any] | None = None,
+    dtype: torch.dtype | None = None,
+    revision: str | None = None,
+    token: Any = None,
+) -> Tokenizers:
+    """Both tokenizers of a model, without its weights; arguments and refusals as in `load_mmada`."""
+    saved = Path(source).expanduser()
+    if (saved / INDEX).is_file():
+        folder = saved / "model"
+        values = read_object(folder / "config.json")
+        codes = read_object(saved / INDEX).get("image_codes", IMAGE_CODES)
+        words, place = load_tokenizer(saved / "tokenizer"), saved / "image_tokenizer"
+    else:
+        folder = model_folder(source, None, revision, token)
+        values = read_object(folder / "config.json")
+        if values.get("model_type") != "mmada":
+            raise ValueError(
+                f"{folder / 'config.json'} is of a model of type {values.get('model_type')!r}, expected 'mmada'"
+            )
+        codes = values.get("num_vq_tokens", IMAGE_CODES)
+        words, place = load_tokenizer(folder), model_folder(image_tokenizer or IMAGE_TOKENIZER, None, None, token)
+    images = load_magvitv2(place, sizes=sizes, dtype=dtype)
+    if values.get("codebook_size", images.codebook_size) != images.codebook_size:
+        raise ValueError(
+            f"{folder / 'config.json'} has {values['codebook_size']} codes, the image tokenizer {place} "
+            f"{images.codebook_size}; take the one that the model was trained with"
+        )
+    vocabulary = values.get("embedding_size") or values["vocab_size"]
+    return Tokenizers(words, images, MMaDATokens.of(words, images.codebook_size, vocabulary), codes, place)

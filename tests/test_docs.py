@@ -18,6 +18,8 @@ import yaml
 from block_text_cases import FIXTURES as BLOCK_DIFFUSION
 from diffusers import Flux2KleinPipeline
 from dual_diffusion_cases import PIPELINE as DUAL_DIFFUSION
+from mmada_cases import FIXTURES as MMADA
+from mmada_cases import image_tokenizer
 from onediffusion_fixtures import TINY
 from PIL import Image, ImageChops, ImageStat
 from test_rooms import FLOORS
@@ -109,10 +111,13 @@ def hub(tmp_path_factory):
     gpt2 = make_tokenizer()
     gpt2.bos_token = gpt2.eos_token
     gpt2.save_pretrained(folder / "gpt2")
+    image_tokenizer().save_pretrained(folder / "magvitv2")
     return {
         "GSAI-ML/LLaDA-8B-Instruct": folder / "llada",
         "jacklishufan/lavida-llada-v1.0-instruct": VISION_LANGUAGE / "lavida/model",
         "GSAI-ML/LLaDA-V": VISION_LANGUAGE / "llada_v/model",
+        "Gen-Verse/MMaDA-8B-MixCoT": MMADA / "lm",
+        "showlab/magvitv2": folder / "magvitv2",
         "openai-community/gpt2": folder / "gpt2",
         "kuleshov-group/bd3lm-owt-block_size16": BLOCK_DIFFUSION / "bd3lm",
         "black-forest-labs/FLUX.1-dev": folder / "flux",

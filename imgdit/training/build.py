@@ -44,7 +44,10 @@ def build_model(recipe: Recipe) -> torch.nn.Module:
     if recipe.adapter.rank:
         add_adapter(model, recipe.adapter, recipe.run.seed)
     if config.gradient_checkpointing:
-        model.enable_gradient_checkpointing()
+        if isinstance(model, PreTrainedModel):
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        else:
+            model.enable_gradient_checkpointing()
     return model.train()
 
 

@@ -41,6 +41,7 @@ OBJECTIVES = {
         "contrastive",
         "vision_language",
         "joint",
+        "image_texts",
     )
 }
 """Short names of `objective.name`."""
