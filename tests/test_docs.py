@@ -339,7 +339,7 @@ def test_no_command_writes_where_recipes_read_images():
     recipes = [yaml.safe_load(file.read_text(encoding="utf-8")) for file in packaged_recipes().values()]
     arguments = [recipe.get("data", {}).get("arguments", {}) for recipe in recipes if isinstance(recipe, dict)]
     read = {values["path"] for values in arguments if "path" in values}
-    assert read == {"training_images", "texts.jsonl", "pairs.jsonl", "dialogues.json", "image_texts.jsonl"}
+    assert read == {"training_images", "texts.jsonl", "pairs.jsonl", "dialogues.json", "tasks.jsonl"}
     written = {word for text in PAGES.values() for word in re.findall(r"--(?:out|folder)[ =](\S+)", text)}
     commands = [typer.main.get_command(app)]
     for command in commands:

@@ -41,7 +41,7 @@ OBJECTIVES = {
         "contrastive",
         "vision_language",
         "joint",
-        "image_texts",
+        "mmada",
     )
 }
 """Short names of `objective.name`."""

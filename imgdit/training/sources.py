@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from imgdit.io.order import Batches, MapDataset
 from imgdit.recipes import check_arguments, find_object
-from imgdit.training.image_text_rows import ImageTexts, ImageTextSettings
+from imgdit.training.mmada import MMaDAData, MMaDASettings
 from imgdit.training.recipe import Recipe
 from imgdit.training.text_pairs import UserTextPairs, collate_text_pairs
 from imgdit.training.text_rows import UserTexts, collate_text_rows
@@ -65,11 +65,11 @@ user_images = Source(UserImages, only_batch, held_out=8, whole_batches=True, set
 user_texts = Source(UserTexts, collate_text_rows, held_out=32)
 user_text_pairs = Source(UserTextPairs, collate_text_pairs, held_out=32)
 user_dialogues = Source(UserDialogues, collate_vision_rows, held_out=1)
-image_texts = Source(ImageTexts, only_batch, held_out=4, whole_batches=True, settings=ImageTextSettings)
+mmada = Source(MMaDAData, only_batch, held_out=4, whole_batches=True, settings=MMaDASettings)
 
 SOURCES = {
     name: f"imgdit.training.sources:{name}"
-    for name in ("toy", "user_images", "user_texts", "user_text_pairs", "user_dialogues", "image_texts")
+    for name in ("toy", "user_images", "user_texts", "user_text_pairs", "user_dialogues", "mmada")
 }
 """Short names of `data.name`."""
 

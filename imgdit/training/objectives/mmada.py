@@ -9,14 +9,14 @@ import torch
 from imgdit import compat
 from imgdit.models.masked_lm import masked_logits
 from imgdit.training.batches import ObjectiveOutput
-from imgdit.training.image_text_rows import ImageTextBatch
 from imgdit.training.masked_text_loss import Noised, mask_codes, mask_tokens, masked_text_loss
+from imgdit.training.mmada import MMaDABatch
 
 
-def image_texts(
+def mmada(
     model: torch.nn.Module,
     scheduler: Any,
-    batch: ImageTextBatch,
+    batch: MMaDABatch,
     generator: torch.Generator | None,
     *,
     text_to_image: float = 1.0,

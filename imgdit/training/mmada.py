@@ -44,7 +44,7 @@ TASKS = {
 
 
 @dataclass(frozen=True, eq=False)
-class ImageTextBatch(Movable):
+class MMaDABatch(Movable):
     """Rows of several tasks, of one length."""
 
     tokens: torch.Tensor
@@ -62,8 +62,8 @@ class ImageTextBatch(Movable):
 
 
 @dataclass(frozen=True)
-class ImageTextSettings:
-    """Arguments of the data "image_texts".
+class MMaDASettings:
+    """Arguments of the data "mmada".
 
     Raises:
         ValueError: an unknown task, or no task at all.
@@ -117,7 +117,7 @@ class Entry(NamedTuple):
     image: Blob | None = None
 
 
-class ImageTexts:
+class MMaDAData:
     """Endless: sample i is a whole batch, the same for the same i.
 
     Args:
@@ -127,7 +127,7 @@ class ImageTexts:
         ValueError: no data there, or none of a task that the batch asks for.
     """
 
-    def __init__(self, settings: ImageTextSettings):
+    def __init__(self, settings: MMaDASettings):
         self.settings = settings
         parts = load_tokenizers(settings.model, settings.image_tokenizer or None, sizes=settings.image_sizes)
         self.tokenizer, self.image_tokenizer, self.tokens = parts.tokenizer, parts.image_tokenizer, parts.tokens
@@ -158,7 +158,7 @@ class ImageTexts:
                     for entry in self.entries[task]:
                         self._image_ids(entry)
 
-    def __getitem__(self, index: int) -> ImageTextBatch:
+    def __getitem__(self, index: int) -> MMaDABatch:
         found, empty, tasks = [], [], []
         for task, order in self.orders.items():
             rows = self.settings.batch[task]
@@ -168,7 +168,7 @@ class ImageTexts:
             without = [entry._replace(text="") for entry in entries]
             empty.append(self._rows(task, without) if task == "text_to_image" else made)
             tasks += [task] * rows
-        return ImageTextBatch(
+        return MMaDABatch(
             torch.cat([made.ids for made in found]),
             torch.cat([made.attention_mask for made in found]),
             torch.cat([~made.prompt for made in found]),
@@ -233,7 +233,7 @@ def _content(entry: Entry) -> str:
     return "" if entry.image is None else content_hash(entry.image.read())
 
 
-def _entries(settings: ImageTextSettings) -> Iterator[tuple[str, Entry]]:
+def _entries(settings: MMaDASettings) -> Iterator[tuple[str, Entry]]:
     """Each entry with its task."""
     file = Path(settings.path).expanduser()
     if file.suffix == ".jsonl":
