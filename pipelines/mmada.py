@@ -400,7 +400,7 @@ class MMaDAPipeline(compat.DiffusionPipeline):
         defaults = {
             "num_inference_steps": self.text_scheduler.config.num_inference_steps, "forbidden_tokens": tuple(codes),
         }  # fmt: skip
-        found = pipe(**defaults | options)
+        found: Any = pipe(**defaults | options)
         self.maybe_free_model_hooks()
         return found
 
