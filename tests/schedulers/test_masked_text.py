@@ -226,6 +226,37 @@ def revealed(logits, tokens, step=0, steps=1, threshold=None, **settings) -> lis
     return output.transfer_index.nonzero()[:, 1].tolist()
 
 
+def test_a_categorical_draw_leaves_masks_by_their_probability():
+    """Token and mask in one draw: masks stay with probability s/t, the others go by the model's distribution."""
+    scheduler = MaskedTextScheduler(reveal="time", choose="ancestral", eps=1e-5)
+    scheduler.set_timesteps(4, block_length=20000)
+    logits = torch.tensor([0.0, 1.0, 2.0, 9.0]).expand(1, 20000, 4)
+    tokens = torch.full((1, 20000), 3)
+    call = {"mask_token_id": 3, "sampling_method": "categorical", "temperature": 1.0}
+    found = scheduler.step(logits, 1, tokens, generator=seeded(), **call)
+    gone = found.transfer_index
+    assert float(gone.float().mean()) == pytest.approx(1 / 3, abs=0.015)  # from t = 3/4 to s = 1/2
+    assert torch.equal(gone, found.prev_sample != 3)
+    drawn = found.prev_sample[gone].bincount(minlength=3) / gone.sum()
+    torch.testing.assert_close(drawn, logits[0, 0, :3].softmax(-1), rtol=0, atol=0.02)
+    greedy = scheduler.step(logits, 1, tokens, generator=seeded(), **{**call, "temperature": 0.0})
+    assert set(greedy.prev_sample.unique().tolist()) == {2, 3}
+
+
+def test_noise_removal_reveals_what_the_schedule_leaves():
+    logits, tokens = block()
+    scheduler = MaskedTextScheduler(reveal="time", choose="ancestral", eps=0.5, noise_removal=True)
+    scheduler.set_timesteps(3, block_length=8)
+    assert scheduler.start_block((tokens == MASK).sum(1)) == 4
+    call = {"mask_token_id": MASK, "sampling_method": "categorical", "temperature": 1.0, "generator": seeded()}
+    for step in range(3):
+        tokens = scheduler.step(logits, step, tokens, **call).prev_sample
+    left = tokens == MASK
+    assert left.any()
+    done = scheduler.step(logits, 3, tokens, **call).prev_sample
+    assert torch.equal(done[left], logits[..., :MASK].argmax(-1)[left]) and torch.equal(done[~left], tokens[~left])
+
+
 def test_thresholds_of_fast_dllm():
     logits, tokens = confident(0.875, 0.75, 0.6, 0.9375)
     assert revealed(logits, tokens, threshold=0.875, reveal="threshold") == [0, 3]  # at least, not more than
@@ -295,6 +326,17 @@ def test_every_draw_is_from_the_generator():
 def test_settings_that_mean_nothing_are_refused(settings):
     with pytest.raises(ValueError, match=r"reveal|choose|expected"):
         MaskedTextScheduler(**settings)
+
+
+def test_a_categorical_draw_without_a_schedule_is_refused():
+    with pytest.raises(
+        ValueError, match="'categorical' draws which masks go: choose='ancestral', got choose='margin'"
+    ):
+        MaskedTextScheduler(choose="margin").step(
+            block()[0], 0, block()[1], mask_token_id=MASK, sampling_method="categorical"
+        )
+    with pytest.raises(ValueError, match="reveal='time', got reveal='even'"):
+        MaskedTextScheduler(noise_removal=True)
 
 
 def test_calls_that_mean_nothing_are_refused():
