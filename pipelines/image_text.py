@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from imgdit import compat
 from imgdit.frames import Frame, TextFrame
 from imgdit.images import fit_pixels, to_image, to_pixels
-from imgdit.images.fitting import square
+from imgdit.images.fitting import check_sides, square
 from imgdit.images.latents import encode_images
 from imgdit.layout import FrameLayout
 from imgdit.models.functional import pack, unpack
@@ -416,6 +416,9 @@ class ImageTextPipeline(ImgDiTPipeline):
         Args:
             image: what `imgdit.images.to_pixels` takes.
             resolution: side in pixels; `None`: that of training.
+
+        Raises:
+            ValueError: a side that the model has no positions for, or an image that is too small or too narrow.
         """
         side = self.default_size if resolution is None else resolution
         cell = self.vae_scale_factor * self.patch_size
@@ -424,8 +427,10 @@ class ImageTextPipeline(ImgDiTPipeline):
                 f"resolution must be a multiple of {cell} pixels and at most {cell * self.transformer.max_grid:g}, "
                 f"got {side}"
             )
+        pixels = to_pixels(image)
+        check_sides((pixels.shape[3], pixels.shape[2]), "an image")
         if self.follows_reference:
-            found = torch.cat([to_pixels(square(to_image(one), side)) for one in to_pixels(image)])
+            found = torch.cat([to_pixels(square(to_image(one), side)) for one in pixels])
         else:
             found = fit_pixels(image, (side, side))
         return found * 2 - 1
