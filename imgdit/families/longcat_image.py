@@ -24,6 +24,7 @@ from imgdit.families.step import (
     own_positions,
     packed_tokens,
     read_image,
+    references_of_ids,
     single_text_first,
 )
 from imgdit.family import Arguments, Block, Call, Conditions, Family, LoraNames, PromptEncoding, timestep_times
@@ -90,6 +91,7 @@ FAMILY = Family(
         edges=lambda model: {"x_embedder": embed_tokens, "time_embed": known_vector, "norm_out": read_image},
         processors=(LongCatImageAttnProcessor,),
         sigma=lambda model, arguments: arguments["timestep"].float(),
+        references=lambda model, arguments: references_of_ids(arguments["img_ids"]),
     ),
     lora=LoraNames(inputs=("x_embedder",)),
     prompts={"LongCatImagePipeline": PromptEncoding((0, None, None))},

@@ -30,27 +30,36 @@ def _shapes(arguments: Arguments) -> list[tuple[int, int, int]]:
     return list(first) if isinstance(first, list) else [first]
 
 
+def _generated(model: Any, arguments: Arguments) -> int:
+    """Images that are generated: one, or all layers, behind which the layered model has the image that it takes
+    apart."""
+    return len(_shapes(arguments)) - 1 if model.config.use_layer3d_rope else 1
+
+
 def _places(model: Any, arguments: Arguments) -> tuple[tuple[slice, Grid], ...]:
-    """Of the generated image, or of all layers, behind which the layered model has the image that it takes apart."""
-    shapes = _shapes(arguments)
-    generated = shapes[:-1] if model.config.use_layer3d_rope else shapes[:1]
     places, start = [], 0
-    for frames, rows, columns in generated:
+    for frames, rows, columns in _shapes(arguments)[: _generated(model, arguments)]:
         stop = start + frames * rows * columns
         places.append((slice(start, stop), (frames * rows, columns)))
         start = stop
     return tuple(places)
 
 
+def _references(model: Any, arguments: Arguments) -> tuple[Frame, ...]:
+    """At noise level 0 where the model was trained so (Qwen-Image-Edit 2511), else at the image's."""
+    sigma = 0.0 if model.zero_cond_t else None
+    shapes = _shapes(arguments)[_generated(model, arguments) :]
+    return tuple(Frame((frames * rows, columns), sigma=sigma) for frames, rows, columns in shapes)
+
+
 def _call(model: Any, arguments: Arguments) -> Call:
+    """All that is generated is one frame."""
     latents, text = arguments["hidden_states"], arguments["encoder_hidden_states"]
-    image = Frame(_places(model, arguments)[0][1])
-    frames, others = [image], latents.shape[1] - image.length
-    if others:
-        frames.append(Frame((1, others), sigma=0.0 if model.zero_cond_t else None))
+    references, columns = _references(model, arguments), _shapes(arguments)[0][2]
+    length = latents.shape[1] - sum(frame.length for frame in references)
     mask = arguments.get("encoder_hidden_states_mask")
     return Call(
-        frames=tuple(frames),
+        frames=(Frame((length // columns, columns)), *references),
         text_length=text.shape[1],
         length=latents.shape[1],
         latents=latents,
@@ -185,6 +194,7 @@ FAMILY = Family(
         sigma=lambda model, arguments: arguments["timestep"].float(),
         transport=("attention_kwargs", "joint_attention_kwargs"),
         residual_arguments=("controlnet_block_samples",),
+        references=_references,
     ),
     lora=LoraNames(root={name: (name,) for name in ("img_in", "txt_in")}, layers=_LAYERS, inputs=("img_in",)),
     prompts={"QwenImagePipeline": PromptEncoding((0, None, 1))},

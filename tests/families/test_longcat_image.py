@@ -3,7 +3,7 @@
 import tiny_flux_kin
 import torch
 from tiny_control import image
-from tiny_families import loaded, near, random
+from tiny_families import differs, loaded, near, random
 
 from imgdit import Condition
 
@@ -36,3 +36,17 @@ def test_conditions_in_the_editing_model(tmp_path):
                 near(model(**given)[0], CASE.dense(model, given, control.run.conditions))
             if mode == "independent":
                 assert len(control.run._kept.caches) == 1  # prompts of other lengths share it
+
+
+@torch.no_grad()
+def test_a_reference_may_be_left_out(tmp_path):
+    control = loaded(CASE, CASE.pipeline(), tmp_path)
+    model, joined = control.transformer, call(6)
+    alone = joined | {"hidden_states": joined["hidden_states"][:, :16], "img_ids": joined["img_ids"][:16]}
+    expected, stock = model(**alone)[0], model(**joined)[0][:, :16]
+    with control.references(strength=0.0):
+        near(model(**joined)[0][:, :16], expected)
+    with control.references(strength=0.5):
+        weak = model(**joined)[0][:, :16]
+    differs(weak, expected)
+    differs(weak, stock)

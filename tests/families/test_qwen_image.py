@@ -99,6 +99,40 @@ def test_several_images_in_a_call(name, tmp_path):
     assert grids == [(4, 4)] * (3 if name == "layers" else 1)
 
 
+@pytest.mark.parametrize("level", ["image", "clean"])
+@torch.no_grad()
+def test_the_models_own_references_are_conditions(level, tmp_path):
+    """A context image, and one of Qwen-Image-Edit 2511, with a LoRA that acts on all tokens; each with a strength."""
+    control = loaded(replace(CASE, targets=CASE.style), qwen_image(zero_cond_t=level == "clean"), tmp_path)
+    model, alone, photo = control.transformer, call([(1, 4, 4)]), image(2)
+    tokens = FAMILY.tokens.encode(model, control.pipe.vae, photo[None] * 2 - 1, None)
+    joined = call([(1, 4, 4), (1, 4, 4)]) | {"hidden_states": torch.cat([alone["hidden_states"], tokens], dim=1)}
+    model.set_adapters(["canny"])
+    stock = model(**joined)[0][:, :16]
+    with control.references(strength=0.4):
+        weak = model(**joined)[0][:, :16]
+    differs(weak, stock)
+    for module in model.modules():
+        if hasattr(module, "lora_A"):
+            module.set_adapter([])
+    for strength, expected in ((1.0, stock), (0.4, weak)):
+        reference = Condition(
+            photo, "canny", position="centred", index=1, level=level, acts_on="all", strength=strength
+        )
+        with control.use(reference):
+            near(model(**alone)[0], expected)
+
+
+@torch.no_grad()
+def test_references_that_are_left_out(tmp_path):
+    control = loaded(CASE, qwen_image(zero_cond_t=True), tmp_path)
+    model, joined = control.transformer, call([(1, 4, 4), (1, 4, 4), (1, 2, 3)])
+    alone = joined | {"hidden_states": joined["hidden_states"][:, :16], "img_shapes": [[(1, 4, 4)]]}
+    expected = model(**alone)[0]
+    with control.references(strength=0.0):
+        near(model(**joined)[0][:, :16], expected)
+
+
 def test_autoencoders_of_films(tmp_path):
     vae, pixels = autoencoder(), image()[None] * 2 - 1
     pipe = qwen_image(tiny_qwen_image.EditPlus)
