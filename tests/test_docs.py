@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import tiny_krea2
+import tiny_qwen_image
 import tiny_z_image
 import typer
 import yaml
@@ -136,9 +137,10 @@ def _of_families(folder):
     for tiny, name, adapter in (
         (tiny_z_image, "Tongyi-MAI/Z-Image-Turbo", "z-image-canny"),
         (tiny_krea2, "krea/Krea-2-Turbo", "krea-2-depth"),
+        (tiny_qwen_image, "Qwen/Qwen-Image", "qwen-image-canny"),
     ):
         found[name] = tiny.folder(folder / adapter)
-        (case,) = tiny.CASES.values()
+        case = next(iter(tiny.CASES.values()))
         file = folder / f"{adapter}.safetensors"
         found[f"your-name/{adapter}"] = lora_file(file, case.pipeline().transformer, case.targets)
     return found

@@ -15,9 +15,10 @@ from diffusers import (
 )
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus
 from PIL import Image
-from tiny import randomize
+from tiny import randomize, tiny_tokenizer
 from tiny_control import image, quiet
 from tiny_families import FamilyCase, random
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 TARGETS = r"img_in|transformer_blocks\.\d+\.(attn\.(to_[qkv]|to_out\.0)|img_mlp\.net\.(0\.proj|2)|img_mod\.1)"
 STYLE = TARGETS + r"|transformer_blocks\.\d+\.(attn\.(add_[qkv]_proj|to_add_out)|txt_mlp\.net\.(0\.proj|2)|txt_mod\.1)"
@@ -53,6 +54,22 @@ def qwen_image(kind=QwenImagePipeline, **changes):
             **others,
         )
     )
+
+
+def folder(path):
+    """The folder of a pipeline with a tiny text encoder."""
+    pipe = qwen_image()
+    text = {
+        "vocab_size": 32, "hidden_size": 24, "intermediate_size": 16, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1,
+        "rope_scaling": {"type": "default", "mrope_section": [2, 2, 2]},
+    }  # fmt: skip
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 24}
+    torch.manual_seed(0)
+    encoder = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision)).eval()
+    pipe.register_modules(text_encoder=encoder, tokenizer=tiny_tokenizer())
+    pipe.save_pretrained(path)
+    return path
 
 
 class EditPlus(QwenImageEditPlusPipeline):

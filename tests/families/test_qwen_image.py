@@ -21,6 +21,7 @@ from imgdit import Condition, OmniControl
 from imgdit.families.qwen_image import FAMILY
 from imgdit.images.latents import cell_size, decode_latents, encode_images
 from imgdit.lora.files import adapter_pairs
+from imgdit.training.user_images.encoder import Encoder
 
 CASE = tiny_qwen_image.CASES["Qwen-Image"]
 
@@ -153,6 +154,17 @@ def test_autoencoders_of_films(tmp_path):
     )
     near(encode_images(vae, pixels), (raw - mean) / deviation, 1e-6)
     assert decode_latents(vae, encode_images(vae, pixels)).shape == (1, 3, 16, 16)
+
+
+def test_captions_are_encoded_for_training(tmp_path):
+    """Without padding: the pipeline gives no mask where all tokens are real."""
+    encoder = Encoder(str(tiny_qwen_image.folder(tmp_path)))
+    embeddings, pooled = encoder.text("a red cube")
+    expected, mask = encoder.pipe.encode_prompt(["a red cube", "a red cube on the left of a cone"])
+    length = int(mask[0].sum())
+    near(embeddings, expected[0, :length])
+    assert pooled.shape == (0,) and encoder.cell == 2
+    assert encoder.latents(image()).shape == (4, 8, 8)
 
 
 # LoRA names
