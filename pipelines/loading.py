@@ -55,7 +55,7 @@ def load_pipeline(source: str | Path, options: LoadOptions = AUTO) -> Any:
         pipe.tells_unknown_words = read_taught(found).words is None
     if options.quantize == "int8":
         quantize_rows(denoiser(pipe))
-    _place(pipe, options, device)
+    place(pipe, options, device)
     return pipe
 
 
@@ -82,8 +82,8 @@ def as_it_was(options: LoadOptions, made_with: Mapping[str, Any]) -> LoadOptions
 
 
 def denoiser(pipe: Any) -> torch.nn.Module:
-    """The transformer or the U-Net."""
-    return getattr(pipe, "transformer", None) or pipe.unet
+    """The transformer, the U-Net or the language model."""
+    return getattr(pipe, "transformer", None) or getattr(pipe, "unet", None) or pipe.model
 
 
 def chosen_device(options: LoadOptions) -> torch.device:
@@ -135,7 +135,7 @@ def _quantization(options: LoadOptions, device: torch.device, dtype: torch.dtype
     return {"quantization_config": PipelineQuantizationConfig(quant_mapping={"transformer": found, "unet": found})}
 
 
-def _place(pipe: Any, options: LoadOptions, device: torch.device) -> None:
+def place(pipe: Any, options: LoadOptions, device: torch.device) -> None:
     """Put a pipeline on its device, or where it waits for it."""
     if options.offload == "model":
         pipe.enable_model_cpu_offload(device=device)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from imgdit import compat
-from imgdit.hub import INDEX
+from imgdit.hub import HUB_ID, INDEX, hub_file
 from imgdit.io.safe_json import read_object
 from imgdit.models.masked_lm import model_folder
 from imgdit.models.vision_language import VisionLanguageModel, load_vision_language
@@ -48,6 +49,17 @@ def load_vision_language_pipeline(
         dtype="auto" if dtype is None else dtype,
     )  # fmt: skip
     return _published(folder, parts, words)
+
+
+def is_published(source: str | Path) -> bool:
+    """Whether a name is a published folder of LLaDA-V or LaViDa, here or on the Hub."""
+    file = Path(source).expanduser() / "config.json"
+    if not file.parent.exists() and re.fullmatch(HUB_ID, str(source)):
+        try:
+            file = hub_file(str(source), "config.json")
+        except Exception:  # of whichever library carries the request; whoever loads it tells what is wrong
+            return False
+    return file.is_file() and read_object(file).get("model_type") == "llava_llada"
 
 
 def with_parts(source: str | Path, parts: VisionLanguageModel) -> VisionLanguagePipeline:
