@@ -68,7 +68,8 @@ def test_vectors_of_images(name):
 def test_vectors_of_videos(name):
     case = CASES[name]
     model = model_of(case["set"])
-    frames = [image_of(frame) for frame in recorded("llada_v/merge_video_grid", "in")["video"]]
+    (video,) = {one for one in named("merge_video") if "video" in recorded(one, "in")}
+    frames = [image_of(frame) for frame in recorded(video, "in")["video"]]
     tiles = torch.cat([cut_tiles(frame, tiling_of(case["set"], "square")) for frame in frames])
     model.projector.register_to_config(video_newline=case["options"]["newline_position"])
     try:

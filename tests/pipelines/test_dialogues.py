@@ -22,6 +22,7 @@ def tokenizer_of(name):
 def messages_of(turns):
     """Messages of turns as LLaVA's files have them."""
     roles = {"human": "user", "gpt": "assistant"}
+    turns = turns[next(n for n, (who, _) in enumerate(turns) if who == "human") :]  # as published
     return check_messages([{"role": roles[who], "content": said} for who, said in turns])
 
 

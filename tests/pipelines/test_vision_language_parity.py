@@ -44,10 +44,18 @@ def pipe_of(name):
 
 
 def scheduler_of(options):
-    if options.get("schedule") is None:
-        return MaskedTextScheduler(threshold=2.0)
-    assert options["schedule"] == "shift"
-    return MaskedTextScheduler(reveal="shift", shift=options.get("schedule_kwargs", {}).get("shift", 3.0))
+    shift = options.get("schedule_kwargs", {}).get("shift", 3.0)
+    return MaskedTextScheduler(threshold=2.0, **reveal_of(options.get("schedule"), shift))
+
+
+def reveal_of(schedule, shift):
+    """Settings of the scheduler for a published schedule."""
+    known = {
+        None: {"reveal": "even"},
+        "shift": {"reveal": "shift", "shift": shift},
+        "linear": {"reveal": "shift", "shift": 1.0},
+    }
+    return known.get(schedule, {"reveal": schedule})
 
 
 def write(name):
@@ -97,12 +105,7 @@ def test_answers(name):
 @pytest.mark.parametrize("name", named("schedule"))
 def test_counts(name):
     options = CASES[name]["options"]
-    settings = {
-        None: {"reveal": "even"},
-        "shift": {"reveal": "shift", "shift": options["shift"] or options["default_shift"]},
-        "linear": {"reveal": "shift", "shift": 1.0},
-    }.get(options["schedule"], {"reveal": options["schedule"]})
-    scheduler = MaskedTextScheduler(**settings)
+    scheduler = MaskedTextScheduler(**reveal_of(options["schedule"], options["shift"] or options["default_shift"]))
     scheduler.set_timesteps(options["steps"])
     want = recorded(name, "out")["counts"].tolist()
     counts = scheduler.counts(options["masked"]).tolist()
