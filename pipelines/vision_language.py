@@ -292,8 +292,12 @@ class VisionLanguagePipeline(MaskedTextPipeline):
         order = torch.arange(joined.ids.shape[1], device=joined.ids.device).expand(joined.ids.shape)
         prompts = Prompts(joined.ids, joined.real, torch.zeros_like(joined.real), False, order)
         new_tokens(follow, prompts, getattr(self.model.config, "max_position_embeddings", None))
-        seen = [image for row in rows for image in row.images]
-        return prompts._replace(images=joined.vectors(self.encode_images(seen))) if seen else prompts
+        seen = [id(image) for row in rows for image in row.images]  # one image may be of all rows
+        if not seen:
+            return prompts
+        each = {id(image): image for row in rows for image in row.images}
+        vectors = dict(zip(each, self.encode_images(list(each.values()))))
+        return prompts._replace(images=joined.vectors([vectors[one] for one in seen]))
 
     def encode_images(self, images: Sequence[SeenImage]) -> list[torch.Tensor]:
         """Vectors (N, d) of each image."""

@@ -118,8 +118,8 @@ def read_rows(
     count = max(len(texts), len(several))
     if not texts or len(texts) not in (1, count) or len(several) not in (1, count):
         raise ValueError(f"got images for {len(several)} rows and {len(texts)} prompts; give one, or as many")
-    texts, several = (one * count if len(one) == 1 else one for one in (texts, several))
     seen = [[see(image, pipe.projector) for image in some] for some in several]
+    texts, seen = (one * count if len(one) == 1 else one for one in (texts, seen))
     if input_ids is None:
         tokenizer = pipe.tokenizer
         texts = [

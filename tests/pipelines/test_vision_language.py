@@ -63,6 +63,14 @@ def test_rows_may_have_no_image_or_several(pipe):
     assert torch.equal(pipe(rows, "What?", **SHORT).sequences, alone)
     video = pipe(Video([IMAGES[0], IMAGES[1]]), "What?", **SHORT).sequences
     assert video.shape == (1, 8)
+    passes = []
+    hook = pipe.vision_tower.register_forward_pre_hook(
+        lambda module, args, options: passes.append(options["pixel_values"]), with_kwargs=True
+    )
+    several = pipe(IMAGES[0], QUESTIONS, **SHORT).sequences
+    hook.remove()
+    assert len(passes) == 1 and len(passes[0]) == 5  # tiles of one image
+    assert torch.equal(several[1:2], pipe(IMAGES[0], QUESTIONS[1], **SHORT).sequences)
     said = pipe([rows[1]], "Between <image> and <image>?", **SHORT).sequences
     assert not torch.equal(said, alone[1:2])
 
