@@ -22,6 +22,8 @@ SECTIONS = {
         "pipelines.block_text",
         "pipelines.mmada",
         "pipelines.text_loading",
+        "pipelines.image_text",
+        "pipelines.image_text_loading",
         "pipelines.vision_language",
         "pipelines.vision_language_loading",
         "pipelines.dialogues",
