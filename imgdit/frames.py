@@ -12,7 +12,7 @@ sequence holds their tokens in that order.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -128,10 +128,15 @@ class Frame(Segment):
 
 @dataclass(frozen=True, eq=False)
 class TextFrame(Segment):
-    """One row of text tokens. Its noise level is the expected fraction of masked tokens."""
+    """One row of text tokens. Its noise level is the expected fraction of masked tokens.
 
-    length: int
-    """Number of tokens."""
+    For pipelines write `TextFrame.clean("a red cube")`, `TextFrame.generate(32)`,
+    `TextFrame.fill("a [?] cube on a [?] floor")` and `TextFrame.ask("what colour is the left object?")`; they count
+    the tokens. `given` and `make` are `clean` and `generate` by the names of `ImageFrame`.
+    """
+
+    length: int = 0
+    """Number of tokens. In pipelines 0: as many as the text has, or as the model writes by default."""
     sigma: float | None = 0.0
     """Noise level in [0, 1] the text is held at, 0 for a prompt; `None`: the text is generated.
 
@@ -150,6 +155,11 @@ class TextFrame(Segment):
     """Guidance the embedding of a guidance-distilled model is given for this text; `None`: the run's."""
     start: int | None = None
     """Position of its first token. `None`: 0 for a text that is generated; a prompt has no positions, as in FLUX."""
+    text: str | Sequence[str] | None = None
+    """For pipelines: what a clean text says, or what of a generated one is given, with `[?]` for a token to fill and
+    `[?3]` for three; one, or one per sample."""
+    question: str | Sequence[str] | None = None
+    """For pipelines: a question that the generated text answers; one, or one per sample."""
 
     def __post_init__(self) -> None:
         if self.length < 0:
@@ -165,6 +175,29 @@ class TextFrame(Segment):
                 )
             if self.held:
                 raise ValueError(f"keep is for a text that is generated, this one is held at sigma={self.sigma}")
+
+    @classmethod
+    def clean(cls, text: str | Sequence[str], **options: Any) -> TextFrame:
+        """A text that is given: a prompt."""
+        return cls(sigma=0.0, text=text, **options)
+
+    @classmethod
+    def generate(cls, max_length: int = 0, **options: Any) -> TextFrame:
+        """A text that is generated, of at most so many tokens; 0: as the model writes by default."""
+        return cls(max_length, None, **options)
+
+    @classmethod
+    def fill(cls, text: str | Sequence[str], max_length: int = 0, **options: Any) -> TextFrame:
+        """A text whose holes are generated: `[?]` for a token, `[?3]` for three."""
+        return cls(max_length, None, text=text, **options)
+
+    @classmethod
+    def ask(cls, question: str | Sequence[str], max_length: int = 0, **options: Any) -> TextFrame:
+        """A question whose answer is generated; both have at most so many tokens."""
+        return cls(max_length, None, question=question, **options)
+
+    given = clean
+    make = generate
 
     @classmethod
     def in_blocks(cls, length: int, block_length: int, done: int = 0, **options: Any) -> Iterator[TextFrame]:
@@ -184,6 +217,12 @@ class TextFrame(Segment):
         for block in range(done + 1):
             sigma = 0.0 if block < done else None
             yield cls(block_length, sigma, block=block, start=block * block_length, **options)
+
+    @property
+    def entries(self) -> int:
+        """Samples that it has a text or question for; 1 where one is for all."""
+        told = self.text if self.question is None else self.question
+        return 1 if told is None or isinstance(told, str) else len(told)
 
     def positions(self) -> torch.Tensor:
         """Positions (n,) float32 along the text: 0, 1, … from `start`, or zeros where it has none."""

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -21,22 +22,24 @@ from imgdit import compat
 from imgdit.adapters.pairing import Samples
 from imgdit.attention.cache import KVCache
 from imgdit.cameras import FOCAL_LENGTH, cameras_of_rays, ray_frames, rays_of_frames, relative_rays
-from imgdit.frames import Frame
+from imgdit.frames import Frame, TextFrame
 from imgdit.images.convert import image_size
 from imgdit.images.latents import decode_latents, encode_images
 from imgdit.layout import FrameLayout, take_rows
 from imgdit.models.functional import pack, unpack
 from imgdit.models.mmdit import MMDiT
 from imgdit.models.nextdit import NextDiT, TextMemory
-from imgdit.pipelines.checks import Texts, check_call, check_latents
+from imgdit.pipelines.checks import Texts, check_call, check_generators, check_latents
 from imgdit.pipelines.frame_images import (
     bucket_size,
     depth_of_images,
     labels_of_images,
     pixels_of_images,
 )
-from imgdit.pipelines.one_diffusion_inputs import FrameSource, check_scene, entry, images_of
+from imgdit.pipelines.frame_texts import SplitFrames, TextWriter, split_frames
+from imgdit.pipelines.one_diffusion_inputs import FrameSource, check_scene, entry, images_of, num_entries
 from imgdit.pipelines.options import FrameOptions, SamplingOptions
+from imgdit.pipelines.text_frames import load_text_frames
 from imgdit.pipelines.text_to_image import ImgDiTPipeline
 from imgdit.pipelines.texts import JoinedText
 from imgdit.schedulers.flow_match import MultiFrameFlowMatchScheduler
@@ -55,8 +58,8 @@ class OneDiffusionPipelineOutput(BaseOutput):
 
     images: Images
     """Frames of kind "image", of the output type asked for."""
-    latents: torch.Tensor
-    """(B, F, C, h, w) all frames, the given ones too."""
+    latents: torch.Tensor | None
+    """(B, F, C, h, w) all frames, the given ones too; `None` of an image that was generated together with a text."""
     maps: dict[str, Images] | None = None
     """Frames of the other kinds as images, by kind; never rays."""
     depth: np.ndarray | None = None
@@ -65,6 +68,8 @@ class OneDiffusionPipelineOutput(BaseOutput):
     """(P, H, W) number in `legend`, from 1, of what a segmentation with a legend shows; 0 is nothing."""
     legend: dict[str, str] | None = None
     """Colour of each object of `labels`."""
+    texts: list[str] | None = None
+    """Texts that were generated, sample by sample."""
     cameras: torch.Tensor | None = None
     """(B, V, 4, 4) camera-to-world matrices of all views, in the frame of the first known camera; OpenCV's axes."""
 
@@ -109,6 +114,10 @@ class OneDiffusionPipeline(ImgDiTPipeline):
     """
 
     transformer: MMDiT | NextDiT
+    text_adapter: str | None = None
+    """Name of the LoRA that reads texts that are generated."""
+    text_tokenizer: PreTrainedTokenizerBase | None = None
+    """Of texts that are generated; `None`: `tokenizer`."""
 
     def __init__(
         self,
@@ -138,7 +147,7 @@ class OneDiffusionPipeline(ImgDiTPipeline):
     def __call__(  # type: ignore[override]
         self,
         prompt: str | list[str] | None = None,
-        frames: Sequence[ImageFrame] | None = None,
+        frames: Sequence[ImageFrame | TextFrame] | None = None,
         task: str | None = None,
         images: Any = None,
         cameras: Sequence[Any] | torch.Tensor | None = None,
@@ -185,7 +194,9 @@ class OneDiffusionPipeline(ImgDiTPipeline):
         Args:
             prompt: caption of the image, or the instruction of editing; one or several. The library puts the task's
                 token and its details before it; a prompt that begins with a token is taken as it is.
-            frames: the scene, frame by frame.
+            frames: the scene, frame by frame. A clean `TextFrame` is the prompt; one that is generated is written
+                about the image that is given (`TextFrame.generate`, `fill`, `ask`), or together with the one that is
+                generated; see `imgdit.pipelines.frame_texts`.
             task: name of the task, of `imgdit.tasks.TASKS`; found by the frames' kinds where they tell.
             images: given images of a task, one or several.
             cameras: of views: a camera-to-world matrix (4, 4) each, `None` for one to be found. Positions are taken
@@ -225,6 +236,8 @@ class OneDiffusionPipeline(ImgDiTPipeline):
         Raises:
             ValueError: frames, texts or options that do not fit; nothing is repeated, dropped or guessed.
         """
+        split = split_frames(frames, prompt)
+        prompt = split.prompt
         texts = Texts(
             prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, pooled_prompt_embeds,
             negative_pooled_prompt_embeds, prompt_embeds_mask, negative_prompt_embeds_mask,
@@ -237,7 +250,10 @@ class OneDiffusionPipeline(ImgDiTPipeline):
             callback_on_step_end_tensor_inputs,
         )  # fmt: skip
         framing = FrameOptions(crop, focal_length, given_level, noise_scale, scale_factor, scale_watershed)
-        source = FrameSource(frames, task, images, cameras, inverse, captions, legend, item, denoise_mask)
+        source = FrameSource(split.images, task, images, cameras, inverse, captions, legend, item, denoise_mask)
+        if split.texts:
+            call = (split, options, framing, (height, width), latents, guidance_scale, num_inference_steps)
+            return self._write_texts(*call) if return_dict else self._write_texts(*call).to_tuple()
         samples = check_call(self, texts, options, "scenes")
         frames, task = source.read(prompt)
         height, width = self._size(frames, height, width)
@@ -262,6 +278,55 @@ class OneDiffusionPipeline(ImgDiTPipeline):
         output = self._output(frames, latents, output_type, focal_length)
         self.maybe_free_model_hooks()
         return output if return_dict else output.to_tuple()
+
+    # Texts
+
+    def load_text_frames(self, folder: str | Path) -> None:
+        """Load what generates text beside the transformer; see `imgdit.pipelines.text_frames`. Without it the folder
+        `text_frames` beside the pipeline's parts is loaded by the first call that needs it."""
+        self.text_adapter, self.text_tokenizer = load_text_frames(self, folder)
+
+    def _write_texts(
+        self,
+        split: SplitFrames,
+        options: SamplingOptions,
+        framing: FrameOptions,
+        size: tuple[int | None, int | None],
+        latents: torch.Tensor | None,
+        guidance_scale: float | None,
+        steps: int | None,
+    ) -> OneDiffusionPipelineOutput:
+        """Texts about the image that is given, or together with the one that is generated."""
+        images, generator = split.images or [], options.generator
+        if latents is not None:
+            raise ValueError("texts begin with masks: leave latents out; an image's are ImageFrame.given(latents)")
+        writer = TextWriter.over(self)
+        call = writer.options(
+            options.callback_on_step_end, num_inference_steps=16 if steps is None else steps,
+            guidance_scale=1.0 if guidance_scale is None else guidance_scale, generator=generator,
+            callback_on_step_end_tensor_inputs=options.callback_on_step_end_tensor_inputs,
+        )  # fmt: skip
+        copies = options.num_images_per_prompt
+        if images and not images[0].is_given:
+            call["max_length"] = split.texts[0].length or None
+            both = writer.writer.joint(copies, options.output_type, **call)
+            return OneDiffusionPipelineOutput(both.images, None, texts=both.texts)
+        for frame in split.texts:
+            writer.check(frame)
+        given = None
+        if images:
+            entries = [num_entries(images[0]) or 1, *(frame.entries for frame in split.texts)]
+            samples = Samples.of_prompts(max(entries), copies)
+            height, width = self._size(images, *size)
+            check_scene(
+                images, samples, height, width, self.vae_scale_factor * self.patch_size, self.transformer, True
+            )
+            check_generators(generator, samples.count, "texts")
+            cells = (height // self.vae_scale_factor, width // self.vae_scale_factor)
+            given = self.prepare_latents(images, samples, cells, framing, generator)
+        self._begin(options)
+        texts = [writer.write(frame, None if given is None else given[:, 0], call) for frame in split.texts]
+        return OneDiffusionPipelineOutput([], given, texts=[text for one in zip(*texts) for text in one])
 
     # Input
 

@@ -114,6 +114,7 @@ def check_scene(
     width: int,
     cell: int,
     transformer: Any,
+    texts: bool = False,
 ) -> None:
     """Refuse frames that neither the task nor the transformer can take.
 
@@ -121,8 +122,9 @@ def check_scene(
         samples: of the call; latents may be given for each.
         height, width: in pixels.
         cell: pixels per side of a token.
+        texts: whether texts are generated about them.
     """
-    if all(frame.is_given for frame in frames):
+    if not texts and all(frame.is_given for frame in frames):
         raise ValueError("every frame is given, so there is nothing to make; give at least one ImageFrame.make()")
     for i, frame in enumerate(frames):
         entries, fitting = num_entries(frame), {1, samples.prompts}

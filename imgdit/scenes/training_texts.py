@@ -24,6 +24,8 @@ from imgdit.scenes.world import Scene
 from imgdit.training.sources import InTurn
 from imgdit.training.text_rows import ImageTexts, TextRow, text_rows
 
+LONGER = 0.3
+"""Probability that the rows of a batch of questions are longer than they need to be, as those of users are."""
 TEXT_AXIS = 2
 """Rotary axis of texts that are generated: the columns'."""
 
@@ -68,8 +70,8 @@ class SceneImageTexts(CachedScenes):
         captions, questions: rows of each image.
         plain: probability that a caption is `plain_caption`; the others are paraphrases.
         length: tokens of a row. With the end token, captions have up to 29, questions with their answers 12.
-        question_length: tokens of a row with a question; batches are then of captions and of questions in turn.
-            `None`: every batch has both, of `length`.
+        question_length: tokens of a row with a question; batches are then of captions and of questions in turn, some
+            of the latter longer, up to `length`. `None`: every batch has both, of `length`.
         size: pixels per side.
         split: "train" or "heldout".
     """
@@ -106,7 +108,7 @@ class SceneImageTexts(CachedScenes):
     def __getitem__(self, index: int) -> ImageTexts:
         rng = Random(mixed_seed(index, 0))
         latents, rows = [], []
-        length, captions, questions = self._kind(index)
+        length, captions, questions = self._kind(index, rng)
         for _ in range(self.images):
             number, view, look = self.draw(rng)
             latents.append(self.latent(number, "pictures", view, look))
@@ -116,11 +118,14 @@ class SceneImageTexts(CachedScenes):
         texts = text_rows(rows, length, self.tokenizer.eos_token_id)
         return ImageTexts(pack(torch.stack(latents), PATCH), self.size, texts, self.pooled)
 
-    def _kind(self, index: int) -> tuple[int, int, int]:
+    def _kind(self, index: int, rng: Random) -> tuple[int, int, int]:
         """Tokens of a row, captions and questions of each image of a batch."""
         if self.question_length is None:
             return self.length, self.captions, self.questions
-        return (self.question_length, 0, self.questions) if index % 2 else (self.length, self.captions, 0)
+        if index % 2 == 0:
+            return self.length, self.captions, 0
+        longest = self.length if rng.random() < LONGER else self.question_length
+        return rng.randint(self.question_length, longest), 0, self.questions
 
     def _caption(self, scene: Scene, rng: Random) -> TextRow:
         said = plain_caption(scene) if rng.random() < self.plain else caption(scene, rng)

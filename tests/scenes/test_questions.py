@@ -168,8 +168,10 @@ def test_rows_hold_images_with_captions_and_answered_questions(tmp_path):
     with small_cache():
         turns = SceneImageTexts(latents=str(tmp_path), scenes=2, images=2, captions=1, questions=3, question_length=14)
         captions, questions = turns[0], turns[1]
+        lengths = {turns[n].texts.ids.shape[1] for n in range(1, 41, 2)}
     assert captions.texts.ids.shape == (2, 32) and not captions.texts.prompt.any()
-    assert questions.texts.ids.shape == (6, 14) and questions.texts.prompt.any(1).all()
+    assert 14 in lengths and len(lengths) > 3 and min(lengths) == 14 and max(lengths) <= 32
+    assert len(questions.texts.ids) == 6 and questions.texts.prompt.any(1).all()
     assert captions.pooled is not None and captions.pooled.shape[0] == 1
     with pytest.raises(ValueError, match="in turn need both"):
         SceneImageTexts(latents=str(tmp_path), captions=0, question_length=14)

@@ -1,0 +1,168 @@
+"""Text frames of `OneDiffusionPipeline`: prompts among the frames, and texts that are generated beside images."""
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig
+from PIL import Image
+from tiny import rope_config, tiny_pipeline, tiny_tokenizer
+
+from imgdit import ImageFrame, OneDiffusionPipeline, TextFrame
+from imgdit.models.text_head import add_text_head
+from imgdit.pipelines.text_frames import FOLDER, save_text_frames
+
+LENGTH = 12
+SETTINGS = {"num_inference_steps": 3}
+
+
+def pipeline() -> OneDiffusionPipeline:
+    pipe = OneDiffusionPipeline(**tiny_pipeline(rope_config(joint_attention_dim=32)).components)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A pipeline without a text head, and its text frames beside it."""
+    place = tmp_path_factory.mktemp("model")
+    pipe = pipeline()
+    pipe.save_pretrained(place)
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"mask_token": "<mask>"})
+    tokenizer.model_max_length = LENGTH
+    model = pipe.transformer
+    add_text_head(model, len(tokenizer), rope_axis=2, embeds=True, generator=torch.Generator().manual_seed(0))
+    torch.nn.init.normal_(model.text_proj_out.weight, std=0.5, generator=torch.Generator().manual_seed(1))
+    targets = r"context_embedder|.*single_transformer_blocks\.\d+\.(attn\.to_[qkv]|proj_mlp|proj_out)"
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model.add_adapter(LoraConfig(r=2, target_modules=targets, init_lora_weights=False), "reads")
+    save_text_frames(model, "reads", tokenizer, place / FOLDER)
+    return place
+
+
+@pytest.fixture
+def pipe(folder):
+    loaded = OneDiffusionPipeline.from_pretrained(folder)
+    loaded.set_progress_bar_config(disable=True)
+    return loaded
+
+
+def images(count: int = 1, seed: int = 0) -> list[Image.Image]:
+    pixels = np.random.default_rng(seed).integers(0, 256, (count, 16, 16, 3), dtype=np.uint8)
+    return [Image.fromarray(one) for one in pixels]
+
+
+def seeded(*seeds: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def make(pipe, frames, **options):
+    return pipe(frames=frames, height=16, width=16, **{**SETTINGS, **options})
+
+
+def test_a_clean_text_frame_is_the_prompt(pipe):
+    options = {"output_type": "latent", "generator": seeded(0)[0]}
+    prompt = make(pipe, [ImageFrame.make()], prompt="a red cube", **options)
+    options["generator"] = seeded(0)[0]
+    frame = make(pipe, [TextFrame.clean("a red cube"), ImageFrame.make()], **options)
+    assert torch.equal(prompt.images, frame.images) and frame.texts is None
+    assert TextFrame.given("a").text == "a" and TextFrame.make(3).length == 3 and TextFrame.make().sigma is None
+
+
+def test_images_stay_what_they_are_when_text_frames_are_loaded(pipe):
+    def image():
+        return make(
+            pipe, [ImageFrame.make()], prompt="a red cube", output_type="latent", generator=seeded(0)[0]
+        ).images
+
+    before = image()
+    assert pipe.transformer.config.text_vocab_size is None
+    text = make(pipe, [ImageFrame.given(images()[0]), TextFrame.generate()])
+    assert len(text.texts) == 1 and pipe.transformer.config.text_vocab_size
+    assert torch.equal(before, image())
+
+
+def test_texts_are_written_as_the_frames_say(pipe):
+    shown = ImageFrame.given(images()[0])
+    caption, answer, filled = make(
+        pipe, [shown, TextFrame.generate(6), TextFrame.ask("a red", 6), TextFrame.fill("a [?] cube")]
+    ).texts
+    assert make(pipe, [shown, TextFrame.generate(6)]).texts == [caption]
+    assert make(pipe, [shown, TextFrame.ask("a red", 6)]).texts == [answer]
+    assert filled.startswith("a ") and filled.endswith(" cube") and "<mask>" not in filled
+    assert make(pipe, [TextFrame.fill("a [?] cube")]).images == [], "a text may be filled without an image"
+    adapted = pipe.text_adapter
+    pipe.text_adapter = None
+    seen = [make(pipe, [shown, TextFrame.generate(6)], num_inference_steps=1).texts]
+    pipe.text_adapter = adapted
+    assert seen != [make(pipe, [shown, TextFrame.generate(6)], num_inference_steps=1).texts]
+
+
+def test_a_batch_has_a_text_for_each_image_and_seed(pipe):
+    two = images(2)
+    whole = make(pipe, [ImageFrame.given(two), TextFrame.ask(["a red", "a cube"], 8)], generator=seeded(1, 2))
+    alone = [
+        make(pipe, [ImageFrame.given(image), TextFrame.ask(question, 8)], generator=seeded(n)).texts[0]
+        for n, (image, question) in enumerate(zip(two, ["a red", "a cube"]), 1)
+    ]
+    assert whole.texts == alone
+    copies = make(
+        pipe, [ImageFrame.given(two), TextFrame.generate(5)], num_images_per_prompt=2, generator=seeded(1, 1, 1, 1)
+    )
+    assert len(copies.texts) == 4 and copies.texts[0] == copies.texts[1]
+    assert copies.latents.shape[:2] == (4, 1)
+
+
+def test_callbacks_follow_the_steps_and_may_stop_them(pipe):
+    steps = []
+
+    def stop(owner, step, timestep, tensors):
+        assert owner is pipe
+        steps.append((step, sorted(tensors)))
+        owner._interrupt = step == 1
+        return {}
+
+    shown = ImageFrame.given(images()[0])
+    options = {"callback_on_step_end": stop, "callback_on_step_end_tensor_inputs": ["block_x"]}
+    make(pipe, [shown, TextFrame.generate(9)], num_inference_steps=8, **options)
+    assert [step for step, _ in steps] == [0, 1] and steps[0][1] == ["block_x"]
+
+
+def test_an_image_is_generated_together_with_its_text(pipe):
+    both = make(pipe, [ImageFrame.make(), TextFrame.generate()], generator=seeded(0)[0])
+    assert len(both.images) == len(both.texts) == 1
+
+
+def test_bad_frames_are_refused(pipe):
+    shown = ImageFrame.given(images()[0])
+    cases = [
+        ([TextFrame.ask("a red")], "a question needs the image"),
+        ([TextFrame.generate()], "there is no image"),
+        ([shown, TextFrame.fill("a cube")], "has no hole"),
+        ([shown, TextFrame.fill("a [colour] cube")], r"unknown placeholder \[colour\]"),
+        ([shown, TextFrame.ask(" ")], "is empty"),
+        ([shown, TextFrame.ask("a\x07")], r"control character U\+0007"),
+        ([shown, TextFrame.generate(LENGTH + 1)], "longer than the 12 that the model was trained on"),
+        ([shown, TextFrame.ask("a red cube " * 9)], "leaves none for an answer"),
+        ([shown, TextFrame.fill("a red [?] " * 9)], "max_length is 12"),
+        ([shown, TextFrame(0, None, text="a [?]", question="a")], "not both"),
+        ([shown, TextFrame.generate(adapter="x")], "leave it out"),
+        ([shown, ImageFrame.make("depth"), TextFrame.generate()], "about one frame of kind 'image', got image, depth"),
+        ([TextFrame.clean("a"), shown, TextFrame.generate()], "generate the image first"),
+        ([TextFrame.clean("a"), TextFrame.clean("b"), ImageFrame.make()], "several prompts"),
+        ([TextFrame(3), ImageFrame.make()], "says something"),
+        ([ImageFrame.make(), TextFrame.ask("a red")], "together with one whole text"),
+    ]
+    computed = []
+    hook = pipe.transformer.register_forward_pre_hook(lambda *args: computed.append(1))
+    for frames, message in cases:
+        with pytest.raises(ValueError, match=message):
+            make(pipe, frames)
+    hook.remove()
+    assert not computed
+    with pytest.raises(ValueError, match="leave latents out"):
+        make(pipe, [shown, TextFrame.generate()], latents=torch.zeros(1, 1, 4, 8, 8))
+    plain = pipeline()
+    with pytest.raises(ValueError, match=r"no text head .*\('embedded'\)"):
+        make(plain, [shown, TextFrame.generate()])
