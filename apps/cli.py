@@ -132,7 +132,8 @@ def assemble(
 ) -> None:
     """Put trained runs together: pipeline, condition adapters, sparse autoencoders and probe of the embedded model."""
     from imgdit import checkpoints
-    from imgdit.apps.chores.weights import assemble, save_adapter, save_probe, save_saes
+    from imgdit.apps.chores.weights import assemble, save_adapter, save_probe, save_saes, save_texts
+    from imgdit.pipelines.text_frames import FOLDER
 
     with at_work():
         if out is None and not (checkpoints.SCENES.parents[2] / "pyproject.toml").is_file():
@@ -141,6 +142,8 @@ def assemble(
         assemble(runs / "transformer", scenes)
         for run in sorted(runs.glob("control_*")):
             save_adapter(run, scenes / "adapters" / f"{run.name.removeprefix('control_')}.safetensors")
+        if (runs / FOLDER).is_dir():
+            save_texts(runs / FOLDER, scenes / FOLDER)
         saes = [runs / name for name in ("sae", "sae_text") if (runs / name / "saes").is_dir()]
         if saes:
             save_saes(saes, scenes / "sae")

@@ -12,10 +12,12 @@ from imgdit import ImgDiTPipeline, MMDiT, NextDiT, OneDiffusionPipeline
 from imgdit.data.buckets import bucket_sizes
 from imgdit.lora.dialects import LoraPair
 from imgdit.lora.files import AdapterInfo, adapter_pairs, write_adapter
+from imgdit.pipelines.text_frames import save_text_frames
 from imgdit.scenes import sources
-from imgdit.scenes.tokenizer import caption_tokenizer
+from imgdit.scenes.tokenizer import caption_tokenizer, question_tokenizer
 from imgdit.scenes.training_conditions import SceneConditions
 from imgdit.scenes.training_frames import PATCH, SceneFrames, latent_scale, scene_components
+from imgdit.scenes.training_texts import SceneImageTexts
 from imgdit.taught import Taught, write_taught
 from imgdit.training.build import build_scheduler
 from imgdit.training.recipe import ADAPTER, Recipe
@@ -90,6 +92,24 @@ def save_adapter(run: Path, out: Path) -> None:
         for name, pair in adapter_pairs(load_trained(run), ADAPTER).items()
     }
     write_adapter(out, pairs, _info(recipe))
+
+
+def save_texts(run: Path, out: Path) -> None:
+    """Save the text frames of a run: adapter, head and tokenizer.
+
+    Args:
+        run: folder of a run on texts about scenes.
+        out: folder, see `imgdit.pipelines.text_frames`.
+
+    Raises:
+        ValueError: the run has no checkpoint, or trained no text frames.
+    """
+    recipe = trained_recipe(run)
+    if not recipe.adapter.rank or recipe.data.name != sources.IMAGE_TEXTS:
+        raise ValueError(f"{run} trained no text frames: expected adapter.rank and data {sources.IMAGE_TEXTS}")
+    length = _arguments(SceneImageTexts, recipe)["length"]
+    info = AdapterInfo(base_model=recipe.model.pretrained, task="text", licence="Apache-2.0")
+    save_text_frames(load_trained(run), ADAPTER, question_tokenizer(length), out, info)
 
 
 def _info(recipe: Recipe) -> AdapterInfo:

@@ -63,14 +63,20 @@ def convert(
 
 @app.command()
 def export(
-    run: Annotated[Path, typer.Argument(help="Folder of a run that trained a condition adapter.")],
-    out: Annotated[Path, typer.Argument(help="A .safetensors file to write.")],
+    run: Annotated[Path, typer.Argument(help="Folder of a run that trained a condition adapter, or text frames.")],
+    out: Annotated[Path, typer.Argument(help="A .safetensors file to write; for text frames a folder.")],
 ) -> None:
-    """Write the adapter of a run's latest checkpoint as a LoRA file, with how it was trained in its header."""
-    from imgdit.apps.chores.weights import save_adapter
+    """Write the adapter of a run's latest checkpoint as a LoRA file, with how it was trained in its header.
+
+    Text frames are a folder: the adapter, the text head and the tokenizer.
+    """
+    from imgdit.apps.chores.weights import save_adapter, save_texts
+    from imgdit.scenes.sources import IMAGE_TEXTS
+    from imgdit.training.trained import trained_recipe
 
     with user_errors():
-        save_adapter(run, out)
+        save = save_texts if trained_recipe(run).data.name == IMAGE_TEXTS else save_adapter
+        save(run, out)
     typer.echo(f"wrote {out}")
 
 

@@ -22,6 +22,7 @@ from imgdit.training.text_rows import collate_text_rows
 FRAMES = "imgdit.scenes.sources:frames"
 CONDITIONS = "imgdit.scenes.sources:conditions"
 TEXTS = "imgdit.scenes.sources:texts"
+IMAGE_TEXTS = "imgdit.scenes.sources:image_texts"
 TEXT_PAIRS = "imgdit.scenes.sources:text_pairs"
 
 
