@@ -32,9 +32,9 @@ ADAPTER, HEAD, TOKENIZER = "adapter.safetensors", "head.safetensors", "tokenizer
 
 
 def find_text_frames(pipe: Any) -> Path | None:
-    """The folder beside a pipeline's parts; `None`: there is none, or the pipeline is from nowhere."""
-    source = pipe.config.get("_name_or_path")
-    folder = None if source is None else Path(source) / FOLDER
+    """The folder beside a pipeline's parts, of which the transformer knows where it is from; `None`: there is none."""
+    source = pipe.transformer.config.get("_name_or_path")
+    folder = None if not source else Path(source).parent / FOLDER
     return folder if folder is not None and (folder / HEAD).is_file() else None
 
 

@@ -121,7 +121,7 @@ def control(
 def any_to_any(
     prompt: Annotated[str, typer.Argument(help="Caption of the image, or the instruction of editing.")] = "",
     given: Annotated[list[str] | None, typer.Option(help="KIND=FILE: image=photo.png, depth=d.png.")] = None,
-    make: Annotated[list[str] | None, typer.Option(help="Kinds to make: image, depth, canny, …")] = None,
+    make: Annotated[list[str] | None, typer.Option(help="Kinds to make: image, depth, canny, …; or text.")] = None,
     camera: Annotated[
         list[str] | None, typer.Option(help="AZIMUTH,ELEVATION of each view; given images are the first.")
     ] = None,
@@ -130,8 +130,15 @@ def any_to_any(
     options: ImageOptions,
     loading: LoadOptions,
 ) -> None:
-    """Make any frames from any others: depth of an image, an image of depth, both, or another view."""
+    """Make any frames from any others: depth of an image, an image of depth, both, or another view.
+
+    With --make text a text about the given image is printed: a caption, the answer if the prompt is a question, or the
+    prompt with its holes filled ("a [?] cube").
+    """
     with user_errors():
+        if "text" in (make or []):
+            typer.echo(_text(prompt, given or [], make or [], options, loading))
+            return
         from imgdit.apps.jobs.plan import Job
         from imgdit.apps.jobs.request import frame_row
 
@@ -233,6 +240,29 @@ def _controls(
     from imgdit.apps.jobs.request import Control
 
     return tuple(Control(kind, image, strength, start, end) for kind, image in _files(given))
+
+
+def _text(prompt: str, given: list[str], make: list[str], options: ImageOptions, loading: LoadOptions) -> str:
+    """A text about a given image."""
+    import torch
+
+    from imgdit.checkpoints import EMBEDDED
+    from imgdit.frames import TextFrame
+    from imgdit.pipelines.loading import load_pipeline, over_components
+    from imgdit.pipelines.one_diffusion import OneDiffusionPipeline
+    from imgdit.tasks import ImageFrame
+
+    if make != ["text"]:
+        raise ValueError(f"--make text is alone: generate images in a call of their own, got --make {' '.join(make)}")
+    frames: list[ImageFrame | TextFrame] = [ImageFrame.given(image, kind) for kind, image in _files(given)]
+    text = TextFrame.fill(prompt) if "[" in prompt else TextFrame.ask(prompt) if prompt else TextFrame.generate()
+    pipe = load_pipeline(options.model or EMBEDDED, loading)
+    if not isinstance(pipe, OneDiffusionPipeline):
+        pipe = over_components(OneDiffusionPipeline, pipe, loading)
+    pipe.set_progress_bar_config(disable=True)
+    height, width = options.sides
+    generator = torch.Generator().manual_seed(options.seed)
+    return pipe(frames=[*frames, text], height=height, width=width, generator=generator).texts[0]
 
 
 def _files(given: Sequence[str]) -> list[tuple[str, Any]]:
