@@ -78,25 +78,25 @@ class FrameLayout:
         """
         prompt = [] if text_length is None else [TextFrame(text_length)]
         texts = (*prompt, *(frame for frame in frames if isinstance(frame, TextFrame)))
-        frames = tuple(frame for frame in frames if isinstance(frame, Frame))
-        if not frames and all(text.held for text in texts):
+        grids = tuple(frame for frame in frames if isinstance(frame, Frame))
+        if not grids and all(text.held for text in texts):
             raise ValueError("a layout needs at least one frame, or a text that is generated")
         if not texts:
             raise ValueError("a layout needs a text: give text_length, 0 for none, or a TextFrame")
-        size = len(texts) + len(frames)
+        size = len(texts) + len(grids)
         if visible is None:
-            visible = _rules((*texts, *frames))
+            visible = _rules((*texts, *grids))
         elif visible.dtype != torch.bool or tuple(visible.shape) != (size, size):
             raise ValueError(
                 f"visible must be boolean of shape ({size}, {size}), {len(texts)} text(s) first and then "
-                f"{len(frames)} frame(s); got {visible.dtype} of shape {tuple(visible.shape)}"
+                f"{len(grids)} frame(s); got {visible.dtype} of shape {tuple(visible.shape)}"
             )
         elif not visible.any(dim=1).all():
             raise ValueError("visible has a row without any True: a segment must see at least itself")
         return cls(
-            frames=frames,
+            frames=grids,
             texts=texts,
-            scenes=(0,) * len(frames),
+            scenes=(0,) * len(grids),
             text_scenes=(0,) * len(texts),
             visible=visible.clone(),
             main_adapters=None if main_adapters is None else tuple(main_adapters),
@@ -367,9 +367,9 @@ class FrameLayout:
 
     def _group(self, segments: range) -> tuple[RowGroup, ...]:
         present = [i for i in segments if i not in self.cached]
-        position = dict(zip(present, _consecutive([self._length(i) for i in present]), strict=True))
+        position = dict(zip(present, _consecutive([self.segment_length(i) for i in present]), strict=True))
         stored = sorted(self.cached)
-        place = dict(zip(stored, _consecutive([self._length(i) for i in stored]), strict=True))
+        place = dict(zip(stored, _consecutive([self.segment_length(i) for i in stored]), strict=True))
         members: dict[tuple[tuple[int, float], ...], list[int]] = {}
         for i in present:
             seen = tuple((j, self._bias(i, j)) for j in segments if j in self.sees[i])
@@ -393,14 +393,14 @@ class FrameLayout:
         """Rows of the frozen segments in the joint sequence (or in the image stream), in the order a cache keeps."""
         first = self.num_texts if image_only else 0
         present = [i for i in range(first, len(self.segments)) if i not in self.cached]
-        position = dict(zip(present, _consecutive([self._length(i) for i in present]), strict=True))
+        position = dict(zip(present, _consecutive([self.segment_length(i) for i in present]), strict=True))
         return _merge(position[i] for i in sorted(self.frozen) if i in position)
 
     def dense_mask(self) -> torch.Tensor:
         """Boolean (T + N, T + N) mask of the whole joint sequence. For tests: no path of the library builds it."""
         if self.cached:
             raise ValueError("a layout that reads from a cache has no square mask")
-        lengths = torch.tensor([self._length(i) for i in range(len(self.segments))])
+        lengths = torch.tensor([self.segment_length(i) for i in range(len(self.segments))])
         return self.visible.repeat_interleave(lengths, 0).repeat_interleave(lengths, 1)
 
     def dense_bias(self) -> torch.Tensor:
@@ -408,7 +408,7 @@ class FrameLayout:
         tests, as `dense_mask`."""
         segments = range(len(self.segments))
         bias = torch.tensor([[self._bias(i, j) for j in segments] for i in segments])
-        lengths = torch.tensor([self._length(i) for i in segments])
+        lengths = torch.tensor([self.segment_length(i) for i in segments])
         bias = bias.repeat_interleave(lengths, 0).repeat_interleave(lengths, 1)
         return bias.masked_fill(~self.dense_mask(), -math.inf)
 
@@ -429,7 +429,8 @@ class FrameLayout:
     def has_adapters(self) -> bool:
         return bool(self.claimed or self.everywhere) or self.main_adapters is not None
 
-    def _length(self, segment: int) -> int:
+    def segment_length(self, segment: int) -> int:
+        """Tokens of a segment, in the sequence or not."""
         if segment < self.num_texts:
             return self.texts[segment].length
         return self.frames[segment - self.num_texts].length

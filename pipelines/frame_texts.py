@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from imgdit.frames import TextFrame
 from imgdit.pipelines.image_text import ImageTextPipeline
-from imgdit.pipelines.image_text_inputs import WritingCall, filling_rows, question_rows, texts_of
+from imgdit.pipelines.image_text_inputs import filling_rows, question_rows, texts_of
 from imgdit.pipelines.text_frames import find_text_frames
 from imgdit.tasks import ImageFrame
 
@@ -117,7 +117,7 @@ class TextWriter:
         writer.tells_unknown_words = False
         return cls(pipe, writer)
 
-    def options(self, callback: Callable[..., Any] | None, **given: Any) -> WritingCall:
+    def options(self, callback: Callable[..., Any] | None, **given: Any) -> dict[str, Any]:
         """Options of the writer, whose callback is called with the pipeline of the call."""
 
         def after(writer: Any, step: int, timestep: int, tensors: dict[str, Any]) -> Any:
@@ -125,7 +125,7 @@ class TextWriter:
             writer._interrupt = self.pipe._interrupt
             return changed
 
-        return {**given, "callback_on_step_end": None if callback is None else after}  # type: ignore[return-value]
+        return {**given, "callback_on_step_end": None if callback is None else after}
 
     def check(self, frame: TextFrame) -> None:
         """Refuse a text or question that does not fit, before anything is computed."""
@@ -141,15 +141,16 @@ class TextWriter:
     def _length(self, frame: TextFrame) -> int:
         return frame.length or int(self.writer.config.text_length)
 
-    def write(self, frame: TextFrame, latents: Any, options: WritingCall) -> list[str]:
+    def write(self, frame: TextFrame, latents: Any, options: dict[str, Any]) -> list[str]:
         """The texts of a frame about images (B, C, h, w), one for each, as the frame says."""
-        call: WritingCall = {**options, "max_length": self._length(frame)}
+        call: dict[str, Any] = {**options, "max_length": self._length(frame)}
+        if latents is not None:
+            call["latents"] = latents
         if frame.question is not None:
-            return self.writer.answer(None, self._each(frame.question, latents), latents=latents, **call).texts or []
+            return self.writer.answer(None, self._each(frame.question, latents), **call).texts or []
         if frame.text is not None:
-            about: WritingCall = {} if latents is None else {"latents": latents}
-            return self.writer.fill(self._each(frame.text, latents), **about, **call).texts or []
-        return self.writer.caption(latents=latents, **call).texts or []
+            return self.writer.fill(self._each(frame.text, latents), **call).texts or []
+        return self.writer.caption(**call).texts or []
 
     @staticmethod
     def _each(texts: str | Sequence[str], latents: Any) -> list[str]:

@@ -67,7 +67,7 @@ class KVCache:
         """
         if self.mode == "read" and layout.cached:
             stored = next((layer.size() for layer in self._layers.values()), None)
-            asked = batch, sum(layout.segments[i].length for i in layout.cached)
+            asked = batch, sum(layout.segment_length(i) for i in layout.cached)
             if stored is not None and stored != asked:
                 raise ValueError(
                     f"the key/value cache holds {stored[1]} tokens of batch {stored[0]}, this call reads {asked[1]} "
