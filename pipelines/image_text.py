@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, NamedTuple, Unpack
 
 import numpy as np
@@ -39,6 +40,7 @@ from imgdit.pipelines.image_text_reading import ImageTextReader, reads_as_dual_d
 from imgdit.pipelines.masked_text import MaskedTextPipeline
 from imgdit.pipelines.masked_text_inputs import check_ids
 from imgdit.pipelines.options import OUTPUT_TYPES
+from imgdit.pipelines.text_frames import find_text_frames, load_text_frames
 from imgdit.pipelines.text_to_image import ImgDiTPipeline
 from imgdit.schedulers.flow_match import MultiFrameFlowMatchScheduler
 from imgdit.schedulers.masked_text import MaskedTextScheduler, TextDraws, check_generators
@@ -341,17 +343,28 @@ class ImageTextPipeline(ImgDiTPipeline):
             )
         return replace(options, callback_on_step_end_tensor_inputs=names)
 
+    def load_text_frames(self, folder: str | Path) -> None:
+        """Load what writes text beside a transformer without a text head; see `imgdit.pipelines.text_frames`. Without
+        this call the folder `text_frames` beside the pipeline's parts is loaded when it is needed."""
+        self.text_adapter, tokenizer = load_text_frames(self, folder)
+        self.register_modules(text_tokenizer=tokenizer)
+        self.register_to_config(text_length=tokenizer.model_max_length)
+
     def check_text_head(self) -> None:
         """Refuse a model that writes no text.
 
         Raises:
             ValueError: says which ones do.
         """
-        if self.transformer.config.text_vocab_size is None:
+        if self.transformer.config.text_vocab_size is not None:
+            return
+        folder = find_text_frames(self)
+        if folder is None:
             raise ValueError(
                 "this transformer has no text head (text_vocab_size is None) and writes no text. Dual Diffusion's "
                 "folders have one, and MMDiT models that were trained on texts about images"
             )
+        self.load_text_frames(folder)
 
     @property
     def _text_tokenizer(self) -> Any:

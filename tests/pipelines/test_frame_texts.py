@@ -7,7 +7,7 @@ from peft import LoraConfig
 from PIL import Image
 from tiny import rope_config, tiny_pipeline, tiny_tokenizer
 
-from imgdit import ImageFrame, OneDiffusionPipeline, TextFrame
+from imgdit import ImageFrame, ImageTextPipeline, OneDiffusionPipeline, TextFrame
 from imgdit.models.text_head import add_text_head
 from imgdit.pipelines.text_frames import FOLDER, save_text_frames
 
@@ -97,6 +97,15 @@ def test_texts_are_written_as_the_frames_say(pipe):
     seen = [make(pipe, [shown, TextFrame.generate(6)], num_inference_steps=1).texts]
     pipe.text_adapter = adapted
     assert seen != [make(pipe, [shown, TextFrame.generate(6)], num_inference_steps=1).texts]
+
+
+def test_image_text_pipelines_load_them_too(pipe, folder):
+    shown = images()
+    writer = ImageTextPipeline.from_pretrained(folder)
+    writer.set_progress_bar_config(disable=True)
+    text = writer.caption(shown, resolution=16, **SETTINGS).texts
+    assert writer.config.text_length == LENGTH and writer.text_adapter
+    assert text == make(pipe, [ImageFrame.given(shown[0]), TextFrame.generate()]).texts
 
 
 def test_a_batch_has_a_text_for_each_image_and_seed(pipe):
