@@ -257,19 +257,16 @@ class OneDiffusionPipeline(ImgDiTPipeline):
         samples = check_call(self, texts, options, "scenes")
         frames, task = source.read(prompt)
         height, width = self._size(frames, height, width)
-        cell = self.vae_scale_factor * self.patch_size
-        check_scene(frames, samples, height, width, cell, self.transformer)
+        check_scene(frames, samples, height, width, self.vae_scale_factor * self.patch_size, self.transformer)
         self._check_framing(framing)
         cells = (height // self.vae_scale_factor, width // self.vae_scale_factor)
         latents = self._given_latents(latents, (samples.count, len(frames), self.vae.config.latent_channels, *cells))
-        texts = texts._replace(prompt=source.prompts(prompt, task, frames))
         self._begin(options)
-        text = self._encode_texts(texts, options)
+        text = self._encode_texts(texts._replace(prompt=source.prompts(prompt, task, frames)), options)
         latents = self.prepare_latents(frames, samples, cells, framing, generator, latents)  # (B, F, C, h, w) float32
 
-        generated = sum(not frame.is_given for frame in frames)
         grid = (cells[0] // self.patch_size, cells[1] // self.patch_size)
-        num_tokens = noise_scale * generated * grid[0] * grid[1]
+        num_tokens = noise_scale * sum(not frame.is_given for frame in frames) * grid[0] * grid[1]
         device = compat.execution_device(self)
         timesteps = set_schedule(self.scheduler, options.num_inference_steps, sigmas, num_tokens, device)
         run = self._prepare(frames, grid, text, float(timesteps[-1]) / 1000, framing, joint_attention_kwargs)
