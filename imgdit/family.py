@@ -140,6 +140,16 @@ class PromptEncoding(NamedTuple):
     """Names of the prompts for further text encoders."""
 
 
+class Preset(NamedTuple):
+    """How published condition adapters were trained whose files do not say it."""
+
+    name: str
+    keys: str
+    """Regular expression found in a key of their files."""
+    settings: Mapping[str, Any]
+    """Fields of `imgdit.lora.files.AdapterInfo`."""
+
+
 @dataclass(frozen=True, eq=False)
 class LoraNames:
     """Names that LoRA files use for the layers of a family."""
@@ -161,6 +171,23 @@ class LoraNames:
     """Layers outside of blocks that give scale and shift here, and shift and scale in the repository."""
     scale_first_alone: tuple[str, ...] = ()
     """The same of layers in blocks, where they give nothing else."""
+    label: str = ""
+    """What messages call the family; "" for one whose files are not told from others'."""
+    marks: str = ""
+    """Regular expression found in names of modules that no other family has, in any dialect."""
+    shares: str = ""
+    """The same of names that others have too."""
+    never: str = ""
+    """The same of names that it has not."""
+    ratios: Mapping[str, float] = field(default_factory=dict)
+    """Regular expression of a shared name, and rows per column of that layer."""
+    also: tuple[str, ...] = ()
+    """Labels of families whose files fit as well."""
+    targets: tuple[str, ...] = ()
+    """Regular expressions of whole module names: the layers that an adapter of conditions has by default, none of the
+    text's. (): those of OminiControl's published LoRAs."""
+    presets: tuple[Preset, ...] = ()
+    """Published adapters whose files do not say how they were trained; the first that fits counts."""
 
 
 @dataclass(frozen=True)

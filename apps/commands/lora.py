@@ -30,12 +30,15 @@ def inspect(
         adapter = read_adapter(file)
     tensors = [tensor for pair in adapter.pairs.values() for tensor in pair]
     kinds = Counter(_kind(name) for name in adapter.pairs)
-    typer.echo(f"{file.name}: {adapter.dialect} names, {len(adapter.pairs)} modules")
+    of = f" of {adapter.family}" if adapter.family else ""
+    typer.echo(f"{file.name}: {adapter.dialect} names{of}, {len(adapter.pairs)} modules")
     _tell_keys(adapter)
     typer.echo(f"  rank {', '.join(map(str, adapter.ranks))}, {sum(t.numel() for t in tensors):,} numbers")
     typer.echo(f"  stored as {', '.join(sorted({str(t.dtype).removeprefix('torch.') for t in tensors}))}")
     for kind, count in kinds.items():
         typer.echo(f"  {count:>4} x {kind}")
+    if adapter.preset:
+        typer.echo(f"  settings of {adapter.preset}:")
     for name, value in asdict(adapter.info).items():
         if value is not None:
             typer.echo(f"  {name}: {value}")
@@ -44,7 +47,7 @@ def inspect(
 @app.command()
 def convert(
     file: LoraFile,
-    to: Annotated[str, typer.Option("--to", help="peft (diffusers) or comfyui (FLUX's own names).")],
+    to: Annotated[str, typer.Option("--to", help="peft (diffusers' names), comfyui or kohya (the repository's).")],
     out: Annotated[Path | None, typer.Option(help="File to write; beside the source by default.")] = None,
 ) -> None:
     """Write a LoRA file by other names; its settings stay in the header."""
@@ -56,7 +59,8 @@ def convert(
         check_name("--to", to, DIALECTS)
         adapter = read_adapter(file)
         out = out or file.with_name(f"{file.name.removesuffix('.safetensors')}.{to}.safetensors")
-        path = write_adapter(out, adapter.pairs, adapter.info, dialect=to)
+        family = adapter.families[0] if len(adapter.families) == 1 else None
+        path = write_adapter(out, adapter.pairs, adapter.info, dialect=to, family=family)
     typer.echo(f"wrote {path}: {len(adapter.pairs)} modules, {adapter.dialect} names to {to}")
     _tell_keys(adapter)
 

@@ -14,7 +14,7 @@ import torch
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 
 from imgdit.attention.cache import LayerCache
-from imgdit.families.flux import DOUBLE, SINGLE
+from imgdit.families.flux import DOUBLE, RATIOS, SHARES, SINGLE
 from imgdit.families.mmdit import ROLES
 from imgdit.families.step import (
     Step,
@@ -157,6 +157,13 @@ FAMILY = Family(
         root=_ROOT,
         inputs=("x_embedder",),
         missing_rows={"proj_mlp": 4},
+        written=True,
+        label="Chroma",
+        marks=r"distilled_guidance_layer",
+        shares=SHARES,
+        never=r"^pos_embed[._]|^joint_blocks",
+        ratios=RATIOS,
+        also=("FLUX.1",),
     ),
     prompts={"ChromaPipeline": PromptEncoding((0, None, 2))},
     mup=replace(

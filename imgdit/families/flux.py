@@ -102,6 +102,8 @@ _ROOT = {
     "final_layer.adaLN_modulation.1": ("norm_out.linear",),
     "final_layer.linear": ("proj_out",),
 }
+SHARES = r"(double|single)_blocks[._]|single_transformer_blocks[._]"
+RATIOS = {r"linear1$": 7.0, r"linear2$": 1 / 5, r"_mlp[._]0$": 4.0, r"_mlp[._]2$": 1 / 4}
 # XLabs' names; 1 is the image's stream, 2 the text's.
 _XLABS_DOUBLE = {
     "processor.qkv_lora1": QKV,
@@ -141,6 +143,11 @@ FAMILY = Family(
         inputs=("x_embedder",),
         missing_rows={"proj_mlp": 4},
         scale_first=("norm_out.linear",),
+        label="FLUX.1",
+        marks=r"blocks[._]\d+[._](img_mod|txt_mod|modulation)[._]lin|^vector_in|[._]text_embedder",
+        shares=SHARES,
+        never=r"^pos_embed[._]|^joint_blocks",
+        ratios=RATIOS,
     ),
     prompts={"FluxPipeline": PromptEncoding((0, 1, None), others=("prompt_2",))},
     as_mmdit=AsMMDiT(

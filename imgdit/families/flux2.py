@@ -27,7 +27,7 @@ from imgdit.families.step import (
     read_image,
     references_of_ids,
 )
-from imgdit.family import Arguments, Block, Call, Conditions, Family, LoraNames, TokenFormat, timestep_times
+from imgdit.family import Arguments, Block, Call, Conditions, Family, LoraNames, Preset, TokenFormat, timestep_times
 from imgdit.frames import Frame
 from imgdit.lora.rows import AdapterRows, linear
 from imgdit.models.blocks import BlockPlan, attend
@@ -300,6 +300,23 @@ FAMILY = Family(
         root=_ROOT,
         inputs=("x_embedder",),
         scale_first=("norm_out.linear",),
+        written=True,
+        label="FLUX.2",
+        marks=(
+            r"to_qkv_mlp_proj|(double|single)_stream_modulation|ff(_context)?[._]linear_(in|out)"
+            r"|single_transformer_blocks[._]\d+[._]attn[._]to_out|time_guidance_embed"
+        ),
+        shares=r"(double|single)_blocks[._]",
+        never=r"blocks[._]\d+[._](img_mod|txt_mod|modulation)[._]lin",
+        ratios={r"linear1$": 9.0, r"linear2$": 1 / 4, r"_mlp[._]0$": 6.0, r"_mlp[._]2$": 1 / 3},
+        targets=(
+            r"x_embedder|(double_stream_modulation_img|single_stream_modulation)\.linear",
+            r"transformer_blocks\.\d+\.(attn\.to_[qkv]|attn\.to_out\.0|ff\.linear_out)",
+            r"single_transformer_blocks\.\d+\.attn\.(to_qkv_mlp_proj|to_out)",
+        ),
+        presets=(
+            Preset("reference LoRA (refcontrol, klein edit)", "", {"index": 10.0, "level": "image", "acts_on": "all"}),
+        ),
     ),
     mup=_ROLES,
 )

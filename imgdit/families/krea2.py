@@ -27,7 +27,18 @@ from imgdit.families.step import (
     read_image,
     text_edges,
 )
-from imgdit.family import Arguments, Block, Call, Conditions, Family, Grid, LoraNames, PromptEncoding, timestep_times
+from imgdit.family import (
+    Arguments,
+    Block,
+    Call,
+    Conditions,
+    Family,
+    Grid,
+    LoraNames,
+    Preset,
+    PromptEncoding,
+    timestep_times,
+)
 from imgdit.frames import Frame
 from imgdit.lora.rows import linear
 from imgdit.models.blocks import BlockPlan
@@ -230,6 +241,20 @@ FAMILY = Family(
         },
         root=_ROOT,
         inputs=("img_in",),
+        written=True,
+        label="Krea 2",
+        marks=(
+            r"attn[._]to_gate|transformer_blocks[._]\d+[._]ff[._](gate|up|down)|te?xt_?fusion|time_mod_proj"
+            r"|^blocks[._]\d+[._](attn[._](w[qkvo]|gate)|mlp[._](gate|up|down))"
+        ),
+        targets=(r"img_in|time_mod_proj|transformer_blocks\.\d+\.(attn\.to_([qkv]|gate|out\.0)|ff\.down)",),
+        presets=(
+            Preset(
+                "edit LoRA (ai-toolkit, ComfyUI)",
+                r"(^|\.)(blocks\.\d+\.attn\.w[qkvo]|transformer_blocks\.\d+\.attn)",
+                {"index": 1.0, "level": "clean", "acts_on": "all"},
+            ),
+        ),
     ),
     mup=_ROLES,
 )

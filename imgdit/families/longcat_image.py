@@ -93,7 +93,14 @@ FAMILY = Family(
         sigma=lambda model, arguments: arguments["timestep"].float(),
         references=lambda model, arguments: references_of_ids(arguments["img_ids"]),
     ),
-    lora=LoraNames(inputs=("x_embedder",)),
+    lora=LoraNames(
+        root={name: (name,) for name in (f"time_embed.timestep_embedder.linear_{number}" for number in (1, 2))},
+        inputs=("x_embedder",),
+        label="LongCat-Image",
+        marks=r"^time_embed[._]timestep_embedder",
+        shares=r"single_transformer_blocks[._]",
+        never=r"(double|single)_blocks[._]|[._](text|guidance)_embedder",
+    ),
     prompts={"LongCatImagePipeline": PromptEncoding((0, None, None))},
     mup=replace(
         ROLES,

@@ -16,7 +16,18 @@ from diffusers.models.transformers.transformer_qwenimage import QwenDoubleStream
 from imgdit.attention.cache import LayerCache
 from imgdit.families.mmdit import ADDED_QKV, QKV
 from imgdit.families.step import Step, compute_dtype, embed_tokens, packed_tokens, read_image
-from imgdit.family import Arguments, Block, Call, Conditions, Family, Grid, LoraNames, PromptEncoding, timestep_times
+from imgdit.family import (
+    Arguments,
+    Block,
+    Call,
+    Conditions,
+    Family,
+    Grid,
+    LoraNames,
+    Preset,
+    PromptEncoding,
+    timestep_times,
+)
 from imgdit.frames import Frame
 from imgdit.lora.rows import AdapterRows, feed_forward, linear
 from imgdit.models.blocks import BlockPlan, attend
@@ -138,6 +149,10 @@ def _modulation(module: Any, vectors: torch.Tensor, rows: AdapterRows | None) ->
     return linear(project, activation(vectors), rows).chunk(6, dim=-1)
 
 
+_ROOT = (
+    *("img_in", "txt_in", "norm_out.linear", "proj_out"),
+    *(f"time_text_embed.timestep_embedder.linear_{number}" for number in (1, 2)),
+)
 _LAYERS = (
     *QKV,
     *ADDED_QKV,
@@ -196,7 +211,22 @@ FAMILY = Family(
         residual_arguments=("controlnet_block_samples",),
         references=_references,
     ),
-    lora=LoraNames(root={name: (name,) for name in ("img_in", "txt_in")}, layers=_LAYERS, inputs=("img_in",)),
+    lora=LoraNames(
+        root={name: (name,) for name in _ROOT},
+        layers=_LAYERS,
+        inputs=("img_in",),
+        written=True,
+        label="Qwen-Image",
+        marks=r"transformer_blocks[._]\d+[._](img|txt)_(mlp|mod)",
+        targets=(r"img_in|transformer_blocks\.\d+\.(img_mod\.1|attn\.to_[qkv]|attn\.to_out\.0|img_mlp\.net\.2)",),
+        presets=(
+            Preset(
+                "Qwen-Image-In-Context-Control-Union",
+                r"^transformer_blocks\..*\.lora_[AB]\.default\.weight$",
+                {"index": 1.0, "level": "image", "acts_on": "all", "prompt_prefix": "Context_Control. "},
+            ),
+        ),
+    ),
     prompts={"QwenImagePipeline": PromptEncoding((0, None, 1))},
     mup=_ROLES,
 )

@@ -119,6 +119,9 @@ FAMILY = Family(
         inputs=("pos_embed.proj",),
         scale_first=("norm_out.linear",),
         scale_first_alone=("norm1_context.linear",),
+        label="SD3",
+        marks=r"joint_blocks[._]|transformer_blocks[._]\d+[._]attn2[._]|^pos_embed[._]proj",
+        never=r"^(down|up|mid)_block",
     ),
     prompts={"StableDiffusion3Pipeline": PromptEncoding((0, 2, None), others=("prompt_2", "prompt_3"))},
     as_mmdit=AsMMDiT(

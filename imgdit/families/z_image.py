@@ -25,7 +25,18 @@ from imgdit.families.step import (
     read_image,
     text_edges,
 )
-from imgdit.family import Arguments, Block, Call, Conditions, Family, Grid, LoraNames, PromptEncoding, TokenFormat
+from imgdit.family import (
+    Arguments,
+    Block,
+    Call,
+    Conditions,
+    Family,
+    Grid,
+    LoraNames,
+    Preset,
+    PromptEncoding,
+    TokenFormat,
+)
 from imgdit.frames import Frame
 from imgdit.images.latents import encode_images
 from imgdit.lora.rows import linear
@@ -314,6 +325,11 @@ FAMILY = Family(
         blocks={name: (name, _BLOCK) for name in ("noise_refiner", "context_refiner", "layers")},
         root=_ROOT,
         inputs=("all_x_embedder.2-1",),
+        written=True,
+        label="Z-Image",
+        marks=r"(^layers|\w+_refiner)[._]\d+[._](attention|feed_forward|adaLN_modulation)[._]|all_x_embedder|cap_embedder",
+        targets=(r"all_x_embedder\.2-1|(noise_refiner|layers)\.\d+\.(attention\.to_([qkv]|out\.0)|feed_forward\.w2)",),
+        presets=(Preset("in-context LoRA (SimpleTuner)", "", {"position": "subject", "acts_on": "all"}),),
     ),
     prompts={"ZImagePipeline": PromptEncoding((0, None, None))},
     mup=_ROLES,

@@ -24,7 +24,10 @@ from typing import Any, NamedTuple
 import torch
 
 from imgdit.family import LoraNames, families
+from imgdit.lora.guess import families_of, family_of
 from imgdit.naming import check_name
+
+__all__ = ["family_of"]  # of version 0.1
 
 
 class _Tables(NamedTuple):
@@ -113,6 +116,8 @@ class Names(NamedTuple):
     """Those of them that are understood: key and what it is."""
     tables: _Tables
     """The names by which they were understood."""
+    families: tuple[LoraNames, ...] = ()
+    """The families whose names they may be."""
 
     @property
     def used(self) -> list[str]:
@@ -176,18 +181,31 @@ CONTROL = (
 )
 
 
-def sort_names(keys: Iterable[str], family: LoraNames | None = None) -> Names:
+_BESIDE = re.compile(r"(^|\.)control(net)?_(\w*blocks|layers|\w*refiner|\w*embedder|img_in)[._]")
+"""Keys of networks beside the transformer: ControlNets of diffusers and VideoX-Fun's."""
+
+
+def sort_names(
+    keys: Iterable[str], family: LoraNames | None = None, shapes: Mapping[str, tuple[int, ...]] | None = None
+) -> Names:
     """Understand a file by its keys.
 
     Args:
-        family: names of the model's family, which count before those of the others.
+        family: names of the model's family, which count before those of the others; `None`: told by the names.
+        shapes: of the tensors, by key, which tell families apart that share names.
 
     Raises:
-        LoraKindError: an adapter of another kind, several adapters, or a FLUX Control LoRA.
+        LoraKindError: an adapter of another kind, several adapters, a FLUX Control LoRA, or a network beside the
+            transformer.
     """
     keys = sorted(keys)
     if any(key.endswith("norm.query_norm.scale") for key in keys):
         raise LoraKindError(CONTROL)
+    if beside := next((key for key in keys if _BESIDE.search(key)), None):
+        raise LoraKindError(
+            f"is a ControlNet, a network beside the transformer, by its key {beside!r}. OmniControl takes LoRAs that "
+            "read a condition as tokens; load it by a ControlNet pipeline of diffusers for this model"
+        )
     aside: dict[str, str] = {}
     unused: list[str] = []
     read: list[tuple[str, str, str, re.Match[str]]] = []
@@ -216,7 +234,25 @@ def sort_names(keys: Iterable[str], family: LoraNames | None = None) -> Names:
             f"holds the adapters {', '.join(map(repr, adapters))} in one file; expected one. Save them apart "
             "(PEFT: save_pretrained(folder, selected_adapters=[name]))"
         )
-    return _by_module(read, unused, aside, _tables(_known(family)))
+    found = families_of({match["module"] for *_, match in read}, _ratios(read, shapes or {}))
+    first = family if family is not None else next(iter(found), None)
+    return _by_module(read, unused, aside, _tables(_known(first)))._replace(families=found)
+
+
+def _ratios(
+    read: Iterable[tuple[str, str, str, re.Match[str]]], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, float]:
+    """Rows per column of each module, by the shapes of its parts."""
+    rows: dict[str, int] = {}
+    columns: dict[str, int] = {}
+    for key, _, module, match in read:
+        part = _PARTS[match["peft"] or match["kohya"] or match["xlabs"] or match["alpha"]]
+        shape = shapes.get(key, ())
+        if part == "up" and shape:
+            rows[module] = shape[0]
+        elif part == "down" and len(shape) > 1:
+            columns[module] = shape[1]
+    return {module: count / columns[module] for module, count in rows.items() if columns.get(module)}
 
 
 def _by_module(
@@ -306,34 +342,6 @@ def _dotted(name: str, native: bool, tables: _Tables) -> str | None:
     return tables.roots.get(name) if native or name not in tables.root else name
 
 
-_FAMILIES = (
-    (r"(down|up)_blocks[._]|(in|out)put_blocks[._]|mid(dle)?_block", "Stable Diffusion 1, 2 or XL (a U-Net)"),
-    (
-        r"to_qkv_mlp_proj|(double|single)_stream_modulation|single_transformer_blocks[._]\d+[._]attn[._]to_out"
-        r"|ff(_context)?[._]linear_(in|out)",
-        "FLUX.2",
-    ),
-    (r"(double|single)_blocks[._]|single_transformer_blocks[._]", "FLUX.1"),
-    (r"transformer_blocks[._]\d+[._](img|txt)_(mlp|mod)", "Qwen-Image"),
-    (
-        r"attn[._]to_gate|transformer_blocks[._]\d+[._]ff[._](gate|up|down)|te?xt_?fusion|time_mod_proj"
-        r"|^blocks[._]\d+[._](attn[._](w[qkvo]|gate)|mlp[._](gate|up|down))",
-        "Krea 2",
-    ),
-    (r"transformer_blocks[._]\d+[._]attn1[._]", "PixArt, Sana or Lumina"),
-    (r"joint_blocks[._]|transformer_blocks[._]\d+[._]attn2[._]|^pos_embed[._]proj", "SD3"),
-    (r"(layers|\w+_refiner)[._]\d+[._](attention|feed_forward)", "Z-Image or Lumina"),
-    (r"layers[._]\d+[._](self_attn|mlp)[._]", "a language model"),
-    (r"\bblocks[._]\d+[._](self_attn|cross_attn|ffn)", "Wan"),
-)
-
-
-def family_of(modules: Iterable[str]) -> str | None:
-    """The family of transformers whose modules are called so; `None` where the names do not tell."""
-    modules = list(modules)
-    return next((family for pattern, family in _FAMILIES if any(re.search(pattern, name) for name in modules)), None)
-
-
 # Reading tensors
 
 
@@ -348,7 +356,7 @@ def to_diffusers(tensors: Mapping[str, torch.Tensor], scale: Scale | None = None
         LoraShapeError: a pair whose shapes do not fit each other, or the layer that its name says.
         LoraKindError: see `sort_names`.
     """
-    names = sort_names(tensors)
+    names = sort_names(tensors, shapes={key: tuple(tensor.shape) for key, tensor in tensors.items()})
     return Renamed(read_pairs(names, tensors, scale), names.dialect, names.unused, names.aside)
 
 
@@ -367,23 +375,44 @@ def read_pairs(names: Names, tensors: Mapping[str, torch.Tensor], scale: Scale |
     return pairs
 
 
-DIALECTS = ("peft", "comfyui")
+DIALECTS = ("peft", "comfyui", "kohya")
 """Names that a file can be written by."""
 
 
-def from_diffusers(pairs: Mapping[str, LoraPair], dialect: str) -> dict[str, torch.Tensor]:
-    """Tensors of a file, by the names of `dialect`; the inverse of `to_diffusers`."""
+def from_diffusers(
+    pairs: Mapping[str, LoraPair], dialect: str, family: LoraNames | None = None
+) -> dict[str, torch.Tensor]:
+    """Tensors of a file, by the names of `dialect`; the inverse of `to_diffusers`.
+
+    Args:
+        family: whose layers these are; `None`: told by their names.
+
+    Raises:
+        ValueError: a layer that the family's repository has no name for.
+    """
     check_name("dialect", dialect, DIALECTS)
     if dialect == "peft":
         return _named("transformer.", pairs)
+    told = families_of(pairs) if family is None else (family,)
+    order = [names for names in dict.fromkeys((*told, *_known())) if names.written]
     left = dict(pairs)
     fused: dict[str, LoraPair] = {}
     for name in pairs:
         if name not in left:
             continue
-        native, parts, names = _native(name)
+        native, parts, names = _native(name, order, dialect)
         fused[native] = _fuse([left.pop(part, None) for part in parts], parts, names)
-    return _named("diffusion_model.", fused)
+    return _named("diffusion_model.", fused) if dialect == "comfyui" else _kohya(fused)
+
+
+def _kohya(pairs: Mapping[str, LoraPair]) -> dict[str, torch.Tensor]:
+    tensors = {}
+    for name, pair in pairs.items():
+        stem = f"lora_unet_{name.replace('.', '_')}"
+        tensors[f"{stem}.lora_down.weight"] = pair.down.contiguous()
+        tensors[f"{stem}.lora_up.weight"] = pair.up.contiguous()
+        tensors[f"{stem}.alpha"] = torch.tensor(float(pair.down.shape[0]))
+    return tensors
 
 
 def _checked(module: str, parts: Mapping[str, torch.Tensor]) -> LoraPair:
@@ -447,10 +476,11 @@ def _scale_first(up: torch.Tensor) -> torch.Tensor:
     return torch.cat(up.chunk(2)[::-1])
 
 
-def _native(name: str) -> tuple[str, tuple[str, ...], LoraNames]:
+def _native(name: str, order: Iterable[LoraNames], dialect: str) -> tuple[str, tuple[str, ...], LoraNames]:
     """The repository's name of the layer that holds a module, diffusers' names of the layer's parts, and the family's
     names."""
-    for names in (one for one in _known() if one.written):
+    order = list(order)
+    for names in order:
         for own, (blocks, layers) in names.blocks.items():
             match = re.fullmatch(rf"{re.escape(blocks)}\.(\d+)\.(.+)", name)
             for native, parts in layers.items():
@@ -460,7 +490,13 @@ def _native(name: str) -> tuple[str, tuple[str, ...], LoraNames]:
         for native, parts in names.root.items():
             if name in parts:
                 return native, parts, names
-    raise ValueError(f"{name!r} has no name in FLUX's own repository; only LoRAs for FLUX can be written as 'comfyui'")
+        if re.sub(r"^transformer_blocks\.\d+\.", "", name) in names.layers:
+            return name, (name,), names
+    others = ", ".join(names.label for names in order if names.label != "FLUX.1")
+    raise ValueError(
+        f"{name!r} has no name in FLUX's own repository, nor in those of {others}; only LoRAs for these can be "
+        f"written as {dialect!r}"
+    )
 
 
 def _fuse(pairs: list[LoraPair | None], parts: tuple[str, ...], names: LoraNames) -> LoraPair:

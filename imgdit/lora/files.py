@@ -37,7 +37,6 @@ from imgdit.lora.dialects import (
     LoraShapeError,
     Names,
     Scale,
-    family_of,
     from_diffusers,
     read_pairs,
     sort_names,
@@ -50,6 +49,7 @@ from imgdit.lora.fitting import (
     lora_weights,
     nearest_modules,
 )
+from imgdit.lora.guess import family_of
 from imgdit.naming import nearest
 
 logger = logging.get_logger(__name__)
@@ -78,6 +78,8 @@ class AdapterInfo:
     """"joint": conditions see text and image; "independent": only themselves."""
     size: int | None = None
     """Side in pixels of the images it was trained on."""
+    licence: str | None = None
+    """Licence of the weights."""
     index: float | None = None
     """As `Condition.index`."""
     level: str | None = None
@@ -86,8 +88,6 @@ class AdapterInfo:
     """As `Condition.acts_on`."""
     prompt_prefix: str | None = None
     """What its prompts begin with."""
-    licence: str | None = None
-    """Licence of the weights."""
 
 
 class AdapterFile(NamedTuple):
@@ -105,6 +105,15 @@ class AdapterFile(NamedTuple):
     """Keys that were read."""
     aside: Mapping[str, str] = {}
     """Those of the unused keys that are understood: key and what it is."""
+    families: tuple[LoraNames, ...] = ()
+    """Families of transformers whose names it has; none where the names do not tell."""
+    preset: str | None = None
+    """Published adapter whose settings `info` has, as the file says none."""
+
+    @property
+    def family(self) -> str | None:
+        """What its family, or each that it may be, is called."""
+        return " or ".join(names.label for names in self.families) or None
 
     @property
     def ranks(self) -> tuple[int, ...]:
@@ -171,8 +180,10 @@ def read_adapter(
     with _damage_told(path), safe_open(path, framework="pt") as file:
         tensors = {key: file.get_tensor(key) for key in names.used}
     pairs = _pairs(names, tensors, scale, str(path))
-    info = _read_info(header, str(path))
-    return AdapterFile(pairs, names.dialect, names.unused, info, str(path), len(names.used), names.aside)
+    info, preset = _info(header, names, family, str(path))
+    return AdapterFile(
+        pairs, names.dialect, names.unused, info, str(path), len(names.used), names.aside, names.families, preset
+    )
 
 
 def read_info(source: str | Path) -> AdapterInfo:
@@ -182,8 +193,8 @@ def read_info(source: str | Path) -> AdapterInfo:
         ValueError: as `read_adapter`, but for shapes.
     """
     path, config = _locate(source, None, {})
-    header, *_ = _understood(path, config)
-    return _read_info(header, str(path))
+    header, names, _ = _understood(path, config)
+    return _info(header, names, None, str(path))[0]
 
 
 class FoundAdapter(NamedTuple):
@@ -224,9 +235,18 @@ def find_adapters(folder: Path) -> dict[str, FoundAdapter]:
 
 
 def write_adapter(
-    path: str | Path, pairs: Mapping[str, LoraPair], info: AdapterInfo | None = None, dialect: str = "peft"
+    path: str | Path,
+    pairs: Mapping[str, LoraPair],
+    info: AdapterInfo | None = None,
+    dialect: str = "peft",
+    family: LoraNames | None = None,
 ) -> Path:
-    """Write a LoRA file; "peft" is what diffusers, PEFT and ComfyUI read, "comfyui" uses FLUX's own names."""
+    """Write a LoRA file; "peft" is what diffusers, PEFT and ComfyUI read, "comfyui" and "kohya" use the names of the
+    model's repository.
+
+    Args:
+        family: whose layers these are; `None`: told by their names.
+    """
     path = Path(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"LoRA files are written as .safetensors, got {path.name!r}")
@@ -234,7 +254,7 @@ def write_adapter(
     if info is not None:
         header[_INFO_KEY] = json.dumps({key: value for key, value in asdict(info).items() if value is not None})
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(from_diffusers(pairs, dialect), path, metadata=header)
+    save_file(from_diffusers(pairs, dialect, family), path, metadata=header)
     return path
 
 
@@ -378,8 +398,9 @@ def _understood(
 ) -> tuple[dict[str, str], Names, Scale | None]:
     """A file's header, its keys, and the scale of its modules."""
     with _damage_told(path), safe_open(path, framework="pt") as file:
-        header, keys = file.metadata() or {}, list(file.keys())
-    names, scale = _names(keys, str(path), family), None
+        header = file.metadata() or {}
+        shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    names, scale = _names(shapes, str(path), family, shapes), None
     try:
         if told := header.get(LORA_ADAPTER_METADATA_KEY):
             scale = scale_of(of_transformer(parse_object(told, f"{path}: its PEFT configuration")), str(path))
@@ -390,10 +411,15 @@ def _understood(
     return header, names, scale
 
 
-def _names(keys: Iterable[str], source: str, family: LoraNames | None = None) -> Names:
+def _names(
+    keys: Iterable[str],
+    source: str,
+    family: LoraNames | None = None,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
+) -> Names:
     """Keys that hold a LoRA of a transformer."""
     try:
-        names = sort_names(keys, family)
+        names = sort_names(keys, family, shapes)
     except LoraKindError as error:
         raise ValueError(f"{source} {error}") from error
     if names.parts:
@@ -402,7 +428,7 @@ def _names(keys: Iterable[str], source: str, family: LoraNames | None = None) ->
     told = "; ".join(counted(names.aside)) or ("it is empty" if first is None else f"its first key is {first!r}")
     of = family_of(keys)
     raise ValueError(
-        f"{source} holds no LoRA of a transformer of FLUX.1 or SD3: {told}"
+        f"{source} holds no LoRA of a transformer: {told}"
         + (f"; it has the names of {of}" if of else "")
         + ". Expected keys like 'transformer.<module>.lora_A.weight', 'diffusion_model.…', 'lora_unet_…' or "
         "'lora_transformer_…'"
@@ -506,6 +532,20 @@ def _refuse_pickle(name: str) -> None:
             f"got {name!r}, expected a .safetensors file: pickled weights can run code when they are loaded. Convert "
             "the file first"
         )
+
+
+def _info(
+    header: Mapping[str, str], names: Names, family: LoraNames | None, source: str
+) -> tuple[AdapterInfo, str | None]:
+    """How an adapter was trained, and the preset that tells it where its file does not."""
+    told = _read_info(header, source)
+    if _INFO_KEY in header:
+        return told, None
+    first = family if family is not None else (names.families[0] if len(names.families) == 1 else None)
+    for preset in () if first is None else first.presets:
+        if any(re.search(preset.keys, key) for key in names.used):
+            return AdapterInfo(**preset.settings), preset.name
+    return told, None
 
 
 def _read_info(header: Mapping[str, str], source: str) -> AdapterInfo:

@@ -13,7 +13,8 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from imgdit.family import find_family
-from imgdit.lora.dialects import CONTROL, PREFIXES, LoraPair, family_of
+from imgdit.lora.dialects import CONTROL, PREFIXES, LoraPair
+from imgdit.lora.guess import families_of, family_of
 from imgdit.naming import closest
 
 
@@ -50,18 +51,18 @@ def fitted(
     Raises:
         ValueError: the file is for another model.
     """
-    family, own = family_of(found), family_of(layers)
+    known = find_family(model)
+    names = None if known is None else known.lora
+    ratios = {name: pair.up.shape[0] / pair.down.shape[1] for name, pair in found.items()}
+    family, own = family_of(found, ratios), (names.label if names is not None and names.label else family_of(layers))
     of_file = f"; the file has the names of {family}" if family else ""
     families = f"{of_file}; the model is a {type(model).__name__}" + (f" ({own})" if own else "")
-    known = find_family(model)
-    for name in known.lora.inputs if known is not None and known.lora is not None else ():
+    for name in () if names is None else names.inputs:
         if name in found and name in layers:
             channels, ours = math.prod(found[name].down.shape[1:]), _shape(layers[name])
-            if (found[name].up.shape[0], channels) == (ours[0], 2 * ours[1]):
-                raise ValueError(
-                    f"{source} {CONTROL if own == 'FLUX.1' else _BY_CHANNELS} (its {name} reads {channels} channels, "
-                    f"the model's {ours[1]})"
-                )
+            if found[name].up.shape[0] == ours[0] and channels > ours[1]:
+                kind = CONTROL if own == "FLUX.1" else _BY_CHANNELS
+                raise ValueError(f"{source} {kind} (its {name} reads {channels} channels, the model's {ours[1]})")
     pairs: dict[str, LoraPair] = {}
     for name, pair in found.items():
         if name not in layers:
@@ -74,7 +75,9 @@ def fitted(
             )
         pairs[name] = _shaped(pair, layers[name])
     missing = [name for name in found if name not in pairs]
-    if not pairs or (family and own and family != own):
+    told = [one.label for one in families_of(found, ratios)] or ([family] if family else [])
+    fits = not told or own is None or bool({own, *(() if names is None else names.also)} & set(told))
+    if not pairs or not fits:
         name = next(iter(missing or found))
         out, columns = found[name].up.shape[0], math.prod(found[name].down.shape[1:])
         ((_, near),) = nearest_modules([name], layers)

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from imgdit.family import find_family
 from imgdit.hub import find_model
 from imgdit.io.checkpoints import find_checkpoint, load_weights
+from imgdit.lora.config import OMINICONTROL_TARGETS
 from imgdit.models.quantized import load_options, quantize_rows
 from imgdit.training.recipe import ADAPTER, AdapterConfig, ModelConfig, Recipe
 
@@ -67,7 +69,10 @@ def add_adapter(model: Any, config: AdapterConfig, seed: int) -> None:
     from peft import LoraConfig
 
     model.requires_grad_(False)
-    pattern = "|".join(f"(?:{target})" for target in config.targets)
+    family = find_family(model)
+    own = () if family is None or family.lora is None else family.lora.targets
+    targets = own if own and config.targets == OMINICONTROL_TARGETS else config.targets
+    pattern = "|".join(f"(?:{target})" for target in targets)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model.add_adapter(

@@ -164,7 +164,8 @@ class AdapterConfig:
     alpha: float | None = None
     """Its scale times its rank; `None`: the rank."""
     targets: tuple[str, ...] = OMINICONTROL_TARGETS
-    """Regular expressions of whole module names."""
+    """Regular expressions of whole module names. The default is that of FLUX.1, SD3 and `MMDiT`; for a model of
+    another family it stands for the family's own (`imgdit.family.LoraNames.targets`)."""
     modules: tuple[str, ...] = ()
     """Regular expressions of whole names of modules that are trained themselves, such as a new text head."""
 
