@@ -6,20 +6,18 @@ from contextlib import ExitStack
 import pytest
 import torch
 from diffusers import (
-    ChromaPipeline,
-    ChromaTransformer2DModel,
+    AuraFlowPipeline,
+    AuraFlowTransformer2DModel,
     DDIMScheduler,
     DPMSolverMultistepScheduler,
     FirstBlockCacheConfig,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
     HeunDiscreteScheduler,
-    QwenImagePipeline,
-    QwenImageTransformer2DModel,
+    Lumina2Pipeline,
+    Lumina2Transformer2DModel,
     StableDiffusionInstructPix2PixPipeline,
     StableDiffusionPAGPipeline,
-    ZImagePipeline,
-    ZImageTransformer2DModel,
 )
 from parity.ominicontrol_cases import CASES as OMNI
 from parity.ominicontrol_cases import lora
@@ -476,27 +474,21 @@ def test_a_module_without_tokens(hookpoint):
 
 def unknown_models():
     flow = FlowMatchEulerDiscreteScheduler()
-    z_image = ZImageTransformer2DModel(
-        dim=64, n_layers=1, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=32, axes_dims=(16, 8, 8),
-        axes_lens=(64, 64, 64), in_channels=4,
+    lumina = Lumina2Transformer2DModel(
+        sample_size=8, in_channels=4, hidden_size=32, num_layers=1, num_refiner_layers=1, num_attention_heads=2,
+        num_kv_heads=1, multiple_of=16, axes_dim_rope=(4, 6, 6), axes_lens=(16, 16, 16), cap_feat_dim=32,
     )  # fmt: skip
-    chroma = ChromaTransformer2DModel(
-        in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
-        joint_attention_dim=32, axes_dims_rope=(4, 4, 8), approximator_hidden_dim=8, approximator_layers=1,
-        approximator_num_channels=8,
-    )  # fmt: skip
-    qwen = QwenImageTransformer2DModel(
-        in_channels=16, out_channels=4, num_layers=1, attention_head_dim=16, num_attention_heads=2,
-        joint_attention_dim=32, axes_dims_rope=(8, 4, 4),
+    aura = AuraFlowTransformer2DModel(
+        sample_size=8, num_mmdit_layers=1, num_single_dit_layers=1, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=32, caption_projection_dim=32, pos_embed_max_size=16,
     )  # fmt: skip
     return {
-        "z-image": (ZImagePipeline(flow, None, None, None, z_image), "transformer.layers.0"),
-        "chroma": (ChromaPipeline(flow, None, None, None, chroma), "transformer.transformer_blocks.0"),
-        "qwen-image": (QwenImagePipeline(flow, None, None, None, qwen), "transformer.transformer_blocks.0"),
+        "lumina": (Lumina2Pipeline(lumina, flow, None, None, None), "transformer.layers.0"),
+        "aura-flow": (AuraFlowPipeline(None, None, None, aura, flow), "transformer.joint_transformer_blocks.0"),
     }
 
 
-@pytest.mark.parametrize("name", ["z-image", "chroma", "qwen-image"])
+@pytest.mark.parametrize("name", ["lumina", "aura-flow"])
 def test_unknown_models_are_refused_before_sampling(name):
     pipe, hookpoint = unknown_models()[name]
     with pytest.raises(ValueError, match="it is none of the models whose activations can be read"):
