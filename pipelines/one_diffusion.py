@@ -493,7 +493,7 @@ class OneDiffusionPipeline(ImgDiTPipeline):
     def _velocity(
         self, run: _FramesRun, state: dict[str, Any], t: torch.Tensor, level: float, guided: bool
     ) -> torch.Tensor:
-        """Velocity (k * B, M, C, h, w) float32 of the M frames being made, under k texts for each scene."""
+        """Velocity (k * B, M, C, h, w) float32 of the M frames being generated, under k texts for each scene."""
         config, dtype = self.transformer.config, self.transformer.dtype
         sources = [state[name] for name in (["negative_prompt_embeds"] if guided else []) + ["prompt_embeds"]]
         rows = slice(-sum(len(source) for source in sources), None)

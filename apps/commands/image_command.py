@@ -138,7 +138,7 @@ class ImageCommand:
         typer.echo(f"wrote {file}", err=self.as_json)
 
     def warn(self, said: str | None) -> None:
-        """What should be known before something is made, once for each command."""
+        """What should be known before something is generated, once for each command."""
         if said and said not in self._warned:
             self._warned.add(said)
             typer.echo(said, err=True)

@@ -144,8 +144,8 @@ def any_to_any(
 
         if not (prompt or given or make or camera):
             raise ValueError(
-                "say what is given or what is to be made: --given KIND=FILE, --make KIND, --camera AZIMUTH,ELEVATION, "
-                "or a prompt"
+                "say what is given or what is to be generated: --given KIND=FILE, --make KIND, "
+                "--camera AZIMUTH,ELEVATION, or a prompt"
             )
         command = options.command(loading)
         cameras = [_camera(text) for text in camera or []]

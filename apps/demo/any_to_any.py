@@ -1,4 +1,4 @@
-"""Tab: a row of frames, each given or to be made, and another view of an image."""
+"""Tab: a row of frames, each given or to be generated, and another view of an image."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from imgdit.apps.jobs.request import Request, RequestFrame
 from imgdit.apps.session import Session
 from imgdit.tasks import TASKS
 
-GIVEN, MADE = "given", "to be made"
+GIVEN, GENERATED = "given", "to be generated"
 TURN, RISE = 45.0, 15.0
 """Degrees that the other camera may be away; views were taught up to 40 around."""
 ELEVATION = 24.0
@@ -42,13 +42,13 @@ def _pairs(holder: Holder, kinds: list[str]) -> None:
     first = "depth" if "depth" in kinds else kinds[0]
     with gr.Row():
         with gr.Column(min_width=280):
-            image_is = gr.Radio([GIVEN, MADE], value=GIVEN, label="The image is")
+            image_is = gr.Radio([GIVEN, GENERATED], value=GIVEN, label="The image is")
             image = widgets.upload("Picture", height=220)
             if holder.examples:
                 gr.Examples([[file] for file in holder.examples], [image], label="Examples")
             with gr.Row():
                 kind = gr.Dropdown(kinds, value=first, label="The other frame is a", min_width=120)
-                other_is = gr.Radio([GIVEN, MADE], value=MADE, label="It is", min_width=200)
+                other_is = gr.Radio([GIVEN, GENERATED], value=GENERATED, label="It is", min_width=200)
             legend = gr.Markdown(examples.legend(), visible=told and first == "segmentation", elem_classes="note")
             other = widgets.upload("Other frame", height=160)
             prompt = widgets.prompt_box(label="Caption, or the instruction of editing (may be empty)")
@@ -56,7 +56,7 @@ def _pairs(holder: Holder, kinds: list[str]) -> None:
             make, stop = widgets.buttons("Make frames")
         with gr.Column(min_width=280):
             status = widgets.status()
-            frames = widgets.results("Frames that were made", columns=2)
+            frames = widgets.results("Frames that were generated", columns=2)
 
     @limits.refusing(status)
     def any_to_any(
@@ -67,17 +67,17 @@ def _pairs(holder: Holder, kinds: list[str]) -> None:
 
         Args:
             prompt: caption of the image, or the instruction of editing; may be empty.
-            image_is: "given" or "to be made".
+            image_is: "given" or "to be generated".
             image: if it is given.
             kind: what the other frame is: depth, canny, segmentation, boxes, blur, …
-            other_is: "given" or "to be made".
+            other_is: "given" or "to be generated".
             other: if it is given.
             steps: of the sampler.
-            guidance: scale where an image is made; maps of a given image are made without.
+            guidance: scale where an image is generated; maps of a given image are generated without.
             seed: of the noise.
 
         Returns:
-            PNG files of the frames that were made with their kinds, and how far it is.
+            PNG files of the frames that were generated with their kinds, and how far it is.
         """
         limits.choice(kind, "the other frame", kinds)
         asked = []
@@ -85,18 +85,18 @@ def _pairs(holder: Holder, kinds: list[str]) -> None:
             ("image", "the image", image_is, image),
             (kind, f"the {kind}", other_is, other),
         ):
-            if limits.choice(is_given, what, (GIVEN, MADE)) == GIVEN and content is None:
+            if limits.choice(is_given, what, (GIVEN, GENERATED)) == GIVEN and content is None:
                 raise limits.Refused(
-                    f"{what} is given, but there is no image of it; upload one first, or let it be made"
+                    f"{what} is given, but there is no image of it; upload one first, or let it be generated"
                 )
             asked.append(RequestFrame(name, limits.image(content, what) if is_given == GIVEN else None))
         base = widgets.read_sampling(steps, guidance, seed)
         if asked[0].image is not None and TASKS[kind].condition != "image":
             base["guidance"] = None
-        made = [frame.kind for frame in asked if frame.image is None]
+        generated = [frame.kind for frame in asked if frame.image is None]
         request = Request(limits.text(prompt), frames=tuple(asked), **base)
-        unsaid = told and made == ["segmentation"] and not request.prompt
-        yield from _shown(holder, request, made, person, [UNSAID] if unsaid else [])
+        unsaid = told and generated == ["segmentation"] and not request.prompt
+        yield from _shown(holder, request, generated, person, [UNSAID] if unsaid else [])
 
     make.click(
         any_to_any, [prompt, image_is, image, kind, other_is, other, *sampled], [frames, status],

@@ -109,7 +109,7 @@ class _Handlers:
             seed: of the noise.
 
         Returns:
-            the condition, the given image beside the made one, its PNG file, and how far it is.
+            the condition, the given image beside the generated one, its PNG file, and how far it is.
         """
         chosen = limits.choice(kind, "the kind", self.kinds)
         given = _given(drawing, chosen)
@@ -139,8 +139,8 @@ class _Handlers:
             if not shown.files:
                 yield gr.skip(), gr.skip(), gr.skip(), shown.status
                 continue
-            made = open_image(shown.files[0])
-            before = fit(photo, made.size)
+            generated = open_image(shown.files[0])
+            before = fit(photo, generated.size)
             yield gr.skip(), (self.holder.keep(before), shown.files[0]), shown.files[0], shown.status
 
 

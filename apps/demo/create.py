@@ -20,7 +20,7 @@ class Create(NamedTuple):
     use: gr.Button
     status: gr.Textbox
     chosen: gr.State
-    """File of the image that was clicked last, or made last."""
+    """File of the image that was clicked last, or generated last."""
 
 
 def build(holder: Holder) -> Create:
@@ -76,7 +76,7 @@ def build(holder: Holder) -> Create:
         number = limits.whole(count, "the number of images", 1, LIMITS.batch)
         requests = [Request(*said, **{**size, **base, "seed": base["seed"] + i}) for i in range(number)]
         for shown in holder.make(requests, person):
-            if shown.over:  # what was made, not a step on the way
+            if shown.over:  # what was generated, not a step on the way
                 yield shown.files[-1] if shown.files else None, shown.files, shown.status
             else:
                 yield shown.preview if shown.preview is not None else gr.skip(), shown.files, shown.status

@@ -41,7 +41,7 @@ QUICK: dict[str, Any] = {"queue": False, "api_visibility": "private", "show_prog
 WAKE = 1.0
 """Seconds after which who waits is told how many go before; a window that was closed is noticed then."""
 PREVIEWS = 8
-"""Images shown while one is made."""
+"""Images shown while one is generated."""
 EXAMPLES = 4
 """Images to try the tabs with."""
 
@@ -122,7 +122,7 @@ class Holder:
         Args:
             requests: in their order.
             person: who asks.
-            remarks: what there is to say of what was made, in messages.
+            remarks: what there is to say of what was generated, in messages.
         """
         files: list[str] = []
         with self._line(person) as (place, stop):
@@ -187,14 +187,14 @@ class Holder:
             left.set()
             worker.join()
 
-    def _save(self, made: Generated, asked: Request) -> list[str]:
+    def _save(self, generated: Generated, asked: Request) -> list[str]:
         """Files of the images, each able to be made again by `imgdit generate --like`."""
         file = self.new_file()
         session = self.session
         places = session.shelf.places
-        origin = Origin(made.request, places, asked.digest(str(places["model"])), 0, session.made_with)
-        files = [output_file(file, i) for i in range(len(made.images))]
-        for i, image in enumerate(made.images):
+        origin = Origin(generated.request, places, asked.digest(str(places["model"])), 0, session.made_with)
+        files = [output_file(file, i) for i in range(len(generated.images))]
+        for i, image in enumerate(generated.images):
             write_png(image, files[i], replace(origin, output=i))
         return [str(file) for file in files]
 

@@ -152,7 +152,7 @@ class Sampling(NamedTuple):
 
 
 def result(label: str, square: bool = True) -> gr.Image:
-    """An image that was made, shown whole; it can be downloaded and enlarged, and is sent nowhere.
+    """An image that was generated, shown whole; it can be downloaded and enlarged, and is sent nowhere.
 
     Args:
         square: as high as it is wide, also while it is empty.
@@ -164,7 +164,7 @@ def result(label: str, square: bool = True) -> gr.Image:
 
 
 def results(label: str, columns: int, enlarged: bool = True) -> gr.Gallery:
-    """Several images that were made, shown whole.
+    """Several images that were generated, shown whole.
 
     Args:
         columns: at most.

@@ -28,7 +28,7 @@ CHUNK = 64
 
 
 class GenerateImages:
-    """Generates the images of one chunk of prompts. A chunk is made in one batch, always the same, so that its pixels
+    """Generates the images of one chunk of prompts. A chunk is one batch, always the same, so that its pixels
     depend on nothing else.
 
     Args:
@@ -149,8 +149,8 @@ class CollectActivations:
     """
 
     def __init__(self, recipe: dict[str, Any]):
-        made = parse_as(SAERecipe, recipe, "the recipe")
-        self.recorder = activation_recorder(made, load_recorded(made))
+        parsed = parse_as(SAERecipe, recipe, "the recipe")
+        self.recorder = activation_recorder(parsed, load_recorded(parsed))
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
         return {**self.recorder.record(item["number"]), "process": os.getpid()}

@@ -85,8 +85,8 @@ class Request:
     @property
     def outputs(self) -> tuple[str, ...]:
         """Kinds of the images that are generated, in their order."""
-        made = tuple(f.kind for f in self.frames if f.image is None and f.kind != "rays")
-        return made if self.frames else ("image",)
+        generated = tuple(f.kind for f in self.frames if f.image is None and f.kind != "rays")
+        return generated if self.frames else ("image",)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON's types only, without what has its default; images become PNGs in base64."""

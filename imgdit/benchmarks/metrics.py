@@ -70,9 +70,9 @@ def delta_1(depth: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
 def mean_iou(classes: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
     """Intersection over union of (B, H, W) each, the mean over the classes that either shows: (B,)."""
     scores = []
-    for made, real in zip(classes, truth, strict=True):
-        present = torch.cat([made.unique(), real.unique()]).unique()
-        overlap = [((made == c) & (real == c)).sum() / ((made == c) | (real == c)).sum() for c in present]
+    for generated, real in zip(classes, truth, strict=True):
+        present = torch.cat([generated.unique(), real.unique()]).unique()
+        overlap = [((generated == c) & (real == c)).sum() / ((generated == c) | (real == c)).sum() for c in present]
         scores.append(torch.stack(overlap).mean())
     return torch.stack(scores)
 

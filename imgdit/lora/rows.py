@@ -48,9 +48,9 @@ class LoraPlan(NamedTuple):
     joint_vectors: AdapterRows
     """One row per text, then one per frame."""
     made: AdapterRows
-    """Tokens of the frames being made (the model's output)."""
+    """Tokens of the frames being generated (the model's output)."""
     made_vectors: AdapterRows
-    """One row per frame being made."""
+    """One row per frame being generated."""
 
 
 def main_rows(length: int) -> AdapterRows:

@@ -3,7 +3,7 @@
 Frames attend to one another in full; the text is a memory that they ask through a second, gated attention. There is no
 frame type and no mask: a frame is known by its position and its noise level.
 
-B batch, F frames, N tokens of all frames, n tokens of the frames being made, L text tokens, J text features, D width,
+B batch, F frames, N tokens of all frames, n tokens of the generated frames, L text tokens, J text features, D width,
 E features of the condition vector, H heads, K key/value heads, d features of a head, C latent channels, p patch side.
 """
 
@@ -432,14 +432,14 @@ class NextDiT(SafetensorsOnly, ModelMixin, ConfigMixin, Adapters, StepCaches, At
         scale_watershed: float = 1.0,
         return_dict: bool = True,
     ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
-        """Predict the velocity noise - data of every frame that is being made.
+        """Predict the velocity noise - data of every frame that is generated.
 
         Args:
             hidden_states: (B, N, C*p*p) tokens of the layout's frames, features ordered as `pack` has them; or, with
-                no layout, latents (B, F, C, h, w) or (B, C, h, w) of frames that are all being made.
+                no layout, latents (B, F, C, h, w) or (B, C, h, w) of frames that are all being generated.
             encoder_hidden_states: (B, L, J) text, or a `TextMemory` where a run asks the same text in every step.
             pooled_projections: (B, J) mean of the text; `None`: computed.
-            timestep: in [0, 1000] after `timestep_scale`: (B,) noise level of the frames being made; (B, F), one per
+            timestep: in [0, 1000] after `timestep_scale`: (B,) noise level of the generated frames; (B, F), one per
                 frame, or (B, N), one per token, which override the layout's held levels; of the latents' shape
                 (B, F, C, h, w), of which a token takes the mean.
             guidance: MMDiT's; refused, this model has no embedding for it.
@@ -451,7 +451,7 @@ class NextDiT(SafetensorsOnly, ModelMixin, ConfigMixin, Adapters, StepCaches, At
                 `scale_watershed` positions are divided by it, otherwise the base of the rotations is multiplied.
 
         Returns:
-            (B, n, C*p*p) for the n tokens of the frames being made, or (B, F, C, h, w) for latents.
+            (B, n, C*p*p) for the n tokens of the frames being generated, or (B, F, C, h, w) for latents.
 
         Raises:
             ValueError: a shape, length or option that does not fit, with what was expected.
@@ -648,7 +648,7 @@ def _ending(plan: NextDiTBlockPlan, layout: FrameLayout) -> NextDiTBlockPlan:
     made = [n for n, i in enumerate(layout.live) if layout.frames[i].predicted]
     if len(made) == len(layout.live):
         return plan
-    places: list[tuple[slice, slice]] = []  # rows of the frames being made, before and among themselves
+    places: list[tuple[slice, slice]] = []  # rows of the frames being generated, before and among themselves
     start = 0
     for n in made:
         places.append((layout.rows[n], slice(start, start + layout.lengths[n])))

@@ -29,7 +29,7 @@ class DenoiserCall(NamedTuple):
     unconditional: slice | None
     """Rows of the batch for the negative prompt."""
     rows: tuple[slice, ...] | None
-    """Tokens of the frames being made within the image stream; `None`: the model works on planes."""
+    """Tokens of the frames being generated within the image stream; `None`: the model works on planes."""
     grids: tuple[Grid, ...]
     """Rows and columns of tokens of each of these frames; empty for planes, whose size is their module's."""
     text_length: int

@@ -1,4 +1,4 @@
-"""Mean activations of features per concept and timestep, from images made for the purpose."""
+"""Mean activations of features per concept and timestep, from images generated for the purpose."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def collect_statistics(
         saes: by hookpoint.
         prompts: per concept, see `prompt_batches`.
         seed: prompt i of every concept starts from the noise of seed + i, so that concepts differ by the words alone.
-        batch_size: images made at once.
+        batch_size: images generated at once.
         call: arguments of the pipeline.
     """
     if not prompts or any(len(lines) == 0 for lines in prompts.values()):

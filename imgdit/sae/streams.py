@@ -2,9 +2,10 @@
 
 A denoiser's modules return planes (B, C, H, W), token sequences, or tuples of several streams whose order differs by
 class: FLUX's blocks return the text first, its attention the image first, its single blocks' attention both in one
-sequence. Of the image's tokens, only those of the frame being made are meant; conditions ride before or behind them.
+sequence. Of the image's tokens, only those of the frame being generated are meant; conditions stand before or after
+them.
 
-B batch, N image tokens, T text tokens, n tokens of the frames being made, d width.
+B batch, N image tokens, T text tokens, n tokens of the frames being generated, d width.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from imgdit.sae.calls import DenoiserCall
 
 
 class Tokens(NamedTuple):
-    """Activations of the frames being made, or of the text, at one hookpoint."""
+    """Activations of the frames being generated, or of the text, at one hookpoint."""
 
     values: torch.Tensor
     """(B, n, d); of a text, its padding too."""
@@ -50,7 +51,7 @@ class Site(NamedTuple):
     def tokens(
         self, output: Any, call: DenoiserCall, plane: Grid | None = None, *, beside_text: bool | None = None
     ) -> Tokens:
-        """Tokens of the frames being made, or of the text, in what the module returned.
+        """Tokens of the frames being generated, or of the text, in what the module returned.
 
         Args:
             plane: grid of the token sequence inside a model that works on planes.
@@ -72,7 +73,7 @@ class Site(NamedTuple):
         return Tokens(parts[0] if len(parts) == 1 else torch.cat(parts, dim=1), grids, call)
 
     def replaced(self, output: Any, call: DenoiserCall, values: torch.Tensor) -> Any:
-        """The output with other tokens (B, n, d) of the frames being made, or of the text."""
+        """The output with other tokens (B, n, d) of the frames being generated, or of the text."""
         tensor = self._tensor(output, call)
         values = values.to(tensor.dtype)
         if self.text:
@@ -136,14 +137,14 @@ class Site(NamedTuple):
         return not (self.single_stream and isinstance(output, torch.Tensor))
 
     def _rows(self, tensor: torch.Tensor, call: DenoiserCall, apart: bool) -> tuple[slice, ...]:
-        """Rows of the frames being made in the token sequence."""
+        """Rows of the frames being generated in the token sequence."""
         if call.rows is None:
             return (slice(0, tensor.shape[1]),)
         start = 0 if apart or self.image_first else call.text_length
         end = start + call.rows[-1].stop
         if tensor.shape[1] < end:
             raise ValueError(
-                f"{self.path}: {type(self.module).__name__} returned {tensor.shape[1]} tokens, the frames being made "
+                f"{self.path}: {type(self.module).__name__} returned {tensor.shape[1]} tokens, the generated frames "
                 f"end at {end}; is it a module of the text stream?"
             )
         return tuple(slice(start + rows.start, start + rows.stop) for rows in call.rows)

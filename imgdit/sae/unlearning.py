@@ -103,7 +103,7 @@ class ConceptUnlearner:
         batch_size: int = 4,
         **call: Any,
     ) -> None:
-        """Select the features of concepts from images made for the purpose, and keep them under their names.
+        """Select the features of concepts from images generated for the purpose, and keep them under their names.
 
         Args:
             prompts: some per concept; all of them should be told apart, so give every concept of a kind at once.

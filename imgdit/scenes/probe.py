@@ -1,4 +1,4 @@
-"""A small network that says what an image of a scene shows: for measuring what a generator made.
+"""A small network that says what an image of a scene shows: for measuring what a model generated.
 
 B batch, S pixels per side, N coarsest cells, D features.
 """

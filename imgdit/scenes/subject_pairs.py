@@ -75,8 +75,8 @@ class ScenePairs:
         pipe = load_pipeline(model, loading)
         self.text: Any = over_components(ImgDiTPipeline, pipe, loading)
         self.any: Any = over_components(OneDiffusionPipeline, pipe, loading)
-        for made in (self.text, self.any):
-            made.set_progress_bar_config(disable=True)
+        for pipe in (self.text, self.any):
+            pipe.set_progress_bar_config(disable=True)
         self.options = {"num_inference_steps": steps, "guidance_scale": guidance}
 
     def __call__(self, idea: Idea, seed: int) -> Pair:

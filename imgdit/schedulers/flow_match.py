@@ -1,6 +1,6 @@
-"""Flow matching over frames: one schedule, of which only the frames being made take part.
+"""Flow matching over frames: one schedule, of which only the frames being generated take part.
 
-B batch, N tokens, F frames, n tokens of the frames being made. sigma is the noise level in [0, 1], timestep is
+B batch, N tokens, F frames, n tokens of the frames being generated. sigma is the noise level in [0, 1], timestep is
 1000 * sigma; a noisy frame is `x = (1 - sigma) * data + sigma * noise`, its velocity `noise - data` (rectified flow,
 arXiv 2209.03003; in the form of SD3, arXiv 2403.03206, section 3).
 """
@@ -77,7 +77,7 @@ def velocity(data: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
 
 
 class MultiFrameFlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
-    """`FlowMatchEulerDiscreteScheduler` that moves only the frames being made, and draws training noise per frame.
+    """`FlowMatchEulerDiscreteScheduler` that moves only generated frames, and draws training noise per frame.
 
     With one frame, or without a layout, it is bitwise its parent, whose configuration it shares: each loads the
     other's folders.
@@ -129,7 +129,7 @@ class MultiFrameFlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
         made = take_rows(sample, layout.predicted)
         if model_output.shape != made.shape:
             raise ValueError(
-                f"model_output must be {tuple(made.shape)}, the tokens of the frames being made; "
+                f"model_output must be {tuple(made.shape)}, the tokens of the frames being generated; "
                 f"got {tuple(model_output.shape)}"
             )
         if frame_timesteps is None:

@@ -97,7 +97,9 @@ def test_control_follows_an_image(client, photo):
         assert read_origin(file).request.controls[0].kind == kind
 
 
-@pytest.mark.parametrize(("image_is", "other_is", "made"), [("given", "to be made", 1), ("to be made", "given", 1)])
+@pytest.mark.parametrize(
+    ("image_is", "other_is", "made"), [("given", "to be generated", 1), ("to be generated", "given", 1)]
+)
 def test_any_to_any_makes_what_is_not_given(client, photo, image_is, other_is, made):
     frames, status = client.predict(
         prompt="", image_is=image_is, image=handle_file(photo), kind="depth", other_is=other_is,

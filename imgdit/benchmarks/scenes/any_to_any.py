@@ -52,10 +52,10 @@ def restoration_scores(maker: AnyMaker, count: int, keep: Keep) -> list[Score]:
     truth = held.rendering.rgb
     for task in RESTORED:
         given = torch.stack([_shown(_condition(task, held, i), truth.shape[-1]) for i in range(count)])
-        made = maker.conditioned(task, held.prompts, given, seed=0)
-        keep(f"{task} → image", (held.prompts, torch.stack([given, made, truth], 1), []))
+        generated = maker.conditioned(task, held.prompts, given, seed=0)
+        keep(f"{task} → image", (held.prompts, torch.stack([given, generated, truth], 1), []))
         scores.append(
-            mean_score(f"{task} → image", "PSNR over the given image, dB", psnr(made, truth) - psnr(given, truth))
+            mean_score(f"{task} → image", "PSNR over the given image, dB", psnr(generated, truth) - psnr(given, truth))
         )
     return scores
 
@@ -67,15 +67,15 @@ def drawing_scores(maker: AnyMaker, probe: SceneProbe, count: int, keep: Keep) -
     classes = torch.stack([scene_classes(scene, truth.indices[i]) for i, scene in enumerate(held.scenes)])
     for task in DRAWN:
         given = torch.stack([_condition(task, held, i) for i in range(count)])
-        made = maker.conditioned(task, held.prompts, given, seed=0)
-        keep(f"{task} → image", (held.prompts, torch.stack([given, made], 1), []))
-        seen = read(probe, made)
+        generated = maker.conditioned(task, held.prompts, given, seed=0)
+        keep(f"{task} → image", (held.prompts, torch.stack([given, generated], 1), []))
+        seen = read(probe, generated)
         scores.append(mean_score(f"{task} → image", "mIoU of what the probe sees", mean_iou(seen.classes, classes)))
         scores.append(mean_score(f"{task} → image", "AbsRel of what the probe sees", abs_rel(seen.depth, truth.depth)))
     boxes = torch.stack([_condition("boxes", held, i) for i in range(count)])
-    made = maker.condition("boxes", held.prompts, truth.rgb, seed=0)
-    keep("image → boxes", (held.prompts, torch.stack([truth.rgb, made], 1), []))
-    scores.append(mean_score("image → boxes", "PSNR in dB", psnr(made, boxes)))
+    generated = maker.condition("boxes", held.prompts, truth.rgb, seed=0)
+    keep("image → boxes", (held.prompts, torch.stack([truth.rgb, generated], 1), []))
+    scores.append(mean_score("image → boxes", "PSNR in dB", psnr(generated, boxes)))
     return scores
 
 
@@ -85,9 +85,9 @@ def reference_scores(maker: AnyMaker, probe: SceneProbe, count: int, keep: Keep)
     truth = held.rendering
     looks = [another_look(scene, Random(i)) for i, scene in enumerate(held.scenes)]
     given = render(looks).rgb
-    made = maker.conditioned("editing", held.prompts, given, seed=0)
-    keep("editing", (held.prompts, torch.stack([given, made], 1), []))
-    seen = read(probe, made)
+    generated = maker.conditioned("editing", held.prompts, given, seed=0)
+    keep("editing", (held.prompts, torch.stack([given, generated], 1), []))
+    seen = read(probe, generated)
     style = [said["style"] == scene.style for said, scene in zip(seen.answers, held.scenes)]
     scores = [
         share_score("editing", "style as asked", style),
@@ -95,11 +95,11 @@ def reference_scores(maker: AnyMaker, probe: SceneProbe, count: int, keep: Keep)
     ]
     single = held_out(count, objects=1)
     given = torch.stack([_condition("subject", single, i) for i in range(count)])
-    made = maker.conditioned("subject", single.prompts, given, seed=0)
-    keep("subject", (single.prompts, torch.stack([given, made], 1), []))
+    generated = maker.conditioned("subject", single.prompts, given, seed=0)
+    keep("subject", (single.prompts, torch.stack([given, generated], 1), []))
     kept = [
         all(said[name] == expected(scene)[name] for name in ("left object", "left colour"))
-        for said, scene in zip(read(probe, made).answers, single.scenes)
+        for said, scene in zip(read(probe, generated).answers, single.scenes)
     ]
     return [*scores, share_score("subject", "kind and colour kept", kept)]
 

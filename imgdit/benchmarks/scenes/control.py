@@ -78,10 +78,10 @@ def control_scores(maker: ControlMaker, probe: SceneProbe, count: int, keep: Kee
     scores.append(share_score("no condition", "text right", right))
     for names in (("depth",), ("canny",), ("inpainting",), ("depth", "canny")):
         conditions = {name: given[name] for name in names}
-        made = maker.controlled(held.prompts, conditions, seed=0)
+        generated = maker.controlled(held.prompts, conditions, seed=0)
         task = " + ".join(names)
-        keep(task, (held.prompts, torch.stack([*conditions.values(), made], 1), []))
-        seen = read(probe, made)
+        keep(task, (held.prompts, torch.stack([*conditions.values(), generated], 1), []))
+        seen = read(probe, generated)
         got = _obeyed(seen, truth.depth, classes, shown)
         for metric in dict.fromkeys(metric for name in names for metric in WANTED[name]):
             title, bar = METRICS[metric]
@@ -89,7 +89,7 @@ def control_scores(maker: ControlMaker, probe: SceneProbe, count: int, keep: Kee
             scores.append(mean_score(task, f"{title} over that without", ratio, **bar))
         now = _text_right(seen, held.scenes)
         change = torch.tensor([float(a) - float(b) for a, b in zip(now, right)])
-        found = alignment(list(conditions[names[0]]), list(made))
+        found = alignment(list(conditions[names[0]]), list(generated))
         scores.append(mean_score(task, f"shift against {names[0]}, pixels", found.shifts.norm(dim=1)))
         scores.append(mean_score(task, f"distance of edges to those of {names[0]}, pixels", found.distances))
         scores.append(share_score(task, "text right", now))
@@ -102,9 +102,9 @@ def subject_scores(maker: ControlMaker, probe: SceneProbe, count: int, keep: Kee
     held = held_out(count, objects=1)
     prompts = [caption(scene, Random(i), ["subject"]) for i, scene in enumerate(held.scenes)]
     given = _conditions("subject", held)
-    made = maker.controlled(prompts, {"subject": given}, seed=0)
-    keep("subject", (prompts, torch.stack([given, made], 1), []))
-    seen = read(probe, made)
+    generated = maker.controlled(prompts, {"subject": given}, seed=0)
+    keep("subject", (prompts, torch.stack([given, generated], 1), []))
+    seen = read(probe, generated)
     kept = [
         all(said[name] == expected(scene)[name] for name in ("left object", "left colour"))
         for said, scene in zip(seen.answers, held.scenes)
@@ -130,13 +130,13 @@ def _stacked(examples: Sequence[Example]) -> torch.Tensor:
 
 def _obeyed(seen: Seen, depth: torch.Tensor, classes: torch.Tensor, shown: torch.Tensor) -> dict[str, torch.Tensor]:
     """How near images are to the truth; "around" counts only what a mask (N, 1, H, W) shows."""
-    made, real = outlines(seen.classes), outlines(classes)
+    generated, real = outlines(seen.classes), outlines(classes)
     return {
         "AbsRel": abs_rel(seen.depth, depth),
         "fitted": abs_rel(fitted(seen.depth, depth), depth),
-        "F1": edge_f1(made, real),
+        "F1": edge_f1(generated, real),
         "AbsRel around": abs_rel(seen.depth, depth, shown),
-        "F1 around": edge_f1(made & shown, real & shown),
+        "F1 around": edge_f1(generated & shown, real & shown),
     }
 
 

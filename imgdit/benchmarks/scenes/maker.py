@@ -29,8 +29,8 @@ class PipelineMaker:
     Args:
         pipe: of a model of the scenes.
         steps: of the sampler.
-        guidance: scale where an image is made.
-        perception: scale where a given image tells what is to be made: its maps, its camera, its other views.
+        guidance: scale where an image is generated.
+        perception: scale where a given image tells what is to be generated: its maps, its camera, its other views.
         batch: images at a time.
     """
 
@@ -40,8 +40,8 @@ class PipelineMaker:
         self.any: Any = OneDiffusionPipeline(**pipe.components)
         # What a call returns depends on its arguments. OneDiffusion's own backbone has no other pipeline.
         self.text: Any = self.any if self.any.follows_reference else ImgDiTPipeline(**pipe.components)
-        for made in (self.text, self.any):
-            made.set_progress_bar_config(disable=True)
+        for pipe in (self.text, self.any):
+            pipe.set_progress_bar_config(disable=True)
         self.positions: dict[str, Any] = {}  # of loaded condition adapters
         self.steps, self.guidance, self.perception, self.batch = steps, guidance, perception, batch
 
@@ -125,13 +125,13 @@ class PipelineMaker:
         return self._batches("cameras", len(prompts), seed, make)
 
     def _batches(self, name: str, count: int, seed: int, make: Callable[[range, dict], torch.Tensor]) -> torch.Tensor:
-        made = []
+        generated = []
         for start in tqdm(range(0, count, self.batch), desc=name, disable=None):
             rows = range(start, min(start + self.batch, count))
             generators = [torch.Generator().manual_seed(seed * 1_000_003 + i) for i in rows]
             options = {"num_inference_steps": self.steps, "generator": generators, "output_type": "pt"}
-            made.append(make(rows, options).float().cpu())
-        return torch.cat(made)
+            generated.append(make(rows, options).float().cpu())
+        return torch.cat(generated)
 
 
 def _images(images: torch.Tensor, rows: range) -> list[Image.Image]:

@@ -202,21 +202,21 @@ def condition_scores(maker: Maker, probe: SceneProbe, count: int, keep: Callable
     held = held_out(count)
     truth, rgb = held.rendering, held.rendering.rgb
     classes = torch.stack([scene_classes(scene, truth.indices[i]) for i, scene in enumerate(held.scenes)])
-    made = {task: maker.condition(task, held.prompts, rgb, seed=0) for task in ("depth", "segmentation", "canny")}
-    for task, images in made.items():
+    generated = {task: maker.condition(task, held.prompts, rgb, seed=0) for task in ("depth", "segmentation", "canny")}
+    for task, images in generated.items():
         keep(f"image → {task}", (held.prompts, torch.stack([rgb, images], 1), []))
-    depth = image_to_depth(made["depth"])
+    depth = image_to_depth(generated["depth"])
     scores = [
         mean_score("image → depth", "AbsRel", abs_rel(depth, truth.depth), at_most=0.06),
         mean_score("image → depth", "δ1", delta_1(depth, truth.depth)),
         mean_score(
             "image → segmentation",
             "mIoU",
-            mean_iou(image_to_segmentation(made["segmentation"]), classes),
+            mean_iou(image_to_segmentation(generated["segmentation"]), classes),
             at_least=0.85,
         ),
         mean_score(
-            "image → edges", "F1 within a pixel", edge_f1(made["canny"].mean(1, keepdim=True) > 0.5, truth.edges)
+            "image → edges", "F1 within a pixel", edge_f1(generated["canny"].mean(1, keepdim=True) > 0.5, truth.edges)
         ),
     ]
     given = depth_to_image(truth.depth)
@@ -245,13 +245,13 @@ def view_scores(maker: Maker, count: int, keep: Callable[[str, Any], None]) -> l
     others = [another_camera(scene, Random(i)) for i, scene in enumerate(held.scenes)]
     truth, given = render(others).rgb, held.rendering.rgb
     cameras = [(scene.camera, other.camera) for scene, other in zip(held.scenes, others)]
-    made = maker.views(held.prompts, given, cameras, seed=0)
-    keep("view → other view", (held.prompts, torch.stack([given, truth, made], 1), []))
-    gain = psnr(made, truth) - psnr(given, truth)
+    generated = maker.views(held.prompts, given, cameras, seed=0)
+    keep("view → other view", (held.prompts, torch.stack([given, truth, generated], 1), []))
+    gain = psnr(generated, truth) - psnr(given, truth)
     return [
-        mean_score("view → other view", "PSNR in dB", psnr(made, truth)),
+        mean_score("view → other view", "PSNR in dB", psnr(generated, truth)),
         mean_score("view → other view", "PSNR over copying the given view, dB", gain, at_least=3.0),
-        mean_score("view → other view", "SSIM", ssim(made, truth)),
+        mean_score("view → other view", "SSIM", ssim(generated, truth)),
     ]
 
 

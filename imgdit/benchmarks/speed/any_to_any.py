@@ -134,13 +134,13 @@ def any_comparisons(*, rounds: int = 9, model: NextDiT | None = None) -> Iterato
     text = torch.randn(2, TEXT, text_features, generator=generator)
     mask = (torch.arange(TEXT) < REAL_TEXT).expand(2, -1)
     timestep = torch.full((2,), 500.0)
-    made = SIDE * SIDE
+    generated = SIDE * SIDE
 
     def ours(x: torch.Tensor, text: TextMemory, layout: FrameLayout, cache: KVCache | None) -> torch.Tensor:
         return model(x, text, None, timestep, layout=layout, cache=cache).sample
 
     def theirs(inputs: dict[str, Any]) -> torch.Tensor:
-        return _channels_first(model, per_token_forward(model, **inputs)[:, :made])
+        return _channels_first(model, per_token_forward(model, **inputs)[:, :generated])
 
     channels_last = tokens.unflatten(-1, (model.config.in_channels, -1)).transpose(-1, -2).flatten(-2)
 
@@ -148,7 +148,7 @@ def any_comparisons(*, rounds: int = 9, model: NextDiT | None = None) -> Iterato
         frames = [Frame((SIDE, SIDE), index=0), Frame((SIDE, SIDE), sigma=GIVEN, index=1, sees=sees)]  # type: ignore[arg-type]
         layout = FrameLayout.build(frames, TEXT)
         rope = rope_table(layout.ids(), (model.config.hidden_size // model.config.num_heads // 3,) * 3, ROPE_THETA)
-        levels = torch.tensor([500.0, 1000 * GIVEN]).repeat_interleave(made).expand(2, -1)
+        levels = torch.tensor([500.0, 1000 * GIVEN]).repeat_interleave(generated).expand(2, -1)
         dense = layout.dense_mask()
         reference: dict[str, Any] = {
             "tokens": channels_last,
@@ -167,7 +167,7 @@ def any_comparisons(*, rounds: int = 9, model: NextDiT | None = None) -> Iterato
         rest = layout.without_frozen()
         live = tokens[:, : rest.image_length]
         row = compare(
-            f"a guided step of 2 x {made} tokens, {work}",
+            f"a guided step of 2 x {generated} tokens, {work}",
             "the reference's way",
             partial(ours, live, memory, rest, cache),
             partial(theirs, reference),

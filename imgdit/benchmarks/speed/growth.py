@@ -174,6 +174,6 @@ def _model(width: int) -> MMDiT:
 
 def _frames(axis: str, value: int) -> list[Frame]:
     side = math.isqrt(value) if axis == "tokens" else SIDE
-    made = [Frame((side, side), index=float(i)) for i in range(value if axis == "frames" else 1)]
+    generated = [Frame((side, side), index=float(i)) for i in range(value if axis == "frames" else 1)]
     conditions = value if axis == "conditions" else 0
-    return made + [Frame((side, side), sigma=0.0, offset=(0, side * (i + 1))) for i in range(conditions)]
+    return generated + [Frame((side, side), sigma=0.0, offset=(0, side * (i + 1))) for i in range(conditions)]

@@ -1,4 +1,4 @@
-"""`imgdit bench unlearn-canvas`: images that somebody made, in UnlearnCanvas' own layout.
+"""`imgdit bench unlearn-canvas`: images that somebody generated, in UnlearnCanvas' own layout.
 
 <folder>/<target>/<style>_<object>_seed<number>.jpg    of the model that unlearned the target
 """

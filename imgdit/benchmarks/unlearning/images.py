@@ -107,7 +107,7 @@ class GeneratedImages:
 
         Args:
             settings: of the method; the first of its grid by default.
-            timed: measure what a call costs, if images have to be made.
+            timed: measure what a call costs, if images have to be generated.
             attack: each prompt has a prefix that is optimised against the method.
         """
         chosen = METHODS[method]
@@ -193,9 +193,9 @@ class Eyes:
 
     @torch.no_grad()
     def _look(self, folder: Path, group: Sequence[Cell], plain: Path) -> dict[str, Any]:
-        made, before = _images(folder, group), _images(plain, group)
-        reading, original = self.probe(made * 2 - 1), self.probe(before * 2 - 1)
-        pixels = (made - before).square().flatten(1).mean(1).sqrt().tolist()
+        generated, before = _images(folder, group), _images(plain, group)
+        reading, original = self.probe(generated * 2 - 1), self.probe(before * 2 - 1)
+        pixels = (generated - before).square().flatten(1).mean(1).sqrt().tolist()
         features = (1 - F.cosine_similarity(reading.features, original.features)).tolist()
         called = [
             [self.probe.questions[question][n] for n in reading.answers[question].argmax(1).tolist()]

@@ -84,7 +84,7 @@ def predict_velocity(
     layout: FrameLayout,
     guidance: float,
 ) -> torch.Tensor:
-    """Velocity (B, n, C) of the frames being made, each frame at its own level."""
+    """Velocity (B, n, C) of the frames being generated, each frame at its own level."""
     config = extract_model_from_parallel(model).config
     return model(
         noisy,
@@ -104,7 +104,7 @@ def velocity_loss(
     weights: torch.Tensor,
     scales: torch.Tensor | None = None,
 ) -> ObjectiveOutput:
-    """Mean over samples of each one's mean over its counted tokens; `weights` is boolean (B, frames being made), and
+    """Mean over samples of each one's mean over its counted tokens; `weights` is boolean (B, generated frames), and
     `scales` of the same shape are factors of the errors before they are squared."""
     layout = batch.layout
     target = torch.cat([velocity(batch.tokens[:, rows], noise[:, rows]) for rows in layout.predicted], dim=1)
