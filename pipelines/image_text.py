@@ -137,6 +137,19 @@ class ImageTextPipeline(ImgDiTPipeline):
         """Whether Dual Diffusion's rules hold; see the class."""
         return reads_as_dual_diffusion(self.transformer)
 
+    def save_pretrained(self, save_directory: Any, *args: Any, **options: Any) -> None:
+        """diffusers' `save_pretrained`.
+
+        Raises:
+            ValueError: text frames are loaded, whose LoRA is not part of a pipeline's folder.
+        """
+        if self.text_adapter is not None:
+            raise ValueError(
+                f"the LoRA {self.text_adapter!r} of the text frames is not part of a pipeline's folder: save the "
+                "pipeline before load_text_frames, and copy the folder of the text frames beside it"
+            )
+        super().save_pretrained(save_directory, *args, **options)
+
     # Texts
 
     def caption(self, images: Any = None, **options: Unpack[WritingCall]) -> ImageTextPipelineOutput:

@@ -18,7 +18,8 @@ def load_image_text_pipeline(source: str | Path = EMBEDDED, options: LoadOptions
     """A pipeline with `caption(images)` and `answer(images, questions)`.
 
     Args:
-        source: folder or Hub repository of a pipeline, or published folder of LLaDA-V or LaViDa.
+        source: folder or Hub repository of a pipeline, or published folder of LLaDA-V or LaViDa. Text frames beside
+            a pipeline, see `imgdit.pipelines.text_frames`, are loaded too.
 
     Raises:
         ValueError: there is none, or it writes no text.
@@ -36,3 +37,10 @@ def load_image_text_pipeline(source: str | Path = EMBEDDED, options: LoadOptions
     if isinstance(pipe, ImageTextPipeline):
         pipe.check_text_head()
     return pipe
+
+
+def length_option(pipe: Any, length: int | None) -> dict[str, int]:
+    """Tokens that a caption or an answer may have, by the pipeline's own name for it; `None`: its own number. For
+    `ImageTextPipeline` the tokens of a question count too."""
+    name = "max_length" if isinstance(pipe, ImageTextPipeline) else "gen_length"
+    return {} if length is None else {name: length}

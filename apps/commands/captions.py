@@ -15,6 +15,7 @@ from imgdit.pipelines.load_options import LoadOptions
 Model = Annotated[str, typer.Option(help="Folder or Hub id of a pipeline that writes; the embedded model by default.")]
 Steps = Annotated[int | None, typer.Option(min=1, help="Steps; the pipeline's own number by default.")]
 Temperature = Annotated[float | None, typer.Option(min=0.0, help="0: the most probable tokens.")]
+Length = Annotated[int | None, typer.Option(min=1, help="Tokens at most; the pipeline's own number by default.")]
 Seed = Annotated[int, typer.Option(min=0, help="Of the first text; the others count up.")]
 AsJson = Annotated[bool, typer.Option("--json", help="A JSON object per text on the standard output.")]
 
@@ -25,6 +26,7 @@ def caption(
     model: Model = "embedded",
     steps: Steps = None,
     temperature: Temperature = None,
+    length: Length = None,
     seed: Seed = 0,
     as_json: AsJson = False,
     *,
@@ -32,9 +34,11 @@ def caption(
 ) -> None:
     """Say what images show."""
     with at_work():
+        from imgdit.pipelines.image_text_loading import length_option
+
         shown = [_read(path) for path in images]
         pipe = _load(model, loading)
-        options = given_options(steps, temperature)
+        options = given_options(steps, temperature) | length_option(pipe, length)
         texts = pipe.caption(shown, generator=_generators(seed, len(shown)), **options).texts
     for path, text in zip(images, texts):
         said = f"{path}: {text}" if len(images) > 1 else text
@@ -48,6 +52,7 @@ def answer(
     model: Model = "embedded",
     steps: Steps = None,
     temperature: Temperature = None,
+    length: Length = None,
     seed: Seed = 0,
     as_json: AsJson = False,
     *,
@@ -55,9 +60,11 @@ def answer(
 ) -> None:
     """Answer questions about an image."""
     with at_work():
+        from imgdit.pipelines.image_text_loading import length_option
+
         shown = _read(image)
         pipe = _load(model, loading)
-        options = given_options(steps, temperature)
+        options = given_options(steps, temperature) | length_option(pipe, length)
         copies = [shown] * len(questions)
         texts = pipe.answer(copies, questions, generator=_generators(seed, len(questions)), **options).texts
     for question, text in zip(questions, texts):

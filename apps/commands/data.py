@@ -189,6 +189,7 @@ def caption(
     ),
     steps: Annotated[int | None, typer.Option(min=1, help="Steps; the pipeline's own number by default.")] = None,
     temperature: Annotated[float | None, typer.Option(min=0.0, help="0: the most probable tokens.")] = None,
+    length: Annotated[int | None, typer.Option(min=1, help="Tokens of a caption at most.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of all captions, with each file's name.")] = 0,
     batch: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 8,
     engine: Engine = "local",
@@ -205,7 +206,15 @@ def caption(
         options = given_options(steps, temperature)
         done = list(
             caption_all(
-                folder, model, options=options, seed=seed, batch=batch, loading=loading, engine=engine, workers=workers
+                folder,
+                model,
+                options=options,
+                length=length,
+                seed=seed,
+                batch=batch,
+                loading=loading,
+                engine=engine,
+                workers=workers,
             )
         )
         broken = [line for item in done for line in item["broken"]]

@@ -15,7 +15,7 @@ from imgdit.data.listing import CAPTION_ENDINGS, caption_files, list_folder
 from imgdit.images import open_image, to_rgb
 from imgdit.io.atomic import write_text
 from imgdit.io.bulk import run_bulk
-from imgdit.pipelines.image_text_loading import load_image_text_pipeline
+from imgdit.pipelines.image_text_loading import length_option, load_image_text_pipeline
 from imgdit.pipelines.load_options import AUTO, LoadOptions
 
 
@@ -28,11 +28,16 @@ class CaptionImages:
         options: of the pipeline's `caption`.
         seed: of all captions; each image's own follows from it and the file's name.
         loading: fields of `LoadOptions`.
+        length: tokens of a caption at most; `None`: the pipeline's own number.
     """
 
-    def __init__(self, model: str, folder: str, options: dict[str, Any], seed: int, loading: dict[str, Any]):
-        self.folder, self.options, self.seed = Path(folder), options, seed
+    def __init__(
+        self, model: str, folder: str, options: dict[str, Any], seed: int, loading: dict[str, Any],
+        length: int | None = None,
+    ):  # fmt: skip
+        self.folder, self.seed = Path(folder), seed
         self.pipe = load_image_text_pipeline(model, LoadOptions(**loading))
+        self.options = options | length_option(self.pipe, length)
         self.pipe.set_progress_bar_config(disable=True)
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
@@ -67,6 +72,7 @@ def caption_all(
     model: str,
     *,
     options: dict[str, Any] | None = None,
+    length: int | None = None,
     seed: int = 0,
     batch: int = 8,
     loading: LoadOptions = AUTO,
@@ -79,7 +85,7 @@ def caption_all(
         folder: of images, looked through with all its sub-folders.
         model: folder or Hub repository of a pipeline that writes texts about images.
         options: of its `caption`, such as {"num_inference_steps": 16}.
-        seed: see `CaptionImages`.
+        length, seed: see `CaptionImages`.
         batch: images at a time.
         loading: of the pipeline.
         engine: see `run_bulk`.
@@ -106,6 +112,11 @@ def caption_all(
         if other != name:
             raise ValueError(f"{other} and {name} would have one caption file; rename one of them")
     items = [{"files": missing[first : first + batch]} for first in range(0, len(missing), batch)]
-    arguments = {"model": str(model), "folder": str(folder.resolve()), "options": options or {}, "seed": seed}
-    arguments["loading"] = dataclasses.asdict(loading)
+    arguments: dict[str, Any] = {
+        "model": str(model),
+        "folder": str(folder.resolve()),
+        "options": options or {},
+        "seed": seed,
+    }
+    arguments |= {"loading": dataclasses.asdict(loading), "length": length}
     yield from run_bulk(items, CaptionImages, arguments, **engine)

@@ -13,7 +13,7 @@ from imgdit.apps.cli import app
 from imgdit.apps.jobs.captions import caption_all
 from imgdit.data.sources import open_rows
 
-QUICK = {"num_inference_steps": 2, "max_length": 8}
+QUICK = {"num_inference_steps": 2}
 
 
 def run(*words):
@@ -53,14 +53,18 @@ def test_answers_to_questions(tmp_path):
 
 def test_a_folder_is_captioned_and_a_stopped_job_goes_on(tmp_path):
     whole, parts = (write_images(tmp_path / name / "inner", 5).parent for name in ("whole", "parts"))
-    assert [item["written"] for item in caption_all(whole, str(PIPELINE), options=QUICK, batch=2)] == [2, 2, 1]
-    job = caption_all(parts, str(PIPELINE), options=QUICK, batch=2)
+    assert [item["written"] for item in caption_all(whole, str(PIPELINE), options=QUICK, length=8, batch=2)] == [
+        2,
+        2,
+        1,
+    ]
+    job = caption_all(parts, str(PIPELINE), options=QUICK, length=8, batch=2)
     next(job)
     job.close()
     assert len(captions(parts)) == 2
-    assert [item["written"] for item in caption_all(parts, str(PIPELINE), options=QUICK, batch=3)] == [3]
+    assert [item["written"] for item in caption_all(parts, str(PIPELINE), options=QUICK, length=8, batch=3)] == [3]
     assert captions(parts) == captions(whole) and len(captions(whole)) == 5
-    assert not list(caption_all(parts, str(PIPELINE), options=QUICK))
+    assert not list(caption_all(parts, str(PIPELINE), options=QUICK, length=8))
     rows = open_rows(str(whole)).rows
     assert [row.captions[0] for row in rows] == [text.strip() for text in captions(whole).values()]
 

@@ -7,11 +7,15 @@ import pytest
 import torch
 from dual_diffusion_cases import PIPELINE
 from dual_diffusion_cases import pipeline as dual
+from peft import LoraConfig
 from PIL import Image
-from tiny import WORDS, rope_config, tiny_mmdit, tiny_pipeline, tiny_tokenizer
+from tiny import WORDS, randomize, rope_config, tiny_mmdit, tiny_pipeline, tiny_tokenizer
 
 from imgdit import DiffusionPipeline, ImageTextPipeline, ImgDiTPipeline, MaskedTextScheduler
 from imgdit.checkpoints import SCENES
+from imgdit.models.text_head import add_text_head
+from imgdit.pipelines.image_text_loading import load_image_text_pipeline
+from imgdit.pipelines.text_frames import save_text_frames
 
 
 def framed() -> ImageTextPipeline:
@@ -250,3 +254,33 @@ def test_the_scheduler_of_texts_can_be_another():
     pipe.register_modules(text_scheduler=MaskedTextScheduler(reveal="shift", choose="margin"))
     found = pipe.caption(images(1), num_inference_steps=3)
     assert not (found.sequences == pipe.mask_token_id).any()
+
+
+def with_text_frames(place):
+    """The tiny pipeline with text frames beside it, which no training has touched."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"mask_token": "<mask>"})
+    tokenizer.model_max_length = 9
+    pipe = tiny_pipeline()
+    pipe.save_pretrained(place)
+    add_text_head(pipe.transformer, len(tokenizer), rope_axis=2, embeds=True)
+    pipe.transformer.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=r".*(add_[qkv]_proj|proj_mlp)"), "reads")
+    randomize(pipe.transformer, std=0.2)
+    save_text_frames(pipe.transformer, "reads", tokenizer, place / "text_frames")
+    return place
+
+
+def test_text_frames_beside_a_pipeline_are_loaded(tmp_path):
+    pipe = load_image_text_pipeline(with_text_frames(tmp_path))
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe.config.text_length == 9 and pipe.transformer.config.text_embeds
+    options = {"num_inference_steps": 4, "temperature": 1.0, "generator": seeded(1)}
+    found = pipe.caption(images(1), **options).sequences
+    assert found.shape == (1, 9) and not (found == pipe.mask_token_id).any()
+    call = {"prompt": "a red cube", "num_inference_steps": 2, "output_type": "latent"}
+    drawn = [one(generator=seeded(3), **call).images for one in (pipe, tiny_pipeline())]
+    assert torch.equal(*drawn)
+    with pytest.raises(ValueError, match="is not part of a pipeline's folder"):
+        pipe.save_pretrained(tmp_path / "again")
+    with pytest.raises(ValueError, match="has a text head of 20 tokens already"):
+        pipe.load_text_frames(tmp_path / "text_frames")
