@@ -7,6 +7,8 @@ import pytest
 import torch
 from dual_diffusion_cases import PIPELINE
 from dual_diffusion_cases import pipeline as dual
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from peft import LoraConfig
 from PIL import Image
 from tiny import WORDS, randomize, rope_config, tiny_mmdit, tiny_pipeline, tiny_tokenizer
@@ -96,6 +98,33 @@ def test_holes_alone_are_filled(pipe):
         assert row[at : at + len(part)] == part
         at += len(part) + hole
     assert set(row[at:]) == {tokenizer.eos_token_id}
+
+
+@settings(max_examples=12, deadline=None)
+@given(st.integers(1, 3), st.integers(1, 14), st.integers(1, 9), st.floats(0, 1), st.integers(0, 99))
+def test_any_rows_are_filled_in_their_holes_as_one_by_one(count, length, steps, fraction, seed):
+    """Dual Diffusion's sampler on holes anywhere, as many per row as there may be."""
+    pipe, generator = dual(), torch.Generator().manual_seed(seed)
+    ids = torch.randint(1, 100, (count, length), generator=generator)
+    holes = torch.rand(count, length, generator=generator) < fraction
+    latents = torch.randn(count, 4, 4, 6, generator=generator)
+    seeds = range(seed, seed + count)
+    options = {"num_inference_steps": steps}
+    whole = pipe.complete(ids, holes, latents=latents, generator=seeded(*seeds), **options).sequences
+    assert torch.equal(whole[~holes], ids[~holes]) and not (whole[holes] == pipe.mask_token_id).any()
+    alone = [
+        pipe.complete(ids[n : n + 1], holes[n : n + 1], latents=latents[n : n + 1], generator=seeded(s), **options)
+        for n, s in enumerate(seeds)
+    ]
+    assert torch.equal(whole, torch.cat([one.sequences for one in alone]))
+
+
+def test_passes_are_made_only_where_a_token_has_changed():
+    pipe, passes = dual(), []
+    hook = pipe.transformer.register_forward_hook(lambda *args: passes.append(None))
+    pipe.caption(images(1), max_length=3, num_inference_steps=200, generator=seeded(0))
+    hook.remove()
+    assert 1 <= len(passes) <= 4
 
 
 def test_guidance_steers_away_from_the_text_without_an_image(pipe):

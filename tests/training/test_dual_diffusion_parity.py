@@ -1,8 +1,12 @@
 """Losses and rows of Dual Diffusion's training, against recorded ones."""
 
+import math
+
 import pytest
 import torch
 from dual_diffusion_cases import CASES, META, PIPELINE, assert_near, named, pipeline, recorded
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from imgdit import Frame, FrameLayout, MMDiT
 from imgdit.models.functional import pack
@@ -99,16 +103,25 @@ def test_rows_of_questions_are_as_recorded(name):
     assert torch.equal(found.prompt, ~found.counted)
 
 
-def test_importance_times_grow_to_the_same_end():
-    """The option of no recorded case, by its definition."""
-    from imgdit.schedulers.text_noise import EPS, importance_times, loglinear_sigma
-
-    t = torch.linspace(0, 1, 9, dtype=torch.float64)
-    sigma = loglinear_sigma(importance_times(t))
-    high = loglinear_sigma(torch.ones((), dtype=torch.float64))
-
-    def f(s):
-        return torch.log(-torch.expm1(-s))
-
-    expected = -torch.log1p(-torch.exp(t * f(high) + (1 - t) * f(torch.tensor(EPS, dtype=torch.float64))))
-    torch.testing.assert_close(sigma, expected)
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 4), st.integers(1, 9), st.booleans(), st.booleans(), st.integers(0, 99))
+def test_a_bound_is_that_of_its_definition(rows, length, antithetic, importance, seed):
+    """Sum over masked targets of cross entropy / t, over all tokens; of a prediction that depends on nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, 9, (rows, length), generator=generator)
+    maskable = torch.rand(rows, length, generator=generator) < 0.7
+    draws, uniforms = torch.rand(rows, generator=generator), torch.rand(rows, length, generator=generator)
+    logits = torch.randn(rows, length, 10, generator=generator)
+    found = likelihood_bound(
+        lambda noisy: logits, ids, 9, maskable=maskable, antithetic=antithetic, importance=importance, times=draws,
+        uniforms=uniforms,
+    )  # fmt: skip
+    t = ((draws + torch.arange(rows)) / rows % 1 if antithetic else draws) * (1 - 1e-3) + 1e-3
+    if importance:
+        sigma_of_one = -math.log(1e-3)
+        high, low = (math.log(-math.expm1(-s)) for s in (sigma_of_one, 1e-3))
+        t = torch.exp(t * high + (1 - t) * low) / (1 - 1e-3)
+    masked = (uniforms < ((1 - 1e-3) * t)[:, None]) & maskable
+    log_p = logits[..., :9].log_softmax(-1).gather(-1, ids[..., None])[..., 0]
+    expected = (-log_p / t[:, None] * masked).sum() / (rows * length)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
