@@ -14,6 +14,7 @@ from tiny_families import differs, loaded, make, near, passes, tensor, used
 
 from imgdit import Condition, OmniControl
 from imgdit.family import find_family
+from imgdit.lora.files import read_adapter
 from imgdit.mup import mup_table
 from imgdit.sae.hooks import hooked
 
@@ -218,6 +219,21 @@ def test_gradients_under_checkpointing_are_those_without(case, fresh):
             found.append(torch.autograd.grad(tensor(out).square().sum(), weights, allow_unused=True))
     assert all((a is b is None) or torch.equal(a, b) for a, b in zip(*found, strict=True))
     assert sum(a is not None and bool(a.any()) for a in found[0]) > len(weights) / 2
+
+
+def test_an_adapter_on_all_tokens_acts_as_if_it_were_in_the_weights(case, tmp_path):
+    """In every layer, those that the model calls itself too."""
+    pipe, merged = case.pipeline(), case.pipeline().transformer
+    path = lora_file(tmp_path / "all.safetensors", pipe.transformer, ".*", std=0.05)
+    for name, pair in read_adapter(path).pairs.items():
+        weight = merged.get_submodule(name).weight
+        weight.data += (pair.up.flatten(1) @ pair.down.flatten(1)).view_as(weight)
+    control = OmniControl(pipe)
+    control.load(path)
+    found, riding = passes(case, control, [Condition(image(), "all", acts_on="all")], call={"steps": 1})
+    for given, out in found:
+        near(out, case.dense(merged, given, riding))
+        differs(out, case.dense(merged, given))
 
 
 QUICK = [name if case.compiled else pytest.param(name, marks=pytest.mark.slow) for name, case in CASES.items()]
