@@ -69,8 +69,8 @@ def alignment(conditions: Any, results: Any) -> Alignment:
             raise ValueError(f"{name} {flat[0]} is of one colour; an image without edges has no place")
     shifts = phase_shift(*slopes)
     distances = edge_distance(*(strongest(values) for values in slopes))
-    intervals = [bootstrap(values) for values in (shifts.norm(dim=1), *shifts.T, distances)]
-    return Alignment(*intervals, shifts, distances)
+    length, rows, columns, edges = (bootstrap(values) for values in (shifts.norm(dim=1), *shifts.T, distances))
+    return Alignment(length, rows, columns, edges, shifts, distances)
 
 
 def _listed(images: Any) -> Sequence[Any]:

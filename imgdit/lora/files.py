@@ -148,6 +148,8 @@ class LoadReport(NamedTuple):
             f"{self.adapter}: {len(self.matched)} modules of rank {', '.join(map(str, self.ranks))} "
             f"({self.used} keys, {self.dialect} names)"
         ]
+        if self.info.prompt_prefix:
+            lines.append(f"  its prompts begin with {self.info.prompt_prefix!r}")
         lines += [f"  set aside: {line}" for line in counted(self.aside)]
         lines += [f"  not used: {key} (nearest module: {near})" for key, near in self.unused[:_SHOWN]]
         if len(self.unused) > _SHOWN:

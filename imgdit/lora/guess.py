@@ -55,5 +55,5 @@ def family_of(modules: Iterable[str], ratios: Mapping[str, float] | None = None)
     stranger = next((label for pattern, label in _STRANGERS if _found(pattern, modules)), None)
     if stranger is not None:
         return stranger
-    *others, last = [names.label for names in families_of(modules, ratios)] or [None]
-    return f"{', '.join(others)} or {last}" if others else last
+    *others, last = [names.label for names in families_of(modules, ratios)] or [""]
+    return f"{', '.join(others)} or {last}" if others else last or None
