@@ -258,6 +258,8 @@ class Family:
     """Regular expression that is found in the names of modules that work on text and image in one sequence."""
     image_first: bool = False
     """Whether the image stands before the text in such a sequence."""
+    sequence_first: str | None = None
+    """Regular expression that is found in the names of modules whose tokens are (N, B, D) outside of attentions."""
     image_places: Mapping[str, int] = field(default_factory=dict)
     """Class of a block that returns a tuple, and where the image stream stands in it; for classes that diffusers'
     registry of blocks does not list."""

@@ -81,13 +81,18 @@ def site(pipe: Any, hookpoint: str) -> Site:
     family, parts = find_family(owners[0]), path.split(".")[1:]
     text, joint = (TEXT_PARTS, None) if family is None else (family.text_parts, family.joint_parts)
     places = {} if family is None else family.image_places
+    first = None if family is None else family.sequence_first
+    in_attention = any(isinstance(owner, (Attention, AttentionModuleMixin)) for owner in owners)
     return Site(
         path,
         module,
         single_stream=joint is not None and any(re.search(joint, part) for part in parts),
         text=any(re.search(text, part) for part in parts),
-        in_attention=any(isinstance(owner, (Attention, AttentionModuleMixin)) for owner in owners),
+        in_attention=in_attention,
         image_first=family is not None and family.image_first,
+        sequence_first=first is not None
+        and any(re.search(first, part) for part in parts)
+        and not (in_attention or isinstance(module, (Attention, AttentionModuleMixin))),
         image_place=next((places[cls.__name__] for cls in type(module).__mro__ if cls.__name__ in places), None),
     )
 

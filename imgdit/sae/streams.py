@@ -45,6 +45,8 @@ class Site(NamedTuple):
     """Whether it is a part of an attention, where tensors may be split into heads."""
     image_first: bool = False
     """Whether the image stands before the text in such a sequence."""
+    sequence_first: bool = False
+    """Whether its tokens are (N, B, d)."""
     image_place: int | None = None
     """Where the image stands in a tuple that the module returns, by its family; `None`: that does not say."""
 
@@ -119,7 +121,7 @@ class Site(NamedTuple):
                 f"{what} {tuple(tensor.shape)}, which is no plane of the {call.grids} tokens; an attention's heads "
                 "(B, N, heads, d) are not read, hook the attention itself, its to_q or to_k, or the block around it"
             )
-        return tensor
+        return tensor.transpose(0, 1) if self.sequence_first else tensor
 
     def _is_plane(self, tensor: torch.Tensor, call: DenoiserCall) -> bool:
         """Whether 4 dimensions are a plane: in a model that works on planes, or of the size of the token grid."""
@@ -127,6 +129,8 @@ class Site(NamedTuple):
 
     def _rebuilt(self, output: Any, tensor: torch.Tensor) -> Any:
         place = self._place(output)
+        if self.sequence_first:
+            tensor = tensor.transpose(0, 1)
         if place is None:
             return tensor
         if not isinstance(output, (tuple, list)):  # a ModelOutput, which has its image first

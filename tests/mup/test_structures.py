@@ -71,6 +71,34 @@ def longcat_image(heads, **changes):
     return diffusers.LongCatImageTransformer2DModel(num_attention_heads=heads, **config)
 
 
+def qwen_image21(heads, **changes):
+    config = {"in_channels": 16, "num_layers": 2, "attention_head_dim": 16, "context_in_dim": 40}
+    config |= {"axes_dims_rope": (4, 6, 6), **changes}
+    return diffusers.QwenImage21Transformer2DModel(num_attention_heads=heads, **config)
+
+
+def flux3(heads, **changes):
+    config = {"num_layers": 1, "num_single_layers": 2, "joint_attention_dim": 40, "timestep_channels": 24}
+    config |= {"in_channels": 16, "cond_in_channels": 16, "attention_head_dim": 16, "flow_map": True}
+    return diffusers.Flux3Transformer2DModel(
+        num_attention_heads=heads, **{**config, "axes_dims_rope": (4, 4, 4, 4), **changes}
+    )
+
+
+def ideogram4(heads, **changes):
+    config = {"in_channels": 16, "num_layers": 2, "attention_head_dim": 16, "adaln_dim": 24, "llm_features_dim": 40}
+    config |= {"mrope_section": (4, 2, 2), **changes}
+    config = {"intermediate_size": 2 * heads * config["attention_head_dim"], **config}
+    return diffusers.Ideogram4Transformer2DModel(num_attention_heads=heads, **config)
+
+
+def ernie_image(heads, **changes):
+    config = {"hidden_size": heads * 16, "num_layers": 2, "in_channels": 16, "out_channels": 16, "text_in_dim": 40}
+    config |= {"rope_axes_dim": (4, 6, 6), **changes}
+    config = {"ffn_hidden_size": 2 * config["hidden_size"], **config}
+    return diffusers.ErnieImageTransformer2DModel(num_attention_heads=heads, **config)
+
+
 def dit(heads, **changes):
     return diffusers.DiTTransformer2DModel(num_attention_heads=heads, num_embeds_ada_norm=10, **DIT, **changes)
 
@@ -97,6 +125,10 @@ CLASSES = {
     "QwenImage": qwen_image,
     "Chroma": chroma,
     "LongCatImage": longcat_image,
+    "QwenImage21": qwen_image21,
+    "Flux3": flux3,
+    "Ideogram4": ideogram4,
+    "ErnieImage": ernie_image,
     "DiT": dit,
     "PixArt": pixart,
     "NextDiT": nextdit,
@@ -122,7 +154,7 @@ def test_a_role_is_what_grows(name):
         }[tuple(x != y for x, y in zip(a.shape, b.shape))[:2]]
         assert rule.role in expected, rule.name
         if rule.role == "input" and len(rule.shape) == 2 and a.shape[0] == b.shape[0]:
-            assert any(part in rule.name for part in ("table", "pad_token", "embedding"))
+            assert any(part in rule.name for part in ("table", "pad_token", "embed"))
 
 
 @pytest.mark.parametrize("name", CLASSES)
@@ -140,8 +172,9 @@ def test_growing_heads(name):
         if rule.fold == pytest.approx(0.5**0.5):
             queries.add(rule.name.rsplit(".", 2)[-2])
             assert rule.lr_mult == pytest.approx(rule.fold / (2 if rule.role == "hidden" else 1))
-    expected = {"DiT": {"to_q"}, "PixArt": {"to_q"}, "NextDiT": {"q_norm"}, "ZImage": {"norm_q"}, "Krea2": {"norm_q"}}
-    assert queries == expected.get(name, {"norm_q", "norm_added_q"})
+    expected = {"DiT": {"to_q"}, "PixArt": {"to_q"}, "NextDiT": {"q_norm"}}
+    single = ("ZImage", "Krea2", "QwenImage21", "Flux3", "Ideogram4", "ErnieImage")
+    assert queries == ({"norm_q"} if name in single else expected.get(name, {"norm_q", "norm_added_q"}))
 
 
 BY_HEAD_DIM = {
@@ -162,8 +195,12 @@ BY_HEAD_DIM = {
             ("QwenImage", qwen_image),
             ("Chroma", chroma),
             ("LongCatImage", longcat_image),
+            ("QwenImage21", qwen_image21),
         )
     },
+    "Flux3": lambda d: flux3(3, attention_head_dim=d, axes_dims_rope=(d // 4,) * 4),
+    "Ideogram4": lambda d: ideogram4(3, attention_head_dim=d, mrope_section=(d // 4, d // 8, d // 8)),
+    "ErnieImage": lambda d: ernie_image(3, hidden_size=3 * d, rope_axes_dim=(d // 2, d // 4, d // 4)),
     "DiT": lambda d: diffusers.DiTTransformer2DModel(num_attention_heads=3, **{**DIT, "attention_head_dim": d}),
     "PixArt": lambda d: pixart(3, attention_head_dim=d),
     "NextDiT": lambda d: nextdit(3, hidden_size=3 * d),
@@ -174,13 +211,15 @@ BY_HEAD_DIM = {
 def test_growing_depth(name):
     """Every residual branch holds its factor exactly once."""
     model = on_meta(CLASSES[name], 3)
-    blocks = 4 if name == "MMDiT" else 3 if name in ("Flux", "Flux2", "ZImage", "Chroma", "LongCatImage") else 2
+    blocks = (
+        4 if name == "MMDiT" else 3 if name in ("Flux", "Flux2", "Flux3", "ZImage", "Chroma", "LongCatImage") else 2
+    )
     configure(model, base_width=36 if name == "NextDiT" else 48, base_depth=1)
     for rule in mup_table(model):
         inside = "block" in rule.name or rule.name.startswith("layers.") or "_refiner." in rule.name
         inside = inside and not rule.name.startswith("text_fusion.")
-        ends = ("to_out.", "to_add_out.", "net.2.", "linear_out.", "ff.down.")
-        if name in ("NextDiT", "ZImage"):  # whose branches end in a norm
+        ends = ("to_out.", "to_add_out.", "net.2.", "linear_out.", "ff.down.", "img_mlp.out.", "linear_fc2.")
+        if name in ("NextDiT", "ZImage", "Ideogram4"):  # whose branches end in a norm
             ends = ("attention_norm2.", "ffn_norm2.")
         branch = inside and (any(end in rule.name for end in ends) or ".proj_out." in rule.name)
         assert rule.fold == pytest.approx(1 / blocks if branch else 1.0), rule.name
