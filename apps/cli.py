@@ -14,6 +14,7 @@ from imgdit import __version__
 from imgdit.apps.commands import bench, captions, convert, data, docs, images, lora, mup, sae, text
 from imgdit.apps.commands.demo import demo
 from imgdit.apps.commands.doctor import doctor
+from imgdit.apps.commands.judge import judge
 from imgdit.apps.console import Commands, at_work
 
 app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False)
@@ -54,6 +55,7 @@ app.command("any")(images.any_to_any)
 app.command()(images.unlearn)
 app.command()(captions.caption)
 app.command()(captions.answer)
+app.command()(judge)
 app.command()(text.write)
 app.command()(text.embed)
 app.command()(demo)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Unpack
 
@@ -23,6 +24,8 @@ from imgdit.images.fitting import check_sides, square
 from imgdit.images.latents import encode_images
 from imgdit.layout import FrameLayout
 from imgdit.models.functional import pack, unpack
+from imgdit.models.masked_lm import rows_of
+from imgdit.models.masked_text_passes import answer_likelihood
 from imgdit.models.mmdit import MMDiT
 from imgdit.naming import check_choice, check_name
 from imgdit.pipelines.checks import check_size
@@ -37,7 +40,7 @@ from imgdit.pipelines.image_text_inputs import (
     texts_of,
 )
 from imgdit.pipelines.image_text_reading import ImageTextReader, reads_as_dual_diffusion
-from imgdit.pipelines.masked_text import MaskedTextPipeline
+from imgdit.pipelines.masked_text import Choices, MaskedTextPipeline
 from imgdit.pipelines.masked_text_inputs import check_ids
 from imgdit.pipelines.options import OUTPUT_TYPES
 from imgdit.pipelines.text_frames import find_text_frames, load_text_frames
@@ -188,6 +191,46 @@ class ImageTextPipeline(ImgDiTPipeline):
         length, mask = self._length(call), self.mask_token_id
         rows = question_rows(self._text_tokenizer, asked, self._template, length, mask)
         return self._write(rows, shown, call)
+
+    @torch.no_grad()
+    def choose(self, images: Any, questions: Any, choices: Sequence[str], **options: Unpack[WritingCall]) -> Choices:
+        """Which of some answers is most likely about each image, see `Choices`.
+
+        Args:
+            images, questions: see `answer`.
+            choices: at least two answers.
+            options: see `WritingOptions`; of those, how texts are drawn does not matter.
+
+        Raises:
+            ValueError: as `answer`, and for fewer choices, empty ones, and ones that leave no place for an end token.
+        """
+        call = self._options(options)
+        asked = texts_of("questions", questions)
+        answers = [
+            [*self._text_tokenizer(one, add_special_tokens=False)["input_ids"], self._eos]
+            for one in texts_of("choices", choices)
+        ]
+        if len(answers) < 2:
+            raise ValueError(f"give at least two choices, got {list(choices)!r}")
+        shown = self._images(images, call, asked)
+        asked = asked * (shown.rows // len(asked))
+        length, mask = self._length(call), self.mask_token_id
+        rows = question_rows(self._text_tokenizer, asked, self._template, length, mask)
+        if max(rows.starts) + max(map(len, answers)) > length:
+            raise ValueError(
+                f"a question of {max(rows.starts)} tokens and a choice of {max(map(len, answers))} with its end token "
+                f"exceed max_length={length}; raise it"
+            )
+        reader = self._reader(rows, self._encoded(shown), call)
+        grid, starts = rows.ids.to(reader.device), torch.tensor(rows.starts, device=reader.device)
+        found = []
+        for tokens in answers:
+            places = starts[:, None] + torch.arange(len(tokens), device=reader.device)
+            predict = partial(_at_places, reader, places)
+            found.append(answer_likelihood(predict, grid, places, torch.tensor(tokens), mask))
+        likelihoods = torch.stack(found, 1)
+        self.maybe_free_model_hooks()
+        return Choices(likelihoods.argmax(1).tolist(), likelihoods)
 
     def fill(self, text: Any, images: Any = None, **options: Unpack[WritingCall]) -> ImageTextPipelineOutput:
         """Fill the holes of texts about images.
@@ -465,11 +508,7 @@ class ImageTextPipeline(ImgDiTPipeline):
     def _write(self, rows: Rows, shown: _Shown | None, options: WritingOptions) -> ImageTextPipelineOutput:
         device = compat.execution_device(self)
         check_generators(options.generator, len(rows.ids))
-        latents = None if shown is None else self._encoded(shown)
-        reader = ImageTextReader(
-            self.transformer, self._embed, latents, self._empty_pooled(device), rows.holes.to(device),
-            self.mask_token_id, options.guidance_scale, self.text_adapter, device,
-        )  # fmt: skip
+        reader = self._reader(rows, None if shown is None else self._encoded(shown), options)
         writer = _Writer(reader, self.text_scheduler)
         writer.draws_of = self._draws_of
         writer.set_progress_bar_config(disable=True)
@@ -488,6 +527,14 @@ class ImageTextPipeline(ImgDiTPipeline):
                 bar.update(bar.total - bar.n)
         self.maybe_free_model_hooks()
         return ImageTextPipelineOutput(self._texts(sequences, rows, options), sequences)
+
+    def _reader(self, rows: Rows, latents: torch.Tensor | None, options: WritingOptions) -> ImageTextReader:
+        """What predicts the texts of rows."""
+        device = compat.execution_device(self)
+        return ImageTextReader(
+            self.transformer, self._embed, latents, self._empty_pooled(device), rows.holes.to(device),
+            self.mask_token_id, options.guidance_scale, self.text_adapter, device,
+        )  # fmt: skip
 
     _draws_of: Callable[[int], TextDraws] | None = None
     """Of a step: what is taken in place of the generator's draws."""
@@ -543,6 +590,11 @@ class ImageTextPipeline(ImgDiTPipeline):
             self._tell_cut_text(text, max_sequence_length)
         embeds = self.text_encoder(tokens)[0].to(self.transformer.dtype)
         return embeds, torch.ones_like(tokens, dtype=torch.bool)
+
+
+def _at_places(reader: ImageTextReader, places: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Logits (B, A, V) at places (B, A) of rows of tokens."""
+    return rows_of(reader(ids).logits, places)
 
 
 compat.register_pipeline(ImageTextPipeline)

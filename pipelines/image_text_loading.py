@@ -6,29 +6,40 @@ from pathlib import Path
 from typing import Any
 
 from imgdit.checkpoints import EMBEDDED
+from imgdit.hub import INDEX
+from imgdit.io.safe_json import read_object
 from imgdit.naming import check_choice
 from imgdit.pipelines.image_text import ImageTextPipeline
 from imgdit.pipelines.load_options import AUTO, LoadOptions
 from imgdit.pipelines.loading import chosen_device, chosen_dtype, load_pipeline, over_components, place
+from imgdit.pipelines.mmada import IMAGE_TOKENIZER, load_mmada
 from imgdit.pipelines.text_to_image import ImgDiTPipeline
 from imgdit.pipelines.vision_language_loading import is_published, load_vision_language_pipeline
 
 
-def load_image_text_pipeline(source: str | Path = EMBEDDED, options: LoadOptions = AUTO) -> Any:
-    """A pipeline with `caption(images)` and `answer(images, questions)`.
+def load_image_text_pipeline(
+    source: str | Path = EMBEDDED, options: LoadOptions = AUTO, image_tokenizer: str | Path = IMAGE_TOKENIZER
+) -> Any:
+    """A pipeline with `caption(images)`, `answer(images, questions)` and `choose(images, questions, choices)`.
 
     Args:
-        source: folder or Hub repository of a pipeline, or published folder of LLaDA-V or LaViDa. Text frames beside
-            a pipeline, see `imgdit.pipelines.text_frames`, are loaded too.
+        source: folder or Hub repository of a pipeline, or published folder of LLaDA-V, LaViDa or MMaDA. Text frames
+            beside a pipeline, see `imgdit.pipelines.text_frames`, are loaded too.
+        options: of loading.
+        image_tokenizer: folder or Hub repository, for a published MMaDA.
 
     Raises:
         ValueError: there is none, or it writes no text.
     """
-    if is_published(source):
+    published: Any = None
+    if _is_mmada(source):
+        published = load_mmada(source, image_tokenizer, dtype=chosen_dtype(options))
+    elif is_published(source):
+        published = load_vision_language_pipeline(source, dtype=chosen_dtype(options))
+    if published is not None:
         check_choice("quantize", options.quantize, ("none",))  # of what diffusers loads
-        pipe = load_vision_language_pipeline(source, dtype=chosen_dtype(options))
-        place(pipe, options, chosen_device(options))
-        return pipe
+        place(published, options, chosen_device(options))
+        return published
     pipe = load_pipeline(source, options)
     if isinstance(pipe, ImgDiTPipeline) and not isinstance(pipe, ImageTextPipeline):
         pipe = over_components(ImageTextPipeline, pipe, options)
@@ -44,3 +55,10 @@ def length_option(pipe: Any, length: int | None) -> dict[str, int]:
     `ImageTextPipeline` the tokens of a question count too."""
     name = "max_length" if isinstance(pipe, ImageTextPipeline) else "gen_length"
     return {} if length is None else {name: length}
+
+
+def _is_mmada(source: str | Path) -> bool:
+    """Whether it is a folder of a published MMaDA."""
+    folder = Path(source).expanduser()
+    config = folder / "config.json"
+    return config.is_file() and not (folder / INDEX).is_file() and read_object(config).get("model_type") == "mmada"

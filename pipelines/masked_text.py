@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +13,7 @@ from diffusers.utils import BaseOutput, logging
 
 from imgdit import compat
 from imgdit.models.image_rows import ImageVectors
-from imgdit.models.masked_text_passes import APPROXIMATE, BlockPasses, CacheKind
+from imgdit.models.masked_text_passes import APPROXIMATE, BlockPasses, CacheKind, answer_likelihood
 from imgdit.pipelines.masked_text_inputs import (
     Prompts,
     TextOptions,
@@ -26,6 +26,11 @@ from imgdit.schedulers.masked_text import Generators, MaskedTextScheduler, TextD
 
 logger = logging.get_logger(__name__)
 
+_SCORED = TextOptions(
+    1, 1, 0.0, None, None, "greedy", 2.0, None, 0, 1, 1.0, None, None, (), (), False, False, None, "seq"
+)  # fmt: skip
+"""Of the passes that score an answer."""
+
 
 @dataclass
 class MaskedTextPipelineOutput(BaseOutput):
@@ -35,6 +40,16 @@ class MaskedTextPipelineOutput(BaseOutput):
     """(B, G) new tokens; where a prompt has holes the whole rows (B, P + G), the prompt included."""
     texts: list[str] | None = None
     """The same as texts, each cut after the first end token among the new tokens; `None` without a tokenizer."""
+
+
+class Choices(NamedTuple):
+    """Which of some answers is most likely. C choices."""
+
+    best: list[int]
+    """Number of each row's most likely choice."""
+    log_likelihoods: torch.Tensor
+    """(B, C) float64, in nats, of all tokens of a choice and the end token behind it. They are revealed one by one,
+    the most probable first, which is exact for choices of one token."""
 
 
 class Block(NamedTuple):
@@ -225,6 +240,40 @@ class MaskedTextPipeline(compat.DiffusionPipeline):
         self._write(run)
         output = self._output(run, prompts)
         return output if return_dict else (output.sequences, output.texts)
+
+    @torch.no_grad()
+    def choose_answer(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, answers: Sequence[Sequence[int]]
+    ) -> Choices:
+        """Which of some answers is most likely behind each prompt, see `Choices`.
+
+        Args:
+            input_ids: (B, P) prompts.
+            attention_mask: (B, P), 0 on padding of any side.
+            answers: tokens of each, with the token that ends it.
+
+        Raises:
+            ValueError: fewer than two answers, or an empty one.
+        """
+        mask, _ = self._special_tokens(None, None, _SCORED)
+        return self._choices(self._prompts(input_ids, attention_mask, None, mask), answers)
+
+    def _choices(self, prompts: Prompts, answers: Sequence[Sequence[int]], cache: CacheKind | None = None) -> Choices:
+        if len(answers) < 2 or not all(answers):
+            raise ValueError(f"give at least two answers, none of them empty, got {list(answers)!r}")
+        found = [self._likelihood(prompts, torch.tensor(answer), replace(_SCORED, cache=cache)) for answer in answers]
+        likelihoods = torch.stack(found, 1)
+        return Choices(likelihoods.argmax(1).tolist(), likelihoods)
+
+    def _likelihood(self, prompts: Prompts, answer: torch.Tensor, options: TextOptions) -> torch.Tensor:
+        """Log-likelihood (B,) of an answer (A,), its tokens revealed one by one, the most probable first."""
+        rows, (mask, _) = len(prompts.ids), self._special_tokens(None, None, options)
+        draft = torch.full((rows, len(answer)), mask)
+        run = self._prepare(prompts, draft, prompts.ids[:, :0], options, mask, (), None, ())
+        first = run.prompt_length
+        run.passes.begin(first, first + len(answer))
+        places = torch.arange(first, first + len(answer), device=run.grid.device).expand(rows, -1)
+        return answer_likelihood(run.passes, run.grid, places, answer, mask)
 
     def _prompts(self, input_ids: Any, attention_mask: Any, infill_mask: Any, mask_id: int) -> Prompts:
         ids, mask = check_ids(input_ids, attention_mask, self._vocabulary)

@@ -28,7 +28,7 @@ from imgdit.models.masked_lm import load_masked_lm, model_folder
 from imgdit.models.masked_text_passes import BlockPasses, FreeRows
 from imgdit.naming import check_choice
 from imgdit.pipelines.checks import Texts, check_generators, check_size, check_texts
-from imgdit.pipelines.masked_text import MaskedTextPipeline, MaskedTextPipelineOutput
+from imgdit.pipelines.masked_text import Choices, MaskedTextPipeline, MaskedTextPipelineOutput
 from imgdit.pipelines.masked_text_inputs import encode_prompts, padded_rows
 from imgdit.pipelines.mmada_rows import MMaDARows, MMaDATokens, question_rows, text_to_image_rows
 from imgdit.pipelines.options import SamplingOptions
@@ -372,14 +372,27 @@ class MMaDAPipeline(compat.DiffusionPipeline):
         Raises:
             ValueError: images or questions that cannot be read, or options that do not fit.
         """
-        check_texts(Texts(questions))
-        codes = self.encode_images(images, fit=fit).flatten(1).cpu()
-        asked = [questions] * len(codes) if isinstance(questions, str) else list(questions)
-        codes = codes.expand(len(asked), -1) if len(codes) == 1 else codes
-        if len(asked) != len(codes):
-            raise ValueError(f"got {len(asked)} questions for {len(codes)} images; give one, or one for each")
-        ids, mask = question_rows(self.tokens, self._chats(asked), self.tokens.image_ids(codes))
+        ids, mask = self._ask(images, questions, fit)
         return self._write(input_ids=ids, attention_mask=mask, gen_length=gen_length, generator=generator, **options)
+
+    def choose(
+        self, images: Any, questions: str | Sequence[str], choices: Sequence[str], *, fit: Fit = "crop"
+    ) -> Choices:
+        """Which of some answers is most likely about each image, see `Choices`; other arguments as in `answer`.
+
+        Args:
+            choices: at least two answers.
+
+        Raises:
+            ValueError: fewer choices, an empty one, or images and questions that do not fit.
+        """
+        answers = [self._ids(choice) for choice in choices]
+        if len(answers) < 2 or not all(answers):
+            raise ValueError(f"give at least two choices, none of them empty, got {list(choices)!r}")
+        ids, mask = self._ask(images, questions, fit)
+        found = self._text_pipeline().choose_answer(ids, mask, [[*answer, self.tokens.eos] for answer in answers])
+        self.maybe_free_model_hooks()
+        return found
 
     def caption(self, images: Any, prompt: str = DESCRIBE, **options: Any) -> MaskedTextPipelineOutput:
         """Describe images; arguments as in `answer`."""
@@ -392,10 +405,24 @@ class MMaDAPipeline(compat.DiffusionPipeline):
         """Answer texts or chats, without an image; arguments as in `MaskedTextPipeline`."""
         return self._write(prompt=prompt, messages=messages, gen_length=gen_length, **options)
 
-    def _write(self, **options: Any) -> MaskedTextPipelineOutput:
-        """Text by `MaskedTextPipeline`, in which no code occurs unless the options say so."""
+    def _ask(self, images: Any, questions: str | Sequence[str], fit: Fit) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens and mask (B, L) of questions about images, see `answer`."""
+        check_texts(Texts(questions))
+        codes = self.encode_images(images, fit=fit).flatten(1).cpu()
+        asked = [questions] * len(codes) if isinstance(questions, str) else list(questions)
+        codes = codes.expand(len(asked), -1) if len(codes) == 1 else codes
+        if len(asked) != len(codes):
+            raise ValueError(f"got {len(asked)} questions for {len(codes)} images; give one, or one for each")
+        return question_rows(self.tokens, self._chats(asked), self.tokens.image_ids(codes))
+
+    def _text_pipeline(self) -> MaskedTextPipeline:
         pipe = MaskedTextPipeline(self.model, self.text_scheduler, self.tokenizer)
         pipe.set_progress_bar_config(**self._progress_options)
+        return pipe
+
+    def _write(self, **options: Any) -> MaskedTextPipelineOutput:
+        """Text by `MaskedTextPipeline`, in which no code occurs unless the options say so."""
+        pipe = self._text_pipeline()
         codes = range(self.tokens.first_code, self.model.config.vocab_size)
         defaults = {
             "num_inference_steps": self.text_scheduler.config.num_inference_steps, "forbidden_tokens": tuple(codes),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from diffusers import BlockRefinementScheduler
@@ -14,7 +14,7 @@ from imgdit.models.image_rows import JoinedRows, join_rows
 from imgdit.models.image_tokens import ImageProjector, tower_features
 from imgdit.models.masked_text_passes import CacheKind
 from imgdit.pipelines.dialogues import FILL, GAP, SpecialTokens
-from imgdit.pipelines.masked_text import MaskedTextPipeline, MaskedTextPipelineOutput
+from imgdit.pipelines.masked_text import Choices, MaskedTextPipeline, MaskedTextPipelineOutput
 from imgdit.pipelines.masked_text_inputs import Prompts, TextOptions, new_tokens
 from imgdit.pipelines.vision_language_inputs import Answers, Row, SeenImage, listed, read_rows
 from imgdit.schedulers.masked_text import Generators
@@ -25,16 +25,6 @@ CAPTION = "Describe the image in detail."
 
 GEN_LENGTH = 64
 """New tokens where nobody says how many."""
-
-
-class Choices(NamedTuple):
-    """What `VisionLanguagePipeline.choose` returns. C choices."""
-
-    best: list[int]
-    """Number of each row's most likely choice."""
-    log_likelihoods: torch.Tensor
-    """(B, C) float64, in nats, of all tokens of a choice and the end token behind it. They are revealed one by one,
-    the most probable first."""
 
 
 class VisionLanguagePipeline(MaskedTextPipeline):
@@ -209,30 +199,9 @@ class VisionLanguagePipeline(MaskedTextPipeline):
         rows = self._rows(listed(images), questions, None, None)
         longest = max(map(len, tokens))
         prompts = self._see(rows, longest)
-        found = [self._likelihood(prompts, torch.tensor(one), cache) for one in tokens]
-        likelihoods = torch.stack(found, 1)  # (B, C)
+        found = self._choices(prompts, tokens, cache)
         self.maybe_free_model_hooks()
-        return Choices(likelihoods.argmax(1).tolist(), likelihoods)
-
-    def _likelihood(self, prompts: Prompts, answer: torch.Tensor, cache: CacheKind | None) -> torch.Tensor:
-        """Log-likelihood (B,) of an answer (A,), its tokens revealed one by one, the most probable first."""
-        rows, mask = len(prompts.ids), self.mask_token_id
-        draft = torch.full((rows, len(answer)), mask)
-        options = TextOptions(
-            len(answer), 1, 0.0, None, None, "greedy", 2.0, None, 0, 1, 1.0, cache, None, (), (), False, False, None,
-            "seq",
-        )  # fmt: skip
-        run = self._prepare(prompts, draft, draft[:, :0], options, mask, (), None, ())
-        first, wanted = run.prompt_length, answer.to(run.grid.device).expand(rows, -1)
-        run.passes.begin(first, first + len(answer))
-        total = torch.zeros(rows, dtype=torch.float64, device=run.grid.device)
-        for _ in range(len(answer)):
-            given = run.grid[:, first:]
-            known = run.passes(run.grid).double().log_softmax(-1).gather(-1, wanted[..., None])[..., 0]
-            best = known.masked_fill(given != mask, -torch.inf).max(1, keepdim=True)
-            total += best.values[:, 0]
-            given.scatter_(1, best.indices, wanted.gather(1, best.indices))
-        return total
+        return found
 
     def _rows(self, images: Any, prompt: Any, messages: Any, input_ids: Any) -> list[Row]:
         return read_rows(self, images, prompt, messages, input_ids, self.special, self._vocabulary)

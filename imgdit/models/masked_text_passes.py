@@ -6,6 +6,7 @@ B rows, N places of the whole grid, V vocabulary.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -220,3 +221,27 @@ class BlockPasses:
         if self.first_logits is not None and self.start == self.prompt_length:
             found[:, :1] = self.first_logits
         return found
+
+
+def answer_likelihood(
+    predict: Callable[[torch.Tensor], torch.Tensor], grid: torch.Tensor, places: torch.Tensor, answer: torch.Tensor,
+    mask_token_id: int,
+) -> torch.Tensor:  # fmt: skip
+    """Log-likelihood (B,) float64 of an answer whose tokens are revealed one by one, the most probable first, which is
+    exact for one token.
+
+    Args:
+        predict: logits (B, A, V) at the places, of a grid.
+        grid: (B, N), masked at the places.
+        places: (B, A) of the answer's tokens.
+        answer: (A,).
+        mask_token_id: of the grid.
+    """
+    grid, wanted = grid.clone(), answer.to(grid.device).expand(len(grid), -1)
+    total = torch.zeros(len(grid), dtype=torch.float64, device=grid.device)
+    for _ in range(len(answer)):
+        known = predict(grid).double().log_softmax(-1).gather(-1, wanted[..., None])[..., 0]  # (B, A)
+        best = known.masked_fill(grid.gather(1, places) != mask_token_id, -torch.inf).max(1, keepdim=True)
+        total += best.values[:, 0]
+        grid.scatter_(1, places.gather(1, best.indices), wanted.gather(1, best.indices))
+    return total
