@@ -20,6 +20,8 @@ SECTIONS = {
         "pipelines.omni_control",
         "pipelines.masked_text",
         "pipelines.block_text",
+        "pipelines.image_text",
+        "pipelines.image_text_loading",
         "pipelines.mmada",
         "pipelines.text_loading",
         "pipelines.image_text",
