@@ -13,6 +13,8 @@ UNASKED = (
     ("xformers", "xFormers can't load C++/CUDA extensions"),  # wanted on CUDA only, see `_wanted`
     # diffusers imports these processors by their old names; imgdit uses them nowhere.
     ("transformers.utils.import_utils", "requires torchvision (not installed)"),
+    # Said when a tokenizer is read beside a model that transformers has no class for.
+    ("transformers.configuration_utils", "You are using a model of type `mmada` to instantiate a model of type ``"),
 )
 """Logger and a part of its message."""
 UNWARNED = (

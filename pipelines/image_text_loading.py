@@ -6,15 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from imgdit.checkpoints import EMBEDDED
-from imgdit.hub import INDEX
-from imgdit.io.safe_json import read_object
 from imgdit.naming import check_choice
 from imgdit.pipelines.image_text import ImageTextPipeline
 from imgdit.pipelines.load_options import AUTO, LoadOptions
 from imgdit.pipelines.loading import chosen_device, chosen_dtype, load_pipeline, over_components, place
 from imgdit.pipelines.mmada import IMAGE_TOKENIZER, load_mmada
 from imgdit.pipelines.text_to_image import ImgDiTPipeline
-from imgdit.pipelines.vision_language_loading import is_published, load_vision_language_pipeline
+from imgdit.pipelines.vision_language_loading import is_published, load_vision_language_pipeline, model_type_of
 
 
 def load_image_text_pipeline(
@@ -32,7 +30,7 @@ def load_image_text_pipeline(
         ValueError: there is none, or it writes no text.
     """
     published: Any = None
-    if _is_mmada(source):
+    if model_type_of(source) == "mmada":
         published = load_mmada(source, image_tokenizer, dtype=chosen_dtype(options))
     elif is_published(source):
         published = load_vision_language_pipeline(source, dtype=chosen_dtype(options))
@@ -55,10 +53,3 @@ def length_option(pipe: Any, length: int | None) -> dict[str, int]:
     `ImageTextPipeline` the tokens of a question count too."""
     name = "max_length" if isinstance(pipe, ImageTextPipeline) else "gen_length"
     return {} if length is None else {name: length}
-
-
-def _is_mmada(source: str | Path) -> bool:
-    """Whether it is a folder of a published MMaDA."""
-    folder = Path(source).expanduser()
-    config = folder / "config.json"
-    return config.is_file() and not (folder / INDEX).is_file() and read_object(config).get("model_type") == "mmada"

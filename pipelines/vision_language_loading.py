@@ -53,13 +53,18 @@ def load_vision_language_pipeline(
 
 def is_published(source: str | Path) -> bool:
     """Whether a name is a published folder of LLaDA-V or LaViDa, here or on the Hub."""
+    return model_type_of(source) == "llava_llada"
+
+
+def model_type_of(source: str | Path) -> str | None:
+    """What the `config.json` of a folder here or of a Hub repository says of its model; `None`: there is none."""
     file = Path(source).expanduser() / "config.json"
     if not file.parent.exists() and re.fullmatch(HUB_ID, str(source)):
         try:
             file = hub_file(str(source), "config.json")
         except Exception:  # of whichever library carries the request; whoever loads it tells what is wrong
-            return False
-    return file.is_file() and read_object(file).get("model_type") == "llava_llada"
+            return None
+    return read_object(file).get("model_type") if file.is_file() else None
 
 
 def with_parts(source: str | Path, parts: VisionLanguageModel) -> VisionLanguagePipeline:

@@ -378,8 +378,10 @@ def load_magvitv2(
     tensors: dict[str, torch.Tensor] = {}
     for file in sorted(set(places.values())):
         tensors |= read_tensors(file)
+    if dtype is not None:
+        tensors = {name: one.to(dtype) if one.is_floating_point() else one for name, one in tensors.items()}
     model.load_state_dict(tensors, assign=True)
-    return (model if dtype is None else model.to(dtype)).eval()
+    return model.eval()
 
 
 def _stored(folder: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, Path]]:

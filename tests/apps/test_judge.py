@@ -7,7 +7,7 @@ import pytest
 import torch
 from dual_diffusion_cases import PIPELINE
 from dual_diffusion_cases import pipeline as dual
-from mmada_cases import make_pipe
+from mmada_cases import FIXTURES, image_tokenizer, make_pipe
 from PIL import Image
 from tiny import tiny_pipeline
 from typer.testing import CliRunner
@@ -127,6 +127,18 @@ def test_the_report_has_all_answers(folder, model):
 def test_what_cannot_be_asked_is_refused(folder, words, message):
     done = run(folder / "images", "--model", folder / "mmada", *words)
     assert done.exit_code and message in done.output
+
+
+def test_published_folders_are_judges(folder):
+    out, images = folder / "judge.json", FIXTURES / "magvitv2"
+    image_tokenizer().save_pretrained(folder / "magvitv2")
+    words = (folder / "images/0.png", "--ask", "Is it red?")
+    done = run(*words, "--model", FIXTURES / "lm", "--image-tokenizer", folder / "magvitv2", "--out", out)
+    assert done.exit_code == 0, done.output
+    saved = run(*words, "--model", folder / "mmada")
+    assert json.loads(out.read_text())["rows"] == json.loads(saved.stdout)["rows"]
+    done = run(*words, "--model", FIXTURES / "lm", "--image-tokenizer", images)
+    assert done.exit_code and "says no sizes" in " ".join(done.output.replace("│", " ").split())
 
 
 def test_models_that_do_not_write_and_folders_without_images_are_refused(folder):

@@ -136,8 +136,11 @@ def test_images_are_the_published_ones(pipe, name, draws):
         callback_on_step_end=lambda pipe, step, timestep, given: told.append(given),
     )  # fmt: skip
     assert torch.equal(output.codes.flatten(1), found["codes"])
-    length = pipe.seen[0].shape[1]
-    for seen, expected in zip(pipe.seen, found["model_inputs"], strict=True):
+    inputs = found["model_inputs"]
+    # Published loops go on where nothing is left to do.
+    assert all((ids[:, places] != tokens.mask).all() for ids in inputs[len(pipe.seen) :])
+    length = pipe.seen[0].shape[1] if pipe.seen else 0
+    for seen, expected in zip(pipe.seen, inputs):
         assert torch.equal(seen[: len(ids)], expected[:, -length:])
         assert (expected[:, :-length] == tokens.padding).all()
         if "uncond_input_ids" in given and options["guidance_scale"]:
@@ -196,7 +199,13 @@ def test_answers_are_the_published_ones(pipe, name):
         threshold=2.0, guidance_scale=options["cfg_scale"] + 1, remasking=options["remasking"], eos_early_stop=False,
         allow_mask_token=True, callback_on_step_end=keep,
     )  # fmt: skip
-    assert torch.equal(torch.stack(grids[:-1]), found["states"]) and torch.equal(grids[-1], found["sequence"])
+    states = [*found["states"], found["sequence"]]
+    # Passes that find nothing masked are left out here and recorded there.
+    mine, kept = (
+        [grid for n, grid in enumerate(some) if n == 0 or not torch.equal(grid, some[n - 1])]
+        for some in (grids, states)
+    )
+    assert len(mine) == len(kept) and all(map(torch.equal, mine, kept))
     asked = question_rows(pipe.tokens, pipe._chats([options["question"]]), ids[-1:, -1:])  # of any image
     assert asked[0][0, 4:].tolist() == ids[0, -len(asked[0][0, 4:]) :].tolist()
 

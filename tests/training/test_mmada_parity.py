@@ -42,7 +42,7 @@ def losses_of(logits, case, given):
     options = CASES[case]["options"]
     ids, labels, found, first = given["input_ids"], given["labels"], {}, 0
     for kind in KINDS:
-        rows = slice(first, first := first + options[f"batch_size_{kind}"])
+        rows = slice(first, first := first + options.get(f"batch_size_{kind}", 0))
         if rows.start == rows.stop:
             continue
         if kind == "t2i":
