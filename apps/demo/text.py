@@ -15,7 +15,7 @@ from imgdit.apps.demo import limits, widgets
 from imgdit.apps.demo.holder import DEVICE, Holder
 from imgdit.apps.session import Session
 from imgdit.hub import INDEX
-from imgdit.pipelines.masked_text import MaskedTextPipeline
+from imgdit.pipelines.masked_text import MaskedTextPipeline, MaskedTextPipelineOutput
 from imgdit.pipelines.text_loading import HOLE, TEXT, load_text_pipeline, with_holes
 
 LONGEST = 32
@@ -42,8 +42,9 @@ class Revealed(NamedTuple):
 
 def text_folder(session: Session) -> Path | None:
     """Folder of the language model beside the demo's model; `None` if there is none."""
-    folder = Path(session.shelf.places["model"]) / TEXT
-    return folder if (folder / INDEX).is_file() else None
+    model = session.shelf.places["model"]
+    folder = None if model is None else Path(model) / TEXT
+    return folder if folder is not None and (folder / INDEX).is_file() else None
 
 
 @lru_cache(maxsize=1)
@@ -67,7 +68,8 @@ def reveal(pipe: MaskedTextPipeline, prompt: str, length: int, block: int, tempe
     """
     holes = HOLE in prompt.split()
     given = with_holes(pipe, prompt) if holes else prompt
-    mask, revealed, steps = pipe.mask_token_id, {}, 0
+    mask, steps = pipe.mask_token_id, 0
+    revealed: dict[int, int] = {}
 
     def watch(pipe: Any, call: int, step: int, tensors: dict[str, Any]) -> dict[str, Any]:
         nonlocal steps
@@ -79,12 +81,14 @@ def reveal(pipe: MaskedTextPipeline, prompt: str, length: int, block: int, tempe
     ids = pipe.tokenizer(given, return_tensors="pt")["input_ids"]
     known = (ids[0] != mask).nonzero().flatten().tolist()
     revealed.update(dict.fromkeys(known, 0))
-    tokens = pipe(
+    output = pipe(
         input_ids=ids, gen_length=0 if holes else length, block_length=block,
         num_inference_steps=int((ids == mask).sum()) if holes else block, temperature=temperature, threshold=2.0,
         generator=torch.Generator().manual_seed(seed), output_type="seq", return_dict=True,
         callback_on_step_end=watch, callback_on_step_end_tensor_inputs=["block_x"],
-    ).sequences[0].tolist()  # fmt: skip
+    )  # fmt: skip
+    assert isinstance(output, MaskedTextPipelineOutput)
+    tokens = output.sequences[0].tolist()
     whole = tokens if holes else [*ids[0].tolist(), *tokens]
     special = set(pipe.tokenizer.all_special_ids)
     kept = [place for place, token in enumerate(whole) if token not in special]

@@ -66,18 +66,18 @@ def grouped_attention(
     pieces: list[tuple[int, torch.Tensor]] = []  # with their places among all
     for group in groups:
         keys, values = _rows(key, group.keys), _rows(value, group.keys)
-        mask = None if key_mask is None else _rows(key_mask, group.keys)
+        masks = None if key_mask is None else _rows(key_mask, group.keys)
         if group.cached:
             assert cached is not None, "a layout without its frozen frames needs the cache that holds them"
             keys.extend(_rows(cached[0], group.cached))
             values.extend(_rows(cached[1], group.cached))
-            if mask is not None:
-                mask.append(mask[0].new_ones(mask[0].shape[0], sum(s.stop - s.start for s in group.cached)))
+            if masks is not None:
+                masks.append(masks[0].new_ones(masks[0].shape[0], sum(s.stop - s.start for s in group.cached)))
         asked, scale_of_group = _cat(_rows(query, group.queries)), scale
         if group.bias is not None:
             scale_of_group = width**-0.5
             asked, keys, values = _with_bias(asked, keys, values, group.bias, scale_of_group)
-        mask = None if mask is None else _cat(mask)
+        mask = None if masks is None else _cat(masks)
         out = _attend(asked, _cat(keys), _cat(values), mask, backend, parallel_config, scale_of_group)[..., :width]
         lengths = [rows.stop - rows.start for rows in group.queries]
         ranks = group.ranks or [rows.start for rows in group.queries]
