@@ -114,7 +114,7 @@ def export(
     out: Annotated[Path, typer.Argument(help="Folder of the pipeline to write.")],
 ) -> None:
     """Write the pipeline of a run's latest checkpoint. For runs that trained a LoRA: `imgdit lora export`."""
-    from imgdit.apps.chores.run_pipeline import TEXT_DATA, run_pipeline
+    from imgdit.apps.chores.run_pipeline import BACKBONE_DATA, run_pipeline
     from imgdit.apps.chores.weights import taught_by
     from imgdit.taught import write_taught
     from imgdit.training.trained import trained_recipe
@@ -122,7 +122,7 @@ def export(
     with at_work():
         run_pipeline(run).save_pretrained(out)
         recipe = trained_recipe(run)
-        if recipe.data.name not in TEXT_DATA:
+        if recipe.data.name in BACKBONE_DATA:
             write_taught(out, taught_by(recipe))
     typer.echo(f"wrote {out}")
 

@@ -572,11 +572,7 @@ def load_mmada(
         return MMaDAPipeline.from_pretrained(Path(source).expanduser(), dtype=dtype or torch.float32)
     parts = load_tokenizers(source, image_tokenizer, sizes=sizes, dtype=dtype, revision=revision, token=token)
     folder = model_folder(source, None, revision, token)
-    model = load_masked_lm(folder, dtype="auto" if dtype is None else dtype)
-    return MMaDAPipeline(
-        model, parts.image_tokenizer, parts.tokenizer, MaskedTextScheduler(**IMAGE_RULES),
-        MaskedTextScheduler(**TEXT_RULES), image_codes=parts.image_codes,
-    )  # fmt: skip
+    return parts.pipeline(load_masked_lm(folder, dtype="auto" if dtype is None else dtype))
 
 
 class Tokenizers(NamedTuple):
@@ -594,6 +590,13 @@ class Tokenizers(NamedTuple):
     def side(self) -> int:
         """Pixels of an image's side in training."""
         return math.isqrt(self.image_codes) * self.image_tokenizer.factor
+
+    def pipeline(self, model: Any) -> MMaDAPipeline:
+        """The pipeline of a language model, with the published rules of revealing."""
+        return MMaDAPipeline(
+            model, self.image_tokenizer, self.tokenizer, MaskedTextScheduler(**IMAGE_RULES),
+            MaskedTextScheduler(**TEXT_RULES), image_codes=self.image_codes,
+        )  # fmt: skip
 
 
 def load_tokenizers(

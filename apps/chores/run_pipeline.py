@@ -15,6 +15,7 @@ from imgdit.pipelines.vision_language_loading import with_parts
 from imgdit.scenes.sources import FRAMES, TEXT_PAIRS, TEXTS
 from imgdit.scenes.texts import scene_text_tokenizer
 from imgdit.schedulers.masked_text import MaskedTextScheduler
+from imgdit.training.mmada import MMaDASettings
 from imgdit.training.recipe import Recipe
 from imgdit.training.sources import source_of
 from imgdit.training.trained import load_merged, load_trained, trained_recipe
@@ -25,6 +26,10 @@ TEXT_DATA = (TEXTS, TEXT_PAIRS, "user_texts", "user_text_pairs")
 """Data of language models."""
 DIALOGUES = "user_dialogues"
 """Data of vision-language models."""
+MMADA = "mmada"
+"""Data of MMaDA."""
+BACKBONE_DATA = (FRAMES, USER_IMAGES)
+"""Data of backbones, which tell what they were taught."""
 
 
 def run_pipeline(run: Path) -> Any:
@@ -41,6 +46,9 @@ def run_pipeline(run: Path) -> Any:
     if recipe.data.name == DIALOGUES:
         parts = load_merged(run) if recipe.adapter.rank else load_trained(run)
         return with_parts(recipe.data.arguments["model"], parts)
+    if recipe.data.name == MMADA:
+        model = load_merged(run) if recipe.adapter.rank else load_trained(run)
+        return MMaDASettings(**recipe.data.arguments).tokenizers().pipeline(model)
     if recipe.adapter.rank:
         raise ValueError(f"{run} trained a LoRA, which is a file: imgdit lora export {run} FILE.safetensors")
     if recipe.data.name == FRAMES:

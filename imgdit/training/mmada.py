@@ -23,7 +23,7 @@ from imgdit.io.tensor_cache import TensorCache, tensor_key
 from imgdit.io.text import read_lines
 from imgdit.naming import check_choice, check_name
 from imgdit.pipelines.masked_text_inputs import encode_prompts
-from imgdit.pipelines.mmada import DESCRIBE, load_tokenizers, pixels_of, rgb_images
+from imgdit.pipelines.mmada import DESCRIBE, Tokenizers, load_tokenizers, pixels_of, rgb_images
 from imgdit.pipelines.mmada_rows import (
     MMaDARows,
     language_rows,
@@ -105,6 +105,10 @@ class MMaDASettings:
         if self.length < 3:
             raise ValueError(f"length must be at least 3, got {self.length}")
 
+    def tokenizers(self) -> Tokenizers:
+        """What `model` and `image_tokenizer` name."""
+        return load_tokenizers(self.model, self.image_tokenizer or None, sizes=self.image_sizes)
+
 
 class Entry(NamedTuple):
     """What one row is made of."""
@@ -129,7 +133,7 @@ class MMaDAData:
 
     def __init__(self, settings: MMaDASettings):
         self.settings = settings
-        parts = load_tokenizers(settings.model, settings.image_tokenizer or None, sizes=settings.image_sizes)
+        parts = settings.tokenizers()
         self.tokenizer, self.image_tokenizer, self.tokens = parts.tokenizer, parts.image_tokenizer, parts.tokens
         self.side, self.image_codes = parts.side, parts.image_codes
         self.entries: dict[str, list[Entry]] = {task: [] for task in TASKS}

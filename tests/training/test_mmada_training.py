@@ -8,7 +8,9 @@ import pytest
 import torch
 from mmada_cases import FIXTURES, SIZES, make_pipe
 from PIL import Image
+from typer.testing import CliRunner
 
+from imgdit.apps.cli import app
 from imgdit.models.masked_lm import load_masked_lm
 from imgdit.pipelines.mmada import load_mmada
 from imgdit.training import load_recipe, train
@@ -134,11 +136,15 @@ def test_the_recipes_learn(name, folder):
     lines = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line]
     assert losses[-1] < 0.9 * losses[0]
-    pipe = make_pipe()
-    plain = pipe("cube 1", num_inference_steps=2, temperature=0, order_noise=0, output_type="latent").codes
+    done = CliRunner().invoke(app, ["export", str(folder / "run"), str(folder / "exported")])
+    assert done.exit_code == 0, done.output
+    options = {"num_inference_steps": 2, "temperature": 0, "order_noise": 0, "output_type": "latent"}
+    exported = load_mmada(folder / "exported")
+    exported.set_progress_bar_config(disable=True)
+    made, pipe = exported("cube 1", **options).codes, make_pipe()
+    assert not torch.equal(pipe("cube 1", **options).codes, made)
     pipe.register_modules(model=load_trained(folder / "run"))
-    trained = pipe("cube 1", num_inference_steps=2, temperature=0, order_noise=0, output_type="latent").codes
-    assert not torch.equal(plain, trained)
+    assert torch.equal(pipe("cube 1", **options).codes, made)
 
 
 def test_a_saved_pipeline_is_trained_whole(folder, tmp_path):
