@@ -148,6 +148,8 @@ class Preset(NamedTuple):
     """Regular expression found in a key of their files."""
     settings: Mapping[str, Any]
     """Fields of `imgdit.lora.files.AdapterInfo`."""
+    told: str = ""
+    """Regular expression found in their names or headers too, where adapters of other settings have the same keys."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -250,6 +250,12 @@ FAMILY = Family(
         targets=(r"img_in|time_mod_proj|transformer_blocks\.\d+\.(attn\.to_([qkv]|gate|out\.0)|ff\.down)",),
         presets=(
             Preset(
+                "Identity Edit",
+                "",
+                {"index": 1.0, "level": "image", "acts_on": "all", "position": "centred"},
+                told=r"identity[ _-]?edit|krea2[ _-]edit",
+            ),
+            Preset(
                 "edit LoRA (ai-toolkit, ComfyUI)",
                 r"(^|\.)(blocks\.\d+\.attn\.w[qkvo]|transformer_blocks\.\d+\.attn)",
                 {"index": 1.0, "level": "clean", "acts_on": "all"},

@@ -544,8 +544,9 @@ def _info(
     if _INFO_KEY in header:
         return told, None
     first = family if family is not None else (names.families[0] if len(names.families) == 1 else None)
+    words = " ".join([Path(source).name, *header.values()])
     for preset in () if first is None else first.presets:
-        if any(re.search(preset.keys, key) for key in names.used):
+        if re.search(preset.told, words, re.IGNORECASE) and any(re.search(preset.keys, key) for key in names.used):
             return AdapterInfo(**preset.settings), preset.name
     return told, None
 

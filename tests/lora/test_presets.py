@@ -57,6 +57,14 @@ def test_files_without_a_header_have_the_settings_of_what_is_published(family, t
     assert read_adapter(path).info == AdapterInfo(task="depth")
 
 
+def test_adapters_of_the_same_keys_are_told_by_name_or_header(tmp_path):
+    key, shape, edit = FILES["Krea 2"]
+    identity = AdapterInfo(index=1.0, position="centred", **ALL)
+    assert read_info(write(tmp_path / "krea2_identity_edit_v1_2.safetensors", key, shape)) == identity
+    assert read_info(write(tmp_path / "a.safetensors", key, shape, ss_base_model_version="krea2_edit")) == identity
+    assert read_info(write(tmp_path / "b.safetensors", key, shape, ss_base_model_version="krea2")) == edit
+
+
 def test_settings_of_a_preset_act(tmp_path):
     control = OmniControl(flux2())
     key, _, info = FILES["FLUX.2"]
