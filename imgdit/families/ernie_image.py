@@ -6,7 +6,7 @@ Its blocks work on sequences (S, B, D), the image before the text; conditions ha
 from __future__ import annotations
 
 from imgdit.families.step import places_of_planes
-from imgdit.family import Family
+from imgdit.family import Family, LoraNames
 from imgdit.mup.structure import Structure
 
 _SEQUENCE = r"^(layers|final_norm|final_linear)$"
@@ -19,6 +19,10 @@ FAMILY = Family(
     joint_parts=_SEQUENCE,
     image_first=True,
     sequence_first=_SEQUENCE,
+    lora=LoraNames(
+        label="ERNIE-Image",
+        marks=r"layers[._]\d+[._]self_attention[._]",
+    ),
     mup=Structure(
         roles=(
             ("x_embedder.proj.weight", "input"),

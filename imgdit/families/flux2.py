@@ -307,7 +307,7 @@ FAMILY = Family(
             r"|single_transformer_blocks[._]\d+[._]attn[._]to_out|time_guidance_embed"
         ),
         shares=r"(double|single)_blocks[._]",
-        never=r"blocks[._]\d+[._](img_mod|txt_mod|modulation)[._]lin",
+        never=r"blocks[._]\d+[._](img_mod|txt_mod|modulation)[._]lin|_mode_blocks[._]|x_embedders[._]",
         ratios={r"linear1$": 9.0, r"linear2$": 1 / 4, r"_mlp[._]0$": 6.0, r"_mlp[._]2$": 1 / 3},
         targets=(
             r"x_embedder|(double_stream_modulation_img|single_stream_modulation)\.linear",

@@ -7,7 +7,7 @@ and it takes no others.
 from __future__ import annotations
 
 from imgdit.families.step import grid_of_ids, one_image
-from imgdit.family import Family, timestep_times
+from imgdit.family import Family, LoraNames, timestep_times
 from imgdit.mup.structure import Structure
 
 FAMILY = Family(
@@ -21,6 +21,11 @@ FAMILY = Family(
     image_places={"Flux3SingleTransformerBlock": 1},
     guides_in_batch=False,
     guides_by_second_call=True,
+    lora=LoraNames(
+        label="FLUX.3",
+        marks=r"_mode_blocks[._]|x_embedders[._]",
+        shares=r"single_transformer_blocks[._]\d+[._]ff[._]linear",
+    ),
     mup=Structure(
         roles=(
             ("x_embedders.*.weight", "input"),

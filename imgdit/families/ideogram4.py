@@ -11,7 +11,7 @@ from typing import Any
 from diffusers.models.transformers.transformer_ideogram4 import OUTPUT_IMAGE_INDICATOR
 
 from imgdit.families.step import grid_of_ids, one_image
-from imgdit.family import Arguments, Family, Grid
+from imgdit.family import Arguments, Family, Grid, LoraNames
 from imgdit.mup.structure import Structure
 
 
@@ -38,6 +38,11 @@ FAMILY = Family(
     text_parts=r"^llm_cond_",
     joint_parts=r"^(layers|input_proj|embed_image_indicator|final_layer)$",
     guides_in_batch=False,
+    lora=LoraNames(
+        label="Ideogram 4",
+        marks=r"adaln_modulation|llm_cond_proj|^input_proj",
+        shares=r"^layers[._]\d+[._](attention|feed_forward)[._]",
+    ),
     mup=Structure(
         roles=(
             ("input_proj.weight", "input"),

@@ -13,10 +13,10 @@ from imgdit.family import LoraNames, families
 _STRANGERS = (
     (r"(down|up)_blocks[._]|(in|out)put_blocks[._]|mid(dle)?_block", "Stable Diffusion 1, 2 or XL (a U-Net)"),
     (r"transformer_blocks[._]\d+[._]attn1[._]", "PixArt, Sana or Lumina"),
-    (r"layers[._]\d+[._](self_attn|mlp)[._]", "a language model"),
     (r"\bblocks[._]\d+[._](self_attn|cross_attn|ffn)", "Wan"),
 )
 """Names of models that have no record."""
+_LANGUAGE_MODEL = r"layers[._]\d+[._](self_attn|mlp)[._]"
 
 
 def _found(pattern: str, modules: Iterable[str]) -> bool:
@@ -55,5 +55,6 @@ def family_of(modules: Iterable[str], ratios: Mapping[str, float] | None = None)
     stranger = next((label for pattern, label in _STRANGERS if _found(pattern, modules)), None)
     if stranger is not None:
         return stranger
-    *others, last = [names.label for names in families_of(modules, ratios)] or [""]
+    labels = [names.label for names in families_of(modules, ratios)]
+    *others, last = labels or ["a language model" if _found(_LANGUAGE_MODEL, modules) else ""]
     return f"{', '.join(others)} or {last}" if others else last or None

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from imgdit import OmniControl
 from imgdit.apps.cli import app
 from imgdit.lora.files import AdapterInfo, load_adapter, read_adapter, read_info
+from imgdit.lora.guess import family_of
 
 ALL = {"level": "image", "acts_on": "all"}
 FILES = {
@@ -30,7 +31,7 @@ FILES = {
         AdapterInfo(index=1.0, level="clean", acts_on="all"),
     ),
     "Z-Image": (
-        "transformer.layers.0.attention.to_q.lora_A.weight",
+        "transformer.noise_refiner.0.attention.to_q.lora_A.weight",
         (32, 32),
         AdapterInfo(position="subject", acts_on="all"),
     ),
@@ -63,6 +64,20 @@ def test_adapters_of_the_same_keys_are_told_by_name_or_header(tmp_path):
     assert read_info(write(tmp_path / "krea2_identity_edit_v1_2.safetensors", key, shape)) == identity
     assert read_info(write(tmp_path / "a.safetensors", key, shape, ss_base_model_version="krea2_edit")) == identity
     assert read_info(write(tmp_path / "b.safetensors", key, shape, ss_base_model_version="krea2")) == edit
+
+
+NAMES = {
+    "layers.0.attention.to_q": "Z-Image or Ideogram 4",
+    "layers.0.adaln_modulation": "Ideogram 4",
+    "layers.0.self_attention.to_q": "ERNIE-Image",
+    "txt_mode_blocks.0.attn.to_q": "FLUX.3",
+    "layers.0.mlp.up_proj": "a language model",
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_that_families_share_are_said_to_be_of_any_of_them(name):
+    assert family_of([name]) == NAMES[name]
 
 
 def test_settings_of_a_preset_act(tmp_path):
