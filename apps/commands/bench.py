@@ -131,6 +131,31 @@ def unlearn(
     typer.echo(f"wrote {out}/unlearn.json")
 
 
+@app.command()
+def language(
+    out: Annotated[Path, typer.Option(help="Folder of the runs and raw numbers; a run goes on there.")] = Path(
+        "outputs/bench-language"
+    ),
+    steps: Annotated[int, typer.Option(min=1, help="Of each model, and of the pre-training of embeddings.")] = 2000,
+    contrastive: Annotated[int, typer.Option(min=1, help="Contrastive steps of embeddings.")] = 400,
+    captions: Annotated[int, typer.Option(min=1, help="Held-out captions that are measured.")] = 512,
+    draws: Annotated[int, typer.Option(min=1, help="Draws of the masks for each caption.")] = 8,
+    only: Annotated[str | None, typer.Option(help="blocks or embeddings; both by default.")] = None,
+) -> None:
+    """Train and compare language models of captions: perplexity by block size, recall of embeddings."""
+    from imgdit.benchmarks.scenes import language as bench
+    from imgdit.benchmarks.scenes.run import table
+    from imgdit.naming import check_choice
+
+    with at_work():
+        check_choice("--only", only, (None, "blocks", "embeddings"))
+        if only != "embeddings":
+            typer.echo(table(bench.block_size_scores(out, steps, captions, draws)))
+        if only != "blocks":
+            typer.echo(table(bench.embedding_scores(out, steps, contrastive, captions)))
+    typer.echo(f"wrote {out}")
+
+
 @app.command("unlearn-canvas")
 def unlearn_canvas(
     folder: Annotated[Path, typer.Argument(help="A folder per target with <style>_<object>_seed<number>.jpg.")],
