@@ -88,6 +88,34 @@ def control(
 
 
 @app.command()
+def text(
+    model: ModelFolder = None,
+    probe: Probe = None,
+    out: Sheets = Path("outputs/bench-text"),
+    count: Count = 100,
+    text_steps: Annotated[
+        int | None, typer.Option(min=1, help="Steps of a text; the pipeline's own by default.")
+    ] = None,
+    steps: Steps = STEPS,
+    guidance: Guidance = GUIDANCE,
+    only: Annotated[
+        str | None, typer.Option(help="captions, answers, fillings, round trips or schedules, commas between them.")
+    ] = None,
+) -> None:
+    """Measure what a model writes about images of scenes: captions, answers, fillings, round trips, schedules."""
+    from imgdit.benchmarks.scenes import run as scene_bench
+    from imgdit.checkpoints import SCENE_PROBE
+
+    with at_work():
+        scores = scene_bench.run_text(
+            model_folder(model), probe or SCENE_PROBE, out, count, text_steps, steps, guidance,
+            [name.strip() for name in (only or "").split(",") if name.strip()],
+        )  # fmt: skip
+    typer.echo(scene_bench.table(scores))
+    typer.echo(f"wrote {out}")
+
+
+@app.command()
 def unlearn(
     model: ModelFolder = None,
     probe: Probe = None,

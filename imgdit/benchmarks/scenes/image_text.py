@@ -13,6 +13,7 @@ from random import Random
 from typing import Any, NamedTuple, Protocol
 
 import torch
+import torch.nn.functional as F
 
 from imgdit.benchmarks.scenes.text_to_image import Held, Score, expected, held_out, mean_score, read, share_score
 from imgdit.scenes.caption_parser import Said, parse_caption
@@ -194,7 +195,9 @@ def round_trip_scores(
     truth = [expected(scene) for scene in held.scenes]
     kept = [all(a[name] == b[name] for name in TRUTH) for a, b in zip(seen, truth)]
     wrong = [i for i, one in enumerate(kept) if not one]
-    keep("image to text to image", (told, torch.stack([held.rendering.rgb, again], 1), wrong))
+    given = held.rendering.rgb
+    shown = F.interpolate(again, given.shape[-2:], mode="bilinear", antialias=True)
+    keep("image to text to image", (told, torch.stack([given, shown], 1), wrong))
     scores.append(share_score("image → text → image", "objects, colours, style kept", kept, 0.9))
 
     images, texts = illustrator.joint(count, seed=0)

@@ -42,12 +42,11 @@ BLOCKS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "autoregressive": ({"block_size": 1, "cross_attn": False, "parameterization": "autoregressive", "causal": True,
                         "adaln": False}, {"low": None, "high": None, "resample": False}),
     "1": ({"block_size": 1}, {"low": 1.0, "high": 1.0}),
-    "4": ({"block_size": 4}, {"low": 0.3, "high": 0.8}),
-    "8": ({"block_size": 8}, {"low": 0.3, "high": 0.8}),
+    "4": ({"block_size": 4}, {"low": 0.5, "high": 1.0, "resample": False}),
+    "8": ({"block_size": 8}, {"low": 0.3, "high": 0.8, "resample": True}),
     "all": ({"block_size": LENGTH, "cross_attn": False}, {"low": None, "high": None, "resample": False}),
 }  # fmt: skip
-"""By block size: what changes in the model and the objective of scenes/block_text. Masking rates are clipped as the
-paper clips them for small blocks; "all" is MDLM."""
+"""By block size: what changes in the model and the objective of scenes/block_text; "all" is MDLM."""
 
 
 def block_size_scores(out: Path, steps: int, captions: int = 512, draws: int = 8) -> list[Score]:

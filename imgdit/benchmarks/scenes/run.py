@@ -1,4 +1,4 @@
-"""`imgdit bench scenes`, `any` and `control`: the tables, the raw numbers and the sheets."""
+"""`imgdit bench scenes`, `any`, `control` and `text`: the tables, the raw numbers and the sheets."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,14 @@ from imgdit.benchmarks.scenes.any_to_any import (
     restoration_scores,
 )
 from imgdit.benchmarks.scenes.control import control_scores, subject_scores
+from imgdit.benchmarks.scenes.image_text import (
+    answer_scores,
+    caption_scores,
+    fill_scores,
+    round_trip_scores,
+    schedule_scores,
+)
+from imgdit.benchmarks.scenes.image_text_writer import PipelineWriter
 from imgdit.benchmarks.scenes.maker import PipelineMaker
 from imgdit.benchmarks.scenes.text_to_image import (
     Score,
@@ -32,6 +41,9 @@ from imgdit.benchmarks.scenes.text_to_image import (
 from imgdit.checkpoints import EMBEDDED, SCENES
 from imgdit.images import to_image
 from imgdit.images.sheet import contact_sheet
+from imgdit.naming import check_name
+from imgdit.pipelines.image_text_loading import load_image_text_pipeline
+from imgdit.pipelines.load_options import LoadOptions
 from imgdit.scenes.probe import SceneProbe
 
 SHEET = 64
@@ -93,6 +105,58 @@ def run_control(
     write(out / "control.json", scores, {"model": _name(model), "steps": steps, "guidance": guidance})
     sheets(kept, out)
     return scores
+
+
+def run_text(
+    model: Path, probe_folder: Path, out: Path, count: int, text_steps: int | None, steps: int, guidance: float,
+    only: Collection[str] = (),
+) -> list[Score]:  # fmt: skip
+    """Measure what a model writes about scenes; `out` gets text.json and the sheets.
+
+    Args:
+        model, probe_folder: of a pipeline that writes about images, and of the `SceneProbe`.
+        out: folder.
+        count: images or questions of each kind.
+        text_steps: of texts; `None`: the pipeline's own number.
+        steps, guidance: of images.
+        only: names of `PARTS`; all if empty.
+
+    Raises:
+        ValueError: an unknown part, or one that this pipeline cannot do.
+    """
+    for name in only:
+        check_name("part of the benchmark", name, PARTS)
+    options = LoadOptions(device="auto")
+    writer = PipelineWriter(load_image_text_pipeline(model, options), text_steps, steps, guidance)
+    lacking = [name for name in only if name not in writer.can]
+    if lacking:
+        raise ValueError(f"{_name(model)} can be measured in {', '.join(writer.can)}; got {', '.join(lacking)}")
+    kept: dict[str, Any] = {}
+    scores: list[Score] = []
+    for name in PARTS:
+        if name not in (only or writer.can) or name not in writer.can:
+            continue
+        if name == "round trips":
+            probe = SceneProbe.from_pretrained(probe_folder).eval()
+            scores += round_trip_scores(writer, writer, probe, count, kept.__setitem__)
+        elif name == "schedules":
+            scores += schedule_scores(writer, count)
+        else:
+            scores += PARTS[name](writer, count, kept.__setitem__)
+        settings = {"model": _name(model), "text steps": text_steps, "steps": steps, "guidance": guidance}
+        write(out / "text.json", scores, settings)
+    sheets(kept, out)
+    return scores
+
+
+PARTS: dict[str, Any] = {
+    "captions": caption_scores,
+    "answers": answer_scores,
+    "fillings": fill_scores,
+    "round trips": round_trip_scores,
+    "schedules": schedule_scores,
+}
+"""What `run_text` measures."""
 
 
 def _name(model: Path) -> str:
