@@ -51,6 +51,8 @@ from imgdit.schedulers.schedule import set_schedule, step_options
 
 QUESTION = "Q: {} A: "
 """How Dual Diffusion asks; its tokenizer drops the last blank."""
+DRAWN_STEPS, JOINT_STEPS = 16, 28
+"""Steps by default: of Dual Diffusion's answers, and of images with their texts."""
 LAST_TIME = 1e-5
 """Last time of Dual Diffusion's sampler."""
 
@@ -300,6 +302,8 @@ class ImageTextPipeline(ImgDiTPipeline):
             ValueError: as `caption`.
         """
         call = self._options(options)
+        steps = call.num_inference_steps or JOINT_STEPS
+        call = replace(call, num_inference_steps=steps)
         check_choice("image_output", image_output, OUTPUT_TYPES)
         if not isinstance(count, int) or count < 1:
             raise ValueError(f"count must be a whole number of at least 1, got {count!r}")
@@ -314,7 +318,7 @@ class ImageTextPipeline(ImgDiTPipeline):
             embeds = self._embed(written.sequences)
             generator: Any = call.generator
             (images,) = self(
-                prompt_embeds=embeds, height=side, width=side, num_inference_steps=call.num_inference_steps,
+                prompt_embeds=embeds, height=side, width=side, num_inference_steps=steps,
                 generator=generator, max_sequence_length=embeds.shape[1], output_type=image_output, return_dict=False,
             )  # fmt: skip
             return ImageTextPipelineOutput(written.texts, written.sequences, images)
@@ -326,7 +330,8 @@ class ImageTextPipeline(ImgDiTPipeline):
     def _denoise_both(self, rows: Rows, side: int, options: WritingOptions) -> tuple[torch.Tensor, torch.Tensor]:
         """Latents (B, C, h, w) and tokens (B, L)."""
         device, config = compat.execution_device(self), self.transformer.config
-        ids, holes, steps = rows.ids.to(device), rows.holes.to(device), options.num_inference_steps
+        ids, holes = rows.ids.to(device), rows.holes.to(device)
+        steps = options.num_inference_steps or JOINT_STEPS
         shape = self._latent_shape(len(ids), side, side)
         latents = randn_tensor(shape, generator=options.generator, device=device, dtype=torch.float32)
         grid = (shape[2] // self.patch_size, shape[3] // self.patch_size)
@@ -367,9 +372,14 @@ class ImageTextPipeline(ImgDiTPipeline):
                 bar.update()
         return latents, ids
 
+    @property
+    def _draws_order(self) -> bool:
+        """Whether the text scheduler draws which masks go."""
+        return bool(self.text_scheduler.config.choose == "ancestral")
+
     def _sampling(self, options: WritingOptions) -> dict[str, Any]:
         """How the text scheduler draws tokens."""
-        draws = self.text_scheduler.config.choose == "ancestral"
+        draws = self._draws_order
         default = 1.0 if draws else 0.0
         return {
             "temperature": default if options.temperature is None else options.temperature,
@@ -513,11 +523,14 @@ class ImageTextPipeline(ImgDiTPipeline):
         writer.draws_of = self._draws_of
         writer.set_progress_bar_config(disable=True)
         self._interrupt = False
-        self._num_timesteps = options.num_inference_steps
-        with self.progress_bar(total=options.num_inference_steps) as bar:
+        steps = options.num_inference_steps
+        if steps is None:
+            steps = DRAWN_STEPS if self._draws_order else rows.ids.shape[1]
+        self._num_timesteps = steps
+        with self.progress_bar(total=steps) as bar:
             sequences, _ = writer(
                 input_ids=rows.ids.to(device), infill_mask=rows.holes.to(device), gen_length=0,
-                block_length=rows.ids.shape[1], num_inference_steps=options.num_inference_steps,
+                block_length=rows.ids.shape[1], num_inference_steps=steps,
                 **self._sampling(options), mask_token_id=self.mask_token_id, eos_early_stop=False,
                 generator=options.generator, output_type="seq", return_dict=False,
                 callback_on_step_end=self._after_step(writer, options, bar),

@@ -27,7 +27,7 @@ class WritingCall(TypedDict, total=False):
     """Arguments of every method that writes; `WritingOptions` says what each does."""
 
     max_length: int | None
-    num_inference_steps: int
+    num_inference_steps: int | None
     temperature: float | None
     top_p: float | None
     top_k: int | None
@@ -50,8 +50,9 @@ class WritingOptions:
 
     max_length: int | None = None
     """Tokens L of a row, prompt and end token included; `None`: the pipeline's `text_length`."""
-    num_inference_steps: int = 16
-    """Steps of the text scheduler."""
+    num_inference_steps: int | None = None
+    """Steps of the text scheduler. `None`: 16 for one that draws which masks go (`choose="ancestral"`), else one per
+    token of a row; of `joint` 28."""
     temperature: float | None = None
     """0: the most probable tokens. `None`: 1 for a scheduler that draws (`choose="ancestral"`), else 0."""
     top_p: float | None = None
@@ -74,7 +75,7 @@ class WritingOptions:
     def __post_init__(self) -> None:
         for name in ("max_length", "num_inference_steps", "resolution"):
             value = getattr(self, name)
-            if value is None and name != "num_inference_steps":
+            if value is None:
                 continue
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")

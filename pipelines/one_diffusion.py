@@ -299,7 +299,7 @@ class OneDiffusionPipeline(ImgDiTPipeline):
             raise ValueError("texts begin with masks: leave latents out; an image's are ImageFrame.given(latents)")
         writer = TextWriter.over(self)
         call = writer.options(
-            options.callback_on_step_end, num_inference_steps=16 if steps is None else steps,
+            options.callback_on_step_end, num_inference_steps=steps,
             guidance_scale=1.0 if guidance_scale is None else guidance_scale, generator=generator,
             callback_on_step_end_tensor_inputs=options.callback_on_step_end_tensor_inputs,
         )  # fmt: skip

@@ -119,6 +119,17 @@ def test_any_rows_are_filled_in_their_holes_as_one_by_one(count, length, steps, 
     assert torch.equal(whole, torch.cat([one.sequences for one in alone]))
 
 
+def test_without_a_number_of_steps_one_token_is_revealed_at_a_time():
+    pipe, seen = framed(), []
+
+    def keep(pipe, step, timestep, tensors):
+        seen.append(tensors["transfer_index"].sum(1).tolist())
+
+    pipe.text_scheduler.register_to_config(threshold=2.0)
+    pipe.caption(images(2), callback_on_step_end=keep, callback_on_step_end_tensor_inputs=["transfer_index"])
+    assert seen == [[1, 1]] * pipe.config.text_length
+
+
 def test_passes_are_made_only_where_a_token_has_changed():
     pipe, passes = dual(), []
     hook = pipe.transformer.register_forward_hook(lambda *args: passes.append(None))
