@@ -80,8 +80,8 @@ def judge(pipe: Any, images: Sequence[Path], questions: Sequence[Question], batc
         shown = [to_rgb(open_image(path)) for path in some]
         for question in questions:
             found = pipe.choose(shown, question.text, question.choices)
-            shares = found.log_likelihoods.softmax(1).tolist()
-            for path, best, row in zip(some, found.best, shares):
+            probabilities = found.log_likelihoods.softmax(1).tolist()
+            for path, best, row in zip(some, found.best, probabilities):
                 said, expected = question.choices[best], question.expected
                 yield Verdict(
                     str(path), question.text, said, dict(zip(question.choices, row)),
