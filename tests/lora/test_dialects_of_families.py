@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers.loaders.lora_pipeline import Krea2LoraLoaderMixin, QwenImageLoraLoaderMixin, ZImageLoraLoaderMixin
+from peft.tuners.lora import LoraLayer
 from test_lora_names import dotted, underscored
 from tiny_control import flux, sd3
 from tiny_flux2 import flux2
@@ -16,9 +17,12 @@ from tiny_qwen_image import transformer as qwen_image
 from tiny_z_image import CASES as Z_IMAGE
 
 from imgdit.family import find_family
+from imgdit.lora.config import OMINICONTROL_TARGETS
 from imgdit.lora.dialects import LoraPair, from_diffusers, read_pairs, sort_names
 from imgdit.lora.fitting import layers_of
 from imgdit.lora.guess import family_of
+from imgdit.training.build import add_adapter
+from imgdit.training.recipe import AdapterConfig
 
 MODELS = {
     "FLUX.1": lambda: flux(guidance_embeds=True).transformer,
@@ -180,6 +184,22 @@ def test_layers_without_a_name_in_the_repository_cannot_be_written():
     pair = LoraPair(torch.ones(2, 32), torch.ones(32, 2))
     with pytest.raises(ValueError, match="has no name in FLUX's own repository, nor in those of FLUX"):
         from_diffusers({"some.layer": pair}, "kohya")
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_adapters_have_layers_of_their_family_by_default(family):
+    """None of the text's, and those that a recipe names where it names some."""
+    model = MODELS[family]()
+    names = find_family(model).lora
+    wanted = names.targets or OMINICONTROL_TARGETS
+    assert all(any(re.fullmatch(target, name) for name in layers_of(model)) for target in names.targets)
+    add_adapter(model, AdapterConfig(rank=1), seed=0)
+    having = {name for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    assert having == {name for name in layers_of(model) if re.fullmatch("|".join(wanted), name)}
+    assert not any(re.search(r"add_|context|txt|cap_|text", name) for name in having)
+    model = MODELS[family]()
+    add_adapter(model, AdapterConfig(rank=1, targets=(r".*\.0\.att(n|ention)\.to_q",)), seed=0)
+    assert all(name.endswith("to_q") for name, module in model.named_modules() if isinstance(module, LoraLayer))
 
 
 if __name__ == "__main__":
