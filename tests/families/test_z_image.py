@@ -165,4 +165,5 @@ def test_files_that_diffusers_reads_are_read_alike(tmp_path):
 
 
 def test_layers_tell_the_family():
-    assert family_of(["layers.0.attention.to_q"]) == "Z-Image"
+    assert family_of(["noise_refiner.0.attention.to_q"]) == "Z-Image"
+    assert family_of(["layers.0.attention.to_q"]) == "Z-Image or Ideogram 4"  # whose layers are called so too
