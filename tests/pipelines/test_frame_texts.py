@@ -7,6 +7,10 @@ from PIL import Image
 from tiny_text_frames import LENGTH, pipeline, save_model
 
 from imgdit import ImageFrame, ImageTextPipeline, OneDiffusionPipeline, TextFrame
+from imgdit.checkpoints import SCENES
+from imgdit.images import to_image
+from imgdit.scenes.render import render
+from imgdit.scenes.world import Scene
 
 SETTINGS = {"num_inference_steps": 3}
 
@@ -150,3 +154,19 @@ def test_bad_frames_are_refused(pipe):
     plain = pipeline()
     with pytest.raises(ValueError, match=r"no text head .*\('embedded'\)"):
         make(plain, [shown, TextFrame.generate()])
+
+
+def test_the_embedded_model_writes_and_its_images_stay():
+    embedded = ImageTextPipeline.from_pretrained(SCENES)
+    embedded.set_progress_bar_config(disable=True)
+
+    def image():
+        options = {"num_inference_steps": 1, "output_type": "latent", "generator": seeded(0)[0]}
+        return embedded("a red cube at night", **options).images
+
+    before = image()
+    scenes = [Scene.sample(seed, "heldout") for seed in range(4)]
+    shown = [to_image(one) for one in render(scenes, 128).rgb]
+    found = embedded.answer(shown, "how many objects are there?", num_inference_steps=8)
+    assert found.texts == [{1: "one", 2: "two"}[len(scene.objects)] for scene in scenes]
+    assert torch.equal(before, image())
