@@ -274,8 +274,11 @@ def test_what_is_refused_before_anything_runs(call, message, monkeypatch):
         call(pipe)
 
 
-def test_models_that_write_nothing():
-    pipe = ImageTextPipeline.from_pretrained(SCENES)
+def test_models_that_write_nothing(tmp_path):
+    for part in SCENES.iterdir():
+        if part.name != "text_frames":
+            (tmp_path / part.name).symlink_to(part)
+    pipe = ImageTextPipeline.from_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"this transformer has no text head .* Dual Diffusion's folders have one"):
         pipe.caption(images(1))
     pipe = framed()
