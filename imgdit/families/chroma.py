@@ -6,7 +6,7 @@ B batch, N image tokens, T text tokens, S all tokens, M vectors of the table, D 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +18,9 @@ from imgdit.families.flux import DOUBLE, RATIOS, SHARES, SINGLE
 from imgdit.families.mmdit import ROLES
 from imgdit.families.step import (
     Step,
+    call_of_tokens,
     compute_dtype,
+    double_and_single,
     embed_tokens,
     grid_of_ids,
     one_image,
@@ -26,7 +28,7 @@ from imgdit.families.step import (
     read_image,
     rope_of_ids,
 )
-from imgdit.family import Arguments, Block, Call, Conditions, Family, LoraNames, PromptEncoding, timestep_times
+from imgdit.family import Arguments, Call, Conditions, Family, LoraNames, PromptEncoding, timestep_times
 from imgdit.frames import Frame
 from imgdit.models.blocks import BlockPlan, double_block, joint_block
 from imgdit.models.functional import PATCH
@@ -35,16 +37,7 @@ from imgdit.models.functional import PATCH
 def _call(model: Any, arguments: Arguments) -> Call:
     """Pipelines cast the padding mask to the type of the text, in which the model adds it to the logits: a token sees
     padding e times less, not never. So do the blocks here."""
-    latents, text = arguments["hidden_states"], arguments["encoder_hidden_states"]
-    return Call(
-        frames=(Frame((1, latents.shape[1])),),
-        text_length=text.shape[1],
-        length=latents.shape[1],
-        latents=latents,
-        texts=(text,),
-        cached_by=latents.new_empty(len(latents), 0),
-        key_mask=arguments.get("attention_mask"),
-    )
+    return call_of_tokens(model, arguments, key_mask=arguments.get("attention_mask"))
 
 
 def _vector(model: Any, arguments: Arguments, frame: Frame) -> torch.Tensor:
@@ -67,15 +60,6 @@ def _read_image(
 ) -> torch.Tensor:
     """Of the last norm, by the image's vectors."""
     return read_image(step, module, original, hidden_states, table[:, :, 0])
-
-
-def _blocks(model: Any) -> Iterator[Block]:
-    double, single = len(model.transformer_blocks), len(model.single_transformer_blocks)
-    for i in range(double):
-        yield Block(f"transformer_blocks.{i}", model.transformer_blocks[i], _double_block)
-    for i in range(single):
-        module = model.single_transformer_blocks[i]
-        yield Block(f"single_transformer_blocks.{i}", module, _single_block, ends_conditions=i == single - 1)
 
 
 def _double_block(
@@ -135,7 +119,7 @@ FAMILY = Family(
         rope=rope_of_ids,
         position_arguments=("txt_ids", "img_ids"),
         vector=_vector,
-        blocks=_blocks,
+        blocks=double_and_single(_double_block, _single_block),
         edges=lambda model: {
             "x_embedder": embed_tokens,
             "distilled_guidance_layer": _known_table,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from imgdit.families.mmdit import ADDED_QKV, QKV, ROLES, SETTINGS
 from imgdit.families.step import (
     compute_dtype,
+    double_and_single,
     embed_tokens,
     grid_of_ids,
     joint_text_last,
@@ -26,7 +26,6 @@ from imgdit.families.step import (
 from imgdit.family import (
     Arguments,
     AsMMDiT,
-    Block,
     Call,
     Conditions,
     Family,
@@ -60,16 +59,6 @@ def _vector(model: Any, arguments: Arguments, frame: Frame) -> torch.Tensor:
         timestep = torch.full_like(timestep, frame.sigma * 1000)
         rest = [torch.full_like(one, 1000.0 * (frame.guidance or 1.0)) for one in rest]
     return model.time_text_embed(timestep, *rest, arguments["pooled_projections"])
-
-
-def _blocks(model: Any) -> Iterator[Block]:
-    double, single = len(model.transformer_blocks), len(model.single_transformer_blocks)
-    for i in range(double):
-        yield Block(f"transformer_blocks.{i}", model.transformer_blocks[i], joint_text_last)
-    for i in range(single):
-        module = model.single_transformer_blocks[i]
-        ends = i == single - 1
-        yield Block(f"single_transformer_blocks.{i}", module, single_text_first, ends_conditions=ends)
 
 
 # Names of FLUX's repository.
@@ -125,7 +114,7 @@ FAMILY = Family(
         rope=rope_of_ids,
         position_arguments=("txt_ids", "img_ids"),
         vector=_vector,
-        blocks=_blocks,
+        blocks=double_and_single(joint_text_last, single_text_first),
         edges=lambda model: {"x_embedder": embed_tokens, "time_text_embed": known_vector, "norm_out": read_image},
         processors=(FluxAttnProcessor,),
         sigma=lambda model, arguments: arguments["timestep"].float(),

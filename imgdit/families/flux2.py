@@ -5,7 +5,7 @@ B batch, N image tokens, T text tokens, S all tokens, C channels of a token, D w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -19,6 +19,8 @@ from imgdit.attention.grouped import grouped_attention
 from imgdit.families.mmdit import ADDED_QKV, QKV
 from imgdit.families.step import (
     Step,
+    call_of_tokens,
+    double_and_single,
     embed_tokens,
     grid_of_ids,
     known_vector,
@@ -27,7 +29,7 @@ from imgdit.families.step import (
     read_image,
     references_of_ids,
 )
-from imgdit.family import Arguments, Block, Call, Conditions, Family, LoraNames, Preset, TokenFormat, timestep_times
+from imgdit.family import Arguments, Conditions, Family, LoraNames, Preset, TokenFormat, timestep_times
 from imgdit.frames import Frame
 from imgdit.lora.rows import AdapterRows, linear
 from imgdit.models.blocks import BlockPlan, attend
@@ -42,19 +44,6 @@ def _encode(model: Any, vae: Any, pixels: torch.Tensor, generator: torch.Generat
     tokens = pack(latents.float(), PATCH)  # (B, n, C)
     deviation = torch.sqrt(vae.bn.running_var.float() + vae.config.batch_norm_eps)
     return (tokens - vae.bn.running_mean.float()) / deviation
-
-
-def _call(model: Any, arguments: Arguments) -> Call:
-    """The pipeline's reference images have the noise level of the image that is generated: all are one frame."""
-    latents, text = arguments["hidden_states"], arguments["encoder_hidden_states"]
-    return Call(
-        frames=(Frame((1, latents.shape[1])),),
-        text_length=text.shape[1],
-        length=latents.shape[1],
-        latents=latents,
-        texts=(text,),
-        cached_by=latents.new_empty(len(latents), 0),
-    )
 
 
 def _rope(model: Any, arguments: Arguments, conditions: Sequence[Frame], kept: torch.Tensor | None) -> torch.Tensor:
@@ -105,15 +94,6 @@ def _shared(model: Any, vectors: torch.Tensor, plan: BlockPlan) -> _Modulation:
 def _known_modulation(stream: str, step: Step, module: Any, original: Callable, vector: torch.Tensor) -> torch.Tensor:
     """Of a shared modulation: that of the image or of the text (B, 6D or 3D), which is computed already."""
     return getattr(step.shared, stream)[:, 0]
-
-
-def _blocks(model: Any) -> Iterator[Block]:
-    double, single = len(model.transformer_blocks), len(model.single_transformer_blocks)
-    for i in range(double):
-        yield Block(f"transformer_blocks.{i}", model.transformer_blocks[i], _double_block)
-    for i in range(single):
-        module = model.single_transformer_blocks[i]
-        yield Block(f"single_transformer_blocks.{i}", module, _single_block, ends_conditions=i == single - 1)
 
 
 def _double_block(
@@ -270,12 +250,12 @@ FAMILY = Family(
         patch=lambda model, vae: PATCH, channels=lambda model: model.config.in_channels, encode=_encode
     ),
     conditions=Conditions(
-        call=_call,
+        call=call_of_tokens,
         rope=_rope,
         position_arguments=("txt_ids", "img_ids"),
         vector=_vector,
         shared=_shared,
-        blocks=_blocks,
+        blocks=double_and_single(_double_block, _single_block),
         edges=lambda model: {
             "x_embedder": embed_tokens,
             "time_guidance_embed": known_vector,

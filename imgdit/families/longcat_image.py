@@ -6,7 +6,7 @@ B batch, N image tokens, T text tokens, S all tokens, D width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +15,9 @@ from diffusers.models.transformers.transformer_longcat_image import LongCatImage
 
 from imgdit.families.mmdit import ROLES
 from imgdit.families.step import (
+    call_of_tokens,
     compute_dtype,
+    double_and_single,
     embed_tokens,
     grid_of_ids,
     joint_text_last,
@@ -27,22 +29,9 @@ from imgdit.families.step import (
     references_of_ids,
     single_text_first,
 )
-from imgdit.family import Arguments, Block, Call, Conditions, Family, LoraNames, PromptEncoding, timestep_times
+from imgdit.family import Arguments, Conditions, Family, LoraNames, PromptEncoding, timestep_times
 from imgdit.frames import Frame
 from imgdit.models.functional import PATCH, rope_table
-
-
-def _call(model: Any, arguments: Arguments) -> Call:
-    """The pipeline's reference image has the noise level of the image that is generated: both are one frame."""
-    latents, text = arguments["hidden_states"], arguments["encoder_hidden_states"]
-    return Call(
-        frames=(Frame((1, latents.shape[1])),),
-        text_length=text.shape[1],
-        length=latents.shape[1],
-        latents=latents,
-        texts=(text,),
-        cached_by=latents.new_empty(len(latents), 0),
-    )
 
 
 def _rope(model: Any, arguments: Arguments, conditions: Sequence[Frame], kept: torch.Tensor | None) -> torch.Tensor:
@@ -65,15 +54,6 @@ def _vector(model: Any, arguments: Arguments, frame: Frame) -> torch.Tensor:
     return model.time_embed(timestep, dtype)
 
 
-def _blocks(model: Any) -> Iterator[Block]:
-    double, single = len(model.transformer_blocks), len(model.single_transformer_blocks)
-    for i in range(double):
-        yield Block(f"transformer_blocks.{i}", model.transformer_blocks[i], joint_text_last)
-    for i in range(single):
-        module = model.single_transformer_blocks[i]
-        yield Block(f"single_transformer_blocks.{i}", module, single_text_first, ends_conditions=i == single - 1)
-
-
 FAMILY = Family(
     classes=("LongCatImageTransformer2DModel",),
     places=lambda model, arguments: one_image(grid_of_ids(arguments["img_ids"])),
@@ -83,11 +63,11 @@ FAMILY = Family(
     guides_in_batch=False,
     tokens=packed_tokens(patch=lambda model, vae: PATCH, channels=lambda model: model.config.in_channels),
     conditions=Conditions(
-        call=_call,
+        call=call_of_tokens,
         rope=_rope,
         position_arguments=("txt_ids", "img_ids"),
         vector=_vector,
-        blocks=_blocks,
+        blocks=double_and_single(joint_text_last, single_text_first),
         edges=lambda model: {"x_embedder": embed_tokens, "time_embed": known_vector, "norm_out": read_image},
         processors=(LongCatImageAttnProcessor,),
         sigma=lambda model, arguments: arguments["timestep"].float(),

@@ -5,7 +5,7 @@ B batch, N image tokens, T text tokens, n condition tokens, C channels of a toke
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -16,7 +16,7 @@ from peft.tuners.lora import LoraLayer
 
 from imgdit import compat
 from imgdit.attention.cache import KVCache, LayerCache
-from imgdit.family import Arguments, Edge, Grid, TokenFormat, timestep_times
+from imgdit.family import Arguments, Block, BlockFunction, Call, Edge, Grid, TokenFormat, timestep_times
 from imgdit.frames import Frame
 from imgdit.images.latents import encode_images
 from imgdit.layout import FrameLayout
@@ -80,6 +80,43 @@ def with_conditions(step: Step, tokens: torch.Tensor) -> torch.Tensor:
     if step.kept is not None and tokens.shape[1] != step.image_length:
         tokens = tokens[:, step.kept]
     return tokens if step.tokens is None else torch.cat([tokens, step.tokens.to(tokens)], dim=1)
+
+
+# Calls and blocks
+
+
+def call_of_tokens(model: Any, arguments: Arguments, key_mask: torch.Tensor | None = None) -> Call:
+    """`Conditions.call` of a model that takes tokens (B, N, C) as `hidden_states` and reads no pooled text. Reference
+    images of the pipeline have the noise level of the image that is generated: all are one frame.
+
+    Args:
+        model, arguments: of the call.
+        key_mask: see `Call`.
+    """
+    latents, text = arguments["hidden_states"], arguments["encoder_hidden_states"]
+    return Call(
+        frames=(Frame((1, latents.shape[1])),),
+        text_length=text.shape[1],
+        length=latents.shape[1],
+        latents=latents,
+        texts=(text,),
+        cached_by=latents.new_empty(len(latents), 0),
+        key_mask=key_mask,
+    )
+
+
+def double_and_single(double: BlockFunction, single: BlockFunction) -> Callable[[Any], Iterator[Block]]:
+    """`Conditions.blocks` of a model with `transformer_blocks` and then `single_transformer_blocks`, after the last of
+    which nobody reads the conditions."""
+
+    def blocks(model: Any) -> Iterator[Block]:
+        for i, module in enumerate(model.transformer_blocks):
+            yield Block(f"transformer_blocks.{i}", module, double)
+        last = len(model.single_transformer_blocks) - 1
+        for i, module in enumerate(model.single_transformer_blocks):
+            yield Block(f"single_transformer_blocks.{i}", module, single, ends_conditions=i == last)
+
+    return blocks
 
 
 # Edges
