@@ -50,18 +50,13 @@ class Passing:
 
     @contextmanager
     def hold(self, step: Step | None) -> Iterator[None]:
-        """Let the blocks find a plan, or `None`; passes of other threads wait.
-
-        Where gradients are enabled the plan stays until the next pass: gradient checkpointing runs the blocks again in
-        the backward pass, in threads of its own.
-        """
+        """Let the blocks find a plan, or `None`; passes of other threads wait."""
         with self._lock:
-            self.step = step
+            before, self.step = self.step, step
             try:
                 yield
             finally:
-                if not torch.is_grad_enabled():
-                    self.step = None
+                self.step = before
 
 
 class ConditionHook(ModelHook):
@@ -146,7 +141,7 @@ class ModelInputHook(ConditionHook):
     def new_forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
         run = self.control.run
         if run is None:
-            return self._plain(*args, **kwargs)
+            return self._plain(module, *args, **kwargs)
         given = self.signature.bind(module, *args, **kwargs).arguments
         given.pop("self")
         run = run.at(self._grid(module, given))
@@ -155,7 +150,7 @@ class ModelInputHook(ConditionHook):
         seen = self._references(module, given, run)
         changed = seen is not None and seen.changes
         if not active and not changed and not (run.conditions and self._step_cache(module)):
-            return self._plain(**given)
+            return self._plain(module, **given)
         scale = run.image_guidance_scale
         if scale != 1.0 and self._step_cache(module):
             raise ValueError(
@@ -172,11 +167,16 @@ class ModelInputHook(ConditionHook):
         dtype = self.family.latents(given).dtype  # which pipelines round the timestep to
         return self.control.progress(self.family.timestep(module, given), dtype)
 
-    def _plain(self, *args: Any, **kwargs: Any) -> Any:
+    def _plain(self, module: Any, *args: Any, **kwargs: Any) -> Any:
         """A pass without conditions."""
         if self.conditions.transport is not None:
             return self.fn_ref.original_forward(*args, **kwargs)
-        with self.passing.hold(None):
+        return self._hold(module, None, *args, **kwargs)
+
+    def _hold(self, module: Any, step: Step | None, *args: Any, **kwargs: Any) -> Any:
+        """The model's own forward while its blocks find a plan, also when gradient checkpointing runs them again."""
+        hold = partial(self.passing.hold, step)
+        with hold(), compat.checkpointing_in(module, hold):
             return self.fn_ref.original_forward(*args, **kwargs)
 
     def _step_cache(self, module: Any) -> bool:
@@ -238,7 +238,7 @@ class ModelInputHook(ConditionHook):
         token = _PLANNED.set(step)
         try:
             self._prepare(module, given, step)
-            out = self._run(given, step)
+            out = self._run(module, given, step)
         finally:
             _PLANNED.reset(token)
         if step.cache is not None:
@@ -257,7 +257,7 @@ class ModelInputHook(ConditionHook):
         shared = self.conditions.shared
         step.shared = step.vectors if shared is None else shared(module, step.vectors, step.plan)
 
-    def _run(self, given: dict[str, Any], step: Step) -> Any:
+    def _run(self, module: Any, given: dict[str, Any], step: Step) -> Any:
         """The model's own forward under a plan."""
         if self.conditions.transport is not None:
             name = self.conditions.transport[0]
@@ -272,8 +272,7 @@ class ModelInputHook(ConditionHook):
         try:
             if self.conditions.transport is not None:
                 return self.fn_ref.original_forward(**given)
-            with self.passing.hold(step):
-                return self.fn_ref.original_forward(**given)
+            return self._hold(module, step, **given)
         finally:
             _PASS.reset(token)
 

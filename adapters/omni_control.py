@@ -264,7 +264,6 @@ class OmniControl:
         finally:
             leave_onednn()
             self.run = None
-            self._passing.step = None
             for module in hooks:
                 compat.remove_hook(module, NAME)
 

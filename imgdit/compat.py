@@ -13,7 +13,7 @@ import re
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from contextvars import ContextVar
 from importlib import import_module
 from pathlib import Path
@@ -677,6 +677,38 @@ def dispatch_attention(
 def checkpointed(model: Any, block: torch.nn.Module) -> Callable[..., Any]:
     """A block of a model under gradient checkpointing, as a function whose activations are computed again."""
     return functools.partial(model._gradient_checkpointing_func, block)
+
+
+@contextmanager
+def checkpointing_in(model: torch.nn.Module, context: Callable[[], AbstractContextManager]) -> Iterator[None]:
+    """Let blocks that gradient checkpointing of the present forward pass runs again, in a backward pass, run in a
+    context: diffusers' checkpointing of a model, or PyTorch's wrapper around a block.
+
+    Args:
+        model: a transformer.
+        context: makes a context, one for each run of a block.
+    """
+    holders: list[tuple[Any, str]] = []
+    if torch.is_grad_enabled():
+        wrappers = [part for part in model.modules() if type(part).__name__ == "CheckpointWrapper"]
+        holders = [(model, "_gradient_checkpointing_func"), *((wrapper, "checkpoint_fn") for wrapper in wrappers)]
+    found = [(holder, name, getattr(holder, name, None)) for holder, name in holders]
+    found = [(holder, name, function) for holder, name, function in found if function is not None]
+
+    def checkpoint(function: Callable, block: Callable, *args: Any, **kwargs: Any) -> Any:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with context():
+                return block(*args, **kwargs)
+
+        return function(run, *args, **kwargs)
+
+    try:
+        for holder, name, function in found:
+            setattr(holder, name, functools.partial(checkpoint, function))
+        yield
+    finally:
+        for holder, name, function in found:
+            setattr(holder, name, function)
 
 
 def init_keys(cls: type) -> set[str]:

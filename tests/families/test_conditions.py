@@ -207,7 +207,8 @@ def test_bfloat16_is_near_float32(case, fresh):
 
 
 def test_gradients_under_checkpointing_are_those_without(case, fresh):
-    given = passes(case, fresh, call={"steps": 1})[0][0][0]
+    """Also of two forward passes, at two noise levels, before one backward pass."""
+    (first, _), *_, (last, _) = passes(case, fresh, call={"steps": 2})[0]
     weights = [p.requires_grad_() for name, p in fresh.transformer.named_parameters() if "lora_" in name]
     found = []
     for checkpointing in (False, True):
@@ -215,8 +216,8 @@ def test_gradients_under_checkpointing_are_those_without(case, fresh):
             fresh.transformer.enable_gradient_checkpointing()
             fresh.transformer.train()
         with fresh.use(SEVERAL):
-            out = fresh.transformer(**given)[0]
-            found.append(torch.autograd.grad(tensor(out).square().sum(), weights, allow_unused=True))
+            loss = sum(tensor(fresh.transformer(**given)[0]).square().sum() for given in (first, last))
+            found.append(torch.autograd.grad(loss, weights, allow_unused=True))
     assert all((a is b is None) or torch.equal(a, b) for a, b in zip(*found, strict=True))
     assert sum(a is not None and bool(a.any()) for a in found[0]) > len(weights) / 2
 

@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 from tiny_control import image
 from tiny_families import loaded, make, near, passes
 from tiny_krea2 import CASES, folder, krea2
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from imgdit import Condition, OmniControl
 from imgdit.families.krea2 import FAMILY
@@ -36,6 +37,23 @@ def test_a_call_without_mask_sees_all_text(tmp_path):
     whole = given | {"encoder_attention_mask": torch.ones(1, 6, dtype=torch.bool)}
     with torch.no_grad(), control.use([Condition(image(), "canny")]):
         near(control.transformer(**given | {"encoder_attention_mask": None})[0], control.transformer(**whole)[0])
+
+
+def test_gradients_of_wrapped_blocks(tmp_path):
+    """PyTorch's wrapper for activation checkpointing, which FSDP uses: two forward passes before one backward pass."""
+    control = loaded(CASE, krea2(), tmp_path)
+    model = control.transformer
+    (first, _), *_, (last, _) = passes(CASE, control, call={"steps": 2})[0]
+    weights = [p.requires_grad_() for name, p in model.named_parameters() if "lora_" in name]
+    found = []
+    for wrapped in (False, True):
+        if wrapped:
+            model.transformer_blocks = torch.nn.ModuleList(map(checkpoint_wrapper, model.transformer_blocks))
+        with control.use([Condition(image(), "canny")]):
+            loss = sum(model(**given)[0].square().sum() for given in (first, last))
+        found.append(torch.autograd.grad(loss, weights, allow_unused=True))
+    assert all((a is b is None) or torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert any(a is not None and a.any() for a in found[1])
 
 
 @pytest.mark.parametrize("guidance", [0.0, 2.0])
