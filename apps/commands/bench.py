@@ -21,6 +21,9 @@ Probe = Annotated[Path | None, typer.Option(help="Folder of a probe; the embedde
 Sheets = Annotated[Path, typer.Option(help="Folder of the raw numbers and the sheets.")]
 Count = Annotated[int, typer.Option(min=1, help="Images of each kind.")]
 Steps = Annotated[int, typer.Option(min=1, help="Steps of the sampler.")]
+Judge = Annotated[
+    str | None, typer.Option(help="Folder or Hub id of a model that answers questions; asked besides the probe.")
+]
 Guidance = Annotated[float, typer.Option(min=0.0, help="Guidance scale.")]
 
 
@@ -74,6 +77,7 @@ def control(
     count: Count = 200,
     steps: Steps = STEPS,
     guidance: Guidance = GUIDANCE,
+    judge: Judge = None,
 ) -> None:
     """Measure condition adapters on scenes: are depth, edges, hole and subject obeyed, and the prompt still?"""
     from imgdit.benchmarks.scenes import run as scene_bench
@@ -82,7 +86,7 @@ def control(
     with at_work():
         model = model_folder(model)
         folder = adapters or model / "adapters"
-        scores = scene_bench.run_control(model, folder, probe or SCENE_PROBE, out, count, steps, guidance)
+        scores = scene_bench.run_control(model, folder, probe or SCENE_PROBE, out, count, steps, guidance, judge)
     typer.echo(scene_bench.table(scores))
     typer.echo(f"wrote {out}")
 
@@ -99,10 +103,11 @@ def text(
     steps: Steps = STEPS,
     guidance: Guidance = GUIDANCE,
     only: Annotated[
-        str | None, typer.Option(help="captions, answers, fillings, round trips or schedules, commas between them.")
+        str | None,
+        typer.Option(help="captions, answers, fillings, round trips, judge, schedules; commas between them."),
     ] = None,
 ) -> None:
-    """Measure what a model writes about images of scenes: captions, answers, fillings, round trips, schedules."""
+    """Measure what a model writes about images of scenes: captions, answers, fillings, round trips, judgements."""
     from imgdit.benchmarks.scenes import run as scene_bench
     from imgdit.checkpoints import SCENE_PROBE
 
@@ -132,6 +137,7 @@ def unlearn(
     tune: Annotated[bool | None, typer.Option(help="Choose each method's settings on other seeds first.")] = None,
     together: Annotated[int | None, typer.Option(help="Seeds for several labels at once; 0: none.")] = None,
     attack: Annotated[int | None, typer.Option(help="Attacked prompts of each of four targets; 0: none.")] = None,
+    judge: Judge = None,
 ) -> None:
     """Compare ways to unlearn styles and objects: what is gone, what is kept, what it costs."""
     import dataclasses
@@ -154,7 +160,7 @@ def unlearn(
     with at_work():
         plan = dataclasses.replace(plan, **{name: value for name, value in changed.items() if value is not None})
         model = model_folder(model)
-        result = unlearn_bench.run(model, probe or SCENE_PROBE, saes or model / "sae", out, plan)
+        result = unlearn_bench.run(model, probe or SCENE_PROBE, saes or model / "sae", out, plan, judge)
     typer.echo(unlearn_bench.table(result))
     typer.echo(f"wrote {out}/unlearn.json")
 
@@ -187,7 +193,10 @@ def language(
 @app.command("unlearn-canvas")
 def unlearn_canvas(
     folder: Annotated[Path, typer.Argument(help="A folder per target with <style>_<object>_seed<number>.jpg.")],
-    style_classifier: Annotated[str, typer.Option(help="Folder or Hub repository of a transformers classifier.")],
+    style_classifier: Annotated[
+        str,
+        typer.Option(help="Folder or Hub id of a transformers classifier or a model that answers questions."),
+    ],
     object_classifier: Annotated[str, typer.Option(help="The same for objects.")],
     out: Annotated[Path | None, typer.Option(help="File of the raw counts.")] = None,
     labels: Annotated[Path | None, typer.Option(help="Folder that keeps what the classifiers said, to go on.")] = None,

@@ -5,11 +5,14 @@ import shutil
 
 import pytest
 import torch
+from dual_diffusion_cases import PIPELINE
 from tiny import tiny_pipeline
 from transformers import T5Config, T5EncoderModel, ViTConfig, ViTForImageClassification, ViTImageProcessor
 from typer.testing import CliRunner
 
+from imgdit import ImageTextPipeline
 from imgdit.apps.cli import app
+from imgdit.benchmarks.unlearning import images as unlearn_images
 from imgdit.benchmarks.unlearning import run as unlearn_bench
 from imgdit.benchmarks.unlearning.images import GeneratedImages
 from imgdit.benchmarks.unlearning.methods.catalogue import METHODS
@@ -152,6 +155,29 @@ def test_classifiers_of_transformers(folders, tmp_path):
     options = [f"--{domain}-classifier={tmp_path / domain}" for domain in ("style", "object")]
     done = CliRunner().invoke(app, ["bench", "unlearn-canvas", str(tmp_path / "canvas"), *options])
     assert done.exit_code == 0, done.output
+
+
+def test_a_model_that_answers_questions_is_asked_too(folders, tmp_path, monkeypatch):
+    monkeypatch.setattr(unlearn_images, "STYLES", STYLES)
+    monkeypatch.setattr(unlearn_images, "OBJECTS", OBJECTS)
+    few = ("--targets", "neon", "--seeds", "1", "--together", "0", "--attack", "0")
+    options = ("--methods", "negative", *few, "--judge", str(PIPELINE))
+    done, result = bench(folders, tmp_path / "run", *options)
+    assert done.exit_code == 0 and "by the judge" in done.output, done.output
+    judged = result["judged"]["negative"]
+    assert judged["of"] == 4 and set(judged["means"]) == {"style"}
+    assert all(0 <= count <= 4 for count in judged["agrees_with_probe"].values())
+    monkeypatch.setattr(ImageTextPipeline, "choose", None)  # what was said is kept
+    _, again = bench(folders, tmp_path / "run", *options)
+    assert again["judged"] == result["judged"]
+    monkeypatch.undo()
+    shutil.copytree(next((tmp_path / "run/pictures/negative").glob("neon-*")), tmp_path / "canvas/neon")
+    command = ["bench", "unlearn-canvas", str(tmp_path / "canvas"), "--style-classifier", str(PIPELINE),
+               "--object-classifier", str(PIPELINE), "--labels", str(tmp_path / "labels")]  # fmt: skip
+    scores = CliRunner().invoke(app, [*command, "--out", str(tmp_path / "scores.json")])
+    assert scores.exit_code == 0, scores.output
+    said = json.loads(next((tmp_path / "labels").glob("0*.json")).read_text())["labels"]
+    assert set(said["style"]) <= set(STYLES) and set(said["object"]) <= set(OBJECTS) and len(said["style"]) == 4
 
 
 @pytest.mark.parametrize(

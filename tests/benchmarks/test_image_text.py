@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from imgdit.benchmarks.scenes import image_text, text_to_image
+from imgdit.benchmarks.scenes import control, image_text, judge, text_to_image
 from imgdit.benchmarks.scenes.image_text import (
     HOLE,
     HOLES,
@@ -21,6 +21,7 @@ from imgdit.benchmarks.scenes.image_text import (
     round_trip_scores,
     schedule_scores,
 )
+from imgdit.benchmarks.scenes.judge import KINDS, finds, judge_scores, probe_answer, questions_of
 from imgdit.benchmarks.scenes.text_to_image import expected
 from imgdit.scenes.caption_parser import parse_caption
 from imgdit.scenes.captions import PLACES, caption, leave_unsaid, plain_caption, words
@@ -46,6 +47,7 @@ def small_images(monkeypatch):
 
     monkeypatch.setattr(image_text, "render", render)
     monkeypatch.setattr(text_to_image, "render", render)
+    monkeypatch.setattr(judge, "render", render)
     yield
     text_to_image.held_out.cache_clear()
 
@@ -67,6 +69,10 @@ class Knows:
 
     def answer(self, images, questions, seed):
         return [self.answers.get((scene, text), "") for scene, text in zip(shown(images), questions)]
+
+    def choose(self, images, questions, choices):
+        said = self.answer(images, questions, 0)
+        return [list(among).index(one) if one in among else 0 for one, among in zip(said, choices)]
 
     def fill(self, texts, images, seed):
         return [self.words[text] for text in texts]
@@ -96,6 +102,9 @@ class Guesses(Knows):
     def answer(self, images, questions, seed):
         chosen = [(self.choices[text][0], self.rng.choice(self.choices[text][1])) for text in questions]
         return [image_text_phrase(*one) for one in chosen]
+
+    def choose(self, images, questions, choices):
+        return [self.rng.randrange(len(among)) for among in choices]
 
     def fill(self, texts, images, seed):
         return [text.replace(HOLE, "cube") for text in texts]
@@ -155,6 +164,65 @@ def test_one_who_guesses_is_at_chance():
     scores = round_trip_scores(writer, writer, Probe(), 12, kept.__setitem__)
     assert not any(score.met for score in scores) and len(kept["joint"][2]) == 12
     assert fill_scores(writer, 12, kept.__setitem__)[-1].estimate.value == 0.0
+
+
+def test_judges_are_compared_with_the_probe():
+    kept = {}
+    scores = judge_scores(Knows(), Probe(), 40, kept.__setitem__)
+    assert (
+        [score.estimate.value for score in scores] == [1.0] * 15 and scores[-1].met and scores[-1].counts["of"] == 280
+    )
+    assert kept["judge, style"][0][0].startswith("what style is it? ")
+    scores = judge_scores(Guesses(), Probe(), 200, kept.__setitem__)
+    assert scores[-1].met is False and 0.15 < scores[-1].estimate.value < 0.45
+
+
+def test_the_probes_answers_follow_from_what_it_sees():
+    for kind in KINDS:
+        for scene, question in heldout_questions(kind, 60):
+            assert probe_answer(question, expected(scene)) == question.value, question
+    nothing = {name: "nothing" for name in QUESTIONS}
+    for kind in KINDS:
+        for _, question in heldout_questions(kind, 40):
+            said = probe_answer(question, nothing)
+            assert said == {"yes_no": "no", "style": "nothing", "place": "nothing"}.get(kind)
+    seen = expected(next(scene for scene, _ in heldout_questions("relation", 1)))
+    alone = {**seen, "right object": "nothing", "right colour": "nothing"}
+    _, relation = heldout_questions("relation", 1)[0]
+    assert probe_answer(relation, alone) is None
+
+
+def test_a_judge_finds_what_a_prompt_says():
+    scenes = [Scene.sample(i, objects=1 + i % 2) for i in range(30)]
+    images = image_text.render(scenes).rgb
+
+    class Sees:
+        def choose(self, images, questions, choices):
+            found = []
+            for scene, text, among in zip(shown(images), questions, choices):
+                right = {one.text: one.answer for one in questions_of(scene)}
+                found.append(list(among).index(right[text]))
+            return found
+
+    assert all(finds(Sees(), images, scenes))
+    others = [scenes[0], *scenes[:-1]]
+    same = finds(Sees(), images[:1], scenes[:1])
+    assert same == [True] and {len(questions_of(scene)) for scene in others} == {3, 5}
+
+    class Blind(Sees):
+        def choose(self, images, questions, choices):
+            return [0] * len(questions)
+
+    first = [all(one.value == one.choices[0] for one in questions_of(scene)) for scene in scenes]
+    assert finds(Blind(), images, scenes) == first
+
+
+def test_conditions_are_judged_too():
+    scenes = [Scene.sample(i) for i in range(8)]
+    found = control._judged("depth", Guesses(), image_text.render(scenes).rgb, scenes, [True] * 8)
+    assert [score.metric for score in found] == ["text right, by the judge", "judge agrees with the probe on text"]
+    assert found[0].estimate == found[1].estimate and found[0].estimate.value < 0.5
+    assert control._judged("depth", None, None, [], []) == []
 
 
 def test_schedules_are_asked_for():

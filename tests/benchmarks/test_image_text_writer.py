@@ -26,13 +26,16 @@ def pipe():
 def test_rows_do_not_depend_on_the_batch(pipe):
     images = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     writers = [PipelineWriter(pipe, text_steps=4, steps=1, batch=batch) for batch in (1, 3)]
-    assert set(writers[0].can) == {"captions", "answers", "fillings", "round trips", "schedules"}
+    assert set(writers[0].can) == {"captions", "answers", "fillings", "round trips", "judge", "schedules"}
     texts = ["a red " + HOLE] * 3
     for found in zip(*(
         (w.caption(images, 0), w.answer(images, ["a cube?"] * 3, 0), w.fill(texts, images, 0), w.joint(3, 0)[1])
         for w in writers
     )):  # fmt: skip
         assert found[0] == found[1] and len(found[0]) == 3
+    choices = [["red", "blue"], ["cube", "sphere"], ["red", "blue"]]
+    chosen = [writer.choose(images, ["a cube?"] * 3, choices) for writer in writers]
+    assert chosen[0] == chosen[1] == [pipe.choose(images[i], "a cube?", choices[i]).best[0] for i in range(3)]
     drawn = [writer.images(["a red cube"] * 3, 0) for writer in writers]
     torch.testing.assert_close(*drawn, rtol=0, atol=1e-4)
 

@@ -13,6 +13,7 @@ import torch
 
 from imgdit.benchmarks.alignment import alignment
 from imgdit.benchmarks.metrics import abs_rel, edge_f1, fitted
+from imgdit.benchmarks.scenes.judge import Judge, finds
 from imgdit.benchmarks.scenes.text_to_image import (
     Held,
     Score,
@@ -63,19 +64,27 @@ def outlines(classes: torch.Tensor) -> torch.Tensor:
     return (right | below)[:, None]
 
 
-def control_scores(maker: ControlMaker, probe: SceneProbe, count: int, keep: Keep) -> list[Score]:
-    """Depth, edges and a hole to fill, alone and two at once, against the same prompts and noise without them."""
+def control_scores(
+    maker: ControlMaker, probe: SceneProbe, count: int, keep: Keep, judge: Judge | None = None
+) -> list[Score]:
+    """Depth, edges and a hole to fill, alone and two at once, against the same prompts and noise without them.
+
+    Args:
+        judge: is asked for the prompts' objects, colours and styles besides the probe.
+    """
     held = held_out(count)
     truth = held.rendering
     classes = torch.stack([scene_classes(scene, truth.indices[i]) for i, scene in enumerate(held.scenes)])
     holes = _examples("mask", held)
     given = {"depth": _conditions("depth", held), "canny": _conditions("canny", held), "inpainting": _stacked(holes)}
     shown = torch.stack([~hole.details["mask"] for hole in holes])
-    plain = read(probe, maker.controlled(held.prompts, {}, seed=0))
+    free = maker.controlled(held.prompts, {}, seed=0)
+    plain = read(probe, free)
     base = _obeyed(plain, truth.depth, classes, shown)
     right = _text_right(plain, held.scenes)
     scores = [mean_score("no condition", METRICS[name][0], base[name]) for name in ("AbsRel", "fitted", "F1")]
     scores.append(share_score("no condition", "text right", right))
+    scores += _judged("no condition", judge, free, held.scenes, right)
     for names in (("depth",), ("canny",), ("inpainting",), ("depth", "canny")):
         conditions = {name: given[name] for name in names}
         generated = maker.controlled(held.prompts, conditions, seed=0)
@@ -93,8 +102,23 @@ def control_scores(maker: ControlMaker, probe: SceneProbe, count: int, keep: Kee
         scores.append(mean_score(task, f"shift against {names[0]}, pixels", found.shifts.norm(dim=1)))
         scores.append(mean_score(task, f"distance of edges to those of {names[0]}, pixels", found.distances))
         scores.append(share_score(task, "text right", now))
+        scores += _judged(task, judge, generated, held.scenes, now)
         scores.append(mean_score(task, "change of text right", change, at_least=-0.02))
     return scores
+
+
+def _judged(
+    task: str, judge: Judge | None, images: torch.Tensor, scenes: Sequence[Scene], right: Sequence[bool]
+) -> list[Score]:
+    """What a judge says of the same, and whether probe and judge agree on it."""
+    if judge is None:
+        return []
+    found = finds(judge, images, scenes)
+    agree = [one == other for one, other in zip(found, right, strict=True)]
+    return [
+        share_score(task, "text right, by the judge", found),
+        share_score(task, "judge agrees with the probe on text", agree),
+    ]
 
 
 def subject_scores(maker: ControlMaker, probe: SceneProbe, count: int, keep: Keep) -> list[Score]:

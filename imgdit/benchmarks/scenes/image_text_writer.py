@@ -40,12 +40,13 @@ class PipelineWriter:
 
     @property
     def can(self) -> tuple[str, ...]:
-        """Which of "captions", "answers", "fillings", "round trips" and "schedules" can be measured."""
+        """Which of "captions", "answers", "fillings", "round trips", "judge" and "schedules" can be measured."""
         has = {
             "captions": True,
             "answers": True,
             "fillings": hasattr(self.pipe, "fill"),
             "round trips": self.maker is not None,
+            "judge": hasattr(self.pipe, "choose"),
             "schedules": hasattr(self.pipe, "text_scheduler"),
         }
         return tuple(name for name, there in has.items() if there)
@@ -75,6 +76,20 @@ class PipelineWriter:
             "fillings", len(images), seed, None,
             lambda rows, options: self.pipe.fill([texts[i] for i in rows], _images(images, rows), **options),
         )  # fmt: skip
+
+    def choose(self, images: torch.Tensor, questions: Sequence[str], choices: Sequence[Sequence[str]]) -> list[int]:
+        """See `imgdit.benchmarks.scenes.judge.Judge`."""
+        alike: dict[tuple[str, ...], list[int]] = {}
+        for i, among in enumerate(choices):
+            alike.setdefault(tuple(among), []).append(i)
+        best = [0] * len(questions)
+        for among, rows in alike.items():
+            for start in range(0, len(rows), self.batch):
+                some = rows[start : start + self.batch]
+                found = self.pipe.choose(_images(images, some), [questions[i] for i in some], among)
+                for i, number in zip(some, found.best):
+                    best[i] = number
+        return best
 
     def images(self, prompts: Sequence[str], seed: int) -> torch.Tensor:
         assert self.maker is not None
@@ -108,5 +123,5 @@ class PipelineWriter:
         return texts
 
 
-def _images(images: torch.Tensor, rows: range) -> list[Any]:
+def _images(images: torch.Tensor, rows: Sequence[int]) -> list[Any]:
     return [to_image(images[i]) for i in rows]

@@ -30,6 +30,7 @@ from imgdit.benchmarks.scenes.image_text import (
     schedule_scores,
 )
 from imgdit.benchmarks.scenes.image_text_writer import PipelineWriter
+from imgdit.benchmarks.scenes.judge import judge_scores
 from imgdit.benchmarks.scenes.maker import PipelineMaker
 from imgdit.benchmarks.scenes.text_to_image import (
     Score,
@@ -87,9 +88,15 @@ def run_any(model: Path, probe_folder: Path, out: Path, count: int, steps: int, 
 
 
 def run_control(
-    model: Path, adapters: Path, probe_folder: Path, out: Path, count: int, steps: int, guidance: float
-) -> list[Score]:
-    """Measure the condition adapters of a folder; `out` gets control.json and the sheets. Others as of `run`.
+    model: Path, adapters: Path, probe_folder: Path, out: Path, count: int, steps: int, guidance: float,
+    judge: str | Path | None = None,
+) -> list[Score]:  # fmt: skip
+    """Measure the condition adapters of a folder; `out` gets control.json and the sheets.
+
+    Args:
+        adapters: folder.
+        judge: pipeline that is asked about the images besides the probe, see `load_image_text_pipeline`.
+        model, probe_folder, out, count, steps, guidance: as of `run`.
 
     Raises:
         ValueError: an adapter that is measured is not there.
@@ -99,10 +106,14 @@ def run_control(
     missing = [name for name in ("depth", "canny", "inpainting", "subject") if name not in names]
     if missing:
         raise ValueError(f"{adapters} holds {', '.join(names)}; the benchmark needs {', '.join(missing)} as well")
+    asked = None
+    if judge is not None:
+        asked = PipelineWriter(load_image_text_pipeline(judge, LoadOptions(device="auto")))
     kept: dict[str, Any] = {}
-    scores = control_scores(maker, probe, count, kept.__setitem__)
+    scores = control_scores(maker, probe, count, kept.__setitem__, asked)
     scores += subject_scores(maker, probe, count, kept.__setitem__)
-    write(out / "control.json", scores, {"model": _name(model), "steps": steps, "guidance": guidance})
+    settings: dict[str, Any] = {"model": _name(model), "steps": steps, "guidance": guidance}
+    write(out / "control.json", scores, settings | ({} if judge is None else {"judge": str(judge)}))
     sheets(kept, out)
     return scores
 
@@ -139,6 +150,9 @@ def run_text(
         if name == "round trips":
             probe = SceneProbe.from_pretrained(probe_folder).eval()
             scores += round_trip_scores(writer, writer, probe, count, kept.__setitem__)
+        elif name == "judge":
+            probe = SceneProbe.from_pretrained(probe_folder).eval()
+            scores += judge_scores(writer, probe, count, kept.__setitem__)
         elif name == "schedules":
             scores += schedule_scores(writer, count)
         else:
@@ -154,6 +168,7 @@ PARTS: dict[str, Any] = {
     "answers": answer_scores,
     "fillings": fill_scores,
     "round trips": round_trip_scores,
+    "judge": judge_scores,
     "schedules": schedule_scores,
 }
 """What `run_text` measures."""

@@ -22,7 +22,7 @@ def run(
 
     Args:
         folder: of the images.
-        style_classifier, object_classifier: see `classifier`.
+        style_classifier, object_classifier: see `classifier`; also a pipeline that answers questions about images.
         labels: folder that keeps what the classifiers said; `None`: nothing is kept.
         engine: with `labels`, see `imgdit.io.bulk.run_bulk`.
 
@@ -37,7 +37,8 @@ def run(
     every = [cell for found in names.values() for cell in found]
     styles, objects, seeds = (sorted(set(values)) for values in zip(*every))
     wanted = cells(seeds, styles, objects)
-    style, thing = _classifiers(targets, style_classifier, object_classifier, labels, engine)
+    told = {"style": (style_classifier, styles), "object": (object_classifier, objects)}
+    style, thing = _classifiers(targets, told, labels, engine)
     scores = []
     for inner in targets:
         if inner.name not in (*styles, *objects):
@@ -54,14 +55,14 @@ def run(
 
 
 def _classifiers(
-    targets: list[Path], style: str, thing: str, labels: Path | None, engine: dict[str, Any]
+    targets: list[Path], told: Mapping[str, tuple[str, list[str]]], labels: Path | None, engine: dict[str, Any]
 ) -> list[Classify]:
     """Of styles and of objects: what is asked as it comes, or what a job has asked about all images."""
-    sources = {"style": style, "object": thing}
     if labels is None:
-        return [classifier(source, domain) for domain, source in sources.items()]
+        return [classifier(source, domain, names) for domain, (source, names) in told.items()]
     files = [file for inner in targets for file in _images(inner)]
-    said = label_all(files, sources, labels, **engine)
+    sources, names = ({domain: one[n] for domain, one in told.items()} for n in range(2))
+    said = label_all(files, sources, labels, names, **engine)  # type: ignore[arg-type]
     return [lambda asked, known=known: [known[file] for file in asked] for known in said.values()]  # type: ignore[misc]
 
 

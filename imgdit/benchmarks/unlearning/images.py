@@ -3,6 +3,7 @@
 <folder>/<method>/<concepts>-<hash>/   the images in UnlearnCanvas' layout, and
     info.json                          what the hash stands for, and what making ready cost
     seen-<hash of the probe>.json      what the probe saw
+    judged-<hash of the judge>.json    what a model answered that was asked as well
 """
 
 from __future__ import annotations
@@ -19,16 +20,17 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from imgdit.benchmarks.speed.timing import compare
-from imgdit.benchmarks.unlearning.labels import QUESTIONS
+from imgdit.benchmarks.unlearning.labels import QUESTIONS, judge_classifier
 from imgdit.benchmarks.unlearning.methods.catalogue import METHODS
 from imgdit.benchmarks.unlearning.methods.material import Material, Unlearned
-from imgdit.benchmarks.unlearning.plan import Cell, Seen, cells, find_image
+from imgdit.benchmarks.unlearning.plan import Cell, Seen, cells, find_image, read_folder
 from imgdit.benchmarks.unlearning.prompt_attack import attack_prompt
 from imgdit.images import open_image, to_image, to_pixels
 from imgdit.io.atomic import write_text, written_whole
 from imgdit.io.fingerprints import weights_hash
 from imgdit.io.safe_json import read_object
 from imgdit.scenes.probe import SceneProbe
+from imgdit.scenes.world import OBJECTS, STYLES
 
 TIMED_STEPS, TIMED_ROUNDS = 4, 3
 """Steps of the images that a method's time is measured on, and pairs of them."""
@@ -203,6 +205,31 @@ class Eyes:
         ]
         rows = zip(group, *called, pixels, features)
         return {cell.name: [style, kind, round(p, 5), round(f, 5)] for cell, style, kind, p, f in rows}
+
+
+class JudgeEyes:
+    """A model that answers questions about images, and what it has said already.
+
+    Args:
+        pipe: with `choose`, see `load_image_text_pipeline`.
+    """
+
+    def __init__(self, pipe: Any) -> None:
+        models = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+        self.name = f"judged-{weights_hash(*models)}.json"
+        labels = {"style": STYLES, "object": OBJECTS}
+        self.classify = {domain: judge_classifier(pipe, domain, names) for domain, names in labels.items()}
+
+    def seen(self, folder: Path, wanted: Sequence[Cell]) -> list[Seen]:
+        """What a folder's images show."""
+        file = folder / self.name
+        known: dict[str, Any] = read_object(file) if file.is_file() else {}
+        new = [cell for cell in wanted if cell.name not in known]
+        if new:
+            for one in read_folder(folder, new, self.classify["style"], self.classify["object"]):
+                known[one.cell.name] = [one.style, one.object]
+            write_text(file, json.dumps(known))
+        return [Seen(cell, *known[cell.name]) for cell in wanted]
 
 
 def _images(folder: Path, group: Sequence[Cell]) -> torch.Tensor:

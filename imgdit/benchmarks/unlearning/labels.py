@@ -11,24 +11,33 @@ from typing import Any
 import torch
 
 from imgdit.benchmarks.unlearning.plan import Classify
-from imgdit.hub import find_model
+from imgdit.checkpoints import EMBEDDED, SCENES
+from imgdit.hub import INDEX, find_model
 from imgdit.images import open_image, to_pixels, to_rgb
 from imgdit.io.atomic import check_index, write_text
 from imgdit.io.bulk import run_bulk
 from imgdit.io.safe_json import read_object
+from imgdit.pipelines.image_text_loading import load_image_text_pipeline
+from imgdit.pipelines.load_options import LoadOptions
+from imgdit.pipelines.vision_language_loading import is_published, model_type_of
 from imgdit.scenes.probe import SceneProbe
 
+ASKED = {"style": "what style is it?", "object": "what object is it?"}
+"""What a model that answers questions is asked."""
 QUESTIONS = {"style": "style", "object": "left object"}
 """What a `SceneProbe` is asked; a single object counts as the left one."""
 
 
-def classifier(source: str | Path, domain: str) -> Classify:
+def classifier(source: str | Path, domain: str, labels: Sequence[str] = ()) -> Classify:
     """Labels of the domain "style" or "object".
 
     Args:
-        source: folder of a `SceneProbe`; or folder or Hub repository of a transformers image classifier, whose
-            `id2label` are the labels.
+        source: folder of a `SceneProbe`; folder or Hub repository of a transformers image classifier, whose
+            `id2label` are the labels; or of a pipeline that answers questions about images.
+        labels: what such a pipeline chooses among.
     """
+    if answers_questions(source):
+        return judge_classifier(load_image_text_pipeline(source, LoadOptions(device="auto")), domain, labels)
     source = find_model(source, "config.json", "image classifier")
     config = Path(source) / "config.json"
     if config.is_file() and read_object(config).get("_class_name") == "SceneProbe":
@@ -61,6 +70,27 @@ def probe_classifier(probe: SceneProbe, domain: str) -> Classify:
     return classify
 
 
+def answers_questions(source: str | Path) -> bool:
+    """Whether a name is that of a pipeline or of a published model that writes about images."""
+    place = SCENES if source == EMBEDDED else Path(source).expanduser()
+    return (place / INDEX).is_file() or is_published(source) or model_type_of(source) == "mmada"
+
+
+def judge_classifier(pipe: Any, domain: str, labels: Sequence[str], batch: int = 8) -> Classify:
+    """Labels that are the most likely answers of a pipeline with `choose`."""
+    pipe.set_progress_bar_config(disable=True)
+    said = [label.replace("_", " ").lower() for label in labels]
+
+    def classify(files: Sequence[Path]) -> list[str]:
+        found: list[str] = []
+        for first in range(0, len(files), batch):
+            images = [to_rgb(open_image(file)) for file in files[first : first + batch]]
+            found += [labels[number] for number in pipe.choose(images, ASKED[domain], said).best]
+        return found
+
+    return classify
+
+
 CHUNK = 64
 """Images that a worker labels before it writes them."""
 
@@ -70,11 +100,14 @@ class LabelImages:
 
     Args:
         classifiers: what is told apart -> classifier of it, see `classifier`.
+        labels: what there is of each.
         out: folder of what was said.
     """
 
-    def __init__(self, classifiers: dict[str, str], out: str):
-        self.classify = {domain: classifier(source, domain) for domain, source in classifiers.items()}
+    def __init__(self, classifiers: dict[str, str], labels: dict[str, list[str]], out: str):
+        self.classify = {
+            domain: classifier(source, domain, labels.get(domain, ())) for domain, source in classifiers.items()
+        }
         self.out = Path(out)
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
@@ -85,7 +118,11 @@ class LabelImages:
 
 
 def label_all(
-    files: Sequence[Path], classifiers: dict[str, str], out: Path, **engine: Any
+    files: Sequence[Path],
+    classifiers: dict[str, str],
+    out: Path,
+    labels: dict[str, list[str]] | None = None,
+    **engine: Any,
 ) -> dict[str, dict[Path, str]]:
     """Labels of images; what is written in the folder already is not asked again.
 
@@ -93,6 +130,7 @@ def label_all(
         files: images, in an order that is the same every time.
         classifiers: what is told apart ("style", "object") -> folder or Hub repository of its classifier.
         out: folder of what was said.
+        labels: what there is of each, for models that choose among labels.
         engine: see `run_bulk`.
 
     Returns:
@@ -107,13 +145,13 @@ def label_all(
     check_index(out, {"classifiers": dict(classifiers), "files": stamps}, "job")
     chunks = {f"{first:08d}.json": names[first : first + CHUNK] for first in range(0, len(names), CHUNK)}
     items = [{"chunk": chunk, "files": part} for chunk, part in chunks.items() if not (out / chunk).exists()]
-    arguments = {"classifiers": dict(classifiers), "out": str(out.resolve())}
+    arguments = {"classifiers": dict(classifiers), "labels": labels or {}, "out": str(out.resolve())}
     for _ in run_bulk(items, LabelImages, arguments, **engine):
         pass
     found: dict[str, dict[Path, str]] = {domain: {} for domain in classifiers}
     places = dict(zip(names, files, strict=True))
     for chunk in chunks:
         said = read_object(out / chunk)
-        for domain, labels in said["labels"].items():
-            found[domain] |= dict(zip((places[name] for name in said["files"]), labels, strict=True))
+        for domain, given in said["labels"].items():
+            found[domain] |= dict(zip((places[name] for name in said["files"]), given, strict=True))
     return found

@@ -14,11 +14,12 @@ import torch
 
 from imgdit import DiffusionPipeline
 from imgdit.benchmarks.metrics import wilson
-from imgdit.benchmarks.unlearning.images import Eyes, GeneratedImages, Look
+from imgdit.benchmarks.unlearning.images import Eyes, GeneratedImages, JudgeEyes, Look
 from imgdit.benchmarks.unlearning.learning import build_material
 from imgdit.benchmarks.unlearning.methods.catalogue import METHODS
-from imgdit.benchmarks.unlearning.plan import VALIDATION, Cell, cells, scene_seeds
+from imgdit.benchmarks.unlearning.plan import VALIDATION, Cell, Seen, cells, scene_seeds
 from imgdit.benchmarks.unlearning.table import (
+    DOMAINS,
     accuracies,
     bootstrap_means,
     domain_means,
@@ -28,6 +29,8 @@ from imgdit.benchmarks.unlearning.table import (
 )
 from imgdit.io.atomic import write_text
 from imgdit.naming import check_name
+from imgdit.pipelines.image_text_loading import load_image_text_pipeline
+from imgdit.pipelines.load_options import LoadOptions
 from imgdit.scenes.labels import kind_of
 from imgdit.scenes.probe import SceneProbe
 from imgdit.scenes.world import OBJECTS, STYLES
@@ -87,13 +90,16 @@ QUICK = UnlearnPlan(FEW_METHODS, FEW_TARGETS, seeds=2, steps=12, sentences=6, to
 """1,632 images and 84 to learn from."""
 
 
-def run(model: Path, probe: Path, saes: Path, out: Path, plan: UnlearnPlan) -> dict[str, Any]:
+def run(
+    model: Path, probe: Path, saes: Path, out: Path, plan: UnlearnPlan, judge: str | Path | None = None
+) -> dict[str, Any]:
     """Measure methods; `out` gets unlearn.json and the images, and what it has already is not made again.
 
     Args:
         model, probe, saes: folders of the pipeline, of the `SceneProbe` and of the SAEs.
         out: folder.
         plan: how much.
+        judge: pipeline that is asked about the images besides the probe, see `load_image_text_pipeline`.
     """
     if plan.needs_saes and not saes.is_dir():
         needing = ", ".join(name for name in plan.methods if METHODS[name].needs_saes)
@@ -113,15 +119,25 @@ def run(model: Path, probe: Path, saes: Path, out: Path, plan: UnlearnPlan) -> d
         guidance=plan.guidance,
     )
     generated = GeneratedImages(pipe, material, out / "pictures", steps=plan.steps, guidance=plan.guidance)
-    bench = _Bench(plan, generated, Eyes(SceneProbe.from_pretrained(probe).eval()), seconds)
+    judging = None
+    if judge is not None:
+        judging = JudgeEyes(load_image_text_pipeline(judge, LoadOptions(device="auto")))
+    bench = _Bench(plan, generated, Eyes(SceneProbe.from_pretrained(probe).eval()), seconds, judging)
     result = bench.result()
     write_text(out / "unlearn.json", json.dumps(result, indent=1, ensure_ascii=False))
     return result
 
 
 class _Bench:
-    def __init__(self, plan: UnlearnPlan, generated: GeneratedImages, eyes: Eyes, statistics_seconds: float) -> None:
-        self.plan, self.generated, self.eyes = plan, generated, eyes
+    def __init__(
+        self,
+        plan: UnlearnPlan,
+        generated: GeneratedImages,
+        eyes: Eyes,
+        statistics_seconds: float,
+        judge: JudgeEyes | None,
+    ) -> None:
+        self.plan, self.generated, self.eyes, self.judge = plan, generated, eyes, judge
         self.statistics_seconds = statistics_seconds
         self.methods = [name for name in METHODS if name in plan.methods or name == "none"]
         self.domains = {target: kind_of(target) for target in plan.targets}
@@ -143,6 +159,7 @@ class _Bench:
             for name in self.methods
         }
         plain = next(iter(seen["none"].values()))
+        judged = {} if self.judge is None else {name: self._judged(name, settings[name], seen[name]) for name in seen}
         return {
             "plan": dataclasses.asdict(plan),
             "model": self.generated.model,
@@ -150,6 +167,7 @@ class _Bench:
             "methods": rows,
             "together": {name: self._together(name, settings[name]) for name in self.methods} if plan.together else {},
             "attack": {name: self._attacked(name, settings[name]) for name in self.methods} if plan.attack else {},
+            "judged": judged,
             "tuning": self.tried,
             "pictures": {
                 name: {target: [_row(look) for look in found] for target, found in of.items()}
@@ -169,6 +187,21 @@ class _Bench:
             target: self._looks(name, [target], settings, wanted, timed=timed and n == 0 and name != "none")
             for n, target in enumerate(self.plan.targets)
         }
+
+    def _judged(self, name: str, settings: Mapping[str, Any], seen: Mapping[str, Sequence[Seen]]) -> dict[str, Any]:
+        """Scores by what the judge answers, and how often it says what the probe sees."""
+        assert self.judge is not None
+        scores, same, total = [], dict.fromkeys(DOMAINS, 0), 0
+        for target, by_probe in seen.items():
+            wanted = [one.cell for one in by_probe]
+            album = self.generated.album(name, [] if name == "none" else [target], wanted, settings)
+            by_judge = self.judge.seen(album.folder, wanted)
+            scores.append(score_images(target, self.domains[target], by_judge))
+            total += len(wanted)
+            for domain in DOMAINS:
+                same[domain] += sum(a.called(domain) == b.called(domain) for a, b in zip(by_judge, by_probe))
+        means = {domain: mean._asdict() for domain, mean in domain_means(scores).items()}
+        return {"means": means, "agrees_with_probe": same, "of": total}
 
     def _grid(self, name: str) -> Sequence[Mapping[str, Any]]:
         return METHODS[name].usable(self.generated.material.streams(self.generated.pipe))
@@ -309,6 +342,15 @@ def table(result: Mapping[str, Any]) -> str:
         for name, rows in result["together"].items():
             shares = [f"{100 * row['unlearned']:.0f} / {100 * row['retained']:.0f}" for row in rows]
             lines.append([METHODS[name].title, *shares])
+        text.append(_aligned(lines))
+    if result["judged"]:
+        names = ("unlearned", "retained", "cross")
+        head = [f"{domain} {score}" for domain in domains for score in SCORES]
+        lines = [["by the judge", *head, *(f"{domain} as the probe" for domain in DOMAINS)]]
+        for name, row in result["judged"].items():
+            found = [f"{100 * row['means'][domain][score]:.1f}" for domain in domains for score in names]
+            found += [f"{100 * row['agrees_with_probe'][domain] / row['of']:.1f} %" for domain in DOMAINS]
+            lines.append([METHODS[name].title, *found])
         text.append(_aligned(lines))
     if result["attack"]:
         lines = [["the target is seen", "before", "under attack", "of"]]
