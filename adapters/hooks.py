@@ -26,7 +26,7 @@ from imgdit.adapters.references import SeenReferences
 from imgdit.families.step import Step
 from imgdit.family import Block, Call, Conditions, Edge, Family, MeasuredPlaces
 from imgdit.frames import Frame
-from imgdit.lora.rows import AdapterRows, on_rows
+from imgdit.lora.rows import AdapterRows, on_rows, scaled_adapters
 from imgdit.models.functional import unpack
 
 if TYPE_CHECKING:
@@ -157,11 +157,21 @@ class ModelInputHook(ConditionHook):
                 "image guidance runs the model twice in a step, which a step cache takes for two steps; call "
                 "disable_cache() or use image_guidance_scale=1"
             )
-        out = self._pass(module, run, dict(given), active, seen, empty=False)
-        if scale != 1.0:
-            black = self._pass(module, run, dict(given), active, seen, empty=True)
-            out = _combine(out, black, lambda a, b: b + scale * (a - b))
+        with scaled_adapters(module, self._take_lora_scale(given)):
+            out = self._pass(module, run, dict(given), active, seen, empty=False)
+            if scale != 1.0:
+                black = self._pass(module, run, dict(given), active, seen, empty=True)
+                out = _combine(out, black, lambda a, b: b + scale * (a - b))
         return out
+
+    def _take_lora_scale(self, given: dict[str, Any]) -> float:
+        """What a call multiplies adapters by, out of its arguments: the model's own forward would apply it too late,
+        after what blocks share and the keys of caches."""
+        for name in self.signature.parameters:
+            if name.endswith("attention_kwargs") and "scale" in (given.get(name) or {}):
+                given[name] = dict(given[name])
+                return given[name].pop("scale")
+        return 1.0
 
     def _progress(self, module: Any, given: Mapping[str, Any]) -> Progress:
         dtype = self.family.latents(given).dtype  # which pipelines round the timestep to

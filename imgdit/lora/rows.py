@@ -7,12 +7,14 @@ Nothing is toggled, so no product is computed with scale 0 and two threads canno
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn as nn
+from diffusers.utils import scale_lora_layers
 from peft.tuners.lora import LoraLayer
 
 from imgdit import compat
@@ -147,6 +149,23 @@ def on_rows(module: LoraLayer, x: torch.Tensor, rows: AdapterRows, *, shared: bo
             else:
                 out[:, part] += change
     return out
+
+
+@contextmanager
+def scaled_adapters(model: nn.Module, scale: float) -> Iterator[None]:
+    """Multiply a model's active adapters by a number, as diffusers does for `scale` among a call's attention
+    arguments. Afterwards their weights are what they were, also after 0, where diffusers sets them to 1."""
+    if scale == 1.0:
+        yield
+        return
+    layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
+    before = [dict(layer.scaling) for layer in layers]
+    scale_lora_layers(model, scale)
+    try:
+        yield
+    finally:
+        for layer, scaling in zip(layers, before, strict=True):
+            layer.scaling.update(scaling)
 
 
 def refuse_fused(claimed: Iterable[str], fused: Sequence[str]) -> None:

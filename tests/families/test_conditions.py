@@ -1,6 +1,8 @@
 """Conditions in the stock pipeline of every family: against a dense reference inside each pass, and with all that may
 go along."""
 
+import inspect
+
 import pytest
 import tiny_flux2
 import tiny_flux_kin
@@ -182,6 +184,26 @@ def test_a_style_lora_acts_on_text_and_image_alone(case, fresh, tmp_path):
     differs(styled, plain)
     assert torch.equal(styled, under(main_adapter="style"))
     near(under(main_adapter=()), plain)
+
+
+def test_the_calls_scale_of_adapters_is_a_weight_of_adapters(case, fresh, tmp_path):
+    """Also in what blocks share, and for keys that are kept."""
+    name = next(
+        (one for one in inspect.signature(type(fresh.pipe).__call__).parameters if "attention_kw" in one), None
+    )
+    if name is None or "LongCat" in type(fresh.pipe).__name__:
+        pytest.skip("the pipeline passes no scale on")
+    style = lora_file(tmp_path / "style.safetensors", fresh.transformer, case.style, seed=4, std=0.2)
+    fresh.transformer.load_lora_adapter(load_file(style), adapter_name="style")
+    fresh.transformer.set_adapters(["style", "canny"], [0.8, 0.6])
+    with fresh.use(ONE, mode="independent"):
+        whole = make(case, fresh.pipe, steps=2)
+        got = [make(case, fresh.pipe, steps=2, **{name: {"scale": scale}}) for scale in (0.5, 0.0)]
+        near(make(case, fresh.pipe, steps=2), whole)
+    for scale, one in zip((0.5, 0.0), got):
+        fresh.transformer.set_adapters(["style", "canny"], [0.8 * scale, 0.6 * scale])
+        near(one, used(case, fresh, *ONE, mode="independent", call={"steps": 2}))
+        differs(one, whole)
 
 
 def test_a_controlnets_residuals_are_added_to_the_image(case, control):
