@@ -69,6 +69,7 @@ SECTIONS = {
         "training.objectives.condition_lora",
         "training.masked_text_loss",
         "training.block_diffusion_loss",
+        "training.block_likelihood",
         "training.objectives.masked_text",
         "training.objectives.block_text",
         "training.objectives.vision_language",

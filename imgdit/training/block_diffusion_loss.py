@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from torch.nn import functional
 
 from imgdit import compat
 from imgdit.models.bd3lm import BD3LM
@@ -44,6 +45,7 @@ def block_diffusion_loss(
     low: float | None = None,
     high: float | None = None,
     resample: bool = False,
+    fixed_counts: bool = False,
     antithetic: bool = True,
     sigma_weight: bool = False,
     keep_first: bool = True,
@@ -64,6 +66,9 @@ def block_diffusion_loss(
         noise: how the masking rate grows with time.
         low, high: bounds of the times, in place of the model's. With `low` above 0.5 weights are 1.
         resample: draw the masks of a block again while their fraction is outside the bounds.
+        fixed_counts: mask a number of a block's n tokens that is uniform in 1..n, and weight each by n over that
+            number, in place of masking each token with a probability: the same bound, which varies less. `noise`,
+            `low`, `high` and `resample` are not used.
         antithetic: spread times evenly over the blocks of the batch.
         sigma_weight: MDLM's noise level and weight, in place of those of `noise`.
         keep_first: never mask the first token.
@@ -80,6 +85,7 @@ def block_diffusion_loss(
     clipped = model.training and plain.config.cross_attn
     low = (plain.config.sampling_eps_min if clipped else EPS) if low is None else low
     high = (plain.config.sampling_eps_max if clipped else 1.0) if high is None else high
+    low, high = (0.0, 1.0) if fixed_counts else (low, high)
     size = plain.config.block_size if block_size is None else block_size
     size = size if plain.config.cross_attn else ids.shape[1]
     if times is None:
@@ -96,8 +102,12 @@ def block_diffusion_loss(
     rate, weight = loglinear_masking(times) if sigma_weight else masking(times, noise)
     kept = torch.zeros_like(ids, dtype=torch.bool) if prompt_mask is None else prompt_mask.clone()
     kept[:, 0] |= keep_first
-    bounds = (low, high) if resample else (EPS, 1.0)
-    noisy = _mask(ids, rate, kept, size, bounds, plain.mask_token_id, uniforms, generator)
+    if fixed_counts:
+        masked, weight = _fixed_counts(times, ~kept, size, generator)
+        noisy, rate = ids.masked_fill(masked, plain.mask_token_id), 1 / weight
+    else:
+        bounds = (low, high) if resample else (EPS, 1.0)
+        noisy = _mask(ids, rate, kept, size, bounds, plain.mask_token_id, uniforms, generator)
     sigma = sigma_of(rate[:, 0])  # (B,)
     clean = ids if plain.config.cross_attn else None
     log_probs = plain.log_probs(model(noisy, sigma, clean_ids=clean, block_size=block_size).logits, noisy, sigma)
@@ -150,11 +160,32 @@ def _mask(
     )
 
 
+def _fixed_counts(
+    times: torch.Tensor, maskable: torch.Tensor, block_size: int, generator: torch.Generator | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Masked tokens, boolean (B, L), and the weight (B, L) of each.
+
+    Args:
+        times: (B, L) or (B, 1) in [0, 1), equal within a block, which say how many of its tokens are masked.
+        maskable: boolean (B, L).
+    """
+    length = maskable.shape[1]
+    order = draw_uniform(maskable.shape, maskable.device, generator, torch.float32).masked_fill(~maskable, 2.0)
+    missing = -length % block_size
+    inside = functional.pad(maskable, (0, missing)).unflatten(1, (-1, block_size))  # (B, m, block_size)
+    order = functional.pad(order, (0, missing), value=2.0).unflatten(1, (-1, block_size))
+    number = inside.sum(-1, keepdim=True)
+    masks = ((times.expand(-1, length)[:, ::block_size, None] * number).long() + 1).clamp(max=number)  # (B, m, 1)
+    masked = (order.argsort(-1).argsort(-1) < masks).flatten(1)[:, :length]
+    weight = (number / masks.clamp(min=1)).clamp(min=1).expand_as(order).flatten(1)[:, :length]
+    return masked, weight
+
+
 def _block_fractions(masked: torch.Tensor, block_size: int) -> torch.Tensor:
     """Fraction (B, blocks) of masks in each block, of a short last one too."""
     length = masked.shape[1]
     missing = -length % block_size
-    number = torch.nn.functional.pad(masked, (0, missing)).unflatten(1, (-1, block_size)).sum(-1)
+    number = functional.pad(masked, (0, missing)).unflatten(1, (-1, block_size)).sum(-1)
     sizes = torch.full((number.shape[1],), block_size, device=masked.device)
     sizes[-1] -= missing
     return number / sizes

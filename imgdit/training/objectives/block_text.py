@@ -22,6 +22,7 @@ def block_text(
     low: float | None = None,
     high: float | None = None,
     resample: bool = True,
+    fixed_counts: bool = False,
 ) -> ObjectiveOutput:
     """Block diffusion of text, or what else a `BD3LM` learns: MDLM, SEDD, the next token. Prompts are never masked.
 
@@ -30,13 +31,13 @@ def block_text(
         scheduler: not used.
         batch: rows that begin with the token that begins every text.
         generator: source of times and masks.
-        noise, low, high, resample: see `block_diffusion_loss`; bounds hold while training only.
+        noise, low, high, resample, fixed_counts: see `block_diffusion_loss`; bounds hold while training only.
     """
     if not model.training:
         low = high = None
         resample = False
     output = block_diffusion_loss(
-        model, batch.ids, batch.counted, noise=noise, low=low, high=high, resample=resample, prompt_mask=batch.prompt,
-        generator=generator,
+        model, batch.ids, batch.counted, noise=noise, low=low, high=high, resample=resample,
+        fixed_counts=fixed_counts, prompt_mask=batch.prompt, generator=generator,
     )  # fmt: skip
     return ObjectiveOutput(output.loss, {"masked": output.nlls.ne(0).float().mean()})
