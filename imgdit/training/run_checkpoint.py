@@ -27,6 +27,7 @@ from imgdit.io.checkpoints import (
     begin_checkpoint,
     check_architecture,
     read_files,
+    read_shapes,
     read_state,
     read_tensors,
     rng_state,
@@ -188,15 +189,25 @@ class RunCheckpoint:
     def _load_moments(self, path: Path) -> None:
         """Put the optimiser's state back, sharded as the weights are now."""
         created: Any = get_optimizer_state_dict(self.model, self.optimizer)  # brings the state into being
-        values = {f"{name}/{kind}": value for name, kinds in created["state"].items() for kind, value in kinds.items()}
+        held = {key.rpartition("/")[0] for key in read_shapes(path)}
+        # A parameter without a gradient so far has no state yet, in a run that was not interrupted either.
+        fresh = [name for name in created["state"] if name not in held] if held else []
+        values = {
+            f"{name}/{kind}": value
+            for name, kinds in created["state"].items()
+            for kind, value in kinds.items()
+            if name not in fresh
+        }
         like = {key: torch.as_tensor(value) for key, value in values.items()}
         check_architecture(path, like)
-        moments: dict[str, Any] = {}
+        moments: dict[str, Any] = {name: created["state"][name] for name in fresh}
         for key, tensor in _read_placed(path, like).items():
             name, _, kind = key.rpartition("/")
             moments.setdefault(name, {})[kind] = tensor if torch.is_tensor(values[key]) else tensor.item()
         loaded: dict[str, Any] = {"state": moments, "param_groups": created["param_groups"]}
         set_optimizer_state_dict(self.model, self.optimizer, loaded)
+        for name in fresh:
+            del self.optimizer.state[self.trained[name]]
 
     def _load_average(self, ema: EMAModel, checkpoint: Path, state: Mapping[str, Any]) -> None:
         if "ema.safetensors" not in state["files"]:
