@@ -112,7 +112,7 @@ class TextWriter:
         tokenizer = pipe.text_tokenizer
         length = min((tokenizer or pipe.tokenizer).model_max_length, LENGTH)
         writer = ImageTextPipeline(**parts, text_tokenizer=tokenizer, text_length=length)
-        writer.text_adapter = pipe.text_adapter
+        writer.text_adapter, writer.text_questions = pipe.text_adapter, pipe.text_questions
         writer.set_progress_bar_config(**getattr(pipe, "_progress_bar_config", {}))
         writer.tells_unknown_words = False
         return cls(pipe, writer)
@@ -134,9 +134,11 @@ class TextWriter:
         if length > longest:
             raise ValueError(f"a text of {length} tokens is longer than the {longest} that the model was trained on")
         if frame.question is not None:
-            question_rows(tokenizer, texts_of("the question", frame.question), self.writer._template, length, mask)
+            asked = self.writer.check_questions(frame.question)
+            question_rows(tokenizer, asked, self.writer._template, length, mask)
         if frame.text is not None:
-            filling_rows(tokenizer, texts_of("the text", frame.text), length, mask, self.writer._eos)
+            texts = self.writer.check_fillings(frame.text)
+            filling_rows(tokenizer, texts, length, mask, self.writer._eos)
 
     def _length(self, frame: TextFrame) -> int:
         return frame.length or int(self.writer.config.text_length)

@@ -30,6 +30,7 @@ from imgdit.models.mmdit import MMDiT
 from imgdit.naming import check_choice, check_name
 from imgdit.pipelines.checks import check_size
 from imgdit.pipelines.image_text_inputs import (
+    HOLE,
     Rows,
     WritingCall,
     WritingOptions,
@@ -43,7 +44,7 @@ from imgdit.pipelines.image_text_reading import ImageTextReader, reads_as_dual_d
 from imgdit.pipelines.masked_text import Choices, MaskedTextPipeline
 from imgdit.pipelines.masked_text_inputs import check_ids
 from imgdit.pipelines.options import OUTPUT_TYPES
-from imgdit.pipelines.text_frames import find_text_frames, load_text_frames
+from imgdit.pipelines.text_frames import TextFramesMixin, find_text_frames, load_text_frames
 from imgdit.pipelines.text_to_image import ImgDiTPipeline
 from imgdit.schedulers.flow_match import MultiFrameFlowMatchScheduler
 from imgdit.schedulers.masked_text import MaskedTextScheduler, TextDraws, check_generators
@@ -89,7 +90,7 @@ class _Writer(MaskedTextPipeline):
         return super()._draws(run, step, revealed) if self.draws_of is None else self.draws_of(step)
 
 
-class ImageTextPipeline(ImgDiTPipeline):
+class ImageTextPipeline(TextFramesMixin, ImgDiTPipeline):
     """Captions, answers and fillings for images, images for prompts (`__call__`), and both at once.
 
     Loads its own folders, those of `ImgDiTPipeline` and the published ones of Dual Diffusion (`DualDiffSD3Pipeline`),
@@ -111,9 +112,6 @@ class ImageTextPipeline(ImgDiTPipeline):
 
     _optional_components = ["text_scheduler", "text_tokenizer"]
     _text_callback_tensor_inputs = ["block_x", "transfer_index", "sampled_tokens", "sampled_probs"]
-    text_adapter: str | None = None
-    """Name of a loaded LoRA that reads the texts' tokens."""
-
     text_scheduler: MaskedTextScheduler
     text_tokenizer: PreTrainedTokenizerBase | None
 
@@ -142,19 +140,6 @@ class ImageTextPipeline(ImgDiTPipeline):
         """Whether Dual Diffusion's rules hold; see the class."""
         return reads_as_dual_diffusion(self.transformer)
 
-    def save_pretrained(self, save_directory: Any, *args: Any, **options: Any) -> None:
-        """diffusers' `save_pretrained`.
-
-        Raises:
-            ValueError: text frames are loaded, whose LoRA is not part of a pipeline's folder.
-        """
-        if self.text_adapter is not None:
-            raise ValueError(
-                f"the LoRA {self.text_adapter!r} of the text frames is not part of a pipeline's folder: save the "
-                "pipeline before load_text_frames, and copy the folder of the text frames beside it"
-            )
-        super().save_pretrained(save_directory, *args, **options)
-
     # Texts
 
     def caption(self, images: Any = None, **options: Unpack[WritingCall]) -> ImageTextPipelineOutput:
@@ -182,12 +167,13 @@ class ImageTextPipeline(ImgDiTPipeline):
             options: see `WritingOptions`.
 
         Raises:
-            ValueError: as `caption`, and for questions that are empty, too long or of another number.
+            ValueError: as `caption`, and for questions that are empty, too long, of another number, or that text
+                frames were not trained to answer.
         """
         call = self._options(options)
         if questions is None:
             raise ValueError("answer needs questions: a text, or one for each image")
-        asked = texts_of("questions", questions)
+        asked = self.check_questions(questions)
         shown = self._images(images, call, asked)
         asked = asked * (shown.rows // len(asked))
         length, mask = self._length(call), self.mask_token_id
@@ -243,10 +229,11 @@ class ImageTextPipeline(ImgDiTPipeline):
             options: see `WritingOptions`.
 
         Raises:
-            ValueError: as `caption`, and for texts that are empty or too long, have no hole or unknown placeholders.
+            ValueError: as `caption`, and for texts that are empty or too long, have no hole, unknown placeholders, or
+                words that text frames were not trained on.
         """
         call = self._options(options)
-        texts = texts_of("text", text)
+        texts = self.check_fillings(text)
         shown = self._images_or_none(images, call, texts)
         texts = texts * (1 if shown is None else shown.rows // len(texts))
         tokenizer = self._text_tokenizer
@@ -412,7 +399,7 @@ class ImageTextPipeline(ImgDiTPipeline):
     def load_text_frames(self, folder: str | Path) -> None:
         """Load what writes text beside a transformer without a text head; see `imgdit.pipelines.text_frames`. Without
         this call the folder `text_frames` beside the pipeline's parts is loaded when it is needed."""
-        self.text_adapter, tokenizer = load_text_frames(self, folder)
+        self.text_adapter, tokenizer, self.text_questions = load_text_frames(self, folder)
         self.register_modules(text_tokenizer=tokenizer)
         self.register_to_config(text_length=tokenizer.model_max_length)
 
@@ -452,6 +439,28 @@ class ImageTextPipeline(ImgDiTPipeline):
     def _template(self) -> str:
         template = self.config.question_template
         return template or (QUESTION if self.follows_reference else "{}")
+
+    def check_questions(self, questions: Any) -> list[str]:
+        """A question or several, that the model may be asked.
+
+        Raises:
+            ValueError: see `answer`.
+        """
+        asked = texts_of("questions", questions)
+        for one in asked if self.text_questions is not None else ():
+            self.text_questions.check(one)
+        self.check_known_words(self._text_tokenizer, asked)
+        return asked
+
+    def check_fillings(self, text: Any) -> list[str]:
+        """A text with holes or several, of words that the model knows.
+
+        Raises:
+            ValueError: see `fill`.
+        """
+        texts = texts_of("text", text)
+        self.check_known_words(self._text_tokenizer, [HOLE.sub(" ", one) for one in texts])
+        return texts
 
     def _length(self, options: WritingOptions) -> int:
         return int(self.config.text_length) if options.max_length is None else options.max_length

@@ -39,7 +39,7 @@ from imgdit.pipelines.frame_images import (
 from imgdit.pipelines.frame_texts import SplitFrames, TextWriter, split_frames
 from imgdit.pipelines.one_diffusion_inputs import FrameSource, check_scene, entry, images_of, num_entries
 from imgdit.pipelines.options import FrameOptions, SamplingOptions
-from imgdit.pipelines.text_frames import load_text_frames
+from imgdit.pipelines.text_frames import TextFramesMixin, load_text_frames
 from imgdit.pipelines.text_to_image import ImgDiTPipeline
 from imgdit.pipelines.texts import JoinedText
 from imgdit.schedulers.flow_match import MultiFrameFlowMatchScheduler
@@ -98,7 +98,7 @@ class _FramesRun(NamedTuple):
     """By whether a step is guided."""
 
 
-class OneDiffusionPipeline(ImgDiTPipeline):
+class OneDiffusionPipeline(TextFramesMixin, ImgDiTPipeline):
     """Frames from frames: any frame of a scene may be given, any may be made.
 
     Loads its own folders and the published one, whose `model_index.json` does not name the transformer.
@@ -114,8 +114,6 @@ class OneDiffusionPipeline(ImgDiTPipeline):
     """
 
     transformer: MMDiT | NextDiT
-    text_adapter: str | None = None
-    """Name of the LoRA that reads texts that are generated."""
     text_tokenizer: PreTrainedTokenizerBase | None = None
     """Of texts that are generated; `None`: `tokenizer`."""
 
@@ -281,7 +279,7 @@ class OneDiffusionPipeline(ImgDiTPipeline):
     def load_text_frames(self, folder: str | Path) -> None:
         """Load what generates text beside the transformer; see `imgdit.pipelines.text_frames`. Without it the folder
         `text_frames` beside the pipeline's parts is loaded by the first call that needs it."""
-        self.text_adapter, self.text_tokenizer = load_text_frames(self, folder)
+        self.text_adapter, self.text_tokenizer, self.text_questions = load_text_frames(self, folder)
 
     def _write_texts(
         self,

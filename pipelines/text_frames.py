@@ -3,16 +3,22 @@
 adapter.safetensors   LoRA on the rows of the text
 head.safetensors      text head and embeddings of its tokens
 tokenizer/            with a mask token
+questions.json        forms of the questions that it was trained to answer; without it any question is taken
 """
 
 from __future__ import annotations
 
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from imgdit import compat
+from imgdit.io.safe_json import read_object
 from imgdit.lora.dialects import LoraPair
 from imgdit.lora.files import (
     AdapterInfo,
@@ -25,10 +31,98 @@ from imgdit.lora.files import (
 )
 from imgdit.models.mmdit import MMDiT
 from imgdit.models.text_head import load_text_head, save_text_head
+from imgdit.naming import check_name
+from imgdit.pipelines.texts import unknown_words
 
 FOLDER = "text_frames"
 """Where it lies in a pipeline's folder."""
-ADAPTER, HEAD, TOKENIZER = "adapter.safetensors", "head.safetensors", "tokenizer"
+ADAPTER, HEAD, TOKENIZER, QUESTIONS = "adapter.safetensors", "head.safetensors", "tokenizer", "questions.json"
+_PLACE = re.compile(r"\{(\w+)\}")
+
+
+@dataclass(frozen=True)
+class QuestionForms:
+    """The questions that a model was trained to answer."""
+
+    forms: tuple[str, ...]
+    """Questions with names for their words: "what colour is the {kind}?"."""
+    words: Mapping[str, Sequence[str]]
+    """The words that each name stands for."""
+
+    def __post_init__(self) -> None:
+        for text in (*self.forms, *(word for words in self.words.values() for word in words)):
+            if not isinstance(text, str):
+                raise ValueError(f"forms and words are texts, got {text!r}")
+        for form in self.forms:
+            for name in _PLACE.findall(form):
+                check_name(f"name in {form!r}", name, self.words)
+
+    def check(self, question: str) -> None:
+        """Refuse a question of another form; case and spaces do not matter.
+
+        Raises:
+            ValueError: names all forms.
+        """
+        text = " ".join(question.lower().split())
+        if any(self._pattern(form).fullmatch(text) for form in self.forms):
+            return
+        used = [name for name in self.words if any(name in _PLACE.findall(form) for form in self.forms)]
+        words = "; ".join(f"{name}: {', '.join(self.words[name])}" for name in used)
+        raise ValueError(
+            f"the model was not trained to answer {question!r}. It answers {' '.join(self.forms)}"
+            + (f" ({words})" if words else "")
+        )
+
+    def _pattern(self, form: str) -> re.Pattern[str]:
+        parts = _PLACE.split(form)
+        parts[::2] = [re.escape(part) for part in parts[::2]]
+        parts[1::2] = [f"(?:{'|'.join(map(re.escape, self.words[name]))})" for name in parts[1::2]]
+        return re.compile("".join(parts))
+
+
+class TextFrames(NamedTuple):
+    """What `load_text_frames` loaded."""
+
+    adapter: str
+    """Name of the LoRA that reads texts."""
+    tokenizer: PreTrainedTokenizerBase
+    questions: QuestionForms | None
+    """`None`: any."""
+
+
+class TextFramesMixin:
+    """What pipelines with text frames share."""
+
+    text_adapter: str | None = None
+    """Name of the LoRA that reads texts that are generated."""
+    text_questions: QuestionForms | None = None
+    """Questions that are answered; `None`: any."""
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **options: Any) -> None:
+        """diffusers' `save_pretrained`.
+
+        Raises:
+            ValueError: text frames are loaded, whose LoRA is not part of a pipeline's folder.
+        """
+        if self.text_adapter is not None:
+            raise ValueError(
+                f"the LoRA {self.text_adapter!r} of the text frames is not part of a pipeline's folder: save the "
+                "pipeline before load_text_frames, and copy the folder of the text frames beside it"
+            )
+        super().save_pretrained(save_directory, *args, **options)  # type: ignore[misc]
+
+    def check_known_words(self, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> None:
+        """Refuse words that text frames were never trained on, which their tokenizer spells in bytes.
+
+        Raises:
+            ValueError: names them.
+        """
+        if self.text_adapter is None:
+            return
+        for text in texts:
+            unknown = unknown_words(tokenizer, text)
+            if unknown:
+                raise ValueError(f"the model was never trained on {', '.join(map(repr, unknown))} in {text!r}")
 
 
 def find_text_frames(pipe: Any) -> Path | None:
@@ -38,16 +132,13 @@ def find_text_frames(pipe: Any) -> Path | None:
     return folder if folder is not None and (folder / HEAD).is_file() else None
 
 
-def load_text_frames(pipe: Any, folder: str | Path) -> tuple[str, PreTrainedTokenizerBase]:
+def load_text_frames(pipe: Any, folder: str | Path) -> TextFrames:
     """Give a pipeline's transformer a text head and the adapter that reads its texts. The adapter acts on texts that
     are generated and on nothing else: images stay bitwise what they are.
 
     Args:
         pipe: with an `MMDiT` without a text head.
         folder: see above.
-
-    Returns:
-        The adapter's name, and the tokenizer of the texts.
 
     Raises:
         ValueError: another transformer, or files of another model.
@@ -57,6 +148,7 @@ def load_text_frames(pipe: Any, folder: str | Path) -> tuple[str, PreTrainedToke
         raise ValueError(f"text frames are for MMDiT, got {type(model).__name__}")
     adapter = read_adapter(folder / ADAPTER)
     tokenizer = AutoTokenizer.from_pretrained(folder / TOKENIZER)
+    questions = _read_questions(folder / QUESTIONS) if (folder / QUESTIONS).is_file() else None
     load_text_head(model, folder / HEAD)
     name = legal_name(FOLDER, loaded_adapters(model))
     trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
@@ -64,11 +156,24 @@ def load_text_frames(pipe: Any, folder: str | Path) -> tuple[str, PreTrainedToke
     for parameter in model.parameters():
         # PEFT freezes the model, and torch has another kernel for norms whose weights are frozen.
         parameter.requires_grad_(id(parameter) in trained)
-    return name, tokenizer
+    return TextFrames(name, tokenizer, questions)
+
+
+def _read_questions(path: Path) -> QuestionForms:
+    values = read_object(path)
+    try:
+        return QuestionForms(tuple(values["forms"]), {name: tuple(words) for name, words in values["words"].items()})
+    except (KeyError, AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} does not hold forms of questions: {error}") from error
 
 
 def save_text_frames(
-    model: MMDiT, adapter: str, tokenizer: PreTrainedTokenizerBase, folder: str | Path, info: AdapterInfo | None = None
+    model: MMDiT,
+    adapter: str,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str | Path,
+    info: AdapterInfo | None = None,
+    questions: QuestionForms | None = None,
 ) -> None:
     """Write a folder of text frames, in half precision.
 
@@ -76,9 +181,12 @@ def save_text_frames(
         model: with a text head, and a LoRA of the name `adapter` that reads its texts.
         tokenizer: whose `model_max_length` says how many tokens a text may have.
         info: how the adapter was trained.
+        questions: that it was trained to answer; `None`: any.
     """
     folder = Path(folder)
     pairs = {name: LoraPair(pair.down.half(), pair.up.half()) for name, pair in adapter_pairs(model, adapter).items()}
     write_adapter(folder / ADAPTER, pairs, info or AdapterInfo(task="text"))
     save_text_head(model, folder / HEAD)
     tokenizer.save_pretrained(folder / TOKENIZER)
+    if questions is not None:
+        (folder / QUESTIONS).write_text(json.dumps(asdict(questions), indent=1) + "\n", encoding="utf-8")

@@ -8,7 +8,7 @@ from tiny import rope_config, tiny_pipeline, tiny_tokenizer
 
 from imgdit import OneDiffusionPipeline
 from imgdit.models.text_head import add_text_head
-from imgdit.pipelines.text_frames import FOLDER, save_text_frames
+from imgdit.pipelines.text_frames import FOLDER, QuestionForms, save_text_frames
 
 LENGTH = 12
 """Tokens of a text."""
@@ -20,7 +20,7 @@ def pipeline() -> OneDiffusionPipeline:
     return pipe
 
 
-def save_model(place: Path) -> Path:
+def save_model(place: Path, questions: QuestionForms | None = None) -> Path:
     pipe = pipeline()
     pipe.save_pretrained(place)
     tokenizer = tiny_tokenizer()
@@ -33,5 +33,5 @@ def save_model(place: Path) -> Path:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model.add_adapter(LoraConfig(r=2, target_modules=targets, init_lora_weights=False), "reads")
-    save_text_frames(model, "reads", tokenizer, place / FOLDER)
+    save_text_frames(model, "reads", tokenizer, place / FOLDER, questions=questions)
     return place

@@ -12,8 +12,9 @@ from imgdit import ImgDiTPipeline, MMDiT, NextDiT, OneDiffusionPipeline
 from imgdit.data.buckets import bucket_sizes
 from imgdit.lora.dialects import LoraPair
 from imgdit.lora.files import AdapterInfo, adapter_pairs, write_adapter
-from imgdit.pipelines.text_frames import save_text_frames
+from imgdit.pipelines.text_frames import QuestionForms, save_text_frames
 from imgdit.scenes import sources
+from imgdit.scenes.questions import question_forms
 from imgdit.scenes.tokenizer import caption_tokenizer, question_tokenizer
 from imgdit.scenes.training_conditions import SceneConditions
 from imgdit.scenes.training_frames import PATCH, SceneFrames, latent_scale, scene_components
@@ -109,7 +110,8 @@ def save_texts(run: Path, out: Path) -> None:
         raise ValueError(f"{run} trained no text frames: expected adapter.rank and data {sources.IMAGE_TEXTS}")
     length = _arguments(SceneImageTexts, recipe)["length"]
     info = AdapterInfo(base_model=recipe.model.pretrained, task="text", licence="Apache-2.0")
-    save_text_frames(load_trained(run), ADAPTER, question_tokenizer(length), out, info)
+    questions = QuestionForms(**question_forms())
+    save_text_frames(load_trained(run), ADAPTER, question_tokenizer(length), out, info, questions)
 
 
 def _info(recipe: Recipe) -> AdapterInfo:

@@ -13,7 +13,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from functools import cache
 from random import Random
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from imgdit.naming import check_name
 from imgdit.scenes.captions import PLACES, words
@@ -319,6 +319,13 @@ def blind_accuracy(known: Iterable[Question], asked: Sequence[Question]) -> floa
         by_kind[one.kind][one.value] += 1
     guesses = [(by_text.get(one.text) or by_kind[one.kind]).most_common(1) for one in asked]
     return sum(bool(guess) and guess[0][0] == one.value for guess, one in zip(guesses, asked)) / len(asked)
+
+
+def question_forms() -> dict[str, Any]:
+    """Forms of all questions, and the words that stand for each name in them; as `QuestionForms` takes them."""
+    words = {"kind": OBJECTS, "other": OBJECTS, "colour": COLOURS, "side": ("left", "right"), "style": STYLES}
+    forms = tuple(form.replace("{noun}", "{article} {colour} {kind}") for kind in FORMS.values() for form in kind)
+    return {"forms": forms, "words": {**words, "article": ("a", "an")}}
 
 
 def question_words() -> set[str]:

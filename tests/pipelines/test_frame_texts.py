@@ -9,6 +9,8 @@ from tiny_text_frames import LENGTH, pipeline, save_model
 from imgdit import ImageFrame, ImageTextPipeline, OneDiffusionPipeline, TextFrame
 from imgdit.checkpoints import SCENES
 from imgdit.images import to_image
+from imgdit.pipelines.text_frames import QuestionForms
+from imgdit.scenes.questions import ANSWERS, heldout_questions
 from imgdit.scenes.render import render
 from imgdit.scenes.world import Scene
 
@@ -154,6 +156,56 @@ def test_bad_frames_are_refused(pipe):
     plain = pipeline()
     with pytest.raises(ValueError, match=r"no text head .*\('embedded'\)"):
         make(plain, [shown, TextFrame.generate()])
+
+
+def test_questions_of_other_forms_are_refused(tmp_path):
+    """By the folder's own list of forms."""
+    questions = QuestionForms(("a {colour} cube?", "what {colour}?"), {"colour": ("red", "blue"), "side": ("left",)})
+    pipe = OneDiffusionPipeline.from_pretrained(save_model(tmp_path / "model", questions))
+    pipe.load_text_frames(tmp_path / "model" / "text_frames")
+    assert pipe.text_questions == questions
+    writer = ImageTextPipeline.from_pretrained(tmp_path / "model")
+    writer.load_text_frames(tmp_path / "model" / "text_frames")
+    for model in (pipe, writer):
+        model.set_progress_bar_config(disable=True)
+    shown = images()[0]
+    assert len(writer.answer(shown, "A  red cube?", resolution=16, num_inference_steps=1).texts) == 1
+    told = r"not trained to answer 'a cone\?'. It answers a \{colour\} cube\? what \{colour\}\? \(colour: red, blue\)$"
+    with pytest.raises(ValueError, match=told):
+        writer.answer(shown, ["a red cube?", "a cone?"])
+    with pytest.raises(ValueError, match=told):
+        make(pipe, [ImageFrame.given(shown), TextFrame.ask("a cone?")])
+    with pytest.raises(ValueError, match=r"unknown name in 'a \{color\}'.*colour"):
+        QuestionForms(("a {color}",), {"colour": ("red",)})
+    path = tmp_path / "model" / "text_frames" / "questions.json"
+    for damaged in ('{"forms": ["a"]}', '{"forms": [1], "words": {}}', '{"forms": ["a"], "words": []}'):
+        path.write_text(damaged)
+        with pytest.raises(ValueError, match=r"questions\.json does not hold forms of questions"):
+            pipeline().load_text_frames(path.parent)
+
+
+def test_a_pipeline_with_text_frames_is_not_saved(pipe, folder, tmp_path):
+    pipe.load_text_frames(folder / "text_frames")
+    with pytest.raises(ValueError, match="save the pipeline before load_text_frames"):
+        pipe.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_embedded_model_refuses_what_it_was_not_taught():
+    """Its folder holds the forms of the questions of scenes; other words are refused by its tokenizer."""
+    embedded = ImageTextPipeline.from_pretrained(SCENES)
+    embedded.check_text_head()
+    for kind in ANSWERS:
+        for _, asked in heldout_questions(kind, 12):
+            assert embedded.check_questions(asked.text) == [asked.text]
+    for question in ("where is the cube?", "what is this?", "is there a cube?", "how many zebras are there?"):
+        with pytest.raises(
+            ValueError, match=r"not trained to answer .* It answers what object is it\? .*where is it\?"
+        ):
+            embedded.answer(None, question)
+    assert embedded.check_fillings("a photo of a [?] [?2]")
+    with pytest.raises(ValueError, match="never trained on 'zebra' in "):
+        embedded.fill("a photo of a [?] zebra")
 
 
 def test_the_embedded_model_writes_and_its_images_stay():
