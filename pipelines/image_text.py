@@ -193,11 +193,10 @@ class ImageTextPipeline(TextFramesMixin, ImgDiTPipeline):
             ValueError: as `answer`, and for fewer choices, empty ones, and ones that leave no place for an end token.
         """
         call = self._options(options)
-        asked = texts_of("questions", questions)
-        answers = [
-            [*self._text_tokenizer(one, add_special_tokens=False)["input_ids"], self._eos]
-            for one in texts_of("choices", choices)
-        ]
+        asked = self.check_questions(questions)
+        said = texts_of("choices", choices)
+        self.check_known_words(self._text_tokenizer, said)
+        answers = [[*self._text_tokenizer(one, add_special_tokens=False)["input_ids"], self._eos] for one in said]
         if len(answers) < 2:
             raise ValueError(f"give at least two choices, got {list(choices)!r}")
         shown = self._images(images, call, asked)
