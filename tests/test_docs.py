@@ -39,7 +39,7 @@ from imgdit.checkpoints import SCENES
 from imgdit.lora.files import AdapterInfo
 from imgdit.recipes import packaged_recipes, parse_as
 from imgdit.sae.config import SAEConfig
-from imgdit.sae.model import SparseAutoencoder
+from imgdit.sae.model import SparseAutoencoder, TimeConditionedAutoencoder
 from imgdit.sae.unlearning import ConceptUnlearner
 from imgdit.scenes.world import BACKGROUNDS, COLOURS, OBJECTS, STYLES
 from imgdit.training.recipe import parse_recipe
@@ -103,6 +103,9 @@ def hub(tmp_path_factory):
     pipe.save_pretrained(folder / "flux")
     for name in ("experimental/canny", "omini/subject_512", "my_edges"):
         lora_file(folder / f"omini/{name}.safetensors", pipe.transformer)
+    place, width = "transformer.transformer_blocks.0.ff", pipe.transformer.inner_dim
+    sizes = SAEConfig(width, 32, 32, transcode=True, time_embed_dim=8, hookpoint=place, threshold=0.0)
+    TimeConditionedAutoencoder(sizes).save_pretrained(folder / "difffract-transcoders" / place)
     klein = with_texts(flux2(Flux2KleinPipeline))
     klein.save_pretrained(folder / "klein")
     targets = r".*attn\.(to_[qkv]|to_qkv_mlp_proj)"
@@ -122,6 +125,8 @@ def hub(tmp_path_factory):
         "openai-community/gpt2": folder / "gpt2",
         "kuleshov-group/bd3lm-owt-block_size16": BLOCK_DIFFUSION / "bd3lm",
         "black-forest-labs/FLUX.1-dev": folder / "flux",
+        "black-forest-labs/FLUX.1-schnell": folder / "flux",
+        "difffract-transcoders": folder / "difffract-transcoders",
         "black-forest-labs/FLUX.2-klein-4B": folder / "klein",
         "Yuanshi/OminiControl": folder / "omini",
         **_of_families(folder),

@@ -57,7 +57,15 @@ SECTIONS = {
         "compat",
     ),
     "Model families": ("family", "families.step"),
-    "Sparse autoencoders": ("sae.config", "sae.model", "sae.files", "sae.unlearning", "sae.features", "sae.concepts"),
+    "Sparse autoencoders": (
+        "sae.config",
+        "sae.model",
+        "sae.files",
+        "sae.convert",
+        "sae.unlearning",
+        "sae.features",
+        "sae.concepts",
+    ),
     "μP": ("mup",),
     "Training": (
         "training",

@@ -100,12 +100,18 @@ def features(
 
 @app.command()
 def convert(
-    source: Annotated[Path, typer.Argument(help="Folder with sdxl-unbox's config.json and state_dict.pth.")],
+    source: Annotated[
+        Path,
+        typer.Argument(
+            help="sdxl-unbox's folder (config.json, state_dict.pth), or DifFRACT's folder of transcoder_*.pt or "
+            "sae_*.pt, or one of its files."
+        ),
+    ],
     folder: Annotated[Path, typer.Argument(help="Folder to write cfg.json and sae.safetensors to.")],
 ) -> None:
-    """Make safetensors of sdxl-unbox's published pickles, once, by a reader that admits nothing but tensors."""
-    from imgdit.sae.model import convert_sdxl_unbox
+    """Convert published pickles to safetensors, by a reader that admits nothing but tensors."""
+    from imgdit.sae.convert import convert_published
 
     with user_errors():
-        convert_sdxl_unbox(source, folder)
-    typer.echo(f"wrote {folder}")
+        for written in convert_published(source, folder):
+            typer.echo(f"wrote {written}")

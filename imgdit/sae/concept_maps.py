@@ -90,10 +90,10 @@ def concept_maps(
     def read(tokens: Tokens) -> None:
         if tokens.call.conditional is None:
             return
-        values = tokens.values[tokens.call.conditional].to(sae.W_dec)
+        values = tokens.encoded[tokens.call.conditional].to(sae.W_dec)
         if len(tokens.grids) != 1 or tokens.grids[0][0] * tokens.grids[0][1] != values.shape[1]:
             raise ValueError(f"a map needs one whole grid of tokens, got {tokens.grids}")
-        rows, _ = sae.normalize(values.reshape(-1, values.shape[-1]))
+        rows, _ = chosen.normalize(values.reshape(-1, values.shape[-1]), tokens.call.timestep)
         acts = chosen.activations(rows, chosen.scores(rows)).float().cpu()  # (N, m)
         for i, (selection, own) in enumerate(zip(selections, owns)):
             step = _nearest(selection.timesteps, tokens.call.timestep)
@@ -103,7 +103,7 @@ def concept_maps(
                 found.setdefault(i, []).append(seen.view(len(values), *tokens.grids[0]))
 
     parts = []
-    with hooked(pipe, {place: read}, source={place: sae.config.source}):
+    with hooked(pipe, {place: read}, source={place: sae.config.reads}):
         for batch in prompt_batches(prompts, batch_size, seed):
             found.clear()
             batch.run(pipe, **call)

@@ -11,6 +11,9 @@ from imgdit.recipes import parse_as
 
 _ACTIVATIONS = ("topk", "batch_topk", "sample_topk", "groupmax")
 
+Reads = Literal["output", "update", "input"]
+"""What of a module is encoded: its output, output minus input, or its input (transcoders)."""
+
 
 @dataclass(frozen=True)
 class SAEConfig:
@@ -31,27 +34,53 @@ class SAEConfig:
     """A second loss with 4k active features, which keeps the code useful for other k."""
     normalize_decoder: bool = True
     """Rows of the decoder are brought to norm 1 before each training step."""
+    apply_b_dec_to_input: bool = True
+    """The decoder's bias is subtracted from the input (SAELens's name; transcoders never do)."""
     transcode: bool = False
-    """The output is not the input (sparsify's transcoders): the decoder's bias is not taken from the input."""
+    """A transcoder: the module's input is encoded, and its output is what the features add up to."""
     skip_connection: bool = False
     """A linear map from input to output beside the code (sparsify)."""
+    time_embed_dim: int | None = None
+    """Size of the timestep embedding of a `TimeConditionedAutoencoder`; `None`: the timestep does not matter."""
     hookpoint: str | None = None
     """Module path in the pipeline, as in "transformer.transformer_blocks.3"."""
     source: Literal["output", "update"] = "output"
     """What of the module is read: its output, or output minus input (sdxl-unbox)."""
     threshold: float | None = None
-    """Activation from which a feature counts as active at inference, learned with batch_topk."""
+    """Activation above which a feature counts as active at inference, learned with batch_topk; 0: all positive ones
+    (ReLU)."""
+    feature_thresholds: bool = False
+    """Every feature has a threshold of its own, stored with the weights (JumpReLU, arXiv 2407.14435)."""
 
     def __post_init__(self) -> None:
         for name in ("d_in", "num_latents", "k"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.time_embed_dim is not None and self.time_embed_dim < 2:
+            raise ValueError(f"time_embed_dim must be at least 2, got {self.time_embed_dim}")
+        if self.threshold is not None and self.feature_thresholds:
+            raise ValueError(f"threshold is for all features, got {self.threshold} and thresholds per feature")
+        if self.transcode and (self.source != "output" or self.input_unit_norm):
+            raise ValueError(
+                "a transcoder encodes a module's input and adds up to its output: source must be 'output' and "
+                f"input_unit_norm false, got {self.source!r} and {self.input_unit_norm}"
+            )
         if self.k > self.num_latents:
             raise ValueError(f"k active features out of num_latents: got k={self.k}, num_latents={self.num_latents}")
         check_choice("activation", self.activation, _ACTIVATIONS)
         check_choice("source", self.source, ("output", "update"))
         if self.activation == "groupmax" and self.num_latents % self.k:
             raise ValueError(f"groupmax needs num_latents that k divides, got {self.num_latents} and k={self.k}")
+
+    @property
+    def reads(self) -> Reads:
+        """What of its module is encoded."""
+        return "input" if self.transcode else self.source
+
+    @property
+    def subtracts_b_dec(self) -> bool:
+        """Whether the decoder's bias is subtracted from what is encoded."""
+        return self.apply_b_dec_to_input and not self.transcode
 
     def to_dict(self) -> dict[str, Any]:
         """As SAeUron's `cfg.json`, with our fields besides (its reader drops what it does not know)."""

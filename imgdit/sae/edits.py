@@ -8,6 +8,7 @@ N rows, L latents, m chosen features, d width.
 
 from __future__ import annotations
 
+import copy
 from typing import Literal, NamedTuple
 
 import torch
@@ -53,12 +54,20 @@ class ChosenFeatures:
         device, rows = thresholds.device, features.to(sae.W_dec.device)
         self.sae, self.features, self.whole = sae, features.to(device), whole or DeviceCopies(sae)
         self.weight = sae.encoder.weight[rows].to(device)  # (m, d)
-        shift = 0 if sae.config.transcode else self.weight @ sae.b_dec.to(device)
+        shift = self.weight @ sae.b_dec.to(device) if sae.config.subtracts_b_dec else 0
         self.bias = sae.encoder.bias[rows].to(device) - shift
         self.decoder = sae.W_dec[rows].to(device)  # (m, d)
+        self.modulation = None if sae.modulation is None else copy.deepcopy(sae.modulation).to(device)
         # Activations are never negative, so a threshold of 0 is that of the ReLU.
-        floor = max(sae.threshold or 0.0, 0.0)
-        self.thresholds = thresholds.clamp(min=floor)
+        self.thresholds = thresholds.clamp(min=0.0)
+        if isinstance(sae.cutoff, torch.Tensor):
+            self.thresholds = torch.maximum(self.thresholds, sae.cutoff[rows].to(self.thresholds))
+        elif sae.cutoff is not None:
+            self.thresholds = self.thresholds.clamp(min=sae.cutoff)
+
+    def normalize(self, x: torch.Tensor, timestep: float) -> tuple[torch.Tensor, RowScale | None]:
+        """See `SparseAutoencoder.normalize`."""
+        return self.sae.normalize(x) if self.modulation is None else (self.modulation(x, timestep), None)
 
     def scores(self, x: torch.Tensor) -> torch.Tensor:
         """Pre-activations (N, m) of normalised rows (N, d)."""
@@ -71,7 +80,7 @@ class ChosenFeatures:
             x: (N, d) normalised rows.
             scores: `self.scores(x)`.
         """
-        if self.sae.threshold is not None:
+        if self.sae.cutoff is not None:
             return torch.where(scores > self.thresholds, scores, 0.0)
         margin = _MARGIN * (1 + self.thresholds)
         rows = (scores > self.thresholds - margin).any(1).nonzero().flatten()
@@ -109,6 +118,7 @@ def edit_by_decoding(
     change: Edit,
     *,
     error: Literal["kept", "reversed", "dropped"] = "kept",
+    timestep: float | None = None,
 ) -> torch.Tensor:
     """Encode, edit and decode all features: what SAeUron does, and 4 times a block's cost.
 
@@ -117,13 +127,14 @@ def edit_by_decoding(
         error: "kept": x - reconstruction is added, as it should be, equal to `ChosenFeatures.added`; "reversed": its
             negative is, as in all of SAeUron's published runs, which gives 2 * reconstruction - x where nothing is
             edited; "dropped".
+        timestep: see `SparseAutoencoder.normalize`.
     """
     # The published hook ignores input_unit_norm.
     values = x.to(sae.W_dec.dtype)
     rows: torch.Tensor = values
     scale: RowScale | None = None
     if error == "kept":
-        rows, scale = sae.normalize(values)
+        rows, scale = sae.normalize(values, timestep)
     code = sae.encode(rows)
     factors = code.acts.new_ones(len(x), sae.config.num_latents)
     factors[:, change.features] = change.factors.to(factors)

@@ -94,9 +94,9 @@ def survey_features(
         if tokens.call.conditional is None:
             return
         near = whole.on(tokens.values.device)
-        values = tokens.values[tokens.call.conditional].to(near.W_dec.dtype)
+        values = tokens.encoded[tokens.call.conditional].to(near.W_dec.dtype)
         for i, image in enumerate(values):  # one at a time: a dense code of (n, L) is enough
-            rows, _ = near.normalize(image)
+            rows, _ = near.normalize(image, tokens.call.timestep)
             dense = near.encode(rows).dense().float()
             time = tokens.call.timestep
             sums[time] = sums.get(time, 0) + dense.mean(0).cpu()
@@ -107,7 +107,7 @@ def survey_features(
             strongest[first + i] = torch.where(better, best, strongest[first + i])
             places[first + i] = torch.where(better, where, places[first + i])
 
-    with hooked(pipe, {place: read}, source={place: sae.config.source}):
+    with hooked(pipe, {place: read}, source={place: sae.config.reads}):
         for batch in prompt_batches(prompts, batch_size, seed):
             first = batch.first
             batch.run(pipe, **call)
@@ -140,18 +140,18 @@ def heat_maps(
     def read(tokens: Tokens) -> None:
         if tokens.call.conditional is None or text:
             return
-        values, device = tokens.values[tokens.call.conditional].to(sae.W_dec.dtype), tokens.values.device
+        values, device = tokens.encoded[tokens.call.conditional].to(sae.W_dec.dtype), tokens.values.device
         if device not in chosen:
             numbers = torch.tensor(list(features), device=device)
             chosen[device] = ChosenFeatures(sae, numbers, torch.zeros(len(numbers), device=device))
         if len(tokens.grids) != 1 or tokens.grids[0][0] * tokens.grids[0][1] != values.shape[1]:
             raise ValueError(f"a heat map needs one whole grid of tokens, got {tokens.grids}")
-        rows, _ = sae.normalize(values.reshape(-1, values.shape[-1]))
+        rows, _ = chosen[device].normalize(values.reshape(-1, values.shape[-1]), tokens.call.timestep)
         acts = chosen[device].activations(rows, chosen[device].scores(rows))
         maps.append(acts.view(len(values), *tokens.grids[0], -1).permute(0, 3, 1, 2).float().cpu())
 
     found, images = [], []
-    with hooked(pipe, {place: read}, source={place: sae.config.source}):
+    with hooked(pipe, {place: read}, source={place: sae.config.reads}):
         for batch in prompt_batches(prompts, batch_size, seed):
             maps.clear()
             images += list(batch.run(pipe, **call).images)

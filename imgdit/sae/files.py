@@ -3,9 +3,9 @@
     <folder>/cfg.json            sizes and rules
     <folder>/sae.safetensors     encoder.weight (L, d), encoder.bias (L), W_dec (L, d), b_dec (d)
 
-That is SAeUron's and sparsify's format, which is ours too. sdxl-unbox's folders (`config.json`, decoder transposed)
-are read as well; as published they hold pickles, which can run code: `convert_sdxl_unbox` makes safetensors of them
-once, with torch's loader that only admits tensors.
+That is SAeUron's and sparsify's format, which is ours too. SAELens's folders (`cfg.json`, `sae_weights.safetensors`)
+and sdxl-unbox's (`config.json`, decoder transposed) are read as well, see `imgdit.sae.published`. What is published as
+pickles, which can run code, is converted once by `imgdit.sae.convert`.
 """
 
 from __future__ import annotations
@@ -22,9 +22,11 @@ from safetensors.torch import load_file
 from imgdit.io.safe_json import read_object
 from imgdit.moved import renamed
 from imgdit.sae.config import SAEConfig
+from imgdit.sae.published import from_saelens, from_unbox
 
 CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
-UNBOX_CONFIG, _UNBOX_WEIGHTS, UNBOX_PICKLE = "config.json", "state_dict.safetensors", "state_dict.pth"
+SAELENS_WEIGHTS = "sae_weights.safetensors"
+UNBOX_CONFIG, _UNBOX_WEIGHTS = "config.json", "state_dict.safetensors"
 _PICKLES = ("*.pt", "*.pth", "*.pkl", "*.bin", "*.ckpt")
 
 
@@ -58,10 +60,12 @@ def read_autoencoder(
         ValueError: files missing, pickled, damaged or of other shapes than the configuration says.
     """
     folder = local_folder(path_or_repo, subfolder)
-    if (folder / CONFIG).is_file():
-        config, tensors = SAEConfig.from_dict(read_config_file(folder / CONFIG)), _read_weights(folder, WEIGHTS)
+    if (folder / SAELENS_WEIGHTS).is_file():
+        config, tensors = from_saelens(read_object(folder / CONFIG), _read_weights(folder, SAELENS_WEIGHTS))
+    elif (folder / CONFIG).is_file():
+        config, tensors = SAEConfig.from_dict(read_object(folder / CONFIG)), _read_weights(folder, WEIGHTS)
     elif (folder / UNBOX_CONFIG).is_file():
-        config, tensors = from_unbox(read_config_file(folder / UNBOX_CONFIG), _read_weights(folder, _UNBOX_WEIGHTS))
+        config, tensors = from_unbox(read_object(folder / UNBOX_CONFIG), _read_weights(folder, _UNBOX_WEIGHTS))
     else:
         inner = sorted(entry.parent.name for entry in folder.glob(f"*/{CONFIG}"))
         hint = f"; its hookpoints are {', '.join(inner)}, name one as subfolder" if inner else ""
@@ -73,35 +77,13 @@ def read_autoencoder(
     return config, tensors, folder
 
 
-def from_unbox(values: dict[str, Any], tensors: dict[str, torch.Tensor]) -> tuple[SAEConfig, dict[str, torch.Tensor]]:
-    """sdxl-unbox: the decoder is transposed, the biases have other names, a block's update is what is coded."""
-    for name in ("d_model", "n_dirs_local", "k"):
-        if name not in values:
-            raise ValueError(f"{UNBOX_CONFIG} is not sdxl-unbox's: it has no {name!r}")
-    config = SAEConfig(values["d_model"], values["n_dirs_local"], values["k"], source="update")
-    names = {
-        "encoder.weight": "encoder.weight",
-        "latent_bias": "encoder.bias",
-        "decoder.weight": "W_dec",
-        "pre_bias": "b_dec",
-    }
-    ours = {names[name]: tensor for name, tensor in tensors.items() if name in names}
-    if "W_dec" in ours:
-        ours["W_dec"] = ours["W_dec"].t().contiguous()
-    return config, ours
-
-
-def read_config_file(path: Path) -> dict[str, Any]:
-    return read_object(path)
-
-
 def _read_weights(folder: Path, name: str) -> dict[str, torch.Tensor]:
     if not (folder / name).is_file():
         pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
         if pickles:
             raise ValueError(
                 f"{folder} has {', '.join(pickles)} instead of {name}; pickles can run code and are not loaded. "
-                "For sdxl-unbox's files, run `imgdit sae convert` once"
+                "For DifFRACT's and sdxl-unbox's files, run `imgdit sae convert` once"
             )
         raise ValueError(f"{folder} has no {name}")
     try:
@@ -128,5 +110,5 @@ def check_tensors(
 
 def __getattr__(name: str) -> Any:
     """Names of version 0.1; they go with version 0.3."""
-    names = ("load_sae", "save_sae", "convert_sdxl_unbox")
-    return renamed(__name__, name, {moved: f"sae.model.{moved}" for moved in names})
+    moved = {"load_sae": "sae.model", "save_sae": "sae.model", "convert_sdxl_unbox": "sae.convert"}
+    return renamed(__name__, name, {old: f"{module}.{old}" for old, module in moved.items()})

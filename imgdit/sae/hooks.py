@@ -13,7 +13,7 @@ import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from diffusers.hooks import ModelHook
@@ -24,6 +24,7 @@ from imgdit import compat
 from imgdit.family import TEXT_PARTS, Grid, MeasuredPlaces, find_family
 from imgdit.naming import nearest_of_many
 from imgdit.sae.calls import DenoiserCall, bind, describe_call, family_of
+from imgdit.sae.config import Reads
 from imgdit.sae.streams import Site, Tokens
 
 Function = Callable[[Tokens], torch.Tensor | None]
@@ -111,14 +112,15 @@ def hooked(
     pipe: Any,
     functions: Mapping[str, Function],
     *,
-    source: Mapping[str, Literal["output", "update"]] | None = None,
+    source: Mapping[str, Reads] | None = None,
     after_call: Callable[[DenoiserCall], None] | None = None,
 ) -> Iterator[None]:
     """Run functions on activations while the context is open.
 
     Args:
         functions: by hookpoint.
-        source: hookpoints that read a module's update, output minus input, instead of its output.
+        source: of hookpoints that read something else than a module's output: "update", output minus input; "input",
+            where the function is given both (`Tokens.inputs`) and returns another output.
         after_call: called at the end of each call of the denoiser.
 
     Raises:
@@ -147,8 +149,8 @@ def hooked(
                 plane = _plane_of(pipe, s)
                 if plane is not None:
                     place(plane[0], plane[1], f"{prefix}_plane_{number}")
-                update = (source or {}).get(s.path) == "update"
-                hook = _SiteHook(s, watcher, function, update, None if plane is None else plane[1])
+                reads = (source or {}).get(s.path, "output")
+                hook = _SiteHook(s, watcher, function, reads, None if plane is None else plane[1])
                 place(s.module, hook, f"{prefix}_{number}")
                 watcher.waiting[s.path] = s.module
         except BaseException:
@@ -233,14 +235,14 @@ class _SiteHook(ModelHook):
     """Hands a module's tokens to a function."""
 
     def __init__(
-        self, s: Site, watcher: _CallHook, function: Function, update: bool, plane: _PlaneHook | None
+        self, s: Site, watcher: _CallHook, function: Function, reads: Reads, plane: _PlaneHook | None
     ) -> None:
         super().__init__()
-        self.site, self.watcher, self.function, self.update, self.plane = s, watcher, function, update, plane
+        self.site, self.watcher, self.function, self.reads, self.plane = s, watcher, function, reads, plane
         self.input: Any = None
 
     def pre_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple, dict[str, Any]]:
-        if self.update:
+        if self.reads != "output":
             self.input = _first_input(module, args, kwargs)
         return args, kwargs
 
@@ -251,11 +253,14 @@ class _SiteHook(ModelHook):
         self.watcher.waiting.pop(self.site.path, None)
         grid = None if self.plane is None else self.plane.grid
         tokens = self.site.tokens(output, call, grid)
-        if not self.update:
+        if self.reads == "output":
             values = self.function(tokens)
             return output if values is None else self.site.replaced(output, call, values)
-        before = self.site.tokens(self.input, call, grid, beside_text=not isinstance(output, torch.Tensor))
+        before = self.site.tokens(self.input, call, grid, beside_text=self.site.apart(output))
         self.input = None
+        if self.reads == "input":
+            values = self.function(tokens._replace(inputs=before.values))
+            return output if values is None else self.site.replaced(output, call, values)
         # The difference of two numbers in half precision is rounded once, when it is added to the input again.
         exact = torch.promote_types(tokens.values.dtype, torch.float32)
         after = tokens.values.to(exact)

@@ -9,25 +9,18 @@ import copy
 import dataclasses
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
+from diffusers.models.embeddings import get_timestep_embedding
 
 from imgdit import kernels
 from imgdit.io.atomic import write_tensors, write_text
 from imgdit.io.fingerprints import sampled_hash, weights_hash
+from imgdit.moved import renamed
 from imgdit.sae.config import SAEConfig
-from imgdit.sae.files import (
-    CONFIG,
-    UNBOX_CONFIG,
-    UNBOX_PICKLE,
-    WEIGHTS,
-    check_tensors,
-    from_unbox,
-    read_autoencoder,
-    read_config_file,
-)
+from imgdit.sae.files import CONFIG, WEIGHTS, check_tensors, read_autoencoder
 from imgdit.sae.sparse import Pattern, Selection, SparseCode, above, decode, select, selected_scores
 
 UNIT_NORM_EPS = 1e-5
@@ -103,6 +96,7 @@ class SparseAutoencoder(nn.Module):
         super().__init__()
         self.config = config
         self.threshold = config.threshold
+        self.modulation: TimeModulation | None = None
         d, latents = config.d_in, config.num_latents
         self.encoder = nn.utils.skip_init(nn.Linear, d, latents)
         with torch.no_grad():
@@ -113,6 +107,8 @@ class SparseAutoencoder(nn.Module):
         self.b_dec = nn.Parameter(torch.zeros(d))
         if config.skip_connection:
             self.W_skip = nn.Parameter(torch.zeros(d, d))
+        if config.feature_thresholds:
+            self.thresholds = nn.Parameter(torch.zeros(latents), requires_grad=False)
         if config.normalize_decoder:
             self.normalize_decoder()
 
@@ -129,7 +125,7 @@ class SparseAutoencoder(nn.Module):
         """
         config, tensors, folder = read_autoencoder(path_or_repo, subfolder)
         with torch.random.fork_rng(devices=[]):
-            sae = cls(config)
+            sae = autoencoder_of(config)
         check_tensors(folder, tensors, {name: tuple(t.shape) for name, t in sae.state_dict().items()})
         sae.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
         return sae.requires_grad_(False).eval()
@@ -144,8 +140,14 @@ class SparseAutoencoder(nn.Module):
 
     # The map
 
-    def normalize(self, x: torch.Tensor) -> tuple[torch.Tensor, RowScale | None]:
-        """Rows (N, d) as the weights expect them; what is needed to go back."""
+    def normalize(self, x: torch.Tensor, timestep: float | None = None) -> tuple[torch.Tensor, RowScale | None]:
+        """Rows (N, d) as the weights expect them; what is needed to go back.
+
+        Args:
+            timestep: in [0, 1000]; only `TimeConditionedAutoencoder` needs it.
+        """
+        if self.modulation is not None:
+            return self.modulation(x, timestep), None
         if not self.config.input_unit_norm:
             return x, None
         mean, std = x.mean(1, keepdim=True), x.std(1, keepdim=True)
@@ -157,12 +159,18 @@ class SparseAutoencoder(nn.Module):
         return kernels.product(self._centred(x), self.encoder.weight, self.encoder.bias, out)
 
     def _centred(self, x: torch.Tensor) -> torch.Tensor:
-        return x if self.config.transcode else x - self.b_dec
+        return x - self.b_dec if self.config.subtracts_b_dec else x
+
+    @property
+    def cutoff(self) -> float | torch.Tensor | None:
+        """Pre-activation above which a feature is active at inference: of all features, or (L,) of each; `None`: the k
+        largest are."""
+        return self.thresholds if self.config.feature_thresholds else self.threshold
 
     def active(self, scores: torch.Tensor) -> Pattern:
         """Features that are active at inference."""
-        if self.threshold is not None:
-            return above(scores, self.threshold)
+        if self.cutoff is not None:
+            return above(scores, self.cutoff)
         return select(scores, self.config.k, "groupmax" if self.config.activation == "groupmax" else "topk")
 
     def encode(self, x: torch.Tensor) -> SparseCode:
@@ -177,9 +185,14 @@ class SparseAutoencoder(nn.Module):
         """Normalised rows (N, d) of a code."""
         return decode(code, self.W_dec) + self.b_dec
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Reconstruction of activations (..., d), in their units and dtype. Gradients reach x and the weights."""
-        rows, scale = self.normalize(x.reshape(-1, self.config.d_in).to(self.W_dec.dtype))
+    def forward(self, x: torch.Tensor, timestep: float | None = None) -> torch.Tensor:
+        """Reconstruction of activations (..., d), in their units and dtype; a transcoder's is of the module's output.
+        Gradients reach x and the weights.
+
+        Args:
+            timestep: see `normalize`.
+        """
+        rows, scale = self.normalize(x.reshape(-1, self.config.d_in).to(self.W_dec.dtype), timestep)
         out = self.decode(self.encode(rows))
         if self.config.skip_connection:
             out = out + rows @ self.W_skip.t()
@@ -320,7 +333,7 @@ class SparseAutoencoder(nn.Module):
         With `input_unit_norm`, rows are standardised before the weights and brought back after them: a scale changes
         nothing, and another mean than 0 cannot be folded in.
         """
-        new = SparseAutoencoder(self.config).to(self.W_dec)
+        new = autoencoder_of(self.config).to(self.W_dec)
         new.load_state_dict(self.state_dict())
         new.threshold = self.threshold
         if self.config.input_unit_norm:
@@ -340,6 +353,67 @@ class SparseAutoencoder(nn.Module):
         if known.startswith(_SAMPLE):
             return known == self.fingerprint()
         return known == weights_hash(self, dtype=torch.float32, length=64)
+
+
+class TimeModulation(nn.Module):
+    """x (1 + scale(t)) + shift(t): scale and shift are a linear layer on an MLP with two SiLUs on the sinusoidal
+    embedding of t / 1000. A new one leaves x as it is."""
+
+    def __init__(self, time_embed_dim: int, d_in: int) -> None:
+        super().__init__()
+        width = self.width = time_embed_dim
+        self.time_mlp = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
+        self.mod_linear = nn.Linear(width, 2 * d_in)
+        nn.init.zeros_(self.mod_linear.weight)
+        nn.init.zeros_(self.mod_linear.bias)
+
+    def forward(self, x: torch.Tensor, timestep: float | None) -> torch.Tensor:
+        """Modulated rows (N, d).
+
+        Args:
+            timestep: in [0, 1000].
+
+        Raises:
+            ValueError: no timestep.
+        """
+        if timestep is None:
+            raise ValueError("this autoencoder is conditioned on the timestep, got None; give one in [0, 1000]")
+        # Filled on the device: a tensor made of a number would be copied there and waited for.
+        time = get_timestep_embedding(torch.full((1,), timestep / 1000, device=x.device), self.width).to(x.dtype)
+        scale, shift = self.mod_linear(self.time_mlp(time)).chunk(2, dim=-1)
+        return x * (1 + scale) + shift
+
+
+class TimeConditionedAutoencoder(SparseAutoencoder):
+    """A sparse autoencoder whose input is modulated by the timestep (`TimeModulation`). With `SAEConfig.transcode` it
+    is DifFRACT's transcoder (arXiv 2606.15796, section 3.1). Published weights are used; training is not implemented.
+    """
+
+    def __init__(self, config: SAEConfig, *, generator: torch.Generator | None = None) -> None:
+        """See `SparseAutoencoder`.
+
+        Raises:
+            ValueError: no `time_embed_dim`.
+        """
+        if config.time_embed_dim is None:
+            raise ValueError("a TimeConditionedAutoencoder needs time_embed_dim, got None; use SparseAutoencoder")
+        super().__init__(config, generator=generator)
+        self.modulation = TimeModulation(config.time_embed_dim, config.d_in)
+
+    def loss(self, *args: Any, **kwargs: Any) -> SAELoss:
+        """Not implemented.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError(
+            "training a TimeConditionedAutoencoder is not implemented; train a SparseAutoencoder (time_embed_dim=None)"
+        )
+
+
+def autoencoder_of(config: SAEConfig) -> SparseAutoencoder:
+    """A new autoencoder of the class that a configuration asks for."""
+    return SparseAutoencoder(config) if config.time_embed_dim is None else TimeConditionedAutoencoder(config)
 
 
 class DeviceCopies:
@@ -395,18 +469,6 @@ def save_sae(sae: SparseAutoencoder, folder: str | Path) -> None:
     sae.save_pretrained(folder)
 
 
-def convert_sdxl_unbox(source: str | Path, folder: str | Path) -> None:
-    """Make our files of a published sdxl-unbox folder (`config.json`, `state_dict.pth`).
-
-    The pickle is read by torch's restricted loader, which builds tensors and nothing else.
-    """
-    source = Path(source)
-    for name in (UNBOX_CONFIG, UNBOX_PICKLE):
-        if not (source / name).is_file():
-            raise ValueError(f"{source} is no sdxl-unbox folder: it has no {name}")
-    state = torch.load(source / UNBOX_PICKLE, map_location="cpu", weights_only=True)
-    config, tensors = from_unbox(read_config_file(source / UNBOX_CONFIG), state.get("state_dict", state))
-    sae = SparseAutoencoder(config)
-    check_tensors(source, tensors, {name: tuple(t.shape) for name, t in sae.state_dict().items()})
-    sae.load_state_dict(tensors)
-    sae.save_pretrained(folder)
+def __getattr__(name: str) -> Any:
+    """Names of version 0.1; they go with version 0.3."""
+    return renamed(__name__, name, {"convert_sdxl_unbox": "sae.convert.convert_sdxl_unbox"})

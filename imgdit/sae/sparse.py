@@ -111,8 +111,8 @@ def select(
     return _from_places(chosen.sort().values, rows, latents)
 
 
-def above(scores: torch.Tensor, threshold: float) -> Pattern:
-    """Pattern of all scores (N, L) above a threshold."""
+def above(scores: torch.Tensor, threshold: float | torch.Tensor) -> Pattern:
+    """Pattern of all scores (N, L) above a threshold, or above (L,) one of each latent."""
     return _from_places((scores > threshold).flatten().nonzero().flatten(), *scores.shape)
 
 

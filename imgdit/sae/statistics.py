@@ -28,10 +28,10 @@ class _Means:
         if rows is None:
             return
         sae = self.whole.on(tokens.values.device)
-        x = tokens.values[rows].to(sae.W_dec.dtype)  # (P, n, d)
+        x = tokens.encoded[rows].to(sae.W_dec.dtype)  # (P, n, d)
         if not bool(torch.isfinite(x).all()):
             raise ValueError(f"the activations at timestep {tokens.call.timestep:g} are NaN or infinite")
-        flat, _ = sae.normalize(x.reshape(-1, x.shape[-1]))
+        flat, _ = sae.normalize(x.reshape(-1, x.shape[-1]), tokens.call.timestep)
         code = sae.encode(flat)
         means = code._replace(acts=code.acts.float()).mean(x.shape[1]).sum(0)  # (L,), summed over the images
         time = tokens.call.timestep
@@ -69,7 +69,7 @@ def collect_statistics(
     gathered: dict[str, dict[str, _Means]] = {hookpoint: {} for hookpoint in saes}
     for concept, lines in prompts.items():
         means = {hookpoint: _Means(sae) for hookpoint, sae in saes.items()}
-        source = {hookpoint: sae.config.source for hookpoint, sae in saes.items()}
+        source = {hookpoint: sae.config.reads for hookpoint, sae in saes.items()}
         with hooked(pipe, means, source=source):
             for batch in prompt_batches(lines, batch_size, seed):
                 batch.run(pipe, **call)

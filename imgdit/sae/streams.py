@@ -29,6 +29,13 @@ class Tokens(NamedTuple):
     grids: tuple[Grid, ...]
     """Rows and columns of each frame; none of a text."""
     call: DenoiserCall
+    inputs: torch.Tensor | None = None
+    """(B, n, d) the same tokens at the module's input, where a transcoder reads; `values` is the module's output."""
+
+    @property
+    def encoded(self) -> torch.Tensor:
+        """(B, n, d) what a sparse autoencoder encodes."""
+        return self.values if self.inputs is None else self.inputs
 
 
 class Site(NamedTuple):
@@ -57,8 +64,7 @@ class Site(NamedTuple):
 
         Args:
             plane: grid of the token sequence inside a model that works on planes.
-            beside_text: whether the image stream lies apart from the text; `None`: it does in a tuple, and in
-                modules that know no text.
+            beside_text: whether the image stream lies apart from the text; `None`: as `apart` tells of the output.
         """
         tensor = self._tensor(output, call)
         if self.text:
@@ -69,7 +75,7 @@ class Site(NamedTuple):
             return Tokens(tensor.flatten(2).transpose(1, 2), ((tensor.shape[2], tensor.shape[3]),), call)
         parts = [
             tensor[:, rows]
-            for rows in self._rows(tensor, call, self._apart(output) if beside_text is None else beside_text)
+            for rows in self._rows(tensor, call, self.apart(output) if beside_text is None else beside_text)
         ]
         grids = call.grids or (() if plane is None else (plane,))
         return Tokens(parts[0] if len(parts) == 1 else torch.cat(parts, dim=1), grids, call)
@@ -82,7 +88,7 @@ class Site(NamedTuple):
             return self._rebuilt(output, values)
         if tensor.ndim == 4:
             return self._rebuilt(output, values.transpose(1, 2).reshape(tensor.shape))
-        rows = self._rows(tensor, call, self._apart(output))
+        rows = self._rows(tensor, call, self.apart(output))
         if rows == (slice(0, tensor.shape[1]),):
             return self._rebuilt(output, values)
         changed, start = tensor.clone(), 0
@@ -137,7 +143,8 @@ class Site(NamedTuple):
             return type(output)(**{**output, next(iter(output)): tensor})
         return type(output)((*output[:place], tensor, *output[place + 1 :]))
 
-    def _apart(self, output: Any) -> bool:
+    def apart(self, output: Any) -> bool:
+        """Whether the image stream lies apart from the text: it does in a tuple, and in modules that know no text."""
         return not (self.single_stream and isinstance(output, torch.Tensor))
 
     def _rows(self, tensor: torch.Tensor, call: DenoiserCall, apart: bool) -> tuple[slice, ...]:

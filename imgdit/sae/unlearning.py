@@ -16,7 +16,7 @@ from imgdit.sae.concepts import ConceptBook, ConceptSelection, check_concepts, c
 from imgdit.sae.edits import ChosenFeatures, Edit, edit_by_decoding
 from imgdit.sae.files import CONFIG, local_folder
 from imgdit.sae.hooks import denoiser_of, hooked, site
-from imgdit.sae.model import DeviceCopies, SparseAutoencoder, load_sae, save_sae
+from imgdit.sae.model import DeviceCopies, SparseAutoencoder, autoencoder_of, load_sae, save_sae
 from imgdit.sae.statistics import collect_statistics
 from imgdit.sae.streams import Tokens
 
@@ -75,7 +75,7 @@ class ConceptUnlearner:
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a folder per hookpoint, each with its SAE and its concepts."""
         for hookpoint, sae in self.saes.items():
-            named = SparseAutoencoder(dataclasses.replace(sae.config, hookpoint=hookpoint))
+            named = autoencoder_of(dataclasses.replace(sae.config, hookpoint=hookpoint))
             named.load_state_dict(sae.state_dict())
             named.threshold = sae.threshold
             save_sae(named, Path(folder) / hookpoint)
@@ -159,9 +159,13 @@ class ConceptUnlearner:
                 them, otherwise all. What the text no longer says, no block puts into the image.
             paper_compat: the reconstruction error with SAeUron's sign, as in its published runs.
 
+        A transcoder's features are read from its module's input and changed in its output: what the features that are
+        not changed, and the transcoder's error, add to the output stays as it is.
+
         Raises:
-            ValueError: an unknown concept or hookpoint, an SAE of another width or concepts of another model, before
-                anything is hooked; and while sampling, activations that are not finite.
+            ValueError: an unknown concept or hookpoint, a mode that transcoders lack, an SAE of another width or
+                concepts of another model, before anything is hooked; and while sampling, activations that are not
+                finite.
         """
         requests = _requests(concepts)
         check_choice("mode", mode, ("scale", "remove", "replace"))
@@ -181,6 +185,16 @@ class ConceptUnlearner:
                 continue  # asked for by name, and knows none of them
             sae = self.saes[hookpoint]
             check_width(pipe, hookpoint, sae)
+            if mode == "replace" and sae.config.transcode:
+                raise ValueError(
+                    f"mode='replace' puts mean activations in place of those that are encoded; the transcoder at "
+                    f"{hookpoint} encodes its module's input and changes the output; use 'scale' or 'remove'"
+                )
+            if paper_compat and (sae.config.transcode or sae.config.time_embed_dim is not None):
+                raise ValueError(
+                    f"paper_compat is SAeUron's rule for sparse autoencoders; the one at {hookpoint} is a transcoder, "
+                    "or conditioned on the timestep"
+                )
             if not book.is_of(denoiser_of(pipe, hookpoint)):
                 raise ValueError(
                     f"the concepts at {hookpoint} were selected in another model ({book.model['class']}, "
@@ -188,7 +202,7 @@ class ConceptUnlearner:
                 )
             known = [[book.selections[name] for name in names if name in book.selections] for names in requests]
             interventions[hookpoint] = Intervention(sae, known, mode, multiplier, timesteps, halves, paper_compat)
-        source = {hookpoint: self.saes[hookpoint].config.source for hookpoint in interventions}
+        source = {hookpoint: self.saes[hookpoint].config.reads for hookpoint in interventions}
         checks = _Finite(list(interventions.values()))
         with hooked(pipe, interventions, source=source, after_call=checks):
             yield
@@ -236,7 +250,7 @@ def steer(
         replacement=torch.zeros(1, sae.config.d_in),
     )
     intervention = Intervention(sae, [[selection]], "scale", 1.0, timesteps, halves, False)
-    with hooked(pipe, {place: intervention}, source={place: sae.config.source}, after_call=_Finite([intervention])):
+    with hooked(pipe, {place: intervention}, source={place: sae.config.reads}, after_call=_Finite([intervention])):
         yield
 
 
@@ -329,20 +343,23 @@ class Intervention:
         plan = self.plans[call.timestep]
         if plan is None:
             return None
-        if x.shape[-1] != self.sae.config.d_in:
-            raise ValueError(f"the SAE reads width {self.sae.config.d_in}, the activations have {x.shape[-1]}")
+        encoded = tokens.encoded
+        if encoded.shape[-1] != self.sae.config.d_in:
+            raise ValueError(f"the SAE reads width {self.sae.config.d_in}, the activations have {encoded.shape[-1]}")
         if self.halves == "both":
-            return self._changed(x, plan, call.images)
+            return self._changed(x, encoded, plan, call)
         negative = call.unconditional or slice(0, 0)
-        parts = list(x.split([negative.start, negative.stop - negative.start, len(x) - negative.stop]))
+        lengths = [negative.start, negative.stop - negative.start, len(x) - negative.stop]
+        parts, read = list(x.split(lengths)), encoded.split(lengths)
         chosen = [n for n in ((1,) if self.halves == "unconditional" else (0, 2)) if len(parts[n])]
         for number in chosen:
-            parts[number] = self._changed(parts[number], plan, call.images)
+            parts[number] = self._changed(parts[number], read[number], plan, call)
         return torch.cat(parts) if chosen else None
 
-    def _changed(self, x: torch.Tensor, plan: _Plan, images: int) -> torch.Tensor:
-        """Tokens (B, n, d) of one or several guidance parts with `images` rows each."""
-        rows = x.reshape(-1, x.shape[-1])
+    def _changed(self, x: torch.Tensor, encoded: torch.Tensor, plan: _Plan, call: DenoiserCall) -> torch.Tensor:
+        """Tokens (B, n, d) of one or several guidance parts with `call.images` rows each; `encoded` is x, or what a
+        transcoder reads."""
+        rows, images = x.reshape(-1, x.shape[-1]), call.images
         if self.paper_compat:
             change = Edit(plan.chosen.features, plan.factors, plan.chosen.thresholds)
             self._watch(rows)
@@ -355,7 +372,8 @@ class Intervention:
             each = images // requests * x.shape[1]
             owner = torch.arange(requests, device=x.device).repeat_interleave(each).repeat(len(x) // images)
             factors = factors[owner]
-        normalised, scale = self.sae.normalize(rows.to(self.sae.W_dec.dtype))
+        read = encoded.reshape(-1, encoded.shape[-1]).to(self.sae.W_dec.dtype)
+        normalised, scale = plan.chosen.normalize(read, call.timestep)
         scores = plan.chosen.scores(normalised)
         self._watch(scores)
         acts = plan.chosen.activations(normalised, scores)

@@ -120,6 +120,11 @@ class SAETrainingRun:
         config, device = self.recipe.sae, compat.execution_device(self.pipe)
         if config.pretrained is not None:
             saved = load_sae(config.pretrained, hookpoint).to(device)
+            if saved.config.transcode or saved.config.time_embed_dim is not None:
+                raise ValueError(
+                    f"{config.pretrained}: {hookpoint} is a transcoder or conditioned on the timestep, which can be "
+                    "used but not trained further; start from a sparse autoencoder of a module's output"
+                )
             return SAETraining.continued_from(saved, self.recipe.train, self.recipe.run.steps)
         width = self.data.width(hookpoint)
         options = {name: getattr(config, name) for name in ("k", "activation", "input_unit_norm", "multi_topk")}
@@ -335,9 +340,9 @@ def reconstruction_distance(
 
     def functions(sae: SparseAutoencoder) -> Any:
         whole = DeviceCopies(sae)
-        return lambda tokens: whole.on(tokens.values.device)(tokens.values)
+        return lambda tokens: whole.on(tokens.values.device)(tokens.encoded, tokens.call.timestep)
 
-    source = {hookpoint: sae.config.source for hookpoint, sae in saes.items()}
+    source = {hookpoint: sae.config.reads for hookpoint, sae in saes.items()}
     total = count = spread = 0.0
     for batch in prompt_batches(prompts, batch_size, seed):
         plain = torch.as_tensor(batch.run(pipe, **call).images)

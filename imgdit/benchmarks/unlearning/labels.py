@@ -59,15 +59,21 @@ def classifier(source: str | Path, domain: str, labels: Sequence[str] = ()) -> C
 
 def probe_classifier(probe: SceneProbe, domain: str) -> Classify:
     """Labels that a probe reads."""
-    choices = probe.questions[QUESTIONS[domain]]
 
-    @torch.no_grad()
     def classify(files: Sequence[Path]) -> list[str]:
-        pixels = torch.cat([to_pixels(open_image(file)) for file in files])
-        logits = probe(pixels * 2 - 1).answers[QUESTIONS[domain]]
-        return [choices[number] for number in logits.argmax(1).tolist()]
+        return probe_labels(probe, torch.cat([to_pixels(open_image(file)) for file in files]))[domain]
 
     return classify
+
+
+@torch.no_grad()
+def probe_labels(probe: SceneProbe, pixels: torch.Tensor) -> dict[str, list[str]]:
+    """Style and object of each of (N, 3, S, S) images in [0, 1], as a probe reads them."""
+    answers = probe(pixels * 2 - 1).answers
+    return {
+        domain: [probe.questions[question][number] for number in answers[question].argmax(1).tolist()]
+        for domain, question in QUESTIONS.items()
+    }
 
 
 def answers_questions(source: str | Path) -> bool:
