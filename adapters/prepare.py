@@ -21,7 +21,7 @@ from imgdit.images.fitting import SHARP
 from imgdit.images.latents import cell_size
 from imgdit.images.masks import to_mask
 from imgdit.lora.files import AdapterInfo, loaded_adapters
-from imgdit.lora.rows import refuse_fused
+from imgdit.lora.rows import refuse_disabled, refuse_fused
 
 
 def prepare_run(
@@ -160,6 +160,7 @@ def _check(
             f"adapter {both[0]!r} acts on all tokens for one condition and on the condition's alone for another; "
             "give its conditions the same acts_on"
         )
+    refuse_disabled(model, [condition.adapter for condition in conditions])
     for layer in model.modules():
         if isinstance(layer, LoraLayer):
             refuse_fused(claimed, layer.merged_adapters)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from imgdit.frames import TextFrame
 from imgdit.pipelines.image_text import ImageTextPipeline
 from imgdit.pipelines.image_text_inputs import filling_rows, question_rows, texts_of
-from imgdit.pipelines.text_frames import find_text_frames
+from imgdit.pipelines.text_frames import find_text_frames, loaded_text_frames
 from imgdit.tasks import ImageFrame
 
 LENGTH = 64
@@ -98,6 +98,9 @@ class TextWriter:
         Raises:
             ValueError: the model has no text head.
         """
+        loaded = loaded_text_frames(pipe)
+        if loaded is not None:
+            pipe.text_adapter, pipe.text_tokenizer, pipe.text_questions = loaded
         if pipe.transformer.config.get("text_vocab_size") is None:
             folder = find_text_frames(pipe)
             if folder is None:

@@ -44,7 +44,13 @@ from imgdit.pipelines.image_text_reading import ImageTextReader, reads_as_dual_d
 from imgdit.pipelines.masked_text import Choices, MaskedTextPipeline
 from imgdit.pipelines.masked_text_inputs import check_ids
 from imgdit.pipelines.options import OUTPUT_TYPES
-from imgdit.pipelines.text_frames import TextFramesMixin, find_text_frames, load_text_frames
+from imgdit.pipelines.text_frames import (
+    TextFrames,
+    TextFramesMixin,
+    find_text_frames,
+    load_text_frames,
+    loaded_text_frames,
+)
 from imgdit.pipelines.text_to_image import ImgDiTPipeline
 from imgdit.schedulers.flow_match import MultiFrameFlowMatchScheduler
 from imgdit.schedulers.masked_text import MaskedTextScheduler, TextDraws, check_generators
@@ -398,7 +404,10 @@ class ImageTextPipeline(TextFramesMixin, ImgDiTPipeline):
     def load_text_frames(self, folder: str | Path) -> None:
         """Load what writes text beside a transformer without a text head; see `imgdit.pipelines.text_frames`. Without
         this call the folder `text_frames` beside the pipeline's parts is loaded when it is needed."""
-        self.text_adapter, tokenizer, self.text_questions = load_text_frames(self, folder)
+        self._take(load_text_frames(self, folder))
+
+    def _take(self, frames: TextFrames) -> None:
+        self.text_adapter, tokenizer, self.text_questions = frames
         self.register_modules(text_tokenizer=tokenizer)
         self.register_to_config(text_length=tokenizer.model_max_length)
 
@@ -408,6 +417,9 @@ class ImageTextPipeline(TextFramesMixin, ImgDiTPipeline):
         Raises:
             ValueError: says which ones do.
         """
+        loaded = loaded_text_frames(self)
+        if loaded is not None and self.text_adapter is None:
+            self._take(loaded)
         if self.transformer.config.text_vocab_size is not None:
             return
         folder = find_text_frames(self)

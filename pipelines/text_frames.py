@@ -29,6 +29,7 @@ from imgdit.lora.files import (
     read_adapter,
     write_adapter,
 )
+from imgdit.lora.rows import refuse_disabled
 from imgdit.models.mmdit import MMDiT
 from imgdit.models.text_head import load_text_head, save_text_head
 from imgdit.naming import check_name
@@ -125,6 +126,25 @@ class TextFramesMixin:
                 raise ValueError(f"the model was never trained on {', '.join(map(repr, unknown))} in {text!r}")
 
 
+def loaded_text_frames(pipe: Any) -> TextFrames | None:
+    """What was loaded for a pipeline's transformer, by this pipeline or another one.
+
+    Raises:
+        ValueError: its LoRA is not there any more or switched off.
+    """
+    model = compat.unwrapped(pipe.transformer)
+    found: TextFrames | None = getattr(model, "text_frames", None)
+    if found is None:
+        return None
+    if found.adapter not in loaded_adapters(model):
+        raise ValueError(
+            f"the LoRA {found.adapter!r} that reads texts was removed from this transformer, which writes nothing "
+            "without it; load the model again"
+        )
+    refuse_disabled(model, [found.adapter])
+    return found
+
+
 def find_text_frames(pipe: Any) -> Path | None:
     """The folder beside a pipeline's parts, of which the transformer knows where it is from; `None`: there is none."""
     source = pipe.transformer.config.get("_name_or_path")
@@ -156,7 +176,8 @@ def load_text_frames(pipe: Any, folder: str | Path) -> TextFrames:
     for parameter in model.parameters():
         # PEFT freezes the model, and torch has another kernel for norms whose weights are frozen.
         parameter.requires_grad_(id(parameter) in trained)
-    return TextFrames(name, tokenizer, questions)
+    model.text_frames = TextFrames(name, tokenizer, questions)
+    return model.text_frames
 
 
 def _read_questions(path: Path) -> QuestionForms:

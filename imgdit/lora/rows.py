@@ -7,7 +7,7 @@ Nothing is toggled, so no product is computed with scale 0 and two threads canno
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple
@@ -166,6 +166,16 @@ def scaled_adapters(model: nn.Module, scale: float) -> Iterator[None]:
     finally:
         for layer, scaling in zip(layers, before, strict=True):
             layer.scaling.update(scaling)
+
+
+def refuse_disabled(model: nn.Module, names: Collection[str]) -> None:
+    """Refuse adapters that are to act on rows of a model while all its adapters are switched off."""
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer) and layer.disable_adapters and any(name in layer.lora_A for name in names):
+            raise ValueError(
+                f"adapter {next(name for name in names if name in layer.lora_A)!r} cannot act: the model's adapters "
+                "are disabled (disable_lora). Call enable_lora() first; set_adapters() switches single ones off"
+            )
 
 
 def refuse_fused(claimed: Iterable[str], fused: Sequence[str]) -> None:

@@ -111,6 +111,8 @@ class MMDiT(
         mup_wd_exponent, mup_base_head_dim, mup_base_depth: see `imgdit.mup.MupSettings`.
     """
 
+    text_frames: Any = None
+    """What `imgdit.pipelines.text_frames` loaded, for all pipelines of this model."""
     _supports_gradient_checkpointing = True
     _no_split_modules = ["MMDiTBlock", "MMDiTSingleBlock"]
     _repeated_blocks = ["MMDiTBlock", "MMDiTSingleBlock"]

@@ -89,6 +89,27 @@ def test_image_text_pipelines_load_them_too(pipe, folder):
     assert text == make(pipe, [ImageFrame.given(shown[0]), TextFrame.generate()]).texts
 
 
+def test_pipelines_of_one_transformer_share_its_text_frames(folder):
+    """Each writes as if it had loaded them itself; without the LoRA nothing is written."""
+    shown, asked = images(), [TextFrame.generate()]
+    one = ImageTextPipeline.from_pretrained(folder)
+    expected = one.caption(shown, resolution=16, **SETTINGS).texts
+    for other in (ImageTextPipeline.from_pipe(one), ImageTextPipeline(**one.components)):
+        assert other.caption(shown, resolution=16, **SETTINGS).texts == expected
+    parts = {name: part for name, part in one.components.items() if not name.startswith("text_t") and part is not None}
+    frames = OneDiffusionPipeline(**{name: part for name, part in parts.items() if name != "text_scheduler"})
+    assert make(frames, [ImageFrame.given(shown[0]), *asked]).texts == expected
+    one.transformer.disable_lora()
+    with pytest.raises(ValueError, match="enable_lora"):
+        one.caption(shown)
+    one.transformer.enable_lora()
+    assert one.caption(shown, resolution=16, **SETTINGS).texts == expected
+    one.transformer.delete_adapters(one.text_adapter)
+    for write in (lambda: one.caption(shown), lambda: make(frames, [ImageFrame.given(shown[0]), *asked])):
+        with pytest.raises(ValueError, match="was removed"):
+            write()
+
+
 def test_a_batch_has_a_text_for_each_image_and_seed(pipe):
     two = images(2)
     whole = make(pipe, [ImageFrame.given(two), TextFrame.ask(["a red", "a cube"], 8)], generator=seeded(1, 2))
