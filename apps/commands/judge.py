@@ -29,7 +29,7 @@ def judge(
 ) -> None:
     """Answer questions about images by the likelihood of each choice, as a JSON report."""
     with at_work():
-        from imgdit.apps.jobs.judge import Question, read_questions, report
+        from imgdit.apps.jobs.judge import Question, check_questions, read_questions, report
         from imgdit.apps.jobs.judge import judge as answers
         from imgdit.io.atomic import write_text
         from imgdit.pipelines.image_text_loading import load_image_text_pipeline
@@ -38,10 +38,16 @@ def judge(
         asked += [Question(text) for text in ask or ()]
         if not asked:
             raise ValueError("nothing is asked: give --questions FILE or --ask QUESTION")
+        check_questions(asked)
         files = _files(images)
         pipe = load_image_text_pipeline(model, loading, image_tokenizer)
         pipe.set_progress_bar_config(disable=True)
-        found = report(model, asked, list(answers(pipe, files, asked, batch)))
+        broken: list[str] = []
+        found = report(model, asked, list(answers(pipe, files, asked, batch, broken)), broken)
+        for line in broken:
+            typer.echo(f"left out {line}", err=True)
+        if len(broken) == len(files):
+            raise ValueError("no image could be read")
         text = json.dumps(found, ensure_ascii=False, indent=1)
         if out is None:
             typer.echo(text)

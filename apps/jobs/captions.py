@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
+from imgdit.apps.jobs.judge import read_image
 from imgdit.data.listing import CAPTION_ENDINGS, caption_files, list_folder
-from imgdit.images import open_image, to_rgb
 from imgdit.io.atomic import write_text
 from imgdit.io.bulk import run_bulk
 from imgdit.pipelines.image_text_loading import length_option, load_image_text_pipeline
@@ -44,22 +45,36 @@ class CaptionImages:
         images, names, broken = [], [], []
         for name in item["files"]:
             try:
-                images.append(to_rgb(open_image(self.folder / name)))
+                images.append(read_image(self.folder / name))
                 names.append(name)
             except (ValueError, OSError) as error:
                 broken.append(f"{name}: {error}")
         if names:
-            generators = [
-                torch.Generator().manual_seed((self.seed << 32) + zlib.crc32(name.encode())) for name in names
-            ]
-            texts = self.pipe.caption(images, generator=generators, **self.options).texts
-            for name, text in zip(names, texts, strict=True):
+            for name, text in zip(names, self._texts(images, names, broken), strict=True):
+                if text is None:
+                    continue
                 said = " ".join(text.split())
                 if said:
                     write_text(caption_file(self.folder, name), f"{said}\n", single_writer=True)
                 else:
                     broken.append(f"{name}: the model wrote an empty caption")
         return {"written": len(item["files"]) - len(broken), "broken": broken, "process": os.getpid()}
+
+    def _texts(self, images: list[Image.Image], names: list[str], broken: list[str]) -> list[str | None]:
+        """Captions of images, in which one that the pipeline refuses has none and a line in `broken`."""
+        generators = [torch.Generator().manual_seed((self.seed << 32) + zlib.crc32(name.encode())) for name in names]
+        try:
+            return self.pipe.caption(images, generator=generators, **self.options).texts
+        except ValueError as error:
+            if len(names) == 1:
+                broken.append(f"{names[0]}: {error}")
+                return [None]
+            refused: list[str] = []
+            texts = [self._texts([image], [name], refused)[0] for image, name in zip(images, names)]
+            if len(refused) == len(names):  # it is not the images
+                raise
+            broken += refused
+            return texts
 
 
 def caption_file(folder: Path, image: str) -> Path:

@@ -558,6 +558,10 @@ def test_refused_combinations(flux_control):
     with pytest.raises(ValueError, match="'canny' is fused"), flux_control.use([condition]):
         pass
     model.unfuse_lora()
+    model.disable_lora()
+    with pytest.raises(ValueError, match="Call enable_lora"), flux_control.use([condition]):
+        pass
+    model.enable_lora()
     model.fuse_qkv_projections()
     with pytest.raises(ValueError, match="unfuse_qkv"), flux_control.use([condition]):
         pass

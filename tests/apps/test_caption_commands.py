@@ -10,7 +10,7 @@ from tiny import tiny_pipeline
 from typer.testing import CliRunner
 
 from imgdit.apps.cli import app
-from imgdit.apps.jobs.captions import caption_all
+from imgdit.apps.jobs.captions import CaptionImages, caption_all
 from imgdit.data.sources import open_rows
 
 QUICK = {"num_inference_steps": 2}
@@ -73,9 +73,30 @@ def test_captions_of_people_are_kept_and_damaged_images_named(tmp_path):
     folder = write_images(tmp_path, 2)
     (folder / "000.txt").write_text("mine")
     (folder / "zzz.png").write_bytes(b"no image")
+    Image.new("RGB", (1, 300)).save(folder / "narrow.png")
     found = run("data", "caption", folder, "--model", PIPELINE, "--steps", 2)
     assert found.exit_code == 1 and "zzz.png: " in found.stdout and "wrote 1 captions" in found.stdout
+    assert "narrow.png" in found.stdout
     assert captions(folder)["000.txt"] == "mine" and captions(folder).keys() == {"000.txt", "001.txt"}
+
+
+def test_an_image_that_a_pipeline_refuses_does_not_stop_the_others(tmp_path):
+    folder = write_images(tmp_path, 3)
+    job = CaptionImages(str(PIPELINE), str(folder), dict(QUICK), 0, {})
+    caption = job.pipe.caption
+
+    def refuses_green(images, **options):
+        if any(image.getpixel((0, 0)) == (0, 255, 0) for image in images):
+            raise ValueError("no green")
+        return caption(images, **options)
+
+    job.pipe.caption = refuses_green
+    Image.new("RGB", (32, 32), (0, 255, 0)).save(folder / "001.png")
+    found = job({"files": ["000.png", "001.png", "002.png"]})
+    assert found["broken"] == ["001.png: no green"] and captions(folder).keys() == {"000.txt", "002.txt"}
+    Image.new("RGB", (32, 32), (0, 255, 0)).save(folder / "002.png")
+    with pytest.raises(ValueError, match="no green"):
+        job({"files": ["001.png", "002.png"]})
 
 
 def test_what_is_refused(tmp_path):

@@ -117,6 +117,22 @@ def test_the_report_has_all_answers(folder, model):
     assert one["probabilities"] == pytest.approx(same["probabilities"], abs=1e-4)
 
 
+def test_questions_of_one_text_are_counted_apart_and_images_that_cannot_be_read_named(folder):
+    file, images = folder / "questions.jsonl", folder / "images"
+    lines = [{"question": "Is it red?"}, {"question": "Is it red?", "choices": ["no", "maybe"]}]
+    file.write_text("\n".join(map(json.dumps, lines)))
+    Image.new("RGB", (1, 300)).save(images / "narrow.png")
+    (images / "zzz.png").write_bytes(b"no image")
+    done = run(images, "--questions", file, "--model", folder / "mmada", "--out", folder / "judge.json")
+    assert done.exit_code == 0, done.output
+    report = json.loads((folder / "judge.json").read_text())
+    assert [one["images"] for one in report["questions"]] == [3, 3]
+    assert [list(one["answers"]) for one in report["questions"]] == [["yes", "no"], ["no", "maybe"]]
+    assert ["narrow" in line or "zzz" in line for line in report["broken"]] == [True, True]
+    done = run(images, "--questions", file, "--ask", "Is it red?", "--model", folder / "mmada")
+    assert done.exit_code and "asked twice" in done.output
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -155,6 +171,7 @@ def test_models_that_do_not_write_and_folders_without_images_are_refused(folder)
     [
         ({"choices": ["a", "b"]}, "line 1: expected question"),
         ({"question": "a", "choices": ["a"]}, "two texts or more"),
+        ({"question": "a", "choices": ["a", "b", "a"]}, "none twice"),
         ({"question": "a", "answer": "b"}, "line 1: expected question"),
         ({"question": "a", "expected": "maybe"}, "'maybe', none of the choices yes, no"),
     ],
