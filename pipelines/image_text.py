@@ -243,7 +243,7 @@ class ImageTextPipeline(TextFramesMixin, ImgDiTPipeline):
         texts = texts * (1 if shown is None else shown.rows // len(texts))
         tokenizer = self._text_tokenizer
         rows = filling_rows(tokenizer, texts, self._length(call), self.mask_token_id, self._eos)
-        return self._write(rows, shown, call)
+        return self._write(rows, shown, call, forbidden=(self._eos,))  # what follows a hole would be cut off
 
     def complete(
         self,
@@ -535,7 +535,9 @@ class ImageTextPipeline(TextFramesMixin, ImgDiTPipeline):
         return found * 2 - 1
 
     @torch.no_grad()
-    def _write(self, rows: Rows, shown: _Shown | None, options: WritingOptions) -> ImageTextPipelineOutput:
+    def _write(
+        self, rows: Rows, shown: _Shown | None, options: WritingOptions, forbidden: tuple[int, ...] = ()
+    ) -> ImageTextPipelineOutput:
         device = compat.execution_device(self)
         check_generators(options.generator, len(rows.ids))
         reader = self._reader(rows, None if shown is None else self._encoded(shown), options)
@@ -552,7 +554,7 @@ class ImageTextPipeline(TextFramesMixin, ImgDiTPipeline):
                 input_ids=rows.ids.to(device), infill_mask=rows.holes.to(device), gen_length=0,
                 block_length=rows.ids.shape[1], num_inference_steps=steps,
                 **self._sampling(options), mask_token_id=self.mask_token_id, eos_early_stop=False,
-                generator=options.generator, output_type="seq", return_dict=False,
+                generator=options.generator, output_type="seq", return_dict=False, forbidden_tokens=forbidden,
                 callback_on_step_end=self._after_step(writer, options, bar),
                 callback_on_step_end_tensor_inputs=self._text_callback_tensor_inputs,
             )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ TEXT = "text"
 """Folder of the embedded model's language model."""
 HOLE = "_"
 """How a person writes a token that is to be filled."""
+_HOLES = re.compile(rf"(?<!\w){HOLE}(?!\w)")
 
 
 def load_text_pipeline(
@@ -66,13 +68,13 @@ def load_tokenizer(source: str | Path) -> Any:
 
 
 def with_holes(pipe: MaskedTextPipeline, text: str) -> str:
-    """A text whose words `_` are the model's mask token.
+    """A text in which each `_` that is no part of a word is the model's mask token; all else stays as it is.
 
     Raises:
         ValueError: it has none.
     """
-    words = text.split()
-    if HOLE not in words:
-        raise ValueError(f"{text!r} has no hole; write {HOLE} in the place of each token to fill")
     mask = pipe.tokenizer.convert_ids_to_tokens(pipe.mask_token_id)
-    return " ".join(mask if word == HOLE else word for word in words)
+    found, holes = _HOLES.subn(lambda _: mask, text)
+    if not holes:
+        raise ValueError(f"{text!r} has no hole; write {HOLE} in the place of each token to fill")
+    return found

@@ -15,7 +15,7 @@ from imgdit import BlockTextPipeline, DiffusionPipeline, MaskedTextPipeline
 from imgdit.apps.cli import app
 from imgdit.models.masked_lm import load_masked_lm
 from imgdit.models.text_embeddings import embed_texts
-from imgdit.pipelines.text_loading import load_text_pipeline
+from imgdit.pipelines.text_loading import load_text_pipeline, with_holes
 
 
 def run(*words):
@@ -43,6 +43,10 @@ def test_write_fills_holes_and_prints_json(folder):
     words = json.loads(found.stdout)["text"].split()
     assert (words[0], words[2], len(words)) == ("w1", "w2", 4) and "_" not in words
     assert run("write", "w1 w2", "--fill", "--model", folder).exit_code == 2
+    assert run("write", "w1 snake_case", "--fill", "--model", folder).exit_code == 2
+    pipe = load_text_pipeline(folder)
+    mask = pipe.tokenizer.convert_ids_to_tokens(pipe.mask_token_id)
+    assert with_holes(pipe, "(_, w1\n\n_:  __ a_b_ _") == f"({mask}, w1\n\n{mask}:  __ a_b_ {mask}"
 
 
 def test_embed_prints_similarities_and_writes_vectors(folder, tmp_path):

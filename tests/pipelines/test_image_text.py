@@ -100,6 +100,15 @@ def test_holes_alone_are_filled(pipe):
     assert set(row[at:]) == {tokenizer.eos_token_id}
 
 
+def test_a_filled_hole_does_not_end_the_text():
+    pipe = framed()
+    with torch.no_grad():
+        pipe.transformer.text_proj_out.bias[pipe._text_tokenizer.eos_token_id] += 100
+    found = pipe.fill("a [?] cube", images(1), max_length=20, num_inference_steps=1)
+    assert found.texts[0].endswith("cube")
+    assert pipe.caption(images(1), max_length=8, num_inference_steps=1).texts == [""]
+
+
 @settings(max_examples=12, deadline=None)
 @given(st.integers(1, 3), st.integers(1, 14), st.integers(1, 9), st.floats(0, 1), st.integers(0, 99))
 def test_any_rows_are_filled_in_their_holes_as_one_by_one(count, length, steps, fraction, seed):
