@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from random import Random
+from typing import NamedTuple
 
 from imgdit.naming import check_name
 from imgdit.scenes.captions import PLACES
@@ -27,11 +28,26 @@ def label_words(label: str) -> str:
     return f"{label} style" if kind_of(label) == "style" else label
 
 
-def label_prompt(style: str, thing: str, rng: Random) -> str:
+class LabelPrompt(NamedTuple):
+    """A prompt about a label, and what else it asks for."""
+
+    prompt: str
+    colour: str
+    background: str
+
+
+def draw_prompt(style: str, thing: str, rng: Random) -> LabelPrompt:
     """One object of some colour at some place, in a style."""
     colour = pick(rng, COLOURS)
-    place = pick(rng, PLACES[pick(rng, BACKGROUNDS)])
-    return f"{'an' if colour[0] in 'aeiou' else 'a'} {colour} {thing} {place}, {style} style"
+    background = pick(rng, BACKGROUNDS)
+    place = pick(rng, PLACES[background])
+    prompt = f"{'an' if colour[0] in 'aeiou' else 'a'} {colour} {thing} {place}, {style} style"
+    return LabelPrompt(prompt, colour, background)
+
+
+def label_prompt(style: str, thing: str, rng: Random) -> str:
+    """The prompt of `draw_prompt`."""
+    return draw_prompt(style, thing, rng).prompt
 
 
 def label_prompts(count: int, seed: int, kind: str) -> dict[str, list[str]]:

@@ -78,6 +78,7 @@ def test_every_method_and_every_count(folders, tmp_path):
         assert set(row["targets"]) == {"neon", "cube"} and row["artefacts"]["of"] == 2 * 8
         assert row["mean"]["low"] <= row["mean"]["value"] <= row["mean"]["high"]
         six = [row["means"][domain][score]["value"] for domain in row["means"] for score in ("UA", "IRA", "CRA")]
+        assert row["in_prompt"]["of"] == 2 * 2 * 2 and 0 <= row["in_prompt"]["mean"]["value"] <= 1
         assert row["minimum"] == min(six) and row["mean"]["value"] == pytest.approx(sum(six) / 6)
         assert name == "none" or (row["pixel_change"] > 0 and row["time_ratio"] > 0)
         for target, rows in result["pictures"][name].items():
@@ -89,7 +90,7 @@ def test_every_method_and_every_count(folders, tmp_path):
     }
     assert all(len(rows) == 2 for rows in result["together"].values())
     assert all(row["of"] == 2 for row in result["attack"].values())
-    for part in ("style UA", "mean (95 %)", "ours, replace", "several at once", "under attack"):
+    for part in ("style UA", "mean (95 %)", "in prompt", "ours, replace", "several at once", "under attack"):
         assert part in done.output
 
 

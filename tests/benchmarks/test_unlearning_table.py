@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from imgdit.benchmarks.unlearning.images import Look
 from imgdit.benchmarks.unlearning.plan import Cell, Seen, cells, read_folder, scene_seeds
+from imgdit.benchmarks.unlearning.retention import ATTRIBUTES, in_prompt
 from imgdit.benchmarks.unlearning.table import (
     accuracies,
     bootstrap_means,
@@ -127,3 +129,29 @@ def test_reading_a_folder(tmp_path):
 def test_a_target_nobody_painted():
     with pytest.raises(ValueError, match="no image's style is 'sepia'; there are neon, photo, sketch"):
         score_images("sepia", "style", seen())
+
+
+def test_what_is_kept_of_the_prompts_that_name_the_target():
+    """Only the target's images count; each attribute by hand."""
+
+    def look(cell, **changes):
+        asked = cell.attributes
+        values = {"style": cell.style, "object": cell.object, "colour": asked.colour, "second": "nothing"}
+        values |= {"background": asked.background} | changes
+        assert asked.prompt == cell.prompt and asked.colour in cell.prompt
+        return Look(Seen(cell, values.pop("style"), values.pop("object")), 0.1, 0.2, **values)
+
+    neon = [cell for cell in CELLS if cell.style == "neon"]  # 8
+    changed = {
+        neon[0]: {"colour": "white"}, neon[1]: {"second": "cube"}, neon[2]: {"object": "nothing"},
+        neon[3]: {"style": "sketch"}, CELLS[-1]: {"colour": "white", "second": "cone"},
+    }  # fmt: skip
+    found = in_prompt({"neon": [look(cell, **changed.get(cell, {})) for cell in CELLS]}, {"neon": "style"})
+    assert found["of"] == 8 and found["kept"] == dict(zip(ATTRIBUTES, (7, 7, 8, 6)))
+    assert (
+        found["mean"]["value"] == pytest.approx(28 / 32) and found["mean"]["low"] <= 28 / 32 <= found["mean"]["high"]
+    )
+    cone = in_prompt({"cone": [look(cell, style="mosaic") for cell in CELLS]}, {"cone": "object"})
+    assert cone["kept"] == dict(zip(ATTRIBUTES, (0, 12, 12, 12)))
+    with pytest.raises(ValueError, match="names any of neon"):
+        in_prompt({"neon": [look(cell) for cell in CELLS if cell.style != "neon"]}, {"neon": "style"})

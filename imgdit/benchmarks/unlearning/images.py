@@ -32,6 +32,10 @@ from imgdit.io.safe_json import read_object
 from imgdit.scenes.probe import SceneProbe
 from imgdit.scenes.world import OBJECTS, STYLES
 
+NOTHING = "nothing"
+"""What the probe calls what it does not see."""
+MORE_QUESTIONS = ("left colour", "background", "right object")
+"""What the probe is asked beside `QUESTIONS`, in the order of `Look`."""
 TIMED_STEPS, TIMED_ROUNDS = 4, 3
 """Steps of the images that a method's time is measured on, and pairs of them."""
 
@@ -56,11 +60,16 @@ class Look(NamedTuple):
     """Root mean square difference of the unmodified model's image from the same noise, of values in [0, 1]."""
     features: float
     """1 − cosine of the probe's features of the two."""
+    colour: str
+    """Of the object, or of the left one of two."""
+    background: str
+    second: str
+    """The right one of two objects; `NOTHING`: there is one."""
 
     @property
     def artefact(self) -> bool:
         """Whether the probe sees no object or no style at all."""
-        return "nothing" in (self.seen.style, self.seen.object)
+        return NOTHING in (self.seen.style, self.seen.object)
 
 
 def digest(*parts: Any) -> str:
@@ -184,14 +193,16 @@ class Eyes:
     def looks(self, folder: Path, wanted: Sequence[Cell], plain: Path, batch: int = 32) -> list[Look]:
         """What a folder's images show, and how far they are from those in `plain`."""
         file = folder / self.name
-        known: dict[str, Any] = read_object(file) if file.is_file() else {}
+        stored: dict[str, Any] = read_object(file) if file.is_file() else {}
+        # Earlier versions asked the probe less.
+        known = {name: row for name, row in stored.items() if len(row) == len(Look._fields) + 1}
         new = [cell for cell in wanted if cell.name not in known]
         for first in range(0, len(new), batch):
             known |= self._look(folder, new[first : first + batch], plain)
         if new:
             write_text(file, json.dumps(known))
         rows = [(cell, known[cell.name]) for cell in wanted]
-        return [Look(Seen(cell, row[0], row[1]), row[2], row[3]) for cell, row in rows]
+        return [Look(Seen(cell, row[0], row[1]), *row[2:]) for cell, row in rows]
 
     @torch.no_grad()
     def _look(self, folder: Path, group: Sequence[Cell], plain: Path) -> dict[str, Any]:
@@ -201,10 +212,10 @@ class Eyes:
         features = (1 - F.cosine_similarity(reading.features, original.features)).tolist()
         called = [
             [self.probe.questions[question][n] for n in reading.answers[question].argmax(1).tolist()]
-            for question in QUESTIONS.values()
+            for question in (*QUESTIONS.values(), *MORE_QUESTIONS)
         ]
-        rows = zip(group, *called, pixels, features)
-        return {cell.name: [style, kind, round(p, 5), round(f, 5)] for cell, style, kind, p, f in rows}
+        rows = zip(group, pixels, features, *called)
+        return {cell.name: [style, kind, round(p, 5), round(f, 5), *more] for cell, p, f, style, kind, *more in rows}
 
 
 class JudgeEyes:

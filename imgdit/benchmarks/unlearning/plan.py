@@ -10,7 +10,7 @@ from pathlib import Path
 from random import Random
 from typing import NamedTuple
 
-from imgdit.scenes.labels import label_prompt
+from imgdit.scenes.labels import LabelPrompt, draw_prompt
 from imgdit.scenes.world import OBJECTS, STYLES
 
 VALIDATION, TEST = 1_000, 188
@@ -34,7 +34,12 @@ class Cell(NamedTuple):
     def prompt(self) -> str:
         """A prompt about procedural scenes; colour and place are drawn by the cell, and told apart by classifiers of
         neither."""
-        return label_prompt(self.style, self.object, self._rng())
+        return self.attributes.prompt
+
+    @property
+    def attributes(self) -> LabelPrompt:
+        """Its prompt, with the colour and the place that it asks for."""
+        return draw_prompt(self.style, self.object, self._rng())
 
     @property
     def noise(self) -> int:

@@ -18,6 +18,7 @@ from imgdit.benchmarks.unlearning.images import Eyes, GeneratedImages, JudgeEyes
 from imgdit.benchmarks.unlearning.learning import build_material
 from imgdit.benchmarks.unlearning.methods.catalogue import METHODS
 from imgdit.benchmarks.unlearning.plan import VALIDATION, Cell, Seen, cells, scene_seeds
+from imgdit.benchmarks.unlearning.retention import in_prompt
 from imgdit.benchmarks.unlearning.table import (
     DOMAINS,
     accuracies,
@@ -154,6 +155,7 @@ class _Bench:
             name: {
                 **self._summary(name, seen[name], draws[name], draws),
                 **self._side_effects(looks[name]),
+                "in_prompt": in_prompt(looks[name], self.domains),
                 **self._costs(name, settings[name], wanted),
             }
             for name in self.methods
@@ -207,19 +209,19 @@ class _Bench:
         return METHODS[name].usable(self.generated.material.streams(self.generated.pipe))
 
     def _tuned(self, name: str) -> dict[str, Any]:
-        """The settings of the grid with the best mean of UA, IRA and CRA, on seeds of their own."""
+        """The settings of the grid with the best mean of UA, IRA, CRA and in-prompt retention, on other seeds."""
         grid = self._grid(name)
         if len(grid) == 1:
             return dict(grid[0])
         wanted, targets = cells(scene_seeds(1, VALIDATION)), [t for t in FEW_TARGETS if t in self.plan.targets]
         tried = self.tried[name] = []
         for settings in grid:
-            scores = [
-                score_images(t, kind_of(t), [look.seen for look in self._looks(name, [t], settings, wanted)])
-                for t in targets or self.plan.targets[:1]
-            ]
-            mean = sum(s.scores.mean for s in scores) / len(scores)
-            tried.append({"settings": dict(settings), "mean": mean, "targets": {s.target: s.scores for s in scores}})
+            looks = {t: self._looks(name, [t], settings, wanted) for t in targets or self.plan.targets[:1]}
+            scores = [score_images(t, kind_of(t), [look.seen for look in found]) for t, found in looks.items()]
+            retained = in_prompt(looks, self.domains)["mean"]["value"]
+            mean = (3 * sum(s.scores.mean for s in scores) / len(scores) + retained) / 4
+            of_targets = {s.target: s.scores for s in scores}
+            tried.append({"settings": dict(settings), "mean": mean, "in_prompt": retained, "targets": of_targets})
         return dict(max(tried, key=lambda entry: entry["mean"])["settings"])
 
     def _summary(
@@ -318,20 +320,22 @@ def _target(scores: Any) -> dict[str, Any]:
 
 
 def _row(look: Look) -> list[Any]:
-    return [look.seen.cell.name, look.seen.style, look.seen.object, look.pixels, look.features]
+    return [look.seen.cell.name, look.seen.style, look.seen.object, *look[1:]]
 
 
 def table(result: Mapping[str, Any]) -> str:
     """The result as aligned text."""
     domains = [domain for domain in ("style", "object") if domain in result["methods"]["none"]["means"]]
     head = ["method", *(f"{domain} {score}" for domain in domains for score in SCORES)]
-    head += ["mean (95 %)", "min", "artefacts", "pixels", "features", "time", "set-up", "kB", "tuned"]
+    head += ["mean (95 %)", "min", "in prompt", "artefacts", "pixels", "features", "time", "set-up", "kB", "tuned"]
     lines = [head]
     for row in result["methods"].values():
         cells_ = [row["title"]]
         cells_ += [f"{100 * row['means'][domain][score]['value']:.1f}" for domain in domains for score in SCORES]
         mean = {part: 100 * row["mean"][part] for part in ("value", "low", "high")}
         cells_ += [f"{mean['value']:.1f} ({mean['low']:.1f}–{mean['high']:.1f})", f"{100 * row['minimum']:.1f}"]
+        kept, model = row["in_prompt"]["mean"]["value"], result["methods"]["none"]["in_prompt"]["mean"]["value"]
+        cells_.append(f"{100 * kept:.1f} ({100 * kept / model:.0f} %)")
         cells_ += [f"{100 * row['artefacts']['value']:.1f} %", f"{row['pixel_change']:.3f}"]
         cells_ += [f"{row['feature_change']:.3f}", f"{row['time_ratio']:.2f}", f"{row['setup_seconds']:.1f} s"]
         cells_ += [f"{row['bytes'] / 1000:.0f}", str(row["tuned_values"])]
