@@ -62,9 +62,12 @@ class ImageTextReader(torch.nn.Module):
     def forward(self, input_ids: torch.Tensor) -> Any:
         """Logits (B, L, V) of tokens (B, L)."""
         if self._last is None or not torch.equal(self._last[0], input_ids):
-            logits = self._logits(input_ids, self.latents)
+            transformer, _ = self._parts
+            with transformer.cache_context("plain"):
+                logits = self._logits(input_ids, self.latents)
             if self.guidance_scale > 1 and self.latents is not None:
-                free = self._logits(input_ids, None)
+                with transformer.cache_context("uncond"):
+                    free = self._logits(input_ids, None)
                 logits = free + self.guidance_scale * (logits - free)
             self._last = (input_ids.clone(), logits)
         return SimpleNamespace(logits=self._last[1])

@@ -137,6 +137,7 @@ def unlearn(
     tune: Annotated[bool | None, typer.Option(help="Choose each method's settings on other seeds first.")] = None,
     together: Annotated[int | None, typer.Option(help="Seeds for several labels at once; 0: none.")] = None,
     attack: Annotated[int | None, typer.Option(help="Attacked prompts of each of four targets; 0: none.")] = None,
+    captions: Annotated[int | None, typer.Option(help="Captions of images with each target, and without.")] = None,
     judge: Judge = None,
 ) -> None:
     """Compare ways to unlearn styles and objects: what is gone, what is kept, what it costs."""
@@ -155,6 +156,7 @@ def unlearn(
         "tune": tune,
         "together": together,
         "attack": attack,
+        "captions": captions,
     }
     plan = unlearn_bench.QUICK if quick else unlearn_bench.UnlearnPlan()
     with at_work():

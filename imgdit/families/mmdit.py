@@ -12,11 +12,13 @@ from imgdit.mup.structure import Structure
 
 
 def places_of_layout(model: Any, arguments: Arguments) -> tuple[tuple[slice, Grid], ...] | None:
-    """Rows and grids of the frames that are generated, by the call's layout; without one, of its only frame."""
+    """Rows and grids of the frames that are generated, by the call's layout; without one, of its only frame. Where
+    texts alone are generated, of the images that they are about; none where these are read from a cache."""
     layout = arguments.get("layout")
     if layout is not None:
         frames = [(rows, layout.frames[i]) for rows, i in zip(layout.rows, layout.live, strict=True)]
-        return tuple((rows, frame.size) for rows, frame in frames if frame.predicted)
+        read = bool(layout.predicted_texts) and not layout.predicted_frames
+        return tuple((rows, frame.size) for rows, frame in frames if frame.predicted or read)
     if arguments.get("img_ids") is not None:
         return one_image(grid_of_ids(arguments["img_ids"]))
     return places_of_planes(model, arguments)

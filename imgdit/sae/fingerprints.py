@@ -1,8 +1,9 @@
 """What a denoiser is recognised by: its class, the size of its architecture, and a few of its weights.
 
 A hash of the bytes would call the same model in bfloat16 another one. Names and sizes are those of the architecture
-that the configuration describes, so that fused projections and adapters do not count; a weight that is quantised, or
-lies on a disk, is left out of the comparison.
+that the configuration describes, so that fused projections and adapters do not count; a text head does not count
+either, which may be added to a model that generates images. A weight that is quantised, or lies on a disk, is left out
+of the comparison.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ SKETCH = 64
 """Weights of a model that are compared to tell it from another."""
 _WRAPPERS = re.compile(r"\.base_layer\b|\b_orig_mod\.")
 """Parts of a parameter's name that PEFT and `torch.compile` put in."""
+_TEXT_HEAD = re.compile(r"text_(embedder|norm_out|proj_out)\.")
+"""Parameters of a text head, see `imgdit.models.text_head`."""
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -33,16 +36,23 @@ Shapes = Mapping[str, tuple[int, ...]]
 def model_fingerprint(model: torch.nn.Module) -> dict[str, Any]:
     """Class, number of weights, and a sketch: 64 weights, `None` for those that cannot be read as they were."""
     model = compat.unwrapped(model)
-    return _fingerprint(model, _architecture_of(model) or _shapes(model))
+    return _fingerprint(model, _without_text_head(_architecture_of(model) or _shapes(model)))
 
 
 def is_fingerprint_of(known: Mapping[str, Any], model: torch.nn.Module) -> bool:
     """Whether a model is the one that a fingerprint was taken of, up to half precision and quantisation.
 
-    Fingerprints of earlier versions were taken of the weights as they stood, adapters aside.
+    Fingerprints of earlier versions were taken of the weights as they stood, adapters aside, or with a text head.
     """
     model = compat.unwrapped(model)
-    return same_model(known, model_fingerprint(model)) or same_model(known, _fingerprint(model, _shapes(model)))
+    if same_model(known, model_fingerprint(model)) or same_model(known, _fingerprint(model, _shapes(model))):
+        return True
+    architecture = _architecture_of(model)
+    return architecture is not None and same_model(known, _fingerprint(model, architecture))
+
+
+def _without_text_head(shapes: Shapes) -> Shapes:
+    return {name: shape for name, shape in shapes.items() if not _TEXT_HEAD.match(name)}
 
 
 def same_model(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:

@@ -2,7 +2,8 @@
 
 Hookpoints are module paths within the pipeline; `*` stands for one part of a path. A hook on the denoiser notes what
 each call works on (timestep, guidance halves, frames), hooks on the modules hand the image's tokens to a function; of
-modules that belong to the text, the text's.
+modules that belong to the text, the text's. While a text about an image is generated, the image's tokens are those of
+the image that is read.
 They are diffusers' `ModelHook`s, which offloading and step caches respect, and are always removed. Modules that
 `torch.compile` compiled and that hold a hookpoint run uncompiled meanwhile.
 """
@@ -251,6 +252,9 @@ class _SiteHook(ModelHook):
         if call is None:  # a cache or checkpointing runs the block outside the denoiser's call
             return output
         self.watcher.waiting.pop(self.site.path, None)
+        if call.rows == () and not self.site.text:  # the call reads its image from a cache
+            self.input = None
+            return output
         grid = None if self.plane is None else self.plane.grid
         tokens = self.site.tokens(output, call, grid)
         if self.reads == "output":

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from imgdit import ImageTextPipeline
 from imgdit.apps.cli import app
 from imgdit.benchmarks.unlearning import images as unlearn_images
 from imgdit.benchmarks.unlearning import run as unlearn_bench
+from imgdit.benchmarks.unlearning.captions import chosen_cells, names
 from imgdit.benchmarks.unlearning.images import GeneratedImages
 from imgdit.benchmarks.unlearning.methods.catalogue import METHODS
 from imgdit.benchmarks.unlearning.plan import cells
@@ -181,12 +184,58 @@ def test_a_model_that_answers_questions_is_asked_too(folders, tmp_path, monkeypa
     assert set(said["style"]) <= set(STYLES) and set(said["object"]) <= set(OBJECTS) and len(said["style"]) == 4
 
 
+def test_captions_are_counted_too(folders, tmp_path, monkeypatch):
+    """Under methods that change the rows of an image, which act on the pipeline that writes."""
+    asked = []
+
+    class Writer:
+        def set_progress_bar_config(self, **options):
+            pass
+
+        def caption(self, images):
+            asked.append(len(images))
+            return SimpleNamespace(texts=["a cube in neon lights, at night"] * len(images))
+
+    hooked = []
+    attach = ConceptUnlearner.attach
+
+    def attached(unlearner, pipe, concepts, **options):
+        if isinstance(pipe, Writer):
+            hooked.append((concepts, options["hookpoints"]))
+            return nullcontext()
+        return attach(unlearner, pipe, concepts, **options)
+
+    monkeypatch.setattr(unlearn_bench, "load_image_text_pipeline", lambda model, options: Writer())
+    monkeypatch.setattr(ConceptUnlearner, "attach", attached)
+    few = ("--targets", "neon", "--seeds", "1", "--together", "0", "--attack", "0", "--captions", "2")
+    done, result = bench(folders, tmp_path / "run", "--methods", "saeuron,negative", *few)
+    assert done.exit_code == 0 and "plain named" in done.output, done.output
+    monkeypatch.undo()
+    row = result["captions"]["saeuron"]["neon"]
+    texts = ["a cube in neon lights, at night"] * 4
+    expected = {"named": 2, "of": 2, "kept": 0, "of_others": 2, "texts": texts}
+    assert row == dict.fromkeys(("plain", "removed", "generated"), expected) and list(result["captions"]) == [
+        "saeuron"
+    ]
+    assert hooked == [(["neon"], [HOOKPOINTS[0]])] and asked == [4, 4, 4]
+
+
+def test_a_caption_names_by_the_grammar_or_by_the_word():
+    assert names("glowing neon tubes that show a red cube at night", "neon") and names("a neon cat", "neon")
+    assert names("an old sepia photograph of a red cube at night", "cube")
+    assert not names("an old sepia photograph of a red cube at night", "photo")
+    shows, others = chosen_cells("cube", cells([0, 1]), 3)
+    assert len(shows) == len(others) == 3 and {cell.object for cell in shows} == {"cube"}
+    assert not {cell.object for cell in others} & {"cube"}
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--methods", "scael"], "unknown method 'scael'; did you mean 'scale'"),
         (["--targets", "neno"], "unknown style or object 'neno'; did you mean 'neon'"),
         (["--seeds", "0"], "seeds must be at least 1, got 0"),
+        (["--methods", "negative", "--captions", "1"], "captions are written under methods that work on images"),
         (["--saes", "nowhere"], "there is no folder nowhere of autoencoders; train them"),
     ],
 )

@@ -14,6 +14,7 @@ import torch
 
 from imgdit import DiffusionPipeline
 from imgdit.benchmarks.metrics import wilson
+from imgdit.benchmarks.unlearning.captions import chosen_cells, counts, settings_on_images, write_captions
 from imgdit.benchmarks.unlearning.images import Eyes, GeneratedImages, JudgeEyes, Look
 from imgdit.benchmarks.unlearning.learning import build_material
 from imgdit.benchmarks.unlearning.methods.catalogue import METHODS
@@ -66,6 +67,8 @@ class UnlearnPlan:
     """Seeds of the images for several labels at once, 1 to 6 of `SEQUENCE`; 0: none."""
     attack: int = 5
     """Prompts of each of `FEW_TARGETS` that are attacked; 0: none."""
+    captions: int = 0
+    """Captions of images that show a target, and as many of others, for each method that works on images; 0: none."""
 
     def __post_init__(self) -> None:
         for name in self.methods:
@@ -81,6 +84,9 @@ class UnlearnPlan:
             raise ValueError(
                 f"half of the methods work through guidance; guidance must be above 1, got {self.guidance}"
             )
+        if self.captions and not any(settings_on_images(METHODS[name]) for name in self.methods):
+            able = ", ".join(name for name, method in METHODS.items() if settings_on_images(method))
+            raise ValueError(f"captions are written under methods that work on images ({able}); got {self.methods}")
 
     @property
     def needs_saes(self) -> bool:
@@ -123,7 +129,8 @@ def run(
     judging = None
     if judge is not None:
         judging = JudgeEyes(load_image_text_pipeline(judge, LoadOptions(device="auto")))
-    bench = _Bench(plan, generated, Eyes(SceneProbe.from_pretrained(probe).eval()), seconds, judging)
+    writer = load_image_text_pipeline(model, LoadOptions(device="auto")) if plan.captions else None
+    bench = _Bench(plan, generated, Eyes(SceneProbe.from_pretrained(probe).eval()), seconds, judging, writer)
     result = bench.result()
     write_text(out / "unlearn.json", json.dumps(result, indent=1, ensure_ascii=False))
     return result
@@ -137,8 +144,9 @@ class _Bench:
         eyes: Eyes,
         statistics_seconds: float,
         judge: JudgeEyes | None,
+        writer: Any = None,
     ) -> None:
-        self.plan, self.generated, self.eyes, self.judge = plan, generated, eyes, judge
+        self.plan, self.generated, self.eyes, self.judge, self.writer = plan, generated, eyes, judge, writer
         self.statistics_seconds = statistics_seconds
         self.methods = [name for name in METHODS if name in plan.methods or name == "none"]
         self.domains = {target: kind_of(target) for target in plan.targets}
@@ -170,6 +178,7 @@ class _Bench:
             "together": {name: self._together(name, settings[name]) for name in self.methods} if plan.together else {},
             "attack": {name: self._attacked(name, settings[name]) for name in self.methods} if plan.attack else {},
             "judged": judged,
+            "captions": {} if self.writer is None else self._captioned(wanted),
             "tuning": self.tried,
             "pictures": {
                 name: {target: [_row(look) for look in found] for target, found in of.items()}
@@ -204,6 +213,34 @@ class _Bench:
                 same[domain] += sum(a.called(domain) == b.called(domain) for a, b in zip(by_judge, by_probe))
         means = {domain: mean._asdict() for domain, mean in domain_means(scores).items()}
         return {"means": means, "agrees_with_probe": same, "of": total}
+
+    def _captioned(self, wanted: Sequence[Cell]) -> dict[str, Any]:
+        """For each method that works on images and each target: what captions of unmodified images say, plainly and
+        while the method works, and captions of the images that were generated under it."""
+        self.writer.set_progress_bar_config(disable=True)
+        plain = self.generated.album("none", [], wanted).folder
+        found: dict[str, Any] = {}
+        before: dict[str, Any] = {}
+        for name in self.methods:
+            settings = settings_on_images(METHODS[name])
+            if settings is None:
+                continue
+            found[name] = {}
+            for target in self.plan.targets:
+                shows, others = chosen_cells(target, wanted, self.plan.captions)
+                cells_ = [*shows, *others]
+                if target not in before:
+                    before[target] = counts(target, shows, others, write_captions(self.writer, plain, cells_))
+                unlearned = METHODS[name].prepare(self.generated.pipe, [target], self.generated.material, **settings)
+                read = write_captions(self.writer, plain, cells_, unlearned)
+                album = self.generated.album(name, [target], cells_, settings)
+                drawn = write_captions(self.writer, album.folder, cells_)
+                found[name][target] = {
+                    "plain": before[target],
+                    "removed": counts(target, shows, others, read),
+                    "generated": counts(target, shows, others, drawn),
+                }
+        return found
 
     def _grid(self, name: str) -> Sequence[Mapping[str, Any]]:
         return METHODS[name].usable(self.generated.material.streams(self.generated.pipe))
@@ -355,6 +392,18 @@ def table(result: Mapping[str, Any]) -> str:
             found = [f"{100 * row['means'][domain][score]:.1f}" for domain in domains for score in names]
             found += [f"{100 * row['agrees_with_probe'][domain] / row['of']:.1f} %" for domain in DOMAINS]
             lines.append([METHODS[name].title, *found])
+        text.append(_aligned(lines))
+    if result["captions"]:
+        head = [f"{what} {part}" for what in ("plain", "removed", "generated") for part in ("named", "kept")]
+        lines = [["captions", *head]]
+        for name, by_target in result["captions"].items():
+            rows = by_target.values()
+            sums = [
+                f"{sum(row[what][part] for row in rows)}/{sum(row[what][of] for row in rows)}"
+                for what in ("plain", "removed", "generated")
+                for part, of in (("named", "of"), ("kept", "of_others"))
+            ]
+            lines.append([METHODS[name].title, *sums])
         text.append(_aligned(lines))
     if result["attack"]:
         lines = [["the target is seen", "before", "under attack", "of"]]
