@@ -22,13 +22,12 @@ from accelerate.utils import align_module_device
 from diffusers import ConfigMixin
 
 from imgdit import compat
+from imgdit.models.text_head import HEAD
 
 SKETCH = 64
 """Weights of a model that are compared to tell it from another."""
 _WRAPPERS = re.compile(r"\.base_layer\b|\b_orig_mod\.")
 """Parts of a parameter's name that PEFT and `torch.compile` put in."""
-_TEXT_HEAD = re.compile(r"text_(embedder|norm_out|proj_out)\.")
-"""Parameters of a text head, see `imgdit.models.text_head`."""
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -52,7 +51,9 @@ def is_fingerprint_of(known: Mapping[str, Any], model: torch.nn.Module) -> bool:
 
 
 def _without_text_head(shapes: Shapes) -> Shapes:
-    return {name: shape for name, shape in shapes.items() if not _TEXT_HEAD.match(name)}
+    if HEAD[0] not in shapes:  # models without one have other parts of such names
+        return shapes
+    return {name: shape for name, shape in shapes.items() if name not in HEAD}
 
 
 def same_model(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
