@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import time
@@ -157,9 +158,19 @@ class Session:
             "device": str(chosen_device(self.loading)),
             "dtype": str(chosen_dtype(self.loading)).removeprefix("torch."),
             **bits,
+            **self._captions_read,
             "threads": torch.get_num_threads(),
             "weights": hashlib.sha256(sketch.encode()).hexdigest()[:16],
         }
+
+    @property
+    def _captions_read(self) -> dict[str, str]:
+        """By which facts prompts are read, if by any."""
+        words = getattr(self.pipe, "prompt_words", None)
+        if words is None:
+            return {}
+        facts = json.dumps(dataclasses.asdict(words), sort_keys=True)
+        return {"prompts": hashlib.sha256(facts.encode()).hexdigest()[:16]}
 
     # Before generating
 

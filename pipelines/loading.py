@@ -19,7 +19,6 @@ from imgdit.models.quantized import load_options, quantize_rows
 from imgdit.pipelines.load_options import AUTO, LoadOptions
 from imgdit.pipelines.omni_control import FluxOmniControlPipeline, StableDiffusion3OmniControlPipeline
 from imgdit.pipelines.text_to_image import ImgDiTPipeline
-from imgdit.taught import read_taught
 
 WITH_CONDITIONS = {
     "FluxPipeline": FluxOmniControlPipeline,
@@ -52,7 +51,7 @@ def load_pipeline(source: str | Path, options: LoadOptions = AUTO) -> Any:
     # Without a dtype diffusers makes float32 of its models, and transformers keeps what a text encoder is stored in.
     pipe = loader.from_pretrained(found, dtype=dtype, use_safetensors=True, **quantized)
     if isinstance(pipe, ImgDiTPipeline):
-        pipe.tells_unknown_words = read_taught(found).words is None
+        pipe.tells_unknown_words = pipe.prompt_words is None
     if options.quantize == "int8":
         quantize_rows(denoiser(pipe))
     place(pipe, options, device)
@@ -63,7 +62,7 @@ def over_components(owner: Any, pipe: Any, options: LoadOptions) -> Any:
     """Another pipeline over the components of a loaded one, placed as that one is."""
     other = owner(**pipe.components)
     if isinstance(pipe, ImgDiTPipeline):
-        other.tells_unknown_words = pipe.tells_unknown_words
+        other.tells_unknown_words, other.prompt_words = pipe.tells_unknown_words, pipe.prompt_words
     if options.offload == "model":  # the pipeline itself frees the device after a run
         other.enable_model_cpu_offload(device=chosen_device(options))
     return other

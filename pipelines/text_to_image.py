@@ -36,6 +36,7 @@ from imgdit.pipelines.checks import Texts, check_call, check_latents, check_size
 from imgdit.pipelines.lora_loader import LoraLoaderMixin
 from imgdit.pipelines.options import SamplingOptions
 from imgdit.pipelines.texts import JoinedText, join_halves, unknown_words
+from imgdit.prompts import PromptWords, read_prompt, remark
 from imgdit.schedulers.flow_match import MultiFrameFlowMatchScheduler
 from imgdit.schedulers.schedule import set_schedule, step_options
 
@@ -100,7 +101,10 @@ class ImgDiTPipeline(compat.DiffusionPipeline, LoraLoaderMixin):
     model_cpu_offload_seq = "text_encoder->transformer->vae"
     _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds"]
     tells_unknown_words = True
-    """Whether words that the tokenizer spells in bytes are warned of; who says more of them sets it to false."""
+    """Whether words that the model does not know are warned of; who says more of them sets it to false."""
+    prompt_words: PromptWords | None
+    """Facts about the captions that the model was trained on, by which prompts are read; its tokenizer has them.
+    `None`: prompts are taken as they are written."""
 
     scheduler: MultiFrameFlowMatchScheduler
     vae: AutoencoderKL | AutoencoderDC
@@ -129,6 +133,7 @@ class ImgDiTPipeline(compat.DiffusionPipeline, LoraLoaderMixin):
         self._infos: dict[str, AdapterInfo] = {}  # how condition adapters were trained
         self._progress = Progress(0, 1)
         self._told: set[str] = set()  # unknown words that a warning has named
+        self.prompt_words = PromptWords.of_tokenizer(tokenizer)
 
     # Properties that callbacks and step caches read
 
@@ -182,6 +187,24 @@ class ImgDiTPipeline(compat.DiffusionPipeline, LoraLoaderMixin):
         return report
 
     # Text
+
+    def read_prompts(self, prompt: Any) -> Any:
+        """One prompt or several as captions that the model was trained on, if `prompt_words` tells what those are. A
+        caption, a prompt that begins with the token of a task, and `None` stay as they are."""
+        words = self.prompt_words
+        if words is None or prompt is None:
+            return prompt
+        if not isinstance(prompt, str):
+            return [self.read_prompts(one) for one in prompt]
+        if prompt.lstrip().startswith("[["):
+            return prompt
+        reading = read_prompt(words, prompt)
+        new = [note for note in reading.notes if note.said not in self._told]
+        self._told.update(note.said for note in new)
+        said = remark(words, new)
+        if said is not None and self.tells_unknown_words:
+            logger.warning(said)
+        return reading.prompt
 
     def encode_prompt(
         self,
@@ -344,7 +367,7 @@ class ImgDiTPipeline(compat.DiffusionPipeline, LoraLoaderMixin):
         """Generate images.
 
         Args:
-            prompt: what to show; one prompt or several.
+            prompt: what to show; one prompt or several; see `read_prompts`.
             negative_prompt: what to steer away from; empty by default.
             height, width: in pixels; the transformer's training size by default.
             num_inference_steps: steps of the sampler.
@@ -386,6 +409,7 @@ class ImgDiTPipeline(compat.DiffusionPipeline, LoraLoaderMixin):
         )  # fmt: skip
         conditioning = ConditionOptions(main_adapter, mode, cache, image_guidance_scale, region, condition_generator)
         samples = self.check_inputs(texts, options, height, width, latents)
+        texts = texts._replace(prompt=self.read_prompts(prompt))
         run = self._encode_conditions(conditions, conditioning, (height, width), samples) if conditions else None
         self._begin(options)
         text = self._encode_texts(texts, options)

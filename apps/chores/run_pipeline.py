@@ -12,6 +12,7 @@ from imgdit.models.bd3lm import BD3LM
 from imgdit.pipelines.block_text import BlockTextPipeline
 from imgdit.pipelines.masked_text import MaskedTextPipeline
 from imgdit.pipelines.vision_language_loading import with_parts
+from imgdit.prompts import KEY
 from imgdit.scenes.sources import FRAMES, TEXT_PAIRS, TEXTS
 from imgdit.scenes.texts import scene_text_tokenizer
 from imgdit.schedulers.masked_text import MaskedTextScheduler
@@ -60,6 +61,8 @@ def run_pipeline(run: Path) -> Any:
     if encoder.name in ("FluxPipeline", "StableDiffusion3Pipeline"):
         transformer = transformer.to_diffusers()
     owner: Any = OneDiffusionPipeline if isinstance(transformer, NextDiT) else type(pipe)
+    if getattr(pipe, "prompt_words", None) is not None:  # it has learned other captions
+        pipe.tokenizer.init_kwargs.pop(KEY)
     return owner(**{**pipe.components, "transformer": transformer})
 
 

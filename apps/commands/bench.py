@@ -49,6 +49,25 @@ def scenes(
     typer.echo(f"wrote {out}")
 
 
+@app.command()
+def people(
+    model: ModelFolder = None,
+    probe: Probe = None,
+    out: Sheets = Path("outputs/bench-people"),
+    count: Annotated[int | None, typer.Option(min=1, help="Of the 200 prompts; all by default.")] = None,
+    steps: Steps = STEPS,
+    guidance: Guidance = GUIDANCE,
+) -> None:
+    """Measure prompts as people write them, without the grammar of captions: object, colour, style as asked?"""
+    from imgdit.benchmarks.scenes import run as scene_bench
+    from imgdit.checkpoints import SCENE_PROBE
+
+    with at_work():
+        scores = scene_bench.run_people(model_folder(model), probe or SCENE_PROBE, out, count, steps, guidance)
+    typer.echo(scene_bench.table(scores))
+    typer.echo(f"wrote {out}")
+
+
 @app.command("any")
 def any_tasks(
     model: ModelFolder = None,

@@ -223,7 +223,8 @@ def _again(image: Path, out: Path | None, options: ImageOptions, loading: LoadOp
     now = session.made_with
     write_png(again, file, replace(origin, places=command.shelf.places, made_with=now))
     same = same_pixels(open_image(image).convert("RGB"), again.convert("RGB"))
-    differs = {name: [was, now.get(name)] for name, was in origin.made_with.items() if was != now.get(name)}
+    names = origin.made_with | now
+    differs = {n: [origin.made_with.get(n), now.get(n)] for n in names if origin.made_with.get(n) != now.get(n)}
     if options.as_json:
         typer.echo(json.dumps({"file": str(file), "same": same, "differs": differs}))
     else:

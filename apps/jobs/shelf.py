@@ -13,6 +13,7 @@ from imgdit.hub import INDEX, find_pipeline
 from imgdit.io.safe_json import read_object
 from imgdit.lora.files import FoundAdapter, find_adapters
 from imgdit.naming import check_name, nearest
+from imgdit.prompts import PromptWords, read_prompt, remark
 from imgdit.sae.concepts import check_concepts, concept_names
 from imgdit.sae.files import CONFIG
 from imgdit.tasks import KINDS, TASKS
@@ -101,6 +102,11 @@ class Shelf:
         return read_taught(self.home)
 
     @cached_property
+    def prompt_words(self) -> PromptWords | None:
+        """The captions that the model was trained on, where the folder tells them."""
+        return PromptWords.of_folder(self.home)
+
+    @cached_property
     def _index(self) -> dict[str, Any]:
         path = self.home / INDEX
         return read_object(path) if path.is_file() else {}
@@ -130,11 +136,10 @@ class Shelf:
     def about_words(self, prompts: Iterable[str]) -> str | None:
         """One message on words that this model was never taught and draws as something else; `None`: nothing to say,
         or nothing known of its words."""
-        if self.taught.words != "scenes":
+        words = self.prompt_words
+        if words is None:
             return None
-        from imgdit.scenes.meanings import about_words
-
-        return about_words(prompts)
+        return remark(words, [note for prompt in prompts for note in read_prompt(words, prompt).notes])
 
     def need_sae(self) -> None:
         """Refuse to go on without an autoencoder."""

@@ -1,157 +1,146 @@
-"""What the captions of the scenes can mean, and which words of a prompt mean nothing there.
-
-The tokenizer knows more words than have a meaning of their own: "white" is learned from "a floor of black and white
-tiles" alone, so "a white cube" is no colour. Only for models that were taught the scenes, see `imgdit.data.taught`.
+"""What the captions of the scenes can mean, and which words of people mean the same: the facts that a tokenizer of the
+scenes carries for `imgdit.prompts`.
 """
 
 from __future__ import annotations
 
 import colorsys
-import re
-from collections.abc import Iterable
+import dataclasses
 from functools import cache
-from typing import NamedTuple
+from typing import Any
 
 from PIL import ImageColor
 
-from imgdit.naming import closest
-from imgdit.scenes.captions import LOOKS, PAIRS, PLACES, vocabulary, words
+from imgdit.prompts.facts import PromptWords
+from imgdit.scenes.captions import LOOKS, PAIRS, PATTERNS, PLACES, SHORT
 from imgdit.scenes.shading import COLOUR_VALUES
 from imgdit.scenes.world import COLOURS, OBJECTS, STYLES
 
 KINDS = {"object": OBJECTS, "colour": COLOURS, "style": STYLES, "background": tuple(p[0] for p in PLACES.values())}
 """What a caption can name, by kind."""
-ALIKE = {
+SAME = {
     "object": {
-        "sphere": "ball globe orb marble bead bubble planet pearl egg",
-        "cube": "box block brick die dice crate square cuboid house building",
-        "cylinder": "tube pipe can barrel drum pillar column candle cup mug bucket bottle coin disc disk",
-        "cone": "funnel cornet spike",
-        "torus": "ring doughnut donut tyre tire wheel bagel hoop circle",
-        "capsule": "pill sausage lozenge",
-        "octahedron": "diamond gem crystal jewel",
-        "pyramid": "tent tetrahedron triangle prism",
+        "sphere": "ball, globe, orb, marble, bubble, beach ball, spherical",
+        "cube": "box, block, brick, die, dice, crate, square, cuboid, cubic",
+        "cylinder": "tube, pipe, can, tin, barrel, drum, pillar, column, disc, disk, coin, rod, cylindrical",
+        "cone": "funnel, traffic cone, ice cream cone, conical",
+        "torus": "ring, doughnut, donut, tyre, tire, wheel, bagel, hoop, tori",
+        "capsule": "pill, capsular",
+        "octahedron": "diamond, gem, gemstone, crystal, jewel, octahedra, octahedral",
+        "pyramid": "pyramidal",
+    },
+    "colour": {
+        "red": "scarlet, ruby, cherry, wine, burgundy, carmine, vermilion, reddish",
+        "orange": "amber, peach, apricot, tangerine, orangey",
+        "yellow": "golden, lemon, mustard, yellowish",
+        "green": "olive, emerald, jade, mint, greenish",
+        "cyan": "turquoise, cyanish",
+        "blue": "sapphire, cobalt, azure, ultramarine, blueish, bluish",
+        "purple": "violet, lilac, lavender, mauve, purplish",
+        "pink": "magenta, fuchsia, rose, pinkish",
     },
     "style": {
-        "photo": "photorealistic photography render rendering cgi 3d cinematic",
-        "cartoon": "comic anime manga painting watercolour watercolor gouache acrylic illustration clipart poster",
-        "sketch": "charcoal ink etching engraving crayon pen doodle",
-        "neon": "glow fluorescent cyberpunk led",
-        "mosaic": "pixel pixelated",
-        "sepia": "vintage retro antique monochrome daguerreotype",
+        "photo": "photograph, photography, photographic, photorealistic, realistic, snapshot",
+        "cartoon": "comic, anime, manga, toon, cartoonish",
+        "sketch": "pencil, charcoal, drawing, doodle, sketched, sketchy, hatched, hand drawn, pen and ink, crayon",
+        "neon": "glowing, glow, neon lights, neon sign, neon tubes, fluorescent",
+        "mosaic": "made of tiles, small tiles, tesserae",
+        "sepia": "old photo, old photograph, old picture, vintage, antique, retro, daguerreotype",
     },
     "background": {
-        "in a grey studio": "indoors indoor room",
-        "under a clear sky": "garden meadow field grass park street city forest mountain sea ocean lake snow",
-        "on sand under a clear sky": "beach desert dune dunes",
-        "on a checkered floor": "chess chessboard chequered",
-        "at sunset": "dawn dusk sunrise twilight",
-        "at night": "midnight moon moonlight stars space galaxy",
-        "on a wooden floor": "wood table desk shelf bench parquet kitchen bedroom sofa bed",
+        "sunset": "sunset, setting sun, dusk, twilight, evening, evening sky, sundown, golden hour",
+        "night": "night, nights, nighttime, night time, night sky, midnight, moonlight, stars, starry, starry sky, "
+        "dark, darkness",
+        "wood": "wooden floor, wooden floors, wooden table, wooden planks, wood floor, wood, planks, parquet",
+        "checkerboard": "checkered, chequered, checkerboard, chessboard, chess board, on tiles, tiled floor",
+        "studio": "studio, studio lighting, grey wall, gray wall, grey background, gray background, gray studio",
+        "sky": "sky, blue sky, clear sky, outdoors, outside, daylight, daytime, by day, sand, beach, desert, dunes, "
+        "dune",
     },
 }
-"""Words that people say, by the known one that is nearest."""
-LINKS = frozenset(words("a an the and or of in on at to by with its that as is are was it this from for some"))
-"""Words that join others: none is a mistake, and no object's adjective reaches over one."""
-SPELLED = 0.74
-"""Likeness from which a word is taken for a known one that is misspelt: one letter of four."""
-SCENERY = ("background", "floor", "ground", "wall", "sky", "room")
+"""Words and phrases that mean the same as one that captions know, commas between them."""
+NEAR = {
+    "object": {
+        "sphere": "bead, planet, pearl, egg, balloon, football, basketball, circle",
+        "cube": "house, building, parcel, package, chest",
+        "cylinder": "cup, mug, glass, bucket, bottle, candle, jar, vase, log, pole, tower",
+        "cone": "spike, party hat, cornet",
+        "torus": "lifebuoy, bracelet",
+        "capsule": "sausage, lozenge, tablet, hot dog",
+        "pyramid": "tent, tetrahedron, triangle, prism, roof",
+    },
+    "colour": {
+        "orange": "brown, bronze, copper, rusty",
+        "yellow": "white, ivory, cream, beige",
+        "blue": "black, grey, gray, silver",
+    },
+    "style": {
+        "photo": "render, rendering, 3d render, cgi, 3d, cinematic",
+        "cartoon": "painting, oil painting, watercolour, watercolor, gouache, acrylic, illustration, clipart, poster",
+        "sketch": "etching, engraving, ink",
+        "neon": "cyberpunk, led",
+        "mosaic": "pixel, pixel art, pixelated, stained glass",
+        "sepia": "monochrome, black and white",
+    },
+    "background": {
+        "sunset": "sunrise, dawn",
+        "night": "moon, space, galaxy",
+        "wood": "table, desk, shelf, bench, kitchen",
+        "studio": "indoors, indoor, room, plain background, plain wall, white background, black background",
+        "sky": "garden, meadow, field, grass, park, street, city, forest, mountain, sea, ocean, lake, snow, sun, "
+        "sunny",
+    },
+}
+"""Words and phrases of which a known one comes nearest."""
+TONES = ("light", "dark", "pale", "bright", "deep", "vivid", "hot", "navy", "sky", "royal", "baby", "lime", "forest")
+"""Words before a colour that make a tone of it."""
+SCENERY = ["background", "backdrop", "floor", "ground", "wall", "surface", "tiles", "planks", "carpet"]
 """Nouns that a colour makes a background of."""
+FAINT = ["photo", "photograph", "photography", "drawing", "realistic"]
+"""Words of a style that also say what kind of image another style is in ("a cartoon drawing")."""
+PLAIN_COLOURS = 0.45
+"""Chroma below which a colour is no tone of one of `COLOURS`, but white, grey or black."""
+PRIORITY = ("sunset", "night", "wood", "checkerboard", "studio", "sky")
+"""The backgrounds by how much of the image they decide: time of day before floor, floor before surroundings."""
 
 
-class Meaningless(NamedTuple):
-    """A word of a prompt that the scenes' captions give no meaning."""
-
-    word: str
-    kind: str | None = None
-    """One of `KINDS`, where the word tells it."""
-    nearest: str | None = None
-    """The known one that comes nearest."""
-
-    def __str__(self) -> str:
-        if self.nearest is None:
-            return f'"{self.word}"'
-        return f'"{self.word}" (nearest: {self.nearest})'
-
-
-def meaningless(prompt: str) -> list[Meaningless]:
-    """Words of a prompt without a meaning in the scenes, in their order, each once."""
-    text = re.findall(r"[^\W_]+", prompt.lower())
-    told = _told(text)
-    found: dict[str, Meaningless] = {}
-    for i, word in enumerate(text):
-        if i in told or word in LINKS:
+@cache
+def scene_words() -> PromptWords:
+    """The facts about captions of scenes."""
+    same = {kind: {name: text.split(", ") for name, text in part.items()} for kind, part in SAME.items()}
+    near = {kind: {name: text.split(", ") for name, text in part.items()} for kind, part in NEAR.items()}
+    told = {word for part in (same, near) for kinds in part.values() for words in kinds.values() for word in words}
+    for colour, (red, green, blue) in _colours().items():
+        if colour in COLOURS or colour in told:
             continue
-        if word in _colours() and i + 1 < len(text) and text[i + 1] in SCENERY:
-            phrase = f"{word} {text[i + 1]}"
-            found[phrase] = Meaningless(phrase, "background", closest(phrase, _places()))
-        elif word not in vocabulary() or word in _colours() or _describes(text, i):
-            found[word] = _named(word)
-    return list(found.values())
+        nearest = min(COLOURS, key=lambda name: _unlike((red, green, blue), COLOUR_VALUES[name]))
+        chroma = max(red, green, blue) - min(red, green, blue)
+        (same if chroma >= PLAIN_COLOURS else near)["colour"].setdefault(nearest, []).append(colour)
+    for colour in COLOURS:
+        same["colour"][colour] += [f"{tone} {colour}" for tone in TONES]
+    plain = {
+        "": "{subject}",
+        "style": SHORT["place"][0],
+        "place": SHORT["style"][0],
+        "style place": PATTERNS[0],
+    }
+    return PromptWords(
+        names={"object": [*OBJECTS], "colour": [*COLOURS], "style": [*STYLES], "background": [*PRIORITY]},
+        same=same,
+        near=near,
+        places={name: [*PLACES[name]] for name in PRIORITY},
+        looks={name: [*looks] for name, looks in LOOKS.items()},
+        pairs={"left": [*PAIRS["left"]], "beside": [*PAIRS[None]]},
+        patterns=[*PATTERNS, *(pattern for part in SHORT.values() for pattern in part), "{subject}"],
+        plain=plain,
+        scenery=SCENERY,
+        faint=FAINT,
+    )
 
 
-def about_words(prompts: Iterable[str]) -> str | None:
-    """One message on all words of some prompts that mean nothing; `None` if all have a meaning."""
-    found = {one.word: one for prompt in prompts for one in meaningless(prompt)}
-    if not found:
-        return None
-    kinds = {one.kind for one in found.values()}
-    shown = [kind for kind in KINDS if kind in kinds or None in kinds]
-    known = "; ".join(f"{kind}s {', '.join(KINDS[kind])}" for kind in shown)
-    return f"the model was never taught {', '.join(map(str, found.values()))}. It knows the {known}"
-
-
-def _told(text: list[str]) -> set[int]:
-    """Numbers of the words that mean something: names, and all words of a known phrase."""
-    names = {*OBJECTS, *COLOURS, *STYLES, "style"}
-    told = {i for i, word in enumerate(text) if word in names}
-    for phrase in _phrases():
-        for i in range(len(text) - len(phrase) + 1):
-            if tuple(text[i : i + len(phrase)]) == phrase:
-                told |= set(range(i, i + len(phrase)))
-    return told
-
-
-def _describes(text: list[str], i: int) -> bool:
-    """Whether a word stands before an object as what it is like ("a small red cube")."""
-    for word in text[i:]:
-        if word in OBJECTS:
-            return True
-        if word in LINKS or word in STYLES:
-            return False
-    return False
-
-
-def _named(word: str) -> Meaningless:
-    for kind, alike in ALIKE.items():
-        for known, others in alike.items():
-            if word in others.split() or word.removesuffix("s") in others.split():
-                return Meaningless(word, kind, known)
-    misspelt = next((kind for kind in ("object", "colour", "style") if closest(word, KINDS[kind], SPELLED)), None)
-    if misspelt is not None and word not in _colours():
-        return Meaningless(word, misspelt, closest(word, KINDS[misspelt]))
-    if colour := closest(word, _colours(), 0.8):
-        value = _colours()[colour]
-        return Meaningless(word, "colour", min(COLOURS, key=lambda name: _unlike(value, COLOUR_VALUES[name])))
-    return Meaningless(word)
-
-
-@cache
-def _places() -> tuple[str, ...]:
-    return tuple(phrase for phrases in PLACES.values() for phrase in phrases)
-
-
-@cache
-def _phrases() -> frozenset[tuple[str, ...]]:
-    """What the grammar says around names: runs of words of places, looks and relations, with their first words left
-    out too ("the wooden floor" as "a wooden floor")."""
-    runs: set[tuple[str, ...]] = set()
-    relations = [pattern for patterns in PAIRS.values() for pattern in patterns]
-    for text in (*_places(), *(look for looks in LOOKS.values() for look in looks), *relations):
-        for part in re.split(r"\{\w+\}", text):
-            run = part.split()
-            runs |= {tuple(run[i:]) for i in range(len(run)) if run[i] not in LINKS}
-    return frozenset(runs)
+def scene_facts() -> dict[str, Any]:
+    """`scene_words` as JSON's types."""
+    return dataclasses.asdict(scene_words())
 
 
 @cache

@@ -7,7 +7,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 
 from imgdit.pipelines.texts import BYTES
+from imgdit.prompts import KEY
 from imgdit.scenes.captions import vocabulary
+from imgdit.scenes.meanings import scene_facts
 from imgdit.scenes.questions import NEW_WORDS
 from imgdit.tasks import TASK_TOKENS
 
@@ -16,7 +18,7 @@ SPECIAL = ("<pad>", "</s>", "<unk>")
 
 def caption_tokenizer(max_length: int = 128) -> PreTrainedTokenizerFast:
     """Lower-cased words and punctuation; a word outside `captions.vocabulary` becomes its UTF-8 bytes, so no prompt
-    fails.
+    fails. It carries the facts by which `imgdit.prompts` reads prompts of people.
 
     Args:
         max_length: tokens that a prompt may have.
@@ -38,6 +40,7 @@ def caption_tokenizer(max_length: int = 128) -> PreTrainedTokenizerFast:
         eos_token="</s>",
         unk_token="<unk>",
         model_max_length=max_length,
+        **{KEY: scene_facts()},
     )
 
 
@@ -45,6 +48,7 @@ def text_tokenizer(max_length: int = 128) -> PreTrainedTokenizerFast:
     """`caption_tokenizer` for language models: with a mask token, and a token that begins texts in the place of
     the one that ends them."""
     tokenizer = caption_tokenizer(max_length)
+    tokenizer.init_kwargs.pop(KEY)
     tokenizer.add_special_tokens({"bos_token": "<s>", "mask_token": "<mask>"})
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]

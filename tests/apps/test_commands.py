@@ -180,7 +180,7 @@ def test_words_are_said_once_for_a_command(desk):
     for file in ("model_index.json", "taught.json"):
         assert (SCENES / file).is_file()
     done = run("generate", "a white cube", "a white torus", "--out", "many", *QUICK)
-    assert done.exit_code == 0 and done.stderr.count('"white" (nearest: pink)') == 1 and "bytes" not in done.stderr
+    assert done.exit_code == 0 and done.stderr.count('"white" (nearest: yellow)') == 1 and "bytes" not in done.stderr
     assert "white" not in run("generate", "a white cube", "a white torus", "--out", "many", *QUICK).stderr
 
 

@@ -10,6 +10,7 @@ from imgdit.apps.jobs.shelf import Shelf
 from imgdit.apps.jobs.sizes import check_sides, duration, unsuited
 from imgdit.apps.session import Session
 from imgdit.checkpoints import SCENES
+from imgdit.prompts import KEY
 from imgdit.taught import FILE, Taught, read_taught, write_taught
 
 
@@ -62,13 +63,17 @@ def test_remarks_are_of_models_that_were_taught_the_scenes_only(tmp_path):
     taught = read_taught(folder)
     assert taught == Taught(((128, 128),), "scenes")  # `assemble` writes it from the recipe
     (folder / FILE).unlink()
+    tokenizer = folder / "tokenizer/tokenizer_config.json"
+    values = json.loads(tokenizer.read_text())
+    tokenizer.write_text(json.dumps({name: value for name, value in values.items() if name != KEY}))
     asked = Request("a white cube", steps=10, height=256, width=256)
     (said,) = Session(Shelf(folder)).remarks(asked)  # its own size is known, and nothing of its words
     assert "128x128" in said and "It takes at least" in said
     write_taught(folder, taught)
+    tokenizer.write_text(json.dumps(values))
     session = Session(Shelf(folder))
     words, size = session.remarks(asked)
-    assert '"white" (nearest: pink)' in words and "was taught 128x128" in size
+    assert '"white" (nearest: yellow)' in words and "was taught 128x128" in size
     assert (
         session.remarks(Request("a red cube", height=128, width=128)) == session.remarks(Request("a red cube")) == []
     )

@@ -151,19 +151,59 @@ def test_a_cut_prompt_is_said(pipe, caplog):
     assert "the prompt has 8 tokens, 4 are read; cut off: 'on a blue sphere'" in caplog.text
 
 
-def test_unknown_words_are_said_once(caplog):
-    import logging
-
+def pipeline_of_scenes(owner=imgdit.ImgDiTPipeline):
+    """A tiny pipeline with the tokenizer of scenes."""
     from transformers import T5Config, T5EncoderModel
 
     from imgdit.scenes.tokenizer import caption_tokenizer
 
-    logging.getLogger("diffusers").propagate = True
     tokenizer = caption_tokenizer()
     config = T5Config(vocab_size=len(tokenizer), d_model=32, d_kv=8, d_ff=37, num_heads=4, num_layers=1)
     parts = {**tiny_pipeline().components, "tokenizer": tokenizer, "text_encoder": T5EncoderModel(config).eval()}
-    pipe = imgdit.ImgDiTPipeline(**parts)
+    pipe = owner(**parts)
     pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_prompts_of_people_are_read_as_captions(caplog):
+    import logging
+
+    logging.getLogger("diffusers").propagate = True
+    pipe = pipeline_of_scenes()
+    caption = run(pipe, "a red sphere at night")
+    assert torch.equal(run(pipe, "at night: one Red BALL!"), caption) and not caplog.text
+    for _ in range(2):
+        assert torch.equal(run(pipe, ["a white zebra, ball red, night"]), caption)
+    assert caplog.text.count('never taught "white" (nearest: yellow), "zebra"') == 1
+    pipe.prompt_words = None
+    assert torch.equal(run(pipe, "a red sphere at night"), caption)
+    assert not torch.equal(run(pipe, "at night: one Red BALL!"), caption)
+    assert imgdit.ImgDiTPipeline(**tiny_pipeline().components).prompt_words is None
+
+
+def test_instructions_and_prompts_with_a_token_are_taken_as_they_are(monkeypatch):
+    pipe = pipeline_of_scenes(imgdit.OneDiffusionPipeline)
+    said = []
+
+    def encode(self, texts, options):
+        said.append(texts.prompt)
+        raise RuntimeError
+
+    monkeypatch.setattr(imgdit.OneDiffusionPipeline, "_encode_texts", encode)
+    image = PIL.Image.new("RGB", (32, 32))
+    for prompt, task in (("a blue ball", None), ("[[text2image]] a blue ball", None), ("a blue ball", "editing")):
+        with pytest.raises(RuntimeError):
+            pipe(prompt, task=task, height=32, width=32, **({"images": [image]} if task else {}))
+    assert [one[0].removeprefix("[[text2image]]").strip() for one in said[:2]] == ["a blue sphere", "a blue ball"]
+    assert said[2][0].endswith("a blue ball")
+
+
+def test_unknown_words_are_said_once(caplog):
+    import logging
+
+    logging.getLogger("diffusers").propagate = True
+    pipe = pipeline_of_scenes()
+    pipe.prompt_words = None
     for _ in range(2):
         run(pipe, "a red zebra left of a cube")
     assert caplog.text.count("never seen, spelled in bytes: zebra") == 1

@@ -1,4 +1,4 @@
-"""`imgdit bench scenes`, `any`, `control` and `text`: the tables, the raw numbers and the sheets."""
+"""`imgdit bench scenes`, `people`, `any`, `control` and `text`: the tables, the raw numbers and the sheets."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ from imgdit.benchmarks.scenes.image_text import (
 from imgdit.benchmarks.scenes.image_text_writer import PipelineWriter
 from imgdit.benchmarks.scenes.judge import judge_scores
 from imgdit.benchmarks.scenes.maker import PipelineMaker
+from imgdit.benchmarks.scenes.people import people_prompts, people_scores
 from imgdit.benchmarks.scenes.text_to_image import (
     Score,
     condition_scores,
@@ -68,6 +69,25 @@ def run(model: Path, probe_folder: Path, out: Path, count: int, steps: int, guid
     scores += view_scores(maker, count, kept.__setitem__)
     settings = {"model": _name(model), "steps": steps, "guidance": guidance}
     write(out / "scenes.json", scores, {**settings, "seconds": seconds(maker, model)})
+    sheets(kept, out)
+    return scores
+
+
+def run_people(
+    model: Path, probe_folder: Path, out: Path, count: int | None, steps: int, guidance: float
+) -> list[Score]:
+    """Measure prompts as people write them; `out` gets people.json and the sheets.
+
+    Args:
+        model, probe_folder, out, steps, guidance: as of `run`.
+        count: prompts; all by default.
+    """
+    maker, probe = _load(model, probe_folder, steps, guidance)
+    kept: dict[str, Any] = {}
+    asked = people_prompts(count)
+    scores = people_scores(maker, probe, asked, kept.__setitem__)
+    settings = {"model": _name(model), "steps": steps, "guidance": guidance, "prompts": len(asked)}
+    write(out / "people.json", scores, settings)
     sheets(kept, out)
     return scores
 
