@@ -12,7 +12,7 @@ from imgdit.models.bd3lm import BD3LM
 from imgdit.pipelines.block_text import BlockTextPipeline
 from imgdit.pipelines.masked_text import MaskedTextPipeline
 from imgdit.pipelines.vision_language_loading import with_parts
-from imgdit.prompts import KEY
+from imgdit.prompts.facts import KEY
 from imgdit.scenes.sources import FRAMES, TEXT_PAIRS, TEXTS
 from imgdit.scenes.texts import scene_text_tokenizer
 from imgdit.schedulers.masked_text import MaskedTextScheduler

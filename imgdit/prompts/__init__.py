@@ -6,7 +6,7 @@ A model that was trained on captions of a small grammar keeps the facts about th
 
 from __future__ import annotations
 
-from imgdit.prompts.facts import KEY, PromptWords
+from imgdit.prompts.facts import PromptWords
 from imgdit.prompts.reader import Note, Reading, read_prompt, remark
 
-__all__ = ["KEY", "Note", "PromptWords", "Reading", "read_prompt", "remark"]
+__all__ = ["Note", "PromptWords", "Reading", "read_prompt", "remark"]

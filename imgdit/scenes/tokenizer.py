@@ -7,7 +7,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 
 from imgdit.pipelines.texts import BYTES
-from imgdit.prompts import KEY
+from imgdit.prompts.facts import KEY
 from imgdit.scenes.captions import vocabulary
 from imgdit.scenes.meanings import scene_facts
 from imgdit.scenes.questions import NEW_WORDS

@@ -10,7 +10,7 @@ from imgdit.apps.jobs.shelf import Shelf
 from imgdit.apps.jobs.sizes import check_sides, duration, unsuited
 from imgdit.apps.session import Session
 from imgdit.checkpoints import SCENES
-from imgdit.prompts import KEY
+from imgdit.prompts.facts import KEY
 from imgdit.taught import FILE, Taught, read_taught, write_taught
 
 

@@ -8,7 +8,8 @@ import pytest
 from imgdit.apps.jobs.plan import PROMPTS
 from imgdit.checkpoints import SCENES
 from imgdit.naming import closest
-from imgdit.prompts import KEY, PromptWords, read_prompt, remark
+from imgdit.prompts import PromptWords, read_prompt, remark
+from imgdit.prompts.facts import KEY
 from imgdit.scenes.caption_parser import parse_caption
 from imgdit.scenes.captions import caption, leave_unsaid
 from imgdit.scenes.meanings import scene_facts, scene_words
