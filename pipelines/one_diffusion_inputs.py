@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -62,16 +62,27 @@ class FrameSource:
         return frames, task
 
     def prompts(
-        self, prompt: str | Sequence[str] | None, task: str | None, frames: Sequence[ImageFrame]
+        self,
+        prompt: str | Sequence[str] | None,
+        task: str | None,
+        frames: Sequence[ImageFrame],
+        read: Callable[[str], str] = str,
     ) -> list[str] | None:
         """The prompts as the model was taught them; `None` where embeddings hold them.
+
+        Args:
+            prompt: of the call, one or several.
+            task: of the frames.
+            frames: of a sample.
+            read: makes a caption of a prompt that is no instruction.
 
         Raises:
             ValueError: details that cannot be written into embeddings.
         """
         if prompt is not None:
             prompts = [prompt] if isinstance(prompt, str) else prompt
-            return [task_prompt(task, one, frames, self.item) for one in prompts]
+            said = [one if task == "editing" else read(one) for one in prompts]
+            return [task_prompt(task, one, frames, self.item) for one in said]
         if self.item is not None or self.captions is not None:
             raise ValueError("item and captions are written into the prompt; prompt_embeds hold it already")
         return None
