@@ -260,11 +260,9 @@ class OneDiffusionPipeline(TextFramesMixin, ImgDiTPipeline):
         cells = (height // self.vae_scale_factor, width // self.vae_scale_factor)
         latents = self._given_latents(latents, (samples.count, len(frames), self.vae.config.latent_channels, *cells))
         self._begin(options)
-        text = self._encode_texts(
-            texts._replace(prompt=source.prompts(prompt, task, frames, self.read_prompts)), options
-        )
+        texts = texts._replace(prompt=source.prompts(prompt, task, frames, self.read_prompts))
+        text = self._encode_texts(texts, options)
         latents = self.prepare_latents(frames, samples, cells, framing, generator, latents)  # (B, F, C, h, w) float32
-
         grid = (cells[0] // self.patch_size, cells[1] // self.patch_size)
         num_tokens = noise_scale * sum(not frame.is_given for frame in frames) * grid[0] * grid[1]
         device = compat.execution_device(self)
