@@ -568,7 +568,7 @@ class ImageTextPipeline(TextFramesMixin, ImgDiTPipeline):
         device = compat.execution_device(self)
         return ImageTextReader(
             self.transformer, self._embed, latents, self._empty_pooled(device), rows.holes.to(device),
-            self.mask_token_id, options.guidance_scale, self.text_adapter, device,
+            self.mask_token_id, options.guidance_scale, self.text_adapter, device, options.cache,
         )  # fmt: skip
 
     _draws_of: Callable[[int], TextDraws] | None = None

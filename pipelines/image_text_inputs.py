@@ -32,6 +32,7 @@ class WritingCall(TypedDict, total=False):
     top_p: float | None
     top_k: int | None
     guidance_scale: float
+    cache: bool
     resolution: int | None
     latents: torch.Tensor | None
     generator: Generators
@@ -59,6 +60,9 @@ class WritingOptions:
     top_k: int | None = None
     guidance_scale: float = 1.0
     """Above 1: steer away from what the model writes without the image."""
+    cache: bool = True
+    """Keep keys and values of an image that sees only itself over the steps of its text; otherwise they are computed
+    in each step, with the same result. Dual Diffusion's images see the text and are always computed."""
     resolution: int | None = None
     """Side in pixels at which images are read; `None`: the side that the model was trained on."""
     latents: torch.Tensor | None = None

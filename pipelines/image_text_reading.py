@@ -34,6 +34,7 @@ class ImageTextReader(torch.nn.Module):
         guidance_scale: above 1, steer away from the prediction without an image.
         adapter: LoRA that reads the texts.
         device: on which all of it is computed.
+        cache: whether keys and values of images that see only themselves are kept over the passes.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class ImageTextReader(torch.nn.Module):
         guidance_scale: float = 1.0,
         adapter: str | None = None,
         device: torch.device | str = "cpu",
+        cache: bool = True,
     ):
         super().__init__()
         self._parts = (transformer, embed)  # not modules of this one
@@ -56,6 +58,7 @@ class ImageTextReader(torch.nn.Module):
             vocab_size=transformer.config.text_vocab_size, mask_token_id=mask_token_id, eos_token_id=None
         )
         self.device = torch.device(device)
+        self._keep = cache
         self._cache: KVCache | None = None
         self._last: tuple[torch.Tensor, torch.Tensor] | None = None
 
@@ -102,6 +105,8 @@ class ImageTextReader(torch.nn.Module):
         tokens = pack(latents.to(text), patch)
         grid = (latents.shape[2] // patch, latents.shape[3] // patch)
         layout = FrameLayout.build([caption, Frame(grid, sigma=0.0, sees="self")])
+        if not self._keep:
+            return transformer(tokens, layout=layout, **call).text_logits
         if self._cache is None:
             self._cache = KVCache()
             logits = transformer(tokens, layout=layout, cache=self._cache, **call).text_logits

@@ -123,7 +123,7 @@ def text(
     guidance: Guidance = GUIDANCE,
     only: Annotated[
         str | None,
-        typer.Option(help="captions, answers, fillings, round trips, judge, schedules; commas between them."),
+        typer.Option(help="captions, answers, fillings, round trips, judge, schedules, cache; commas between."),
     ] = None,
 ) -> None:
     """Measure what a model writes about images of scenes: captions, answers, fillings, round trips, judgements."""

@@ -14,6 +14,7 @@ from imgdit.benchmarks.scenes.image_text import (
     SHIFTS,
     agrees,
     answer_scores,
+    cache_scores,
     caption_scores,
     fill_scores,
     filling,
@@ -163,6 +164,8 @@ def test_one_who_guesses_is_at_chance():
     assert {score.estimate.value for score in scores} == {0.0}
     scores = round_trip_scores(writer, writer, Probe(), 12, kept.__setitem__)
     assert not any(score.met for score in scores) and len(kept["joint"][2]) == 12
+    alone = round_trip_scores(writer, writer, Probe(), 12, {}.__setitem__, joint=False)
+    assert [score.task for score in alone] == [score.task for score in scores[:2]]
     assert fill_scores(writer, 12, kept.__setitem__)[-1].estimate.value == 0.0
 
 
@@ -236,6 +239,21 @@ def test_schedules_are_asked_for():
     scores = schedule_scores(Counts(), 5, steps=(2, 4))
     assert asked == [(shift, steps) for shift in SHIFTS for steps in (2, 4)]
     assert len(scores) == 6 and all(score.counts["seconds_per_caption"] >= 0 for score in scores)
+
+
+def test_a_cache_is_compared_with_full_attention():
+    asked = []
+
+    class Counts(Knows):
+        def caption(self, images, seed, steps=None, shift=None, cache=None):
+            asked.append(cache)
+            texts = super().caption(images, seed)
+            return texts if cache else ["", *texts[1:]]
+
+    (score,) = cache_scores(Counts(), 5)
+    assert asked == [True, False, False, True, True, False]
+    assert (score.counts["right"], score.counts["of"]) == (4, 5)
+    assert score.counts["seconds_per_caption_cache"] >= 0 and score.counts["seconds_per_caption_full_attention"] >= 0
 
 
 def test_the_grammar_reads_what_it_says():

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from tiny import rope_config, tiny_mmdit, tiny_pipeline, tiny_tokenizer
+from tiny_text_frames import save_model
 from typer.testing import CliRunner
 
 from imgdit import ImageTextPipeline
@@ -26,7 +27,7 @@ def pipe():
 def test_rows_do_not_depend_on_the_batch(pipe):
     images = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     writers = [PipelineWriter(pipe, text_steps=4, steps=1, batch=batch) for batch in (1, 3)]
-    assert set(writers[0].can) == {"captions", "answers", "fillings", "round trips", "judge", "schedules"}
+    assert set(writers[0].can) == {"captions", "answers", "fillings", "round trips", "judge", "schedules", "cache"}
     texts = ["a red " + HOLE] * 3
     for found in zip(*(
         (w.caption(images, 0), w.answer(images, ["a cube?"] * 3, 0), w.fill(texts, images, 0), w.joint(3, 0)[1])
@@ -71,6 +72,21 @@ def test_the_command_writes_scores_and_sheets(pipe, tmp_path):
     assert {"caption-one-object.png", "joint.png"} <= {file.name for file in (tmp_path / "out").iterdir()}
     wrong = CliRunner().invoke(app, ["bench", "text", *options, "--only", "poems"])
     assert wrong.exit_code == 2 and "part of the benchmark" in wrong.output
+
+
+def test_a_kept_image_gives_the_same_texts(pipe):
+    images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    writer = PipelineWriter(pipe, text_steps=4, steps=1)
+    assert writer.caption(images, 0, cache=False) == writer.caption(images, 0, cache=True) == writer.caption(images, 0)
+
+
+def test_what_text_frames_were_not_trained_for_is_left_out(tmp_path, caplog):
+    model = save_model(tmp_path / "model")
+    options = ["--model", str(model), "--count", "1", "--steps", "1", "--text-steps", "1", "--only", "round trips"]
+    done = CliRunner().invoke(app, ["bench", "text", *options, "--out", str(tmp_path / "out")])
+    assert done.exit_code == 0 and "image and text at once was not measured" in caplog.text, done.output
+    kept = json.loads((tmp_path / "out/text.json").read_text())
+    assert list(kept["left out"]) == ["image and text at once"] and len(kept["scores"]) == 2
 
 
 def test_a_model_that_writes_nothing_is_refused(tmp_path):

@@ -7,6 +7,7 @@ from the held-out splits and fixed seeds.
 from __future__ import annotations
 
 import re
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from random import Random
@@ -38,9 +39,18 @@ class Writer(Protocol):
     """What is measured. The results are the same for the same seed and do not depend on the number of images."""
 
     def caption(
-        self, images: torch.Tensor, seed: int, steps: int | None = None, shift: float | None = None
+        self,
+        images: torch.Tensor,
+        seed: int,
+        steps: int | None = None,
+        shift: float | None = None,
+        cache: bool | None = None,
     ) -> list[str]:
-        """A caption of each image, in a number of steps with a shift of the schedule, or its own for `None`."""
+        """A caption of each image, in a number of steps with a shift of the schedule, or its own for `None`.
+
+        Args:
+            cache: whether what does not change over the steps is kept; `None`: as the pipeline does.
+        """
 
     def answer(self, images: torch.Tensor, questions: Sequence[str], seed: int) -> list[str]:
         """An answer to one question about each image."""
@@ -177,9 +187,13 @@ def fill_scores(writer: Writer, count: int, keep: Keep) -> list[Score]:
 
 
 def round_trip_scores(
-    writer: Writer, illustrator: Illustrator, probe: SceneProbe, count: int, keep: Keep
+    writer: Writer, illustrator: Illustrator, probe: SceneProbe, count: int, keep: Keep, joint: bool = True
 ) -> list[Score]:
-    """Text to image to text, image to text to image, and both generated at once: is the same said and shown?"""
+    """Text to image to text, image to text to image, and both generated at once: is the same said and shown?
+
+    Args:
+        joint: whether the model was trained to generate both at once.
+    """
     held = held_out(count)
     drawn = illustrator.images(held.prompts, seed=0)
     texts = writer.caption(drawn, seed=0)
@@ -200,6 +214,8 @@ def round_trip_scores(
     keep("image to text to image", (told, torch.stack([given, shown], 1), wrong))
     scores.append(share_score("image → text → image", "objects, colours, style kept", kept, 0.9))
 
+    if not joint:
+        return scores
     images, texts = illustrator.joint(count, seed=0)
     agree = [
         one is not None and agrees(one, shown)
@@ -217,6 +233,24 @@ def agrees(said: Said, shown: dict[str, str]) -> bool:
     things = list(said.objects)
     same = things == sides if said.relation else sorted(things) == sorted(sides)
     return same and said.style == shown["style"]
+
+
+def cache_scores(writer: Writer, count: int, rounds: int = 3) -> list[Score]:
+    """Captions with the image's keys and values kept over the steps, and with full attention in every step: whether
+    they are the same, and the median seconds of each."""
+    held = held_out(count)
+    texts: dict[bool, list[str]] = {}
+    seconds: dict[bool, list[float]] = {True: [], False: []}
+    for number in range(rounds):
+        for cache in (True, False) if number % 2 == 0 else (False, True):
+            start = time.process_time()
+            texts[cache] = writer.caption(held.rendering.rgb, seed=0, cache=cache)
+            seconds[cache].append((time.process_time() - start) / count)
+    same = [one == other for one, other in zip(texts[True], texts[False])]
+    score = share_score("image → caption, cached image", "the same text as by full attention", same)
+    for name, kept in (("cache", True), ("full_attention", False)):
+        score.counts[f"seconds_per_caption_{name}"] = round(statistics.median(seconds[kept]), 4)
+    return [score]
 
 
 def schedule_scores(writer: Writer, count: int, steps: Sequence[int] = STEPS) -> list[Score]:

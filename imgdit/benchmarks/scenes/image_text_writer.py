@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from imgdit.benchmarks.scenes.maker import PipelineMaker
 from imgdit.images import to_image
+from imgdit.pipelines.image_text import ImageTextPipeline
 from imgdit.pipelines.text_to_image import ImgDiTPipeline
 from imgdit.schedulers.masked_text import MaskedTextScheduler
 
@@ -40,7 +41,7 @@ class PipelineWriter:
 
     @property
     def can(self) -> tuple[str, ...]:
-        """Which of "captions", "answers", "fillings", "round trips", "judge" and "schedules" can be measured."""
+        """Which of the parts of `imgdit bench text` can be measured."""
         has = {
             "captions": True,
             "answers": True,
@@ -48,19 +49,31 @@ class PipelineWriter:
             "round trips": self.maker is not None,
             "judge": hasattr(self.pipe, "choose"),
             "schedules": hasattr(self.pipe, "text_scheduler"),
+            "cache": isinstance(self.pipe, ImageTextPipeline) and not self.pipe.follows_reference,
         }
         return tuple(name for name, there in has.items() if there)
 
+    @property
+    def generates_both(self) -> bool:
+        """Whether the model was trained to generate an image and its text at once: text frames read clean images."""
+        return getattr(self.pipe, "text_adapter", None) is None
+
     def caption(
-        self, images: torch.Tensor, seed: int, steps: int | None = None, shift: float | None = None
+        self,
+        images: torch.Tensor,
+        seed: int,
+        steps: int | None = None,
+        shift: float | None = None,
+        cache: bool | None = None,
     ) -> list[str]:
+        kept = {} if cache is None else {"cache": cache}
         own = self.pipe.text_scheduler
         if shift is not None:
             self.pipe.text_scheduler = MaskedTextScheduler.from_config(own.config, reveal="shift", shift=shift)
         try:
             return self._texts(
                 "captions", len(images), seed, steps,
-                lambda rows, options: self.pipe.caption(_images(images, rows), **options),
+                lambda rows, options: self.pipe.caption(_images(images, rows), **options, **kept),
             )  # fmt: skip
         finally:
             self.pipe.text_scheduler = own

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import sys
 import tempfile
@@ -24,6 +25,7 @@ from imgdit.benchmarks.scenes.any_to_any import (
 from imgdit.benchmarks.scenes.control import control_scores, subject_scores
 from imgdit.benchmarks.scenes.image_text import (
     answer_scores,
+    cache_scores,
     caption_scores,
     fill_scores,
     round_trip_scores,
@@ -48,6 +50,7 @@ from imgdit.pipelines.image_text_loading import load_image_text_pipeline
 from imgdit.pipelines.load_options import LoadOptions
 from imgdit.scenes.probe import SceneProbe
 
+logger = logging.getLogger(__name__)
 SHEET = 64
 """Images on a sheet."""
 
@@ -164,21 +167,28 @@ def run_text(
         raise ValueError(f"{_name(model)} can be measured in {', '.join(writer.can)}; got {', '.join(lacking)}")
     kept: dict[str, Any] = {}
     scores: list[Score] = []
+    left_out: dict[str, str] = {}
     for name in PARTS:
         if name not in (only or writer.can) or name not in writer.can:
             continue
         if name == "round trips":
             probe = SceneProbe.from_pretrained(probe_folder).eval()
-            scores += round_trip_scores(writer, writer, probe, count, kept.__setitem__)
+            scores += round_trip_scores(writer, writer, probe, count, kept.__setitem__, writer.generates_both)
+            if not writer.generates_both:
+                left_out["image and text at once"] = "text frames were trained to read clean images only"
         elif name == "judge":
             probe = SceneProbe.from_pretrained(probe_folder).eval()
             scores += judge_scores(writer, probe, count, kept.__setitem__)
         elif name == "schedules":
             scores += schedule_scores(writer, count)
+        elif name == "cache":
+            scores += cache_scores(writer, count)
         else:
             scores += PARTS[name](writer, count, kept.__setitem__)
-        settings = {"model": _name(model), "text steps": text_steps, "steps": steps, "guidance": guidance}
-        write(out / "text.json", scores, settings)
+        settings: dict[str, Any] = {"model": _name(model), "text steps": text_steps, "steps": steps}
+        write(out / "text.json", scores, {**settings, "guidance": guidance, "left out": left_out})
+    for what, why in left_out.items():
+        logger.warning("%s was not measured: %s", what, why)
     sheets(kept, out)
     return scores
 
@@ -190,6 +200,7 @@ PARTS: dict[str, Any] = {
     "round trips": round_trip_scores,
     "judge": judge_scores,
     "schedules": schedule_scores,
+    "cache": cache_scores,
 }
 """What `run_text` measures."""
 
