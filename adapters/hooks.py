@@ -144,6 +144,7 @@ class ModelInputHook(ConditionHook):
             return self._plain(module, *args, **kwargs)
         given = self.signature.bind(module, *args, **kwargs).arguments
         given.pop("self")
+        given |= self._measured.positions(self.family, given)
         run = run.at(self._grid(module, given))
         refuse_processors(module)
         active = run.active(lambda: self._progress(module, given))
@@ -248,6 +249,8 @@ class ModelInputHook(ConditionHook):
         token = _PLANNED.set(step)
         try:
             self._prepare(module, given, step)
+            if self.conditions.given is not None:
+                given = self.conditions.given(module, given, step)
             out = self._run(module, given, step)
         finally:
             _PLANNED.reset(token)

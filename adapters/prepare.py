@@ -153,6 +153,11 @@ def _check(
             f"complement=True cannot complete an image with a {type(compat.unwrapped(model)).__name__}; use its "
             "inpainting pipeline, or a condition without complement"
         )
+    if stock is not None and stock.clean_only and any(condition.level != "clean" for condition in conditions):
+        raise ValueError(
+            f"level='image' cannot be had with a {type(compat.unwrapped(model)).__name__}, whose reference images are "
+            "at noise level 0; use level='clean'"
+        )
     claimed = {condition.adapter for condition in conditions if condition.acts_on == "condition"}
     both = sorted(claimed & {condition.adapter for condition in conditions if condition.acts_on == "all"})
     if both:

@@ -126,6 +126,11 @@ class Conditions:
     (B, S, D) of the sequence in the model's own order."""
     spatial: bool = False
     """Whether the model takes and returns planes (B, C, h, w) and not tokens."""
+    given: Callable[[Any, dict[str, Any], Any], dict[str, Any]] | None = None
+    """`given(model, arguments, step)`: the arguments of a pass with conditions, for a model that takes them as
+    arguments of its own; `None`: the edges add them."""
+    clean_only: bool = False
+    """Whether conditions and references are always at noise level 0."""
     references: Callable[[Any, Arguments], tuple[Frame, ...]] | None = None
     """`references(model, arguments)`: frames of the pipeline's own reference images, each with its grid and noise
     level, in the order of their tokens behind those of the image that is generated. `None`: the class takes none."""
@@ -289,10 +294,29 @@ class Family:
 
 class MeasuredPlaces:
     """Places and references of the calls of a run. Those that are read from position ids wait for the device, and a
-    pipeline passes the same ids in every step."""
+    pipeline passes the same ids in every step, or new ones of the same values."""
 
     def __init__(self) -> None:
         self._known: dict[tuple, tuple[tuple, Any]] = {}
+        self._ids: list[torch.Tensor] = []
+
+    def positions(self, family: Family, arguments: Arguments) -> dict[str, Any]:
+        """The `position_arguments` of a call: of an earlier call, the objects themselves, where their values are the
+        same. FLUX.2's pipelines make new ones for every step that has reference images; comparing them waits for the
+        device once."""
+        names = () if family.conditions is None else family.conditions.position_arguments
+        return {name: self._first(arguments[name]) for name in names if name in arguments}
+
+    def _first(self, given: Any) -> Any:
+        """The first object that was given with these values."""
+        if not isinstance(given, torch.Tensor) or any(one is given for one in self._ids):
+            return given
+        for one in self._ids:
+            alike = (one.shape, one.dtype, one.device) == (given.shape, given.dtype, given.device)
+            if alike and torch.equal(one, given):
+                return one
+        self._ids = [*self._ids[-7:], given]
+        return given
 
     def of(self, family: Family, model: Any, arguments: Arguments) -> Sequence[tuple[slice, Grid]] | None:
         """Rows and grids of the images in a call: its `Family.places`."""
@@ -306,8 +330,7 @@ class MeasuredPlaces:
     def _measured(
         self, family: Family, function: Callable[[Any, Arguments], Any], model: Any, arguments: Arguments
     ) -> Any:
-        names = () if family.conditions is None else family.conditions.position_arguments
-        given = tuple(arguments.get(name) for name in names)
+        given = tuple(self.positions(family, arguments).values())
         if all(one is None for one in given):
             return function(model, arguments)
         key = (function, *map(id, given))

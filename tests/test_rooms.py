@@ -163,6 +163,7 @@ def test_private_names_of_other_libraries_stay_in_compat():
 
 NAMES_MODELS = {
     "imgdit.models.published_mup": "rewrites published weights for the class of diffusers that has their architecture",
+    "imgdit.benchmarks.speed.families": "builds a model of each class of diffusers that takes conditions",
     "imgdit.benchmarks.speed.timing": "builds the models of diffusers that it compares with",
 }
 """Modules outside of `imgdit/families` that name transformer classes, and why."""

@@ -235,7 +235,7 @@ def all_speed(
 ) -> None:
     """Time everything against what one would use instead, beside what it must reach: one table, on a CPU.
 
-    Groups: forward, conditions, frames, packing, image, sae, training, start. Process time, interleaved pairs.
+    Groups: forward, conditions, families, frames, packing, image, sae, training, start. Process time, in pairs.
     """
     import torch
 

@@ -37,8 +37,8 @@ from imgdit.models.functional import PATCH, apply_rope, gated_add, in_range, mod
 from imgdit.mup.structure import Structure
 
 
-def _encode(model: Any, vae: Any, pixels: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
-    """Tokens normalised by the running statistics of the autoencoder's BatchNorm, as `Flux2Pipeline` does."""
+def encode_normalised(model: Any, vae: Any, pixels: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
+    """Tokens normalised by the running statistics of the autoencoder's BatchNorm, as FLUX.2 and FLUX.3 have them."""
     posterior = vae.encode(pixels).latent_dist
     latents = posterior.mode() if generator is None else posterior.sample(generator)
     tokens = pack(latents.float(), PATCH)  # (B, n, C)
@@ -115,16 +115,16 @@ def _double_block(
     )
     image = gated_add(image, gate, attended, frames)
     normed = modulate(block.norm2(image), shift_mlp, scale_mlp, frames)
-    image = gated_add(image, gate_mlp, _feed_forward(block.ff, normed, plan.adapters("image")), frames)
+    image = gated_add(image, gate_mlp, fused_feed_forward(block.ff, normed, plan.adapters("image")), frames)
 
     text = gated_add(text, gate_t, attended_t, texts)
     normed = modulate(block.norm2_context(text), shift_mlp_t, scale_mlp_t, texts)
-    text = gated_add(text, gate_mlp_t, _feed_forward(block.ff_context, normed, plan.adapters("text")), texts)
+    text = gated_add(text, gate_mlp_t, fused_feed_forward(block.ff_context, normed, plan.adapters("text")), texts)
     return in_range(text), image
 
 
-def _feed_forward(module: Any, x: torch.Tensor, rows: AdapterRows | None) -> torch.Tensor:
-    """`Flux2FeedForward` with adapters on rows."""
+def fused_feed_forward(module: Any, x: torch.Tensor, rows: AdapterRows | None) -> torch.Tensor:
+    """SwiGLU whose gate and value come from one layer, with adapters on rows."""
     if rows is None:
         return module(x)
 
@@ -247,7 +247,7 @@ FAMILY = Family(
     joint_parts=r"^single_transformer_blocks$",
     guides_in_batch=False,
     tokens=TokenFormat(
-        patch=lambda model, vae: PATCH, channels=lambda model: model.config.in_channels, encode=_encode
+        patch=lambda model, vae: PATCH, channels=lambda model: model.config.in_channels, encode=encode_normalised
     ),
     conditions=Conditions(
         call=call_of_tokens,

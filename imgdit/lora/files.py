@@ -142,12 +142,18 @@ class LoadReport(NamedTuple):
     """Keys of the file that were read."""
     aside: Mapping[str, str] = {}
     """Keys that were set aside, and what they are."""
+    preset: str | None = None
+    """Published adapter whose settings `info` has, as the file says none."""
 
     def __str__(self) -> str:
         lines = [
             f"{self.adapter}: {len(self.matched)} modules of rank {', '.join(map(str, self.ranks))} "
             f"({self.used} keys, {self.dialect} names)"
         ]
+        if self.preset:
+            values = ((name, value) for name, value in vars(self.info).items() if value is not None)
+            settings = ", ".join(f"{name}={value!r}" for name, value in values)
+            lines.append(f"  the file does not say how it was trained; taken for a {self.preset}: {settings}")
         if self.info.prompt_prefix:
             lines.append(f"  its prompts begin with {self.info.prompt_prefix!r}")
         lines += [f"  set aside: {line}" for line in counted(self.aside)]
@@ -357,7 +363,15 @@ def attach_adapter(
     activate(model, before)
     near = nearest_modules([*file.unread, *unknown], layers)
     return LoadReport(
-        adapter, file.dialect, tuple(pairs), near, file.ranks, file.info, used=file.used, aside=file.aside
+        adapter,
+        file.dialect,
+        tuple(pairs),
+        near,
+        file.ranks,
+        file.info,
+        used=file.used,
+        aside=file.aside,
+        preset=file.preset,
     )
 
 

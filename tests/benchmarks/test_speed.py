@@ -10,11 +10,12 @@ from typer.testing import CliRunner
 
 from imgdit.apps.cli import app
 from imgdit.benchmarks.speed import command_line as speed_bench
-from imgdit.benchmarks.speed import growth
+from imgdit.benchmarks.speed import families, growth
 from imgdit.benchmarks.speed import pipeline as image_speed
 from imgdit.benchmarks.speed import timing as speed
 from imgdit.benchmarks.speed.large import TINY, large_costs
 from imgdit.benchmarks.speed.training import training_cost
+from imgdit.family import known_classes
 
 
 def test_memory_is_what_is_held_at_once():
@@ -25,6 +26,16 @@ def test_memory_is_what_is_held_at_once():
         return b + 1
 
     assert speed.peak_memory(call) == pytest.approx(8000, abs=200)
+
+
+def test_costs_of_families_are_of_every_family_with_conditions():
+    modular = {"Flux3Transformer2DModel"}  # which no plain pipeline has
+    rows = list(families.family_costs(rounds=1, size=families.TINY))
+    assert {row.against for row in rows} == {*known_classes("conditions")} - modular
+    for row in rows:
+        name, _, work = row.work.partition(": ")
+        assert name in families.CASES and (row.difference == 0.0) == (work == families.LOADED)
+        assert families.BARS[work] > 1.0 and row.low <= row.ratio <= row.high
 
 
 def test_flops_of_a_product():

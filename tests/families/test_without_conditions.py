@@ -160,7 +160,7 @@ def test_qwen_images_own_cache():
     torch.testing.assert_close(*found)
 
 
-@pytest.mark.parametrize("name", BUILDERS)
+@pytest.mark.parametrize("name", [name for name in BUILDERS if name != "FLUX.3"])
 def test_conditions_are_refused(name):
     pipe = build(name)[0]
     with pytest.raises(ValueError, match=f"OmniControl needs .* with {type(pipe.transformer).__name__}"):

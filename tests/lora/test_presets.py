@@ -83,8 +83,12 @@ def test_names_that_families_share_are_said_to_be_of_any_of_them(name):
 def test_settings_of_a_preset_act(tmp_path):
     control = OmniControl(flux2())
     key, _, info = FILES["FLUX.2"]
-    assert control.load(write(tmp_path / "a.safetensors", key, (288, 32))).info == info
-    assert control.infos["a"] == info
+    report = control.load(write(tmp_path / "a.safetensors", key, (288, 32)))
+    assert report.info == control.infos["a"] == info
+    settings = "index=10.0, level='image', acts_on='all'"
+    assert f"does not say how it was trained; taken for a {report.preset}: {settings}" in str(report)
+    said = write(tmp_path / "b.safetensors", key, (288, 32), imgdit='{"task": "depth"}')
+    assert "taken for" not in str(control.load(said))
 
 
 def test_loras_of_further_channels_are_refused(tmp_path):

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from imgdit import DiffusionPipeline
+from imgdit.benchmarks.speed import families
 from imgdit.benchmarks.speed import sae as sae_speed
 from imgdit.benchmarks.speed import timing as speed
 from imgdit.benchmarks.speed.conditions import condition_costs
@@ -99,6 +100,11 @@ def _conditions(rounds: int) -> Iterator[Row]:
             yield Row(f"{cost.work}, fraction of torch.mm", "", *fraction, "of GEMM", 0.85, cost.seconds)
 
 
+def _families(rounds: int) -> Iterator[Row]:
+    for row in families.family_costs(rounds=rounds):
+        yield ratio_row(row, families.BARS[row.work.partition(": ")[2]])
+
+
 _HOOK_BARS = {"exact delta, 10 % of the tokens show the concept": 0.3, "learned threshold": 0.03}
 
 
@@ -148,6 +154,7 @@ def _process_seconds() -> float:
 GROUPS: dict[str, Callable[[int], Iterator[Row]]] = {
     "forward": _forward,
     "conditions": _conditions,
+    "families": _families,
     "frames": _frames,
     "packing": _packing,
     "image": _image,
