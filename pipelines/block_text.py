@@ -179,6 +179,7 @@ class BlockTextPipeline(compat.DiffusionPipeline):
         )  # fmt: skip
         eos_ids = self._eos_ids(eos_token_id)
         self._write(run, new, eos_ids if eos_early_stop else (), min_entropy)
+        self.maybe_free_model_hooks()
         return self._output(run, new, eos_ids, eos_early_stop, min_entropy, output_type, return_dict)
 
     def _eos_ids(self, given: int | list[int] | None) -> tuple[int, ...]:

@@ -80,6 +80,8 @@ class _MaskedTextRun:
     """Boolean (B,), rows whose text has ended."""
     stopped: torch.Tensor
     """(B,) place of each row's first stop string; N where there is none."""
+    ends_from: torch.Tensor
+    """(B,) place from which an end token ends a row: behind all of its answer that is known beforehand."""
     callback: Callable[..., Any] | None
     callback_inputs: Sequence[str]
     calls: int = 0
@@ -103,8 +105,15 @@ class _MaskedTextRun:
             left = ((self.grid == self.mask_token_id) & self.fillable).any(1)
             self.finished = self.finished | ((self.stopped < self.grid.shape[1]) & ~left)
 
-    def ends(self, tokens: torch.Tensor) -> torch.Tensor:
-        return torch.isin(tokens, torch.tensor(self.eos_token_ids, dtype=tokens.dtype, device=tokens.device))
+    def ends(self, new: torch.Tensor) -> torch.Tensor:
+        """Boolean (B, G), which of the new tokens (B, G) end their row."""
+        places = torch.arange(self.prompt_length, self.stop, device=new.device)
+        return is_any_of(new, self.eos_token_ids) & (places >= self.ends_from[:, None])
+
+
+def is_any_of(tokens: torch.Tensor, some: Sequence[int]) -> torch.Tensor:
+    """Boolean, which of the tokens are among some."""
+    return torch.isin(tokens, torch.tensor(some, dtype=tokens.dtype, device=tokens.device))
 
 
 class MaskedTextPipeline(compat.DiffusionPipeline):
@@ -239,6 +248,7 @@ class MaskedTextPipeline(compat.DiffusionPipeline):
         run = self._prepare(prompts, draft, suffix, options, mask_id, eos_ids, callback_on_step_end, wanted)
         self._write(run)
         output = self._output(run, prompts)
+        self.maybe_free_model_hooks()
         return output if return_dict else (output.sequences, output.texts)
 
     @torch.no_grad()
@@ -256,7 +266,9 @@ class MaskedTextPipeline(compat.DiffusionPipeline):
             ValueError: fewer than two answers, or an empty one.
         """
         mask, _ = self._special_tokens(None, None, _SCORED)
-        return self._choices(self._prompts(input_ids, attention_mask, None, mask), answers)
+        found = self._choices(self._prompts(input_ids, attention_mask, None, mask), answers)
+        self.maybe_free_model_hooks()
+        return found
 
     def _choices(self, prompts: Prompts, answers: Sequence[Sequence[int]], cache: CacheKind | None = None) -> Choices:
         if len(answers) < 2 or not all(answers):
@@ -359,10 +371,12 @@ class MaskedTextPipeline(compat.DiffusionPipeline):
             )
         finished = torch.zeros(rows, dtype=torch.bool, device=device)
         stopped = torch.full((rows,), grid.shape[1], device=device)
+        known = (draft != mask_id) & ~is_any_of(draft, eos_ids)
+        places = torch.arange(1, draft.shape[1] + 1, device=device)
+        ends_from = length + torch.nn.functional.pad(known * places, (1, 0)).amax(1)
         return _MaskedTextRun(
             grid, fillable, length, length + draft.shape[1], passes, options, mask_id, eos_ids, finished, stopped,
-            callback,
-            callback_inputs,
+            ends_from, callback, callback_inputs,
         )  # fmt: skip
 
     def _blocks(self, run: _MaskedTextRun) -> list[Block]:
@@ -459,7 +473,7 @@ class MaskedTextPipeline(compat.DiffusionPipeline):
             new[behind | (places >= run.stopped[:, None])] = run.eos_token_ids[0]
         texts = None
         if run.options.output_type == "text" and self.tokenizer is not None:
-            ends = [run.ends(tokens).nonzero() for tokens in new]
+            ends = [row.nonzero() for row in run.ends(new)]
             kept = [tokens[: int(end[0]) + 1] if len(end) else tokens for tokens, end in zip(new, ends)]
             if prompts.infills:
                 filled = run.grid[:, : run.prompt_length]

@@ -58,6 +58,8 @@ _FIXED = {
     "block_group_size": (1,),
 }
 """Settings of LLaDA's configuration that change the computation, and their values in every published checkpoint."""
+_NEEDED = ("n_layers", "n_heads", "max_sequence_length", "rms_norm_eps", "rope_theta")
+"""Of LLaDA's configuration, beside `d_model`."""
 _SPECIAL = ("mask_token_id", "eos_token_id", "pad_token_id", "bos_token_id")
 _OWN_CLASSES = ("llada_moe", "llada2_moe")
 """Model types that transformers has, or will have, under classes of their own."""
@@ -173,6 +175,9 @@ def _llada_config(values: Mapping[str, Any], special: Mapping[str, int], source:
     """The Llama (with q/k/v biases: Qwen2) configuration of LLaDA's fields."""
     from transformers import LlamaConfig, Qwen2Config
 
+    lacking = [name for name in _NEEDED if values.get(name) is None]
+    if lacking:
+        raise ValueError(f"{source}: config.json lacks {', '.join(lacking)}, which LLaDA's has; is it damaged?")
     for name, expected in _FIXED.items():
         if name in values and values[name] not in expected:
             raise ValueError(

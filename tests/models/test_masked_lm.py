@@ -102,6 +102,7 @@ def folder(tmp_path: Path, **changes) -> Path:
         ({"mask_token_id": 160}, "mask_token_id is 160, the vocabulary has 160 entries"),
         ({"n_layers": 4}, "lacks 9 of the weights"),
         ({"d_model": ...}, "neither d_model"),
+        ({"rope_theta": ..., "n_heads": ...}, "lacks n_heads, rope_theta"),
         ({"model_type": "llada2_moe"}, "mixture of experts"),
     ],
 )

@@ -111,6 +111,18 @@ def test_seeds_and_callbacks(pipe):
     assert masks == sorted(masks, reverse=True) and masks[-1] == 0 and seen[0].shape[1] > 8
 
 
+def test_an_end_token_in_a_draft_does_not_cut_off_what_is_known_behind_it(pipe):
+    tokenizer, steps = pipe.tokenizer, []
+    others = [token for token in range(len(tokenizer)) if token != SPECIAL["eot"]]
+    found = pipe(
+        IMAGES[0], "Fill it.", draft="a <|mdm_mask|> cube", gen_length=9, block_length=3, forbidden_tokens=others,
+        callback_on_step_end=lambda *given: steps.append(given),
+    )  # fmt: skip
+    assert found.texts[0].split()[0] == "a" and found.texts[0].endswith("cube")
+    known = [tokenizer(word, add_special_tokens=False)["input_ids"] for word in ("a ", " cube")]
+    assert len(steps) < 9 - sum(map(len, known)), "the first end token behind the draft ends the answer"
+
+
 def test_drafts_keep_what_they_say(pipe):
     tokenizer = pipe.tokenizer
     draft = "a <|mdm_mask|> cube <|reserved_token_1|> the river"
