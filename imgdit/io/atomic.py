@@ -42,10 +42,14 @@ def written_whole(path: Path, single_writer: bool = False) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """A safetensors file that appears whole or not at all."""
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], header: Mapping[str, str] | None = None) -> None:
+    """A safetensors file that appears whole or not at all.
+
+    Args:
+        header: its metadata.
+    """
     with written_whole(path) as temporary:
-        save_file(dict(tensors), temporary)
+        save_file(dict(tensors), temporary, metadata=None if header is None else dict(header))
 
 
 def write_text(path: Path, text: str, single_writer: bool = False) -> None:

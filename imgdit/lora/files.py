@@ -24,11 +24,11 @@ from diffusers.utils import logging
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from imgdit import compat
 from imgdit.family import LoraNames, find_family
 from imgdit.hub import HUB_ID, TIMEOUT, hub_file
+from imgdit.io.atomic import write_tensors
 from imgdit.io.safe_json import parse_object
 from imgdit.lora.config import CONFIG, of_transformer, scale_of
 from imgdit.lora.dialects import (
@@ -250,7 +250,7 @@ def write_adapter(
     family: LoraNames | None = None,
 ) -> Path:
     """Write a LoRA file; "peft" is what diffusers, PEFT and ComfyUI read, "comfyui" and "kohya" use the names of the
-    model's repository.
+    model's repository. A file that is there is replaced when the new one is whole.
 
     Args:
         family: whose layers these are; `None`: told by their names.
@@ -262,7 +262,7 @@ def write_adapter(
     if info is not None:
         header[_INFO_KEY] = json.dumps({key: value for key, value in asdict(info).items() if value is not None})
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(from_diffusers(pairs, dialect, family), path, metadata=header)
+    write_tensors(path, from_diffusers(pairs, dialect, family), header)
     return path
 
 

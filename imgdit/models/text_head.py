@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 
+from imgdit.io.atomic import write_tensors
 from imgdit.models.mmdit import MMDiT
 
 HEAD = ("text_proj_out.weight", "text_proj_out.bias", "text_embedder.weight")
@@ -61,7 +61,7 @@ def save_text_head(model: MMDiT, path: str | Path) -> None:
     state = model.state_dict()
     tensors = {name: state[name].half().contiguous() for name in HEAD if name in state}
     axis = model.config.text_rope_axis
-    save_file(tensors, path, metadata={"format": "pt", **({} if axis is None else {_AXIS: str(axis)})})
+    write_tensors(Path(path), tensors, {"format": "pt", **({} if axis is None else {_AXIS: str(axis)})})
 
 
 def load_text_head(model: MMDiT, path: str | Path) -> None:

@@ -1,6 +1,7 @@
 """LoRA files: each dialect in and out, what is refused, and what the report says."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -124,6 +125,20 @@ def test_settings_travel_in_the_header(tmp_path):
     assert read_adapter(path).info == info
     with safe_open(path, framework="pt") as file:
         assert file.metadata()["format"] == "pt"
+
+
+def test_a_file_that_is_there_stays_whole_where_the_disk_is_full(tmp_path, monkeypatch):
+    path = write_adapter(tmp_path / "a.safetensors", {"x_embedder": LoraPair(torch.ones(2, 16), torch.ones(32, 2))})
+    before = path.read_bytes()
+
+    def half(tensors, place, metadata=None):
+        Path(place).write_bytes(before[:40])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("imgdit.io.atomic.save_file", half)
+    with pytest.raises(ValueError, match="No space left"):
+        write_adapter(path, {"x_embedder": LoraPair(torch.zeros(2, 16), torch.zeros(32, 2))})
+    assert path.read_bytes() == before and [one.name for one in tmp_path.iterdir()] == ["a.safetensors"]
 
 
 REFUSED = {
