@@ -50,6 +50,19 @@ def token_format(model: Any) -> TokenFormat:
     return family.tokens
 
 
+def token_side(model: Any, vae: Any) -> int:
+    """Pixels per side of a token of a transformer's images.
+
+    Args:
+        model: the bare transformer.
+        vae: diffusers' autoencoder; `None`: cells of 8 pixels.
+
+    Raises:
+        ValueError: nothing is known of the transformer's tokens.
+    """
+    return token_format(model).patch(model, vae) * cell_size(vae)
+
+
 def encode_conditions(
     model: Any,
     vae: Any,

@@ -23,6 +23,7 @@ from imgdit import compat
 from imgdit.adapters.pairing import COPIES, Pairing
 from imgdit.adapters.prepare import blocks_of, refuse_processors
 from imgdit.adapters.references import SeenReferences
+from imgdit.attention.cache import KVCache, LayerCache
 from imgdit.families.step import Step
 from imgdit.family import Block, Call, Conditions, Edge, Family, MeasuredPlaces
 from imgdit.frames import Frame
@@ -42,10 +43,12 @@ _PLANNED: ContextVar[Step | None] = ContextVar("imgdit_condition_planned", defau
 
 
 class Passing:
-    """The plan of the pass that goes on, for blocks that get no dictionary. One object per transformer."""
+    """The plan of the pass that goes on, for blocks that get no dictionary, and the stores of keys and values of all
+    blocks. One object per transformer."""
 
     def __init__(self) -> None:
         self.step: Step | None = None
+        self.blocks: list[BlockHook] = []
         self._lock = threading.RLock()
 
     @contextmanager
@@ -57,6 +60,24 @@ class Passing:
                 yield
             finally:
                 self.step = before
+
+    @contextmanager
+    def stores(self, cache: KVCache | None) -> Iterator[None]:
+        """Hand its part of a cache to each block; passes of other threads that have a cache wait.
+
+        A block that looked itself up by its name would be compiled anew for each name.
+        """
+        if cache is None:
+            yield
+            return
+        with self._lock:
+            for block in self.blocks:
+                block.store = cache.layer(block.name)
+            try:
+                yield
+            finally:
+                for block in self.blocks:
+                    block.store = None
 
 
 class ConditionHook(ModelHook):
@@ -86,6 +107,9 @@ class BlockHook(ConditionHook):
         self.is_last = block.ends_conditions
         self.argument = argument
         self.passing = passing
+        self.store: LayerCache | None = None
+        """Keys and values of the conditions, in a pass that has a cache."""
+        passing.blocks.append(self)
 
     def new_forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
         given = {**dict(zip(self.parameters, args)), **kwargs}
@@ -93,7 +117,7 @@ class BlockHook(ConditionHook):
         if step is None:
             return self.fn_ref.original_forward(*args, **kwargs)
         plan = step.last if self.is_last else step.plan
-        return self.function(module, given, step, plan, None if step.cache is None else step.cache.layer(self.name))
+        return self.function(module, given, step, plan, None if step.cache is None else self.store)
 
 
 class EdgeHook(ConditionHook):
@@ -283,9 +307,10 @@ class ModelInputHook(ConditionHook):
             given[name] = {**kwargs, _STEP: step}
         token = _PASS.set(step)
         try:
-            if self.conditions.transport is not None:
-                return self.fn_ref.original_forward(**given)
-            return self._hold(module, step, **given)
+            with self.passing.stores(step.cache):
+                if self.conditions.transport is not None:
+                    return self.fn_ref.original_forward(**given)
+                return self._hold(module, step, **given)
         finally:
             _PASS.reset(token)
 

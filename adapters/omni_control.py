@@ -14,6 +14,7 @@ from peft.tuners.lora import LoraLayer
 
 from imgdit import compat
 from imgdit.adapters.condition import Condition
+from imgdit.adapters.encoding import token_side
 from imgdit.adapters.hooks import NAME, BlockHook, ConditionHook, EdgeHook, LayerHook, ModelInputHook, Passing
 from imgdit.adapters.options import ConditionOptions, Mode
 from imgdit.adapters.pairing import Samples, Target
@@ -21,7 +22,6 @@ from imgdit.adapters.prepare import blocks_of, prepare_run
 from imgdit.adapters.references import References
 from imgdit.adapters.run import ConditionRun, Progress
 from imgdit.family import Edge, find_family, known_classes
-from imgdit.images.latents import cell_size
 from imgdit.kernels import prefer_onednn
 from imgdit.lora.files import (
     AdapterInfo,
@@ -234,7 +234,7 @@ class OmniControl:
                 f"a {type(self.transformer).__name__} takes no reference images of its pipeline; give the image as a "
                 "condition"
             )
-        side = self._tokens.patch(self.transformer, self.pipe.vae) * cell_size(self.pipe.vae)
+        side = token_side(self.transformer, self.pipe.vae)
         samples = Samples(samples) if isinstance(samples, int) else samples
         run = prepare_run(
             self.pipe,

@@ -11,14 +11,13 @@ from peft.tuners.lora import LoraLayer
 
 from imgdit import compat
 from imgdit.adapters.condition import Condition
-from imgdit.adapters.encoding import EncodedCondition, encode_conditions, token_format
+from imgdit.adapters.encoding import EncodedCondition, encode_conditions, token_format, token_side
 from imgdit.adapters.options import ConditionOptions
 from imgdit.adapters.pairing import UNKNOWN, Target
 from imgdit.adapters.references import References
 from imgdit.adapters.run import ConditionRun, Progress, at_the_start
 from imgdit.family import Block, find_family
 from imgdit.images.fitting import SHARP
-from imgdit.images.latents import cell_size
 from imgdit.images.masks import to_mask
 from imgdit.lora.files import AdapterInfo, loaded_adapters
 from imgdit.lora.rows import refuse_disabled, refuse_fused
@@ -53,8 +52,7 @@ def prepare_run(
     if not kept and references is None:
         return None
     model = compat.unwrapped(model)
-    tokens = token_format(model)
-    side = tokens.patch(model, pipe.vae) * cell_size(pipe.vae)
+    side = token_side(model, pipe.vae)
     sees = [_sees(item, one) for item, one in kept]
     lora_layers = [
         layer
@@ -78,7 +76,7 @@ def prepare_run(
                 sharp={name for name, info in infos.items() if info.task in SHARP},
             )
         if encoded:
-            _check_channels(encoded[0].tokens.shape[2], tokens.channels(model))
+            _check_channels(encoded[0].tokens.shape[2], token_format(model).channels(model))
         return ConditionRun(
             encoded,
             options.main_adapters,
@@ -203,7 +201,8 @@ def refuse_processors(model: Any) -> None:
     accepted = family.conditions.processors
     for block in blocks_of(model):
         for name in block.attentions:
-            processor = getattr(getattr(block.module, name, None), "processor", None)
+            attention = getattr(block.module, name, None)
+            processor = getattr(attention, "processor", None)
             if processor is None or type(processor) in accepted:
                 continue
             kind, place = type(processor).__name__, f"{block.name}.{name}"
@@ -216,10 +215,21 @@ def refuse_processors(model: Any) -> None:
                 )
             raise ValueError(
                 f"{place}.processor is a {kind}, which conditions would leave out: they compute the attention over "
-                "text, image and conditions themselves. Call transformer.set_attn_processor("
-                f"{accepted[0].__name__}()) first (and pass pag_scale=0 to a PAG pipeline), or run the pipeline "
-                "without conditions"
+                f"text, image and conditions themselves. Call {_putting_back(model, attention, place)} first (and pass "
+                "pag_scale=0 to a PAG pipeline), or run the pipeline without conditions"
             )
+
+
+def _putting_back(model: Any, attention: Any, place: str) -> str:
+    """The call that gives an attention diffusers' own processor, or all of them where they are of one class."""
+    family = find_family(model)
+    assert family is not None and family.conditions is not None
+    first = family.conditions.processors[0]
+    attentions = [getattr(block.module, name, None) for block in blocks_of(model) for name in block.attentions]
+    own = {compat.default_processor(one) or first for one in attentions if one is not None}
+    if len(own) == 1:
+        return f"transformer.set_attn_processor({own.pop().__name__}())"
+    return f"transformer.get_submodule({place!r}).set_processor({(compat.default_processor(attention) or first).__name__}())"
 
 
 def _region(encoded: Sequence[EncodedCondition], region: Any, side: int) -> torch.Tensor | None:

@@ -654,6 +654,11 @@ def attention_backend_name(backend: Any) -> str:
     return AttentionBackendName(backend).value
 
 
+def default_processor(attention: Any) -> type | None:
+    """The class of processor that an attention has unless another one is set; `None`: diffusers does not tell."""
+    return getattr(attention, "_default_processor_cls", None)
+
+
 def processor_backend(attn: Any) -> Any:
     """The backend that diffusers set on an attention's processor; `None`: the active one."""
     return getattr(attn.processor, "_attention_backend", None)

@@ -15,6 +15,7 @@ from diffusers.pipelines.flux import FluxPipelineOutput
 
 from imgdit import compat
 from imgdit.adapters.condition import Condition
+from imgdit.adapters.encoding import token_side
 from imgdit.adapters.omni_control import OmniControl
 from imgdit.adapters.options import ConditionOptions, Mode
 from imgdit.adapters.pairing import Pairing, Samples
@@ -141,7 +142,7 @@ class FluxOmniControlPipeline(_Conditions, FluxPipeline):
     """`FluxPipeline` with conditions; made by `from_pretrained`, or by `from_pipe` of a pipeline."""
 
     def _latent_shape(self, images: int, height: int, width: int) -> tuple[tuple[int, ...], str]:
-        side = 2 * self.vae_scale_factor  # pixels of a token
+        side = token_side(compat.unwrapped(self.transformer), self.vae)
         tokens = (height // side) * (width // side)
         return (images, tokens, self.transformer.config.in_channels), "batch, tokens, channels of a token"
 
@@ -157,7 +158,7 @@ class FluxOmniControlPipeline(_Conditions, FluxPipeline):
             return super()._sample(control, **kwargs)
         output_type, return_dict = kwargs.pop("output_type", "pil"), kwargs.pop("return_dict", True)
         rows, columns = run.region.shape
-        side = 2 * self.vae_scale_factor
+        side = run.side
         height, width = kwargs.setdefault("height", rows * side), kwargs.setdefault("width", columns * side)
         if (height, width) != (rows * side, columns * side):
             raise ValueError(
@@ -168,7 +169,7 @@ class FluxOmniControlPipeline(_Conditions, FluxPipeline):
             assert run.samples is not None
             latents, _ = self.prepare_latents(
                 run.samples.count,
-                self.transformer.config.in_channels // 4,
+                self.vae.config.latent_channels,
                 height,
                 width,
                 self.transformer.dtype,

@@ -184,8 +184,8 @@ def read_adapter(
         ValueError: not a safetensors file, damaged, without a LoRA, or of a kind other than plain LoRA.
     """
     path, config = _locate(source, weight_name, hub)
-    header, names, scale = _understood(path, config, family)
-    with _damage_told(path), safe_open(path, framework="pt") as file:
+    with _open(path) as file:
+        header, names, scale = _understood(file, path, config, family)
         tensors = {key: file.get_tensor(key) for key in names.used}
     pairs = _pairs(names, tensors, scale, str(path))
     info, preset = _info(header, names, family, str(path))
@@ -201,7 +201,8 @@ def read_info(source: str | Path) -> AdapterInfo:
         ValueError: as `read_adapter`, but for shapes.
     """
     path, config = _locate(source, None, {})
-    header, names, _ = _understood(path, config)
+    with _open(path) as file:
+        header, names, _ = _understood(file, path, config)
     return _info(header, names, None, str(path))[0]
 
 
@@ -410,12 +411,11 @@ def activate(model: nn.Module, adapters: list[str]) -> None:
 
 
 def _understood(
-    path: Path, config: Path | None, family: LoraNames | None = None
+    file: Any, path: Path, config: Path | None, family: LoraNames | None = None
 ) -> tuple[dict[str, str], Names, Scale | None]:
-    """A file's header, its keys, and the scale of its modules."""
-    with _damage_told(path), safe_open(path, framework="pt") as file:
-        header = file.metadata() or {}
-        shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    """The header of an open file, its keys, and the scale of its modules."""
+    header = file.metadata() or {}
+    shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
     names, scale = _names(shapes, str(path), family, shapes), None
     try:
         if told := header.get(LORA_ADAPTER_METADATA_KEY):
@@ -424,6 +424,8 @@ def _understood(
             scale = scale_of(parse_object(config.read_bytes(), str(config)), str(config))
     except LoraKindError as error:
         raise ValueError(f"{path} {error}") from error
+    except OSError as error:
+        raise ValueError(f"{config} cannot be read: {error}") from error
     return header, names, scale
 
 
@@ -459,9 +461,15 @@ def _pairs(names: Names, tensors: Mapping[str, torch.Tensor], scale: Scale | Non
 
 
 @contextmanager
-def _damage_told(path: Path) -> Iterator[None]:
+def _open(path: Path) -> Iterator[Any]:
+    """A safetensors file.
+
+    Raises:
+        ValueError: it cannot be read, with what it is where that can be seen.
+    """
     try:
-        yield
+        with safe_open(path, framework="pt") as file:
+            yield file
     except (SafetensorError, OSError) as error:
         start = path.read_bytes()[:64] if path.is_file() and path.stat().st_size < 2**20 else b""
         what = "damaged or something else"

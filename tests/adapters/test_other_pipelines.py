@@ -185,6 +185,25 @@ def test_blocks_are_compiled_once(kind, backend, tmp_path):
         torch._dynamo.reset()
 
 
+def test_blocks_that_keep_keys_are_compiled_once_for_all(tmp_path):
+    """A graph for each kind of block and for the first and the later steps, however many blocks there are."""
+    pipe = flux(num_layers=5, num_single_layers=1)
+    control = OmniControl(pipe)
+    control.load(lora_file(tmp_path / "canny.safetensors", pipe.transformer, "x_embedder"))
+    call = {"num_inference_steps": 2}
+    with control.use([condition()], mode="independent"):
+        expected = make(pipe, **call)
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("eager")
+    try:
+        pipe.transformer.compile_repeated_blocks(backend=counter, fullgraph=True)
+        with control.use([condition()], mode="independent"):
+            torch.testing.assert_close(make(pipe, **call), expected, atol=2e-5, rtol=2e-5)
+    finally:
+        torch._dynamo.reset()
+    assert 4 <= counter.frame_count <= 7, counter.frame_count  # of 12 calls
+
+
 # Defects of the reference that its recorded cases tag, without a recording of the correct behaviour here.
 
 
