@@ -97,7 +97,7 @@ class Condition:
         """Whether it acts in a step, numbered from 0 (the rule of diffusers' ControlNets)."""
         return acts_in(step, steps, self.start, self.end)
 
-    def read_size(self, given: tuple[int, int], patch: int, target: tuple[int, int] | None) -> tuple[int, int]:
+    def read_size(self, source_size: tuple[int, int], patch: int, target: tuple[int, int] | None) -> tuple[int, int]:
         """Height and width in pixels at which an image is read; it is scaled and cut to them (`imgdit.images.fit`).
 
         Args:
@@ -108,10 +108,11 @@ class Condition:
         Raises:
             ValueError: a condition that is placed by numbers and has no whole number of tokens.
         """
-        whole = (max(round(given[0] / patch), 1) * patch, max(round(given[1] / patch), 1) * patch)
-        if not isinstance(self.position, str) and whole != given:
+        whole = (max(round(source_size[0] / patch), 1) * patch, max(round(source_size[1] / patch), 1) * patch)
+        if not isinstance(self.position, str) and whole != source_size:
             raise ValueError(
-                f"a condition's image must be a multiple of {patch} pixels high and wide, got {given[0]}x{given[1]}; "
+                f"a condition's image must be a multiple of {patch} pixels high and wide, got "
+                f"{source_size[0]}x{source_size[1]}; "
                 f"resize it to {whole[0]}x{whole[1]}"
             )
         if target is None or not isinstance(self.position, str):
@@ -119,7 +120,7 @@ class Condition:
         over = (max(round(target[0] / self.scale), 1) * patch, max(round(target[1] / self.scale), 1) * patch)
         if self.position == "centred":
             return whole
-        is_larger = given[0] > over[0] or given[1] > over[1]
+        is_larger = source_size[0] > over[0] or source_size[1] > over[1]
         return over if self.position == "aligned" or is_larger else whole
 
     def frame(
@@ -127,7 +128,7 @@ class Condition:
         size: tuple[int, int],
         patch: int,
         sees: Literal["joint", "self"],
-        given: tuple[int, int] | None = None,
+        source_size: tuple[int, int] | None = None,
         target: tuple[int, int] | None = None,
     ) -> Frame:
         """The frame of its tokens.
@@ -157,7 +158,7 @@ class Condition:
             offset=(rows / self.scale, columns / self.scale),
             scale=self.scale,
             guidance=1.0 if clean else None,
-            mask=None if self.mask is None else to_mask(self.mask, size, patch, given),
+            mask=None if self.mask is None else to_mask(self.mask, size, patch, source_size),
             strength=self.strength,
             reference=not clean,
             everywhere=self.acts_on == "all",

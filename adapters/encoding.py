@@ -32,7 +32,7 @@ class EncodedCondition(NamedTuple):
     """(b, n, C), b = 1 or one image per sample."""
     empty: torch.Tensor | None
     """The same of an all-black image, where image guidance compares with it."""
-    given: tuple[int, int]
+    source_size: tuple[int, int]
     """Height and width of the image before it was fitted."""
     target: tuple[int, int] | None = None
     """Rows and columns of tokens of the image that is generated, which it was placed for; `None`: not known."""
@@ -91,18 +91,18 @@ def encode_conditions(
     encoded = []
     for condition, view in zip(conditions, sees, strict=True):
         how = Image.Resampling.NEAREST if condition.adapter in sharp else Image.Resampling.LANCZOS
-        pixels, given = read_condition(condition, side, target.grid, how)
+        pixels, source_size = read_condition(condition, side, target.grid, how)
         if target.samples is not None:
             target.samples.order(len(pixels))  # refuses another number
         height, width = pixels.shape[-2:]
-        frame = condition.frame((height // side, width // side), side, view, given, target.grid)
+        frame = condition.frame((height // side, width // side), side, view, source_size, target.grid)
 
         def tokens(pixels: torch.Tensor, frame: Frame = frame) -> torch.Tensor:
             packed = written.encode(model, vae, pixels.to(device, vae.dtype), generator)  # (b, rows * columns, C)
             return packed if frame.mask is None else packed[:, frame.mask.flatten()]
 
         black = tokens(torch.full_like(pixels[:1], -1.0)) if with_empty else None
-        encoded.append(EncodedCondition(condition, frame, tokens(pixels), black, given, target.grid))
+        encoded.append(EncodedCondition(condition, frame, tokens(pixels), black, source_size, target.grid))
     return encoded
 
 

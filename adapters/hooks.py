@@ -112,12 +112,14 @@ class BlockHook(ConditionHook):
         passing.blocks.append(self)
 
     def new_forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
-        given = {**dict(zip(self.parameters, args)), **kwargs}
-        step: Step | None = self.passing.step if self.argument is None else (given.get(self.argument) or {}).get(_STEP)
+        arguments = {**dict(zip(self.parameters, args)), **kwargs}
+        step: Step | None = (
+            self.passing.step if self.argument is None else (arguments.get(self.argument) or {}).get(_STEP)
+        )
         if step is None:
             return self.fn_ref.original_forward(*args, **kwargs)
         plan = step.last if self.is_last else step.plan
-        return self.function(module, given, step, plan, None if step.cache is None else self.store)
+        return self.function(module, arguments, step, plan, None if step.cache is None else self.store)
 
 
 class EdgeHook(ConditionHook):
@@ -166,41 +168,41 @@ class ModelInputHook(ConditionHook):
         run = self.control.run
         if run is None:
             return self._plain(module, *args, **kwargs)
-        given = self.signature.bind(module, *args, **kwargs).arguments
-        given.pop("self")
-        given |= self._measured.positions(self.family, given)
-        run = run.at(self._grid(module, given))
+        arguments = self.signature.bind(module, *args, **kwargs).arguments
+        arguments.pop("self")
+        arguments |= self._measured.positions(self.family, arguments)
+        run = run.at(self._grid(module, arguments))
         refuse_processors(module)
-        active = run.active(lambda: self._progress(module, given))
-        seen = self._references(module, given, run)
+        active = run.active(lambda: self._progress(module, arguments))
+        seen = self._references(module, arguments, run)
         changed = seen is not None and seen.changes
         if not active and not changed and not (run.conditions and self._step_cache(module)):
-            return self._plain(module, **given)
+            return self._plain(module, **arguments)
         scale = run.image_guidance_scale
         if scale != 1.0 and self._step_cache(module):
             raise ValueError(
                 "image guidance runs the model twice in a step, which a step cache takes for two steps; call "
                 "disable_cache() or use image_guidance_scale=1"
             )
-        with scaled_adapters(module, self._take_lora_scale(given)):
-            out = self._pass(module, run, dict(given), active, seen, empty=False)
+        with scaled_adapters(module, self._take_lora_scale(arguments)):
+            out = self._pass(module, run, dict(arguments), active, seen, empty=False)
             if scale != 1.0:
-                black = self._pass(module, run, dict(given), active, seen, empty=True)
+                black = self._pass(module, run, dict(arguments), active, seen, empty=True)
                 out = _combine(out, black, lambda a, b: b + scale * (a - b))
         return out
 
-    def _take_lora_scale(self, given: dict[str, Any]) -> float:
+    def _take_lora_scale(self, arguments: dict[str, Any]) -> float:
         """What a call multiplies adapters by, out of its arguments: the model's own forward would apply it too late,
         after what blocks share and the keys of caches."""
         for name in self.signature.parameters:
-            if name.endswith("attention_kwargs") and "scale" in (given.get(name) or {}):
-                given[name] = dict(given[name])
-                return given[name].pop("scale")
+            if name.endswith("attention_kwargs") and "scale" in (arguments.get(name) or {}):
+                arguments[name] = dict(arguments[name])
+                return arguments[name].pop("scale")
         return 1.0
 
-    def _progress(self, module: Any, given: Mapping[str, Any]) -> Progress:
-        dtype = self.family.latents(given).dtype  # which pipelines round the timestep to
-        return self.control.progress(self.family.timestep(module, given), dtype)
+    def _progress(self, module: Any, arguments: Mapping[str, Any]) -> Progress:
+        dtype = self.family.latents(arguments).dtype  # which pipelines round the timestep to
+        return self.control.progress(self.family.timestep(module, arguments), dtype)
 
     def _plain(self, module: Any, *args: Any, **kwargs: Any) -> Any:
         """A pass without conditions."""
@@ -224,27 +226,27 @@ class ModelInputHook(ConditionHook):
             if part is not None
         )
 
-    def _references(self, module: Any, given: Mapping[str, Any], run: ConditionRun) -> SeenReferences | None:
+    def _references(self, module: Any, arguments: Mapping[str, Any], run: ConditionRun) -> SeenReferences | None:
         """What of the pipeline's own reference images is seen; `None`: what the model sees."""
         settings = run.references
         if settings is None:
             return None
-        found = self._measured.references(self.family, module, given)
+        found = self._measured.references(self.family, module, arguments)
         always = (settings.start, settings.end) == (0.0, 1.0)
-        acting = always or settings.acts(*self._progress(module, given))
+        acting = always or settings.acts(*self._progress(module, arguments))
         return settings.seen(found, run.side, acting=acting, keep=self._step_cache(module))
 
     def _pass(
         self,
         module: Any,
         run: ConditionRun,
-        given: dict[str, Any],
+        arguments: dict[str, Any],
         active: tuple[int, ...],
         seen: SeenReferences | None = None,
         *,
         empty: bool,
     ) -> Any:
-        call = self.conditions.call(module, given)
+        call = self.conditions.call(module, arguments)
         frames = _completed(call, run) if seen is None or run.region is not None else _with_references(call, seen)
         guided = getattr(self.control.pipe, "do_classifier_free_guidance", None)  # told by its last call
         copies = COPIES if self.family.guides_in_batch else (1,)
@@ -259,74 +261,74 @@ class ModelInputHook(ConditionHook):
             empty=empty,
             hidden=seen is not None and seen.hidden,
         )
-        rope = None if self.conditions.rope is None else partial(self.conditions.rope, module, given)
+        rope = None if self.conditions.rope is None else partial(self.conditions.rope, module, arguments)
         kept = None if seen is None else run.kept_rows(arranged, call, seen.present)
         step = run.step(
-            arranged, len(frames), rope, self._places(given), call.places, kept=kept, device=call.latents.device
+            arranged, len(frames), rope, self._places(arguments), call.places, kept=kept, device=call.latents.device
         )
         step.full_length = call.length
         if call.key_mask is not None:
             step.with_key_mask(call.key_mask)
         for name in self.conditions.residual_arguments:
-            if given.get(name) is not None:
-                given[name] = _padded(given[name], step)
+            if arguments.get(name) is not None:
+                arguments[name] = _padded(arguments[name], step)
         token = _PLANNED.set(step)
         try:
-            self._prepare(module, given, step)
-            if self.conditions.given is not None:
-                given = self.conditions.given(module, given, step)
-            out = self._run(module, given, step)
+            self._prepare(module, arguments, step)
+            if self.conditions.arguments is not None:
+                arguments = self.conditions.arguments(module, arguments, step)
+            out = self._run(module, arguments, step)
         finally:
             _PLANNED.reset(token)
         if step.cache is not None:
             step.cache.freeze()
         if run.region is not None and step.full_length != step.image_length:
-            out = self._fill(out, call.latents, self._sigma(module, given), run, pairing)
+            out = self._fill(out, call.latents, self._sigma(module, arguments), run, pairing)
         return out
 
-    def _prepare(self, module: Any, given: Mapping[str, Any], step: Step) -> None:
+    def _prepare(self, module: Any, arguments: Mapping[str, Any], step: Step) -> None:
         """Compute what the blocks read besides tokens."""
         frames = [step.layout.frames[i] for i in step.layout.live]
         levels = [(frame.sigma, frame.guidance) for frame in frames]
         first = {level: frame for level, frame in reversed(list(zip(levels, frames)))}
-        vectors = {level: self.conditions.vector(module, given, frame) for level, frame in first.items()}
+        vectors = {level: self.conditions.vector(module, arguments, frame) for level, frame in first.items()}
         step.vectors = torch.stack([vectors[level] for level in levels], dim=1)  # (B, F, D)
         shared = self.conditions.shared
         step.shared = step.vectors if shared is None else shared(module, step.vectors, step.plan)
 
-    def _run(self, module: Any, given: dict[str, Any], step: Step) -> Any:
+    def _run(self, module: Any, arguments: dict[str, Any], step: Step) -> Any:
         """The model's own forward under a plan."""
         if self.conditions.transport is not None:
             name = self.conditions.transport[0]
-            kwargs = dict(given.get(name) or {})
+            kwargs = dict(arguments.get(name) or {})
             if any(key.startswith("ip_") for key in kwargs):
                 raise ValueError(
                     "IP-Adapter images cannot be combined with conditions: its attention would be left out. Run the "
                     "pipeline without ip_adapter_image, or outside of use()"
                 )
-            given[name] = {**kwargs, _STEP: step}
+            arguments[name] = {**kwargs, _STEP: step}
         token = _PASS.set(step)
         try:
             with self.passing.stores(step.cache):
                 if self.conditions.transport is not None:
-                    return self.fn_ref.original_forward(**given)
-                return self._hold(module, step, **given)
+                    return self.fn_ref.original_forward(**arguments)
+                return self._hold(module, step, **arguments)
         finally:
             _PASS.reset(token)
 
-    def _places(self, given: Mapping[str, Any]) -> tuple:
+    def _places(self, arguments: Mapping[str, Any]) -> tuple:
         """The objects that tell positions."""
-        return tuple(given.get(name) for name in self.conditions.position_arguments)
+        return tuple(arguments.get(name) for name in self.conditions.position_arguments)
 
-    def _grid(self, module: Any, given: Mapping[str, Any]) -> tuple[int, int]:
+    def _grid(self, module: Any, arguments: Mapping[str, Any]) -> tuple[int, int]:
         """Rows and columns of tokens of the image that is generated; reference images beside it do not count."""
-        places = self._measured.of(self.family, module, given)
+        places = self._measured.of(self.family, module, arguments)
         assert places is not None
         return places[0][1]
 
-    def _sigma(self, module: Any, given: Mapping[str, Any]) -> torch.Tensor:
+    def _sigma(self, module: Any, arguments: Mapping[str, Any]) -> torch.Tensor:
         assert self.conditions.sigma is not None, "conditions that complete an image are refused before"
-        return self.conditions.sigma(module, given)
+        return self.conditions.sigma(module, arguments)
 
     def _fill(self, out: Any, latents: torch.Tensor, sigma: torch.Tensor, run: ConditionRun, pairing: Pairing) -> Any:
         """Give known tokens the velocity that ends at what is known: v = (x - x_0) / sigma, as x = x_0 + sigma v."""
@@ -334,12 +336,12 @@ class ModelInputHook(ConditionHook):
         region = run.region_on(latents.device)
         if self.conditions.spatial:
             known = unpack(known, self.patch, (region.shape[0], region.shape[1]))
-            made = region.repeat_interleave(self.patch, 0).repeat_interleave(self.patch, 1)[None, None]
+            generated = region.repeat_interleave(self.patch, 0).repeat_interleave(self.patch, 1)[None, None]
         else:
-            made = region.flatten()[None, :, None]
+            generated = region.flatten()[None, :, None]
         sigma = sigma.view(-1, *[1] * (latents.ndim - 1))
         velocity = ((latents.float() - known.float()) / sigma).to(latents.dtype)
-        return _combine(out, out, lambda sample, _: torch.where(made, sample, velocity))
+        return _combine(out, out, lambda sample, _: torch.where(generated, sample, velocity))
 
 
 def _completed(call: Call, run: ConditionRun) -> Sequence[Frame]:

@@ -175,8 +175,8 @@ def _check(
     ):
         raise ValueError(
             "cache=True keeps a condition's keys and values over the steps, but in joint mode they depend on the "
-            "image that is made, and at its noise level on the step. These adapters were not trained independently; "
-            "pass mode='independent' (and level='clean') to run them so nevertheless"
+            "image that is generated, and at its noise level on the step. These adapters were not trained "
+            "independently; pass mode='independent' (and level='clean') to run them so nevertheless"
         )
     return chosen
 
@@ -215,8 +215,9 @@ def refuse_processors(model: Any) -> None:
                 )
             raise ValueError(
                 f"{place}.processor is a {kind}, which conditions would leave out: they compute the attention over "
-                f"text, image and conditions themselves. Call {_putting_back(model, attention, place)} first (and pass "
-                "pag_scale=0 to a PAG pipeline), or run the pipeline without conditions"
+                f"text, image and conditions themselves. Call "
+                f"{_putting_back(model, attention, place)} first (and pass pag_scale=0 to a PAG pipeline), or run the "
+                "pipeline without conditions"
             )
 
 
@@ -226,10 +227,10 @@ def _putting_back(model: Any, attention: Any, place: str) -> str:
     assert family is not None and family.conditions is not None
     first = family.conditions.processors[0]
     attentions = [getattr(block.module, name, None) for block in blocks_of(model) for name in block.attentions]
-    own = {compat.default_processor(one) or first for one in attentions if one is not None}
-    if len(own) == 1:
-        return f"transformer.set_attn_processor({own.pop().__name__}())"
-    return f"transformer.get_submodule({place!r}).set_processor({(compat.default_processor(attention) or first).__name__}())"
+    own = (compat.default_processor(attention) or first).__name__
+    if len({compat.default_processor(one) or first for one in attentions if one is not None}) == 1:
+        return f"transformer.set_attn_processor({own}())"
+    return f"transformer.get_submodule({place!r}).set_processor({own}())"
 
 
 def _region(encoded: Sequence[EncodedCondition], region: Any, side: int) -> torch.Tensor | None:
@@ -243,7 +244,7 @@ def _region(encoded: Sequence[EncodedCondition], region: Any, side: int) -> torc
     if len(sizes) > 1:
         raise ValueError(f"complement conditions show one image, got sizes of {sorted(sizes)} tokens")
     known = torch.stack([item.frame.mask for item in complements if item.frame.mask is not None]).any(0)
-    made = ~known if region is None else to_mask(region, complements[0].frame.size, side)
-    if not made.any():
-        raise ValueError("the complement conditions' masks cover the whole image: there is nothing to make")
-    return made
+    generated = ~known if region is None else to_mask(region, complements[0].frame.size, side)
+    if not generated.any():
+        raise ValueError("the complement conditions' masks cover the whole image: there is nothing to generate")
+    return generated

@@ -80,8 +80,8 @@ class References:
         frames: list[Frame] = []
         present: list[torch.Tensor] = []
         for number, frame in enumerate(references):
-            strength, given = self.of(number, len(references))
-            mask = None if given is None else to_mask(given, frame.size, side)
+            strength, own_mask = self.of(number, len(references))
+            mask = None if own_mask is None else to_mask(own_mask, frame.size, side)
             if strength == 0.0 or not (acting or keep):
                 present.append(torch.zeros(frame.size, dtype=torch.bool).flatten())
                 continue

@@ -66,19 +66,19 @@ class _Entry(NamedTuple):
 class _Seen:
     """A tensor of an earlier pass, with its values at that time."""
 
-    def __init__(self, given: torch.Tensor) -> None:
-        self.given, self.version = given, _version(given)
-        self.values = given.clone()
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor, self.version = tensor, _version(tensor)
+        self.values = tensor.clone()
 
     def equals(self, new: torch.Tensor) -> bool:
         """Whether another tensor has the same values, which are read from the device unless it is the one that was
         seen last: pipelines pass the same in every step."""
-        if new is self.given and self.version is not None and self.version == _version(new):
+        if new is self.tensor and self.version is not None and self.version == _version(new):
             return True
         same = new.shape == self.values.shape and new.dtype == self.values.dtype
         same = same and (not new.numel() or torch.equal(self.values, new))
         if same:
-            self.given, self.version = new, _version(new)
+            self.tensor, self.version = new, _version(new)
         return same
 
 
@@ -359,7 +359,7 @@ def _fits(item: EncodedCondition, grid: tuple[int, int], side: int) -> bool:
     rows, columns = item.frame.size
     if item.condition.position == "centred" and item.target != grid:
         return False
-    return item.condition.read_size(item.given, side, grid) == (rows * side, columns * side)
+    return item.condition.read_size(item.source_size, side, grid) == (rows * side, columns * side)
 
 
 def _state(weight: torch.Tensor) -> tuple[int, int]:

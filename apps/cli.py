@@ -15,6 +15,7 @@ from imgdit.apps.commands import bench, captions, convert, data, docs, images, l
 from imgdit.apps.commands.demo import demo
 from imgdit.apps.commands.doctor import doctor
 from imgdit.apps.commands.judge import judge
+from imgdit.apps.commands.options import old_options
 from imgdit.apps.console import Commands, at_work
 
 app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False)
@@ -51,7 +52,7 @@ def imgdit(
 
 app.command()(images.generate)
 app.command()(images.control)
-app.command("any")(images.any_to_any)
+app.command("any", context_settings=old_options(given="condition", make="generate"))(images.any_to_any)
 app.command()(images.unlearn)
 app.command()(captions.caption)
 app.command()(captions.answer)

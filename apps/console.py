@@ -36,10 +36,10 @@ def user_errors(words: Mapping[str, str] = {}) -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError, ImportError) as error:
-        said = " ".join(_reason(error).split())
+        message = " ".join(_reason(error).split())
         for pattern, option in words.items():
-            said = re.sub(pattern, option, said)
-        raise typer.BadParameter(said) from error
+            message = re.sub(pattern, option, message)
+        raise typer.BadParameter(message) from error
 
 
 @contextmanager

@@ -183,7 +183,7 @@ class Session:
         Raises:
             ValueError: the sides are no multiples of `cell`.
         """
-        return [said for said in (self.shelf.about_words([request.prompt]), self.about_size(request)) if said]
+        return [remark for remark in (self.shelf.about_words([request.prompt]), self.about_size(request)) if remark]
 
     def about_size(self, request: Request, timed: bool = True) -> str | None:
         """A prompt on a size that was never taught, see `remarks`; `None`: nothing speaks against it.
@@ -197,12 +197,12 @@ class Session:
         size = (request.width or own, request.height or own)
         if size[0] is None or size[1] is None or (request.width is None and request.height is None):
             return None
-        said = unsuited((size[0], size[1]), self.shelf.taught.sizes, own, self.cell)
-        if said is None or not timed or own is None or size[0] * size[1] <= own**2:
-            return said
+        remark = unsuited((size[0], size[1]), self.shelf.taught.sizes, own, self.cell)
+        if remark is None or not timed or own is None or size[0] * size[1] <= own**2:
+            return remark
         # Attention grows faster than the area, hence "at least".
         seconds = request.steps * self._step_seconds * size[0] * size[1] / own**2
-        return f"{said}. It takes at least {duration(seconds)}"
+        return f"{remark}. It takes at least {duration(seconds)}"
 
     @cached_property
     def _step_seconds(self) -> float:
@@ -335,7 +335,7 @@ class Session:
         for frame in frames:
             kind = TASKS[frame.kind].condition if frame.kind in TASKS else frame.kind
             content = next(rows) if frame.camera is not None else frame.image
-            asked.append(ImageFrame.make(kind) if content is None else ImageFrame.given(content, kind))
+            asked.append(ImageFrame.generate(kind) if content is None else ImageFrame.clean(content, kind))
         pair = next((f.kind for f in frames if f.kind in TASKS and TASKS[f.kind].condition == "image"), None)
         return {"frames": asked, "task": task or pair or infer_task(asked), "focal_length": focal}
 

@@ -401,8 +401,8 @@ def _calls(module: Any) -> Iterator[tuple[Any, str, Any]]:
     while True:
         call = getattr(holder, attribute)
         inside = call.func.__closure__ or () if isinstance(call, functools.partial) else ()
-        held = [cell.cell_contents for cell in inside]
-        reference = next((r for r in references if any(r is one for one in held)), None)
+        contents = [cell.cell_contents for cell in inside]
+        reference = next((r for r in references if any(r is one for one in contents)), None)
         yield holder, attribute, reference
         if reference is not None:
             holder, attribute = reference, _inner(reference)
@@ -452,11 +452,11 @@ def called(module: torch.nn.Module, function: Callable, *args: Any, **kwargs: An
             innermost = _Innermost(innermost)
             setattr(holder, name, innermost)
         innermost.calls += 1
-    token = _GIVEN.set(_Given(innermost, function))
+    token = _COMPUTED.set(_Computed(innermost, function))
     try:
         return module(*args, **kwargs)
     finally:
-        _GIVEN.reset(token)
+        _COMPUTED.reset(token)
         with _INNERMOST_LOCK:
             innermost.calls -= 1
             holder, name = _innermost_place(module)  # a hook may have gone meanwhile
@@ -468,11 +468,11 @@ def called(module: torch.nn.Module, function: Callable, *args: Any, **kwargs: An
 
 def is_computed(module: torch.nn.Module) -> bool:
     """Whether `called` computes a module in the call that goes on, for a hook on it that would compute it too."""
-    given = _GIVEN.get()
-    if given is None:
+    computed = _COMPUTED.get()
+    if computed is None:
         return False
     holder, name = _innermost_place(module)
-    return getattr(holder, name) is given.place
+    return getattr(holder, name) is computed.place
 
 
 class _Innermost:
@@ -483,18 +483,18 @@ class _Innermost:
         self.calls = 0
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        given = _GIVEN.get()
-        return (self.forward if given is None or given.place is not self else given.function)(*args, **kwargs)
+        computed = _COMPUTED.get()
+        return (self.forward if computed is None or computed.place is not self else computed.function)(*args, **kwargs)
 
 
-class _Given(NamedTuple):
+class _Computed(NamedTuple):
     """What an innermost forward is to compute."""
 
     place: _Innermost
     function: Callable
 
 
-_GIVEN: ContextVar[_Given | None] = ContextVar("imgdit_given", default=None)
+_COMPUTED: ContextVar[_Computed | None] = ContextVar("imgdit_computed", default=None)
 _INNERMOST_LOCK = threading.Lock()
 
 
@@ -586,9 +586,9 @@ def guides(pipe: Any) -> bool | None:
     Most pipelines say so by a property. PixArt's, DiT's and DeepFloyd's keep it in variables of their `__call__`,
     and nowhere else.
     """
-    told = getattr(pipe, "do_classifier_free_guidance", None)
-    if told is not None:
-        return bool(told)
+    guides = getattr(pipe, "do_classifier_free_guidance", None)
+    if guides is not None:
+        return bool(guides)
     frame = inspect.currentframe()
     while frame is not None:
         if frame.f_code.co_name == "__call__" and frame.f_locals.get("self") is pipe:

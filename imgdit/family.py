@@ -21,6 +21,7 @@ import torch
 
 from imgdit import compat
 from imgdit.frames import Frame
+from imgdit.naming import old_names
 
 Grid = tuple[int, int]
 """Rows and columns of tokens."""
@@ -126,8 +127,8 @@ class Conditions:
     (B, S, D) of the sequence in the model's own order."""
     spatial: bool = False
     """Whether the model takes and returns planes (B, C, h, w) and not tokens."""
-    given: Callable[[Any, dict[str, Any], Any], dict[str, Any]] | None = None
-    """`given(model, arguments, step)`: the arguments of a pass with conditions, for a model that takes them as
+    arguments: Callable[[Any, dict[str, Any], Any], dict[str, Any]] | None = None
+    """`arguments(model, arguments, step)`: the arguments of a pass with conditions, for a model that takes them as
     arguments of its own; `None`: the edges add them."""
     clean_only: bool = False
     """Whether conditions and references are always at noise level 0."""
@@ -153,10 +154,11 @@ class Preset(NamedTuple):
     """Regular expression found in a key of their files."""
     settings: Mapping[str, Any]
     """Fields of `imgdit.lora.files.AdapterInfo`."""
-    told: str = ""
+    header: str = ""
     """Regular expression found in their names or headers too, where adapters of other settings have the same keys."""
 
 
+@old_names(shares="shared")
 @dataclass(frozen=True, eq=False)
 class LoraNames:
     """Names that LoRA files use for the layers of a family."""
@@ -182,7 +184,7 @@ class LoraNames:
     """What messages call the family; "" for one whose files are not told from others'."""
     marks: str = ""
     """Regular expression found in names of modules that no other family has, in any dialect."""
-    shares: str = ""
+    shared: str = ""
     """The same of names that others have too."""
     never: str = ""
     """The same of names that it has not."""
@@ -240,7 +242,7 @@ def timestep_times(factor: float) -> Callable[[Any, Arguments], float]:
     return timestep
 
 
-timestep_as_given = timestep_times(1.0)
+timestep_unscaled = timestep_times(1.0)
 TEXT_PARTS = r"context|add_|encoder_hidden|caption|text"
 
 
@@ -253,7 +255,7 @@ class Family:
     places: Callable[[Any, Arguments], Sequence[tuple[slice, Grid]] | None]
     """`places(model, arguments)`: rows in the image stream, and grid, of each image that is generated; `None` for a
     model that works on planes. References of the pipeline and padding do not count."""
-    timestep: Callable[[Any, Arguments], float] = timestep_as_given
+    timestep: Callable[[Any, Arguments], float] = timestep_unscaled
     """`timestep(model, arguments)`: the scheduler's timestep of a call, in [0, 1000]."""
     latents: Callable[[Arguments], torch.Tensor] = first_latents
     """Of the arguments: what is denoised, (B, …)."""
@@ -307,16 +309,16 @@ class MeasuredPlaces:
         names = () if family.conditions is None else family.conditions.position_arguments
         return {name: self._first(arguments[name]) for name in names if name in arguments}
 
-    def _first(self, given: Any) -> Any:
+    def _first(self, value: Any) -> Any:
         """The first object that was given with these values."""
-        if not isinstance(given, torch.Tensor) or any(one is given for one in self._ids):
-            return given
+        if not isinstance(value, torch.Tensor) or any(one is value for one in self._ids):
+            return value
         for one in self._ids:
-            alike = (one.shape, one.dtype, one.device) == (given.shape, given.dtype, given.device)
-            if alike and torch.equal(one, given):
+            alike = (one.shape, one.dtype, one.device) == (value.shape, value.dtype, value.device)
+            if alike and torch.equal(one, value):
                 return one
-        self._ids = [*self._ids[-7:], given]
-        return given
+        self._ids = [*self._ids[-7:], value]
+        return value
 
     def of(self, family: Family, model: Any, arguments: Arguments) -> Sequence[tuple[slice, Grid]] | None:
         """Rows and grids of the images in a call: its `Family.places`."""
@@ -330,14 +332,14 @@ class MeasuredPlaces:
     def _measured(
         self, family: Family, function: Callable[[Any, Arguments], Any], model: Any, arguments: Arguments
     ) -> Any:
-        given = tuple(self.positions(family, arguments).values())
-        if all(one is None for one in given):
+        values = tuple(self.positions(family, arguments).values())
+        if all(one is None for one in values):
             return function(model, arguments)
-        key = (function, *map(id, given))
+        key = (function, *map(id, values))
         if key not in self._known:
             if len(self._known) >= 8:
                 self._known.clear()
-            self._known[key] = (given, function(model, arguments))  # holding them, so that ids stay theirs
+            self._known[key] = (values, function(model, arguments))  # holding them, so that ids stay theirs
         return self._known[key][1]
 
 

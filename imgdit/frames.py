@@ -3,7 +3,7 @@
 A generation is a sequence of frames: the image being generated, a depth map that is given, a condition that steers, a
 prompt, a caption that is generated. `Frame` is a latent grid, `TextFrame` a row of tokens, and `Segment` what both
 have in common. `FrameLayout` puts them in a row and answers what the backbone asks: how long each is, where each token
-sits, at which noise level it is held, which adapter reads it, and who sees whom.
+sits, its noise level, which adapter reads it, and who sees whom.
 
 T text tokens, N image tokens, X texts, F frames. Segments are numbered texts first, then frames, and the joint
 sequence holds their tokens in that order.
@@ -20,8 +20,10 @@ from typing import Any, Literal
 import torch
 
 from imgdit.moved import renamed
+from imgdit.naming import old_names
 
 
+@old_names(held="is_clean")
 class Segment:
     """What `Frame` and `TextFrame` have in common: tokens with a noise level, an adapter, and what they see."""
 
@@ -34,13 +36,13 @@ class Segment:
     everywhere: bool = False
 
     @property
-    def held(self) -> bool:
-        """Whether it keeps its noise level instead of being denoised."""
+    def is_clean(self) -> bool:
+        """Whether it conditions: it keeps its noise level, mostly 0, and is not denoised."""
         return self.sigma is not None
 
     @property
     def predicted(self) -> bool:
-        """Whether the model predicts it: it is generated and not given."""
+        """Whether the model predicts it: it is generated and does not condition."""
         return self.sigma is None and not self.reference
 
     def _check(self) -> None:
@@ -57,7 +59,7 @@ class Frame(Segment):
     size: tuple[int, int]
     """Rows and columns of the token grid."""
     sigma: float | None = None
-    """Noise level in [0, 1] the frame is held at; `None`: the frame is being made and follows the schedule."""
+    """Noise level in [0, 1] the frame keeps; `None`: the frame is generated and follows the schedule."""
     adapter: str | None = None
     """Name of the LoRA adapter that acts on this frame's tokens, and on no others."""
     sees: Literal["all", "joint", "self"] = "all"
@@ -77,7 +79,7 @@ class Frame(Segment):
     """γ > 0: log γ is added to the attention logits between this frame and everything else (OminiControl, section
     3.2). 1 is no bias; a frame of strength 0 is left out."""
     reference: bool = False
-    """A frame without `sigma` that is given and not generated: it has the noise level of the image that is generated,
+    """A conditioning frame without `sigma`: it has the noise level of the image that is generated,
     and no velocity is predicted for it."""
     everywhere: bool = False
     """Whether its adapter acts on all tokens, as a LoRA of the model does, and not on this frame's alone. Such a frame
@@ -92,7 +94,7 @@ class Frame(Segment):
             raise ValueError(f"a frame's scale must be positive, got {self.scale}")
         if not 0.0 < self.strength < math.inf:
             raise ValueError(f"a frame's strength must be positive, got {self.strength}; leave the frame out for 0")
-        if self.reference and self.held:
+        if self.reference and self.is_clean:
             raise ValueError(f"a reference has the noise level of the image, got sigma={self.sigma}; leave one out")
         if self.mask is not None:
             if self.mask.dtype != torch.bool or tuple(self.mask.shape) != tuple(self.size):
@@ -132,18 +134,18 @@ class TextFrame(Segment):
 
     For pipelines write `TextFrame.clean("a red cube")`, `TextFrame.generate(32)`,
     `TextFrame.fill("a [?] cube on a [?] floor")` and `TextFrame.ask("what colour is the left object?")`; they count
-    the tokens. `given` and `make` are `clean` and `generate` by the names of `ImageFrame`.
+    the tokens.
     """
 
     length: int = 0
     """Number of tokens. In pipelines 0: as many as the text has, or as the model writes by default."""
     sigma: float | None = 0.0
-    """Noise level in [0, 1] the text is held at, 0 for a prompt; `None`: the text is generated.
+    """Noise level in [0, 1] the text keeps, 0 for a prompt; `None`: the text is generated.
 
     A prompt is modulated by the level of the run if it sees anything that is generated, as FLUX and SD3 were trained,
     otherwise by the highest level of what it sees."""
     keep: torch.Tensor | None = None
-    """Boolean (length,) or (B, length): tokens of a generated text that are given and never masked, such as a question
+    """Boolean (length,) or (B, length): tokens of a generated text that are known and never masked, such as a question
     before its answer. `None`: none."""
     sees: Literal["all", "joint", "self"] = "all"
     """What its tokens attend to, as in `Frame`; a block never sees later blocks."""
@@ -156,7 +158,7 @@ class TextFrame(Segment):
     start: int | None = None
     """Position of its first token. `None`: 0 for a text that is generated; a prompt has no positions, as in FLUX."""
     text: str | Sequence[str] | None = None
-    """For pipelines: what a clean text says, or what of a generated one is given, with `[?]` for a token to fill and
+    """For pipelines: what a clean text says, or what of a generated one is known, with `[?]` for a token to fill and
     `[?3]` for three; one, or one per sample."""
     question: str | Sequence[str] | None = None
     """For pipelines: a question that the generated text answers; one, or one per sample."""
@@ -173,12 +175,12 @@ class TextFrame(Segment):
                     f"a text's keep must be boolean of shape ({self.length},) or (batch, {self.length}), got "
                     f"{self.keep.dtype} of shape {tuple(self.keep.shape)}"
                 )
-            if self.held:
-                raise ValueError(f"keep is for a text that is generated, this one is held at sigma={self.sigma}")
+            if self.is_clean:
+                raise ValueError(f"keep is for a text that is generated, this one is clean at sigma={self.sigma}")
 
     @classmethod
     def clean(cls, text: str | Sequence[str], **options: Any) -> TextFrame:
-        """A text that is given: a prompt."""
+        """A clean text: a prompt."""
         return cls(sigma=0.0, text=text, **options)
 
     @classmethod
@@ -195,9 +197,6 @@ class TextFrame(Segment):
     def ask(cls, question: str | Sequence[str], max_length: int = 0, **options: Any) -> TextFrame:
         """A question whose answer is generated; both have at most so many tokens."""
         return cls(max_length, None, question=question, **options)
-
-    given = clean
-    make = generate
 
     @classmethod
     def in_blocks(cls, length: int, block_length: int, done: int = 0, **options: Any) -> Iterator[TextFrame]:
@@ -221,12 +220,12 @@ class TextFrame(Segment):
     @property
     def entries(self) -> int:
         """Samples that it has a text or question for; 1 where one is for all."""
-        told = self.text if self.question is None else self.question
-        return 1 if told is None or isinstance(told, str) else len(told)
+        source = self.text if self.question is None else self.question
+        return 1 if source is None or isinstance(source, str) else len(source)
 
     def positions(self) -> torch.Tensor:
         """Positions (n,) float32 along the text: 0, 1, … from `start`, or zeros where it has none."""
-        if self.held and self.start is None:
+        if self.is_clean and self.start is None:
             return torch.zeros(self.length)
         return torch.arange(self.length, dtype=torch.float32) + (self.start or 0)
 

@@ -60,9 +60,9 @@ def _on_the_hub(name: str, file: str, what: str) -> str:
     except (GatedRepoError, RepositoryNotFoundError) as error:
         if cached:
             return snapshot_download(name, local_files_only=True)
-        told = "asks to accept a licence" if isinstance(error, GatedRepoError) else "has none, or a private one"
+        reason = "asks to accept a licence" if isinstance(error, GatedRepoError) else "has none, or a private one"
         raise ValueError(
-            f"{nowhere} the Hub {told}; see huggingface.co/{name}, and log in with `hf auth login`"
+            f"{nowhere} the Hub {reason}; see huggingface.co/{name}, and log in with `hf auth login`"
         ) from error
     except EntryNotFoundError as error:
         raise ValueError(f"{nowhere} what the Hub has of that name is no {what}: it holds no {file}") from error

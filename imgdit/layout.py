@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 from imgdit.frames import Frame, Segment, TextFrame
+from imgdit.naming import old_names
 
 _T = TypeVar("_T")
 _KEPT = 32
@@ -79,7 +80,7 @@ class FrameLayout:
         prompt = [] if text_length is None else [TextFrame(text_length)]
         texts = (*prompt, *(frame for frame in frames if isinstance(frame, TextFrame)))
         grids = tuple(frame for frame in frames if isinstance(frame, Frame))
-        if not grids and all(text.held for text in texts):
+        if not grids and all(text.is_clean for text in texts):
             raise ValueError("a layout needs at least one frame, or a text that is generated")
         if not texts:
             raise ValueError("a layout needs a text: give text_length, 0 for none, or a TextFrame")
@@ -215,7 +216,7 @@ class FrameLayout:
     def predicted_texts(self) -> tuple[slice, ...]:
         """Rows of the text stream the model predicts tokens for: the live texts that are being generated."""
         rows = _consecutive(self.text_lengths)
-        return _merge(part for i, part in zip(self.live_texts, rows, strict=True) if not self.texts[i].held)
+        return _merge(part for i, part in zip(self.live_texts, rows, strict=True) if not self.texts[i].is_clean)
 
     @cached_property
     def live_frames(self) -> tuple[slice, ...]:
@@ -246,12 +247,13 @@ class FrameLayout:
 
     # Noise levels
 
-    def expand(self, values: torch.Tensor, held: Sequence[float | None] | None = None) -> torch.Tensor:
+    @old_names(held="own_values")
+    def expand(self, values: torch.Tensor, own_values: Sequence[float | None] | None = None) -> torch.Tensor:
         """Values per sample, as values per live frame.
 
         Args:
             values: (B,), or (S,) for a packed layout of S scenes; or (B, F) already per live frame, returned as it is.
-            held: one value per frame of the layout that overrides `values`, or `None` to follow them.
+            own_values: one value per frame of the layout that overrides `values`, or `None` to follow them.
 
         Returns:
             (B, F), (1, F) for a packed layout.
@@ -264,28 +266,30 @@ class FrameLayout:
             per_frame = values[self.scenes_of_live(values.device)][None]  # (1, F)
         else:
             per_frame = values[:, None].expand(-1, len(self.live))
-        if held is not None and any(held[i] is not None for i in self.live):
+        if own_values is not None and any(own_values[i] is not None for i in self.live):
 
             def build() -> tuple[torch.Tensor, torch.Tensor]:
-                fixed = values.new_tensor([0.0 if held[i] is None else held[i] for i in self.live])
-                return torch.tensor([held[i] is None for i in self.live], device=values.device), fixed
+                fixed = values.new_tensor([0.0 if own_values[i] is None else own_values[i] for i in self.live])
+                return torch.tensor([own_values[i] is None for i in self.live], device=values.device), fixed
 
-            follows, fixed = self.kept(("held", tuple(held), values.device, values.dtype), build)
+            follows, fixed = self.kept(("own values", tuple(own_values), values.device, values.dtype), build)
             per_frame = torch.where(follows, per_frame, fixed)
         return per_frame
 
+    @old_names(held="own_values")
     def segment_levels(
-        self, values: torch.Tensor, held: Sequence[float | None], text_values: torch.Tensor | None = None
+        self, values: torch.Tensor, own_values: Sequence[float | None], text_values: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Noise levels, or what else the conditioning vectors embed, of the live frames and of the live texts.
 
         A text that is generated has its own level. Any other has the level of the run if it sees anything that is
-        generated, otherwise the highest that it or anything it sees is held at; where each frame has its own level,
+        generated, otherwise the highest that it or anything it sees keeps; where each frame has its own level,
         that of the noisiest frame it sees.
 
         Args:
-            values: (B,), or (S,) for a packed layout of S scenes; or (B, F), one per live frame, overriding `held`.
-            held: one value per segment of the layout, texts first, `None` for those that follow `values`.
+            values: (B,), or (S,) for a packed layout of S scenes; or (B, F), one per live frame, overriding
+                `own_values`.
+            own_values: one value per segment of the layout, texts first, `None` for those that follow `values`.
             text_values: (B,) or (S,) of the texts that are generated; `None`: they are as any other.
 
         Returns:
@@ -293,11 +297,13 @@ class FrameLayout:
             only frame have the same level.
         """
         values = values.float()
-        frames = self.expand(values, held[self.num_texts :])
-        own = [text_values is not None and not self.texts[x].held for x in self.live_texts]
+        frames = self.expand(values, own_values[self.num_texts :])
+        own = [text_values is not None and not self.texts[x].is_clean for x in self.live_texts]
         seen = [[n for n, i in enumerate(self.live) if self.num_texts + i in self.sees[x]] for x in self.live_texts]
-        levels = [self._level_of_text(x, held) for x in self.live_texts]
-        follows = values.ndim == 2 or (all(held[self.num_texts + i] is None for i in self.live) and levels == [None])
+        levels = [self._level_of_text(x, own_values) for x in self.live_texts]
+        follows = values.ndim == 2 or (
+            all(own_values[self.num_texts + i] is None for i in self.live) and levels == [None]
+        )
         if own == [False] and len(self.live) == 1 and seen[0] and follows:
             return frames, frames
         columns = []
@@ -311,9 +317,9 @@ class FrameLayout:
                 columns.append(values.new_full((len(frames),), level or 0.0))
         return frames, torch.stack(columns, dim=1) if columns else frames.new_zeros(len(frames), 0)
 
-    def _level_of_text(self, text: int, held: Sequence[float | None]) -> float | None:
-        """The highest value that a text or anything it sees is held at; `None` if any of them follows the run."""
-        levels = [held[i] for i in self.sees[text] | {text}]
+    def _level_of_text(self, text: int, own_values: Sequence[float | None]) -> float | None:
+        """The highest value that a text or anything it sees keeps; `None` if any of them follows the run."""
+        levels = [own_values[i] for i in self.sees[text] | {text}]
         return None if None in levels else max(level for level in levels if level is not None)
 
     def scenes_of_live(self, device: torch.device) -> torch.Tensor:
@@ -334,8 +340,8 @@ class FrameLayout:
 
     @cached_property
     def frozen(self) -> frozenset[int]:
-        """Segments whose keys and values are the same in every step: held ones that see only such ones."""
-        frozen = {i for i, segment in enumerate(self.segments) if segment.held}
+        """Segments whose keys and values are the same in every step: clean ones that see only such ones."""
+        frozen = {i for i, segment in enumerate(self.segments) if segment.is_clean}
         while True:
             kept = {i for i in frozen if self.sees[i] <= frozen}
             if kept == frozen:

@@ -6,11 +6,12 @@ from __future__ import annotations
 import importlib
 import itertools
 import sys
-import warnings
 from collections.abc import Mapping, Sequence
 from importlib.abc import Loader
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+
+from imgdit.naming import warn_renamed
 
 MOVED = {
     "adapters.large_speed": "benchmarks.speed.large",
@@ -145,7 +146,7 @@ def renamed(module: str, name: str, table: Mapping[str, str] = RENAMED) -> objec
         raise AttributeError(f"module {module!r} has no attribute {name!r}")
     home, _, new = table[name].rpartition(".")
     now = new if new != name else f"imgdit.{home}.{new}"
-    warnings.warn(f"{module}.{name} is now {now}; the old name goes with version 0.3", DeprecationWarning, 3)
+    warn_renamed(f"{module}.{name}", now, 3)
     return getattr(importlib.import_module(f"imgdit.{home}"), new)
 
 
@@ -178,7 +179,7 @@ class MovedLoader(Loader):
         """Fill it."""
         old = module.__name__.removeprefix("imgdit.")
         new = MOVED[old]
-        warnings.warn(f"imgdit.{old} is now imgdit.{new}; the old name goes with version 0.3", DeprecationWarning, 2)
+        warn_renamed(f"imgdit.{old}", f"imgdit.{new}")
         homes = [importlib.import_module(f"imgdit.{home}") for home in (new, *SPLIT.get(old, ()))]
 
         def __getattr__(name: str) -> object:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import inspect
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
@@ -55,17 +56,38 @@ def shown(value: Any) -> str:
     return type(value).__name__ + (f" {text}" if len(text) <= 40 else "")
 
 
+def warn_renamed(old: str, new: str, stacklevel: int = 2) -> None:
+    """Warn that a name is an earlier version's; every old name of modules, arguments and values comes here.
+
+    Args:
+        old, new: as the message says them.
+        stacklevel: as of `warnings.warn`, for a warning by the caller.
+    """
+    message = f"{old} is now {new}; the old name goes with version 0.3"
+    warnings.warn(message, DeprecationWarning, stacklevel + 1)
+
+
+def renamed_value(value: str, table: Mapping[str, str], where: str) -> str:
+    """A value of a recipe as it is written now; an earlier version's is accepted with a warning."""
+    if value not in table:
+        return value
+    warn_renamed(f"{where}: {value!r}", repr(table[value]))
+    return table[value]
+
+
 def old_names(**names: str) -> Callable[[T], T]:
     """Let a class or function be used under names of version 0.1 until version 0.3: old name -> new name. Uses warn.
 
-    Of a class they are attributes and keyword arguments of its constructor; of a function, keyword arguments.
+    Of a class they are attributes, class methods and keyword arguments of its constructor; of a function, keyword
+    arguments. `old_arguments` tells those of a target.
     """
 
     def decorate(target: Any) -> Any:
         if not isinstance(target, type):
             return _takes_old_names(target, target.__name__, names)
         for old, new in names.items():
-            setattr(target, old, _old_attribute(target.__name__, old, new))
+            is_method = isinstance(inspect.getattr_static(target, new, None), classmethod)
+            setattr(target, old, (_old_method if is_method else _old_attribute)(target.__name__, old, new))
         if not issubclass(target, tuple):
             init = _takes_old_names(target.__init__, target.__name__, names)
             type.__setattr__(target, "__init__", init)
@@ -74,24 +96,35 @@ def old_names(**names: str) -> Callable[[T], T]:
     return decorate
 
 
-def _warn_renamed(owner: str, old: str, new: str) -> None:
-    warnings.warn(f"{owner}: {old!r} is now {new!r}; the old name goes with version 0.3", DeprecationWarning, 3)
+def old_arguments(target: Any) -> Mapping[str, str]:
+    """Keyword arguments of earlier versions that a class or function takes, and what they are called now."""
+    return getattr(target.__init__ if isinstance(target, type) else target, "old_arguments", {})
 
 
 def _old_attribute(owner: str, old: str, new: str) -> property:
     def read(self: Any) -> Any:
-        _warn_renamed(owner, old, new)
+        warn_renamed(f"{owner}: {old!r}", repr(new))
         return getattr(self, new)
 
     return property(read, doc=f"Old name of `{new}`.")
 
 
+def _old_method(owner: str, old: str, new: str) -> Any:
+    def call(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        warn_renamed(f"{owner}.{old}", f"{owner}.{new}")
+        return getattr(cls, new)(*args, **kwargs)
+
+    return classmethod(call)
+
+
 def _takes_old_names(function: Callable[..., Any], owner: str, names: Mapping[str, str]) -> Callable[..., Any]:
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        for old in names.keys() & kwargs.keys():
-            _warn_renamed(owner, old, names[old])
-            kwargs[names[old]] = kwargs.pop(old)
+        for old, new in names.items():
+            if old in kwargs:
+                warn_renamed(f"{owner}: {old!r}", repr(new))
+                kwargs[new] = kwargs.pop(old)
         return function(*args, **kwargs)
 
+    call.old_arguments = names  # type: ignore[attr-defined]
     return call

@@ -7,7 +7,6 @@ import dataclasses
 import inspect
 import reprlib
 import types
-import warnings
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from importlib.metadata import entry_points
@@ -20,7 +19,7 @@ import yaml
 
 from imgdit.io.paths import at_home
 from imgdit.io.text import decode_text
-from imgdit.naming import nearest
+from imgdit.naming import nearest, old_arguments
 
 
 class _AtHome(yaml.SafeLoader):
@@ -75,7 +74,8 @@ def check_arguments(function: Callable[..., Any], arguments: Mapping[str, Any], 
     parameters = inspect.signature(function).parameters.values()
     known = [p.name for p in parameters if p.default is not p.empty]
     hints = get_type_hints(function if inspect.isfunction(function) else function.__init__)
-    for name, value in arguments.items():
+    old = old_arguments(function)
+    for name, value in ((old.get(name, name), value) for name, value in arguments.items()):
         if name not in known:
             raise ValueError(f"{where} has an unknown key {nearest(name, known)}")
         if name in hints:
@@ -199,11 +199,3 @@ def find_object(name: str, known: Mapping[str, str], group: str, refusal: str) -
         return getattr(import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"{refusal} {name!r}, which cannot be imported: {error}") from error
-
-
-def renamed(name: str, table: Mapping[str, str], where: str) -> str:
-    """A name as it is written now; an earlier version's is accepted with a warning."""
-    if name not in table:
-        return name
-    warnings.warn(f"{where}: {name!r} is now {table[name]!r}", DeprecationWarning, stacklevel=2)
-    return table[name]

@@ -1,8 +1,9 @@
-"""Tasks as frames: which is given, which is made, and what the prompt says of them (OneDiffusion, arXiv 2411.16318).
+"""Tasks as frames: which of them condition, which are generated, and what the prompt says of them (OneDiffusion,
+arXiv 2411.16318).
 
 A task is a row of frames, the image first, and a token at the beginning of the prompt that says what the frames are
-to each other. A given frame is a condition; a frame to be made is an answer. So every task has an inverse, and all of
-its frames may be made at once.
+to each other. Which of them condition is free. So every task has an inverse, and all of its frames may be generated at
+once.
 """
 
 from __future__ import annotations
@@ -64,22 +65,23 @@ _MAPS = KINDS[1:-1]  # drawn over the image, pixel by pixel
 _WORDS = {"segmentation": "mask", "boxes": "boundingbox"}
 
 
+@old_names(given="clean", make="generate", is_given="is_clean")
 @dataclass(frozen=True, eq=False)
 class ImageFrame:
-    """A frame as `OneDiffusionPipeline` takes it: what it shows, and whether it is given or generated.
+    """A frame as `OneDiffusionPipeline` takes it: what it shows, and whether it conditions or is generated.
 
     In the transformer it becomes an `imgdit.Frame`.
 
-    Write `ImageFrame.given(photo)` and `ImageFrame.make("depth")`.
+    Write `ImageFrame.clean(photo)` and `ImageFrame.generate("depth")`.
     """
 
     kind: str = "image"
     """One of `KINDS`."""
     content: Any = None
-    """What is given: an image (PIL of any mode, or an array (H, W) or (H, W, C); `imgdit.images.convert` says what its
-    values mean), or a list of them, one per prompt; latents
-    (C, h, w) or (B, C, h, w) as a tensor; for rays a camera-to-world matrix (4, 4), OpenCV's axes, or an
-    array (P, 4, 4) of one per prompt. `None`: to be made."""
+    """What it conditions on: an image (PIL of any mode, or an array (H, W) or (H, W, C); `imgdit.images.convert` says
+    what its values mean), or a list of them, one per prompt; latents (C, h, w) or (B, C, h, w) as a tensor; for
+    rays a camera-to-world matrix (4, 4), OpenCV's axes, or an
+    array (P, 4, 4) of one per prompt. `None`: to be generated."""
     caption: str | None = None
     """Its own caption, for tasks that tell frames apart by theirs (subject, identity)."""
     legend: Mapping[str, str] | None = None
@@ -87,8 +89,8 @@ class ImageFrame:
     adapter: str | None = None
     """Name of a loaded LoRA that reads this frame and no other (OminiControl's conditions); MMDiT only."""
     sees: Literal["all", "joint", "self"] = "all"
-    """What its tokens attend to; see `imgdit.Frame`. "self" lets a given frame be computed once per run, and needs a
-    model that was trained so."""
+    """What its tokens attend to; see `imgdit.Frame`. "self" lets a conditioning frame be computed once per run, and
+    needs a model that was trained so."""
     index: float | None = None
     """First position coordinate; `None`: its number among the frames."""
     offset: tuple[float, float] = (0.0, 0.0)
@@ -105,19 +107,22 @@ class ImageFrame:
                 hex_colour(colour)
 
     @classmethod
-    def make(cls, kind: str = "image", **options: Any) -> ImageFrame:
-        """A frame to be made."""
+    def generate(cls, kind: str = "image", **options: Any) -> ImageFrame:
+        """A frame to be generated."""
         return cls(kind, **options)
 
     @classmethod
-    def given(cls, content: Any, kind: str = "image", **options: Any) -> ImageFrame:
-        """A frame that is given."""
+    def clean(cls, content: Any, kind: str = "image", **options: Any) -> ImageFrame:
+        """A conditioning frame, of which the content is known."""
         if content is None:
-            raise ValueError(f"a given frame of kind {kind!r} needs its content, got None; write ImageFrame.make()")
+            raise ValueError(
+                f"a conditioning frame of kind {kind!r} needs its content, got None; write ImageFrame.generate()"
+            )
         return cls(kind, content, **options)
 
     @property
-    def is_given(self) -> bool:
+    def is_clean(self) -> bool:
+        """Whether it conditions; otherwise it is generated."""
         return self.content is not None
 
 
@@ -188,8 +193,8 @@ def task_frames(
     Args:
         task: its name, of `TASKS`.
         images: what is given, one or several; the references of subject and identity; the known images of views in
-            their order, `None` for one to be made.
-        inverse: given is the image, made is the rest: depth of a photo.
+            their order, `None` for one to be generated.
+        inverse: the image conditions, the rest is generated: depth of a photo.
         captions: of the given images, for tasks that tell frames apart by them (subject, identity).
         legend: of segmentation and boxes: the colour of each object.
         cameras: of views only: a camera-to-world matrix (4, 4) per view, `None` for one to be found. `None`: all of
@@ -200,34 +205,34 @@ def task_frames(
     """
     check_name("task", task, TASKS)
     it = TASKS[task]
-    given = list(images) if isinstance(images, list | tuple) else [images]
+    contents = list(images) if isinstance(images, list | tuple) else [images]
     if captions is not None and task not in ("subject", "identity"):
         raise ValueError(f"captions of given images are for the tasks 'subject' and 'identity', got some for {task!r}")
     if task == "views":
-        return _view_frames(given, cameras, inverse)
+        return _view_frames(contents, cameras, inverse)
     if cameras is not None:
         raise ValueError(f"cameras are for the task 'views', got some for {task!r}")
     fewest, most = (1, 1) if inverse else (it.frames[0] - 1, it.frames[1] - 1)
-    if not fewest <= len(given) <= most:
+    if not fewest <= len(contents) <= most:
         wanted = str(fewest) if fewest == most else f"{fewest} to {most}"
-        raise ValueError(f"the task {task!r} ({it.about}) takes {wanted} given image(s), got {len(given)}")
+        raise ValueError(f"the task {task!r} ({it.about}) takes {wanted} given image(s), got {len(contents)}")
     if inverse:
         if it.frames == (1, 1):
             raise ValueError(f"the task {task!r} has one frame and so no inverse")
-        return [ImageFrame.given(given[0]), ImageFrame.make(it.condition, legend=legend)]
-    if captions is not None and len(captions) != len(given):
-        raise ValueError(f"got {len(captions)} captions for {len(given)} given images; give one for each")
-    told: Sequence[str | None] = captions if captions is not None else [None] * len(given)
+        return [ImageFrame.clean(contents[0]), ImageFrame.generate(it.condition, legend=legend)]
+    if captions is not None and len(captions) != len(contents):
+        raise ValueError(f"got {len(captions)} captions for {len(contents)} given images; give one for each")
+    each: Sequence[str | None] = captions if captions is not None else [None] * len(contents)
     conditions = [
-        ImageFrame.given(image, it.condition, caption=caption, legend=legend)
-        for image, caption in zip(given, told, strict=True)
+        ImageFrame.clean(image, it.condition, caption=caption, legend=legend)
+        for image, caption in zip(contents, each, strict=True)
     ]
-    return [ImageFrame.make(), *conditions]
+    return [ImageFrame.generate(), *conditions]
 
 
 def _view_frames(images: list[Any], cameras: Sequence[Any] | None, inverse: bool) -> list[ImageFrame]:
     if inverse:
-        raise ValueError("views have no inverse; give images or cameras as None where they are to be made")
+        raise ValueError("views have no inverse; give images or cameras as None where they are to be generated")
     views = [None] * len(images) if cameras is None else list(cameras)
     if len(images) > len(views):
         raise ValueError(f"got {len(images)} images for {len(views)} cameras; give a camera, or None, per view")
@@ -245,7 +250,7 @@ def frames_of_mask(
     cameras: Sequence[Any] | None = None,
     kind: str = "image",
 ) -> list[ImageFrame]:
-    """Frames by the raw form: 1 is made, 0 is given; what is given fills the zeros in order.
+    """Frames by the raw form: 1 is generated, 0 conditions; what is known fills the zeros in order.
 
     Args:
         denoise_mask: one number per frame.
@@ -257,11 +262,13 @@ def frames_of_mask(
         ValueError: as many zeros as images or cameras there are not; nothing is repeated.
     """
     if not denoise_mask or any(value not in (0, 1) for value in denoise_mask):
-        raise ValueError(f"denoise_mask has a 1 for each frame to be made and a 0 for each given, got {denoise_mask}")
+        raise ValueError(
+            f"denoise_mask has a 1 for each frame to be generated and a 0 for each other, got {denoise_mask}"
+        )
     kinds = ["image" if i == 0 or cameras is not None else kind for i in range(len(denoise_mask))]
     if cameras is not None:
         kinds[1::2] = ["rays"] * len(kinds[1::2])
-    frames = [ImageFrame.make(k) for k in kinds]
+    frames = [ImageFrame.generate(k) for k in kinds]
     for name, contents, is_rays in (("images", images, False), ("cameras", cameras or (), True)):
         places = [i for i, m in enumerate(denoise_mask) if m == 0 and (kinds[i] == "rays") == is_rays]
         if len(places) != len(contents):
@@ -269,7 +276,7 @@ def frames_of_mask(
                 f"denoise_mask {list(denoise_mask)} has {len(places)} places for {name}, got {len(contents)}"
             )
         for place, content in zip(places, contents, strict=True):
-            frames[place] = ImageFrame.given(content, kinds[place])
+            frames[place] = ImageFrame.clean(content, kinds[place])
     return frames
 
 

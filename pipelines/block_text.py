@@ -182,8 +182,8 @@ class BlockTextPipeline(compat.DiffusionPipeline):
         self.maybe_free_model_hooks()
         return self._output(run, new, eos_ids, eos_early_stop, min_entropy, output_type, return_dict)
 
-    def _eos_ids(self, given: int | list[int] | None) -> tuple[int, ...]:
-        found = getattr(self.tokenizer, "eos_token_id", None) if given is None else given
+    def _eos_ids(self, eos_token_id: int | list[int] | None) -> tuple[int, ...]:
+        found = getattr(self.tokenizer, "eos_token_id", None) if eos_token_id is None else eos_token_id
         return () if found is None else (found,) if isinstance(found, int) else tuple(found)
 
     def _rows(self, prompt: Any, input_ids: Any) -> list[torch.Tensor]:
@@ -310,8 +310,8 @@ class BlockTextPipeline(compat.DiffusionPipeline):
             if not masked.any() or self._interrupt:
                 break
             grid = run.grid[:, :stop]
-            told = sigma.expand(len(grid))
-            scores = self.model.log_probs(self.model(grid, told).logits, grid, told).double().exp()
+            levels = sigma.expand(len(grid))
+            scores = self.model.log_probs(self.model(grid, levels).logits, grid, levels).double().exp()
             scores[..., mask] = 0
             mixed = scores * torch.expm1((sigma - after).double())
             mixed[..., mask] = 1 - mixed.sum(-1) if n < run.steps else 0

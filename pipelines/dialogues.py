@@ -86,14 +86,14 @@ def with_images(messages: Sequence[Message], images: int) -> list[Message]:
     Raises:
         ValueError: the texts name another number of them.
     """
-    said = sum(message["content"].count(IMAGE) for message in messages)
-    if said in (0, images) and any(message["role"] == "user" for message in messages):
-        if said == images:
+    places = sum(message["content"].count(IMAGE) for message in messages)
+    if places in (0, images) and any(message["role"] == "user" for message in messages):
+        if places == images:
             return list(messages)
         first = next(n for n, message in enumerate(messages) if message["role"] == "user")
         placed = f"{IMAGE}\n" * images + messages[first]["content"]
         return [*messages[:first], {**messages[first], "content": placed}, *messages[first + 1 :]]
-    raise ValueError(f"the messages say {IMAGE} {said} times, for {images} images; say it as often, or not at all")
+    raise ValueError(f"the messages say {IMAGE} {places} times, for {images} images; say it as often, or not at all")
 
 
 def dialogue_ids(

@@ -38,18 +38,16 @@ def split_frames(frames: Sequence[ImageFrame | TextFrame] | None, prompt: str | 
         return SplitFrames(None if frames is None else list(frames), prompt, [])  # type: ignore[arg-type]
     images = [frame for frame in frames if isinstance(frame, ImageFrame)]
     texts = [frame for frame in frames if isinstance(frame, TextFrame)]
-    clean = [text for text in texts if text.held]
+    clean = [text for text in texts if text.is_clean]
     for text in clean:
         if text.sigma != 0.0 or text.text is None:
-            raise ValueError(
-                f'a text that is given is clean and says something: TextFrame.clean("a red cube"); got {text}'
-            )
+            raise ValueError(f'a clean text says something: TextFrame.clean("a red cube"); got {text}')
     if len(clean) + (prompt is not None) > 1:
         raise ValueError("there are several prompts; give one, as prompt= or as a clean text frame")
     if clean:
-        told = texts_of("a clean text frame", clean[0].text)
-        prompt = told[0] if len(told) == 1 else told
-    generated = [text for text in texts if not text.held]
+        texts_ = texts_of("a clean text frame", clean[0].text)
+        prompt = texts_[0] if len(texts_) == 1 else texts_
+    generated = [text for text in texts if not text.is_clean]
     if generated:
         _check_generated(images, generated, prompt)
     return SplitFrames(images, prompt, generated)
@@ -62,8 +60,8 @@ def _check_generated(images: list[ImageFrame], texts: list[TextFrame], prompt: A
             "the text about it"
         )
     if len(images) > 1 or any(frame.kind != "image" or frame.adapter for frame in images):
-        told = ", ".join(frame.kind for frame in images)
-        raise ValueError(f"a text is generated about one frame of kind 'image', got {told}; call once for each")
+        texts_ = ", ".join(frame.kind for frame in images)
+        raise ValueError(f"a text is generated about one frame of kind 'image', got {texts_}; call once for each")
     for text in texts:
         if text.text is not None and text.question is not None:
             raise ValueError("a text frame has a text to fill or a question to answer, not both")
@@ -75,11 +73,11 @@ def _check_generated(images: list[ImageFrame], texts: list[TextFrame], prompt: A
         elif not images:
             asked = "a question needs the image that it is about" if text.question is not None else "there is no image"
             raise ValueError(
-                f"{asked}: add ImageFrame.given(photo), or ImageFrame.make() to generate an image with its text"
+                f"{asked}: add ImageFrame.clean(photo), or ImageFrame.generate() to generate an image with its text"
             )
         if text.question is not None:
             texts_of("the question", text.question)
-    if images and not images[0].is_given and (len(texts) > 1 or texts[0].text or texts[0].question):
+    if images and not images[0].is_clean and (len(texts) > 1 or texts[0].text or texts[0].question):
         raise ValueError("an image is generated together with one whole text, TextFrame.generate(); give the image")
 
 
@@ -117,10 +115,10 @@ class TextWriter:
         writer = ImageTextPipeline(**parts, text_tokenizer=tokenizer, text_length=length)
         writer.text_adapter, writer.text_questions = pipe.text_adapter, pipe.text_questions
         writer.set_progress_bar_config(**getattr(pipe, "_progress_bar_config", {}))
-        writer.tells_unknown_words = False
+        writer.names_unknown_words = False
         return cls(pipe, writer)
 
-    def options(self, callback: Callable[..., Any] | None, **given: Any) -> dict[str, Any]:
+    def options(self, callback: Callable[..., Any] | None, **others: Any) -> dict[str, Any]:
         """Options of the writer, whose callback is called with the pipeline of the call."""
 
         def after(writer: Any, step: int, timestep: int, tensors: dict[str, Any]) -> Any:
@@ -128,7 +126,7 @@ class TextWriter:
             writer._interrupt = self.pipe._interrupt
             return changed
 
-        return {**given, "callback_on_step_end": None if callback is None else after}
+        return {**others, "callback_on_step_end": None if callback is None else after}
 
     def check(self, frame: TextFrame) -> None:
         """Refuse a text or question that does not fit, before anything is computed."""
@@ -160,7 +158,7 @@ class TextWriter:
     @staticmethod
     def _each(texts: str | Sequence[str], latents: Any) -> list[str]:
         """A text for each image; texts of several prompts stand prompt by prompt."""
-        given = [texts] if isinstance(texts, str) else list(texts)
-        if latents is None or len(given) in (1, len(latents)) or len(latents) % len(given):
-            return given
-        return [text for text in given for _ in range(len(latents) // len(given))]
+        prompts = [texts] if isinstance(texts, str) else list(texts)
+        if latents is None or len(prompts) in (1, len(latents)) or len(latents) % len(prompts):
+            return prompts
+        return [text for text in prompts for _ in range(len(latents) // len(prompts))]

@@ -380,13 +380,13 @@ class ImageTextPipeline(TextFramesMixin, ImgDiTPipeline):
             "sampling_method": "categorical" if draws else "auto",
         }
 
-    def _options(self, given: WritingCall) -> WritingOptions:
+    def _options(self, call: WritingCall) -> WritingOptions:
         """Of a call, after the model has been asked whether it writes at all."""
         known = WritingOptions.__dataclass_fields__
-        for name in given:
+        for name in call:
             check_name("option", name, known)
         self.check_text_head()
-        options = WritingOptions(**given)
+        options = WritingOptions(**call)
         names = options.callback_on_step_end_tensor_inputs
         if isinstance(options.callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             names = options.callback_on_step_end.tensor_inputs
@@ -486,10 +486,10 @@ class ImageTextPipeline(TextFramesMixin, ImgDiTPipeline):
             if values.ndim != 4 or values.shape[1] != channels or not len(values):
                 raise ValueError(f"latents must be (batch, {channels}, h, w), got {tuple(values.shape)}")
         else:
-            given = list(images) if isinstance(images, (list, tuple)) else [images]
-            if not given:
+            listed = list(images) if isinstance(images, (list, tuple)) else [images]
+            if not listed:
                 raise ValueError("images is an empty list; give at least one image")
-            values = torch.cat([self.preprocess_image(image, options.resolution) for image in given])
+            values = torch.cat([self.preprocess_image(image, options.resolution) for image in listed])
         count = max(len(values), len(texts))
         if count % len(values) or count % len(texts) or 1 < min(len(values), len(texts)) < count:
             raise ValueError(f"got {len(texts)} texts for {len(values)} images; give one text, or one for each image")
@@ -582,9 +582,9 @@ class ImageTextPipeline(TextFramesMixin, ImgDiTPipeline):
             bar.update()
             if callback is None:
                 return {}
-            given = callback(self, step, timestep, {name: tensors[name] for name in names}) or {}
+            changed = callback(self, step, timestep, {name: tensors[name] for name in names}) or {}
             writer._interrupt = self._interrupt
-            return given
+            return changed
 
         return after
 
@@ -622,7 +622,7 @@ class ImageTextPipeline(TextFramesMixin, ImgDiTPipeline):
             prompt, padding="max_length", truncation=True, max_length=max_sequence_length, return_tensors="pt"
         ).input_ids.to(device)
         for text in prompt:
-            self._tell_cut_text(text, max_sequence_length)
+            self._warn_of_cut_text(text, max_sequence_length)
         embeds = self.text_encoder(tokens)[0].to(self.transformer.dtype)
         return embeds, torch.ones_like(tokens, dtype=torch.bool)
 

@@ -136,10 +136,10 @@ def check_text(name: str, text: Any) -> str:
 
 def texts_of(name: str, texts: Any) -> list[str]:
     """A text or several, checked."""
-    given = [texts] if isinstance(texts, str) else texts
-    if not isinstance(given, (list, tuple)) or not given:
+    listed = [texts] if isinstance(texts, str) else texts
+    if not isinstance(listed, (list, tuple)) or not listed:
         raise ValueError(f"{name} must be a text or a list of texts, at least one, got {shown(texts)}")
-    return [check_text(name, text) for text in given]
+    return [check_text(name, text) for text in listed]
 
 
 def empty_rows(count: int, length: int, mask: int) -> Rows:

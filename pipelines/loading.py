@@ -51,7 +51,7 @@ def load_pipeline(source: str | Path, options: LoadOptions = AUTO) -> Any:
     # Without a dtype diffusers makes float32 of its models, and transformers keeps what a text encoder is stored in.
     pipe = loader.from_pretrained(found, dtype=dtype, use_safetensors=True, **quantized)
     if isinstance(pipe, ImgDiTPipeline):
-        pipe.tells_unknown_words = pipe.prompt_words is None
+        pipe.names_unknown_words = pipe.prompt_words is None
     if options.quantize == "int8":
         quantize_rows(denoiser(pipe))
     place(pipe, options, device)
@@ -62,7 +62,7 @@ def over_components(owner: Any, pipe: Any, options: LoadOptions) -> Any:
     """Another pipeline over the components of a loaded one, placed as that one is."""
     other = owner(**pipe.components)
     if isinstance(pipe, ImgDiTPipeline):
-        other.tells_unknown_words, other.prompt_words = pipe.tells_unknown_words, pipe.prompt_words
+        other.names_unknown_words, other.prompt_words = pipe.names_unknown_words, pipe.prompt_words
     if options.offload == "model":  # the pipeline itself frees the device after a run
         other.enable_model_cpu_offload(device=chosen_device(options))
     return other

@@ -145,7 +145,7 @@ class MaskedTextPipeline(compat.DiffusionPipeline):
         self.register_modules(model=model, scheduler=scheduler, tokenizer=tokenizer)
         self._num_timesteps = 0
         self._interrupt = False
-        self._told: set[str] = set()  # caches that a warning has named
+        self._named_caches: set[str] = set()  # caches that a warning has named
 
     @property
     def num_timesteps(self) -> int:
@@ -363,8 +363,8 @@ class MaskedTextPipeline(compat.DiffusionPipeline):
             self.model, options.cache, None if real.all() else real.long(), options.guidance_scale, prompt=asked,
             mask_token_id=mask_id, images=images, prompt_length=length,
         )  # fmt: skip
-        if options.cache is not None and options.cache not in self._told:
-            self._told.add(options.cache)
+        if options.cache is not None and options.cache not in self._named_caches:
+            self._named_caches.add(options.cache)
             logger.warning(
                 f"cache={options.cache!r} is approximate: {APPROXIMATE[options.cache]}, though they depend on the "
                 "tokens revealed since; cache=None is exact"
@@ -432,7 +432,7 @@ class MaskedTextPipeline(compat.DiffusionPipeline):
             run.grid[:, start:stop] = output.prev_sample
             step += 1
             edits = edits + (active & ~masked)
-            self._tell(run, block, step - 1, output, tokens)
+            self._call_back(run, block, step - 1, output, tokens)
             run.find_finished()
             left = ((run.grid[:, start:stop] == run.mask_token_id) & fillable).any(1)
             again = left | masked | (output.editing_transfer_index.any(1) & (edits <= options.max_post_steps))
@@ -447,7 +447,7 @@ class MaskedTextPipeline(compat.DiffusionPipeline):
         """
         return TextDraws(revealed=revealed)
 
-    def _tell(self, run: _MaskedTextRun, block: Block, step: int, output: Any, before: torch.Tensor) -> None:
+    def _call_back(self, run: _MaskedTextRun, block: Block, step: int, output: Any, before: torch.Tensor) -> None:
         """Call back with what the step did, and take a changed `block_x` from it."""
         run.calls += 1
         if run.callback is None:
@@ -461,9 +461,9 @@ class MaskedTextPipeline(compat.DiffusionPipeline):
             "active_block": before == run.mask_token_id,
             "answer": run.grid[:, run.prompt_length :],
         }
-        given = run.callback(self, run.calls - 1, step, {name: known[name] for name in run.callback_inputs}) or {}
-        if "block_x" in given:
-            run.grid[:, : block.stop] = given["block_x"]
+        changed = run.callback(self, run.calls - 1, step, {name: known[name] for name in run.callback_inputs}) or {}
+        if "block_x" in changed:
+            run.grid[:, : block.stop] = changed["block_x"]
 
     def _output(self, run: _MaskedTextRun, prompts: Prompts) -> MaskedTextPipelineOutput:
         new = run.grid[:, run.prompt_length : run.stop]
@@ -481,5 +481,5 @@ class MaskedTextPipeline(compat.DiffusionPipeline):
             texts = self.tokenizer.batch_decode(kept, skip_special_tokens=True)
         if not prompts.infills:
             return MaskedTextPipelineOutput(sequences=new, texts=texts)
-        filled = prompts.as_given(run.grid[:, : run.prompt_length])
+        filled = prompts.on_their_side(run.grid[:, : run.prompt_length])
         return MaskedTextPipelineOutput(sequences=torch.cat([filled, new], 1), texts=texts)

@@ -99,7 +99,7 @@ class Prompts(NamedTuple):
     images: ImageVectors | None = None
     """Vectors at places of images (B, P); `None`: there are none."""
 
-    def as_given(self, filled: torch.Tensor) -> torch.Tensor:
+    def on_their_side(self, filled: torch.Tensor) -> torch.Tensor:
         """Rows (B, P) with their padding where it was."""
         return torch.empty_like(filled).scatter(1, self.order, filled)
 

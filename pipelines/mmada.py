@@ -237,10 +237,10 @@ class MMaDAPipeline(compat.DiffusionPipeline):
         run = _ImageRun(
             rows.ids.to(device), rows.image, sample, passes, temperature, sampling_method, order_noise, options
         )
-        made = self._draw(run).unflatten(1, tuple(side // self.image_tokenizer.factor for side in size))
-        images = made if output_type == "latent" else self.decode_codes(made, output_type)
+        codes = self._draw(run).unflatten(1, tuple(side // self.image_tokenizer.factor for side in size))
+        images = codes if output_type == "latent" else self.decode_codes(codes, output_type)
         self.maybe_free_model_hooks()
-        return MMaDAPipelineOutput(images=images, codes=made, texts=texts) if return_dict else (images, made, texts)
+        return MMaDAPipelineOutput(images=images, codes=codes, texts=texts) if return_dict else (images, codes, texts)
 
     def _check(
         self, prompt: Any, negative_prompt: Any, size: tuple[int, int], temperature: float, options: SamplingOptions
@@ -257,11 +257,11 @@ class MMaDAPipeline(compat.DiffusionPipeline):
         unknown = [name for name in options.callback_tensors if name not in self._callback_tensor_inputs]
         if unknown:
             raise ValueError(f"callbacks may ask for {self._callback_tensor_inputs}, got {unknown}")
-        given = [prompt] if isinstance(prompt, str) else list(prompt)
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         negative = [negative_prompt or ""] if isinstance(negative_prompt or "", str) else list(negative_prompt)
-        negative = negative * len(given) if len(negative) == 1 else negative
+        negative = negative * len(prompts) if len(negative) == 1 else negative
         copies = options.num_images_per_prompt
-        return [text for text in given for _ in range(copies)], [text for text in negative for _ in range(copies)]
+        return [text for text in prompts for _ in range(copies)], [text for text in negative for _ in range(copies)]
 
     def _rows(
         self, prompts: Sequence[str], negatives: Sequence[str], known: torch.Tensor, most: int
@@ -317,7 +317,7 @@ class MMaDAPipeline(compat.DiffusionPipeline):
                 )  # fmt: skip
                 drawn = torch.where(run.sample == unknown, output.sampled_tokens, run.sample)
                 self._go_on(run, output.prev_sample)
-                self._tell(run, step, output)
+                self._call_back(run, step, output)
                 bar.update()
         return torch.where(run.sample == unknown, drawn, run.sample)
 
@@ -331,7 +331,7 @@ class MMaDAPipeline(compat.DiffusionPipeline):
         known = torch.where(sample == self.tokens.codebook_size, -1, sample)
         run.grid[:, run.places] = self.tokens.image_ids(known)
 
-    def _tell(self, run: _ImageRun, step: int, output: Any) -> None:
+    def _call_back(self, run: _ImageRun, step: int, output: Any) -> None:
         """Call back with what the step did, and take changed codes from it."""
         if run.options.callback_on_step_end is None:
             return
@@ -343,9 +343,9 @@ class MMaDAPipeline(compat.DiffusionPipeline):
             "sampled_probs": output.sampled_probs,
         }
         asked = {name: known[name] for name in run.options.callback_tensors}
-        given = run.options.callback_on_step_end(self, step, step, asked) or {}
-        if "codes" in given:
-            self._go_on(run, torch.where(given["codes"] < 0, unknown, given["codes"]))
+        changed = run.options.callback_on_step_end(self, step, step, asked) or {}
+        if "codes" in changed:
+            self._go_on(run, torch.where(changed["codes"] < 0, unknown, changed["codes"]))
 
     # Texts
 
@@ -453,8 +453,8 @@ class MMaDAPipeline(compat.DiffusionPipeline):
         pixels = [pixels_of(one, size, fit) for image in several for one in rgb_images(image)]
         if not pixels:
             raise ValueError("images is an empty list; give at least one image")
-        given = torch.stack(pixels).to(compat.execution_device(self), self.image_tokenizer.dtype)
-        return self.image_tokenizer.encode(given).codes
+        stacked = torch.stack(pixels).to(compat.execution_device(self), self.image_tokenizer.dtype)
+        return self.image_tokenizer.encode(stacked).codes
 
     def decode_codes(self, codes: torch.Tensor, output_type: str = "pil") -> Any:
         """Images of codes (B, h, w): "pil", "np" or "pt"."""
@@ -524,8 +524,8 @@ def pixels_of(image: PIL.Image.Image, size: tuple[int, int], fit: Fit = "crop") 
         fit: "crop": scale the shorter side and take the middle; "squash": scale both sides.
     """
     shape = (size[1], size[0])
-    made = scale_and_crop(image, shape) if fit == "crop" else image.resize(shape, PIL.Image.Resampling.BICUBIC)
-    return torch.from_numpy(np.array(made)).permute(2, 0, 1).float() / 127.5 - 1
+    fitted = scale_and_crop(image, shape) if fit == "crop" else image.resize(shape, PIL.Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(fitted)).permute(2, 0, 1).float() / 127.5 - 1
 
 
 def masked_cells(mask: Any, image: Any, size: tuple[int, int], factor: int) -> torch.Tensor:

@@ -168,8 +168,8 @@ def understanding_rows(
     text = language_rows(tokens, texts, length)
     task = torch.full((len(image), 1), tokens.understanding)
     ids = torch.cat([task, image, text.ids], 1)
-    given = torch.cat([torch.ones_like(task, dtype=torch.bool), torch.ones_like(prompt), text.prompt], 1)
-    return MMaDARows(ids, torch.ones_like(ids), given, _places(1, image_ids))
+    prompt_mask = torch.cat([torch.ones_like(task, dtype=torch.bool), torch.ones_like(prompt), text.prompt], 1)
+    return MMaDARows(ids, torch.ones_like(ids), prompt_mask, _places(1, image_ids))
 
 
 def reasoning_rows(
@@ -186,8 +186,8 @@ def reasoning_rows(
     task = torch.full((len(image), 1), tokens.reasoning)
     ids = torch.cat([task, text.ids, image], 1)
     asked = text.prompt | ~text.prompt.any(1, keepdim=True)
-    given = torch.cat([torch.ones_like(task, dtype=torch.bool), asked, prompt], 1)
-    return MMaDARows(ids, torch.ones_like(ids), given, _places(1 + length, image_ids))
+    prompt_mask = torch.cat([torch.ones_like(task, dtype=torch.bool), asked, prompt], 1)
+    return MMaDARows(ids, torch.ones_like(ids), prompt_mask, _places(1 + length, image_ids))
 
 
 def question_rows(

@@ -176,12 +176,12 @@ class FluxOmniControlPipeline(_Conditions, FluxPipeline):
                 compat.execution_device(self),
                 kwargs.get("generator"),
             )
-        made = run.region.flatten()
+        generated = run.region.flatten()
         sampled = super()._sample(
-            control, **kwargs, latents=latents[:, made], output_type="latent", return_dict=False
+            control, **kwargs, latents=latents[:, generated], output_type="latent", return_dict=False
         )[0]
         image = run.known(Pairing(len(sampled), run.samples)).to(sampled)
-        image[:, made] = sampled
+        image[:, generated] = sampled
         if output_type != "latent":
             image = compat.flux_latents(self, image, height, width)
             image = unscale_latents(self.vae, image)

@@ -29,6 +29,7 @@ from imgdit.layout import FrameLayout, take_rows
 from imgdit.models.functional import pack, unpack
 from imgdit.models.mmdit import MMDiT
 from imgdit.models.nextdit import NextDiT, TextMemory
+from imgdit.naming import old_names
 from imgdit.pipelines.checks import Texts, check_call, check_generators, check_latents
 from imgdit.pipelines.frame_images import (
     bucket_size,
@@ -59,7 +60,7 @@ class OneDiffusionPipelineOutput(BaseOutput):
     images: Images
     """Frames of kind "image", of the output type asked for."""
     latents: torch.Tensor | None
-    """(B, F, C, h, w) all frames, the given ones too; `None` of an image that was generated together with a text."""
+    """(B, F, C, h, w) all frames; `None` of an image that was generated together with a text."""
     maps: dict[str, Images] | None = None
     """Frames of the other kinds as images, by kind; never rays."""
     depth: np.ndarray | None = None
@@ -82,7 +83,7 @@ class _Texts:
     """What `text` was made of; callbacks may put other ones in their place."""
     text: torch.Tensor | TextMemory
     cache: KVCache | None
-    """Keys and values of the given frames that see only themselves."""
+    """Keys and values of the conditioning frames that see only themselves."""
 
 
 class _FramesRun(NamedTuple):
@@ -99,7 +100,7 @@ class _FramesRun(NamedTuple):
 
 
 class OneDiffusionPipeline(TextFramesMixin, ImgDiTPipeline):
-    """Frames from frames: any frame of a scene may be given, any may be made.
+    """Frames from frames: any frame of a scene may condition, any may be generated.
 
     Loads its own folders and the published one, whose `model_index.json` does not name the transformer.
 
@@ -107,10 +108,11 @@ class OneDiffusionPipeline(TextFramesMixin, ImgDiTPipeline):
         scheduler: flow-matching schedule; diffusers' Euler is replaced by ours with its configuration.
         vae: autoencoder.
         text_encoder, tokenizer: of the prompts.
-        transformer: `NextDiT` or `MMDiT`. With `NextDiT` the reference's rules hold: given frames stand at the
+        transformer: `NextDiT` or `MMDiT`. With `NextDiT` the reference's rules hold: conditioning frames stand at the
             schedule's last noise level, their latents are drawn from the autoencoder's distribution (and noise that
             nothing uses before them, so that seeds agree), an autoencoder's `shift_factor` is ignored, and images
-            that are bright all over are stretched. `MMDiT`'s given frames are the most likely latents without noise.
+            that are bright all over are stretched. `MMDiT`'s conditioning frames are the most likely latents without
+            noise.
     """
 
     transformer: MMDiT | NextDiT
@@ -141,6 +143,7 @@ class OneDiffusionPipeline(TextFramesMixin, ImgDiTPipeline):
             return self.transformer.config.input_size[1] * self.vae_scale_factor
         return super().default_size
 
+    @old_names(given_level="conditioning_level")
     @torch.no_grad()
     def __call__(  # type: ignore[override]
         self,
@@ -159,7 +162,7 @@ class OneDiffusionPipeline(TextFramesMixin, ImgDiTPipeline):
         width: int | None = None,
         crop: bool = True,
         focal_length: float | torch.Tensor = FOCAL_LENGTH,
-        given_level: Literal["last", "clean"] | None = None,
+        conditioning_level: Literal["last", "clean"] | None = None,
         num_inference_steps: int | None = None,
         sigmas: list[float] | None = None,
         noise_scale: float = 1.0,
@@ -183,34 +186,35 @@ class OneDiffusionPipeline(TextFramesMixin, ImgDiTPipeline):
         callback_on_step_end_tensor_inputs: list[str] | None = None,
         max_sequence_length: int = 300,
     ) -> OneDiffusionPipelineOutput | tuple:
-        """Make frames.
+        """Generate frames.
 
-        What is given and made is told in one of three ways: `frames`; or `task` with `images` and what belongs to it
-        (`imgdit.tasks.task_frames`); or, raw, a prompt that begins with a token and `denoise_mask` with `images` and
-        `cameras` (`imgdit.tasks.frames_of_mask`). With none of them an image is made from the prompt.
+        Which frames condition and which are generated is set in one of three ways: `frames`; or `task` with `images`
+        and what belongs to it (`imgdit.tasks.task_frames`); or, raw, a prompt that begins with a token and
+        `denoise_mask` with `images` and `cameras` (`imgdit.tasks.frames_of_mask`). With none of them an image is
+        generated from the prompt.
 
         Args:
             prompt: caption of the image, or the instruction of editing; one or several. The library puts the task's
                 token and its details before it; a prompt that begins with a token is taken as it is.
             frames: the scene, frame by frame. A clean `TextFrame` is the prompt; one that is generated is written
-                about the image that is given (`TextFrame.generate`, `fill`, `ask`), or together with the one that is
+                about the conditioning image (`TextFrame.generate`, `fill`, `ask`), or together with the one that is
                 generated; see `imgdit.pipelines.frame_texts`.
             task: name of the task, of `imgdit.tasks.TASKS`; found by the frames' kinds where they tell.
             images: given images of a task, one or several.
             cameras: of views: a camera-to-world matrix (4, 4) each, `None` for one to be found. Positions are taken
                 as they are; `imgdit.cameras.scale_positions` puts them at the distance OneDiffusion was trained at.
-            inverse: whether the image is given and the rest made.
+            inverse: whether the image conditions and the rest is generated.
             captions: of the given images (subject, identity).
             legend: colour of each object (segmentation, boxes).
             item: what the subject is called.
-            denoise_mask: 1 for each frame to be made, 0 for each given.
+            denoise_mask: 1 for each frame to be generated, 0 for each conditioning frame.
             negative_prompt: what to steer away from, as the model reads it, without a token; empty by default.
             height, width: in pixels. By default as the given latents; for a `NextDiT` as large as the published one
                 the bucket of the first given image, 512 for views; otherwise the transformer's training size.
             crop: see `pixels_of_images`.
             focal_length: of the cameras, in image widths, or intrinsics; see `imgdit.cameras.relative_rays`.
-            given_level: noise level of given frames: "last", the lowest of the schedule, as the reference; or "clean",
-                0, as the paper. `None`: "last" for `NextDiT`, "clean" for `MMDiT`.
+            conditioning_level: noise level of conditioning frames: "last", the lowest of the schedule, as the
+                reference; or "clean", 0, as the paper. `None`: "last" for `NextDiT`, "clean" for `MMDiT`.
             num_inference_steps: steps of the sampler; 28 by default, 50 for a `NextDiT` as published.
             sigmas: noise levels of the steps, falling from 1, before the scheduler's shift; instead of
                 `num_inference_steps`.
@@ -222,7 +226,7 @@ class OneDiffusionPipeline(TextFramesMixin, ImgDiTPipeline):
             num_images_per_prompt: scenes for each prompt.
             generator: source of every draw; one, or a list of one per scene.
             latents: starting noise (B, F, C, h, w) of all frames, of any floating-point type, instead of drawing it;
-                the places of given frames are not read. (B, C, h, w) will do for one frame.
+                the places of conditioning frames are not read. (B, C, h, w) will do for one frame.
             prompt_embeds, pooled_prompt_embeds, prompt_embeds_mask: as `encode_prompt` returns them, and negative.
             output_type: "pil", "np", "pt" or "latent".
             return_dict: whether to return an `OneDiffusionPipelineOutput` or a tuple, `images` and `latents` first.
@@ -247,7 +251,7 @@ class OneDiffusionPipeline(TextFramesMixin, ImgDiTPipeline):
             generator, max_sequence_length, output_type, joint_attention_kwargs, callback_on_step_end,
             callback_on_step_end_tensor_inputs,
         )  # fmt: skip
-        framing = FrameOptions(crop, focal_length, given_level, noise_scale, scale_factor, scale_watershed)
+        framing = FrameOptions(crop, focal_length, conditioning_level, noise_scale, scale_factor, scale_watershed)
         source = FrameSource(split.images, task, images, cameras, inverse, captions, legend, item, denoise_mask)
         if split.texts:
             call = (split, options, framing, (height, width), latents, guidance_scale, num_inference_steps)
@@ -258,13 +262,13 @@ class OneDiffusionPipeline(TextFramesMixin, ImgDiTPipeline):
         check_scene(frames, samples, height, width, self.vae_scale_factor * self.patch_size, self.transformer)
         self._check_framing(framing)
         cells = (height // self.vae_scale_factor, width // self.vae_scale_factor)
-        latents = self._given_latents(latents, (samples.count, len(frames), self.vae.config.latent_channels, *cells))
+        latents = self._checked_latents(latents, (samples.count, len(frames), self.vae.config.latent_channels, *cells))
         self._begin(options)
         texts = texts._replace(prompt=source.prompts(prompt, task, frames, self.read_prompts))
         text = self._encode_texts(texts, options)
         latents = self.prepare_latents(frames, samples, cells, framing, generator, latents)  # (B, F, C, h, w) float32
         grid = (cells[0] // self.patch_size, cells[1] // self.patch_size)
-        num_tokens = noise_scale * sum(not frame.is_given for frame in frames) * grid[0] * grid[1]
+        num_tokens = noise_scale * sum(not frame.is_clean for frame in frames) * grid[0] * grid[1]
         device = compat.execution_device(self)
         timesteps = set_schedule(self.scheduler, options.num_inference_steps, sigmas, num_tokens, device)
         run = self._prepare(frames, grid, text, float(timesteps[-1]) / 1000, framing, joint_attention_kwargs)
@@ -291,10 +295,10 @@ class OneDiffusionPipeline(TextFramesMixin, ImgDiTPipeline):
         guidance_scale: float | None,
         steps: int | None,
     ) -> OneDiffusionPipelineOutput:
-        """Texts about the image that is given, or together with the one that is generated."""
+        """Texts about the conditioning image, or together with the one that is generated."""
         images, generator = split.images or [], options.generator
         if latents is not None:
-            raise ValueError("texts begin with masks: leave latents out; an image's are ImageFrame.given(latents)")
+            raise ValueError("texts begin with masks: leave latents out; an image's are ImageFrame.clean(latents)")
         writer = TextWriter.over(self)
         call = writer.options(
             options.callback_on_step_end, num_inference_steps=steps,
@@ -302,13 +306,13 @@ class OneDiffusionPipeline(TextFramesMixin, ImgDiTPipeline):
             callback_on_step_end_tensor_inputs=options.callback_on_step_end_tensor_inputs,
         )  # fmt: skip
         copies = options.num_images_per_prompt
-        if images and not images[0].is_given:
+        if images and not images[0].is_clean:
             call["max_length"] = split.texts[0].length or None
             both = writer.writer.joint(copies, options.output_type, **call)
             return OneDiffusionPipelineOutput(both.images, None, texts=both.texts)
         for frame in split.texts:
             writer.check(frame)
-        given = None
+        clean = None
         if images:
             entries = [num_entries(images[0]) or 1, *(frame.entries for frame in split.texts)]
             samples = Samples.of_prompts(max(entries), copies)
@@ -318,10 +322,10 @@ class OneDiffusionPipeline(TextFramesMixin, ImgDiTPipeline):
             )
             check_generators(generator, samples.count, "texts")
             cells = (height // self.vae_scale_factor, width // self.vae_scale_factor)
-            given = self.prepare_latents(images, samples, cells, framing, generator)
+            clean = self.prepare_latents(images, samples, cells, framing, generator)
         self._begin(options)
-        texts = [writer.write(frame, None if given is None else given[:, 0], call) for frame in split.texts]
-        return OneDiffusionPipelineOutput([], given, texts=[text for one in zip(*texts) for text in one])
+        texts = [writer.write(frame, None if clean is None else clean[:, 0], call) for frame in split.texts]
+        return OneDiffusionPipelineOutput([], clean, texts=[text for one in zip(*texts) for text in one])
 
     # Input
 
@@ -355,7 +359,7 @@ class OneDiffusionPipeline(TextFramesMixin, ImgDiTPipeline):
     # Latents
 
     @staticmethod
-    def _given_latents(latents: Any, shape: tuple[int, ...]) -> Any:
+    def _checked_latents(latents: Any, shape: tuple[int, ...]) -> Any:
         """Starting noise (B, F, C, h, w); (B, C, h, w) will do for one frame."""
         if isinstance(latents, torch.Tensor) and latents.ndim == 4 and shape[1] == 1:
             latents = latents[:, None]
@@ -371,7 +375,7 @@ class OneDiffusionPipeline(TextFramesMixin, ImgDiTPipeline):
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Where the run starts: given frames as latents, noise in the places of the others.
+        """Where the run starts: conditioning frames as latents, noise in the places of the others.
 
         Args:
             frames: of each sample.
@@ -397,7 +401,7 @@ class OneDiffusionPipeline(TextFramesMixin, ImgDiTPipeline):
         device = compat.execution_device(self)
         images = {i: images_of(frame) for i, frame in enumerate(frames) if images_of(frame)}
         drawn = {"generator": generator, "device": device, "dtype": torch.float32}
-        given: dict[int, torch.Tensor] = {}
+        latents_of: dict[int, torch.Tensor] = {}
         if images:
             if self.follows_reference:
                 randn_tensor((samples.count, *shape), **drawn)  # the reference draws it and throws it away
@@ -409,18 +413,18 @@ class OneDiffusionPipeline(TextFramesMixin, ImgDiTPipeline):
                 stretch_bright=self.follows_reference,
             )
             encoded = self._encode_images(pixels.to(device), drawn)
-            given = dict(zip(images, encoded.split([len(some) for some in images.values()]), strict=True))
+            latents_of = dict(zip(images, encoded.split([len(some) for some in images.values()]), strict=True))
         noise = randn_tensor(full, **drawn) if latents is None else latents.to(device, torch.float32)
         rays = self._ray_latents(frames, cells, options.focal_length)
         start = noise.clone()
         for i, frame in enumerate(frames):
-            if frame.is_given:
-                value = given.get(i, rays.get(i, frame.content))
+            if frame.is_clean:
+                value = latents_of.get(i, rays.get(i, frame.content))
                 start[:, i] = self._spread(value.to(device, torch.float32), i, full, samples)
         return start
 
     def _spread(self, value: torch.Tensor, place: int, full: tuple[int, ...], samples: Samples) -> torch.Tensor:
-        """A given frame's latents (C, h, w), (1, …), one per prompt or one per sample, as (B, C, h, w)."""
+        """A conditioning frame's latents (C, h, w), (1, …), one per prompt or one per sample, as (B, C, h, w)."""
         value = value if value.ndim == 4 else value[None]
         if value.shape[1:] != full[2:] or value.shape[0] not in (1, samples.prompts, samples.count):
             raise ValueError(
@@ -442,16 +446,16 @@ class OneDiffusionPipeline(TextFramesMixin, ImgDiTPipeline):
     ) -> dict[int, torch.Tensor]:
         """Latents (P, C, h, w) of the given rays by their places, P one or the prompts; all are relative to the first
         of them."""
-        places = [i for i, frame in enumerate(scene) if frame.kind == "rays" and frame.is_given]
+        places = [i for i, frame in enumerate(scene) if frame.kind == "rays" and frame.is_clean]
         if not places:
             return {}
-        given = [torch.as_tensor(scene[i].content, dtype=torch.float32) for i in places]
-        given = [matrices if matrices.ndim == 3 else matrices[None] for matrices in given]
-        prompts = max(len(matrices) for matrices in given)
-        if any(m.shape[1:] != (4, 4) or len(m) not in (1, prompts) for m in given):
-            shapes = ", ".join(str(tuple(m.shape)) for m in given)
+        poses = [torch.as_tensor(scene[i].content, dtype=torch.float32) for i in places]
+        poses = [matrices if matrices.ndim == 3 else matrices[None] for matrices in poses]
+        prompts = max(len(matrices) for matrices in poses)
+        if any(m.shape[1:] != (4, 4) or len(m) not in (1, prompts) for m in poses):
+            shapes = ", ".join(str(tuple(m.shape)) for m in poses)
             raise ValueError(f"a camera is a matrix (4, 4), or (P, 4, 4) with one for each prompt; got {shapes}")
-        views = torch.stack([matrices.expand(prompts, 4, 4) for matrices in given], dim=1)  # (P, V, 4, 4)
+        views = torch.stack([matrices.expand(prompts, 4, 4) for matrices in poses], dim=1)  # (P, V, 4, 4)
         rays = torch.stack([ray_frames(relative_rays(cameras, cells[0], focal_length)) for cameras in views])
         return dict(zip(places, rays.unbind(1), strict=True))
 
@@ -468,12 +472,14 @@ class OneDiffusionPipeline(TextFramesMixin, ImgDiTPipeline):
     ) -> _FramesRun:
         """What stays the same over a run, for frames of so many rows and columns of tokens; `last` is the lowest noise
         level of the schedule."""
-        at_last = options.given_level == "last" or (options.given_level is None and self.follows_reference)
+        at_last = options.conditioning_level == "last" or (
+            options.conditioning_level is None and self.follows_reference
+        )
         layout = FrameLayout.build(
             [
                 Frame(
                     grid,
-                    sigma=(last if at_last else 0.0) if frame.is_given else None,
+                    sigma=(last if at_last else 0.0) if frame.is_clean else None,
                     adapter=frame.adapter,
                     sees=frame.sees,
                     index=i if frame.index is None else frame.index,
@@ -534,10 +540,10 @@ class OneDiffusionPipeline(TextFramesMixin, ImgDiTPipeline):
             )
         if texts.cache is not None:
             texts.cache.freeze()
-        made = len(layout.predicted_lengths)
+        generated = len(layout.predicted_lengths)
         grid = layout.frames[0].size
-        cells = unpack(velocity.float().unflatten(1, (made, -1)).flatten(0, 1), self.patch_size, grid)
-        return cells.unflatten(0, (-1, made))
+        cells = unpack(velocity.float().unflatten(1, (generated, -1)).flatten(0, 1), self.patch_size, grid)
+        return cells.unflatten(0, (-1, generated))
 
     def _rotation(self, run: _FramesRun, level: float) -> tuple[float, float] | None:
         """`NextDiT.rotation` of a step, by its timestep as a number; `None` where it is the same in all."""
@@ -566,8 +572,8 @@ class OneDiffusionPipeline(TextFramesMixin, ImgDiTPipeline):
     ) -> OneDiffusionPipelineOutput:
         """Each frame that was made, as what it is."""
         output = OneDiffusionPipelineOutput(images=[], latents=latents)
-        for kind in dict.fromkeys(frame.kind for frame in scene if not frame.is_given and frame.kind != "rays"):
-            places = [i for i, frame in enumerate(scene) if frame.kind == kind and not frame.is_given]
+        for kind in dict.fromkeys(frame.kind for frame in scene if not frame.is_clean and frame.kind != "rays"):
+            places = [i for i, frame in enumerate(scene) if frame.kind == kind and not frame.is_clean]
             grids = latents[:, places].flatten(0, 1)  # (P, C, h, w)
             if output_type == "latent":
                 images: Any = grids

@@ -104,7 +104,7 @@ class FrameSource:
         if extra:
             raise ValueError(f"frames say everything; leave out {', '.join(extra)}")
         if not frames:
-            raise ValueError("frames is empty; give at least one, such as ImageFrame.make()")
+            raise ValueError("frames is empty; give at least one, such as ImageFrame.generate()")
         return list(frames)
 
     def _of_mask(self, denoise_mask: Sequence[int], first: str) -> list[ImageFrame]:
@@ -135,8 +135,10 @@ def check_scene(
         cell: pixels per side of a token.
         texts: whether texts are generated about them.
     """
-    if not texts and all(frame.is_given for frame in frames):
-        raise ValueError("every frame is given, so there is nothing to make; give at least one ImageFrame.make()")
+    if not texts and all(frame.is_clean for frame in frames):
+        raise ValueError(
+            "every frame conditions, so there is nothing to generate; give at least one ImageFrame.generate()"
+        )
     for i, frame in enumerate(frames):
         entries, fitting = num_entries(frame), {1, samples.prompts}
         if isinstance(frame.content, torch.Tensor) and frame.kind != "rays":
@@ -165,8 +167,8 @@ def check_scene(
 
 
 def num_entries(frame: ImageFrame) -> int | None:
-    """Images, latent grids or cameras that a given frame holds; `None` for one to be made."""
-    if not frame.is_given:
+    """Images, latent grids or cameras that a conditioning frame holds; `None` for one to be generated."""
+    if not frame.is_clean:
         return None
     if frame.kind == "rays":
         cameras = torch.as_tensor(frame.content)
@@ -190,7 +192,7 @@ def entry(frame: ImageFrame, sample: int, samples: Samples) -> ImageFrame:
 
 
 def images_of(frame: ImageFrame) -> list[Any]:
-    """Images of a given frame that have to be encoded: none of one to be made, of rays, or of latents."""
-    if not frame.is_given or frame.kind == "rays" or isinstance(frame.content, torch.Tensor):
+    """Images of a conditioning frame that have to be encoded: none of one to be generated, of rays, or of latents."""
+    if not frame.is_clean or frame.kind == "rays" or isinstance(frame.content, torch.Tensor):
         return []
     return list(frame.content) if isinstance(frame.content, list | tuple) else [frame.content]

@@ -12,7 +12,7 @@ import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 
 from imgdit.cameras import FOCAL_LENGTH
-from imgdit.naming import check_choice, shown
+from imgdit.naming import check_choice, old_names, shown
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
@@ -61,6 +61,7 @@ class SamplingOptions:
         return ["latents"] if names is None else names
 
 
+@old_names(given_level="conditioning_level")
 @dataclass(frozen=True, eq=False)
 class FrameOptions:
     """What `OneDiffusionPipeline` makes of its frames, by the names of its arguments.
@@ -73,7 +74,7 @@ class FrameOptions:
     """See `pixels_of_images`."""
     focal_length: float | torch.Tensor = FOCAL_LENGTH
     """Of the cameras, in image widths, or intrinsics; see `imgdit.cameras.relative_rays`."""
-    given_level: Literal["last", "clean"] | None = None
+    conditioning_level: Literal["last", "clean"] | None = None
     """Noise level of conditioning frames: the schedule's lowest, or 0. `None`: as the model was trained."""
     noise_scale: float = 1.0
     """Factor of the generated tokens by which the schedule is shifted."""
@@ -82,7 +83,7 @@ class FrameOptions:
     """See `NextDiT.forward`."""
 
     def __post_init__(self) -> None:
-        check_choice("given_level", self.given_level, ("last", "clean", None))
+        check_choice("conditioning_level", self.conditioning_level, ("last", "clean", None))
         for name in ("noise_scale", "scale_factor"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")

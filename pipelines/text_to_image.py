@@ -100,7 +100,7 @@ class ImgDiTPipeline(compat.DiffusionPipeline, LoraLoaderMixin):
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"
     _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds"]
-    tells_unknown_words = True
+    names_unknown_words = True
     """Whether words that the model does not know are warned of; who says more of them sets it to false."""
     prompt_words: PromptWords | None
     """Facts about the captions that the model was trained on, by which prompts are read; its tokenizer has them.
@@ -132,7 +132,7 @@ class ImgDiTPipeline(compat.DiffusionPipeline, LoraLoaderMixin):
         self._interrupt = False
         self._infos: dict[str, AdapterInfo] = {}  # how condition adapters were trained
         self._progress = Progress(0, 1)
-        self._told: set[str] = set()  # unknown words that a warning has named
+        self._named_words: set[str] = set()  # unknown words that a warning has named
         self.prompt_words = PromptWords.of_tokenizer(tokenizer)
 
     # Properties that callbacks and step caches read
@@ -199,10 +199,10 @@ class ImgDiTPipeline(compat.DiffusionPipeline, LoraLoaderMixin):
         if prompt.lstrip().startswith("[["):
             return prompt
         reading = read_prompt(words, prompt)
-        new = [note for note in reading.notes if note.said not in self._told]
-        self._told.update(note.said for note in new)
+        new = [note for note in reading.notes if note.said not in self._named_words]
+        self._named_words.update(note.said for note in new)
         said = remark(words, new)
-        if said is not None and self.tells_unknown_words:
+        if said is not None and self.names_unknown_words:
             logger.warning(said)
         return reading.prompt
 
@@ -281,24 +281,24 @@ class ImgDiTPipeline(compat.DiffusionPipeline, LoraLoaderMixin):
             prompt, padding="longest", truncation=True, max_length=max_sequence_length, return_tensors="pt"
         )
         for text in prompt:
-            self._tell_cut_text(text, max_sequence_length)
-            if self.tells_unknown_words:
-                self._tell_unknown_words(text)
+            self._warn_of_cut_text(text, max_sequence_length)
+            if self.names_unknown_words:
+                self._warn_of_unknown_words(text)
         mask = tokens.attention_mask.to(device)
         embeds = self.text_encoder(tokens.input_ids.to(device), attention_mask=mask)[0]
         return embeds.to(dtype=self.transformer.dtype if self.transformer is not None else None), mask.bool()
 
-    def _tell_cut_text(self, prompt: str, max_sequence_length: int) -> None:
+    def _warn_of_cut_text(self, prompt: str, max_sequence_length: int) -> None:
         whole = self.tokenizer(prompt, truncation=False).input_ids
         if len(whole) > max_sequence_length:
             cut = self.tokenizer.decode(whole[max_sequence_length - 1 :], skip_special_tokens=True)
             logger.warning(f"the prompt has {len(whole)} tokens, {max_sequence_length} are read; cut off: {cut!r}")
 
-    def _tell_unknown_words(self, prompt: str) -> None:
+    def _warn_of_unknown_words(self, prompt: str) -> None:
         """Say, once each, which words the text encoder was never taught and reads letter by letter."""
-        new = [word for word in unknown_words(self.tokenizer, prompt) if word not in self._told]
+        new = [word for word in unknown_words(self.tokenizer, prompt) if word not in self._named_words]
         if new:
-            self._told.update(new)
+            self._named_words.update(new)
             logger.warning(f"words that the model has never seen, spelled in bytes: {', '.join(new)}")
 
     # Input
@@ -584,8 +584,8 @@ class ImgDiTPipeline(compat.DiffusionPipeline, LoraLoaderMixin):
             return latents
         known = run.known(Pairing(len(latents), run.samples))  # (B, N, C)
         known = unpack(known.to(latents), self.patch_size, image.size)
-        made = image.mask.repeat_interleave(self.patch_size, 0).repeat_interleave(self.patch_size, 1)
-        return torch.where(made.to(latents.device), latents, known)
+        generated = image.mask.repeat_interleave(self.patch_size, 0).repeat_interleave(self.patch_size, 1)
+        return torch.where(generated.to(latents.device), latents, known)
 
     def decode_latents(self, latents: torch.Tensor, output_type: str = "pil") -> Any:
         """Latents (B, C, h, w) to images."""

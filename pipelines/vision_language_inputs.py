@@ -105,7 +105,7 @@ def read_rows(
     Raises:
         ValueError: not one of prompt, messages and input_ids, or numbers of them that do not fit.
     """
-    if sum(given is not None for given in (prompt, messages, input_ids)) != 1:
+    if sum(one is not None for one in (prompt, messages, input_ids)) != 1:
         raise ValueError("give one of prompt, messages and input_ids")
     several = images_of_rows(images)
     if input_ids is not None:

@@ -48,7 +48,7 @@ def test_frozen_is_derived():
     assert frozen("self", "joint") == {2}
     assert frozen("all") == frozenset()
     visible = torch.eye(4, dtype=torch.bool)
-    visible[3, 2] = True  # a held frame that sees only a frozen one is frozen too
+    visible[3, 2] = True  # a clean frame that sees only a frozen one is frozen too
     frames = [Frame((1, 1)), Frame((1, 1), 0.0), Frame((1, 1), 0.0)]
     assert FrameLayout.build(frames, 1, visible=visible).frozen == {0, 2, 3}, "this text sees only itself"
     visible[2, 1] = True  # … and not if that one sees what is generated
@@ -106,7 +106,7 @@ def test_packed_scenes_do_not_see_each_other():
         (lambda: TextFrame(2, sees="others"), "'all', 'joint' or 'self', got 'others'"),
         (lambda: TextFrame(2, None, block=-1), "numbered from 0"),
         (lambda: TextFrame(2, None, keep=torch.ones(3, dtype=torch.bool)), r"shape \(2,\) or \(batch, 2\)"),
-        (lambda: TextFrame(2, keep=torch.ones(2, dtype=torch.bool)), "held at sigma=0.0"),
+        (lambda: TextFrame(2, keep=torch.ones(2, dtype=torch.bool)), "clean at sigma=0.0"),
         (lambda: FrameLayout.build([Frame((1, 1))], 1, visible=torch.ones(3, 3).bool()), r"shape \(2, 2\)"),
         (lambda: FrameLayout.build([Frame((1, 1))], 1, visible=torch.zeros(2, 2).bool()), "at least itself"),
         (lambda: FrameLayout.pack([]), "nothing to pack"),

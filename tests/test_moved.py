@@ -97,3 +97,47 @@ def test_a_studio_is_a_session():
     made = studio.make(Request("a red cube", seed=1, steps=1, frames=(AskedFrame(),)))
     with pytest.warns(DeprecationWarning, match="Generated: 'pictures' is now 'images'"):
         assert len(made.pictures) == 1 and made.pictures[0].size == made.images[0].size
+
+
+def test_frames_are_clean_or_generated():
+    """Version 0.1 said given, made and held."""
+    from imgdit.frames import Frame
+    from imgdit.pipelines.options import FrameOptions
+    from imgdit.tasks import ImageFrame
+
+    with pytest.warns(DeprecationWarning, match=r"ImageFrame\.given is now ImageFrame\.clean") as warned:
+        old = ImageFrame.given("x", "depth")
+    assert warned[0].filename == __file__
+    with pytest.warns(DeprecationWarning, match="'is_given' is now 'is_clean'"):
+        assert old.is_given and old.kind == "depth"
+    with pytest.warns(DeprecationWarning, match=r"ImageFrame\.make is now ImageFrame\.generate"):
+        assert not ImageFrame.make().is_clean
+    with pytest.warns(DeprecationWarning, match="'held' is now 'is_clean'"):
+        assert Frame((2, 2), sigma=0.0).held
+    with pytest.warns(DeprecationWarning, match="'given_level' is now 'conditioning_level'"):
+        assert FrameOptions(given_level="clean").conditioning_level == "clean"
+
+
+def test_old_options_of_the_command_line_are_taken_and_hidden():
+    from typer.main import get_command
+
+    from imgdit.apps.cli import app
+
+    command = get_command(app).commands["any"]
+    with pytest.warns(DeprecationWarning, match="--given is now --condition"):
+        context = command.make_context("any", ["--given", "image=a.png", "--make=depth"])
+    assert (context.params["conditions"], context.params["generate"]) == (["image=a.png"], ["depth"])
+    assert not any("--given" in option.opts or "--make" in option.opts for option in command.params)
+
+
+def test_old_keys_of_recipes_are_taken():
+    from imgdit.recipes import check_arguments
+    from imgdit.scenes.training_frames import SceneFrames
+
+    check_arguments(SceneFrames, {"shares": {"pictures": 1.0}}, "data.arguments")
+    with pytest.warns(DeprecationWarning) as warned, pytest.raises(ValueError, match="unknown name in pairs"):
+        SceneFrames(shares={"pictures": 1.0}, pairs={"none": 1.0})
+    assert [str(one.message).partition(" is now ")[::2] for one in warned] == [
+        ("SceneFrames: 'shares'", "'probabilities'; the old name goes with version 0.3"),
+        ("data.arguments.probabilities: 'pictures'", "'images'; the old name goes with version 0.3"),
+    ]

@@ -17,7 +17,7 @@ from imgdit.tasks import (
 
 
 def told(frames) -> list[tuple[str, bool]]:
-    return [(frame.kind, frame.is_given) for frame in frames]
+    return [(frame.kind, frame.is_clean) for frame in frames]
 
 
 def test_every_task_of_the_scenes_is_one_of_ours():
@@ -53,7 +53,7 @@ def test_identity_takes_one_to_three_references():
 def test_views_alternate_with_their_rays(images, cameras, mask):
     frames = task_frames("views", list(images), cameras=cameras)
     assert [frame.kind for frame in frames] == ["image", "rays"] * (len(mask) // 2)
-    assert [int(not frame.is_given) for frame in frames] == mask
+    assert [int(not frame.is_clean) for frame in frames] == mask
 
 
 def test_the_raw_form_fills_the_zeros_in_order():
@@ -67,7 +67,7 @@ def test_the_raw_form_fills_the_zeros_in_order():
 @pytest.mark.parametrize(
     ("task", "frames", "item", "prompt"),
     [
-        ("text_to_image", [ImageFrame.make()], None, "[[text2image]] a cat"),
+        ("text_to_image", [ImageFrame.generate()], None, "[[text2image]] a cat"),
         ("depth", task_frames("depth", "x"), None, "[[depth2image]] a cat"),
         ("canny", task_frames("canny", "x", inverse=True), None, "[[canny2image]] a cat"),
         (
@@ -109,12 +109,12 @@ def test_an_empty_caption_leaves_the_token_alone():
 
 
 def test_kinds_tell_the_task():
-    assert infer_task([ImageFrame.make()]) == "text_to_image"
-    assert infer_task([ImageFrame.make(), ImageFrame.given("x", "hed")]) == "hed"
+    assert infer_task([ImageFrame.generate()]) == "text_to_image"
+    assert infer_task([ImageFrame.generate(), ImageFrame.clean("x", "hed")]) == "hed"
     assert infer_task(task_frames("views", cameras=[1])) == "views"
-    assert infer_task([ImageFrame.make(), ImageFrame.given("x")]) is None
-    condition = ImageFrame.given("x", adapter="subject")
-    assert infer_task([ImageFrame.given("y"), ImageFrame.make("depth"), condition]) == "depth"
+    assert infer_task([ImageFrame.generate(), ImageFrame.clean("x")]) is None
+    condition = ImageFrame.clean("x", adapter="subject")
+    assert infer_task([ImageFrame.clean("y"), ImageFrame.generate("depth"), condition]) == "depth"
 
 
 def test_colours_are_the_published_twenty():
@@ -137,15 +137,15 @@ def test_colours_are_the_published_twenty():
         (lambda: task_frames("segmentation", "x", legend={"cat": "cian"}), "'cian'; did you mean 'cyan'"),
         (lambda: task_frames("views", ["a", "b"], cameras=[1]), "2 images for 1 cameras"),
         (lambda: task_frames("views", ["a"], inverse=True), "views have no inverse"),
-        (lambda: ImageFrame.make("dpth"), "'dpth'; did you mean 'depth'"),
-        (lambda: ImageFrame.given(None), "needs its content"),
+        (lambda: ImageFrame.generate("dpth"), "'dpth'; did you mean 'depth'"),
+        (lambda: ImageFrame.clean(None), "needs its content"),
         (lambda: frames_of_mask([1, 0, 0], ["x"]), "2 places for images, got 1"),
         (lambda: frames_of_mask([1, 0], ["x", "y"]), "1 places for images, got 2"),
         (lambda: frames_of_mask([1, 0, 1, 0], (), ["c"]), "2 places for cameras, got 1"),
         (lambda: frames_of_mask([1, 2], ["x"]), "a 1 for each frame"),
-        (lambda: check_frames("depth", [ImageFrame.given("x", "depth"), ImageFrame.make()]), "an image first"),
-        (lambda: check_frames("depth", [ImageFrame.make()]), "has 2 frames, got 1"),
-        (lambda: check_frames("views", [ImageFrame.make("rays"), ImageFrame.make()]), "in this order"),
+        (lambda: check_frames("depth", [ImageFrame.clean("x", "depth"), ImageFrame.generate()]), "an image first"),
+        (lambda: check_frames("depth", [ImageFrame.generate()]), "has 2 frames, got 1"),
+        (lambda: check_frames("views", [ImageFrame.generate("rays"), ImageFrame.generate()]), "in this order"),
         (lambda: task_prompt("depth", "[[depth2img]] x", ()), r"'\[\[depth2img\]\]'; did you mean"),
         (lambda: task_prompt("depth", "[[canny2image]] x", ()), "the token of 'canny', but the frames are of 'depth'"),
         (lambda: task_prompt("subject", "[[subject_driven]] x", (), item="cat"), "write item and captions into it"),

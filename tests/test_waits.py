@@ -131,7 +131,7 @@ SCENES = {
     "plain": {"guidance_scale": 1.0},
     "guided": {"guidance_scale": 3.0},
     "given": {"task": "depth"},
-    "cached": {"frames": [ImageFrame.make("image"), "given"]},
+    "cached": {"frames": [ImageFrame.generate("image"), "given"]},
 }
 
 
@@ -147,7 +147,7 @@ def test_steps_of_frames(backbone, scene):
     if scene == "given":
         options["images"] = shown
     if "frames" in options:
-        options["frames"] = [options["frames"][0], ImageFrame.given(shown, "depth", sees="self")]
+        options["frames"] = [options["frames"][0], ImageFrame.clean(shown, "depth", sees="self")]
     assert not steps_of(
         lambda steps: pipe("a cat", **options, num_inference_steps=steps, generator=torch.Generator().manual_seed(0))
     )

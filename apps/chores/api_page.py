@@ -199,8 +199,8 @@ def _fields(value: type) -> list[tuple[str, str, str, str]]:
     found = []
     for node, after in zip(tree.body, [*tree.body[1:], ast.Pass()]):
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.target.id[0] != "_":
-            told = after.value if isinstance(after, ast.Expr) else None
-            about = told.value if isinstance(told, ast.Constant) else ""
+            docstring = after.value if isinstance(after, ast.Expr) else None
+            about = docstring.value if isinstance(docstring, ast.Constant) else ""
             default = "" if node.value is None else f"`{_escaped(ast.unparse(node.value))}`"
             row = (node.target.id, _escaped(ast.unparse(node.annotation)), default)
             found.append((*row, _escaped(" ".join(str(about).split()))))
@@ -224,18 +224,18 @@ def _signature(function: Any, name: str, skip: int = 0) -> str:
     return "\n".join([f"{name}(", *(f"    {line.rstrip()}" for line in lines if line), f"){returns}"])
 
 
-def _arguments(given: ast.arguments) -> Iterator[str]:
+def _arguments(arguments: ast.arguments) -> Iterator[str]:
     """Each argument with its type and default, and the bare `*` before those that must be named."""
-    positional = [*given.posonlyargs, *given.args]
-    defaults = [None] * (len(positional) - len(given.defaults)) + list(given.defaults)
+    positional = [*arguments.posonlyargs, *arguments.args]
+    defaults = [None] * (len(positional) - len(arguments.defaults)) + list(arguments.defaults)
     yield from map(_argument, positional, defaults)
-    if given.vararg is not None:
-        yield f"*{ast.unparse(given.vararg)}"
-    elif given.kwonlyargs:
+    if arguments.vararg is not None:
+        yield f"*{ast.unparse(arguments.vararg)}"
+    elif arguments.kwonlyargs:
         yield "*"
-    yield from map(_argument, given.kwonlyargs, given.kw_defaults)
-    if given.kwarg is not None:
-        yield f"**{ast.unparse(given.kwarg)}"
+    yield from map(_argument, arguments.kwonlyargs, arguments.kw_defaults)
+    if arguments.kwarg is not None:
+        yield f"**{ast.unparse(arguments.kwarg)}"
 
 
 def _argument(argument: ast.arg, default: ast.expr | None) -> str:

@@ -77,9 +77,9 @@ def _any_sheet(session: Session, images: list[Image.Image], steps: int) -> Image
     """Each image, what is found in it, and another image of its depth."""
     tiles = []
     for image, text in zip(images, PROMPTS):
-        given = RequestFrame(image=image)
+        source = RequestFrame(image=image)
         found = {
-            kind: session.generate(Request(frames=(given, RequestFrame(kind)), steps=steps)).images[0]
+            kind: session.generate(Request(frames=(source, RequestFrame(kind)), steps=steps)).images[0]
             for kind in ("depth", "canny", "segmentation")
         }
         frames = (RequestFrame(), RequestFrame("depth", found["depth"]))
@@ -90,20 +90,20 @@ def _any_sheet(session: Session, images: list[Image.Image], steps: int) -> Image
 
 def _views_sheet(session: Session, steps: int) -> Image.Image:
     """Scenes from around them: as they are, and as the model makes them of the first view."""
-    held = held_out(VIEWED, objects=1)
-    told = ", ".join(f"{turn:+.0f}" for turn in TURNS)
+    truths = held_out(VIEWED, objects=1)
+    turns = ", ".join(f"{turn:+.0f}" for turn in TURNS)
     tiles = []
-    for scene, text, rgb in zip(held.scenes, held.prompts, held.rendering.rgb):
+    for scene, text, rgb in zip(truths.scenes, truths.prompts, truths.rendering.rgb):
         start = scene.camera
         truth = render([scene.with_camera(start.orbit(azimuth=turn)) for turn in TURNS]).rgb
-        given = to_image(rgb)
+        source = to_image(rgb)
         generated = []
         for turn in TURNS:
             cameras = [RequestFrame("rays", camera=(start.azimuth + t, start.elevation)) for t in (0.0, turn)]
-            frames = (RequestFrame(image=given), cameras[0], RequestFrame(), cameras[1])
+            frames = (RequestFrame(image=source), cameras[0], RequestFrame(), cameras[1])
             generated.append(session.generate(Request(text, steps=steps, frames=frames)).images[0])
-        tiles.append(([given, *map(to_image, truth)], f"a view; the camera turned by {told} degrees"))
-        tiles.append(([given, *generated], "the same view; generated from it and the cameras"))
+        tiles.append(([source, *map(to_image, truth)], f"a view; the camera turned by {turns} degrees"))
+        tiles.append(([source, *generated], "the same view; generated from it and the cameras"))
     return contact_sheet(tiles, columns=1)
 
 

@@ -32,13 +32,13 @@ class TrainingSheet:
 
     def __init__(self, recipe: Recipe, model: Any):
         self.maker = PipelineMaker(scene_pipeline(recipe, model), STEPS)
-        self.held = held_out(IMAGES, first_seed=0)
-        self.cameras = [(s.camera, another_camera(s, Random(i)).camera) for i, s in enumerate(self.held.scenes)]
+        self.truths = held_out(IMAGES, first_seed=0)
+        self.cameras = [(s.camera, another_camera(s, Random(i)).camera) for i, s in enumerate(self.truths.scenes)]
         self.folder = Path(recipe.run.folder) / "samples"
 
     def __call__(self, step: int) -> None:
-        prompts, rgb = self.held.prompts, self.held.rendering.rgb
-        depth = depth_to_image(self.held.rendering.depth)
+        prompts, rgb = self.truths.prompts, self.truths.rendering.rgb
+        depth = depth_to_image(self.truths.rendering.depth)
         rows = {
             "text to image": [self.maker.images(prompts, seed=0)],
             "depth to image": [depth, self.maker.conditioned("depth", prompts, depth, seed=0)],
@@ -47,8 +47,8 @@ class TrainingSheet:
         for task in ("depth", "canny", "segmentation"):
             rows[f"image to {task}"] = [rgb, self.maker.condition(task, prompts, rgb, seed=0)]
         tiles = [
-            ([to_image(images[i]) for images in made], f"{name}: {prompts[i]}")
-            for name, made in rows.items()
+            ([to_image(images[i]) for images in generated], f"{name}: {prompts[i]}")
+            for name, generated in rows.items()
             for i in range(IMAGES)
         ]
         if not PartialState().is_main_process:  # every rank computes: a sharded model needs them all

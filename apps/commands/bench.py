@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from imgdit.apps.commands import speed
-from imgdit.apps.commands.options import ModelFolder, Workers, model_folder
+from imgdit.apps.commands.options import ModelFolder, Workers, model_folder, old_options
 from imgdit.apps.console import at_work, user_errors
 from imgdit.defaults import GUIDANCE, STEPS
 
@@ -139,7 +139,7 @@ def text(
     typer.echo(f"wrote {out}")
 
 
-@app.command()
+@app.command(context_settings=old_options(sentences="prompts"))
 def unlearn(
     model: ModelFolder = None,
     probe: Probe = None,
@@ -152,7 +152,7 @@ def unlearn(
     targets: Annotated[str | None, typer.Option(help="Styles and objects with commas between them.")] = None,
     seeds: Annotated[int | None, typer.Option(help="Images of each style with each object.")] = None,
     steps: Annotated[int | None, typer.Option(help="Steps of the sampler.")] = None,
-    prompts: Annotated[int | None, typer.Option("--prompts", "--sentences", help="Per label, to learn from.")] = None,
+    prompts: Annotated[int | None, typer.Option(help="Per label, to learn from.")] = None,
     tune: Annotated[bool | None, typer.Option(help="Choose each method's settings on other seeds first.")] = None,
     together: Annotated[int | None, typer.Option(help="Seeds for several labels at once; 0: none.")] = None,
     attack: Annotated[int | None, typer.Option(help="Attacked prompts of each of four targets; 0: none.")] = None,
@@ -171,7 +171,7 @@ def unlearn(
         "targets": targets and tuple(targets.split(",")),
         "seeds": seeds,
         "steps": steps,
-        "sentences": prompts,
+        "prompts": prompts,
         "tune": tune,
         "together": together,
         "attack": attack,

@@ -38,11 +38,11 @@ def caption(
 
         shown = [_read(path) for path in images]
         pipe = _load(model, loading)
-        options = given_options(steps, temperature) | length_option(pipe, length)
+        options = chosen_options(steps, temperature) | length_option(pipe, length)
         texts = pipe.caption(shown, generator=_generators(seed, len(shown)), **options).texts
     for path, text in zip(images, texts):
-        said = f"{path}: {text}" if len(images) > 1 else text
-        typer.echo(json.dumps({"image": str(path), "text": text}, ensure_ascii=False) if as_json else said)
+        line = f"{path}: {text}" if len(images) > 1 else text
+        typer.echo(json.dumps({"image": str(path), "text": text}, ensure_ascii=False) if as_json else line)
 
 
 @with_loading
@@ -64,7 +64,7 @@ def answer(
 
         shown = _read(image)
         pipe = _load(model, loading)
-        options = given_options(steps, temperature) | length_option(pipe, length)
+        options = chosen_options(steps, temperature) | length_option(pipe, length)
         copies = [shown] * len(questions)
         texts = pipe.answer(copies, questions, generator=_generators(seed, len(questions)), **options).texts
     for question, text in zip(questions, texts):
@@ -72,7 +72,7 @@ def answer(
         typer.echo(json.dumps(line, ensure_ascii=False) if as_json else text)
 
 
-def given_options(steps: int | None, temperature: float | None) -> dict[str, Any]:
+def chosen_options(steps: int | None, temperature: float | None) -> dict[str, Any]:
     """Options of a call that were given on the command line."""
     named = {"num_inference_steps": steps, "temperature": temperature}
     return {name: value for name, value in named.items() if value is not None}

@@ -57,7 +57,9 @@ def check(
         int | None,
         typer.Option(min=1, help="Pixels of the shorter side, at least; by default half of the recipe's or model's."),
     ] = None,
-    max_broken: Annotated[float, typer.Option(min=0, max=1, help="Share of unusable rows that is no failure.")] = 0.0,
+    max_broken: Annotated[
+        float, typer.Option(min=0, max=1, help="Fraction of unusable rows that is no failure.")
+    ] = 0.0,
     out: Annotated[Path | None, typer.Option(help="Folder for check.txt and sheet.png.")] = None,
     workers: Annotated[int, typer.Option(min=1, help="Threads that decode.")] = 4,
     split: Annotated[str | None, typer.Option(help="Of data that has several; train by default.")] = None,
@@ -138,10 +140,10 @@ def _lines(file: Path, what: str) -> list[str]:
     """What a text file says, line by line, without the empty ones."""
     from imgdit.io.text import read_lines
 
-    said = [line.strip() for line in read_lines(file) if line.strip()]
-    if not said:
+    texts = [line.strip() for line in read_lines(file) if line.strip()]
+    if not texts:
         raise ValueError(f"{file} holds no {what}; expected one on each line")
-    return said
+    return texts
 
 
 @app.command()
@@ -166,18 +168,18 @@ def generate(
     from imgdit.checkpoints import SCENES
 
     with at_work():
-        said = _lines(prompts, "prompt")
+        texts = _lines(prompts, "prompt")
         shelf = Shelf(model or SCENES)
         shelf.check(Request())
-        if remark := shelf.about_words(said):
+        if remark := shelf.about_words(texts):
             typer.echo(remark, err=True)
         options = {"num_inference_steps": steps, "guidance_scale": guidance}
         done = generate_all(
-            said, out, str(model or SCENES), options=options, seed=seed, batch=batch, loading=loading, engine=engine,
+            texts, out, str(model or SCENES), options=options, seed=seed, batch=batch, loading=loading, engine=engine,
             workers=workers,
         )  # fmt: skip
-        made = sum(item["count"] for item in done)
-    typer.echo(f"made {made:,} of {len(said):,} images in {out}; the others were there")
+        count = sum(item["count"] for item in done)
+    typer.echo(f"generated {count:,} of {len(texts):,} images in {out}; the others were there")
 
 
 @app.command()
@@ -199,11 +201,11 @@ def caption(
 ) -> None:
     """Write a caption beside each image that has none; start it again to go on where it stopped. Exit code 1 if an
     image could not be read."""
-    from imgdit.apps.commands.captions import given_options
+    from imgdit.apps.commands.captions import chosen_options
     from imgdit.apps.jobs.captions import caption_all
 
     with at_work():
-        options = given_options(steps, temperature)
+        options = chosen_options(steps, temperature)
         done = list(
             caption_all(
                 folder,
@@ -271,7 +273,7 @@ def subjects(
             make = subject_pairs.Diptychs(model, size, loading, num_inference_steps=steps)
             score = subject_pairs.FeatureScore(scorer)
         report = make_subjects(ideas, make, score, out, threshold=threshold, seed=seed)
-    typer.echo(f"kept {report.kept} of {report.made} pairs in {out}")
+    typer.echo(f"kept {report.kept} of {report.generated} pairs in {out}")
 
 
 def _rows(source: str, ignore: list[str] | None, rename: list[str] | None, split: str) -> Rows:

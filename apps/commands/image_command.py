@@ -109,7 +109,7 @@ class ImageCommand:
             return self.session
 
         def bar(left: Sequence[Job]) -> Any:
-            return left if single else tqdm(left, desc="pictures", disable=None)
+            return left if single else tqdm(left, desc="images", disable=None)
 
         def before(left: Sequence[Job]) -> None:
             self._before(left)
@@ -133,15 +133,15 @@ class ImageCommand:
             self._print(files)
         return [result.job for result in results]
 
-    def tell_sheet(self, file: Path) -> None:
+    def name_sheet(self, file: Path) -> None:
         """Name a file that is no image of a request; where programs read those, beside them."""
         typer.echo(f"wrote {file}", err=self.as_json)
 
-    def warn(self, said: str | None) -> None:
+    def warn(self, message: str | None) -> None:
         """What should be known before something is generated, once for each command."""
-        if said and said not in self._warned:
-            self._warned.add(said)
-            typer.echo(said, err=True)
+        if message and message not in self._warned:
+            self._warned.add(message)
+            typer.echo(message, err=True)
 
     def _before(self, left: Sequence[Job]) -> None:
         for job in left:

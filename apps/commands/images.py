@@ -73,21 +73,23 @@ def generate(
             jobs = at_free_names(jobs, command.name)
         jobs = command.run(jobs)
         if page is not None and sheet:
-            command.tell_sheet(write_sheet(jobs, page))
+            command.name_sheet(write_sheet(jobs, page))
 
 
 @with_loading
 @with_images
 def control(
     prompt: Annotated[str, typer.Argument(help="What to show.")],
-    given: Annotated[list[str], typer.Option("--with", help="KIND=FILE; may be repeated where there are adapters.")],
+    conditions: Annotated[
+        list[str], typer.Option("--with", help="KIND=FILE; may be repeated where there are adapters.")
+    ],
     find: Annotated[
         bool, typer.Option("--find/--as-is", help="Find the condition in the file, a photo; or take it as it is.")
     ] = False,
     strength: Annotated[float, typer.Option(min=0.0, help="1: as trained; 0: nothing.")] = 1.0,
-    start: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of the steps after which it acts.")] = 0.0,
+    start: Annotated[float, typer.Option(min=0.0, max=1.0, help="Fraction of the steps after which it acts.")] = 0.0,
     end: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="Share of the steps after which it acts no more.")
+        float, typer.Option(min=0.0, max=1.0, help="Fraction of the steps after which it acts no more.")
     ] = 1.0,
     out: Annotated[Path | None, typer.Option(help="File to write; outputs/control.png by default.")] = None,
     adapters: Adapters = None,
@@ -103,7 +105,7 @@ def control(
         from imgdit.apps.jobs.plan import Job
 
         command = options.command(loading, adapters=adapters)
-        controls = _controls(given, strength=strength, start=start, end=end)
+        controls = _controls(conditions, strength=strength, start=start, end=end)
         if find:
             command.shelf.check(options.request(controls=controls))
             controls = _found(command, controls, options.sides)
@@ -120,8 +122,12 @@ def control(
 @with_images
 def any_to_any(
     prompt: Annotated[str, typer.Argument(help="Caption of the image, or the instruction of editing.")] = "",
-    given: Annotated[list[str] | None, typer.Option(help="KIND=FILE: image=photo.png, depth=d.png.")] = None,
-    make: Annotated[list[str] | None, typer.Option(help="Kinds to make: image, depth, canny, …; or text.")] = None,
+    conditions: Annotated[
+        list[str] | None, typer.Option("--condition", help="KIND=FILE: image=photo.png, depth=d.png.")
+    ] = None,
+    generate: Annotated[
+        list[str] | None, typer.Option(help="Kinds to generate: image, depth, canny, …; or text.")
+    ] = None,
     camera: Annotated[
         list[str] | None, typer.Option(help="AZIMUTH,ELEVATION of each view; given images are the first.")
     ] = None,
@@ -130,26 +136,26 @@ def any_to_any(
     options: ImageOptions,
     loading: LoadOptions,
 ) -> None:
-    """Make any frames from any others: depth of an image, an image of depth, both, or another view.
+    """Generate any frames from any others: depth of an image, an image of depth, both, or another view.
 
-    With --make text a text about the given image is printed: a caption, the answer if the prompt is a question, or the
+    With --generate text a text about the image is printed: a caption, the answer if the prompt is a question, or the
     prompt with its holes filled ("a [?] cube").
     """
     with user_errors():
-        if "text" in (make or []):
-            typer.echo(_text(prompt, given or [], make or [], options, loading))
+        if "text" in (generate or []):
+            typer.echo(_text(prompt, conditions or [], generate or [], options, loading))
             return
         from imgdit.apps.jobs.plan import Job
         from imgdit.apps.jobs.request import frame_row
 
-        if not (prompt or given or make or camera):
+        if not (prompt or conditions or generate or camera):
             raise ValueError(
-                "say what is given or what is to be generated: --given KIND=FILE, --make KIND, "
+                "say what to condition on or what to generate: --condition KIND=FILE, --generate KIND, "
                 "--camera AZIMUTH,ELEVATION, or a prompt"
             )
         command = options.command(loading)
         cameras = [_camera(text) for text in camera or []]
-        frames = frame_row(_files(given or []), make or [], cameras)
+        frames = frame_row(_files(conditions or []), generate or [], cameras)
         request = options.request(prompt, frames=frames)
         command.run(command.jobs(lambda file: [Job(request, file)], out, ANY))
 
@@ -236,15 +242,15 @@ def _again(image: Path, out: Path | None, options: ImageOptions, loading: LoadOp
 
 
 def _controls(
-    given: Sequence[str], strength: float = 1.0, start: float = 0.0, end: float = 1.0
+    conditions: Sequence[str], strength: float = 1.0, start: float = 0.0, end: float = 1.0
 ) -> tuple[Control, ...]:
     from imgdit.apps.jobs.request import Control
 
-    return tuple(Control(kind, image, strength, start, end) for kind, image in _files(given))
+    return tuple(Control(kind, image, strength, start, end) for kind, image in _files(conditions))
 
 
-def _text(prompt: str, given: list[str], make: list[str], options: ImageOptions, loading: LoadOptions) -> str:
-    """A text about a given image."""
+def _text(prompt: str, conditions: list[str], kinds: list[str], options: ImageOptions, loading: LoadOptions) -> str:
+    """A text about an image."""
     import torch
 
     from imgdit.checkpoints import EMBEDDED
@@ -253,9 +259,11 @@ def _text(prompt: str, given: list[str], make: list[str], options: ImageOptions,
     from imgdit.pipelines.one_diffusion import OneDiffusionPipeline
     from imgdit.tasks import ImageFrame
 
-    if make != ["text"]:
-        raise ValueError(f"--make text is alone: generate images in a call of their own, got --make {' '.join(make)}")
-    frames: list[ImageFrame | TextFrame] = [ImageFrame.given(image, kind) for kind, image in _files(given)]
+    if kinds != ["text"]:
+        raise ValueError(
+            f"--generate text is alone: generate images in a call of their own, got --generate {' '.join(kinds)}"
+        )
+    frames: list[ImageFrame | TextFrame] = [ImageFrame.clean(image, kind) for kind, image in _files(conditions)]
     text = TextFrame.fill(prompt) if "[" in prompt else TextFrame.ask(prompt) if prompt else TextFrame.generate()
     pipe = load_pipeline(options.model or EMBEDDED, loading)
     if not isinstance(pipe, OneDiffusionPipeline):
@@ -266,12 +274,12 @@ def _text(prompt: str, given: list[str], make: list[str], options: ImageOptions,
     return pipe(frames=[*frames, text], height=height, width=width, generator=generator).texts[0]
 
 
-def _files(given: Sequence[str]) -> list[tuple[str, Any]]:
+def _files(conditions: Sequence[str]) -> list[tuple[str, Any]]:
     """Kind and image of each KIND=FILE; a file is opened here and nowhere else."""
     from imgdit.images import open_image
 
     pairs = []
-    for text in given:
+    for text in conditions:
         kind, equals, file = text.partition("=")
         if not (kind and equals and file):
             raise ValueError(f"expected KIND=FILE, such as depth=depth.png, got {text!r}")

@@ -55,9 +55,9 @@ def judge(
         out.parent.mkdir(parents=True, exist_ok=True)
         write_text(out, text)
         for one in found["questions"]:
-            said = ", ".join(f"{choice} {count}" for choice, count in one["answers"].items())
+            counts = ", ".join(f"{choice} {count}" for choice, count in one["answers"].items())
             right = f"; {one['right']} of {one['images']} right" if "right" in one else ""
-            typer.echo(f"{one['question']} {said}{right}")
+            typer.echo(f"{one['question']} {counts}{right}")
         typer.echo(f"wrote {out}")
 
 

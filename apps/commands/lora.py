@@ -32,7 +32,7 @@ def inspect(
     kinds = Counter(_kind(name) for name in adapter.pairs)
     of = f" of {adapter.family}" if adapter.family else ""
     typer.echo(f"{file.name}: {adapter.dialect} names{of}, {len(adapter.pairs)} modules")
-    _tell_keys(adapter)
+    _print_keys(adapter)
     typer.echo(f"  rank {', '.join(map(str, adapter.ranks))}, {sum(t.numel() for t in tensors):,} numbers")
     typer.echo(f"  stored as {', '.join(sorted({str(t.dtype).removeprefix('torch.') for t in tensors}))}")
     for kind, count in kinds.items():
@@ -62,7 +62,7 @@ def convert(
         family = adapter.families[0] if len(adapter.families) == 1 else None
         path = write_adapter(out, adapter.pairs, adapter.info, dialect=to, family=family)
     typer.echo(f"wrote {path}: {len(adapter.pairs)} modules, {adapter.dialect} names to {to}")
-    _tell_keys(adapter)
+    _print_keys(adapter)
 
 
 @app.command()
@@ -84,7 +84,7 @@ def export(
     typer.echo(f"wrote {out}")
 
 
-def _tell_keys(adapter: AdapterFile) -> None:
+def _print_keys(adapter: AdapterFile) -> None:
     """How many of a file's keys were read, and what became of the others."""
     from imgdit.lora.files import counted
 

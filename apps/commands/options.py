@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from imgdit.defaults import STEPS
+from imgdit.naming import warn_renamed
 from imgdit.pipelines.load_options import Dtype, LoadOptions, Offload, Quantize
 
 if TYPE_CHECKING:
@@ -84,6 +85,21 @@ def collected(
 
 with_loading = collected("loading", LoadOptions, LOADING)
 """Gives a command the options of `LOADING` in the place of its argument `loading`."""
+
+
+def old_options(**names: str) -> dict[str, Any]:
+    """Settings of a command that takes options of earlier versions until version 0.3, which no help lists.
+
+    Args:
+        names: option as it was -> as it is, both without dashes.
+    """
+
+    def today(name: str) -> str:
+        if name in names:
+            warn_renamed(f"--{name}", f"--{names[name]}")
+        return names.get(name, name)
+
+    return {"token_normalize_func": today}
 
 
 @dataclass(frozen=True)

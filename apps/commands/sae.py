@@ -34,8 +34,8 @@ def train(
             loaded = dataclasses.replace(loaded, run=dataclasses.replace(loaded.run, folder=str(folder)))
         result = train_saes(loaded, resume=resume, stop_at=stop_at)
     for hookpoint, values in result.metrics.items():
-        told = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
-        typer.echo(f"{hookpoint}: {told}")
+        line = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+        typer.echo(f"{hookpoint}: {line}")
     typer.echo(f"step {result.step}: {result.folder}")
 
 

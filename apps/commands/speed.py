@@ -24,7 +24,7 @@ Dtype = Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="
 Json = Annotated[bool, typer.Option("--json", help="One JSON object per line instead of a table.")]
 
 
-def _tell(rows: Iterable[Any], as_json: bool, line: Callable[[Any], str]) -> None:
+def _print_rows(rows: Iterable[Any], as_json: bool, line: Callable[[Any], str]) -> None:
     """Print named tuples as they come; JSON has no NaN."""
     for row in rows:
         values = {name: None if value != value else value for name, value in row._asdict().items()}
@@ -55,7 +55,7 @@ def forward(
         )
         typer.echo(f"{'work':<44}{'against':<26}{'ours':>9}{'other':>9}{'ratio':>8}{'spread':>16}{'max diff':>10}")
     rows = speed.forward_comparisons(rounds=rounds, device=device, dtype=getattr(torch, dtype))
-    _tell(
+    _print_rows(
         rows,
         as_json,
         lambda row: (
@@ -86,7 +86,7 @@ def sae_speed(
         typer.echo(f"{'work':<58}{'against':<36}{'ours':>10}{'other':>10}{'ratio':>8}{'spread':>16}")
     step = bench.training_comparison(rounds=rounds, device=device)
     rows = chain([step], bench.hook_comparisons(device=device))
-    _tell(
+    _print_rows(
         rows,
         as_json,
         lambda row: (
@@ -114,7 +114,7 @@ def any_speed(
     if not as_json:
         typer.echo(f"torch {torch.__version__}, cpu, float32, {threads} thread(s); against the reference's way")
         typer.echo(f"{'work':<76}{'ours':>10}{'other':>10}{'times faster':>14}{'spread':>12}{'max diff':>10}")
-    _tell(
+    _print_rows(
         any_comparisons(rounds=rounds),
         as_json,
         lambda row: (
@@ -143,7 +143,7 @@ def answer_speed(
     if not as_json:
         typer.echo(f"torch {torch.__version__}, {device}, float32, {threads} thread(s); against neither")
         typer.echo(f"{'work':<44}{'seconds':>10}{'neither':>10}{'times faster':>14}{'spread':>14}")
-    _tell(
+    _print_rows(
         answer_comparisons(rounds=rounds, device=device),
         as_json,
         lambda row: (
@@ -182,7 +182,7 @@ def write_speed(
             f"{'way':<28}{'against':<34}{'per token':>12}{'times faster':>14}{'spread':>14}{'passes':>8}{'agree':>8}"
         )
     wide = bench.widened(model, bench.WIDTH, bench.LAYERS, bench.HEADS, bench.PROMPT + bench.NEW)
-    _tell(
+    _print_rows(
         chain(
             bench.writing_comparisons(wide, rounds=rounds),
             (bench.block_writing_comparison(rounds=rounds) for _ in range(1)),  # after the others were told
@@ -256,7 +256,7 @@ def all_speed(
 @app.command()
 def caches(
     model: ModelFolder = None,
-    count: Annotated[int, typer.Option(min=1, help="Pictures.")] = 8,
+    count: Annotated[int, typer.Option(min=1, help="Images.")] = 8,
     steps: Annotated[int, typer.Option(min=1, help="Steps of the sampler.")] = STEPS,
     rounds: Annotated[int, typer.Option(min=1, help="Counted pairs of runs.")] = 3,
     threads: Threads = 1,
@@ -342,7 +342,7 @@ def large_speed(
         compiler=compiler,
         rounds=rounds,
     )
-    _tell(
+    _print_rows(
         rows,
         as_json,
         lambda row: (

@@ -3,21 +3,57 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
+from imgdit.apps.commands.options import LOADING, collected
 from imgdit.apps.console import user_errors
 from imgdit.pipelines.load_options import Dtype, LoadOptions
 
 CacheKind = Literal["prefix", "dual"]
-Model = Annotated[str, typer.Option(help="Folder or Hub id; the embedded model by default.")]
-Tokenizer = Annotated[str | None, typer.Option(help="Folder or Hub id of the tokenizer; the model's by default.")]
-Precision = Annotated[Dtype, typer.Option(help="Precision; auto: bf16 on CUDA, fp32 elsewhere.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps; auto: CUDA where there is one.")]
 
 
+@dataclass(frozen=True)
+class TextModel:
+    """The model of a command, and how it is loaded."""
+
+    model: str = "embedded"
+    tokenizer: str | None = None
+    dtype: Dtype = "auto"
+    device: str = "auto"
+
+    def load(self) -> Any:
+        """Its pipeline."""
+        from imgdit.apps.console import calm
+        from imgdit.pipelines.loading import chosen_device, chosen_dtype
+        from imgdit.pipelines.text_loading import load_text_pipeline
+
+        calm()
+        options = LoadOptions(dtype=self.dtype, device=self.device)
+        pipe = load_text_pipeline(self.model, tokenizer=self.tokenizer, dtype=chosen_dtype(options))
+        pipe.set_progress_bar_config(disable=True)
+        return pipe.to(chosen_device(options))
+
+
+with_text_model = collected(
+    "source",
+    TextModel,
+    {
+        "model": Annotated[str, typer.Option(help="Folder or Hub id; the embedded model by default.")],
+        "tokenizer": Annotated[
+            str | None, typer.Option(help="Folder or Hub id of the tokenizer; the model's by default.")
+        ],
+        "dtype": LOADING["dtype"],
+        "device": LOADING["device"],
+    },
+)
+"""Gives a command the options of `TextModel` in the place of its argument `source`."""
+
+
+@with_text_model
 def write(
     prompts: Annotated[list[str], typer.Argument(help="Texts to continue, or with --fill to complete.")],
     fill: Annotated[
@@ -31,10 +67,8 @@ def write(
     seed: Annotated[int, typer.Option(min=0, help="Of the first text; the others count up.")] = 0,
     chat: Annotated[bool, typer.Option(help="Use the tokenizer's chat template, if it has one.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="A JSON object per text on the standard output.")] = False,
-    model: Model = "embedded",
-    tokenizer: Tokenizer = None,
-    dtype: Precision = "auto",
-    device: Device = "auto",
+    *,
+    source: TextModel,
 ) -> None:
     """Write text: continue prompts, or fill their holes."""
     with user_errors():
@@ -43,12 +77,12 @@ def write(
         from imgdit.pipelines.masked_text import MaskedTextPipeline
         from imgdit.pipelines.text_loading import with_holes
 
-        pipe = _load(model, tokenizer, LoadOptions(dtype=dtype, device=device))
+        pipe = source.load()
         generators = [torch.Generator().manual_seed(seed + n) for n in range(len(prompts))]
         if isinstance(pipe, MaskedTextPipeline):
-            given = [with_holes(pipe, text) for text in prompts] if fill else prompts
+            inputs = [with_holes(pipe, text) for text in prompts] if fill else prompts
             texts: Any = pipe(
-                given, gen_length=None if fill else length, block_length=block, num_inference_steps=steps or block,
+                inputs, gen_length=None if fill else length, block_length=block, num_inference_steps=steps or block,
                 temperature=temperature, cache=cache, generator=generators, threshold=2.0,
                 use_chat_template=chat and not fill, return_dict=False,
             )[1]  # fmt: skip
@@ -62,23 +96,22 @@ def write(
         typer.echo(json.dumps({"prompt": prompt, "text": text}, ensure_ascii=False) if as_json else whole)
 
 
+@with_text_model
 def embed(
     texts: Annotated[list[str], typer.Argument(help="Texts, at least one.")],
     out: Annotated[Path | None, typer.Option(help="A .safetensors file; similarities are printed without it.")] = None,
     pooling: Annotated[str, typer.Option(help="mean, weighted_mean or last_token.")] = "mean",
-    model: Model = "embedded",
-    tokenizer: Tokenizer = None,
-    dtype: Precision = "auto",
-    device: Device = "auto",
+    *,
+    source: TextModel,
 ) -> None:
     """Turn texts into vectors (DiffEmbed), of which the cosine says how alike they are."""
     with user_errors():
         from imgdit.models.text_embeddings import embed_texts
         from imgdit.pipelines.masked_text import MaskedTextPipeline
 
-        pipe = _load(model, tokenizer, LoadOptions(dtype=dtype, device=device))
+        pipe = source.load()
         if not isinstance(pipe, MaskedTextPipeline):
-            raise ValueError(f"{model} is no masked language model: block diffusion sees no later block")
+            raise ValueError(f"{source.model} is no masked language model: block diffusion sees no later block")
         vectors = embed_texts(pipe.model, pipe.tokenizer, texts, pooling=pooling)  # type: ignore[arg-type]
         if out is not None:
             from imgdit.io.atomic import write_tensors
@@ -90,14 +123,3 @@ def embed(
     similar = vectors @ vectors.T
     for row, text in zip(similar.tolist(), texts):
         typer.echo(" ".join(f"{value:6.3f}" for value in row) + f"  {text}")
-
-
-def _load(model: str, tokenizer: str | None, options: LoadOptions) -> Any:
-    from imgdit.apps.console import calm
-    from imgdit.pipelines.loading import chosen_device, chosen_dtype
-    from imgdit.pipelines.text_loading import load_text_pipeline
-
-    calm()
-    pipe = load_text_pipeline(model, tokenizer=tokenizer, dtype=chosen_dtype(options))
-    pipe.set_progress_bar_config(disable=True)
-    return pipe.to(chosen_device(options))

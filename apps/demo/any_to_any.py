@@ -38,18 +38,18 @@ def build(holder: Holder) -> None:
 
 
 def _pairs(holder: Holder, kinds: list[str]) -> None:
-    told = examples.of_scenes(holder.session)
+    of_scenes = examples.of_scenes(holder.session)
     first = "depth" if "depth" in kinds else kinds[0]
     with gr.Row():
         with gr.Column(min_width=280):
             image_is = gr.Radio([GIVEN, GENERATED], value=GIVEN, label="The image is")
-            image = widgets.upload("Picture", height=220)
+            image = widgets.upload("Image", height=220)
             if holder.examples:
                 gr.Examples([[file] for file in holder.examples], [image], label="Examples")
             with gr.Row():
                 kind = gr.Dropdown(kinds, value=first, label="The other frame is a", min_width=120)
                 other_is = gr.Radio([GIVEN, GENERATED], value=GENERATED, label="It is", min_width=200)
-            legend = gr.Markdown(examples.legend(), visible=told and first == "segmentation", elem_classes="note")
+            legend = gr.Markdown(examples.legend(), visible=of_scenes and first == "segmentation", elem_classes="note")
             other = widgets.upload("Other frame", height=160)
             prompt = widgets.prompt_box(label="Caption, or the instruction of editing (may be empty)")
             sampled = widgets.sampling()
@@ -81,29 +81,29 @@ def _pairs(holder: Holder, kinds: list[str]) -> None:
         """
         limits.choice(kind, "the other frame", kinds)
         asked = []
-        for name, what, is_given, content in (
+        for name, what, role, content in (
             ("image", "the image", image_is, image),
             (kind, f"the {kind}", other_is, other),
         ):
-            if limits.choice(is_given, what, (GIVEN, GENERATED)) == GIVEN and content is None:
+            if limits.choice(role, what, (GIVEN, GENERATED)) == GIVEN and content is None:
                 raise limits.Refused(
                     f"{what} is given, but there is no image of it; upload one first, or let it be generated"
                 )
-            asked.append(RequestFrame(name, limits.image(content, what) if is_given == GIVEN else None))
+            asked.append(RequestFrame(name, limits.image(content, what) if role == GIVEN else None))
         base = widgets.read_sampling(steps, guidance, seed)
         if asked[0].image is not None and TASKS[kind].condition != "image":
             base["guidance"] = None
         generated = [frame.kind for frame in asked if frame.image is None]
         request = Request(limits.text(prompt), frames=tuple(asked), **base)
-        unsaid = told and generated == ["segmentation"] and not request.prompt
-        yield from _shown(holder, request, generated, person, [UNSAID] if unsaid else [])
+        unnamed = of_scenes and generated == ["segmentation"] and not request.prompt
+        yield from _shown(holder, request, generated, person, [UNSAID] if unnamed else [])
 
     make.click(
         any_to_any, [prompt, image_is, image, kind, other_is, other, *sampled], [frames, status],
         api_name="any_to_any", trigger_mode="once", **DEVICE,
     )  # fmt: skip
     stop.click(holder.stop, None, status, **QUICK)
-    kind.change(lambda name: gr.Markdown(visible=told and name == "segmentation"), kind, legend, **QUICK)
+    kind.change(lambda name: gr.Markdown(visible=of_scenes and name == "segmentation"), kind, legend, **QUICK)
 
 
 def _views(holder: Holder) -> None:

@@ -31,7 +31,7 @@ INVERTED = "Inverted: the model reads white on black."
 def build(holder: Holder) -> widgets.Canvas:
     """Lay the tab out; its canvas."""
     session = holder.session
-    texts, told = examples.texts(session), examples.of_scenes(session)
+    texts, of_scenes = examples.texts(session), examples.of_scenes(session)
     kinds = [kind for kind in NAMES if kind in session.shelf.controls]
     kinds += [kind for kind in session.shelf.controls if kind not in kinds]
     choices = [(NAMES.get(kind, kind.replace("_", " ")), kind) for kind in kinds]
@@ -40,11 +40,11 @@ def build(holder: Holder) -> widgets.Canvas:
     with gr.Row():
         with gr.Column(min_width=280):
             canvas = widgets.canvas("Upload an image or draw one", side, height=360)
-            given = [[{"background": file, "layers": [], "composite": file}] for file in holder.examples]
-            if given:
-                gr.Examples(given, [canvas], label="Examples")
+            sketch = [[{"background": file, "layers": [], "composite": file}] for file in holder.examples]
+            if sketch:
+                gr.Examples(sketch, [canvas], label="Examples")
             kind = gr.Dropdown(choices, value=first, label="It is a", interactive=bool(kinds))
-            legend = gr.Markdown(examples.legend(), visible=told and first == "segmentation", elem_classes="note")
+            legend = gr.Markdown(examples.legend(), visible=of_scenes and first == "segmentation", elem_classes="note")
             find = gr.Checkbox(True, label="It is a photo: find the condition in it")
             prompt = widgets.prompt_box(texts.control)
             with gr.Accordion("Strength", open=False):
@@ -71,7 +71,7 @@ def build(holder: Holder) -> widgets.Canvas:
         [condition, slider, file, status], api_name="control", trigger_mode="once", **DEVICE,
     )  # fmt: skip
     stop.click(holder.stop, None, status, **QUICK)
-    kind.change(lambda name: gr.Markdown(visible=told and name == "segmentation"), kind, legend, **QUICK)
+    kind.change(lambda name: gr.Markdown(visible=of_scenes and name == "segmentation"), kind, legend, **QUICK)
     return canvas
 
 
@@ -112,7 +112,7 @@ class _Handlers:
             the condition, the given image beside the generated one, its PNG file, and how far it is.
         """
         chosen = limits.choice(kind, "the kind", self.kinds)
-        given = _given(drawing, chosen)
+        sketch = _read_drawing(drawing, chosen)
         base = widgets.read_sampling(steps, guidance, seed)
         text = limits.text(prompt)
         acts = {
@@ -126,7 +126,7 @@ class _Handlers:
         if looking:
             yield gr.skip(), gr.skip(), gr.skip(), "Looking for the condition."
         with self.holder.busy(person) if looking else nullcontext():
-            photo, found, inverted = _condition(self.holder.session, chosen, given, find, text)
+            photo, found, inverted = _condition(self.holder.session, chosen, sketch, find, text)
         yield self.holder.keep(found), gr.skip(), gr.skip(), "Waiting for the first step."
         controls = [Control(chosen, found, **acts)]
         if other is not None and other_kind is not None:
@@ -144,29 +144,29 @@ class _Handlers:
             yield gr.skip(), (self.holder.keep(before), shown.files[0]), shown.files[0], shown.status
 
 
-def _given(drawing: Any, kind: str) -> widgets.Drawing:
+def _read_drawing(drawing: Any, kind: str) -> widgets.Drawing:
     """What stands on the canvas."""
-    given = widgets.read_drawing(drawing)
-    if given is None or given.is_blank:
+    sketch = widgets.read_drawing(drawing)
+    if sketch is None or sketch.is_blank:
         raise limits.Refused("draw or upload an image first")
-    if kind == "mask" and given.below is None:
+    if kind == "mask" and sketch.below is None:
         raise limits.Refused("upload an image first, and paint over what is to be filled")
-    return given
+    return sketch
 
 
 def _condition(
-    session: Session, kind: str, given: widgets.Drawing, find: bool, caption: str
+    session: Session, kind: str, sketch: widgets.Drawing, find: bool, caption: str
 ) -> tuple[Image.Image, Image.Image, bool]:
     """The image that is followed, the condition in it or that it is, and whether that is the image inverted."""
-    if kind == "mask" and given.below is not None:
-        hole = given.drawn if given.drawn.getbbox() else None
-        return given.below, condition_of(session, kind, given.below, hole), False
+    if kind == "mask" and sketch.below is not None:
+        hole = sketch.drawn if sketch.drawn.getbbox() else None
+        return sketch.below, condition_of(session, kind, sketch.below, hole), False
     if find:
-        told = caption if kind == "segmentation" else ""
-        return given.image, condition_of(session, kind, given.image, caption=told), False
-    if given.below is None:
-        return given.image, *drawn_map(kind, given.image, given.strokes)
-    return given.image, *lines_on_black(kind, given.image)
+        description = caption if kind == "segmentation" else ""
+        return sketch.image, condition_of(session, kind, sketch.image, caption=description), False
+    if sketch.below is None:
+        return sketch.image, *drawn_map(kind, sketch.image, sketch.strokes)
+    return sketch.image, *lines_on_black(kind, sketch.image)
 
 
 def _about_adapters(holder: Holder) -> str:
@@ -174,6 +174,6 @@ def _about_adapters(holder: Holder) -> str:
     if names:
         return f"Condition adapters: {names}. Strength and range act on these kinds."
     return (
-        f"There are no condition adapters beside this model: a condition is read as a given frame, "
+        f"There are no condition adapters beside this model: a condition is read as a conditioning frame, "
         f"alone and at full strength. Images of up to {LIMITS.upload_mib} MiB are taken."
     )

@@ -72,9 +72,9 @@ def build(holder: Holder) -> Create:
         """
         size = {name: limits.whole(side, name, low, high) for name, side in (("width", width), ("height", height))}
         base = widgets.read_sampling(steps, guidance, seed)
-        said = (limits.text(prompt), limits.text(negative, "the text to steer away from"))
+        texts = (limits.text(prompt), limits.text(negative, "the text to steer away from"))
         number = limits.whole(count, "the number of images", 1, LIMITS.batch)
-        requests = [Request(*said, **{**size, **base, "seed": base["seed"] + i}) for i in range(number)]
+        requests = [Request(*texts, **{**size, **base, "seed": base["seed"] + i}) for i in range(number)]
         for shown in holder.make(requests, person):
             if shown.over:  # what was generated, not a step on the way
                 yield shown.files[-1] if shown.files else None, shown.files, shown.status

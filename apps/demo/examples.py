@@ -87,8 +87,8 @@ def vocabulary_note() -> str:
 
 def legend() -> str:
     """Which colour of a segmentation is which object, in Markdown."""
-    told = ", ".join(f"{colour} {kind}" for colour, kind in zip(SHADES[1:], OBJECTS))
+    colours = ", ".join(f"{colour} {kind}" for colour, kind in zip(SHADES[1:], OBJECTS))
     return (
-        f"A segmentation has a colour per object: {told}; the ground is black. The colours of a found one are right "
-        "where the caption names what is seen; without a caption only the outlines are."
+        f"A segmentation has a colour per object: {colours}; the ground is black. The colours of a found one are "
+        "right where the caption names what is seen; without a caption only the outlines are."
     )

@@ -16,7 +16,7 @@ def overlay(image: Image.Image, heat: torch.Tensor, full: float = 0.0) -> Image.
         full: what is red; the largest value, where that is larger.
     """
     top = max(float(heat.max()), full)
-    share = (heat.float() / top if top > 0 else heat.float()).clamp(0, 1).numpy()
-    mask = Image.fromarray((share * 220).astype(np.uint8)).resize(image.size, Image.Resampling.BICUBIC)
+    fraction = (heat.float() / top if top > 0 else heat.float()).clamp(0, 1).numpy()
+    mask = Image.fromarray((fraction * 220).astype(np.uint8)).resize(image.size, Image.Resampling.BICUBIC)
     red = Image.new("RGB", image.size, (239, 68, 68))
     return Image.composite(red, image.convert("L").convert("RGB"), mask)

@@ -151,7 +151,7 @@ class Holder:
         """Messages on words and sizes that the model was never taught."""
         words = self.session.shelf.about_words([request.prompt for request in requests])
         sizes = dict.fromkeys(self.session.about_size(request, timed=False) for request in requests)
-        return [as_sentence(said) for said in (words, *sizes) if said]
+        return [as_sentence(remark) for remark in (words, *sizes) if remark]
 
     def _stream(self, request: Request, stop: threading.Event) -> Iterator[Any]:
         """(step, steps, image or `None`) after each step, then `Generated`; nothing more after a stop.
@@ -188,7 +188,7 @@ class Holder:
             worker.join()
 
     def _save(self, generated: Generated, asked: Request) -> list[str]:
-        """Files of the images, each able to be made again by `imgdit generate --like`."""
+        """Files of the images, each able to be generated again by `imgdit generate --like`."""
         file = self.new_file()
         session = self.session
         places = session.shelf.places

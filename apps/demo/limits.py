@@ -121,9 +121,9 @@ def refusing(status: Any = None) -> Callable[[Callable[..., Any]], Callable[...,
                 try:
                     yield from function(*args, **kwargs)
                 except Exception as error:
-                    said, failure = _told(error)
+                    message, failure = _as_refusal(error)
                     if status is not None:
-                        yield {status: said}
+                        yield {status: message}
                     raise failure from error
 
             return stream
@@ -133,14 +133,14 @@ def refusing(status: Any = None) -> Callable[[Callable[..., Any]], Callable[...,
             try:
                 return function(*args, **kwargs)
             except Exception as error:
-                raise _told(error)[1] from error
+                raise _as_refusal(error)[1] from error
 
         return call
 
     return decorated
 
 
-def _told(error: Exception) -> tuple[str, gr.Error]:
+def _as_refusal(error: Exception) -> tuple[str, gr.Error]:
     """What a person is told, and what a program gets; the notice is on its way."""
     if isinstance(error, (ValueError, ImportError)):
         logger.info("refused: %s", error)

@@ -46,7 +46,7 @@ def build(holder: Holder, results: Path) -> None:
         _recorded(results), label="Recorded results", columns=2, object_fit="contain", interactive=False
     )
     refresh = gr.Button("Look for results again", size="sm")
-    told = gr.Markdown(_missing(results))
+    missing = gr.Markdown(_missing(results))
 
     @limits.refusing(status)
     def coordinate_check(widths: list[int], steps: int, person: gr.Request) -> Iterator[tuple[Any, Any, str]]:
@@ -86,7 +86,7 @@ def build(holder: Holder, results: Path) -> None:
         coordinate_check, [widths, steps], [plot, table, status],
         api_name="coordinate_check", trigger_mode="once", **DEVICE,
     )  # fmt: skip
-    refresh.click(recorded_plots, None, [recorded, told], api_name="recorded_plots", queue=False)
+    refresh.click(recorded_plots, None, [recorded, missing], api_name="recorded_plots", queue=False)
 
 
 def _recorded(results: Path) -> list[tuple[str, str]]:

@@ -67,7 +67,7 @@ def reveal(pipe: MaskedTextPipeline, prompt: str, length: int, block: int, tempe
         seed: of the draws.
     """
     holes = HOLE in prompt.split()
-    given = with_holes(pipe, prompt) if holes else prompt
+    inputs = with_holes(pipe, prompt) if holes else prompt
     mask, steps = pipe.mask_token_id, 0
     revealed: dict[int, int] = {}
 
@@ -78,7 +78,7 @@ def reveal(pipe: MaskedTextPipeline, prompt: str, length: int, block: int, tempe
             revealed.setdefault(place, steps)
         return {}
 
-    ids = pipe.tokenizer(given, return_tensors="pt")["input_ids"]
+    ids = pipe.tokenizer(inputs, return_tensors="pt")["input_ids"]
     known = (ids[0] != mask).nonzero().flatten().tolist()
     revealed.update(dict.fromkeys(known, 0))
     output = pipe(
@@ -152,7 +152,7 @@ def build(holder: Holder, folder: Path) -> None:
         Returns:
             the text, its tokens with the steps that revealed them as HTML, and how far it is.
         """
-        given = limits.text(prompt)
+        inputs = limits.text(prompt)
         numbers = (
             limits.whole(length, "the number of new tokens", 1, LONGEST),
             limits.whole(block, "the tokens of a block", 1, LONGEST),
@@ -160,7 +160,7 @@ def build(holder: Holder, folder: Path) -> None:
             limits.whole(seed, "the seed", 0, 2**31 - 1),
         )
         with holder.busy(person):
-            found = reveal(_pipeline(folder), given, *numbers)
+            found = reveal(_pipeline(folder), inputs, *numbers)
         yield found.text, drawn(found), f"Done in {found.steps} steps."
 
     gr.on(

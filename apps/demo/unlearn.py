@@ -21,7 +21,7 @@ from imgdit.sae.hooks import site
 MODES = ("scale", "remove", "replace")
 
 FAINT = 0.5
-"""Share of its activation in its own images below which a concept is hardly seen."""
+"""Fraction of its activation in its own images below which a concept is hardly seen."""
 SEARCHING = "Looking where the concepts are seen."
 
 
@@ -34,8 +34,10 @@ def build(holder: Holder) -> None:
     stored = next((selection.multiplier for book in books for selection in book.selections.values()), -1.0)
     with gr.Row():
         with gr.Column(min_width=280):
-            said = [name for name in concepts if name in example][:1] or concepts[:1]  # one click shows something
-            chosen = gr.CheckboxGroup(concepts, value=said, label="Concepts to unlearn")
+            chosen_first = [name for name in concepts if name in example][:1] or concepts[
+                :1
+            ]  # one click shows something
+            chosen = gr.CheckboxGroup(concepts, value=chosen_first, label="Concepts to unlearn")
             prompt = widgets.prompt_box(example)
             mode = gr.Radio(MODES, value="scale", label="How")
             multiplier = gr.Slider(-20, 1, stored, step=0.1, label="Multiplier (of scale)", info="lower: stronger")
@@ -80,8 +82,8 @@ def build(holder: Holder) -> None:
         shown = None
         for shown in holder.make([base, other], person):
             first, second = [*shown.files, gr.skip(), gr.skip()][:2]
-            said = SEARCHING if shown.over and len(shown.files) == 2 else shown.status
-            yield first, second, None, said
+            status = SEARCHING if shown.over and len(shown.files) == 2 else shown.status
+            yield first, second, None, status
         if shown is not None and len(shown.files) == 2:
             with holder.busy(person):
                 seen, note = _seen(holder, base, names)

@@ -90,8 +90,8 @@ def generate_all(
     """
     out.mkdir(parents=True, exist_ok=True)
     name = " ".join([str(model), *loading.asked])
-    made_by = {"model": name, "options": options or {}, "seed": seed, "batch": batch, "prompts": list(prompts)}
-    check_index(out, made_by, "job")
+    origin = {"model": name, "options": options or {}, "seed": seed, "batch": batch, "prompts": list(prompts)}
+    check_index(out, origin, "job")
     chunks: list[dict[str, Any]] = [
         {"first": first, "prompts": list(prompts[first : first + batch])} for first in range(0, len(prompts), batch)
     ]

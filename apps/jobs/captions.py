@@ -53,9 +53,9 @@ class CaptionImages:
             for name, text in zip(names, self._texts(images, names, broken), strict=True):
                 if text is None:
                     continue
-                said = " ".join(text.split())
-                if said:
-                    write_text(caption_file(self.folder, name), f"{said}\n", single_writer=True)
+                caption = " ".join(text.split())
+                if caption:
+                    write_text(caption_file(self.folder, name), f"{caption}\n", single_writer=True)
                 else:
                     broken.append(f"{name}: the model wrote an empty caption")
         return {"written": len(item["files"]) - len(broken), "broken": broken, "process": os.getpid()}

@@ -113,10 +113,10 @@ def judge(
             found = pipe.choose(shown, question.text, question.choices)
             probabilities = found.log_likelihoods.softmax(1).tolist()
             for path, best, row in zip(some, found.best, probabilities):
-                said, expected = question.choices[best], question.expected
+                answer, expected = question.choices[best], question.expected
                 yield Verdict(
-                    str(path), question.text, said, dict(zip(question.choices, row)),
-                    None if expected is None else said == expected,
+                    str(path), question.text, answer, dict(zip(question.choices, row)),
+                    None if expected is None else answer == expected,
                 )  # fmt: skip
 
 

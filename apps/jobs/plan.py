@@ -114,13 +114,13 @@ class Plan:
             text, folder = read_text(file), Path(file).parent
         if re.match(r"\s*\[\s*[{\n]", text):
             for number, values in enumerate(parse_json(text, str(file)), start=1):
-                with _told(f"{file}, entry {number}"):
+                with _naming(f"{file}, entry {number}"):
                     self._add_values(as_object(values, "the entry"), base, folder)
             return
         for number, line in enumerate(split_lines(text), start=1):
             if not line.strip():
                 continue
-            with _told(f"{file}, line {number}"):
+            with _naming(f"{file}, line {number}"):
                 if line.lstrip().startswith("{"):
                     self._add_values(parse_object(line, "the line"), base, folder)
                 else:
@@ -169,7 +169,7 @@ class Plan:
 
 
 @contextmanager
-def _told(place: str) -> Iterator[None]:
+def _naming(place: str) -> Iterator[None]:
     """Where an error is."""
     try:
         yield

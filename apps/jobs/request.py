@@ -80,7 +80,7 @@ class Request:
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"the seed must be from 0 to 2^63 - 1, got {self.seed}")
         if self.controls and self.frames:
-            raise ValueError("a request has controls or frames; give a control as a frame that is given")
+            raise ValueError("a request has controls or frames; give a control as a conditioning frame")
 
     @property
     def outputs(self) -> tuple[str, ...]:
@@ -126,7 +126,7 @@ class Request:
 
 
 def frame_row(
-    given: Sequence[tuple[str, Image.Image]],
+    conditions: Sequence[tuple[str, Image.Image]],
     make: Sequence[str],
     cameras: Sequence[tuple[float, float]] = (),
 ) -> tuple[RequestFrame, ...]:
@@ -141,18 +141,18 @@ def frame_row(
         ValueError: views of anything but images, or two images of which nobody can tell the task.
     """
     if cameras:
-        if any(kind != "image" for kind, _ in given) or any(kind != "image" for kind in make):
-            raise ValueError("views are of images; give image=FILE and cameras, and nothing to make")
-        if len(given) > len(cameras):
-            raise ValueError(f"got {len(given)} images for {len(cameras)} cameras; give a camera for each view")
-        images = [image for _, image in given] + [None] * (len(cameras) - len(given))
+        if any(kind != "image" for kind, _ in conditions) or any(kind != "image" for kind in make):
+            raise ValueError("views are of images; give image=FILE and cameras, and nothing to generate")
+        if len(conditions) > len(cameras):
+            raise ValueError(f"got {len(conditions)} images for {len(cameras)} cameras; give a camera for each view")
+        images = [image for _, image in conditions] + [None] * (len(cameras) - len(conditions))
         return tuple(
             frame
             for image, camera in zip(images, cameras)
             for frame in (RequestFrame("image", image), RequestFrame("rays", camera=camera))
         )
-    frames = [RequestFrame(kind, image) for kind, image in given]
-    kinds = list(make) or ([] if any(kind == "image" for kind, _ in given) else ["image"])
+    frames = [RequestFrame(kind, image) for kind, image in conditions]
+    kinds = list(make) or ([] if any(kind == "image" for kind, _ in conditions) else ["image"])
     frames += [RequestFrame(kind) for kind in kinds]
     if len(frames) == 2 and all(frame.kind == "image" for frame in frames):
         pairs = ", ".join(name for name, task in TASKS.items() if task.condition == "image" and task.frames == (2, 2))

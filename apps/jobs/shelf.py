@@ -83,7 +83,7 @@ class Shelf:
 
     @property
     def controls(self) -> list[str]:
-        """Kinds of images that can steer, through an adapter or as a given frame."""
+        """Kinds of images that can steer, through an adapter or as a conditioning frame."""
         framed = [name for name in self.tasks if TASKS[name].frames == (2, 2)]
         return list(dict.fromkeys([*self._adapter_of, *self.adapters, *framed]))
 
@@ -165,7 +165,7 @@ class Shelf:
         if without and len(controls) > 1:
             raise ValueError(
                 f"there is no adapter for {without[0].kind!r} in {self.adapter_folder}; without one it can only be "
-                "used alone, as a given frame"
+                "used alone, as a conditioning frame"
             )
         if without and (without[0].strength, without[0].start, without[0].end) != (1.0, 0.0, 1.0):
             raise ValueError(

@@ -40,10 +40,12 @@ class Alignment(NamedTuple):
     """(B,): distance of edges of each."""
 
     def __str__(self) -> str:
-        def told(name: str, interval: Interval) -> str:
+        def described(name: str, interval: Interval) -> str:
             return f"{name} {interval.value:.2f} px ({interval.low:.2f} to {interval.high:.2f})"
 
-        return f"{told('shift', self.shift)}, {told('edge distance', self.edges)}, {len(self.shifts)} image(s)"
+        return (
+            f"{described('shift', self.shift)}, {described('edge distance', self.edges)}, {len(self.shifts)} image(s)"
+        )
 
 
 def alignment(conditions: Any, results: Any) -> Alignment:
@@ -57,12 +59,12 @@ def alignment(conditions: Any, results: Any) -> Alignment:
     Raises:
         ValueError: another number of images, or images without any edge.
     """
-    made = torch.cat([to_pixels(image) for image in _listed(results)])
-    size = (made.shape[3], made.shape[2])
-    given = torch.cat([fit_pixels(image, size) for image in _listed(conditions)])
-    if len(given) != len(made):
-        raise ValueError(f"got {len(given)} condition(s) and {len(made)} result(s); expected as many")
-    slopes = slope(given), slope(made)
+    outputs = torch.cat([to_pixels(image) for image in _listed(results)])
+    size = (outputs.shape[3], outputs.shape[2])
+    inputs = torch.cat([fit_pixels(image, size) for image in _listed(conditions)])
+    if len(inputs) != len(outputs):
+        raise ValueError(f"got {len(inputs)} condition(s) and {len(outputs)} result(s); expected as many")
+    slopes = slope(inputs), slope(outputs)
     for name, values in zip(("condition", "result"), slopes, strict=True):
         flat = (values.flatten(1).amax(1) == 0).nonzero().flatten().tolist()
         if flat:

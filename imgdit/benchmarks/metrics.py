@@ -1,4 +1,4 @@
-"""Metrics of images, depth, segmentation and shares, with intervals.
+"""Metrics of images, depth, segmentation and fractions, with intervals.
 
 B batch, H x W pixels. Metrics of batches return one number per sample, so that intervals can be computed.
 """

@@ -91,8 +91,8 @@ def choose_split(folder: Path, listing: Listing, split: str) -> tuple[Listing, l
         return listing, []
     chosen = sorted(top for top in tops if split in (top, known[top.lower()]))
     if len(chosen) != 1:
-        told = "has no split" if not chosen else f"has {len(chosen)} folders for the split"
-        raise ValueError(f"{folder} {told} {split!r}; its sub-folders are {', '.join(sorted(tops))}")
+        reason = "has no split" if not chosen else f"has {len(chosen)} folders for the split"
+        raise ValueError(f"{folder} {reason} {split!r}; its sub-folders are {', '.join(sorted(tops))}")
     others = sorted(tops - set(chosen))
     notes = [Note(str(folder), "left alone", f"the splits {', '.join(others)}: only {chosen[0]} is read")]
     inner = list_folder(folder / chosen[0])
@@ -115,12 +115,12 @@ class _FolderRows:
         lines = [_Line(f, n, values) for f in files for n, values in read_metadata(self.folder / f, self._file_name)]
         found = dict.fromkeys(key for line in lines if isinstance(line.values, dict) for key in line.values)
         ours = self.columns.ours(str(self.folder / files[0]), list(found), KNOWN) if files else {}
-        told = []
+        named = []
         for line in lines:
             row = self._line(line, ours)
-            told.append(row)
+            named.append(row)
             yield row
-        yield from self._bare(files, self._named(told))
+        yield from self._bare(files, self._named(named))
         yield from notes
         yield from self._notes()
 
@@ -142,8 +142,8 @@ class _FolderRows:
                 best[base] = file
         kept = [best["."]] if "." in best else sorted(best.values())
         others = [file for file in self.listing.metadata if file not in kept]
-        said = f"{some(others, 'file')} of metadata: {', '.join(kept) or 'none'} is read"
-        return kept, [Note(str(self.folder), "left alone", said)] if others else []
+        note = f"{some(others, 'file')} of metadata: {', '.join(kept) or 'none'} is read"
+        return kept, [Note(str(self.folder), "left alone", note)] if others else []
 
     # Lines of metadata
 
@@ -173,10 +173,10 @@ class _FolderRows:
             found.append(real)
         image, *others = found
         blobs = [FileBlob(self.folder / file) for file in others]
-        said = self._caption(image)
-        if isinstance(said, Problem):
-            return said
-        if said is not None and values.setdefault("text", said) not in (said, [said]):
+        caption = self._caption(image)
+        if isinstance(caption, Problem):
+            return caption
+        if caption is not None and values.setdefault("text", caption) not in (caption, [caption]):
             self.conflicts.append(f"{image}: {line.place} counts, {self.captions[image][0]} says something else")
         return make_row(image, values, FileBlob(self.folder / image), dict(zip(files, blobs)), blobs[len(files) :])
 
@@ -212,17 +212,17 @@ class _FolderRows:
             if any(base in PurePosixPath(image).parents for base in bases):
                 left += [image] * (image not in named)
                 continue
-            said = self._caption(image)
+            caption = self._caption(image)
             repeats = self._repeats(image)
-            if isinstance(said, Problem):
-                yield said
-            elif PurePosixPath(image).name == SHEET and said is None:
+            if isinstance(caption, Problem):
+                yield caption
+            elif PurePosixPath(image).name == SHEET and caption is None:
                 message = (
                     f"{image} has no caption and the name of a contact sheet; give it another name to train on it"
                 )
                 yield Note(image, "left alone", message)
             elif repeats:
-                values: dict[str, Any] = {"repeats": repeats} | ({} if said is None else {"text": said})
+                values: dict[str, Any] = {"repeats": repeats} | ({} if caption is None else {"text": caption})
                 yield make_row(image, values, FileBlob(self.folder / image), {}, ())
         if left:
             yield Note(str(self.folder), "left alone", f"{some(left, 'image')} that no line of {files[0]} names")
@@ -232,12 +232,12 @@ class _FolderRows:
         found: str | None = None
         for number, file in enumerate(self.captions.get(image, [])):
             try:
-                said = read_text(self.folder / file).strip()
+                caption = read_text(self.folder / file).strip()
             except ValueError as error:
                 return Problem(image, "caption", str(error))
             if number == 0:
-                found = said
-            elif said != found:
+                found = caption
+            elif caption != found:
                 self.conflicts.append(f"{image}: {self.captions[image][0]} counts, {file} says something else")
         if found == "":
             file = self.captions[image][0]

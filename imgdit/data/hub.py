@@ -100,7 +100,7 @@ def _encoded(datasets: Any, feature: Any) -> Any:
 
 def _rows(table: Any, ours: dict[str, str]) -> Iterator[Row | Problem]:
     words = [name for name in VALUES if name in ours]
-    said = table.select_columns([ours[name] for name in words]) if words else None
+    columns = table.select_columns([ours[name] for name in words]) if words else None
     filled = {name: table.with_format("arrow")[:][ours[name]] for name in ours if name in (*CONDITIONS, "image")}
     present = {name: [not null for null in column.is_null().to_pylist()] for name, column in filled.items()}
     counts = [len(cell or ()) for cell in table[ours["frames"]]] if "frames" in ours else [0] * len(table)
@@ -108,7 +108,7 @@ def _rows(table: Any, ours: dict[str, str]) -> Iterator[Row | Problem]:
         if not present["image"][number]:
             yield Problem(str(number), "missing", f"row {number} has no image")
             continue
-        values: dict[str, Any] = {name: said[number][ours[name]] for name in words} if said is not None else {}
+        values: dict[str, Any] = {name: columns[number][ours[name]] for name in words} if columns is not None else {}
         conditions = {
             name: CellBlob(table, number, ours[name])
             for name, there in present.items()

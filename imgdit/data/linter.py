@@ -150,9 +150,9 @@ def caption_summary(captions: Sequence[str]) -> list[str]:
     if not captions:
         return ["captions: none"]
     spoken = [re.findall(r"\w+", caption.lower()) for caption in captions]
-    lengths = sorted(len(said) for said in spoken)
-    starts = Counter(" ".join(said[:2]) for said in spoken)
-    long = Counter(word for said in spoken for word in set(said) if len(word) > 3)
+    lengths = sorted(len(words) for words in spoken)
+    starts = Counter(" ".join(words[:2]) for words in spoken)
+    long = Counter(word for words in spoken for word in set(words) if len(word) > 3)
     return [
         f"captions: {len(captions):,}, {len(set(captions)):,} different; words: {lengths[0]} to {lengths[-1]}, "
         f"half have {lengths[len(lengths) // 2]} or fewer",

@@ -204,13 +204,13 @@ def _row(
     texts = {ending: parts.pop(ending) for ending in CAPTIONS if ending in parts}
     for ending, blob in texts.items():
         try:
-            said = decode_text(blob.read(), f"{key}.{ending}").strip()
+            caption = decode_text(blob.read(), f"{key}.{ending}").strip()
         except ValueError as error:
             yield Problem(key, "caption", f"{path}: {error}")
             return
         if values.get("text") is None:
-            values["text"] = said
-        elif values["text"] not in (said, [said]):
+            values["text"] = caption
+        elif values["text"] not in (caption, [caption]):
             yield Note(
                 key, "two captions", f"{path}: {key}.{ending} does not count, another text of {key} comes first"
             )

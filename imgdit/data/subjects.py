@@ -17,6 +17,7 @@ from tqdm import tqdm
 from imgdit.data.folders import METADATA
 from imgdit.io.atomic import write_text
 from imgdit.io.text import lines_or_errors
+from imgdit.naming import old_names
 
 LOG = "pairs.jsonl"
 """A line per pair that was made: what a run that goes on need not make again."""
@@ -38,10 +39,11 @@ class Pair(NamedTuple):
     target: Image.Image
 
 
+@old_names(made="generated")
 class SubjectReport(NamedTuple):
     """How a data set came about."""
 
-    made: int
+    generated: int
     kept: int
     scores: list[float]
     """Of all pairs, in the order of the ideas."""

@@ -63,14 +63,14 @@ def _read_image(
 
 
 def _double_block(
-    block: Any, given: Arguments, step: Step, plan: BlockPlan, cache: LayerCache | None
+    block: Any, arguments: Arguments, step: Step, plan: BlockPlan, cache: LayerCache | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Text and image (B, T, D) and (B, N, D) of a `ChromaTransformerBlock`."""
-    table = given["temb"].transpose(1, 2)  # (B, F, 12, D)
+    table = arguments["temb"].transpose(1, 2)  # (B, F, 12, D)
     image, text = double_block(
         block,
-        given["hidden_states"],
-        given["encoder_hidden_states"],
+        arguments["hidden_states"],
+        arguments["encoder_hidden_states"],
         table[:, :, :6],
         table[:, :1, 6:],
         step.rope,
@@ -80,12 +80,14 @@ def _double_block(
     return text, image
 
 
-def _single_block(block: Any, given: Arguments, step: Step, plan: BlockPlan, cache: LayerCache | None) -> torch.Tensor:
+def _single_block(
+    block: Any, arguments: Arguments, step: Step, plan: BlockPlan, cache: LayerCache | None
+) -> torch.Tensor:
     """Text and image in one sequence (B, S, D) of a `ChromaSingleTransformerBlock`."""
-    table = given["temb"].transpose(1, 2)  # (B, F, 3, D)
+    table = arguments["temb"].transpose(1, 2)  # (B, F, 3, D)
     vectors = torch.cat([table[:, :1], table], dim=1)
     lengths = plan.text_lengths + plan.frame_lengths
-    return joint_block(block, given["hidden_states"], vectors, lengths, step.rope, plan, cache)
+    return joint_block(block, arguments["hidden_states"], vectors, lengths, step.rope, plan, cache)
 
 
 _ROOT = {
@@ -144,7 +146,7 @@ FAMILY = Family(
         written=True,
         label="Chroma",
         marks=r"distilled_guidance_layer",
-        shares=SHARES,
+        shared=SHARES,
         never=r"^pos_embed[._]|^joint_blocks",
         ratios=RATIOS,
         also=("FLUX.1",),

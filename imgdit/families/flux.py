@@ -134,7 +134,7 @@ FAMILY = Family(
         scale_first=("norm_out.linear",),
         label="FLUX.1",
         marks=r"blocks[._]\d+[._](img_mod|txt_mod|modulation)[._]lin|^vector_in|[._]text_embedder",
-        shares=SHARES,
+        shared=SHARES,
         never=r"^pos_embed[._]|^joint_blocks",
         ratios=RATIOS,
     ),

@@ -97,10 +97,10 @@ def _known_modulation(stream: str, step: Step, module: Any, original: Callable, 
 
 
 def _double_block(
-    block: Any, given: Arguments, step: Step, plan: BlockPlan, cache: LayerCache | None
+    block: Any, arguments: Arguments, step: Step, plan: BlockPlan, cache: LayerCache | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Text and image (B, T, D) and (B, N, D) of a `Flux2TransformerBlock`."""
-    image, text = given["hidden_states"], given["encoder_hidden_states"]
+    image, text = arguments["hidden_states"], arguments["encoder_hidden_states"]
     frames, texts = plan.frame_lengths, plan.text_lengths
     shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = step.shared.image.chunk(6, dim=-1)
     shift_t, scale_t, gate_t, shift_mlp_t, scale_mlp_t, gate_mlp_t = step.shared.text.chunk(6, dim=-1)
@@ -134,9 +134,11 @@ def fused_feed_forward(module: Any, x: torch.Tensor, rows: AdapterRows | None) -
     return compat.called(module, compute, x)
 
 
-def _single_block(block: Any, given: Arguments, step: Step, plan: BlockPlan, cache: LayerCache | None) -> torch.Tensor:
+def _single_block(
+    block: Any, arguments: Arguments, step: Step, plan: BlockPlan, cache: LayerCache | None
+) -> torch.Tensor:
     """Text and image in one sequence (B, S, D) of a `Flux2SingleTransformerBlock`."""
-    joint = given["hidden_states"]
+    joint = arguments["hidden_states"]
     lengths = plan.text_lengths + plan.frame_lengths
     shift, scale, gate = step.shared.joint.chunk(3, dim=-1)
     update = compat.called(
@@ -286,7 +288,7 @@ FAMILY = Family(
             r"to_qkv_mlp_proj|(double|single)_stream_modulation|ff(_context)?[._]linear_(in|out)"
             r"|single_transformer_blocks[._]\d+[._]attn[._]to_out|time_guidance_embed"
         ),
-        shares=r"(double|single)_blocks[._]",
+        shared=r"(double|single)_blocks[._]",
         never=r"blocks[._]\d+[._](img_mod|txt_mod|modulation)[._]lin|_mode_blocks[._]|x_embedders[._]",
         ratios={r"linear1$": 9.0, r"linear2$": 1 / 4, r"_mlp[._]0$": 6.0, r"_mlp[._]2$": 1 / 3},
         targets=(

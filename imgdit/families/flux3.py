@@ -74,7 +74,7 @@ def _rope(model: Any, arguments: Arguments, conditions: Sequence[Frame], kept: t
     return rope_table(ids, model.config.axes_dims_rope, model.config.rope_theta)
 
 
-def _given(model: Any, arguments: dict[str, Any], step: Step) -> dict[str, Any]:
+def _pass_arguments(model: Any, arguments: dict[str, Any], step: Step) -> dict[str, Any]:
     """What of the references is seen, the conditions behind it; `None` where nothing is left."""
     image = arguments["hidden_states"].shape[1]
     tokens, ids = arguments.get("image_cond_hidden_states"), arguments.get("image_cond_ids")
@@ -122,21 +122,21 @@ def _blocks(model: Any) -> Iterator[Block]:
         yield Block(f"single_transformer_blocks.{i}", module, _joint_block, ends_conditions=i == last)
 
 
-def _stream_block(block: Any, given: Arguments, step: Step, plan: BlockPlan, cache: LayerCache | None) -> torch.Tensor:
+def _stream_block(block: Any, arguments: Arguments, step: Step, plan: BlockPlan, cache: LayerCache | None) -> torch.Tensor:
     """References and conditions (B, n, D) of a `Flux3ModeTransformerBlock`."""
-    x, plan = given["hidden_states"], step.shared
+    x, plan = arguments["hidden_states"], step.shared
     assert step.rope is not None
-    shift, scale, gate = given["temb_mod"].chunk(3, dim=-1)
+    shift, scale, gate = arguments["temb_mod"].chunk(3, dim=-1)
     return x + gate * _update(block, block.norm(x) * (1 + scale) + shift, step.rope[-x.shape[1] :], plan, cache)
 
 
 def _joint_block(
-    block: Any, given: Arguments, step: Step, plan: BlockPlan, cache: LayerCache | None
+    block: Any, arguments: Arguments, step: Step, plan: BlockPlan, cache: LayerCache | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Text (B, T, D) and image, references and conditions (B, N + n, D) of a `Flux3SingleTransformerBlock`."""
-    text, content = given["encoder_hidden_states"], given["hidden_states"]
-    shift_t, scale_t, gate_t = given["temb_mod_context"].chunk(3, dim=-1)
-    shift, scale, gate = given["temb_mod"].chunk(3, dim=-1)
+    text, content = arguments["encoder_hidden_states"], arguments["hidden_states"]
+    shift_t, scale_t, gate_t = arguments["temb_mod_context"].chunk(3, dim=-1)
+    shift, scale, gate = arguments["temb_mod"].chunk(3, dim=-1)
     normed = [block.norm(text) * (1 + scale_t) + shift_t, block.norm(content) * (1 + scale) + shift]
     update = _update(block, torch.cat(normed, dim=1), step.rope, plan, cache)
     update_t, update = update.split([text.shape[1], update.shape[1] - text.shape[1]], dim=1)
@@ -188,7 +188,7 @@ FAMILY = Family(
         position_arguments=("txt_ids", "img_ids", "image_cond_ids"),
         vector=lambda model, arguments, frame: arguments["timestep"][:, None],  # the model modulates by token itself
         shared=lambda model, vectors, plan: None,
-        given=_given,
+        arguments=_pass_arguments,
         clean_only=True,
         blocks=_blocks,
         edges=_edges,
@@ -198,7 +198,7 @@ FAMILY = Family(
     lora=LoraNames(
         label="FLUX.3",
         marks=r"_mode_blocks[._]|x_embedders[._]",
-        shares=r"single_transformer_blocks[._]\d+[._]ff[._]linear",
+        shared=r"single_transformer_blocks[._]\d+[._]ff[._]linear",
         targets=(
             r"x_embedders\.image_cond",
             r"(mode_blocks\.image_cond|single_transformer_blocks)\.\d+\.(attn\.to_([qkv]|out\.0)|ff\.linear_out)",

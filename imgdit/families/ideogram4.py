@@ -41,7 +41,7 @@ FAMILY = Family(
     lora=LoraNames(
         label="Ideogram 4",
         marks=r"adaln_modulation|llm_cond_proj|^input_proj",
-        shares=r"^layers[._]\d+[._](attention|feed_forward)[._]",
+        shared=r"^layers[._]\d+[._](attention|feed_forward)[._]",
     ),
     mup=Structure(
         roles=(

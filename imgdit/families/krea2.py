@@ -105,9 +105,9 @@ def _blocks(model: Any) -> Iterator[Block]:
         yield Block(f"transformer_blocks.{i}", module, _block, ends_conditions=i == count - 1)
 
 
-def _block(block: Any, given: Arguments, step: Step, plan: BlockPlan, cache: LayerCache | None) -> torch.Tensor:
+def _block(block: Any, arguments: Arguments, step: Step, plan: BlockPlan, cache: LayerCache | None) -> torch.Tensor:
     """Text, image and conditions in one sequence (B, S, D) of a `Krea2TransformerBlock`."""
-    joint = given["hidden_states"]
+    joint = arguments["hidden_states"]
     lengths, read, count = plan.text_lengths + plan.frame_lengths, plan.read_rows, plan.read
     modulation = step.shared.unflatten(-1, (6, -1)) + block.scale_shift_table  # (B, 1 + F, 6, D)
     scale, shift, gate, scale_mlp, shift_mlp, gate_mlp = modulation.unbind(-2)
@@ -253,7 +253,7 @@ FAMILY = Family(
                 "Identity Edit",
                 "",
                 {"index": 1.0, "level": "image", "acts_on": "all", "position": "centred"},
-                told=r"identity[ _-]?edit|krea2[ _-]edit",
+                header=r"identity[ _-]?edit|krea2[ _-]edit",
             ),
             Preset(
                 "edit LoRA (ai-toolkit, ComfyUI)",

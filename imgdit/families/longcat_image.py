@@ -78,7 +78,7 @@ FAMILY = Family(
         inputs=("x_embedder",),
         label="LongCat-Image",
         marks=r"^time_embed[._]timestep_embedder",
-        shares=r"single_transformer_blocks[._]",
+        shared=r"single_transformer_blocks[._]",
         never=r"(double|single)_blocks[._]|[._](text|guidance)_embedder",
     ),
     prompts={"LongCatImagePipeline": PromptEncoding((0, None, None))},

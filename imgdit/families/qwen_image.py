@@ -113,10 +113,10 @@ def _known_vectors(step: Step, module: Any, original: Callable, timestep: torch.
 
 
 def _block(
-    block: Any, given: Arguments, step: Step, plan: BlockPlan, cache: LayerCache | None
+    block: Any, arguments: Arguments, step: Step, plan: BlockPlan, cache: LayerCache | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Text and image (B, T, D) and (B, N, D) of a `QwenImageTransformerBlock`."""
-    image, text = given["hidden_states"], given["encoder_hidden_states"]
+    image, text = arguments["hidden_states"], arguments["encoder_hidden_states"]
     frames, texts = plan.frame_lengths, plan.text_lengths
     shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = _modulation(
         block.img_mod, step.shared, plan.adapters("image_vectors")

@@ -191,26 +191,26 @@ def gated_feed_forward(
 # Blocks with the submodules of FLUX and SD3
 
 
-def joint_text_last(block: Any, given: Arguments, step: Step, plan: BlockPlan, cache: LayerCache | None) -> Any:
+def joint_text_last(block: Any, arguments: Arguments, step: Step, plan: BlockPlan, cache: LayerCache | None) -> Any:
     """`double_block` of a class that returns text and image; `None` for a text that ends there."""
-    image, text = _run(double_block, block, given, step, plan, cache)
+    image, text = _run(double_block, block, arguments, step, plan, cache)
     return None if getattr(block, "context_pre_only", False) else text, image
 
 
-def single_text_first(block: Any, given: Arguments, step: Step, plan: BlockPlan, cache: LayerCache | None) -> Any:
+def single_text_first(block: Any, arguments: Arguments, step: Step, plan: BlockPlan, cache: LayerCache | None) -> Any:
     """`single_block` of a class that returns text and image."""
-    image, text = _run(single_block, block, given, step, plan, cache)
+    image, text = _run(single_block, block, arguments, step, plan, cache)
     return text, image
 
 
 def _run(
-    function: Callable, block: Any, given: Arguments, step: Step, plan: BlockPlan, cache: LayerCache | None
+    function: Callable, block: Any, arguments: Arguments, step: Step, plan: BlockPlan, cache: LayerCache | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     vectors = step.shared  # (B, F, D)
     return function(
         block,
-        given["hidden_states"],
-        given["encoder_hidden_states"],
+        arguments["hidden_states"],
+        arguments["encoder_hidden_states"],
         vectors,
         vectors[:, :1],
         step.rope,

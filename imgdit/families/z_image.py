@@ -177,34 +177,38 @@ def _blocks(model: Any) -> Iterator[Block]:
             yield Block(f"{name}.{i}", blocks[i], chosen, ("attention",), is_last and name == "layers")
 
 
-def _refine_image(block: Any, given: Arguments, step: Step, plan: BlockPlan, cache: LayerCache | None) -> torch.Tensor:
+def _refine_image(
+    block: Any, arguments: Arguments, step: Step, plan: BlockPlan, cache: LayerCache | None
+) -> torch.Tensor:
     """Image and conditions (B, N + n, D)."""
-    x = _entered(given["x"], step, step.image_length, "refiner")
+    x = _entered(arguments["x"], step, step.image_length, "refiner")
     assert step.rope is not None
     return _compute(block, x, step.rope[..., step.layout.text_length :, :], step, plan, cache, "image")
 
 
 def _refine_image_last(
-    block: Any, given: Arguments, step: Step, plan: BlockPlan, cache: LayerCache | None
+    block: Any, arguments: Arguments, step: Step, plan: BlockPlan, cache: LayerCache | None
 ) -> torch.Tensor:
-    x = _refine_image(block, given, step, plan, cache)
+    x = _refine_image(block, arguments, step, plan, cache)
     step.waiting["layers"] = x[:, step.image_length :]
     return x
 
 
-def _refine_text(block: Any, given: Arguments, step: Step, plan: BlockPlan, cache: LayerCache | None) -> torch.Tensor:
+def _refine_text(
+    block: Any, arguments: Arguments, step: Step, plan: BlockPlan, cache: LayerCache | None
+) -> torch.Tensor:
     """Text (B, T, D)."""
-    x = given["x"]
-    alone = BlockPlan((x.shape[1],), (), key_mask=given["attn_mask"])
+    x = arguments["x"]
+    alone = BlockPlan((x.shape[1],), (), key_mask=arguments["attn_mask"])
     if plan.lora is not None:
         alone = alone._replace(lora=plan.lora._replace(joint=plan.lora.text))
-    return _compute(block, x, given["freqs_cis"], step, alone, None, "joint")
+    return _compute(block, x, arguments["freqs_cis"], step, alone, None, "joint")
 
 
-def _layer(block: Any, given: Arguments, step: Step, plan: BlockPlan, cache: LayerCache | None) -> torch.Tensor:
+def _layer(block: Any, arguments: Arguments, step: Step, plan: BlockPlan, cache: LayerCache | None) -> torch.Tensor:
     """Image, text and conditions (B, N + T + n, D); they are computed as [text, image, conditions]."""
     image, text = step.image_length, step.layout.text_length
-    x = _entered(given["x"], step, image + text, "layers")
+    x = _entered(arguments["x"], step, image + text, "layers")
     joint = torch.cat([x[:, image : image + text], x[:, :image], x[:, image + text :]], dim=1)
     assert step.rope is not None
     joint = _compute(block, joint, step.rope, step, plan, cache, "joint")
@@ -328,7 +332,7 @@ FAMILY = Family(
         written=True,
         label="Z-Image",
         marks=r"\w+_refiner[._]\d+[._](attention|feed_forward|adaLN_modulation)[._]|all_x_embedder|cap_embedder",
-        shares=r"^layers[._]\d+[._](attention|feed_forward|adaLN_modulation)[._]",
+        shared=r"^layers[._]\d+[._](attention|feed_forward|adaLN_modulation)[._]",
         targets=(r"all_x_embedder\.2-1|(noise_refiner|layers)\.\d+\.(attention\.to_([qkv]|out\.0)|feed_forward\.w2)",),
         presets=(Preset("in-context LoRA (SimpleTuner)", "", {"position": "subject", "acts_on": "all"}),),
     ),

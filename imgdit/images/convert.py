@@ -232,11 +232,11 @@ def _from_cmyk(image: Image.Image) -> Image.Image:
     profile = image.info.get("icc_profile")
     if profile:
         try:
-            made = ImageCms.profileToProfile(
+            converted = ImageCms.profileToProfile(
                 image, io.BytesIO(profile), ImageCms.createProfile("sRGB"), outputMode="RGB"
             )
-            if made is not None:
-                return made
+            if converted is not None:
+                return converted
         except ImageCms.PyCMSError:
             pass  # a damaged profile costs the colours' exact shade, not the image
     return image.convert("RGB")

@@ -88,8 +88,8 @@ def fit_pixels(
     if image.dtype in (torch.uint8, np.uint8):
         return torch.cat([to_pixels(fit(to_image(one), size, resample)) for one in pixels]).to(pixels.device)
     channels = [fit(Image.fromarray(one), size, resample) for one in pixels.flatten(0, 1).cpu().numpy()]
-    made = torch.from_numpy(np.stack([np.array(channel) for channel in channels])).clamp(0, 1)  # Lanczos overshoots
-    return made.unflatten(0, (-1, 3)).to(pixels.device)
+    fitted = torch.from_numpy(np.stack([np.array(channel) for channel in channels])).clamp(0, 1)  # Lanczos overshoots
+    return fitted.unflatten(0, (-1, 3)).to(pixels.device)
 
 
 def cut_off(image: Size, size: Size) -> float:

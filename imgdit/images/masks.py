@@ -24,7 +24,9 @@ SAME_SHAPE = 0.02
 """How far, as a fraction, the aspect of a mask may be from its image's."""
 
 
-def to_mask(mask: Any, size: tuple[int, int], patch: int = 1, given: tuple[int, int] | None = None) -> torch.Tensor:
+def to_mask(
+    mask: Any, size: tuple[int, int], patch: int = 1, source_size: tuple[int, int] | None = None
+) -> torch.Tensor:
     """A boolean mask over tokens (rows, columns).
 
     Args:
@@ -40,7 +42,9 @@ def to_mask(mask: Any, size: tuple[int, int], patch: int = 1, given: tuple[int, 
     values = mask_values(mask)
     shape, pixels = tuple(values.shape), (size[0] * patch, size[1] * patch)
     if shape != tuple(size):
-        if shape != pixels and (shape == given or abs(shape[0] * pixels[1] / (shape[1] * pixels[0]) - 1) < SAME_SHAPE):
+        if shape != pixels and (
+            shape == source_size or abs(shape[0] * pixels[1] / (shape[1] * pixels[0]) - 1) < SAME_SHAPE
+        ):
             image = Image.fromarray(values.cpu().numpy().astype(np.uint8))
             fitted = np.array(fit(image, pixels[::-1], Image.Resampling.NEAREST))
             values = torch.from_numpy(fitted).to(values.device, torch.bool)

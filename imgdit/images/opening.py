@@ -53,9 +53,9 @@ def decode(source: Any, name: str, most: int | None = None) -> Image.Image:
 
 def upright(image: Image.Image) -> Image.Image:
     """An image as a viewer shows it, turned by its EXIF orientation; a copy."""
-    made = ImageOps.exif_transpose(image)
-    made.format = image.format  # which tells what whole numbers of mode "I" mean
-    return made
+    turned = ImageOps.exif_transpose(image)
+    turned.format = image.format  # which tells what whole numbers of mode "I" mean
+    return turned
 
 
 def is_turned(image: Image.Image) -> bool:

@@ -16,7 +16,7 @@ locked file."""
 
 # A lock never refuses the process that holds it on some systems, and waits for itself on others. So a process's own
 # folders are known here, by its number because a fork takes the set along.
-_held: set[tuple[int, Path]] = set()
+_locked: set[tuple[int, Path]] = set()
 
 
 @contextmanager
@@ -38,7 +38,7 @@ def only_writer(folder: str | Path) -> Iterator[None]:
     """
     folder = Path(folder).resolve()
     own = (os.getpid(), folder)
-    if own in _held:
+    if own in _locked:
         raise _refusal(folder, "this process already")
     folder.mkdir(parents=True, exist_ok=True)
     writer = folder / WRITER
@@ -50,10 +50,10 @@ def only_writer(folder: str | Path) -> Iterator[None]:
         raise _refusal(folder, named or "another process") from error
     try:
         writer.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
-        _held.add(own)
+        _locked.add(own)
         yield
     finally:
-        _held.discard(own)
+        _locked.discard(own)
         lock.release()
 
 

@@ -50,7 +50,7 @@ def write_shards(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     try:
         dcp.save(dict(tensors), storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
     except CheckpointException as error:
-        raise _told(error) from error
+        raise _as_shard_error(error) from error
 
 
 def load_shards(folder: Path, into: Mapping[str, torch.Tensor]) -> None:
@@ -67,7 +67,7 @@ def load_shards(folder: Path, into: Mapping[str, torch.Tensor]) -> None:
             warnings.filterwarnings("ignore", message=".*intent is to (load|save) in a single process")  # it is
             dcp.load(dict(into), storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=alone)
     except CheckpointException as error:
-        raise _told(error) from error
+        raise _as_shard_error(error) from error
 
 
 def shard_shapes(folder: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -76,7 +76,7 @@ def shard_shapes(folder: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]
         return {}
     require_shards()
     found: Any = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
-    return {name: (tuple(told.size), told.properties.dtype) for name, told in found.items()}
+    return {name: (tuple(metadata.size), metadata.properties.dtype) for name, metadata in found.items()}
 
 
 def read_shards(folder: Path) -> dict[str, torch.Tensor]:
@@ -87,6 +87,6 @@ def read_shards(folder: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def _told(error: CheckpointException) -> ShardError:
+def _as_shard_error(error: CheckpointException) -> ShardError:
     rank, (cause, _) = min(error.failures.items())
     return ShardError(f"process {rank}: {cause}")

@@ -37,10 +37,10 @@ class TensorCache:
         ValueError: the folder holds tensors of something else, or a damaged file.
     """
 
-    def __init__(self, folder: str | Path, made_by: Mapping[str, str], shard_bytes: int = 64 << 20):
+    def __init__(self, folder: str | Path, origin: Mapping[str, str], shard_bytes: int = 64 << 20):
         self.folder, self.shard_bytes = Path(folder), shard_bytes
         self.folder.mkdir(parents=True, exist_ok=True)
-        check_index(self.folder, {"format": FORMAT, **made_by}, "model")
+        check_index(self.folder, {"format": FORMAT, **origin}, "model")
         self._places: dict[str, str] = {}
         self._known: set[str] = set()
         self._open: dict[str, Any] = {}

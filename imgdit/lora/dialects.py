@@ -393,8 +393,8 @@ def from_diffusers(
     check_name("dialect", dialect, DIALECTS)
     if dialect == "peft":
         return _named("transformer.", pairs)
-    told = families_of(pairs) if family is None else (family,)
-    order = [names for names in dict.fromkeys((*told, *_known())) if names.written]
+    found = families_of(pairs) if family is None else (family,)
+    order = [names for names in dict.fromkeys((*found, *_known())) if names.written]
     left = dict(pairs)
     fused: dict[str, LoraPair] = {}
     for name in pairs:

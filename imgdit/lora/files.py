@@ -418,8 +418,8 @@ def _understood(
     shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
     names, scale = _names(shapes, str(path), family, shapes), None
     try:
-        if told := header.get(LORA_ADAPTER_METADATA_KEY):
-            scale = scale_of(of_transformer(parse_object(told, f"{path}: its PEFT configuration")), str(path))
+        if metadata := header.get(LORA_ADAPTER_METADATA_KEY):
+            scale = scale_of(of_transformer(parse_object(metadata, f"{path}: its PEFT configuration")), str(path))
         if scale is None and config is not None:
             scale = scale_of(parse_object(config.read_bytes(), str(config)), str(config))
     except LoraKindError as error:
@@ -443,10 +443,10 @@ def _names(
     if names.parts:
         return names
     first = next(iter(keys), None)
-    told = "; ".join(counted(names.aside)) or ("it is empty" if first is None else f"its first key is {first!r}")
+    reason = "; ".join(counted(names.aside)) or ("it is empty" if first is None else f"its first key is {first!r}")
     of = family_of(keys)
     raise ValueError(
-        f"{source} holds no LoRA of a transformer: {told}"
+        f"{source} holds no LoRA of a transformer: {reason}"
         + (f"; it has the names of {of}" if of else "")
         + ". Expected keys like 'transformer.<module>.lora_A.weight', 'diffusion_model.…', 'lora_unet_…' or "
         "'lora_transformer_…'"
@@ -529,10 +529,10 @@ def _download(repository: str, weight_name: str | None, hub: Mapping[str, Any]) 
         if weight_name is not None:
             path = hub_file(repository, weight_name, **hub)
     except Exception as error:  # of whichever library carries the request: no repository, no network, offline mode
-        told = str(error).strip().partition("\n")[0]
+        message = str(error).strip().partition("\n")[0]
         raise ValueError(
             f"there is no file or folder {repository!r} here, and on the Hub {weight_name or 'its list of files'} "
-            f"could not be read: {type(error).__name__}: {told}"
+            f"could not be read: {type(error).__name__}: {message}"
         ) from error
     if weight_name is None:
         raise ValueError(f"{repository} holds {files or 'no .safetensors file'}; name one by weight_name=")
@@ -562,15 +562,15 @@ def _info(
     header: Mapping[str, str], names: Names, family: LoraNames | None, source: str
 ) -> tuple[AdapterInfo, str | None]:
     """How an adapter was trained, and the preset that tells it where its file does not."""
-    told = _read_info(header, source)
+    info = _read_info(header, source)
     if _INFO_KEY in header:
-        return told, None
+        return info, None
     first = family if family is not None else (names.families[0] if len(names.families) == 1 else None)
     words = " ".join([Path(source).name, *header.values()])
     for preset in () if first is None else first.presets:
-        if re.search(preset.told, words, re.IGNORECASE) and any(re.search(preset.keys, key) for key in names.used):
+        if re.search(preset.header, words, re.IGNORECASE) and any(re.search(preset.keys, key) for key in names.used):
             return AdapterInfo(**preset.settings), preset.name
-    return told, None
+    return info, None
 
 
 def _read_info(header: Mapping[str, str], source: str) -> AdapterInfo:

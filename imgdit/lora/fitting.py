@@ -75,8 +75,8 @@ def fitted(
             )
         pairs[name] = _shaped(pair, layers[name])
     missing = [name for name in found if name not in pairs]
-    told = [one.label for one in families_of(found, ratios)] or ([family] if family else [])
-    fits = not told or own is None or bool({own, *(() if names is None else names.also)} & set(told))
+    labels = [one.label for one in families_of(found, ratios)] or ([family] if family else [])
+    fits = not labels or own is None or bool({own, *(() if names is None else names.also)} & set(labels))
     if not pairs or not fits:
         name = next(iter(missing or found))
         out, columns = found[name].up.shape[0], math.prod(found[name].down.shape[1:])

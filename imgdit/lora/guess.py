@@ -36,7 +36,7 @@ def families_of(modules: Iterable[str], ratios: Mapping[str, float] | None = Non
     known = [family.lora for family in families() if family.lora is not None and family.lora.label]
     known = [names for names in known if not _found(names.never, modules)]
     marked = [names for names in known if _found(names.marks, modules)]
-    return tuple(marked or (names for names in known if _found(names.shares, modules) and _fits(names, ratios or {})))
+    return tuple(marked or (names for names in known if _found(names.shared, modules) and _fits(names, ratios or {})))
 
 
 def _fits(names: LoraNames, ratios: Mapping[str, float]) -> bool:

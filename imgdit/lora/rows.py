@@ -49,9 +49,9 @@ class LoraPlan(NamedTuple):
     """One row per frame."""
     joint_vectors: AdapterRows
     """One row per text, then one per frame."""
-    made: AdapterRows
+    predicted: AdapterRows
     """Tokens of the frames being generated (the model's output)."""
-    made_vectors: AdapterRows
+    predicted_vectors: AdapterRows
     """One row per frame being generated."""
 
 
@@ -69,7 +69,7 @@ def _lora_plan(layout: FrameLayout) -> LoraPlan:
     texts = [(n, layout.texts[i].adapter) for i, n in zip(layout.live_texts, layout.text_lengths)]
     live = [layout.frames[i] for i in layout.live]
     frames = [(n, None if frame.everywhere else frame.adapter) for frame, n in zip(live, layout.lengths)]
-    made = [rows for frame, rows in zip(live, frames) if frame.predicted]
+    predicted = [rows for frame, rows in zip(live, frames) if frame.predicted]
 
     def rows(segments: Sequence[tuple[int, str | None]]) -> AdapterRows:
         slices: list[tuple[slice, str | None]] = []
@@ -93,8 +93,8 @@ def _lora_plan(layout: FrameLayout) -> LoraPlan:
         text_vectors=vectors(texts),
         image_vectors=vectors(frames),
         joint_vectors=vectors(texts + frames),
-        made=rows(made),
-        made_vectors=vectors(made),
+        predicted=rows(predicted),
+        predicted_vectors=vectors(predicted),
     )
 
 

@@ -196,8 +196,8 @@ class BD3LM(SafetensorsOnly, ModelMixin, ConfigMixin):
 
     @property
     def mask_token_id(self) -> int:
-        given = self.config.mask_token_id
-        return self.config.vocab_size - 1 if given is None else given
+        mask_id = self.config.mask_token_id
+        return self.config.vocab_size - 1 if mask_id is None else mask_id
 
     def forward(
         self,
@@ -437,8 +437,8 @@ def load_bd3lm(
         tensors |= read_tensors(file)
     # The bounds were chosen while training; the configuration keeps those of its beginning.
     values |= {name: float(tensors.pop(name)) for name in _BOUNDS if name in tensors}
-    told = "score" if values.get("time_conditioning") else "subs"
-    kind = parameterization or ("autoregressive" if values.get("causal") else told)
+    default = "score" if values.get("time_conditioning") else "subs"
+    kind = parameterization or ("autoregressive" if values.get("causal") else default)
     known = {name: values[name] for name in compat.init_keys(BD3LM) if values.get(name) is not None}
     model = BD3LM(**known | {"parameterization": kind})
     tensors.pop("backbone.rotary_emb.inv_freq", None)  # computed

@@ -200,13 +200,13 @@ def attend(
     """
     if isinstance(attn, MMDiTAttention):
         return attn(hidden_states, encoder_hidden_states, image_rotary_emb, **options)
-    given = {
+    inputs = {
         "hidden_states": hidden_states,
         "encoder_hidden_states": encoder_hidden_states,
         "image_rotary_emb": image_rotary_emb,
     }
     compute = partial(_stock_attention, attn, backend=compat.processor_backend(attn), **options)
-    return compat.called(attn, compute, **{name: value for name, value in given.items() if value is not None})
+    return compat.called(attn, compute, **{name: value for name, value in inputs.items() if value is not None})
 
 
 def _stock_attention(

@@ -92,7 +92,7 @@ def from_diffusers(cls: Any, model: ModelMixin) -> Any:
     config = read_config(cls, {**model.config, "_class_name": name})
     with torch.device("meta"):
         ours = cls(**{key: value for key, value in config.items() if not key.startswith("_")})
-    return _share(model, ours)
+    return _with_weights_of(model, ours)
 
 
 def to_diffusers(model: Any) -> ModelMixin:
@@ -117,7 +117,7 @@ def to_diffusers(model: Any) -> ModelMixin:
     settings = mup_settings(model.config)
     if settings != MupSettings():
         configure(theirs, **settings._asdict())
-    return _share(model, theirs)
+    return _with_weights_of(model, theirs)
 
 
 def _as_mmdit(name: str) -> AsMMDiT | None:
@@ -142,7 +142,7 @@ def _plain(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def _share(source: nn.Module, target: M) -> M:
+def _with_weights_of(source: nn.Module, target: M) -> M:
     """Put the parameters and buffers of `source` into `target`, which has the same names."""
     theirs = {**dict(source.named_parameters()), **dict(source.named_buffers())}
     names = {*dict(target.named_parameters()), *dict(target.named_buffers())}

@@ -86,8 +86,8 @@ def _places(layout: FrameLayout, side: int, base: int, dim: int, device: torch.d
     places = []
     for i in layout.live:
         scene = [f for f, s in zip(layout.frames, layout.scenes) if s == layout.scenes[i]]
-        made = next((f for f in scene if f.predicted), scene[0])
-        middle = torch.tensor([(side - n) // 2 for n in made.size])
+        target = next((f for f in scene if f.predicted), scene[0])
+        middle = torch.tensor([(side - n) // 2 for n in target.size])
         places.append(layout.frames[i].ids()[:, 1:] + middle)
     place = torch.cat(places)  # (N, 2) rows and columns of the table
     if bool(((place.frac() == 0) & (place >= 0) & (place < side)).all()):

@@ -109,8 +109,8 @@ class ImageProjector(SafetensorsOnly, ModelMixin, ConfigMixin):
             tiles: number of each image's tiles.
             shown: as in `forward`.
         """
-        made = [torch.empty(count, self.side**2, self.config.hidden_size, device="meta") for count in tiles]
-        return [len(self._tokens(one, what)) for one, what in zip(made, shown)]
+        empty = [torch.empty(count, self.side**2, self.config.hidden_size, device="meta") for count in tiles]
+        return [len(self._tokens(one, what)) for one, what in zip(empty, shown)]
 
     def _tokens(self, tiles: torch.Tensor, shown: Size | Video) -> torch.Tensor:
         config = self.config

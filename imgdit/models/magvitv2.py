@@ -356,8 +356,8 @@ def load_magvitv2(
         ValueError: no such folder, unknown sizes, or weights of other names or shapes.
     """
     folder = model_folder(source, subfolder, revision, token)
-    told = read_object(folder / "config.json")
-    values = {name: told[name] for name in compat.init_keys(MagViTv2) if name in told} | dict(sizes or {})
+    config = read_object(folder / "config.json")
+    values = {name: config[name] for name in compat.init_keys(MagViTv2) if name in config} | dict(sizes or {})
     with torch.device("meta"):
         expected = MagViTv2(**values).state_dict()
     stored, places = _stored(folder)
@@ -398,7 +398,7 @@ def _stored(folder: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, Path]]:
 def _differences(
     expected: Mapping[str, tuple[int, ...]], stored: Mapping[str, tuple[int, ...]]
 ) -> list[tuple[str, str]]:
-    """Names whose shapes differ, each with a sentence."""
+    """Names whose shapes differ, each with a message."""
     found = []
     for name in sorted({*expected, *stored}, key=_in_order):
         if expected.get(name) != stored.get(name):

@@ -292,8 +292,8 @@ def masked_logits(model: Any, input_ids: torch.Tensor, attention_mask: torch.Ten
         input_ids: (B, L).
         attention_mask: (B, L), 1 on real tokens; positions count these only, so that padding changes nothing.
     """
-    given = {} if attention_mask is None else {"position_ids": real_positions(attention_mask)}
-    logits = model(input_ids=input_ids, attention_mask=attention_mask, **given).logits
+    options = {} if attention_mask is None else {"position_ids": real_positions(attention_mask)}
+    logits = model(input_ids=input_ids, attention_mask=attention_mask, **options).logits
     if not getattr(compat.unwrapped(model).config, "logit_shift", False):
         return logits
     real = torch.ones_like(input_ids) if attention_mask is None else attention_mask

@@ -168,8 +168,8 @@ class BlockPasses:
                 layer.start = self.start
         if not self.guided:
             return logits
-        given, free = logits.chunk(2)
-        return free + self.guidance_scale * (given - free)
+        conditional, unconditional = logits.chunk(2)
+        return unconditional + self.guidance_scale * (conditional - unconditional)
 
     def _read_prompt(self, ids: torch.Tensor) -> None:
         """Keys and values of the prompt, which sees itself."""

@@ -261,7 +261,7 @@ class MMDiT(
         text_timestep: torch.Tensor | None = None,
         return_dict: bool = True,
     ) -> MMDiTOutput | tuple[torch.Tensor, ...]:
-        """Predict the velocity noise - data of every frame that is being made, and the tokens of the text.
+        """Predict the velocity noise - data of every frame that is being generated, and the tokens of the text.
 
         Args:
             hidden_states: (B, N, C) tokens of the frames in the layout's order; or one latent grid (B, C, h, w) for a
@@ -270,8 +270,8 @@ class MMDiT(
             encoder_hidden_states: (B, T, J) text.
             pooled_projections: (B, P) pooled text; (X, P), one per scene, for a packed layout; `None` for a model
                 without it.
-            timestep: (B,) (or (X,)) noise level of the frames being made, in [0, 1000] after `timestep_scale`;
-                or (B, F), one per frame, which overrides the layout's held levels too.
+            timestep: (B,) (or (X,)) noise level of the frames being generated, in [0, 1000] after `timestep_scale`;
+                or (B, F), one per frame, which overrides the layout's own levels too.
             img_ids, txt_ids: (N, 3) and (T, 3) positions; for rotary models without a layout.
             guidance: as `timestep`, for models with `guidance_embeds`.
             joint_attention_kwargs: {"scale": LoRA scale}; for inference (see `set_adapters` for training).
@@ -283,7 +283,7 @@ class MMDiT(
                 (Dual Diffusion). Without a layout the text is one that is generated if this is given, else a prompt.
 
         Returns:
-            `sample`: (B, n, C) for the n tokens of the frames being made, or (B, C, h, w) for a latent grid.
+            `sample`: (B, n, C) for the n tokens of the frames being generated, or (B, C, h, w) for a latent grid.
             `text_logits`: see `MMDiTOutput`. Without `return_dict` a tuple of those there are.
 
         Raises:
@@ -355,7 +355,7 @@ class MMDiT(
             dtype: of the image tokens, in which a model without pooled text embeds timesteps.
             inputs: the pooled text; before it the guidance, for models with `guidance_embeds`.
         """
-        *given, pooled = inputs
+        *guidances, pooled = inputs
         embed: Any = self.time_text_embed
         scale = self.config.timestep_scale
         dtype = dtype if pooled is None else pooled.dtype
@@ -363,9 +363,13 @@ class MMDiT(
             layout = _ONE_FRAME if text_timestep is None else _ONE_FRAME_AND_TEXT
 
         def vectors(
-            embedder: nn.Module, values: torch.Tensor, held: list, scale: float, of_text: torch.Tensor | None = None
+            embedder: nn.Module,
+            values: torch.Tensor,
+            own_values: list,
+            scale: float,
+            of_text: torch.Tensor | None = None,
         ) -> _Pair:
-            frames, texts = layout.segment_levels(values, held, of_text)  # (B, F), (B, X)
+            frames, texts = layout.segment_levels(values, own_values, of_text)  # (B, F), (B, X)
 
             def embedding(levels: torch.Tensor) -> torch.Tensor:
                 waves = embed.time_proj((levels * scale).flatten())
@@ -374,11 +378,11 @@ class MMDiT(
             of_frames = embedding(frames)
             return of_frames, of_frames if texts is frames else embedding(texts)
 
-        held = [None if s.sigma is None else s.sigma * 1000 / scale for s in layout.segments]
-        pair = vectors(embed.timestep_embedder, timestep, held, scale, text_timestep)
-        if given:
+        own_values = [None if s.sigma is None else s.sigma * 1000 / scale for s in layout.segments]
+        pair = vectors(embed.timestep_embedder, timestep, own_values, scale, text_timestep)
+        if guidances:
             guidance = [s.guidance for s in layout.segments]
-            pair = _sums(pair, vectors(embed.guidance_embedder, given[0], guidance, 1000.0))
+            pair = _sums(pair, vectors(embed.guidance_embedder, guidances[0], guidance, 1000.0))
         if pooled is None:
             return pair
         pooled_emb = embed.text_embedder(pooled)  # (B or X, D)
@@ -458,16 +462,16 @@ class MMDiT(
         lora: LoraPlan | None,
         grid: tuple[int, int] | None,
     ) -> torch.Tensor:
-        """Prediction of the frames being made: tokens, or a latent grid if one came in."""
+        """Prediction of the frames being generated: tokens, or a latent grid if one came in."""
         lengths: tuple[int, ...] = (hidden_states.shape[1],)
         if layout is not None:
             lengths = layout.predicted_lengths
             if len(lengths) < len(layout.live):
                 hidden_states = take_rows(hidden_states, layout.predicted)
                 temb = take_rows(temb, layout.predicted_frames)
-        how = Modulation(lengths, lora and lora.made_vectors, shared=True)
+        how = Modulation(lengths, lora and lora.predicted_vectors, shared=True)
         normed = adaptive_norm(self.norm_out, hidden_states, temb, how)
-        out = linear(self.proj_out, normed, lora and lora.made, shared=True)
+        out = linear(self.proj_out, normed, lora and lora.predicted, shared=True)
         if self.config.pos_embed_type == "rope":
             return out
         patch = self.config.patch_size

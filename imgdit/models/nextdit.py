@@ -440,7 +440,7 @@ class NextDiT(SafetensorsOnly, ModelMixin, ConfigMixin, Adapters, StepCaches, At
             encoder_hidden_states: (B, L, J) text, or a `TextMemory` where a run asks the same text in every step.
             pooled_projections: (B, J) mean of the text; `None`: computed.
             timestep: in [0, 1000] after `timestep_scale`: (B,) noise level of the generated frames; (B, F), one per
-                frame, or (B, N), one per token, which override the layout's held levels; of the latents' shape
+                frame, or (B, N), one per token, which override the layout's own levels; of the latents' shape
                 (B, F, C, h, w), of which a token takes the mean.
             guidance: MMDiT's; refused, this model has no embedding for it.
             joint_attention_kwargs: {"scale": LoRA scale}; for inference.
@@ -621,7 +621,7 @@ class NextDiT(SafetensorsOnly, ModelMixin, ConfigMixin, Adapters, StepCaches, At
 
 
 def _levels(layout: FrameLayout, timestep: torch.Tensor) -> torch.Tensor:
-    """Timesteps (B, F) of the live frames, the layout's held levels filled in; or (B, N) as they are."""
+    """Timesteps (B, F) of the live frames, the layout's own levels filled in; or (B, N) as they are."""
     if timestep.ndim == 2 and timestep.shape[1] == layout.image_length != len(layout.live):
         return timestep
     return layout.expand(timestep, [None if f.sigma is None else f.sigma * 1000 for f in layout.frames])
@@ -644,13 +644,13 @@ def _frame_plans(
 
 
 def _ending(plan: NextDiTBlockPlan, layout: FrameLayout) -> NextDiTBlockPlan:
-    """The plan of the last block: nothing reads what becomes of the held frames, so only the others ask."""
-    made = [n for n, i in enumerate(layout.live) if layout.frames[i].predicted]
-    if len(made) == len(layout.live):
+    """The plan of the last block: nothing reads what becomes of the clean frames, so only the others ask."""
+    predicted = [n for n, i in enumerate(layout.live) if layout.frames[i].predicted]
+    if len(predicted) == len(layout.live):
         return plan
     places: list[tuple[slice, slice]] = []  # rows of the frames being generated, before and among themselves
     start = 0
-    for n in made:
+    for n in predicted:
         places.append((layout.rows[n], slice(start, start + layout.lengths[n])))
         start += layout.lengths[n]
 

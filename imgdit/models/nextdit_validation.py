@@ -86,7 +86,7 @@ def check_tokens(
             f"{layout.lengths}, got {tuple(hidden_states.shape)}"
         )
     if not layout.predicted:
-        raise ValueError("every frame of the layout is held at its noise level: there is nothing to predict")
+        raise ValueError("every frame of the layout is clean: there is nothing to predict")
     if text.ndim != 3 or text.shape[0] != batch or text.shape[2] != config.caption_channels:
         raise ValueError(
             f"encoder_hidden_states must be ({batch}, tokens, {config.caption_channels}), got {tuple(text.shape)}"

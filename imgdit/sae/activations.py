@@ -197,7 +197,7 @@ class ActivationRecorder:
             "dtype": dtype,
             **call,
         }
-        told = {name: value for name, value in call.items() if isinstance(value, (str, int, float, bool))}
+        plain_values = {name: value for name, value in call.items() if isinstance(value, (str, int, float, bool))}
         self.about: dict[str, Any] = {
             "format": FORMAT,
             "hookpoints": self.hookpoints,
@@ -205,7 +205,7 @@ class ActivationRecorder:
             "batch_size": batch_size,
             "seed": seed,
             "dtype": str(dtype).removeprefix("torch."),
-            "call": told,
+            "call": plain_values,
             "model": {
                 name: model_fingerprint(getattr(pipe, name))
                 for name in sorted({h.partition(".")[0] for h in hookpoints})

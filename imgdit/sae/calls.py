@@ -126,8 +126,8 @@ def _guidance_parts(
         each = batch // 3
         return slice(0, each), slice(each, batch), 3
     half = batch // 2
-    told = (call_name or "").startswith("guided")  # by our pipelines, so that nothing has to be compared
-    if batch % 2 or not (told or torch.equal(sample[:half], sample[half:])):
+    guided = (call_name or "").startswith("guided")  # by our pipelines, so that nothing has to be compared
+    if batch % 2 or not (guided or torch.equal(sample[:half], sample[half:])):
         return everything, None, 1
     first, second = slice(0, half), slice(half, batch)
     return (first, second, 2) if family.prompt_first else (second, first, 2)

@@ -187,9 +187,9 @@ class _CallHook(compat.CallNameHook):
 
     def pre_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple, dict[str, Any]]:
         arguments = bind(self.denoiser, args, kwargs)
-        given = tuple(arguments.get(name) for name in ("hidden_states", "x", "timestep", "t"))
-        second = self.last is not None and all(a is b for a, b in zip(self.last, given))
-        self.last = None if second else given
+        inputs = tuple(arguments.get(name) for name in ("hidden_states", "x", "timestep", "t"))
+        second = self.last is not None and all(a is b for a, b in zip(self.last, inputs))
+        self.last = None if second else inputs
         self.call = describe_call(self.pipe, self.denoiser, arguments, self.call_name, self.measured, second=second)
         return args, kwargs
 
@@ -268,6 +268,6 @@ class _SiteHook(ModelHook):
         # The difference of two numbers in half precision is rounded once, when it is added to the input again.
         exact = torch.promote_types(tokens.values.dtype, torch.float32)
         after = tokens.values.to(exact)
-        given = after - before.values.to(exact)
-        values = self.function(tokens._replace(values=given))
-        return output if values is None else self.site.replaced(output, call, after + (values - given))
+        change = after - before.values.to(exact)
+        values = self.function(tokens._replace(values=change))
+        return output if values is None else self.site.replaced(output, call, after + (values - change))

@@ -303,13 +303,13 @@ class SparseAutoencoder(nn.Module):
         if not rules.extra_trains_encoder:
             weight, bias, centred = weight.detach(), bias.detach(), centred.detach()
         acts = selected_scores(few, pattern, centred, weight, bias).relu()
-        said = decode(SparseCode(acts, pattern), self.W_dec[numbers])
+        decoded = decode(SparseCode(acts, pattern), self.W_dec[numbers])
         if rules.aux_bias:
-            said = said + self.b_dec
+            decoded = decoded + self.b_dec
         if rules.aux_detached:
             error = error.detach()
         wanted = error if rules.aux_reversed else -error
-        return min(len(numbers) / half, 1.0) * (said - wanted).square().sum() / variance
+        return min(len(numbers) / half, 1.0) * (decoded - wanted).square().sum() / variance
 
     @torch.no_grad()
     def normalize_decoder(self) -> None:

@@ -87,9 +87,9 @@ def write_report(
         if scores is not None:
             entry["score_by_timestep"] = dict(zip(map(str, survey.timesteps), scores[:, feature].tolist()))
         entries.append(entry)
-        told = f"active on {entry['density']:.2%} of the tokens"
+        text = f"active on {entry['density']:.2%} of the tokens"
         if scores is not None:
-            told += f", mean score {float(scores[:, feature].mean()):.4f}"
+            text += f", mean score {float(scores[:, feature].mean()):.4f}"
         image = '<p class="dim">not active in any of these images</p>'
         if best:
             sheet = feature_sheet(shown, number, [p for p, _, _ in best])
@@ -97,7 +97,7 @@ def write_report(
             image = f'<img alt="feature {feature}" src="{_data_uri(sheet)}">'
         lines = "; ".join(html.escape(str(prompts[p])) for p, _, _ in best)
         curve = _bars(survey.means[:, feature].tolist(), [f"timestep {t:g}" for t in survey.timesteps])
-        sections.append(f'<h2>Feature {feature}</h2><p>{told}</p>{image}<p class="dim">{lines}</p>{curve}')
+        sections.append(f'<h2>Feature {feature}</h2><p>{text}</p>{image}<p class="dim">{lines}</p>{curve}')
     data = {
         "timesteps": survey.timesteps,
         "dead": dead,

@@ -112,7 +112,7 @@ class ConceptUnlearner:
             call: arguments of the pipeline, such as `num_inference_steps` and `guidance_scale`.
         """
         found = collect_statistics(pipe, self.saes, prompts, seed=seed, batch_size=batch_size, **call)
-        told = {name: value for name, value in call.items() if isinstance(value, (str, int, float, bool))}
+        plain_values = {name: value for name, value in call.items() if isinstance(value, (str, int, float, bool))}
         for hookpoint, statistics in found.items():
             selections = [
                 select_concept(
@@ -122,7 +122,7 @@ class ConceptUnlearner:
                     top_n=top_n,
                     floor=floor,
                     multiplier=multiplier,
-                    origin={"prompts": _told(prompts[name]), "seed": seed, "call": told},
+                    origin={"prompts": _prompt_texts(prompts[name]), "seed": seed, "call": plain_values},
                 )
                 for name in prompts
             ]
@@ -211,8 +211,8 @@ class ConceptUnlearner:
         """Hookpoints that know any of the concepts; only the text's, if they know all of them."""
         known = [hookpoint for hookpoint, book in self.books.items() if concepts & book.selections.keys()]
         text = [hookpoint for hookpoint in known if site(pipe, hookpoint).text]
-        told = {name for hookpoint in text for name in self.books[hookpoint].selections}
-        return text if concepts <= told else known
+        in_text = {name for hookpoint in text for name in self.books[hookpoint].selections}
+        return text if concepts <= in_text else known
 
 
 @contextmanager
@@ -265,7 +265,7 @@ def check_width(pipe: Any, hookpoint: str, sae: SparseAutoencoder) -> None:
         )
 
 
-def _told(prompts: Sequence[Any]) -> list[Any]:
+def _prompt_texts(prompts: Sequence[Any]) -> list[Any]:
     """Prompts as JSON takes them; of embeddings, their names."""
     return [sorted(prompt) if isinstance(prompt, dict) else prompt for prompt in prompts]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from random import Random
 
-from imgdit.scenes.captions import caption, leave_unsaid, meaning
+from imgdit.scenes.captions import caption, leave_out, meaning
 from imgdit.scenes.world import BACKGROUNDS, COLOURS, OBJECTS, STYLES, Scene, pick
 from imgdit.tasks import TASK_TOKENS, task_caption
 
@@ -21,7 +21,7 @@ SLOTS = {
 }
 """What a prompt says, and the answers there are; a single object counts as the left one."""
 
-# Shares of the prompts: those that begin with a task's token, those that are nothing else, and those that leave the
+# Fractions of the prompts: those that begin with a task's token, those that are nothing else, and those that leave the
 # place or the style unsaid.
 TASKED, BARE, UNSAID = 0.5, 0.05, 0.1
 
@@ -42,18 +42,18 @@ class SceneCaptions:
         scene, rng = Scene.sample(seed, self.split), Random(seed)
         bare = rng.random() < BARE
         task = pick(rng, tuple(TASK_TOKENS)) if bare or rng.random() < TASKED else None
-        unsaid = leave_unsaid(rng, UNSAID)
-        said = "" if bare else caption(scene, rng, unsaid)
-        return task_caption(said, task), answers(None if bare else scene, unsaid, task)
+        left_out = leave_out(rng, UNSAID)
+        text = "" if bare else caption(scene, rng, left_out)
+        return task_caption(text, task), answers(None if bare else scene, left_out, task)
 
 
-def answers(scene: Scene | None, unsaid: Collection[str] = (), task: str | None = None) -> list[int]:
+def answers(scene: Scene | None, left_out: Collection[str] = (), task: str | None = None) -> list[int]:
     """Number of the right answer of each slot; no scene, no caption."""
     values = [NOTHING] * (len(SLOTS) - 1)
     if scene is not None:
-        said = meaning(scene)
-        things = [*said["objects"], {"object": NOTHING, "colour": NOTHING}][:2]
+        truth_values = meaning(scene)
+        things = [*truth_values["objects"], {"object": NOTHING, "colour": NOTHING}][:2]
         values = [thing[name] for thing in things for name in ("object", "colour")]
-        values += [NOTHING if "style" in unsaid else said["style"]]
-        values += [NOTHING if "place" in unsaid else said["background"]]
+        values += [NOTHING if "style" in left_out else truth_values["style"]]
+        values += [NOTHING if "place" in left_out else truth_values["background"]]
     return [names.index(value) for names, value in zip(SLOTS.values(), [*values, task or NOTHING], strict=True)]

@@ -11,7 +11,7 @@ from imgdit.scenes.captions import LOOKS, PAIRS, PATTERNS, PLACES, SHORT, meanin
 from imgdit.scenes.world import COLOURS, OBJECTS, STYLES, Scene
 
 
-class Said(NamedTuple):
+class ParsedCaption(NamedTuple):
     """What a caption says; `None` for what it leaves unsaid."""
 
     objects: tuple[tuple[str, str], ...]
@@ -23,14 +23,14 @@ class Said(NamedTuple):
 
     def names_objects(self, scene: Scene) -> bool:
         """Whether it names all objects of a scene with their colours and no other, each at its side."""
-        said = meaning(scene)
-        truth = tuple((thing["object"], thing["colour"]) for thing in said["objects"])
-        if self.relation != said["relation"]:
+        truth_values = meaning(scene)
+        truth = tuple((thing["object"], thing["colour"]) for thing in truth_values["objects"])
+        if self.relation != truth_values["relation"]:
             return False
         return self.objects == truth if self.relation else sorted(self.objects) == sorted(truth)
 
 
-def parse_caption(text: str) -> Said | None:
+def parse_caption(text: str) -> ParsedCaption | None:
     """What a caption says; `None` where the grammar cannot say it. Case, spaces and a full stop are ignored."""
     text = " ".join(text.lower().split()).removesuffix(".").replace(" ,", ",")
     for pattern, style in _patterns():
@@ -42,7 +42,7 @@ def parse_caption(text: str) -> Said | None:
         if subject is None:
             continue
         background = _places()[parts["place"]] if "place" in parts else None
-        return Said(*subject, style or parts.get("style"), background)
+        return ParsedCaption(*subject, style or parts.get("style"), background)
     return None
 
 
@@ -84,7 +84,7 @@ def _pairs() -> tuple[tuple[re.Pattern[str], str | None], ...]:
         return f"(?P<{name}_article>an?) (?P<{name}_colour>{colours}) (?P<{name}_kind>{kinds})"
 
     nouns = {name: noun(name) for name in ("first", "second")}
-    patterns = [(pattern, relation) for relation, told in PAIRS.items() for pattern in told]
+    patterns = [(pattern, relation) for relation, phrases in PAIRS.items() for pattern in phrases]
     return tuple((re.compile(text.format(**nouns)), relation) for text, relation in [("{first}", None), *patterns])
 
 

@@ -78,14 +78,14 @@ def _subject(scene: Scene, rng: Random) -> str:
     return pick(rng, PAIRS["left" if scene.relation else None]).format(first=nouns[0], second=nouns[1])
 
 
-def leave_unsaid(rng: Random, chance: float) -> tuple[str, ...]:
+def leave_out(rng: Random, chance: float) -> tuple[str, ...]:
     """Parts of a caption ("place", "style") that are left unsaid, each by `chance`, as people who type do."""
     if not 0.0 <= chance <= 1.0:
         raise ValueError(f"a chance is in [0, 1], got {chance}")
     return tuple(part for part in ("place", "style") if rng.random() < chance)
 
 
-def caption(scene: Scene, rng: Random, unsaid: Collection[str] = ()) -> str:
+def caption(scene: Scene, rng: Random, left_out: Collection[str] = ()) -> str:
     """A caption about a scene, in lower case without a full stop.
 
     Args:
@@ -93,11 +93,11 @@ def caption(scene: Scene, rng: Random, unsaid: Collection[str] = ()) -> str:
         rng: chooses among the paraphrases.
         unsaid: "place", "style", or both; or "subject" alone.
     """
-    for part in unsaid:
+    for part in left_out:
         check_name("part of a caption", part, SHORT)
-    if "subject" in unsaid and len(set(unsaid)) > 1:
-        raise ValueError(f"a caption without its subject needs place and style, got unsaid={tuple(unsaid)}")
-    patterns = ("{subject}",) if len(set(unsaid)) == 2 else SHORT[next(iter(unsaid))] if unsaid else PATTERNS
+    if "subject" in left_out and len(set(left_out)) > 1:
+        raise ValueError(f"a caption without its subject needs place and style, got left_out={tuple(left_out)}")
+    patterns = ("{subject}",) if len(set(left_out)) == 2 else SHORT[next(iter(left_out))] if left_out else PATTERNS
     subject = _subject(scene, rng)
     look = pick(rng, LOOKS[scene.style]).format(subject=subject)
     place = pick(rng, PLACES[scene.background])

@@ -411,6 +411,6 @@ def _shadow(
         row = group.scene[solid]
         points = positions[row, :, sample] + 0.01 * normals[row, :, sample]  # (N, 3)
         own = torch.einsum("nij,nj->in", group.turn[solid], points - group.centre[solid]) / group.size[solid]
-        held = _occlusion(distance, own, towards[solid].T.contiguous(), reach)
-        shadow[row, sample] = torch.maximum(shadow[row, sample], held)
+        occluded = _occlusion(distance, own, towards[solid].T.contiguous(), reach)
+        shadow[row, sample] = torch.maximum(shadow[row, sample], occluded)
     return shadow

@@ -143,10 +143,10 @@ def _shard(folder: Path, split: str, shard: int) -> Path:
 
 
 def _check_index(folder: Path, autoencoder: str, size: int) -> None:
-    made_by: dict[str, Any] = {"format": _FORMAT, "autoencoder": autoencoder}
+    origin: dict[str, Any] = {"format": _FORMAT, "autoencoder": autoencoder}
     if size != SIZE:  # left out otherwise, so that older caches stay valid
-        made_by["size"] = size
-    check_index(folder, made_by, "autoencoder")
+        origin["size"] = size
+    check_index(folder, origin, "autoencoder")
 
 
 class SceneLatents:

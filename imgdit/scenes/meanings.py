@@ -109,9 +109,9 @@ def scene_words() -> PromptWords:
     """The facts about captions of scenes."""
     same = {kind: {name: text.split(", ") for name, text in part.items()} for kind, part in SAME.items()}
     near = {kind: {name: text.split(", ") for name, text in part.items()} for kind, part in NEAR.items()}
-    told = {word for part in (same, near) for kinds in part.values() for words in kinds.values() for word in words}
+    named = {word for part in (same, near) for kinds in part.values() for words in kinds.values() for word in words}
     for colour, (red, green, blue) in _colours().items():
-        if colour in COLOURS or colour in told:
+        if colour in COLOURS or colour in named:
             continue
         nearest = min(COLOURS, key=lambda name: _unlike((red, green, blue), COLOUR_VALUES[name]))
         chroma = max(red, green, blue) - min(red, green, blue)

@@ -273,12 +273,12 @@ def _other_colour(thing: SceneObject, other: SceneObject | None, rng: Random, sp
 def read_answer(kind: str, text: str) -> str | None:
     """What an answer says: the one of `ANSWERS[kind]` that it names; `None` where it names none, or more than one."""
     check_name("kind of question", kind, ANSWERS)
-    said = words(text)
+    spoken = words(text)
     if kind == "place":
-        whole = f" {' '.join(said)} "
+        whole = f" {' '.join(spoken)} "
         found = {name for name, phrases in PLACES.items() if any(f" {phrase} " in whole for phrase in phrases)}
     else:
-        found = set(said) & set(ANSWERS[kind])
+        found = set(spoken) & set(ANSWERS[kind])
     return next(iter(found)) if len(found) == 1 else None
 
 

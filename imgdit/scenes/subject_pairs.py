@@ -41,8 +41,8 @@ def scene_ideas(count: int, seed: int = 0) -> list[Idea]:
     for number in range(seed, seed + count):
         scene, rng = Scene.sample(number, objects=1), Random(number)
         thing = scene.objects[0]
-        told = (caption(scene, rng), caption(another_look(scene, rng), rng))
-        ideas.append(Idea(f"{thing.colour} {thing.kind}", told))
+        captions = (caption(scene, rng), caption(another_look(scene, rng), rng))
+        ideas.append(Idea(f"{thing.colour} {thing.kind}", captions))
     return ideas
 
 
@@ -82,7 +82,7 @@ class ScenePairs:
     def __call__(self, idea: Idea, seed: int) -> Pair:
         generator = torch.Generator().manual_seed(seed)
         reference = self.text(idea.places[0], generator=generator, **self.options).images[0]
-        frames = [ImageFrame.make(), ImageFrame.given(reference)]
+        frames = [ImageFrame.generate(), ImageFrame.clean(reference)]
         caption = f"{TASK_TOKENS['subject']} {idea.places[1]}"
         return Pair(reference, self.any(caption, frames, generator=generator, **self.options).images[0])
 

@@ -1,4 +1,4 @@
-"""Tasks: what is given beside the caption, and what is to be made.
+"""Tasks: what is given beside the caption, and what is to be generated.
 
 A task turns a scene, whose truth the renderer knows, or a photo, whose truth a library estimates, into a condition
 image and the image that belongs to it. Some tasks have an inverse, which gives the image and asks for the
@@ -59,7 +59,7 @@ class Example(NamedTuple):
     condition: torch.Tensor
     """(3, H, W) in [0, 1]: what is given. Super-resolution gives the small image."""
     target: torch.Tensor
-    """(3, H, W) in [0, 1]: what is to be made."""
+    """(3, H, W) in [0, 1]: what is to be generated."""
     details: dict[str, Any]
     """What the task knows besides, under the names that `SCENE_TASKS` lists."""
 
@@ -70,7 +70,7 @@ class SceneTask:
 
     name: str
     """Key in `SCENE_TASKS`."""
-    scene: Callable[[_Given], tuple[torch.Tensor, dict[str, Any]]]
+    scene: Callable[[_Source], tuple[torch.Tensor, dict[str, Any]]]
     """Condition image and details of a rendered scene."""
     photo: Callable[..., tuple[torch.Tensor, dict[str, Any]]] | None = None
     """The same of a photo; `None`: no library can tell."""
@@ -78,7 +78,7 @@ class SceneTask:
     """Whether the condition can be asked for, given the image."""
 
 
-class _Given(NamedTuple):
+class _Source(NamedTuple):
     """What a task may look at."""
 
     scene: Scene
@@ -120,7 +120,7 @@ def from_scene(
     rendering = render([scene], size) if rendering is None else rendering
     if rendering.rgb.shape[0] != 1:
         raise ValueError(f"got the rendering of {rendering.rgb.shape[0]} scenes; take one with `rendering.one(row)`")
-    condition, details = chosen.scene(_Given(scene, rendering, rng))
+    condition, details = chosen.scene(_Source(scene, rendering, rng))
     return _example(condition, rendering.rgb[0], details, inverse)
 
 
@@ -171,16 +171,16 @@ def image_to_depth(image: torch.Tensor) -> torch.Tensor:
     return FAR - image.mean(-3, keepdim=True).clamp(0, 1) * (FAR - NEAR)
 
 
-def _scene_depth(given: _Given) -> tuple[torch.Tensor, dict[str, Any]]:
-    depth = given.rendering.depth[0]
+def _scene_depth(source: _Source) -> tuple[torch.Tensor, dict[str, Any]]:
+    depth = source.rendering.depth[0]
     return depth_to_image(depth), {"depth": depth}
 
 
 # Edges
 
 
-def _scene_canny(given: _Given) -> tuple[torch.Tensor, dict[str, Any]]:
-    return given.rendering.edges[0].float().expand(3, -1, -1), {}
+def _scene_canny(source: _Source) -> tuple[torch.Tensor, dict[str, Any]]:
+    return source.rendering.edges[0].float().expand(3, -1, -1), {}
 
 
 # Segmentation and boxes
@@ -205,95 +205,95 @@ def scene_classes(scene: Scene, indices: torch.Tensor) -> torch.Tensor:
     return torch.tensor(_classes(scene), device=indices.device)[indices]
 
 
-def _scene_segmentation(given: _Given) -> tuple[torch.Tensor, dict[str, Any]]:
-    classes = scene_classes(given.scene, given.rendering.indices[0])
+def _scene_segmentation(source: _Source) -> tuple[torch.Tensor, dict[str, Any]]:
+    classes = scene_classes(source.scene, source.rendering.indices[0])
     return segmentation_to_image(classes), {"classes": classes}
 
 
-def _scene_boxes(given: _Given) -> tuple[torch.Tensor, dict[str, Any]]:
+def _scene_boxes(source: _Source) -> tuple[torch.Tensor, dict[str, Any]]:
     """A frame around each object and a faint fill, in its kind's colour of `PALETTE`."""
-    boxes = given.rendering.boxes[0]
-    image = boxes.new_zeros(3, given.size, given.size)
-    width = max(1, round(given.size / 64))
-    for box, kind in zip(boxes.long().tolist(), _classes(given.scene)[1:]):
+    boxes = source.rendering.boxes[0]
+    image = boxes.new_zeros(3, source.size, source.size)
+    width = max(1, round(source.size / 64))
+    for box, kind in zip(boxes.long().tolist(), _classes(source.scene)[1:]):
         left, top, right, bottom = box
         colour = image.new_tensor(PALETTE[kind])[:, None, None]
         inside = image[:, top:bottom, left:right]
         middle = inside[:, width:-width, width:-width].clone()
         inside[:] = colour
         inside[:, width:-width, width:-width] = torch.maximum(middle, 0.25 * colour)
-    return image, {"boxes": boxes, "kinds": [thing.kind for thing in given.scene.objects]}
+    return image, {"boxes": boxes, "kinds": [thing.kind for thing in source.scene.objects]}
 
 
-def _scene_blur(given: _Given) -> tuple[torch.Tensor, dict[str, Any]]:
-    radius = between(given.rng, 2.0, 5.0) * given.size / 128
-    return blurred(given.rgb, radius), {"radius": radius}
+def _scene_blur(source: _Source) -> tuple[torch.Tensor, dict[str, Any]]:
+    radius = between(source.rng, 2.0, 5.0) * source.size / 128
+    return blurred(source.rgb, radius), {"radius": radius}
 
 
-def _scene_grey(given: _Given) -> tuple[torch.Tensor, dict[str, Any]]:
-    return greyed(given.rgb), {}
+def _scene_grey(source: _Source) -> tuple[torch.Tensor, dict[str, Any]]:
+    return greyed(source.rgb), {}
 
 
-def _scene_mask(given: _Given) -> tuple[torch.Tensor, dict[str, Any]]:
+def _scene_mask(source: _Source) -> tuple[torch.Tensor, dict[str, Any]]:
     """Hides one object with some room around it, or a rectangle anywhere."""
-    size = given.size
-    mask = torch.zeros(1, size, size, dtype=torch.bool, device=given.rgb.device)
-    left, top, right, bottom = pick(given.rng, given.rendering.boxes[0, : len(given.scene.objects)].long().tolist())
-    if given.rng.random() < 0.5:
-        room = round(between(given.rng, 0.0, 0.08) * size)
+    size = source.size
+    mask = torch.zeros(1, size, size, dtype=torch.bool, device=source.rgb.device)
+    left, top, right, bottom = pick(source.rng, source.rendering.boxes[0, : len(source.scene.objects)].long().tolist())
+    if source.rng.random() < 0.5:
+        room = round(between(source.rng, 0.0, 0.08) * size)
         mask[:, max(0, top - room) : bottom + room, max(0, left - room) : right + room] = True
     else:
-        height, width = (round(between(given.rng, 0.25, 0.6) * size) for _ in range(2))
-        row, column = (int(given.rng.random() * (size - n)) for n in (height, width))
+        height, width = (round(between(source.rng, 0.25, 0.6) * size) for _ in range(2))
+        row, column = (int(source.rng.random() * (size - n)) for n in (height, width))
         mask[:, row : row + height, column : column + width] = True
-    return with_hole(given.rgb, mask)
+    return with_hole(source.rgb, mask)
 
 
-def _scene_super_resolution(given: _Given) -> tuple[torch.Tensor, dict[str, Any]]:
-    small, details = smaller(to_image(given.rgb), pick(given.rng, (2, 4)))
-    return small.to(given.rgb.device), details
+def _scene_super_resolution(source: _Source) -> tuple[torch.Tensor, dict[str, Any]]:
+    small, details = smaller(to_image(source.rgb), pick(source.rng, (2, 4)))
+    return small.to(source.rgb.device), details
 
 
 # References: another image
 
 
-def _scene_subject(given: _Given) -> tuple[torch.Tensor, dict[str, Any]]:
+def _scene_subject(source: _Source) -> tuple[torch.Tensor, dict[str, Any]]:
     """The first object alone elsewhere: its kind and colour stay, camera, background and style are other ones."""
-    thing = given.scene.objects[0]
+    thing = source.scene.objects[0]
     # No reference shows a held-out triple, whatever the split of the scene: it may be trained on. Neon and sepia would
     # not show the colour well.
     styles = [s for s in ("photo", "cartoon", "sketch", "mosaic") if is_trained(thing.kind, thing.colour, s)]
     reference = draw(
-        given.rng,
+        source.rng,
         allowed=lambda kind, colour, _: (kind, colour) == (thing.kind, thing.colour),
         objects=1,
-        style=pick(given.rng, styles),
+        style=pick(source.rng, styles),
     )
-    return given.render(reference).rgb[0], {"reference": reference}
+    return source.render(reference).rgb[0], {"reference": reference}
 
 
-def _scene_style_reference(given: _Given) -> tuple[torch.Tensor, dict[str, Any]]:
+def _scene_style_reference(source: _Source) -> tuple[torch.Tensor, dict[str, Any]]:
     """Another scene in the same style, with none of the kinds and colours."""
-    kinds = {thing.kind for thing in given.scene.objects}
-    colours = {thing.colour for thing in given.scene.objects}
+    kinds = {thing.kind for thing in source.scene.objects}
+    colours = {thing.colour for thing in source.scene.objects}
     reference = draw(
-        given.rng,
+        source.rng,
         allowed=lambda kind, colour, style: (
             is_trained(kind, colour, style) and kind not in kinds and colour not in colours
         ),
-        style=given.scene.style,
+        style=source.scene.style,
     )
-    return given.render(reference).rgb[0], {"reference": reference}
+    return source.render(reference).rgb[0], {"reference": reference}
 
 
-def _scene_views(given: _Given) -> tuple[torch.Tensor, dict[str, Any]]:
+def _scene_views(source: _Source) -> tuple[torch.Tensor, dict[str, Any]]:
     """The same scene from another place on the camera's sphere, 10 to 40 degrees around."""
-    other = another_camera(given.scene, given.rng)
-    seen = given.render(other)
+    other = another_camera(source.scene, source.rng)
+    seen = source.render(other)
     return seen.rgb[0], {
-        "cameras": (other.camera, given.scene.camera),
-        "poses": torch.cat([seen.pose, given.rendering.pose]),
-        "intrinsics": given.rendering.intrinsics,
+        "cameras": (other.camera, source.scene.camera),
+        "poses": torch.cat([seen.pose, source.rendering.pose]),
+        "intrinsics": source.rendering.intrinsics,
     }
 
 

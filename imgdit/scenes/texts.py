@@ -9,7 +9,7 @@ from random import Random
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from imgdit.models.masked_lm import new_masked_lm
-from imgdit.scenes.captions import caption, leave_unsaid
+from imgdit.scenes.captions import caption, leave_out
 from imgdit.scenes.tokenizer import text_tokenizer
 from imgdit.scenes.world import BACKGROUNDS, COLOURS, OBJECTS, STYLES, Scene, pick
 from imgdit.training.text_pairs import TextPair
@@ -52,8 +52,8 @@ class SceneTexts:
         seed = self.first_seed + index
         scene, rng = Scene.sample(seed, self.split), Random(seed)
         tokenizer = scene_text_tokenizer()
-        said = caption(scene, rng, leave_unsaid(rng, UNSAID))
-        row = TextRow(begun(tokenizer, ""), begun(tokenizer, said)[1:])
+        text = caption(scene, rng, leave_out(rng, UNSAID))
+        row = TextRow(begun(tokenizer, ""), begun(tokenizer, text)[1:])
         return text_rows([row], self.length, tokenizer.eos_token_id, self.count_padding)
 
 

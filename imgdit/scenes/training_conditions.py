@@ -95,10 +95,10 @@ class SceneConditions(CachedScenes):
             condition = self.latent(*pick(rng, self._styled[style]))
         shown = scene_views(scene, self.split).looks[view][look]
         if self.task == "subject" and rng.random() < NAMELESS:
-            said = caption(shown, rng, ["subject"])
+            text = caption(shown, rng, ["subject"])
         else:
-            said = self.say(rng, shown)
-        return Sample([self.latent(scene, "pictures", view, look), condition], said)
+            text = self.draw_caption(rng, shown)
+        return Sample([self.latent(scene, "pictures", view, look), condition], text)
 
     @cached_property
     def _others(self) -> list[tuple[int, int]]:

@@ -31,8 +31,8 @@ from imgdit.io.fingerprints import weights_hash
 from imgdit.io.order import mixed_seed
 from imgdit.layout import FrameLayout
 from imgdit.models.functional import PATCH, pack
-from imgdit.naming import check_name
-from imgdit.scenes.captions import caption, leave_unsaid
+from imgdit.naming import check_name, old_names, renamed_value
+from imgdit.scenes.captions import caption, leave_out
 from imgdit.scenes.geometry import camera_to_world, intrinsics
 from imgdit.scenes.latents import LOOKS, MAPS, SHARD, SIZE, VIEWS, SceneLatents, cache_latents, scene_views
 from imgdit.scenes.tokenizer import caption_tokenizer
@@ -41,20 +41,20 @@ from imgdit.tasks import task_caption
 from imgdit.training.batches import Batch, Text
 from imgdit.training.trained import load_trained
 
-SHARES = {"pictures": 0.45, "pairs": 0.2, "views": 0.3, "cameras": 0.05}
+PROBABILITIES = {"images": 0.45, "pairs": 0.2, "views": 0.3, "cameras": 0.05}
 """Of the batches from step 20,000 of the embedded model on; the log has those before. Captions are learned in every
 kind of batch, and soonest."""
-FRAMES = {"pictures": 1, "pairs": 2, "views": 4, "cameras": 4}
-HELD = {"views": (1,), "cameras": (0, 1, 2)}
-"""Frames that are never made. The first camera's rays say nothing new."""
+FRAMES = {"images": 1, "pairs": 2, "views": 4, "cameras": 4}
+CLEAN = {"views": (1,), "cameras": (0, 1, 2)}
+"""Frames that are never generated. The first camera's rays say nothing new."""
 FAINTEST = 0.9
 """Least noise of a camera that is looked for. A map of 256 rays tells six numbers: through less noise it shows them
 itself, and the images would not be looked at."""
 PAIRS = {"depth": 0.22, "canny": 0.16, "segmentation": 0.3, "other": 0.17, "editing": 0.075, "subject": 0.075}
 """Of the pairs; "other" is the one condition that each view was cached with."""
 MARKED, BARE, UNSAID = 0.25, 0.15, 0.1
-"""Shares of text-to-image prompts that begin with their task's token, of other prompts that hold nothing but their
-token, and of captions that leave the place or the style unsaid."""
+"""Fractions of text-to-image prompts that begin with their task's token, of other prompts that hold nothing but their
+token, and of captions that leave the place or the style out."""
 HELD_OUT = 2 * SHARD
 """Scenes of the held-out split."""
 
@@ -128,11 +128,12 @@ class CachedScenes:
         return pick(rng, range(self.scenes)), pick(rng, range(VIEWS)), pick(rng, range(LOOKS))
 
     @staticmethod
-    def say(rng: Random, scene: Scene) -> str:
+    def draw_caption(rng: Random, scene: Scene) -> str:
         """A caption, perhaps without the place or the style."""
-        return caption(scene, rng, leave_unsaid(rng, UNSAID))
+        return caption(scene, rng, leave_out(rng, UNSAID))
 
 
+@old_names(shares="probabilities")
 class SceneFrames(CachedScenes):
     """Endless: sample i is a `Batch`, the same for the same i.
 
@@ -143,12 +144,13 @@ class SceneFrames(CachedScenes):
         model: pipeline folder of the autoencoder and text encoder instead, "embedded" for the one that comes along.
         tokens: image tokens of a batch; how many samples that are depends on the kind.
         size: pixels per side.
-        shares: of the kinds of batches; a kind that is left out has none.
-        pairs: shares of the tasks among the pairs; "other" stands for five tasks alike, see `data.latents.OTHERS`.
+        probabilities: of the kinds of batches, relative to each other; a kind that is left out has none.
+        pairs: probabilities of the tasks among the pairs; "other" stands for five tasks alike, see
+            `imgdit.scenes.latents.OTHERS`.
         split: "train" or "heldout".
 
     Raises:
-        ValueError: an unknown kind or task, shares that are no shares, or a cache of another autoencoder or size.
+        ValueError: an unknown kind or task, probabilities that are none, or a cache of another autoencoder or size.
     """
 
     def __init__(
@@ -160,26 +162,30 @@ class SceneFrames(CachedScenes):
         model: str | None = None,
         tokens: int = 4096,
         size: int = SIZE,
-        shares: dict[str, float] = SHARES,
+        probabilities: dict[str, float] = PROBABILITIES,
         pairs: dict[str, float] = PAIRS,
         split: str = "train",
     ):
-        _check_shares("shares", shares, SHARES)
-        _check_shares("pairs", pairs, PAIRS)
+        probabilities = {
+            renamed_value(kind, {"pictures": "images"}, "data.arguments.probabilities"): value
+            for kind, value in probabilities.items()
+        }
+        _check_probabilities("probabilities", probabilities, PROBABILITIES)
+        _check_probabilities("pairs", pairs, PAIRS)
         if model is None:
             parts = (load_trained(autoencoder), load_trained(text_encoder).encoder, caption_tokenizer())
             super().__init__(*parts, latents, scenes, split, size)
         else:
             parts = scene_components(model)
             super().__init__(*parts, latents, scenes, split, size, parts[0].config.scaling_factor)
-        self.tokens, self.shares, self.pairs = tokens, shares, pairs
+        self.tokens, self.probabilities, self.pairs = tokens, probabilities, pairs
 
     def __getitem__(self, index: int) -> Batch:
         rng = Random(mixed_seed(index, 0))
-        kind = _choose(rng, self.shares)
+        kind = _choose(rng, self.probabilities)
         count = max(1, self.tokens // (FRAMES[kind] * self.size[0] * self.size[1]))
         views = self._views
-        make = {"pictures": self._image, "pairs": self._pair, "views": views, "cameras": views}[kind]
+        make = {"images": self._image, "pairs": self._pair, "views": views, "cameras": views}[kind]
         batch = self.batch([make(rng) for _ in range(count)], frames_of(kind, self.size))
         if kind != "cameras":
             return batch
@@ -188,35 +194,35 @@ class SceneFrames(CachedScenes):
 
     def _image(self, rng: Random) -> Sample:
         scene, view, look = self.draw(rng)
-        said = self.say(rng, scene_views(scene, self.split).looks[view][look])
+        text = self.draw_caption(rng, scene_views(scene, self.split).looks[view][look])
         task = "text_to_image" if rng.random() < MARKED else None
-        return Sample([self.latent(scene, "pictures", view, look)], task_caption(said, task))
+        return Sample([self.latent(scene, "pictures", view, look)], task_caption(text, task))
 
     def _pair(self, rng: Random) -> Sample:
         scene, view, look = self.draw(rng)
         drawn = scene_views(scene, self.split)
         task = _choose(rng, self.pairs)
         if task == "editing":  # the same view in another look
-            given = self.latent(scene, "pictures", view, pick(rng, [n for n in range(LOOKS) if n != look]))
+            condition = self.latent(scene, "pictures", view, pick(rng, [n for n in range(LOOKS) if n != look]))
         elif task == "subject":  # the same objects elsewhere: only the first two looks share their colours
             look = pick(rng, (0, 1))
-            given = self.latent(scene, "pictures", 1 - view, 1 - look)
+            condition = self.latent(scene, "pictures", 1 - view, 1 - look)
         elif task == "other":
             task, look = drawn.others[view], 0
-            given = self.latent(scene, "others", view)
+            condition = self.latent(scene, "others", view)
         else:
-            given = self.latent(scene, "maps", view, MAPS.index(task))
-        said = "" if rng.random() < BARE else self.say(rng, drawn.looks[view][look])
-        return Sample([self.latent(scene, "pictures", view, look), given], task_caption(said, task))
+            condition = self.latent(scene, "maps", view, MAPS.index(task))
+        text = "" if rng.random() < BARE else self.draw_caption(rng, drawn.looks[view][look])
+        return Sample([self.latent(scene, "pictures", view, look), condition], task_caption(text, task))
 
     def _views(self, rng: Random) -> Sample:
         scene, first, look = self.draw(rng)
         order = (first, 1 - first)
         looks = [scene_views(scene, self.split).looks[view][look] for view in order]
-        said = "" if rng.random() < BARE else self.say(rng, looks[0])
+        text = "" if rng.random() < BARE else self.draw_caption(rng, looks[0])
         images = [self.latent(scene, "pictures", view, look) for view in order]
         rays = scene_rays([look.camera for look in looks], images[0].shape[-1])
-        return Sample([images[0], rays[0], images[1], rays[1]], task_caption(said, "views"))
+        return Sample([images[0], rays[0], images[1], rays[1]], task_caption(text, "views"))
 
 
 def scene_components(model: str) -> tuple[Any, Any, Any]:
@@ -229,8 +235,8 @@ def scene_components(model: str) -> tuple[Any, Any, Any]:
 
 def frames_of(kind: str, size: tuple[int, int]) -> list[Frame]:
     """The frames of a kind of batch, with `size` rows and columns of tokens."""
-    held = HELD.get(kind, ())
-    return [Frame(size, sigma=0.0 if n in held else None, index=float(n)) for n in range(FRAMES[kind])]
+    clean = CLEAN.get(kind, ())
+    return [Frame(size, sigma=0.0 if n in clean else None, index=float(n)) for n in range(FRAMES[kind])]
 
 
 def scene_rays(cameras: Sequence[Camera], size: int) -> torch.Tensor:
@@ -250,16 +256,16 @@ def latent_scale(folder: str | Path) -> float:
     return round(1.0 / float(images.std()), 2)
 
 
-def _check_shares(name: str, shares: dict[str, float], known: Iterable[str]) -> None:
-    for key in shares:
+def _check_probabilities(name: str, values: dict[str, float], known: Iterable[str]) -> None:
+    for key in values:
         check_name(f"name in {name}", key, known)
-    if min(shares.values(), default=-1.0) < 0 or not sum(shares.values()) > 0:
-        raise ValueError(f"{name} must be 0 or more, and one of them positive, got {shares}")
+    if min(values.values(), default=-1.0) < 0 or not sum(values.values()) > 0:
+        raise ValueError(f"{name} must be 0 or more, and one of them positive, got {values}")
 
 
-def _choose(rng: Random, shares: dict[str, float]) -> str:
-    place = rng.random() * sum(shares.values())
-    for name, fraction in shares.items():
+def _choose(rng: Random, values: dict[str, float]) -> str:
+    place = rng.random() * sum(values.values())
+    for name, fraction in values.items():
         place -= fraction
         if place < 0:
             return name

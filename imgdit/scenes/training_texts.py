@@ -128,8 +128,8 @@ class SceneImageTexts(CachedScenes):
         return rng.randint(self.question_length, longest), 0, self.questions
 
     def _caption(self, scene: Scene, rng: Random) -> TextRow:
-        said = plain_caption(scene) if rng.random() < self.plain else caption(scene, rng)
-        return TextRow([], self._ids(said))
+        text = plain_caption(scene) if rng.random() < self.plain else caption(scene, rng)
+        return TextRow([], self._ids(text))
 
     def _question(self, scene: Scene, rng: Random) -> TextRow:
         asked = question(scene, rng)

@@ -108,7 +108,7 @@ class MultiFrameFlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
 
         Args:
             model_output: velocity, (B, n, C) with a layout.
-            sample: (B, N, C) with a layout: all its frames, of which the held ones come back bitwise as they are.
+            sample: (B, N, C) with a layout: all its frames, of which the clean ones come back bitwise as they are.
             generator: one, or one for each sample, of the noise that `stochastic_sampling` draws.
             per_token_timesteps: without a layout, (B, N) of samples (B, N, C), or (B, h, w) of latent grids
                 (B, C, h, w), in [0, 1000]: each token or cell moves to the next lower level of the schedule. As in
@@ -126,16 +126,16 @@ class MultiFrameFlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
             return super().step(model_output, timestep, sample, *options, None, return_dict)
         if per_token_timesteps is not None:
             raise ValueError("give noise levels per frame (frame_timesteps) or per token, not both")
-        made = take_rows(sample, layout.predicted)
-        if model_output.shape != made.shape:
+        generated = take_rows(sample, layout.predicted)
+        if model_output.shape != generated.shape:
             raise ValueError(
-                f"model_output must be {tuple(made.shape)}, the tokens of the frames being generated; "
+                f"model_output must be {tuple(generated.shape)}, the tokens of the frames being generated; "
                 f"got {tuple(model_output.shape)}"
             )
         if frame_timesteps is None:
-            (moved,) = super().step(model_output, timestep, made, *options, None, return_dict=False)
+            (moved,) = super().step(model_output, timestep, generated, *options, None, return_dict=False)
         else:
-            moved = self._step_frames(model_output, timestep, made, options, layout, frame_timesteps)
+            moved = self._step_frames(model_output, timestep, generated, options, layout, frame_timesteps)
         prev_sample = put_rows(sample, layout.predicted, moved)
         return FlowMatchEulerDiscreteSchedulerOutput(prev_sample=prev_sample) if return_dict else (prev_sample,)
 
@@ -165,7 +165,7 @@ class MultiFrameFlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
         self,
         model_output: torch.Tensor,
         timestep: float | torch.Tensor,
-        made: torch.Tensor,
+        generated: torch.Tensor,
         options: tuple,
         layout: FrameLayout,
         frame_timesteps: torch.Tensor,
@@ -174,7 +174,7 @@ class MultiFrameFlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
         per_token = _per_token(per_frame, layout.predicted_lengths)
         # The parent's branch for per-token levels has dt = current - next, the opposite sign of its ordinary step.
         sign = 1 if self.config.stochastic_sampling else -1
-        (moved,) = super().step(sign * model_output, timestep, made, *options, per_token, return_dict=False)
+        (moved,) = super().step(sign * model_output, timestep, generated, *options, per_token, return_dict=False)
         return moved.to(model_output.dtype)
 
     def sample_sigmas(
@@ -197,7 +197,7 @@ class MultiFrameFlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
             distribution: "logit_normal" (SD3, arXiv 2403.03206, equation 19) or "uniform".
             mean, std: of the normal behind the logit-normal.
             shared: one level for all frames of a sample instead of one each.
-            clean: fraction of frames that get level 0, as if they were given. One frame of a sample always keeps its
+            clean: fraction of frames that get level 0, as if they conditioned. One frame of a sample always keeps its
                 noise.
             num_tokens: generated tokens, for dynamic shifting (SD3, equation 23).
             generator: source of every draw.
@@ -218,9 +218,9 @@ class MultiFrameFlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
             scores = torch.special.ndtr(
                 randn_tensor((batch_size, num_frames), generator=generator, device=device, dtype=torch.float32)
             )
-            given = scores < clean
-            given.scatter_(1, scores.argmax(dim=1, keepdim=True), False)
-            sigmas = sigmas.masked_fill(given, 0.0)
+            is_clean = scores < clean
+            is_clean.scatter_(1, scores.argmax(dim=1, keepdim=True), False)
+            sigmas = sigmas.masked_fill(is_clean, 0.0)
         return sigmas.clone()
 
     def _shifted(self, sigmas: torch.Tensor, num_tokens: int | None) -> torch.Tensor:

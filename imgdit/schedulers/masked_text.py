@@ -311,7 +311,7 @@ class MaskedTextScheduler(BlockRefinementScheduler):
         if self._extra and options.step >= self.num_inference_steps:
             options = replace(options, sampling_method="greedy", forbid_mask=True)
         if options.sampling_method == "categorical":
-            drawn = self._draw_categorical(logits, self._share(fillable.sum(1), options.step), options)
+            drawn = self._draw_categorical(logits, self._fraction(fillable.sum(1), options.step), options)
             chosen = (drawn.tokens != options.mask_token_id) & fillable
         else:
             drawn = self._draw(logits, options)
@@ -434,7 +434,7 @@ class MaskedTextScheduler(BlockRefinementScheduler):
         """
         reveal, open_ = self.config.reveal, fillable.sum(1)  # (B,)
         if options.choose == "ancestral":
-            fraction = self._share(open_, options.step)[:, None]
+            fraction = self._fraction(open_, options.step)[:, None]
             return (confidence.float() < fraction) | (fraction >= 1)
         if reveal == "maskgit":
             return self._above_cut(confidence, fillable, options.step)
@@ -476,7 +476,7 @@ class MaskedTextScheduler(BlockRefinementScheduler):
             return self._counts[:, : step + 1].sum(1) - (self._masks - open_)
         return self._counts[:, min(step, self._counts.shape[1] - 1)]
 
-    def _share(self, open_: torch.Tensor, step: int) -> torch.Tensor:
+    def _fraction(self, open_: torch.Tensor, step: int) -> torch.Tensor:
         """Probability (B,) with which a mask goes in this step."""
         if step >= self.num_inference_steps - 1 + self._extra:
             return torch.ones(len(open_), device=open_.device)

@@ -61,16 +61,16 @@ class Batch(Movable):
     tokens: torch.Tensor
     """(B, N, C) clean tokens of all frames, in the layout's order."""
     layout: FrameLayout
-    """The frames. One held at a noise level (`Frame.sigma`) is given: it is never predicted."""
+    """The frames. One with a noise level of its own (`Frame.sigma`) conditions: it is never predicted."""
     text: Text
     """The samples' text."""
     empty: Text | None = None
     """The empty text, with B = 1: what a dropped text becomes."""
     empty_tokens: torch.Tensor | None = None
     """(N, C): what the tokens of a dropped condition become (a black image's latents in OminiControl); `None`:
-    zeros. Only rows of held frames are read."""
+    zeros. Only rows of clean frames are read."""
     counts: torch.Tensor | None = None
-    """Boolean (B, F): frames whose prediction is part of the loss; `None`: all that are being made. A sample without
+    """Boolean (B, F): frames whose prediction is part of the loss; `None`: all that are generated. A sample without
     any contributes 0."""
     sigmas: torch.Tensor | None = None
     """(B, F) noise levels to use instead of drawing them."""
@@ -78,7 +78,7 @@ class Batch(Movable):
     """(B, N, C) noise to use instead of drawing it."""
 
     def at(self, sigma: float) -> Batch:
-        """The batch with every made frame at one noise level and the held frames at theirs."""
+        """The batch with every generated frame at one noise level and the clean frames at theirs."""
         levels = [sigma if frame.sigma is None else frame.sigma for frame in live_frames(self.layout)]
         return dataclasses.replace(self, sigmas=self.tokens.new_tensor(levels).expand(len(self.tokens), -1))
 

@@ -184,9 +184,9 @@ def _run_step(recipe: Recipe, model: Any, load: Load, keep_gradients: bool) -> f
     with _Live() as live:
         for _ in range(min(recipe.run.accumulation, 2)):  # from the second on, gradients are there from the start
             with torch.autocast("cpu", half or torch.bfloat16, enabled=half is not None):
-                made = model(tokens, text, pooled, torch.ones(load.samples), layout=load.layout, **options).sample
-            made.float().square().mean().backward()
-            del made
+                out = model(tokens, text, pooled, torch.ones(load.samples), layout=load.layout, **options).sample
+            out.float().square().mean().backward()
+            del out
     return live.peak
 
 

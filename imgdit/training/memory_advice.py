@@ -30,13 +30,13 @@ def remedies(recipe: Recipe, load: Load, limit: float, *, gpus: int = 1) -> Iter
     """
     before = memory_plan(recipe, load, gpus=gpus).total
     together, smaller, useful = recipe, load, 0
-    for what, changed, shares in _changes(recipe, load):
-        found = memory_plan(changed, shares, gpus=gpus)
+    for what, changed, loads in _changes(recipe, load):
+        found = memory_plan(changed, loads, gpus=gpus)
         if found.total < 0.99 * before:
             yield Remedy(what, found)
             together, smaller, useful = (
                 _merge(together, changed, recipe),
-                min(smaller, shares, key=_samples),
+                min(smaller, loads, key=_samples),
                 useful + 1,
             )
     if useful > 1:

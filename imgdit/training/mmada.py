@@ -139,11 +139,11 @@ class MMaDAData:
         self.entries: dict[str, list[Entry]] = {task: [] for task in TASKS}
         for task, entry in _entries(settings):
             self.entries[task].append(entry)
-        held = settings.split == "heldout"
+        heldout = settings.split == "heldout"
         self.orders: dict[str, DataOrder] = {}
         for number, (task, rows) in enumerate(settings.batch.items()):
             found = self.entries[task]
-            kept = [one for n, one in enumerate(found) if (n % HELD_OUT == HELD_OUT - 1) == held]
+            kept = [one for n, one in enumerate(found) if (n % HELD_OUT == HELD_OUT - 1) == heldout]
             if rows and not kept:
                 raise ValueError(
                     f"{settings.path} has {len(found)} entries for the task {task!r}, none for the split "
@@ -155,8 +155,8 @@ class MMaDAData:
         self._codes: dict[str, torch.Tensor] = {}
         self.cache = None
         if settings.cache is not None:
-            made_by = {"image_tokenizer": folder_hash([parts.image_folder])}
-            self.cache = TensorCache(Path(settings.cache) / "codes", made_by)
+            origin = {"image_tokenizer": folder_hash([parts.image_folder])}
+            self.cache = TensorCache(Path(settings.cache) / "codes", origin)
             with self.cache.filling():
                 for task in self.orders:
                     for entry in self.entries[task]:
@@ -167,17 +167,17 @@ class MMaDAData:
         for task, order in self.orders.items():
             rows = self.settings.batch[task]
             entries = [self.entries[task][order[index * rows + n]] for n in range(rows)]
-            made = self._rows(task, entries)
-            found.append(made)
+            built = self._rows(task, entries)
+            found.append(built)
             without = [entry._replace(text="") for entry in entries]
-            empty.append(self._rows(task, without) if task == "text_to_image" else made)
+            empty.append(self._rows(task, without) if task == "text_to_image" else built)
             tasks += [task] * rows
         return MMaDABatch(
-            torch.cat([made.ids for made in found]),
-            torch.cat([made.attention_mask for made in found]),
-            torch.cat([~made.prompt for made in found]),
-            torch.cat([made.ids for made in empty]),
-            torch.cat([made.attention_mask for made in empty]),
+            torch.cat([one.ids for one in found]),
+            torch.cat([one.attention_mask for one in found]),
+            torch.cat([~one.prompt for one in found]),
+            torch.cat([one.ids for one in empty]),
+            torch.cat([one.attention_mask for one in empty]),
             tuple(tasks),
         )
 

@@ -25,24 +25,24 @@ class Progress:
         self.name, self.total, self.silent = name, total, silent
         self.looked_at = sys.stderr.isatty()
         self.bar = tqdm(total=total, initial=step, desc=name, disable=silent or not self.looked_at)
-        self.told = time.monotonic()
+        self.noted_at = time.monotonic()
 
     def update(self) -> None:
         """A step is done."""
         self.bar.update()
 
-    def note(self, step: int, said: str, last: bool = False) -> None:
+    def note(self, step: int, text: str, last: bool = False) -> None:
         """Say how it goes.
 
         Args:
             said: such as "loss 0.1234".
             last: whether the run ends or stops here.
         """
-        self.bar.set_postfix_str(said)
+        self.bar.set_postfix_str(text)
         now = time.monotonic()
-        if not (self.silent or self.looked_at) and (last or now - self.told >= EVERY):
-            self.told = now
-            print(f"{self.name}: step {step} of {self.total}, {said}", file=sys.stderr, flush=True)
+        if not (self.silent or self.looked_at) and (last or now - self.noted_at >= EVERY):
+            self.noted_at = now
+            print(f"{self.name}: step {step} of {self.total}, {text}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """The run is over."""

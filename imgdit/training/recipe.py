@@ -17,7 +17,8 @@ from typing import Any, Literal, get_type_hints
 import torch
 
 from imgdit.lora.config import OMINICONTROL_TARGETS
-from imgdit.recipes import check_arguments, find_object, parse_as, read_yaml, renamed
+from imgdit.naming import renamed_value
+from imgdit.recipes import check_arguments, find_object, parse_as, read_yaml
 
 MODELS = {
     "mmdit": "imgdit.models.mmdit:MMDiT",
@@ -129,7 +130,7 @@ class ModelConfig:
     """What the other weights under an adapter are kept in. Trained weights are always float32."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "kind", renamed(self.kind, _RENAMED_MODELS, "model.kind"))
+        object.__setattr__(self, "kind", renamed_value(self.kind, _RENAMED_MODELS, "model.kind"))
         if self.pretrained is not None and self.start_from is not None:
             raise ValueError(
                 f"weights come from pretrained or from start_from, got {self.pretrained!r} and {self.start_from!r}"
@@ -143,8 +144,10 @@ class ModelConfig:
     def model_class(self) -> Any:
         """What `kind` names."""
         found = find_object(self.kind, MODELS, "imgdit.models", "model.kind is")
-        made = found if isinstance(found, type) else get_type_hints(found).get("return") if callable(found) else None
-        if not (isinstance(made, type) and issubclass(made, torch.nn.Module)):
+        model_type = (
+            found if isinstance(found, type) else get_type_hints(found).get("return") if callable(found) else None
+        )
+        if not (isinstance(model_type, type) and issubclass(model_type, torch.nn.Module)):
             raise ValueError(
                 f"model.kind must name a torch module or a function that is annotated to return one, got {self.kind!r}"
             )
@@ -189,7 +192,7 @@ class DataConfig:
     """Processes that prepare samples; 0: the training process itself."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "name", renamed(self.name, _RENAMED_DATA, "data.name"))
+        object.__setattr__(self, "name", renamed_value(self.name, _RENAMED_DATA, "data.name"))
         _require(self.workers >= 0, "workers", "0 or more", self.workers)
 
 
@@ -274,7 +277,7 @@ class ObjectiveConfig:
     """Its keyword arguments."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "name", renamed(self.name, _RENAMED_OBJECTIVES, "objective.name"))
+        object.__setattr__(self, "name", renamed_value(self.name, _RENAMED_OBJECTIVES, "objective.name"))
         check_arguments(self.function, self.arguments, "arguments")
 
     @property

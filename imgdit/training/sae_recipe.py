@@ -78,15 +78,15 @@ class SAEData:
     inserted is measured in the end."""
     shards: str | None = None
     """Folder for the activations on disk, which are recorded once and then read; `None`: they stream through memory
-    and images are made as long as training goes on."""
+    and images are generated as long as training goes on."""
     buffer: int = 65_536
     """Token vectors per hookpoint that are held in memory to be shuffled."""
 
     def __post_init__(self) -> None:
         _rename_count(self, "scene_captions", "imgdit.scenes.prompts:captions")
-        given = [name for name in ("prompts", "prompts_file", "prompts_from") if getattr(self, name)]
-        if len(given) != 1:
-            raise ValueError(f"give one of prompts, prompts_file and prompts_from, got {', '.join(given) or 'none'}")
+        sources = [name for name in ("prompts", "prompts_file", "prompts_from") if getattr(self, name)]
+        if len(sources) != 1:
+            raise ValueError(f"give one of prompts, prompts_file and prompts_from, got {', '.join(sources) or 'none'}")
         _check_count(self)
 
     def all_prompts(self, seed: int) -> list[str]:

@@ -233,11 +233,11 @@ class SAETrainingRun:
 
 
 class _Streamed:
-    """Images are made while training goes on; a buffer for each hookpoint mixes their vectors."""
+    """Images are generated while training goes on; a buffer for each hookpoint mixes their vectors."""
 
     def __init__(self, recipe: SAERecipe, pipe: Any, hookpoints: Sequence[str], prompts: Sequence[str]) -> None:
         self.recipe, self.pipe, self.hookpoints, self.prompts = recipe, pipe, hookpoints, prompts
-        self.made = 0  # prompts so far, over all rounds
+        self.drawn = 0  # prompts so far, over all rounds
         self.buffers: dict[str, ShuffleBuffer] = {}
         self._fill()
 
@@ -255,7 +255,7 @@ class _Streamed:
         half = self.recipe.data.buffer // 2
         while not self.buffers or min(b.filled for b in self.buffers.values()) < max(half, self.recipe.run.batch_size):
             # A round over the prompts begins with noise nobody has seen.
-            rounds, start = divmod(self.made, len(self.prompts))
+            rounds, start = divmod(self.drawn, len(self.prompts))
             recording = next(
                 stream_activations(
                     self.pipe,
@@ -268,7 +268,7 @@ class _Streamed:
                     **self.recipe.pipeline.call,
                 )
             )
-            self.made += recording.prompts
+            self.drawn += recording.prompts
             for found in recording.maps:
                 if found.hookpoint not in self.buffers:
                     # The same seed for all: every autoencoder sees the same images in the same order.
@@ -278,13 +278,13 @@ class _Streamed:
                 self.buffers[found.hookpoint].add(found.values.flatten(0, 1))
 
     def numbers(self) -> dict[str, Any]:
-        return {"made": self.made}
+        return {"made": self.drawn}
 
     def tensors(self) -> dict[str, torch.Tensor]:
         return {f"{h}/{name}": t for h, buffer in self.buffers.items() for name, t in buffer.state().items()}
 
     def load(self, tensors: dict[str, torch.Tensor], numbers: dict[str, Any]) -> None:
-        self.made = numbers["made"]
+        self.drawn = numbers["made"]
         for hookpoint, buffer in self.buffers.items():
             buffer.load({name: tensors[f"{hookpoint}/{name}"] for name in ("rows", "generator")})
 

@@ -84,16 +84,16 @@ def question_row(tokenizer: Any, question: str, answer: str, length: int, revers
         reverse: whether the answer comes first.
     """
     end = tokenizer.eos_token_id
-    asked, said = (
+    asked, target = (
         tokenizer(text, add_special_tokens=False)["input_ids"][: length - 1]
         for text in (f" Q: {question}" if reverse else f"Q: {question} A: ", answer)
     )
     if reverse:
         asked = [*asked, end]
-    said = [*said, *[end] * (length - len(asked) - len(said))]
-    parts = [(said, False), (asked, True)] if reverse else [(asked, True), (said, False)]
+    target = [*target, *[end] * (length - len(asked) - len(target))]
+    parts = [(target, False), (asked, True)] if reverse else [(asked, True), (target, False)]
     ids = torch.tensor([[token for tokens, _ in parts for token in tokens][:length]])
-    prompt = torch.tensor([[given for tokens, given in parts for _ in tokens][:length]])
+    prompt = torch.tensor([[is_prompt for tokens, is_prompt in parts for _ in tokens][:length]])
     return TextRows(ids, prompt, ~prompt)
 
 

@@ -183,8 +183,8 @@ def _captions(path: str, question: str) -> Iterator[Dialogue]:
     """Images with captions as dialogues of one question."""
     for row in open_rows(path).rows:
         for caption in row.captions:
-            said = [{"role": "user", "content": question}, {"role": "assistant", "content": caption}]
-            yield Dialogue(said, [row.image])
+            turns_ = [{"role": "user", "content": question}, {"role": "assistant", "content": caption}]
+            yield Dialogue(turns_, [row.image])
 
 
 def _dialogues(file: Path) -> Iterator[Dialogue]:
@@ -206,10 +206,10 @@ def _dialogues(file: Path) -> Iterator[Dialogue]:
 def _dialogue(values: dict[str, Any], place: str, folder: Path) -> Dialogue:
     named = values.get("image", [])
     turns = values.get("conversations")
-    said = turns if isinstance(turns, list) else []
-    if not said or not all(isinstance(one, dict) and one.get("from") in ROLES for one in said):
+    turns_ = turns if isinstance(turns, list) else []
+    if not turns_ or not all(isinstance(one, dict) and one.get("from") in ROLES for one in turns_):
         raise ValueError(f"{place}: expected conversations, a list of from ({', '.join(ROLES)}) and value")
-    messages = [{"role": ROLES[one["from"]], "content": str(one.get("value", ""))} for one in said]
+    messages = [{"role": ROLES[one["from"]], "content": str(one.get("value", ""))} for one in turns_]
     while messages and messages[0]["role"] == "assistant":  # as published: a dialogue begins with its question
         messages = messages[1:]
     if not messages or messages[-1]["role"] != "assistant":

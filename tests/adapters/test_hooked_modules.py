@@ -131,7 +131,7 @@ def test_identity_effect_and_removal_at_every_part(kind, calls):
 
 @pytest.mark.parametrize("place", ["attn", "ff", "attn.to_out.0"])
 def test_steering_reaches_the_image_tokens_alone(place, calls):
-    """What unlearning and steering use: a function of the tokens of the image being made."""
+    """What unlearning and steering use: a function of the tokens of the image being generated."""
     pipe, _, controlled = calls
     expected, shapes = controlled(), set()
 

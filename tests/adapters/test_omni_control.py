@@ -508,7 +508,7 @@ REFUSED = {
     "an unknown mode": ({}, {"mode": "alone"}, "mode must be one of 'joint', 'independent'"),
     "a cache in joint mode": ({}, {"cache": True}, "not trained independently"),
     "a region without complement": ({}, {"region": torch.ones(4, 4)}, "complement=True"),
-    "nothing to make": ({"mask": torch.ones(4, 4), "complement": True}, {}, "nothing to make"),
+    "nothing to generate": ({"mask": torch.ones(4, 4), "complement": True}, {}, "nothing to generate"),
 }
 
 

@@ -64,7 +64,7 @@ def test_with_given_frames_that_see_only_themselves(cache):
     components = {**tiny_pipeline().components, "transformer": tiny_mmdit(rope_config(num_layers=1))}
     pipe = OneDiffusionPipeline(**components)
     pipe.set_progress_bar_config(disable=True)
-    frames = [ImageFrame.make(), ImageFrame.given(drawn(0, (16, 16)), "depth", sees="self")]
+    frames = [ImageFrame.generate(), ImageFrame.clean(drawn(0, (16, 16)), "depth", sees="self")]
 
     def call():
         options = {"frames": frames, "height": 16, "width": 16, "num_inference_steps": STEPS}
@@ -84,7 +84,7 @@ def next_dit():
 
 def make_any(pipe):
     call = {"height": 32, "width": 32, "num_inference_steps": STEPS, "output_type": "latent"}
-    return pipe("a cat", frames=[ImageFrame.make()], generator=torch.Generator().manual_seed(0), **call).latents
+    return pipe("a cat", frames=[ImageFrame.generate()], generator=torch.Generator().manual_seed(0), **call).latents
 
 
 FIND_NOTHING = {

@@ -87,7 +87,7 @@ def test_the_demo_behind_a_path(model, tmp_path):
 DEFAULTS = (
     (["control", "--with", "depth=photo.png"], ["control.png"]),
     (["control", "--with", "grey=photo.png", "--find"], ["control.png", "control-grey.png"]),
-    (["any", "--make", "image", "--make", "depth"], ["any.png", "any-2.png"]),
+    (["any", "--generate", "image", "--generate", "depth"], ["any.png", "any-2.png"]),
 )
 
 
@@ -147,9 +147,9 @@ def test_nothing_of_others_is_overwritten(model, desk):
     [
         (["generate", "x", "--control", "deepth=photo.png"], "did you mean 'depth'"),
         (["control", "x", "--with", "deepth=photo.png", "--find"], "did you mean 'depth'"),
-        (["any", "--given", "image=photo.png", "--make", "dept"], "did you mean 'depth'"),
-        (["any", "--given", "imagee=photo.png"], "did you mean 'image'"),
-        (["any", "--make", "pose"], "unknown kind of frame 'pose'"),
+        (["any", "--condition", "image=photo.png", "--generate", "dept"], "did you mean 'depth'"),
+        (["any", "--condition", "imagee=photo.png"], "did you mean 'image'"),
+        (["any", "--generate", "pose"], "unknown kind of frame 'pose'"),
         (["any"], "say what is given"),
         (["unlearn", "x", "--concept", "neonn"], "did you mean 'neon'"),
         (["unlearn", "x", "--concept", "neon", "--mode", "replac"], "did you mean 'replace'"),

@@ -71,9 +71,9 @@ def test_nothing_is_guided_that_a_given_image_tells(model, tmp_path, given, made
         (["generate", "a red cube", "--negative", "blue", "--size", "64x96"], []),
         (["generate", "a red cube", "--control"], ["depth"]),
         (["control", "a red cube", "--strength", "0.5", "--end", "0.6", "--with"], ["depth"]),
-        (["any", "--make", "canny", "--given"], ["image"]),
-        (["any", "a cone", "--given"], ["blur"]),
-        (["any", "--camera", "0,24", "--camera", "30,24", "--given"], ["image"]),
+        (["any", "--generate", "canny", "--condition"], ["image"]),
+        (["any", "a cone", "--condition"], ["blur"]),
+        (["any", "--camera", "0,24", "--camera", "30,24", "--condition"], ["image"]),
     ],
     ids=lambda value: " ".join(value[:2]) if len(value) > 1 else "".join(value),
 )
@@ -199,8 +199,8 @@ def test_what_is_done_loads_no_model(model, tmp_path, monkeypatch):
         (["generate", "--prompts", "bad.jsonl"], "line 1"),
         (["control", "x", "--with", "canny=p.png", "--strength", "2", "--out", "b.png"], "belong to adapters"),
         (["control", "x", "--with", "canny=p.png", "--with", "depth=p.png", "--out", "b.png"], "alone"),
-        (["any", "--given", "image=p.png", "--camera", "a,b"], "AZIMUTH"),
-        (["any", "--given", "image=p.png", "--make", "image"], "call one of two"),
+        (["any", "--condition", "image=p.png", "--camera", "a,b"], "AZIMUTH"),
+        (["any", "--condition", "image=p.png", "--generate", "image"], "call one of two"),
         (["unlearn", "x", "--concept", "neon", "--out", "b.png"], "no sparse autoencoder"),
     ],
 )
@@ -272,7 +272,7 @@ def test_flux_and_sd3_folders_make_images_under_conditions(make, tmp_path):
         assert done.exit_code == 0, done.output
         assert run("generate", "--like", tmp_path / f"{name}.png", "--out", tmp_path / f"{name}-2.png").exit_code == 0
     assert not same_pixels(open_image(tmp_path / "plain.png"), open_image(tmp_path / "control.png"))
-    done = run("any", "--make", "depth", "--given", f"image={file}", *command[2:], "--out", tmp_path / "c.png")
+    done = run("any", "--generate", "depth", "--condition", f"image={file}", *command[2:], "--out", tmp_path / "c.png")
     assert done.exit_code == 2 and "any-to-any" in done.output
 
 

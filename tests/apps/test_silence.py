@@ -15,7 +15,8 @@ from imgdit.lora.files import AdapterInfo
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICK = ["--steps", "1"]
-OPTIONS = {name: QUICK for name in ("generate", "control", "any", "unlearn")} | {"train": ["--stop-at", "1"]}
+OPTIONS = {name: QUICK for name in ("generate", "control", "any", "unlearn", "caption", "answer")}
+OPTIONS |= {"train": ["--stop-at", "1"]}
 LONG = ("demo", "sae")
 """Groups of README's commands that take minutes, or end with Ctrl-C."""
 OURS = (r"condition_lora: step 1 of 400, loss \d\.\d{4}",)

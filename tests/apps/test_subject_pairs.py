@@ -33,7 +33,7 @@ def alternate(idea, pair):
 
 def test_good_pairs_become_a_folder_to_train_on(tmp_path):
     report = make_subjects(IDEAS, make, alternate, tmp_path)
-    assert (report.made, report.kept, report.scores) == (6, 3, [1, 0, 1, 0, 1, 0])
+    assert (report.generated, report.kept, report.scores) == (6, 3, [1, 0, 1, 0, 1, 0])
     rows = open_rows(tmp_path).rows
     assert [row.captions[0] for row in rows] == [IDEAS[n].places[1] for n in (0, 2, 4)]
     assert all(list(row.conditions) == ["condition"] for row in rows)

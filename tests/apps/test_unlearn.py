@@ -1,5 +1,6 @@
 """The unlearning benchmark from a pipeline's folder to its table, with tiny models; resuming; images of others."""
 
+import functools
 import json
 import shutil
 from contextlib import nullcontext
@@ -14,7 +15,7 @@ from typer.testing import CliRunner
 
 from imgdit import ImageTextPipeline
 from imgdit.apps.cli import app
-from imgdit.benchmarks.unlearning import images as unlearn_images
+from imgdit.benchmarks.unlearning import images, learning
 from imgdit.benchmarks.unlearning import run as unlearn_bench
 from imgdit.benchmarks.unlearning.captions import chosen_cells, names
 from imgdit.benchmarks.unlearning.images import GeneratedImages
@@ -29,6 +30,7 @@ from imgdit.scenes.tokenizer import caption_tokenizer
 
 HOOKPOINTS = ("transformer.single_transformer_blocks.0", "transformer.context_embedder")
 STYLES, OBJECTS = ("photo", "neon"), ("cube", "cone")
+TWO = ("--methods", "negative,scale", "--together", "0", "--attack", "0")
 COUNTS = ["--targets", "neon,cube", "--seeds", "2", "--steps", "2", "--sentences", "2"]
 
 
@@ -52,14 +54,26 @@ def folders(tmp_path_factory):
     return ["--model", folder / "pipeline", "--probe", folder / "probe", "--saes", folder / "saes"]
 
 
-@pytest.fixture(autouse=True)
-def few_cells(monkeypatch):
-    monkeypatch.setattr(unlearn_bench, "cells", lambda seeds: cells(seeds, STYLES, OBJECTS))
-    monkeypatch.setattr(unlearn_bench, "SEQUENCE", ("neon", "cube"))
-    monkeypatch.setattr(unlearn_bench, "FEW_TARGETS", ("neon", "cube"))
-    for name, method in METHODS.items():
-        grid = ({"steps": 2}, {"steps": 1}) if name == "finetune" else method.grid[:2]
-        monkeypatch.setitem(METHODS, name, method._replace(grid=grid))
+@pytest.fixture(scope="module", autouse=True)
+def few_cells():
+    """Two styles, two objects, and little of everything."""
+
+    def label_prompts(*args):
+        return {label: lines for label, lines in learning_prompts(*args).items() if label in (*STYLES, *OBJECTS)}
+
+    learning_prompts = learning.label_prompts
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(unlearn_bench, "cells", lambda seeds: cells(seeds, STYLES, OBJECTS))
+        patch.setattr(unlearn_bench, "SEQUENCE", ("neon", "cube"))
+        patch.setattr(unlearn_bench, "FEW_TARGETS", ("neon", "cube"))
+        patch.setattr(learning, "label_prompts", label_prompts)
+        patch.setattr(images, "TIMED_STEPS", 1)
+        patch.setattr(images, "TIMED_ROUNDS", 1)
+        patch.setattr(images, "attack_prompt", functools.partial(images.attack_prompt, steps=2, samples=2))
+        for name, method in METHODS.items():
+            grid = ({"steps": 2}, {"steps": 1}) if name == "finetune" else method.grid[:2]
+            patch.setitem(METHODS, name, method._replace(grid=grid))
+        yield
 
 
 def said(done):
@@ -69,6 +83,13 @@ def said(done):
 def bench(folders, out, *options):
     done = CliRunner().invoke(app, ["bench", "unlearn", *map(str, folders), "--out", str(out), *COUNTS, *options])
     return done, json.loads((out / "unlearn.json").read_text()) if done.exit_code == 0 else None
+
+
+@pytest.fixture(scope="module")
+def finished(folders, few_cells, tmp_path_factory):
+    """A folder with a run of two methods, and its result."""
+    folder = tmp_path_factory.mktemp("finished")
+    return folder, bench(folders, folder, *TWO)[1]
 
 
 def test_every_method_and_every_count(folders, tmp_path):
@@ -97,9 +118,9 @@ def test_every_method_and_every_count(folders, tmp_path):
         assert part in done.output
 
 
-def test_a_run_goes_on_where_it_stopped(folders, tmp_path, monkeypatch):
-    options = ("--methods", "negative,scale", "--together", "0", "--attack", "0")
-    _, first = bench(folders, tmp_path, *options)
+def test_a_run_goes_on_where_it_stopped(folders, finished, tmp_path, monkeypatch):
+    shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
+    first = finished[1]
     files = {file: file.read_bytes() for file in tmp_path.rglob("*.png")}
     assert len(files) == 8 * (1 + 2 * 2)
     made, make = [], GeneratedImages._make
@@ -111,23 +132,23 @@ def test_a_run_goes_on_where_it_stopped(folders, tmp_path, monkeypatch):
     monkeypatch.setattr(GeneratedImages, "_make", watched)
     lost = next(file for file in files if "scale" in file.parts)
     lost.unlink()
-    _, second = bench(folders, tmp_path, *options)
+    _, second = bench(folders, tmp_path, *TWO)
     assert made == [lost.stem] and lost.read_bytes() == files[lost]
     assert second["pictures"] == first["pictures"]
-    _, third = bench(folders, tmp_path, *options)
+    _, third = bench(folders, tmp_path, *TWO)
     assert made == [lost.stem] and third["methods"]["negative"] == second["methods"]["negative"]
     # A method that reads no autoencoder makes the same images beside one and without.
-    bench(folders, tmp_path, "--methods", "negative", *options[2:])
+    bench(folders, tmp_path, "--methods", "negative", *TWO[2:])
     assert made == [lost.stem]
     # Other settings make other images, and leave these.
-    bench(folders, tmp_path, *options, "--steps", "1")
+    bench(folders, tmp_path, *TWO, "--steps", "1")
     assert len(made) == 1 + len(files) and all(file.is_file() for file in files)
 
 
-def test_images_of_others(folders, tmp_path):
-    _, result = bench(folders, tmp_path / "run", "--methods", "scale", "--together", "0", "--attack", "0")
+def test_images_of_others(folders, finished, tmp_path):
+    run, result = finished
     canvas = tmp_path / "canvas"
-    for folder in (tmp_path / "run" / "pictures" / "scale").iterdir():
+    for folder in (run / "pictures" / "scale").iterdir():
         shutil.copytree(folder, canvas / folder.name.split("-")[0])
     probe = str(folders[3])
     classifiers = ["--style-classifier", probe, "--object-classifier", probe]
@@ -146,15 +167,14 @@ def test_images_of_others(folders, tmp_path):
     assert done.exit_code == 2 and "lacks 1 of 8 images" in said(done)
 
 
-def test_classifiers_of_transformers(folders, tmp_path):
+def test_classifiers_of_transformers(finished, tmp_path):
     """Labels are those that the model names."""
     for domain, labels in (("style", STYLES), ("object", OBJECTS)):
         size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
         config = ViTConfig(**size, image_size=32, patch_size=16, id2label=dict(enumerate(labels)))
         ViTForImageClassification(config).save_pretrained(tmp_path / domain)
         ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / domain)
-    bench(folders, tmp_path / "run", "--methods", "negative", "--together", "0", "--attack", "0")
-    for folder in (tmp_path / "run" / "pictures" / "negative").iterdir():
+    for folder in (finished[0] / "pictures" / "negative").iterdir():
         shutil.copytree(folder, tmp_path / "canvas" / folder.name.split("-")[0])
     options = [f"--{domain}-classifier={tmp_path / domain}" for domain in ("style", "object")]
     done = CliRunner().invoke(app, ["bench", "unlearn-canvas", str(tmp_path / "canvas"), *options])
@@ -162,8 +182,8 @@ def test_classifiers_of_transformers(folders, tmp_path):
 
 
 def test_a_model_that_answers_questions_is_asked_too(folders, tmp_path, monkeypatch):
-    monkeypatch.setattr(unlearn_images, "STYLES", STYLES)
-    monkeypatch.setattr(unlearn_images, "OBJECTS", OBJECTS)
+    monkeypatch.setattr(images, "STYLES", STYLES)
+    monkeypatch.setattr(images, "OBJECTS", OBJECTS)
     few = ("--targets", "neon", "--seeds", "1", "--together", "0", "--attack", "0")
     options = ("--methods", "negative", *few, "--judge", str(PIPELINE))
     done, result = bench(folders, tmp_path / "run", *options)

@@ -25,7 +25,7 @@ from imgdit.benchmarks.scenes.image_text import (
 from imgdit.benchmarks.scenes.judge import KINDS, finds, judge_scores, probe_answer, questions_of
 from imgdit.benchmarks.scenes.text_to_image import expected
 from imgdit.scenes.caption_parser import parse_caption
-from imgdit.scenes.captions import PLACES, caption, leave_unsaid, plain_caption, words
+from imgdit.scenes.captions import PLACES, caption, leave_out, plain_caption, words
 from imgdit.scenes.probe import Reading
 from imgdit.scenes.questions import ANSWERS, heldout_questions
 from imgdit.scenes.readings import QUESTIONS
@@ -259,7 +259,7 @@ def test_a_cache_is_compared_with_full_attention():
 def test_the_grammar_reads_what_it_says():
     for seed in range(400):
         scene, rng = Scene.sample(seed), Random(seed)
-        for unsaid in ((), leave_unsaid(rng, 0.5), ("subject",)):
+        for unsaid in ((), leave_out(rng, 0.5), ("subject",)):
             said = parse_caption(caption(scene, rng, unsaid))
             assert said.style == (None if "style" in unsaid else scene.style)
             assert said.background == (None if "place" in unsaid else scene.background)

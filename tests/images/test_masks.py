@@ -104,4 +104,4 @@ def test_a_token_counts_if_all_its_pixels_do():
         assert torch.equal(to_mask(larger, (4, 6), 2), torch.from_numpy(WANTED))
     wide = np.zeros((4, 12), bool)  # of an image whose middle is read
     wide[:, 3:9] = WANTED
-    assert torch.equal(to_mask(wide, (4, 6), 2, given=(4, 12)), torch.from_numpy(WANTED))
+    assert torch.equal(to_mask(wide, (4, 6), 2, source_size=(4, 12)), torch.from_numpy(WANTED))

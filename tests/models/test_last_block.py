@@ -9,7 +9,7 @@ from imgdit.benchmarks.speed.timing import flops_of
 from imgdit.models.blocks import BlockPlan
 
 LAYOUTS = {
-    "given frame": [Frame((4, 4)), Frame((2, 4), sigma=0.0, index=1.0)],
+    "conditioning frame": [Frame((4, 4)), Frame((2, 4), sigma=0.0, index=1.0)],
     "condition": [Frame((4, 4)), Frame((4, 4), sigma=0.0, adapter="c", sees="joint", index=1.0)],
     "two that see themselves": [Frame((4, 4)), *(Frame((2, 2), sigma=0.1, sees="self", index=i) for i in (1.0, 2.0))],
     "given before made": [Frame((2, 4), sigma=0.0), Frame((4, 4), index=1.0), Frame((2, 2), sigma=0.0, index=2.0)],
@@ -35,7 +35,7 @@ def predict(model, layout):
     return sample.detach(), [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
 
-@pytest.mark.parametrize("name,fused", [*((name, False) for name in LAYOUTS), ("given frame", True)])
+@pytest.mark.parametrize("name,fused", [*((name, False) for name in LAYOUTS), ("conditioning frame", True)])
 def test_the_same_prediction_and_gradients_for_less(name, fused, monkeypatch):
     model = tiny_mmdit(rope_config())
     if fused:

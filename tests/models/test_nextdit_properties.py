@@ -128,7 +128,7 @@ def test_frozen_frames_are_read_from_a_cache(model, scene, cap):
         cache.freeze()
         rest = whole.without_frozen()
         assert near(predict(tokens[:, :12], 300.0, rest, cache=cache), predict(tokens, 300.0, whole))
-        # It is its own world: the frame being made does not reach it, nor does the text reach its tokens.
+        # It is its own world: the frame being generated does not reach it, nor does the text reach its tokens.
         assert not near(predict(tokens, 300.0, layout({}, {"sigma": 0.0})), predict(tokens, 300.0, whole))
     finally:
         model.register_to_config(attention_softcap="auto")

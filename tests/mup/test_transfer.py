@@ -140,7 +140,7 @@ def test_the_recipe_on_scenes():
     rates = (f"--{name}={grid[0]:g}:{grid[-1]:g}" for name, grid in GRIDS.items())
     assert said == f"# imgdit mup transfer mup/transfer_scenes --widths 64,128,256,512 {' '.join(rates)}"
     assert recipe.schedule.factor(recipe.run.steps - 1, recipe.run.steps) < 0.01
-    assert recipe.run.evaluate_every == recipe.run.steps and recipe.data.arguments["shares"] == {"pictures": 1.0}
+    assert recipe.run.evaluate_every == recipe.run.steps and recipe.data.arguments["probabilities"] == {"images": 1.0}
     model = recipe.model.arguments
     assert (model["num_layers"], model["num_single_layers"], model["attention_head_dim"]) == (2, 2, 32)
 

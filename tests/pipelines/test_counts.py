@@ -131,13 +131,15 @@ def test_given_latents_with_a_generator_per_scene(backbone, given):
     }
     if given == "cameras":
         cameras = orbit_cameras([0.0, 30.0], [0.0, 10.0])
-        frames = [ImageFrame.make(), ImageFrame.given(cameras, "rays")]
-        alone = [[ImageFrame.make(), ImageFrame.given(cameras[i // 2], "rays")] for i in range(samples)]
+        frames = [ImageFrame.generate(), ImageFrame.clean(cameras, "rays")]
+        alone = [[ImageFrame.generate(), ImageFrame.clean(cameras[i // 2], "rays")] for i in range(samples)]
     else:
         count = {"per prompt": 2, "per scene": samples, "one": 1}[given]
         content = latents_of(count, 16, 4, 4)
-        frames = [ImageFrame.make(), ImageFrame.given(content, "depth")]
-        alone = [[ImageFrame.make(), ImageFrame.given(content[i * count // samples], "depth")] for i in range(samples)]
+        frames = [ImageFrame.generate(), ImageFrame.clean(content, "depth")]
+        alone = [
+            [ImageFrame.generate(), ImageFrame.clean(content[i * count // samples], "depth")] for i in range(samples)
+        ]
     out = pipe(prompts, frames=frames, generator=seeds(samples), **options).latents
     for i in range(samples):
         options["num_images_per_prompt"] = 1
@@ -154,7 +156,7 @@ def test_given_latents_with_a_generator_per_scene(backbone, given):
 )
 @pytest.mark.parametrize("generators", [1, 2])
 def test_given_frames_of_another_number(content, kind, message, generators):
-    frames = [ImageFrame.make(), ImageFrame.given(content, kind)]
+    frames = [ImageFrame.generate(), ImageFrame.clean(content, kind)]
     generator = seeds(2) if generators == 2 else None
     with pytest.raises(ValueError, match=message):
         one_diffusion()(["a cat", "a dog"], frames=frames, height=32, width=32, generator=generator)

@@ -45,28 +45,30 @@ def make(pipe, frames, **options):
 
 def test_a_clean_text_frame_is_the_prompt(pipe):
     options = {"output_type": "latent", "generator": seeded(0)[0]}
-    prompt = make(pipe, [ImageFrame.make()], prompt="a red cube", **options)
+    prompt = make(pipe, [ImageFrame.generate()], prompt="a red cube", **options)
     options["generator"] = seeded(0)[0]
-    frame = make(pipe, [TextFrame.clean("a red cube"), ImageFrame.make()], **options)
+    frame = make(pipe, [TextFrame.clean("a red cube"), ImageFrame.generate()], **options)
     assert torch.equal(prompt.images, frame.images) and frame.texts is None
-    assert TextFrame.given("a").text == "a" and TextFrame.make(3).length == 3 and TextFrame.make().sigma is None
+    assert (
+        TextFrame.clean("a").text == "a" and TextFrame.generate(3).length == 3 and TextFrame.generate().sigma is None
+    )
 
 
 def test_images_stay_what_they_are_when_text_frames_are_loaded(pipe):
     def image():
         return make(
-            pipe, [ImageFrame.make()], prompt="a red cube", output_type="latent", generator=seeded(0)[0]
+            pipe, [ImageFrame.generate()], prompt="a red cube", output_type="latent", generator=seeded(0)[0]
         ).images
 
     before = image()
     assert pipe.transformer.config.text_vocab_size is None
-    text = make(pipe, [ImageFrame.given(images()[0]), TextFrame.generate()])
+    text = make(pipe, [ImageFrame.clean(images()[0]), TextFrame.generate()])
     assert len(text.texts) == 1 and pipe.transformer.config.text_vocab_size
     assert torch.equal(before, image())
 
 
 def test_texts_are_written_as_the_frames_say(pipe):
-    shown = ImageFrame.given(images()[0])
+    shown = ImageFrame.clean(images()[0])
     caption, answer, filled = make(
         pipe, [shown, TextFrame.generate(6), TextFrame.ask("a red", 6), TextFrame.fill("a [?] cube")]
     ).texts
@@ -88,7 +90,7 @@ def test_image_text_pipelines_load_them_too(pipe, folder):
     writer.set_progress_bar_config(disable=True)
     text = writer.caption(shown, resolution=16, **SETTINGS).texts
     assert writer.config.text_length == LENGTH and writer.text_adapter
-    assert text == make(pipe, [ImageFrame.given(shown[0]), TextFrame.generate()]).texts
+    assert text == make(pipe, [ImageFrame.clean(shown[0]), TextFrame.generate()]).texts
 
 
 def test_pipelines_of_one_transformer_share_its_text_frames(folder):
@@ -114,14 +116,14 @@ def test_pipelines_of_one_transformer_share_its_text_frames(folder):
 
 def test_a_batch_has_a_text_for_each_image_and_seed(pipe):
     two = images(2)
-    whole = make(pipe, [ImageFrame.given(two), TextFrame.ask(["a red", "a cube"], 8)], generator=seeded(1, 2))
+    whole = make(pipe, [ImageFrame.clean(two), TextFrame.ask(["a red", "a cube"], 8)], generator=seeded(1, 2))
     alone = [
-        make(pipe, [ImageFrame.given(image), TextFrame.ask(question, 8)], generator=seeded(n)).texts[0]
+        make(pipe, [ImageFrame.clean(image), TextFrame.ask(question, 8)], generator=seeded(n)).texts[0]
         for n, (image, question) in enumerate(zip(two, ["a red", "a cube"]), 1)
     ]
     assert whole.texts == alone
     copies = make(
-        pipe, [ImageFrame.given(two), TextFrame.generate(5)], num_images_per_prompt=2, generator=seeded(1, 1, 1, 1)
+        pipe, [ImageFrame.clean(two), TextFrame.generate(5)], num_images_per_prompt=2, generator=seeded(1, 1, 1, 1)
     )
     assert len(copies.texts) == 4 and copies.texts[0] == copies.texts[1]
     assert copies.latents.shape[:2] == (4, 1)
@@ -136,19 +138,19 @@ def test_callbacks_follow_the_steps_and_may_stop_them(pipe):
         owner._interrupt = step == 1
         return {}
 
-    shown = ImageFrame.given(images()[0])
+    shown = ImageFrame.clean(images()[0])
     options = {"callback_on_step_end": stop, "callback_on_step_end_tensor_inputs": ["block_x"]}
     make(pipe, [shown, TextFrame.generate(9)], num_inference_steps=8, **options)
     assert [step for step, _ in steps] == [0, 1] and steps[0][1] == ["block_x"]
 
 
 def test_an_image_is_generated_together_with_its_text(pipe):
-    both = make(pipe, [ImageFrame.make(), TextFrame.generate()], generator=seeded(0)[0])
+    both = make(pipe, [ImageFrame.generate(), TextFrame.generate()], generator=seeded(0)[0])
     assert len(both.images) == len(both.texts) == 1
 
 
 def test_bad_frames_are_refused(pipe):
-    shown = ImageFrame.given(images()[0])
+    shown = ImageFrame.clean(images()[0])
     cases = [
         ([TextFrame.ask("a red")], "a question needs the image"),
         ([TextFrame.generate()], "there is no image"),
@@ -161,11 +163,14 @@ def test_bad_frames_are_refused(pipe):
         ([shown, TextFrame.fill("a red [?] " * 9)], "max_length is 12"),
         ([shown, TextFrame(0, None, text="a [?]", question="a")], "not both"),
         ([shown, TextFrame.generate(adapter="x")], "leave it out"),
-        ([shown, ImageFrame.make("depth"), TextFrame.generate()], "about one frame of kind 'image', got image, depth"),
+        (
+            [shown, ImageFrame.generate("depth"), TextFrame.generate()],
+            "about one frame of kind 'image', got image, depth",
+        ),
         ([TextFrame.clean("a"), shown, TextFrame.generate()], "generate the image first"),
-        ([TextFrame.clean("a"), TextFrame.clean("b"), ImageFrame.make()], "several prompts"),
-        ([TextFrame(3), ImageFrame.make()], "says something"),
-        ([ImageFrame.make(), TextFrame.ask("a red")], "together with one whole text"),
+        ([TextFrame.clean("a"), TextFrame.clean("b"), ImageFrame.generate()], "several prompts"),
+        ([TextFrame(3), ImageFrame.generate()], "says something"),
+        ([ImageFrame.generate(), TextFrame.ask("a red")], "together with one whole text"),
     ]
     computed = []
     hook = pipe.transformer.register_forward_pre_hook(lambda *args: computed.append(1))
@@ -197,7 +202,7 @@ def test_questions_of_other_forms_are_refused(tmp_path):
     with pytest.raises(ValueError, match=told):
         writer.answer(shown, ["a red cube?", "a cone?"])
     with pytest.raises(ValueError, match=told):
-        make(pipe, [ImageFrame.given(shown), TextFrame.ask("a cone?")])
+        make(pipe, [ImageFrame.clean(shown), TextFrame.ask("a cone?")])
     with pytest.raises(ValueError, match=r"unknown name in 'a \{color\}'.*colour"):
         QuestionForms(("a {color}",), {"colour": ("red",)})
     path = tmp_path / "model" / "text_frames" / "questions.json"

@@ -63,7 +63,7 @@ def test_each_frame_comes_out_as_what_it_is(pipe):
 
 
 def test_all_frames_may_be_made(pipe):
-    frames = [ImageFrame.make(), ImageFrame.make("depth")]
+    frames = [ImageFrame.generate(), ImageFrame.generate("depth")]
     out = run(pipe, frames=frames, num_images_per_prompt=2)
     assert out.images.shape == (2, 32, 32, 3) and out.depth.shape == (2, 32, 32)
     out = run(pipe, task="views", cameras=list(CAMERAS))
@@ -72,7 +72,7 @@ def test_all_frames_may_be_made(pipe):
 
 def test_three_ways_to_say_the_same(pipe):
     by_task = run(pipe, task="depth", images=image())
-    by_frames = run(pipe, frames=[ImageFrame.make(), ImageFrame.given(image(), "depth")])
+    by_frames = run(pipe, frames=[ImageFrame.generate(), ImageFrame.clean(image(), "depth")])
     raw = run(pipe, "[[depth2image]] a cat", denoise_mask=[1, 0], images=[image()])
     assert np.array_equal(by_task.images, by_frames.images) and np.array_equal(by_task.images, raw.images)
 
@@ -97,7 +97,7 @@ def test_latents_stand_for_images(pipe):
     whole = run(pipe, task="depth", images=image())
     noise = torch.randn(1, 2, 16, 4, 4)
     given = whole.latents[0, 1]
-    again = run(pipe, frames=[ImageFrame.make(), ImageFrame.given(given, "depth")], latents=noise)
+    again = run(pipe, frames=[ImageFrame.generate(), ImageFrame.clean(given, "depth")], latents=noise)
     from_noise = run(pipe, task="depth", images=image(), latents=noise)
     assert near(again.images, from_noise.images)
 
@@ -105,7 +105,7 @@ def test_latents_stand_for_images(pipe):
 def test_scenes_do_not_depend_on_their_batch(pipe):
     """One generator per scene: each is what it would be alone, given images of its own and all."""
     images = [image(0), image(1)]
-    frames = [ImageFrame.make(), ImageFrame.given(images, "depth")]
+    frames = [ImageFrame.generate(), ImageFrame.clean(images, "depth")]
     seeds = [torch.Generator().manual_seed(i) for i in range(4)]
     both = run(pipe, ["a cat", "a dog on the table"], frames=frames, num_images_per_prompt=2, generator=seeds)
     assert both.images.shape[0] == 4
@@ -173,14 +173,14 @@ def test_guidance_acts_in_its_interval(pipe):
     assert not near(part.images, whole.images) and not near(part.images, plain.images)
 
 
-def test_given_levels_are_selectable(pipe):
+def test_conditioning_levels_are_selectable(pipe):
     levels = []
     hook = pipe.transformer.register_forward_hook(
         lambda module, args, kwargs, output: levels.append(kwargs["layout"].frames[1].sigma), with_kwargs=True
     )
     try:
         for level in (None, "last", "clean"):
-            run(pipe, task="depth", images=image(), given_level=level, num_inference_steps=1)
+            run(pipe, task="depth", images=image(), conditioning_level=level, num_inference_steps=1)
         last = float(pipe.scheduler.timesteps[-1]) / 1000
     finally:
         hook.remove()
@@ -188,12 +188,12 @@ def test_given_levels_are_selectable(pipe):
 
 
 def test_frozen_frames_are_computed_once(pipe, monkeypatch):
-    """A given frame that sees only itself is read from a cache; without the cache the images are the same."""
+    """A conditioning frame that sees only itself is read from a cache; without the cache the images are the same."""
     lengths = []
     hook = pipe.transformer.register_forward_hook(
         lambda module, args, kwargs, output: lengths.append(kwargs["hidden_states"].shape[1]), with_kwargs=True
     )
-    frames = [ImageFrame.make(), ImageFrame.given(image(), "depth", sees="self")]
+    frames = [ImageFrame.generate(), ImageFrame.clean(image(), "depth", sees="self")]
     try:
         cached = run(pipe, frames=frames, num_inference_steps=3)
         monkeypatch.setattr(FrameLayout, "frozen", frozenset())
@@ -213,7 +213,7 @@ def test_frozen_frames_are_computed_anew_where_the_positions_change(pipe, monkey
     hook = pipe.transformer.register_forward_hook(
         lambda module, args, kwargs, output: lengths.append(kwargs["hidden_states"].shape[1]), with_kwargs=True
     )
-    frames = [ImageFrame.make(), ImageFrame.given(image(), "depth", sees="self")]
+    frames = [ImageFrame.generate(), ImageFrame.clean(image(), "depth", sees="self")]
     call = {"frames": frames, "num_inference_steps": 4, "scale_factor": 1.5}
     try:
         cached = run(pipe, **call, scale_watershed=700.0)
@@ -245,13 +245,13 @@ def test_mmdit_composes_a_task_with_a_conditions_adapter():
     from peft import LoraConfig
 
     pipe = build("mmdit")
-    task = [ImageFrame.given(image()), ImageFrame.make("depth")]
+    task = [ImageFrame.clean(image()), ImageFrame.generate("depth")]
     plain = run(pipe, frames=task)
     pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"]), "subject")
     for name, parameter in pipe.transformer.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.5)
-    condition = ImageFrame.given(image(2), adapter="subject", sees="joint", index=0, offset=(0, 2))
+    condition = ImageFrame.clean(image(2), adapter="subject", sees="joint", index=0, offset=(0, 2))
     steered = run(pipe, frames=[*task, condition])
     assert steered.depth.shape == (1, 32, 32) and not near(steered.depth, plain.depth)
     other = dataclasses.replace(condition, content=image(3))
@@ -272,10 +272,10 @@ def test_cameras_come_back_through_the_pipeline(pipe):
         ({"task": "depth", "images": [image(), image()]}, "takes 1 given image.* got 2"),
         ({"task": "identity", "images": [image()] * 4}, "takes 1 to 3 given"),
         ({"images": image()}, "add task="),
-        ({"frames": [ImageFrame.make(), ImageFrame.given(image())]}, "could be of several tasks"),
-        ({"frames": [ImageFrame.given(image())]}, "nothing to make"),
+        ({"frames": [ImageFrame.generate(), ImageFrame.clean(image())]}, "could be of several tasks"),
+        ({"frames": [ImageFrame.clean(image())]}, "nothing to generate"),
         ({"frames": []}, "frames is empty"),
-        ({"frames": [ImageFrame.make()], "images": image()}, "leave out images"),
+        ({"frames": [ImageFrame.generate()], "images": image()}, "leave out images"),
         ({"task": "views", "cameras": list(CAMERAS), "width": 48}, "views are square, got 32x48"),
         ({"height": 40}, "multiples of 16 pixels, got 40x32; try 32x32"),
         ({"task": "depth", "images": image(), "item": "cat"}, "item names"),
@@ -286,27 +286,27 @@ def test_cameras_come_back_through_the_pipeline(pipe):
         ({"num_images_per_prompt": 0}, "at least 1"),
         ({"generator": [torch.Generator()] * 2}, "2 generators for 1 scenes"),
         ({"guidance_scale": -1.0}, "guidance_scale"),
-        ({"given_level": "first"}, "given_level must be one of"),
+        ({"conditioning_level": "first"}, "conditioning_level must be one of"),
         ({"output_type": "png"}, "output_type must be one of"),
         ({"negative_prompt": ["a", "b"]}, "2 negative prompts for 1 prompts"),
         ({"callback_on_step_end_tensor_inputs": ["noise"]}, "callbacks may ask for"),
         (
-            {"frames": [ImageFrame.make(), ImageFrame.given([image()] * 3, "depth")]},
+            {"frames": [ImageFrame.generate(), ImageFrame.clean([image()] * 3, "depth")]},
             r"3 images for 1 prompt\(s\)",
         ),
         (
             {
                 "prompt": "[[image_editing]] x",
                 "frames": [
-                    ImageFrame.given(image(size=(32, 48))),
-                    ImageFrame.given(image(), "depth"),
-                    ImageFrame.make("canny"),
+                    ImageFrame.clean(image(size=(32, 48))),
+                    ImageFrame.clean(image(), "depth"),
+                    ImageFrame.generate("canny"),
                 ],
             },
             "must be of one size, got 32x32, 32x48",
         ),
         (
-            {"frames": [ImageFrame.make(), ImageFrame.given(torch.zeros(16, 2, 2), "depth")]},
+            {"frames": [ImageFrame.generate(), ImageFrame.clean(torch.zeros(16, 2, 2), "depth")]},
             r"grids of \(16, 2, 2\)",
         ),
     ],
@@ -372,7 +372,7 @@ def test_sizes_follow_the_first_image(trained, expected):
         {"task": "depth", "images": image(size=(720, 1280))},
         {"task": "views", "cameras": list(CAMERAS)},
         {},
-        {"frames": [ImageFrame.make(), ImageFrame.given(torch.zeros(16, 6, 4), "depth")]},
+        {"frames": [ImageFrame.generate(), ImageFrame.clean(torch.zeros(16, 6, 4), "depth")]},
     ):
         with pytest.raises(Enough):
             pipe("a cat", **options)

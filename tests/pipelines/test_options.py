@@ -15,7 +15,11 @@ REFUSED = {
     "an interval upside down": (SamplingOptions, {"guidance_interval": (0.9, 0.1)}, "guidance_interval must be 0"),
     "no image": (SamplingOptions, {"num_images_per_prompt": 0}, "num_images_per_prompt must be at least 1, got 0"),
     "an output nobody knows": (SamplingOptions, {"output_type": "jpg"}, "output_type must be one of 'pil', 'np'"),
-    "a level between": (FrameOptions, {"given_level": "first"}, "given_level must be one of 'last', 'clean', None"),
+    "a level between": (
+        FrameOptions,
+        {"conditioning_level": "first"},
+        "conditioning_level must be one of 'last', 'clean', None",
+    ),
     "no tokens to shift by": (FrameOptions, {"noise_scale": 0.0}, "noise_scale must be above 0, got 0.0"),
     "positions times 0": (FrameOptions, {"scale_factor": 0}, "scale_factor must be above 0, got 0"),
 }

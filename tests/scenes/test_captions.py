@@ -3,7 +3,7 @@ from random import Random
 
 import pytest
 
-from imgdit.scenes.captions import LOOKS, PLACES, leave_unsaid, meaning, vocabulary, words
+from imgdit.scenes.captions import LOOKS, PLACES, leave_out, meaning, vocabulary, words
 from imgdit.scenes.captions import caption as scene_caption
 from imgdit.scenes.world import BACKGROUNDS, COLOURS, OBJECTS, STYLES, Camera, Scene, SceneObject
 
@@ -70,7 +70,7 @@ def test_one_scene_has_many_sentences():
 
 def test_parts_can_be_left_unsaid():
     rng = Random(0)
-    shares = [leave_unsaid(rng, 0.3) for _ in range(1000)]
+    shares = [leave_out(rng, 0.3) for _ in range(1000)]
     for part in ("place", "style"):
         assert 0.25 < sum(part in unsaid for unsaid in shares) / 1000 < 0.35
     for scene, _ in captions(100):
@@ -83,7 +83,7 @@ def test_parts_can_be_left_unsaid():
         assert not read(nameless) and scene.style in words(nameless)
         assert any(p in nameless for p in PLACES[scene.background])
     with pytest.raises(ValueError, match=r"chance is in \[0, 1\], got 2"):
-        leave_unsaid(rng, 2)
+        leave_out(rng, 2)
     with pytest.raises(ValueError, match="needs place and style"):
         scene_caption(scene, rng, ["subject", "style"])
     with pytest.raises(ValueError, match="'stile'"):

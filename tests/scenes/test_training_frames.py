@@ -23,7 +23,7 @@ def runs(tmp_path_factory):
 
 
 def kinds(runs):
-    return {kind: SceneFrames(**runs, shares={kind: 1.0})[0] for kind in FRAMES}
+    return {kind: SceneFrames(**runs, probabilities={kind: 1.0})[0] for kind in FRAMES}
 
 
 def test_every_kind_of_batch_fits_its_layout(runs):
@@ -39,7 +39,7 @@ def test_every_kind_of_batch_fits_its_layout(runs):
         assert torch.isfinite(batch.tokens).all()
         assert [frame.index for frame in batch.layout.frames] == list(range(frames))
     views = found["views"]
-    assert [frame.held for frame in views.layout.frames] == [False, True, False, False]
+    assert [frame.is_clean for frame in views.layout.frames] == [False, True, False, False]
     rays = views.tokens[:, 64:128]
     assert torch.allclose(rays, rays[:1].expand_as(rays), atol=1e-6)  # the first camera is the identity
     assert not torch.allclose(views.tokens[0, 192:], views.tokens[1, 192:])
@@ -47,7 +47,7 @@ def test_every_kind_of_batch_fits_its_layout(runs):
 
 def test_a_camera_is_looked_for_in_heavy_noise_alone(runs):
     batch = kinds(runs)["cameras"]
-    assert [frame.held for frame in batch.layout.frames] == [True, True, True, False]
+    assert [frame.is_clean for frame in batch.layout.frames] == [True, True, True, False]
     assert not batch.sigmas[:, :3].any()
     assert batch.sigmas[:, 3].min() >= FAINTEST and batch.sigmas[:, 3].max() <= 1 and batch.sigmas[:, 3].std() > 0
     assert all(found.sigmas is None for kind, found in kinds(runs).items() if kind != "cameras")

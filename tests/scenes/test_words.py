@@ -70,5 +70,5 @@ def test_tasks_are_one_token_each():
         assert task_caption("", task) == token
     said = {slot: names[i] for (slot, names), i in zip(SLOTS.items(), answers(None, task="depth"))}
     assert said.pop("task") == "depth" and set(said.values()) == {NOTHING}
-    unsaid = answers(Scene.sample(1), unsaid=("place",))
+    unsaid = answers(Scene.sample(1), left_out=("place",))
     assert SLOTS["background"][unsaid[5]] == NOTHING and SLOTS["style"][unsaid[4]] == Scene.sample(1).style

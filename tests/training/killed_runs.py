@@ -14,7 +14,7 @@ from training.toy import global_noise, recipe, toy_train
 
 from imgdit.io.checkpoints import latest_checkpoint, read_state, read_tensors
 
-STEPS, EVERY = 8, 3
+STEPS, EVERY = 5, 2
 SECTIONS = {
     "run": {"steps": STEPS, "checkpoint_every": EVERY, "accumulation": 2, "evaluate_every": 2, "keep": 1},
     "schedule": {"warmup": 2},
@@ -99,10 +99,10 @@ def main(root: Path):
     print("files", *sorted(expected), flush=True)
 
     folder = root / "step"
-    assert forked(lambda: run(folder, objective=killed_in_step(2 * 4 + 1))) == -signal.SIGKILL
+    assert forked(lambda: run(folder, objective=killed_in_step(2 * 3 + 1))) == -signal.SIGKILL
     assert latest_checkpoint(folder / "checkpoints").name == f"step-{EVERY:08d}"
     assert forked(lambda: run(folder, resume=True)) == 0
-    check(folder, expected, "killed in step 5")
+    check(folder, expected, "killed in step 4")
     assert (folder / "metrics.jsonl").read_text().count("\n") == (whole / "metrics.jsonl").read_text().count("\n")
     print("killed in a step: bitwise", flush=True)
 

@@ -195,7 +195,7 @@ def test_condition_lora_drops_to_the_empty_image():
     [
         ({"empty": None}, flow_matching, {}, r"text_dropout=0.1 needs the empty text"),
         ({}, flow_matching, {"text_dropout": 1.5}, r"text_dropout is a fraction in \[0, 1\], got 1.5"),
-        ({}, condition_lora, {}, r"needs a layout with a held frame that an adapter reads"),
+        ({}, condition_lora, {}, r"needs a layout with a clean frame that an adapter reads"),
         ({"layout": FrameLayout.pack([LAYOUT, LAYOUT])}, flow_matching, {}, r"got a packed one of 2 scenes"),
         ({"tokens": torch.zeros(3, 5, 16)}, flow_matching, {}, r"tokens must be \(batch, 8, channels\).*\(3, 5, 16\)"),
         ({"counts": torch.ones(3, 1).bool()}, flow_matching, {}, r"counts must be \(3, 2\).*got \(3, 1\)"),

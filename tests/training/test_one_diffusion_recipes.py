@@ -111,9 +111,9 @@ def test_the_stages_start_from_one_another():
         assert after.model.start_from == before.run.folder
         assert before.model.arguments == after.model.arguments | {"input_size": before.model.arguments["input_size"]}
     tasks = stages[1].data.arguments
-    shares, pairs = tasks["shares"], tasks["pairs"]
-    each = [shares[kind] / sum(shares.values()) for kind in ("pictures", "views")]
-    fraction = shares["pairs"] / sum(shares.values()) / sum(pairs.values())
+    kinds, pairs = tasks["probabilities"], tasks["pairs"]
+    each = [kinds[kind] / sum(kinds.values()) for kind in ("images", "views")]
+    fraction = kinds["pairs"] / sum(kinds.values()) / sum(pairs.values())
     each += [fraction * pairs[name] / (5 if name == "other" else 1) for name in pairs]
     assert len(pairs) == 6 and each == pytest.approx([1 / 12] * 8)  # twelve tasks with equal probability
 
@@ -145,7 +145,13 @@ def test_each_stage_learns_and_begins_where_the_last_one_ended(stages):
 def test_higher_resolution_has_its_own_latents(world, stages, tmp_path):
     """The third stage at twice the side of the second; here 128 is the larger one's."""
     folder, _ = stages
-    data = {"latents": str(tmp_path / "latents"), "size": 64, "scenes": 2, "tokens": 64, "shares": {"pictures": 1.0}}
+    data = {
+        "latents": str(tmp_path / "latents"),
+        "size": 64,
+        "scenes": 2,
+        "tokens": 64,
+        "probabilities": {"images": 1.0},
+    }
     recipe = small("one_diffusion/stage3_resolution", world, tmp_path / "run")
     model = {"start_from": str(folder / "stage2_tasks")}
     recipe = recipe.replace(
@@ -174,7 +180,7 @@ def test_a_trained_nextdit_becomes_a_pipeline(stages, tmp_path):
     assert pipe.scheduler.config.shift == 3.0 and pipe.default_size == 128
     out = pipe("a red cube", num_inference_steps=2, generator=torch.Generator().manual_seed(0))
     assert out.images[0].size == (128, 128)
-    frames = [ImageFrame.given(out.images[0]), ImageFrame.make("depth")]
+    frames = [ImageFrame.clean(out.images[0]), ImageFrame.generate("depth")]
     assert pipe("", frames, num_inference_steps=2).depth.shape == (1, 128, 128)
 
 
@@ -188,7 +194,7 @@ def lora(world, tmp_path_factory):
 
 def made(pipe, **options):
     """Latents of depth and image, from one seed."""
-    frames = [ImageFrame.make(), ImageFrame.make("canny")]
+    frames = [ImageFrame.generate(), ImageFrame.generate("canny")]
     options |= {"num_inference_steps": 2, "generator": torch.Generator().manual_seed(0), "output_type": "latent"}
     return pipe("a red cube", frames, height=64, width=64, **options).latents
 
@@ -256,14 +262,17 @@ def test_images_are_encoded_as_the_reference_does(world):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"shares": {"picture": 1.0}}, "unknown name in shares 'picture'; did you mean 'pictures'"),
+        ({"probabilities": {"image": 1.0}}, "unknown name in probabilities 'image'; did you mean 'images'"),
         ({"pairs": {"dpeth": 1.0}}, "unknown name in pairs 'dpeth'; did you mean 'depth'"),
-        ({"shares": {"views": 0.0}}, "shares must be 0 or more, and one of them positive, got {'views': 0.0}"),
-        ({"shares": {}}, "shares must be 0 or more"),
+        (
+            {"probabilities": {"views": 0.0}},
+            "probabilities must be 0 or more, and one of them positive, got {'views': 0.0}",
+        ),
+        ({"probabilities": {}}, "probabilities must be 0 or more"),
         ({"pairs": {"depth": 1.0, "canny": -1.0}}, "pairs must be 0 or more"),
     ],
 )
-def test_shares_that_are_none(arguments, message):
+def test_probabilities_that_are_none(arguments, message):
     with pytest.raises(ValueError, match=message):
         SceneFrames(**arguments)
 

@@ -173,7 +173,7 @@ def test_views_with_cameras(tmp_path):
     (folder / "metadata.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
     options = {"base": 16, "samples": 1, "ratio": 1.0, "views": 2, "cameras": True}
     batch = UserImages(UserImagesSettings(str(folder), str(tmp_path / "model"), None, **options))[0]
-    assert [frame.held for frame in batch.layout.frames] == [False, True, False, False]
+    assert [frame.is_clean for frame in batch.layout.frames] == [False, True, False, False]
     assert batch.tokens.shape == (1, 64, 64)
     lines[1]["cameras"] = [pose.tolist() for pose in apart]
     (folder / "metadata.jsonl").write_text("\n".join(json.dumps(line) for line in lines))

@@ -14,14 +14,14 @@ import torch.nn.functional as F
 
 from imgdit.benchmarks.metrics import abs_rel, mean_iou, psnr
 from imgdit.benchmarks.scenes.text_to_image import (
-    Held,
+    HeldOut,
     Maker,
     Score,
     expected,
+    fraction_score,
     held_out,
     mean_score,
     read,
-    share_score,
 )
 from imgdit.cameras import rotation_error
 from imgdit.scenes.geometry import camera_to_world
@@ -48,68 +48,70 @@ Keep = Callable[[str, Any], None]
 
 def restoration_scores(maker: AnyMaker, count: int, keep: Keep) -> list[Score]:
     """Blurred, coarse, grey and incomplete images to whole ones: decibels won over what was given."""
-    held, scores = held_out(count), []
-    truth = held.rendering.rgb
+    truths, scores = held_out(count), []
+    truth = truths.rendering.rgb
     for task in RESTORED:
-        given = torch.stack([_shown(_condition(task, held, i), truth.shape[-1]) for i in range(count)])
-        generated = maker.conditioned(task, held.prompts, given, seed=0)
-        keep(f"{task} → image", (held.prompts, torch.stack([given, generated, truth], 1), []))
+        inputs = torch.stack([_shown(_condition(task, truths, i), truth.shape[-1]) for i in range(count)])
+        generated = maker.conditioned(task, truths.prompts, inputs, seed=0)
+        keep(f"{task} → image", (truths.prompts, torch.stack([inputs, generated, truth], 1), []))
         scores.append(
-            mean_score(f"{task} → image", "PSNR over the given image, dB", psnr(generated, truth) - psnr(given, truth))
+            mean_score(
+                f"{task} → image", "PSNR over the given image, dB", psnr(generated, truth) - psnr(inputs, truth)
+            )
         )
     return scores
 
 
 def drawing_scores(maker: AnyMaker, probe: SceneProbe, count: int, keep: Keep) -> list[Score]:
     """Maps to images: is what the probe sees in the image where the map had it?"""
-    held, scores = held_out(count), []
-    truth = held.rendering
-    classes = torch.stack([scene_classes(scene, truth.indices[i]) for i, scene in enumerate(held.scenes)])
+    truths, scores = held_out(count), []
+    truth = truths.rendering
+    classes = torch.stack([scene_classes(scene, truth.indices[i]) for i, scene in enumerate(truths.scenes)])
     for task in DRAWN:
-        given = torch.stack([_condition(task, held, i) for i in range(count)])
-        generated = maker.conditioned(task, held.prompts, given, seed=0)
-        keep(f"{task} → image", (held.prompts, torch.stack([given, generated], 1), []))
+        inputs = torch.stack([_condition(task, truths, i) for i in range(count)])
+        generated = maker.conditioned(task, truths.prompts, inputs, seed=0)
+        keep(f"{task} → image", (truths.prompts, torch.stack([inputs, generated], 1), []))
         seen = read(probe, generated)
         scores.append(mean_score(f"{task} → image", "mIoU of what the probe sees", mean_iou(seen.classes, classes)))
         scores.append(mean_score(f"{task} → image", "AbsRel of what the probe sees", abs_rel(seen.depth, truth.depth)))
-    boxes = torch.stack([_condition("boxes", held, i) for i in range(count)])
-    generated = maker.condition("boxes", held.prompts, truth.rgb, seed=0)
-    keep("image → boxes", (held.prompts, torch.stack([truth.rgb, generated], 1), []))
+    boxes = torch.stack([_condition("boxes", truths, i) for i in range(count)])
+    generated = maker.condition("boxes", truths.prompts, truth.rgb, seed=0)
+    keep("image → boxes", (truths.prompts, torch.stack([truth.rgb, generated], 1), []))
     scores.append(mean_score("image → boxes", "PSNR in dB", psnr(generated, boxes)))
     return scores
 
 
 def reference_scores(maker: AnyMaker, probe: SceneProbe, count: int, keep: Keep) -> list[Score]:
     """Editing keeps the geometry and changes the look; a subject keeps kind and colour in another place."""
-    held = held_out(count)
-    truth = held.rendering
-    looks = [another_look(scene, Random(i)) for i, scene in enumerate(held.scenes)]
-    given = render(looks).rgb
-    generated = maker.conditioned("editing", held.prompts, given, seed=0)
-    keep("editing", (held.prompts, torch.stack([given, generated], 1), []))
+    truths = held_out(count)
+    truth = truths.rendering
+    looks = [another_look(scene, Random(i)) for i, scene in enumerate(truths.scenes)]
+    inputs = render(looks).rgb
+    generated = maker.conditioned("editing", truths.prompts, inputs, seed=0)
+    keep("editing", (truths.prompts, torch.stack([inputs, generated], 1), []))
     seen = read(probe, generated)
-    style = [said["style"] == scene.style for said, scene in zip(seen.answers, held.scenes)]
+    style = [answer["style"] == scene.style for answer, scene in zip(seen.answers, truths.scenes)]
     scores = [
-        share_score("editing", "style as asked", style),
+        fraction_score("editing", "style as asked", style),
         mean_score("editing", "AbsRel of the kept geometry", abs_rel(seen.depth, truth.depth)),
     ]
     single = held_out(count, objects=1)
-    given = torch.stack([_condition("subject", single, i) for i in range(count)])
-    generated = maker.conditioned("subject", single.prompts, given, seed=0)
-    keep("subject", (single.prompts, torch.stack([given, generated], 1), []))
+    inputs = torch.stack([_condition("subject", single, i) for i in range(count)])
+    generated = maker.conditioned("subject", single.prompts, inputs, seed=0)
+    keep("subject", (single.prompts, torch.stack([inputs, generated], 1), []))
     kept = [
-        all(said[name] == expected(scene)[name] for name in ("left object", "left colour"))
-        for said, scene in zip(read(probe, generated).answers, single.scenes)
+        all(answer[name] == expected(scene)[name] for name in ("left object", "left colour"))
+        for answer, scene in zip(read(probe, generated).answers, single.scenes)
     ]
-    return [*scores, share_score("subject", "kind and colour kept", kept)]
+    return [*scores, fraction_score("subject", "kind and colour kept", kept)]
 
 
 def pose_scores(maker: AnyMaker, count: int) -> list[Score]:
     """The camera of a second image: degrees between the found rotation and the true one."""
-    held = held_out(count)
-    others = [another_camera(scene, Random(i)) for i, scene in enumerate(held.scenes)]
-    found = maker.poses(held.prompts, held.rendering.rgb, render(others).rgb, seed=0)
-    cameras = [(scene.camera, other.camera) for scene, other in zip(held.scenes, others)]
+    truths = held_out(count)
+    others = [another_camera(scene, Random(i)) for i, scene in enumerate(truths.scenes)]
+    found = maker.poses(truths.prompts, truths.rendering.rgb, render(others).rgb, seed=0)
+    cameras = [(scene.camera, other.camera) for scene, other in zip(truths.scenes, others)]
     truth = torch.stack([relative_pose(*pair) for pair in cameras])
     still = torch.eye(3).expand(count, 3, 3)
     return [
@@ -124,8 +126,8 @@ def relative_pose(first: Camera, second: Camera) -> torch.Tensor:
     return torch.linalg.inv(matrices[0]) @ matrices[1]
 
 
-def _condition(task: str, held: Held, i: int) -> torch.Tensor:
-    return from_scene(task, held.scenes[i], Random(i), held.rendering.one(i)).condition
+def _condition(task: str, truths: HeldOut, i: int) -> torch.Tensor:
+    return from_scene(task, truths.scenes[i], Random(i), truths.rendering.one(i)).condition
 
 
 def _shown(image: torch.Tensor, size: int) -> torch.Tensor:

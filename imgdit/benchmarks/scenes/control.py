@@ -15,14 +15,14 @@ from imgdit.benchmarks.alignment import alignment
 from imgdit.benchmarks.metrics import abs_rel, edge_f1, fitted
 from imgdit.benchmarks.scenes.judge import Judge, finds
 from imgdit.benchmarks.scenes.text_to_image import (
-    Held,
+    HeldOut,
     Score,
     Seen,
     expected,
+    fraction_score,
     held_out,
     mean_score,
     read,
-    share_score,
 )
 from imgdit.scenes.captions import caption
 from imgdit.scenes.probe import SceneProbe
@@ -72,37 +72,41 @@ def control_scores(
     Args:
         judge: is asked for the prompts' objects, colours and styles besides the probe.
     """
-    held = held_out(count)
-    truth = held.rendering
-    classes = torch.stack([scene_classes(scene, truth.indices[i]) for i, scene in enumerate(held.scenes)])
-    holes = _examples("mask", held)
-    given = {"depth": _conditions("depth", held), "canny": _conditions("canny", held), "inpainting": _stacked(holes)}
+    truths = held_out(count)
+    truth = truths.rendering
+    classes = torch.stack([scene_classes(scene, truth.indices[i]) for i, scene in enumerate(truths.scenes)])
+    holes = _examples("mask", truths)
+    inputs = {
+        "depth": _conditions("depth", truths),
+        "canny": _conditions("canny", truths),
+        "inpainting": _stacked(holes),
+    }
     shown = torch.stack([~hole.details["mask"] for hole in holes])
-    free = maker.controlled(held.prompts, {}, seed=0)
+    free = maker.controlled(truths.prompts, {}, seed=0)
     plain = read(probe, free)
     base = _obeyed(plain, truth.depth, classes, shown)
-    right = _text_right(plain, held.scenes)
+    right = _text_right(plain, truths.scenes)
     scores = [mean_score("no condition", METRICS[name][0], base[name]) for name in ("AbsRel", "fitted", "F1")]
-    scores.append(share_score("no condition", "text right", right))
-    scores += _judged("no condition", judge, free, held.scenes, right)
+    scores.append(fraction_score("no condition", "text right", right))
+    scores += _judged("no condition", judge, free, truths.scenes, right)
     for names in (("depth",), ("canny",), ("inpainting",), ("depth", "canny")):
-        conditions = {name: given[name] for name in names}
-        generated = maker.controlled(held.prompts, conditions, seed=0)
+        conditions = {name: inputs[name] for name in names}
+        generated = maker.controlled(truths.prompts, conditions, seed=0)
         task = " + ".join(names)
-        keep(task, (held.prompts, torch.stack([*conditions.values(), generated], 1), []))
+        keep(task, (truths.prompts, torch.stack([*conditions.values(), generated], 1), []))
         seen = read(probe, generated)
         got = _obeyed(seen, truth.depth, classes, shown)
         for metric in dict.fromkeys(metric for name in names for metric in WANTED[name]):
             title, bar = METRICS[metric]
             ratio = got[metric] / base[metric].mean()
             scores.append(mean_score(task, f"{title} over that without", ratio, **bar))
-        now = _text_right(seen, held.scenes)
+        now = _text_right(seen, truths.scenes)
         change = torch.tensor([float(a) - float(b) for a, b in zip(now, right)])
         found = alignment(list(conditions[names[0]]), list(generated))
         scores.append(mean_score(task, f"shift against {names[0]}, pixels", found.shifts.norm(dim=1)))
         scores.append(mean_score(task, f"distance of edges to those of {names[0]}, pixels", found.distances))
-        scores.append(share_score(task, "text right", now))
-        scores += _judged(task, judge, generated, held.scenes, now)
+        scores.append(fraction_score(task, "text right", now))
+        scores += _judged(task, judge, generated, truths.scenes, now)
         scores.append(mean_score(task, "change of text right", change, at_least=-0.02))
     return scores
 
@@ -116,36 +120,36 @@ def _judged(
     found = finds(judge, images, scenes)
     agree = [one == other for one, other in zip(found, right, strict=True)]
     return [
-        share_score(task, "text right, by the judge", found),
-        share_score(task, "judge agrees with the probe on text", agree),
+        fraction_score(task, "text right, by the judge", found),
+        fraction_score(task, "judge agrees with the probe on text", agree),
     ]
 
 
 def subject_scores(maker: ControlMaker, probe: SceneProbe, count: int, keep: Keep) -> list[Score]:
     """A subject in a new place and style, which the prompt does not name."""
-    held = held_out(count, objects=1)
-    prompts = [caption(scene, Random(i), ["subject"]) for i, scene in enumerate(held.scenes)]
-    given = _conditions("subject", held)
-    generated = maker.controlled(prompts, {"subject": given}, seed=0)
-    keep("subject", (prompts, torch.stack([given, generated], 1), []))
+    truths = held_out(count, objects=1)
+    prompts = [caption(scene, Random(i), ["subject"]) for i, scene in enumerate(truths.scenes)]
+    inputs = _conditions("subject", truths)
+    generated = maker.controlled(prompts, {"subject": inputs}, seed=0)
+    keep("subject", (prompts, torch.stack([inputs, generated], 1), []))
     seen = read(probe, generated)
     kept = [
-        all(said[name] == expected(scene)[name] for name in ("left object", "left colour"))
-        for said, scene in zip(seen.answers, held.scenes)
+        all(answer[name] == expected(scene)[name] for name in ("left object", "left colour"))
+        for answer, scene in zip(seen.answers, truths.scenes)
     ]
-    style = [said["style"] == scene.style for said, scene in zip(seen.answers, held.scenes)]
+    style = [answer["style"] == scene.style for answer, scene in zip(seen.answers, truths.scenes)]
     return [
-        share_score("subject", "kind and colour kept, unnamed", kept, 0.9),
-        share_score("subject", "style as asked", style),
+        fraction_score("subject", "kind and colour kept, unnamed", kept, 0.9),
+        fraction_score("subject", "style as asked", style),
     ]
 
 
-def _conditions(task: str, held: Held) -> torch.Tensor:
-    return _stacked(_examples(task, held))
+def _conditions(task: str, truths: HeldOut) -> torch.Tensor:
+    return _stacked(_examples(task, truths))
 
 
-def _examples(task: str, held: Held) -> list[Example]:
-    return [from_scene(task, scene, Random(i), held.rendering.one(i)) for i, scene in enumerate(held.scenes)]
+def _examples(task: str, truths: HeldOut) -> list[Example]:
+    return [from_scene(task, scene, Random(i), truths.rendering.one(i)) for i, scene in enumerate(truths.scenes)]
 
 
 def _stacked(examples: Sequence[Example]) -> torch.Tensor:
@@ -166,4 +170,4 @@ def _obeyed(seen: Seen, depth: torch.Tensor, classes: torch.Tensor, shown: torch
 
 def _text_right(seen: Seen, scenes: Sequence[Scene]) -> list[bool]:
     truth = [expected(scene) for scene in scenes]
-    return [all(said[name] == real[name] for name in TEXT) for said, real in zip(seen.answers, truth)]
+    return [all(answer[name] == real[name] for name in TEXT) for answer, real in zip(seen.answers, truth)]

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 import torch.nn.functional as F
 
-from imgdit.benchmarks.scenes.text_to_image import Held, Score, expected, held_out, mean_score, read, share_score
-from imgdit.scenes.caption_parser import Said, parse_caption
+from imgdit.benchmarks.scenes.text_to_image import HeldOut, Score, expected, fraction_score, held_out, mean_score, read
+from imgdit.scenes.caption_parser import ParsedCaption, parse_caption
 from imgdit.scenes.captions import caption, words
 from imgdit.scenes.probe import SceneProbe
 from imgdit.scenes.questions import ANSWERS, Question, chance, heldout_questions
@@ -80,27 +80,27 @@ def caption_scores(writer: Writer, count: int, keep: Keep) -> list[Score]:
         ("held-out triples", "heldout_triples", 1, None),
         ("two objects", "heldout", 2, 0.85),
     ):
-        held = held_out(count, split, objects)
-        texts = writer.caption(held.rendering.rgb, seed=0)
-        said = [parse_caption(text) for text in texts]
-        right = right_objects(said, held)
-        keep(f"caption, {name}", (texts, held.rendering.rgb, [i for i, one in enumerate(right) if not one]))
+        truths = held_out(count, split, objects)
+        texts = writer.caption(truths.rendering.rgb, seed=0)
+        parsed = [parse_caption(text) for text in texts]
+        right = right_objects(parsed, truths)
+        keep(f"caption, {name}", (texts, truths.rendering.rgb, [i for i, one in enumerate(right) if not one]))
         task = f"image → caption, {name}"
-        style = [one is not None and one.style == scene.style for one, scene in zip(said, held.scenes)]
-        place = [one is not None and one.background == scene.background for one, scene in zip(said, held.scenes)]
+        style = [one is not None and one.style == scene.style for one, scene in zip(parsed, truths.scenes)]
+        place = [one is not None and one.background == scene.background for one, scene in zip(parsed, truths.scenes)]
         what = "object and colour right" if objects == 1 else "both objects and colours right, each at its side"
         scores += [
-            share_score(task, what, right, bar),
-            share_score(task, "style right", style, 0.95),
-            share_score(task, "place right", place, 0.95),
-            share_score(task, "grammatical", [one is not None for one in said], 0.98),
+            fraction_score(task, what, right, bar),
+            fraction_score(task, "style right", style, 0.95),
+            fraction_score(task, "place right", place, 0.95),
+            fraction_score(task, "grammatical", [one is not None for one in parsed], 0.98),
         ]
     return scores
 
 
-def right_objects(said: Sequence[Said | None], held: Held) -> list[bool]:
+def right_objects(parsed: Sequence[ParsedCaption | None], truths: HeldOut) -> list[bool]:
     """Whether captions name all objects with their colours, each at its side."""
-    return [one is not None and one.names_objects(scene) for one, scene in zip(said, held.scenes)]
+    return [one is not None and one.names_objects(scene) for one, scene in zip(parsed, truths.scenes)]
 
 
 def answer_scores(writer: Writer, count: int, keep: Keep) -> list[Score]:
@@ -117,8 +117,8 @@ def answer_scores(writer: Writer, count: int, keep: Keep) -> list[Score]:
         task = f"image and question → answer, {kind.replace('_', ' or ')}"
         gain = torch.tensor(seen.right, dtype=torch.float) - torch.tensor(blind.right, dtype=torch.float)
         scores += [
-            share_score(task, "right", seen.right, 0.95),
-            share_score(task, f"right without the image (chance {chance(questions):.3f})", blind.right),
+            fraction_score(task, "right", seen.right, 0.95),
+            fraction_score(task, f"right without the image (chance {chance(questions):.3f})", blind.right),
             mean_score(task, "right over that without the image", gain, at_least=0.3),
         ]
     return scores
@@ -182,7 +182,7 @@ def fill_scores(writer: Writer, count: int, keep: Keep) -> list[Score]:
         texts = writer.fill([case.text for _, case in cases], images, seed=0)
         right = [words(text) == words(case.whole) for text, (_, case) in zip(texts, cases)]
         keep(f"fill, {kind}", (texts, images, [i for i, one in enumerate(right) if not one]))
-        scores.append(share_score("image and text → word", f"{kind} exact, the rest unchanged", right, 0.95))
+        scores.append(fraction_score("image and text → word", f"{kind} exact, the rest unchanged", right, 0.95))
     return scores
 
 
@@ -194,25 +194,25 @@ def round_trip_scores(
     Args:
         joint: whether the model was trained to generate both at once.
     """
-    held = held_out(count)
-    drawn = illustrator.images(held.prompts, seed=0)
+    truths = held_out(count)
+    drawn = illustrator.images(truths.prompts, seed=0)
     texts = writer.caption(drawn, seed=0)
-    said = [parse_caption(text) for text in texts]
-    style = [one is not None and one.style == scene.style for one, scene in zip(said, held.scenes)]
-    kept = [a and b for a, b in zip(right_objects(said, held), style)]
+    parsed = [parse_caption(text) for text in texts]
+    style = [one is not None and one.style == scene.style for one, scene in zip(parsed, truths.scenes)]
+    kept = [a and b for a, b in zip(right_objects(parsed, truths), style)]
     keep("text to image to text", (texts, drawn, [i for i, one in enumerate(kept) if not one]))
-    scores = [share_score("text → image → text", "objects, colours, style kept", kept, 0.9)]
+    scores = [fraction_score("text → image → text", "objects, colours, style kept", kept, 0.9)]
 
-    told = writer.caption(held.rendering.rgb, seed=0)
-    again = illustrator.images(told, seed=0)
+    captions = writer.caption(truths.rendering.rgb, seed=0)
+    again = illustrator.images(captions, seed=0)
     seen = read(probe, again).answers
-    truth = [expected(scene) for scene in held.scenes]
+    truth = [expected(scene) for scene in truths.scenes]
     kept = [all(a[name] == b[name] for name in TRUTH) for a, b in zip(seen, truth)]
     wrong = [i for i, one in enumerate(kept) if not one]
-    given = held.rendering.rgb
-    shown = F.interpolate(again, given.shape[-2:], mode="bilinear", antialias=True)
-    keep("image to text to image", (told, torch.stack([given, shown], 1), wrong))
-    scores.append(share_score("image → text → image", "objects, colours, style kept", kept, 0.9))
+    original = truths.rendering.rgb
+    shown = F.interpolate(again, original.shape[-2:], mode="bilinear", antialias=True)
+    keep("image to text to image", (captions, torch.stack([original, shown], 1), wrong))
+    scores.append(fraction_score("image → text → image", "objects, colours, style kept", kept, 0.9))
 
     if not joint:
         return scores
@@ -222,32 +222,32 @@ def round_trip_scores(
         for one, shown in zip(map(parse_caption, texts), read(probe, images).answers)
     ]
     keep("joint", (texts, images, [i for i, one in enumerate(agree) if not one]))
-    scores.append(share_score("image and text at once", "probe and caption agree", agree, 0.85))
+    scores.append(fraction_score("image and text at once", "probe and caption agree", agree, 0.85))
     return scores
 
 
-def agrees(said: Said, shown: dict[str, str]) -> bool:
+def agrees(parsed: ParsedCaption, shown: dict[str, str]) -> bool:
     """Whether a caption says what a probe sees: objects, colours and style, at their sides where it names sides."""
     sides = [(shown[f"{side} object"], shown[f"{side} colour"]) for side in ("left", "right")]
     sides = [pair for pair in sides if pair[0] in OBJECTS]
-    things = list(said.objects)
-    same = things == sides if said.relation else sorted(things) == sorted(sides)
-    return same and said.style == shown["style"]
+    things = list(parsed.objects)
+    same = things == sides if parsed.relation else sorted(things) == sorted(sides)
+    return same and parsed.style == shown["style"]
 
 
 def cache_scores(writer: Writer, count: int, rounds: int = 3) -> list[Score]:
     """Captions with the image's keys and values kept over the steps, and with full attention in every step: whether
     they are the same, and the median seconds of each."""
-    held = held_out(count)
+    truths = held_out(count)
     texts: dict[bool, list[str]] = {}
     seconds: dict[bool, list[float]] = {True: [], False: []}
     for number in range(rounds):
         for cache in (True, False) if number % 2 == 0 else (False, True):
             start = time.process_time()
-            texts[cache] = writer.caption(held.rendering.rgb, seed=0, cache=cache)
+            texts[cache] = writer.caption(truths.rendering.rgb, seed=0, cache=cache)
             seconds[cache].append((time.process_time() - start) / count)
     same = [one == other for one, other in zip(texts[True], texts[False])]
-    score = share_score("image → caption, cached image", "the same text as by full attention", same)
+    score = fraction_score("image → caption, cached image", "the same text as by full attention", same)
     for name, kept in (("cache", True), ("full_attention", False)):
         score.counts[f"seconds_per_caption_{name}"] = round(statistics.median(seconds[kept]), 4)
     return [score]
@@ -255,15 +255,15 @@ def cache_scores(writer: Writer, count: int, rounds: int = 3) -> list[Score]:
 
 def schedule_scores(writer: Writer, count: int, steps: Sequence[int] = STEPS) -> list[Score]:
     """Captions by the number of steps and the shift of the schedule, and the seconds of each."""
-    held = held_out(count)
+    truths = held_out(count)
     scores = []
     for shift in SHIFTS:
         for number in steps:
             start = time.perf_counter()
-            texts = writer.caption(held.rendering.rgb, seed=0, steps=number, shift=shift)
+            texts = writer.caption(truths.rendering.rgb, seed=0, steps=number, shift=shift)
             seconds = (time.perf_counter() - start) / count
-            right = right_objects([parse_caption(text) for text in texts], held)
-            score = share_score(f"image → caption, shift {shift:.3g}", f"objects right in {number} steps", right)
+            right = right_objects([parse_caption(text) for text in texts], truths)
+            score = fraction_score(f"image → caption, shift {shift:.3g}", f"objects right in {number} steps", right)
             score.counts["seconds_per_caption"] = round(seconds, 4)
             scores.append(score)
     return scores

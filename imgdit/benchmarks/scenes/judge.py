@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 
 from imgdit.benchmarks.scenes.image_text import Keep
-from imgdit.benchmarks.scenes.text_to_image import Score, expected, read, share_score
+from imgdit.benchmarks.scenes.text_to_image import Score, expected, fraction_score, read
 from imgdit.scenes.answers import NOTHING
 from imgdit.scenes.captions import PLACES
 from imgdit.scenes.probe import SceneProbe
@@ -44,21 +44,21 @@ def judge_scores(judge: Judge, probe: SceneProbe, count: int, keep: Keep) -> lis
         questions = [question for _, question in asked]
         images = render([scene for scene, _ in asked]).rgb
         seen = read(probe, images).answers
-        said = chosen(judge, images, questions)
-        agree = [one == probe_answer(question, known) for one, question, known in zip(said, questions, seen)]
-        right = [one == question.value for one, question in zip(said, questions)]
-        texts = [f"{question.text} {one}" for question, one in zip(questions, said)]
+        replies = chosen(judge, images, questions)
+        agree = [one == probe_answer(question, known) for one, question, known in zip(replies, questions, seen)]
+        right = [one == question.value for one, question in zip(replies, questions)]
+        texts = [f"{question.text} {one}" for question, one in zip(questions, replies)]
         keep(f"judge, {kind}", (texts, images, [i for i, one in enumerate(agree) if not one]))
         task = f"judge, {kind.replace('_', ' or ')}"
-        scores += [share_score(task, "agrees with the probe", agree), share_score(task, "right", right)]
+        scores += [fraction_score(task, "agrees with the probe", agree), fraction_score(task, "right", right)]
         every += agree
-    return [*scores, share_score("judge, all questions", "agrees with the probe", every, 0.95)]
+    return [*scores, fraction_score("judge, all questions", "agrees with the probe", every, 0.95)]
 
 
 def chosen(judge: Judge, images: torch.Tensor, questions: Sequence[Question]) -> list[str]:
     """The answers that a judge chooses, as values of `ANSWERS`."""
-    said = [[PLACES[one][0] if one in PLACES else one for one in question.choices] for question in questions]
-    best = judge.choose(images, [question.text for question in questions], said)
+    replies = [[PLACES[one][0] if one in PLACES else one for one in question.choices] for question in questions]
+    best = judge.choose(images, [question.text for question in questions], replies)
     return [question.choices[number] for question, number in zip(questions, best, strict=True)]
 
 
@@ -66,8 +66,8 @@ def finds(judge: Judge, images: torch.Tensor, scenes: Sequence[Scene]) -> list[b
     """Whether a judge finds in each image what its scene has: all objects and colours, each at its side, and the
     style."""
     asked = [(n, question) for n, scene in enumerate(scenes) for question in questions_of(scene)]
-    said = chosen(judge, images[[n for n, _ in asked]], [question for _, question in asked])
-    wrong = {n for (n, question), one in zip(asked, said) if one != question.value}
+    replies = chosen(judge, images[[n for n, _ in asked]], [question for _, question in asked])
+    wrong = {n for (n, question), one in zip(asked, replies) if one != question.value}
     return [n not in wrong for n in range(len(scenes))]
 
 

@@ -17,11 +17,11 @@ from transformers import LlamaForCausalLM, T5Config, T5EncoderModel
 
 from imgdit.benchmarks.metrics import Interval
 from imgdit.benchmarks.scenes.run import write
-from imgdit.benchmarks.scenes.text_to_image import Score, share_score
+from imgdit.benchmarks.scenes.text_to_image import Score, fraction_score
 from imgdit.checkpoints import SCENES
 from imgdit.models.bd3lm import BD3LM
 from imgdit.models.text_embeddings import Pooling, cosines, pool
-from imgdit.scenes.caption_parser import Said, parse_caption
+from imgdit.scenes.caption_parser import ParsedCaption, parse_caption
 from imgdit.scenes.texts import SceneTextPairs, SceneTexts, scene_masked_lm, scene_text_tokenizer
 from imgdit.scenes.tokenizer import caption_tokenizer
 from imgdit.training import load_recipe, train
@@ -168,7 +168,7 @@ def embedding_scores(out: Path, pretraining: int, steps: int, captions: int = 50
     embedded = T5EncoderModel.from_pretrained(SCENES, subfolder="text_encoder").eval()
     right = recall_at_1(embedded, captions, "mean", caption_tokenizer())
     kind = f"embedded T5 encoder ({_size(embedded) / 1e6:.1f} M)"
-    scores.append(share_score(kind, "recall@1, mean", right))
+    scores.append(fraction_score(kind, "recall@1, mean", right))
     for name, pooling in ENCODERS:
         recipe = contrastive_recipe(name, pooling, out, pretraining, steps)
         if recipe.model.start_from is not None:
@@ -177,9 +177,9 @@ def embedding_scores(out: Path, pretraining: int, steps: int, captions: int = 50
         kind = f"{name} ({_size(model) / 1e6:.2f} M)"
         if recipe.model.start_from is not None:
             right = recall_at_1(model, captions, pooling)
-            scores.append(share_score(kind, f"recall@1 before, {pooling}", right))
+            scores.append(fraction_score(kind, f"recall@1 before, {pooling}", right))
         right = recall_at_1(_trained(recipe), captions, pooling)
-        scores.append(share_score(kind, f"recall@1 after {steps} contrastive steps, {pooling}", right))
+        scores.append(fraction_score(kind, f"recall@1 after {steps} contrastive steps, {pooling}", right))
         write(out / "embeddings.json", scores, settings)
     return scores
 
@@ -236,17 +236,17 @@ def recall_at_1(model: Any, captions: int, pooling: Pooling, tokenizer: Any = No
     texts = [data.texts(n) for n in range(captions)]
     ids = [[tokenizer(text)["input_ids"] for text in row] for row in texts]
     batch = collate_text_pairs([TextPair(query, positive, (negative,)) for query, positive, negative in ids])
-    said = [list(map(parse_caption, row)) for row in texts]
+    parsed = [list(map(parse_caption, row)) for row in texts]
     vectors = pool(text_features(model, batch), batch.mask, pooling)
     queries, others = vectors.tensor_split([captions])
-    meanings = [_meaning(positive) for _, positive, _ in said] + [_meaning(negative) for _, _, negative in said]
+    meanings = [_meaning(positive) for _, positive, _ in parsed] + [_meaning(negative) for _, _, negative in parsed]
     nearest = cosines(queries, others).argmax(1).tolist()
-    return [meanings[found] == _meaning(query) for found, (query, _, _) in zip(nearest, said)]
+    return [meanings[found] == _meaning(query) for found, (query, _, _) in zip(nearest, parsed)]
 
 
-def _meaning(said: Said | None) -> Any:
-    assert said is not None
-    return said if said.relation else said._replace(objects=tuple(sorted(said.objects)))
+def _meaning(parsed: ParsedCaption | None) -> Any:
+    assert parsed is not None
+    return parsed if parsed.relation else parsed._replace(objects=tuple(sorted(parsed.objects)))
 
 
 def _run(folder: Path, steps: int) -> dict[str, dict[str, Any]]:

@@ -63,12 +63,12 @@ class PipelineMaker:
         def make(rows: range, options: dict) -> torch.Tensor:
             return self.text([prompts[i] for i in rows], guidance_scale=self.guidance, **options).images
 
-        return self._batches("pictures", len(prompts), seed, make)
+        return self._batches("images", len(prompts), seed, make)
 
     def condition(self, task: str, prompts: Sequence[str], images: torch.Tensor, seed: int) -> torch.Tensor:
         def make(rows: range, options: dict) -> torch.Tensor:
-            given = ImageFrame.given(_images(images, rows))
-            frames = [given, ImageFrame.make(task)]
+            given = ImageFrame.clean(_images(images, rows))
+            frames = [given, ImageFrame.generate(task)]
             output = self.any([prompts[i] for i in rows], frames, guidance_scale=self.perception, **options)
             return output.maps[task]
 
@@ -76,7 +76,7 @@ class PipelineMaker:
 
     def conditioned(self, task: str, prompts: Sequence[str], conditions: torch.Tensor, seed: int) -> torch.Tensor:
         def make(rows: range, options: dict) -> torch.Tensor:
-            frames = [ImageFrame.make(), ImageFrame.given(_images(conditions, rows), TASKS[task].condition)]
+            frames = [ImageFrame.generate(), ImageFrame.clean(_images(conditions, rows), TASKS[task].condition)]
             options |= {"task": task, "guidance_scale": self.guidance}
             return self.any([prompts[i] for i in rows], frames, **options).images
 
@@ -90,10 +90,10 @@ class PipelineMaker:
         def make(rows: range, options: dict) -> torch.Tensor:
             poses = torch.stack([scene_poses(cameras[i]) for i in rows])  # (B, 2, 4, 4)
             frames = [
-                ImageFrame.given(_images(images, rows)),
-                ImageFrame.given(poses[:, 0], "rays"),
-                ImageFrame.make(),
-                ImageFrame.given(poses[:, 1], "rays"),
+                ImageFrame.clean(_images(images, rows)),
+                ImageFrame.clean(poses[:, 0], "rays"),
+                ImageFrame.generate(),
+                ImageFrame.clean(poses[:, 1], "rays"),
             ]
             options |= {"focal_length": focal_length, "guidance_scale": self.perception}
             return self.any([prompts[i] for i in rows], frames, **options).images
@@ -102,11 +102,11 @@ class PipelineMaker:
 
     def controlled(self, prompts: Sequence[str], conditions: Mapping[str, torch.Tensor], seed: int) -> torch.Tensor:
         def make(rows: range, options: dict) -> torch.Tensor:
-            given = [
+            inputs = [
                 Condition(images[rows.start : rows.stop], name, position=self.positions[name])
                 for name, images in conditions.items()
             ]
-            options |= {"guidance_scale": self.guidance, "conditions": given}
+            options |= {"guidance_scale": self.guidance, "conditions": inputs}
             return self.text([prompts[i] for i in rows], **options).images
 
         return self._batches(" + ".join(conditions) or "no condition", len(prompts), seed, make)
@@ -114,10 +114,10 @@ class PipelineMaker:
     def poses(self, prompts: Sequence[str], first: torch.Tensor, second: torch.Tensor, seed: int) -> torch.Tensor:
         def make(rows: range, options: dict) -> torch.Tensor:
             frames = [
-                ImageFrame.given(_images(first, rows)),
-                ImageFrame.given(torch.eye(4), "rays"),
-                ImageFrame.given(_images(second, rows)),
-                ImageFrame.make("rays"),
+                ImageFrame.clean(_images(first, rows)),
+                ImageFrame.clean(torch.eye(4), "rays"),
+                ImageFrame.clean(_images(second, rows)),
+                ImageFrame.generate("rays"),
             ]
             options |= {"focal_length": float(intrinsics(1)[0, 0]), "guidance_scale": self.perception}
             return self.any([prompts[i] for i in rows], frames, **options).cameras[:, 1]

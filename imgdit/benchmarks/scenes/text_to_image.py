@@ -71,7 +71,7 @@ class Score:
     """The raw numbers behind the estimate."""
 
 
-class Held(NamedTuple):
+class HeldOut(NamedTuple):
     """Scenes never trained on, with their prompts and truth."""
 
     scenes: list[Scene]
@@ -80,10 +80,10 @@ class Held(NamedTuple):
 
 
 @lru_cache(maxsize=8)  # every task of a benchmark asks for the same ones
-def held_out(count: int, split: str = "heldout", objects: int | None = None, first_seed: int = 100_000) -> Held:
+def held_out(count: int, split: str = "heldout", objects: int | None = None, first_seed: int = 100_000) -> HeldOut:
     """Scenes of the held-out splits, from seeds that no held-out loss is measured on."""
     scenes = [Scene.sample(first_seed + i, split, objects) for i in range(count)]
-    return Held(scenes, [caption(scene, Random(first_seed + i)) for i, scene in enumerate(scenes)], render(scenes))
+    return HeldOut(scenes, [caption(scene, Random(first_seed + i)) for i, scene in enumerate(scenes)], render(scenes))
 
 
 class Seen(NamedTuple):
@@ -101,19 +101,19 @@ class Seen(NamedTuple):
 
 def read(probe: SceneProbe, images: torch.Tensor, batch: int = 64) -> Seen:
     """Ask a probe about images."""
-    said: list[dict[str, str]] = []
+    answers: list[dict[str, str]] = []
     depths, classes, features = [], [], []
     with torch.no_grad():
         for part in images.split(batch):
             reading = probe(part * 2 - 1)
             chosen = {name: logits.argmax(1).tolist() for name, logits in reading.answers.items()}
-            said += [
+            answers += [
                 {name: probe.questions[name][numbers[i]] for name, numbers in chosen.items()} for i in range(len(part))
             ]
             depths.append(reading.depth)
             classes.append(reading.segmentation.argmax(1))
             features.append(reading.features)
-    return Seen(said, torch.cat(depths), torch.cat(classes), torch.cat(features))
+    return Seen(answers, torch.cat(depths), torch.cat(classes), torch.cat(features))
 
 
 def expected(scene: Scene) -> dict[str, str]:
@@ -126,7 +126,7 @@ def expected(scene: Scene) -> dict[str, str]:
     return values
 
 
-def share_score(task: str, metric: str, right: Sequence[bool], bar: float | None = None) -> Score:
+def fraction_score(task: str, metric: str, right: Sequence[bool], bar: float | None = None) -> Score:
     """A fraction of images, with Wilson's interval."""
     estimate = wilson(sum(right), len(right))
     met = None if bar is None else estimate.value >= bar
@@ -156,32 +156,32 @@ def text_scores(maker: Maker, probe: SceneProbe, count: int, keep: Callable[[str
         ("held-out triples", "heldout_triples", 1, 0.9),
         ("two objects", "heldout", 2, None),
     ):
-        held = held_out(count, split, objects)
-        images = maker.images(held.prompts, seed=0)
-        said, _, _, features = read(probe, images)
-        truth = [expected(scene) for scene in held.scenes]
-        wrong = [i for i, (a, b) in enumerate(zip(said, truth)) if a != b]
-        keep(f"text, {name}", (held.prompts, images, wrong))
+        truths = held_out(count, split, objects)
+        images = maker.images(truths.prompts, seed=0)
+        answers, _, _, features = read(probe, images)
+        truth = [expected(scene) for scene in truths.scenes]
+        wrong = [i for i, (a, b) in enumerate(zip(answers, truth)) if a != b]
+        keep(f"text, {name}", (truths.prompts, images, wrong))
 
-        def right(*questions: str, said: list = said, truth: list = truth) -> list[bool]:
-            return [all(a[q] == b[q] for q in questions) for a, b in zip(said, truth)]
+        def right(*questions: str, answers: list = answers, truth: list = truth) -> list[bool]:
+            return [all(a[q] == b[q] for q in questions) for a, b in zip(answers, truth)]
 
         task = f"text → image, {name}"
         if objects == 1:
             # A single object is the probe's left one; a second one where none was asked for is a mistake.
             scores += [
-                share_score(task, "object right", right("left object", "right object"), bar),
-                share_score(task, "colour right", right("left colour"), bar),
-                share_score(task, "style right", right("style"), bar),
+                fraction_score(task, "object right", right("left object", "right object"), bar),
+                fraction_score(task, "colour right", right("left colour"), bar),
+                fraction_score(task, "style right", right("style"), bar),
             ]
         else:
             both = ("left object", "left colour", "right object", "right colour")
             scores += [
-                share_score(task, "both objects right, each at its side", right(*both), 0.8),
-                share_score(task, "both kinds right", right("left object", "right object")),
-                share_score(task, "style right", right("style")),
+                fraction_score(task, "both objects right, each at its side", right(*both), 0.8),
+                fraction_score(task, "both kinds right", right("left object", "right object")),
+                fraction_score(task, "style right", right("style")),
             ]
-        scores.append(share_score(task, "background right", right("background")))
+        scores.append(fraction_score(task, "background right", right("background")))
         if name == "one object":
             distance = frechet(features, real)
             scores.append(
@@ -199,12 +199,14 @@ def text_scores(maker: Maker, probe: SceneProbe, count: int, keep: Callable[[str
 
 def condition_scores(maker: Maker, probe: SceneProbe, count: int, keep: Callable[[str, Any], None]) -> list[Score]:
     """Image to depth, edges and segmentation, and depth to image."""
-    held = held_out(count)
-    truth, rgb = held.rendering, held.rendering.rgb
-    classes = torch.stack([scene_classes(scene, truth.indices[i]) for i, scene in enumerate(held.scenes)])
-    generated = {task: maker.condition(task, held.prompts, rgb, seed=0) for task in ("depth", "segmentation", "canny")}
+    truths = held_out(count)
+    truth, rgb = truths.rendering, truths.rendering.rgb
+    classes = torch.stack([scene_classes(scene, truth.indices[i]) for i, scene in enumerate(truths.scenes)])
+    generated = {
+        task: maker.condition(task, truths.prompts, rgb, seed=0) for task in ("depth", "segmentation", "canny")
+    }
     for task, images in generated.items():
-        keep(f"image → {task}", (held.prompts, torch.stack([rgb, images], 1), []))
+        keep(f"image → {task}", (truths.prompts, torch.stack([rgb, images], 1), []))
     depth = image_to_depth(generated["depth"])
     scores = [
         mean_score("image → depth", "AbsRel", abs_rel(depth, truth.depth), at_most=0.06),
@@ -219,10 +221,10 @@ def condition_scores(maker: Maker, probe: SceneProbe, count: int, keep: Callable
             "image → edges", "F1 within a pixel", edge_f1(generated["canny"].mean(1, keepdim=True) > 0.5, truth.edges)
         ),
     ]
-    given = depth_to_image(truth.depth)
-    controlled = maker.conditioned("depth", held.prompts, given, seed=0)
-    keep("depth → image", (held.prompts, torch.stack([given, controlled], 1), []))
-    free = maker.images(held.prompts, seed=0)
+    inputs = depth_to_image(truth.depth)
+    controlled = maker.conditioned("depth", truths.prompts, inputs, seed=0)
+    keep("depth → image", (truths.prompts, torch.stack([inputs, controlled], 1), []))
+    free = maker.images(truths.prompts, seed=0)
     seen = [read(probe, images).depth for images in (controlled, free)]
     for name, found, bar in (
         ("AbsRel", seen, 0.5),
@@ -241,13 +243,13 @@ def condition_scores(maker: Maker, probe: SceneProbe, count: int, keep: Callable
 
 def view_scores(maker: Maker, count: int, keep: Callable[[str, Any], None]) -> list[Score]:
     """A new view of a scene from one image and the cameras."""
-    held = held_out(count)
-    others = [another_camera(scene, Random(i)) for i, scene in enumerate(held.scenes)]
-    truth, given = render(others).rgb, held.rendering.rgb
-    cameras = [(scene.camera, other.camera) for scene, other in zip(held.scenes, others)]
-    generated = maker.views(held.prompts, given, cameras, seed=0)
-    keep("view → other view", (held.prompts, torch.stack([given, truth, generated], 1), []))
-    gain = psnr(generated, truth) - psnr(given, truth)
+    truths = held_out(count)
+    others = [another_camera(scene, Random(i)) for i, scene in enumerate(truths.scenes)]
+    truth, inputs = render(others).rgb, truths.rendering.rgb
+    cameras = [(scene.camera, other.camera) for scene, other in zip(truths.scenes, others)]
+    generated = maker.views(truths.prompts, inputs, cameras, seed=0)
+    keep("view → other view", (truths.prompts, torch.stack([inputs, truth, generated], 1), []))
+    gain = psnr(generated, truth) - psnr(inputs, truth)
     return [
         mean_score("view → other view", "PSNR in dB", psnr(generated, truth)),
         mean_score("view → other view", "PSNR over copying the given view, dB", gain, at_least=3.0),
@@ -257,14 +259,14 @@ def view_scores(maker: Maker, count: int, keep: Callable[[str, Any], None]) -> l
 
 def probe_scores(probe: SceneProbe, count: int) -> list[Score]:
     """The probe itself on renders it never saw."""
-    held = held_out(count)
-    said, depth, _, _ = read(probe, held.rendering.rgb)
-    truth = [expected(scene) for scene in held.scenes]
+    truths = held_out(count)
+    answers, depth, _, _ = read(probe, truths.rendering.rgb)
+    truth = [expected(scene) for scene in truths.scenes]
     scores = [
-        share_score("probe on renders", f"{name} right", [a[name] == b[name] for a, b in zip(said, truth)], 0.99)
+        fraction_score("probe on renders", f"{name} right", [a[name] == b[name] for a, b in zip(answers, truth)], 0.99)
         for name in probe.questions
     ]
-    real = held.rendering.depth
+    real = truths.rendering.depth
     return [
         *scores,
         mean_score("probe on renders", "AbsRel of depth", abs_rel(depth, real)),

@@ -24,7 +24,7 @@ from imgdit.models.nextdit import ROPE_THETA, NextDiT, NextDiTAttention, TextMem
 
 SIDE, FRAMES, TEXT, REAL_TEXT = 16, 2, 300, 60
 GIVEN = 0.04
-"""Noise level of the given frame."""
+"""Noise level of the conditioning frame."""
 
 
 def medium_model(seed: int = 0) -> NextDiT:
@@ -119,13 +119,13 @@ def _attention(
     key, value = attn.split(attn.ky_norm(attn.wk_y(text))), attn.split(attn.wv_y(text))
     key, value = (y.repeat(1, 1, repeats, 1).transpose(1, 2) for y in (key, value))
     read = mask[:, None, None].expand(batch, heads, rows, -1)
-    told = F.scaled_dot_product_attention(query, key, value, attn_mask=read)
-    out = out + told * attn.gate.tanh()[:, None, None] * sees_text[:, None]
+    from_text = F.scaled_dot_product_attention(query, key, value, attn_mask=read)
+    out = out + from_text * attn.gate.tanh()[:, None, None] * sees_text[:, None]
     return attn.wo(out.transpose(1, 2).flatten(2))
 
 
 def any_comparisons(*, rounds: int = 9, model: NextDiT | None = None) -> Iterator[Comparison]:
-    """One step of a two-frame scene, the second frame given: all frames seeing each other, and the given frame seeing
+    """One step of a two-frame scene, the second frame clean: all frames seeing each other, and the clean one seeing
     only itself and read from a cache. Differences are relative to the largest value, if that is more than 1."""
     model = model or medium_model()
     generator = torch.Generator().manual_seed(0)
@@ -144,7 +144,7 @@ def any_comparisons(*, rounds: int = 9, model: NextDiT | None = None) -> Iterato
 
     channels_last = tokens.unflatten(-1, (model.config.in_channels, -1)).transpose(-1, -2).flatten(-2)
 
-    for sees, work in (("all", "both frames see all"), ("self", "the given frame sees itself, from a cache")):
+    for sees, work in (("all", "both frames see all"), ("self", "the conditioning frame sees itself, from a cache")):
         frames = [Frame((SIDE, SIDE), index=0), Frame((SIDE, SIDE), sigma=GIVEN, index=1, sees=sees)]  # type: ignore[arg-type]
         layout = FrameLayout.build(frames, TEXT)
         rope = rope_table(layout.ids(), (model.config.hidden_size // model.config.num_heads // 3,) * 3, ROPE_THETA)

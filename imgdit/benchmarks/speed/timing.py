@@ -151,11 +151,11 @@ def peak_memory(call: Callable[[], Any], device: torch.device | str = "cpu") -> 
         return torch.cuda.max_memory_allocated(device) - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         call()
-    held = most = 0
+    allocated = most = 0
     for event in sorted(record.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
         if event.name() == "[memory]":
-            held += event.nbytes()
-            most = max(most, held)
+            allocated += event.nbytes()
+            most = max(most, allocated)
     return most
 
 

@@ -37,8 +37,8 @@ def run(
     every = [cell for found in names.values() for cell in found]
     styles, objects, seeds = (sorted(set(values)) for values in zip(*every))
     wanted = cells(seeds, styles, objects)
-    told = {"style": (style_classifier, styles), "object": (object_classifier, objects)}
-    style, thing = _classifiers(targets, told, labels, engine)
+    described = {"style": (style_classifier, styles), "object": (object_classifier, objects)}
+    style, thing = _classifiers(targets, described, labels, engine)
     scores = []
     for inner in targets:
         if inner.name not in (*styles, *objects):
@@ -55,15 +55,15 @@ def run(
 
 
 def _classifiers(
-    targets: list[Path], told: Mapping[str, tuple[str, list[str]]], labels: Path | None, engine: dict[str, Any]
+    targets: list[Path], described: Mapping[str, tuple[str, list[str]]], labels: Path | None, engine: dict[str, Any]
 ) -> list[Classify]:
     """Of styles and of objects: what is asked as it comes, or what a job has asked about all images."""
     if labels is None:
-        return [classifier(source, domain, names) for domain, (source, names) in told.items()]
+        return [classifier(source, domain, names) for domain, (source, names) in described.items()]
     files = [file for inner in targets for file in _images(inner)]
-    sources, names = ({domain: one[n] for domain, one in told.items()} for n in range(2))
-    said = label_all(files, sources, labels, names, **engine)  # type: ignore[arg-type]
-    return [lambda asked, known=known: [known[file] for file in asked] for known in said.values()]  # type: ignore[misc]
+    sources, names = ({domain: one[n] for domain, one in described.items()} for n in range(2))
+    labelled = label_all(files, sources, labels, names, **engine)  # type: ignore[arg-type]
+    return [lambda asked, known=known: [known[file] for file in asked] for known in labelled.values()]  # type: ignore[misc]
 
 
 def _images(folder: Path) -> list[Path]:

@@ -85,13 +85,13 @@ def answers_questions(source: str | Path) -> bool:
 def judge_classifier(pipe: Any, domain: str, labels: Sequence[str], batch: int = 8) -> Classify:
     """Labels that are the most likely answers of a pipeline with `choose`."""
     pipe.set_progress_bar_config(disable=True)
-    said = [label.replace("_", " ").lower() for label in labels]
+    written = [label.replace("_", " ").lower() for label in labels]
 
     def classify(files: Sequence[Path]) -> list[str]:
         found: list[str] = []
         for first in range(0, len(files), batch):
             images = [to_rgb(open_image(file)) for file in files[first : first + batch]]
-            found += [labels[number] for number in pipe.choose(images, ASKED[domain], said).best]
+            found += [labels[number] for number in pipe.choose(images, ASKED[domain], written).best]
         return found
 
     return classify
@@ -157,7 +157,7 @@ def label_all(
     found: dict[str, dict[Path, str]] = {domain: {} for domain in classifiers}
     places = dict(zip(names, files, strict=True))
     for chunk in chunks:
-        said = read_object(out / chunk)
-        for domain, given in said["labels"].items():
-            found[domain] |= dict(zip((places[name] for name in said["files"]), given, strict=True))
+        written = read_object(out / chunk)
+        for domain, labelled in written["labels"].items():
+            found[domain] |= dict(zip((places[name] for name in written["files"]), labelled, strict=True))
     return found

@@ -24,19 +24,19 @@ SEED = 7
 
 
 def build_material(
-    pipe: Any, saes: Path | None, folder: Path, *, sentences: int, steps: int, guidance: float
+    pipe: Any, saes: Path | None, folder: Path, *, prompts_per_label: int, steps: int, guidance: float
 ) -> tuple[Material, float]:
     """Prompts for every style and object, and with SAEs their activations.
 
     Args:
         saes: folder of the SAEs; `None`: no method needs them.
         folder: of the statistics.
-        prompts: for each label.
+        prompts_per_label: to learn from.
 
     Returns:
         The material, and the seconds that its statistics took.
     """
-    prompts = {kind: label_prompts(sentences, SEED, kind) for kind in LABELS}
+    prompts = {kind: label_prompts(prompts_per_label, SEED, kind) for kind in LABELS}
     words = {label: label_words(label) for labels in LABELS.values() for label in labels}
     found = {} if saes is None else ConceptUnlearner.from_pretrained(saes).saes
     for sae in found.values():
@@ -47,14 +47,14 @@ def build_material(
         return material, 0.0
     key = digest(weights_hash(pipe.transformer, pipe.text_encoder), _names(found), prompts, call)
     file = folder / f"statistics-{key}.safetensors"
-    told = file.with_suffix(".json")
-    if not told.is_file():
+    summary = file.with_suffix(".json")
+    if not summary.is_file():
         start = time.perf_counter()
         statistics = collect(pipe, material)
         seconds = time.perf_counter() - start
         folder.mkdir(parents=True, exist_ok=True)
-        _save(statistics, file, told, seconds)
-    statistics, seconds = _load(file, told)
+        _save(statistics, file, summary, seconds)
+    statistics, seconds = _load(file, summary)
     return dataclasses.replace(material, statistics=statistics), seconds
 
 
@@ -62,7 +62,7 @@ def _names(saes: dict[str, Any]) -> dict[str, str]:
     return {hookpoint: sae.fingerprint() for hookpoint, sae in saes.items()}
 
 
-def _save(statistics: Statistics, file: Path, told: Path, seconds: float) -> None:
+def _save(statistics: Statistics, file: Path, summary: Path, seconds: float) -> None:
     tensors, values = {}, []
     for kind, places in statistics.items():
         for hookpoint, found in places.items():
@@ -71,11 +71,11 @@ def _save(statistics: Statistics, file: Path, told: Path, seconds: float) -> Non
                 tensors[f"{kind}/{hookpoint}/{label}/inputs"] = found.inputs[label].contiguous()
                 values.append([kind, hookpoint, label, count, list(found.timesteps)])
     write_tensors(file, tensors)
-    write_text(told, json.dumps({"seconds": seconds, "labels": values}))  # last: it says that the file is whole
+    write_text(summary, json.dumps({"seconds": seconds, "labels": values}))  # last: it says that the file is whole
 
 
-def _load(file: Path, told: Path) -> tuple[Statistics, float]:
-    values = read_object(told)
+def _load(file: Path, summary: Path) -> tuple[Statistics, float]:
+    values = read_object(summary)
     statistics: Statistics = {}
     with safe_open(file, "pt") as tensors:
         for kind, hookpoint, label, count, timesteps in values["labels"]:

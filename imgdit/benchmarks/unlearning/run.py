@@ -30,7 +30,7 @@ from imgdit.benchmarks.unlearning.table import (
     score_together,
 )
 from imgdit.io.atomic import write_text
-from imgdit.naming import check_name
+from imgdit.naming import check_name, old_names
 from imgdit.pipelines.image_text_loading import load_image_text_pipeline
 from imgdit.pipelines.load_options import LoadOptions
 from imgdit.scenes.labels import kind_of
@@ -45,6 +45,7 @@ OURS = ("scale", "replace")
 SCORES = ("UA", "IRA", "CRA")
 
 
+@old_names(sentences="prompts")
 @dataclass(frozen=True)
 class UnlearnPlan:
     """How much is measured."""
@@ -59,7 +60,7 @@ class UnlearnPlan:
     """Of the sampler."""
     guidance: float = 3.0
     """Scale."""
-    sentences: int = 16
+    prompts: int = 16
     """For each label, to learn from."""
     tune: bool = False
     """Choose each method's settings on other seeds first; otherwise the first of its grid are used."""
@@ -77,7 +78,7 @@ class UnlearnPlan:
             kind_of(target)
         if not self.targets:
             raise ValueError("there is nothing to unlearn; give at least one target")
-        for name in ("seeds", "steps", "sentences"):
+        for name in ("seeds", "steps", "prompts"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.guidance <= 1:
@@ -93,7 +94,7 @@ class UnlearnPlan:
         return any(METHODS[name].needs_saes for name in self.methods)
 
 
-QUICK = UnlearnPlan(FEW_METHODS, FEW_TARGETS, seeds=2, steps=12, sentences=6, together=0, attack=0)
+QUICK = UnlearnPlan(FEW_METHODS, FEW_TARGETS, seeds=2, steps=12, prompts=6, together=0, attack=0)
 """1,632 images and 84 to learn from."""
 
 
@@ -121,7 +122,7 @@ def run(
         pipe,
         saes if plan.needs_saes else None,
         out,
-        sentences=plan.sentences,
+        prompts_per_label=plan.prompts,
         steps=plan.steps,
         guidance=plan.guidance,
     )
@@ -381,8 +382,8 @@ def table(result: Mapping[str, Any]) -> str:
     if result["together"]:
         lines = [["several at once: unlearned / retained", *(f"{n}" for n in range(1, len(SEQUENCE) + 1))]]
         for name, rows in result["together"].items():
-            shares = [f"{100 * row['unlearned']:.0f} / {100 * row['retained']:.0f}" for row in rows]
-            lines.append([METHODS[name].title, *shares])
+            fractions = [f"{100 * row['unlearned']:.0f} / {100 * row['retained']:.0f}" for row in rows]
+            lines.append([METHODS[name].title, *fractions])
         text.append(_aligned(lines))
     if result["judged"]:
         names = ("unlearned", "retained", "cross")

@@ -90,12 +90,12 @@ def _reconstruct(
     return DiagonalGaussianDistribution(moments), reconstruction.float()
 
 
-def _difference_error(made: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+def _difference_error(generated: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
     """Absolute error of the differences of neighbouring pixels, at full, half and quarter size."""
-    error = made.new_zeros(())
+    error = generated.new_zeros(())
     for scale in range(3):
         if scale:
-            made, real = F.avg_pool2d(made, 2), F.avg_pool2d(real, 2)
+            generated, real = F.avg_pool2d(generated, 2), F.avg_pool2d(real, 2)
         for dim in (-1, -2):
-            error = error + (made.diff(dim=dim) - real.diff(dim=dim)).abs().mean()
+            error = error + (generated.diff(dim=dim) - real.diff(dim=dim)).abs().mean()
     return error / 6

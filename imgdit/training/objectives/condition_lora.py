@@ -26,7 +26,7 @@ def condition_lora(
     guidance: float = 1.0,
 ) -> ObjectiveOutput:
     """Condition tokens read by their own LoRA (OminiControl, arXiv 2411.15098): the target has noise, the conditions
-    are held clean, and only the target is learned.
+    are clean, and only the target is learned.
 
     The layout says which frame is read by which adapter (`Frame(..., sigma=0.0, adapter="canny")`).
 
@@ -42,18 +42,18 @@ def condition_lora(
     check_batch(batch)
     if not any(not frame.predicted and frame.adapter is not None for frame in layout.frames):
         raise ValueError(
-            "condition_lora needs a layout with a held frame that an adapter reads, "
+            "condition_lora needs a layout with a clean frame that an adapter reads, "
             f'such as Frame(size, sigma=0.0, adapter="canny"); got {[(f.sigma, f.adapter) for f in layout.frames]}'
         )
     (dropout,) = training_fractions(model, condition_dropout=condition_dropout)
     if dropout:
         device = batch.tokens.device
         dropped = chosen_rows(len(batch.tokens), dropout, generator, device)
-        held = torch.ones(layout.image_length, dtype=torch.bool, device=device)
+        conditions = torch.ones(layout.image_length, dtype=torch.bool, device=device)
         for rows in layout.predicted:
-            held[rows] = False
+            conditions[rows] = False
         empty = batch.tokens.new_zeros(1) if batch.empty_tokens is None else batch.empty_tokens
-        tokens = torch.where((dropped[:, None] & held)[..., None], empty, batch.tokens)
+        tokens = torch.where((dropped[:, None] & conditions)[..., None], empty, batch.tokens)
         batch = dataclasses.replace(batch, tokens=tokens)
     return flow_matching(
         model,

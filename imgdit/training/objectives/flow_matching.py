@@ -52,7 +52,7 @@ def flow_matching(
         distribution, mean, std, shared: see `MultiFrameFlowMatchScheduler.sample_sigmas`.
         clean: fraction of frames at level 0; they do not count, and one frame of a sample keeps its noise.
         text_dropout: fraction of samples whose text becomes the empty one.
-        condition_dropout: fraction of samples whose given frames (held by the layout, or clean by draw) become pure
+        condition_dropout: fraction of samples whose conditioning frames (clean by the layout, or by draw) become pure
             noise at level 1, which says nothing about them: the unconditional branch of guidance.
         guidance: input of guidance-distilled models.
         weighting: "velocity": all noise levels alike; "x0": the error of the clean image that the velocity stands for,
@@ -68,12 +68,12 @@ def flow_matching(
         model, text_dropout=text_dropout, condition_dropout=condition_dropout, clean=clean
     )
     size, device = len(batch.tokens), batch.tokens.device
-    made = [n for n, frame in enumerate(live_frames(layout)) if frame.predicted]
+    generated = [n for n, frame in enumerate(live_frames(layout)) if frame.predicted]
     sigmas = batch.sigmas
     if sigmas is None:
         drawn = scheduler.sample_sigmas(
             size,
-            len(made),
+            len(generated),
             distribution=distribution,  # type: ignore[arg-type]
             mean=mean,
             std=std,
@@ -85,19 +85,19 @@ def flow_matching(
         )
         sigmas = batch.at(0.0).sigmas
         assert sigmas is not None
-        sigmas = sigmas.to(drawn.dtype).index_copy(1, torch.tensor(made, device=device), drawn)
+        sigmas = sigmas.to(drawn.dtype).index_copy(1, torch.tensor(generated, device=device), drawn)
     noise = noise_of(batch, generator)
     text = drop_text(batch, text_dropout, generator)
-    given = sigmas == 0.0
-    given[:, [n for n in range(len(layout.live)) if n not in made]] = True
+    is_clean = sigmas == 0.0
+    is_clean[:, [n for n in range(len(layout.live)) if n not in generated]] = True
     if condition_dropout:
         dropped = chosen_rows(size, condition_dropout, generator, device)
-        sigmas = sigmas.masked_fill(given & dropped[:, None], 1.0)
+        sigmas = sigmas.masked_fill(is_clean & dropped[:, None], 1.0)
     predicted = predict_velocity(
         model, mix(batch.tokens, noise, sigmas, layout.lengths), text, sigmas, layout, guidance
     )
     # A clean frame's velocity is not in its tokens: noise - data, and the noise is not there.
-    weights = (sigmas > 0.0)[:, made]
+    weights = (sigmas > 0.0)[:, generated]
     if batch.counts is not None:
-        weights = weights & batch.counts[:, made]
-    return velocity_loss(predicted, batch, noise, weights, sigmas[:, made] if weighting == "x0" else None)
+        weights = weights & batch.counts[:, generated]
+    return velocity_loss(predicted, batch, noise, weights, sigmas[:, generated] if weighting == "x0" else None)

@@ -33,12 +33,12 @@ def check_batch(batch: Batch) -> None:
             raise ValueError(f"{name} must be {levels}, one per sample and frame, got {tuple(value.shape)}")
 
 
-def training_fractions(model: torch.nn.Module, **shares: float) -> list[float]:
-    """The shares while training, zeros in evaluation."""
-    for name, fraction in shares.items():
+def training_fractions(model: torch.nn.Module, **fractions: float) -> list[float]:
+    """The fractions while training, zeros in evaluation."""
+    for name, fraction in fractions.items():
         if not 0.0 <= fraction <= 1.0:
             raise ValueError(f"{name} is a fraction in [0, 1], got {fraction}")
-    return [fraction if model.training else 0.0 for fraction in shares.values()]
+    return [fraction if model.training else 0.0 for fraction in fractions.values()]
 
 
 def noise_of(batch: Batch, generator: torch.Generator | None) -> torch.Tensor:
@@ -49,7 +49,7 @@ def noise_of(batch: Batch, generator: torch.Generator | None) -> torch.Tensor:
 
 
 def chosen_rows(size: int, fraction: float, generator: torch.Generator | None, device: torch.device) -> torch.Tensor:
-    """Boolean (size,), each true with probability `share`."""
+    """Boolean (size,), each true with probability `fraction`."""
     where = generator.device if generator is not None else device
     return (torch.rand(size, generator=generator, device=where) < fraction).to(device)
 

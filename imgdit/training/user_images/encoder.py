@@ -98,7 +98,7 @@ class Encoder:
             return 2 ** len(config["temperal_downsample"])
         return 2 ** (len(config.get("encoder_block_out_channels") or config["block_out_channels"]) - 1)
 
-    def made_by(self, *folders: str) -> dict[str, str]:
+    def origin(self, *folders: str) -> dict[str, str]:
         """What a cache has to know about components: a hash of their files, and what they compute in."""
         parts = sorted(part for name in folders for part in self.folder.glob(f"{name}*") if part.is_dir())
         return {"model": folder_hash(parts), "dtype": str(self.dtype).removeprefix("torch.")}

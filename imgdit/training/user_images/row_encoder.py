@@ -53,8 +53,8 @@ class RowEncoder:
         if self.settings.cache is not None:
             folder = Path(self.settings.cache)
             self.caches = Caches(
-                TensorCache(folder / "latents", self.encoder.made_by("vae")),
-                TensorCache(folder / "text", self.encoder.made_by("text_encoder", "tokenizer")),
+                TensorCache(folder / "latents", self.encoder.origin("vae")),
+                TensorCache(folder / "text", self.encoder.origin("text_encoder", "tokenizer")),
             )
 
     def frames(self, image: IndexedImage) -> list[torch.Tensor]:

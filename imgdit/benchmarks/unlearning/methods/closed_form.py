@@ -25,7 +25,7 @@ def edited_in_closed_form(
     *,
     preserve: float = 0.1,
     ridge: float = 0.1,
-    sentences: int = 16,
+    prompts: int = 16,
 ) -> Unlearned:
     """Where a prompt says a concept, its text is projected as if it said another label of the same kind.
 
@@ -41,7 +41,7 @@ def edited_in_closed_form(
     model = denoiser(pipe)
     changed: dict[str, torch.Tensor] = {}
     if concepts:
-        lines = {label: material.lines(label)[:sentences] for kind in material.prompts.values() for label in kind}
+        lines = {label: material.lines(label)[:prompts] for kind in material.prompts.values() for label in kind}
         unwanted = [material.words[concept] for concept in concepts]
         before = _vectors(pipe, [line for label in concepts for line in lines[label]])
         after = _vectors(pipe, [line for label in concepts for line in lines[material.others(label, concepts)[0]]])

@@ -48,7 +48,7 @@ def without_features(
             statistics = material.recorded(concept, hookpoint)
             selection = select_concept(statistics, concept, top_n=top_n, floor=floor)
             if random_seed is not None:
-                selection = _by_lot(selection, statistics, random_seed)
+                selection = _at_random(selection, statistics, random_seed)
             selections[concept] = selection
         books[hookpoint] = ConceptBook(material.saes[hookpoint].fingerprint(), model, selections)
     unlearner = ConceptUnlearner(material.saes, books)
@@ -73,7 +73,7 @@ def without_features(
     )
 
 
-def _by_lot(selection: ConceptSelection, statistics: ConceptStatistics, seed: int) -> ConceptSelection:
+def _at_random(selection: ConceptSelection, statistics: ConceptStatistics, seed: int) -> ConceptSelection:
     """As many other features that are alive, in the places of those selected."""
     alive = statistics.thresholds().amax(0) > 0  # (L,)
     alive[selection.features] = False

@@ -64,15 +64,15 @@ class _Recorder(CallHook):
         super().__init__(pipe)
         self.eta = eta
         self.seen: list[tuple[dict[str, Any], torch.Tensor]] = []
-        self.given: tuple[dict[str, Any], DenoiserCall] | None = None
+        self.last_call: tuple[dict[str, Any], DenoiserCall] | None = None
 
     def before(self, arguments: dict[str, Any], call: DenoiserCall) -> dict[str, Any]:
-        self.given = (arguments, call)
+        self.last_call = (arguments, call)
         return arguments
 
     def after(self, prediction: torch.Tensor) -> torch.Tensor:
-        assert self.given is not None
-        arguments, call = self.given
+        assert self.last_call is not None
+        arguments, call = self.last_call
         if call.conditional is None or call.unconditional is None:
             raise ValueError("fine-tuning against guidance needs a guidance_scale above 1 in Material.call")
         base, concept = prediction[call.unconditional], prediction[call.conditional]

@@ -18,7 +18,7 @@ from imgdit.layout import FrameLayout
 from imgdit.sae.calls import DenoiserCall
 
 
-def _said(material: Material, concepts: Sequence[str]) -> str:
+def _negative_text(material: Material, concepts: Sequence[str]) -> str:
     return ", ".join(material.words[concept] for concept in concepts)
 
 
@@ -34,11 +34,11 @@ def nothing(pipe: Any, concepts: Sequence[str], material: Material) -> Unlearned
 
 def negative_prompt(pipe: Any, concepts: Sequence[str], material: Material) -> Unlearned:
     """The concepts' words in the place of the empty prompt of classifier-free guidance."""
-    said = _said(material, concepts)
+    text = _negative_text(material, concepts)
 
     @contextmanager
     def attach(pipe: Any) -> Iterator[dict[str, Any]]:
-        yield {"negative_prompt": said} if said else {}
+        yield {"negative_prompt": text} if text else {}
 
     return Unlearned(attach, 0)
 
@@ -72,7 +72,13 @@ def safe_latent_guidance(
             yield {}
             return
         hook = _SafeGuidance(
-            pipe, _said(material, concepts), scale, threshold, momentum_scale, momentum_beta, 1000 * (1 - warmup)
+            pipe,
+            _negative_text(material, concepts),
+            scale,
+            threshold,
+            momentum_scale,
+            momentum_beta,
+            1000 * (1 - warmup),
         )
         with placed(hook):
             yield {}
@@ -86,7 +92,7 @@ class _SafeGuidance(CallHook):
     def __init__(
         self,
         pipe: Any,
-        said: str,
+        text: str,
         scale: float,
         threshold: float,
         momentum_scale: float,
@@ -95,7 +101,7 @@ class _SafeGuidance(CallHook):
     ) -> None:
         super().__init__(pipe)
         with torch.no_grad():
-            embeds, _, pooled, _, mask, _ = pipe.encode_prompt(said, do_classifier_free_guidance=False)
+            embeds, _, pooled, _, mask, _ = pipe.encode_prompt(text, do_classifier_free_guidance=False)
         self.text = {"encoder_hidden_states": embeds, "pooled_projections": pooled, "encoder_attention_mask": mask}
         self.scale, self.threshold, self.begin = scale, threshold, begin
         self.momentum_scale, self.momentum_beta = momentum_scale, momentum_beta
@@ -113,25 +119,25 @@ class _SafeGuidance(CallHook):
         concept = rows(arguments, call.conditional)
         count = len(concept["hidden_states"])
         concept |= {name: value.expand(count, *value.shape[1:]) for name, value in self.text.items()}
-        given = dict(arguments)
-        if given.get("encoder_attention_mask") is None:
-            text = given["encoder_hidden_states"]
-            given["encoder_attention_mask"] = torch.ones(text.shape[:2], dtype=torch.bool, device=text.device)
-        before = given["encoder_hidden_states"].shape[1]
+        joined = dict(arguments)
+        if joined.get("encoder_attention_mask") is None:
+            text = joined["encoder_hidden_states"]
+            joined["encoder_attention_mask"] = torch.ones(text.shape[:2], dtype=torch.bool, device=text.device)
+        before = joined["encoder_hidden_states"].shape[1]
         length = max(before, concept["encoder_hidden_states"].shape[1])
-        for part in (given, concept):
+        for part in (joined, concept):
             missing = length - part["encoder_hidden_states"].shape[1]
             part["encoder_hidden_states"] = F.pad(part["encoder_hidden_states"], (0, 0, 0, missing))
             part["encoder_attention_mask"] = F.pad(part["encoder_attention_mask"], (0, missing))
         for name in PER_SAMPLE:
-            if given.get(name) is not None:
-                given[name] = torch.cat([given[name], concept[name].to(given[name])])
-        layout = given.get("layout")
+            if joined.get(name) is not None:
+                joined[name] = torch.cat([joined[name], concept[name].to(joined[name])])
+        layout = joined.get("layout")
         if layout is not None and length > before:
-            given["layout"] = FrameLayout.build(
+            joined["layout"] = FrameLayout.build(
                 layout.frames, length, visible=layout.visible, main_adapters=layout.main_adapters
             )
-        return given
+        return joined
 
     def after(self, prediction: torch.Tensor) -> torch.Tensor:
         call = self.call
