@@ -88,7 +88,7 @@ def old_names(**names: str) -> Callable[[T], T]:
         for old, new in names.items():
             is_method = isinstance(inspect.getattr_static(target, new, None), classmethod)
             setattr(target, old, (_old_method if is_method else _old_attribute)(target.__name__, old, new))
-        if not issubclass(target, tuple):
+        if not issubclass(target, tuple) and target.__init__ is not object.__init__:
             init = _takes_old_names(target.__init__, target.__name__, names)
             type.__setattr__(target, "__init__", init)
         return target
@@ -98,7 +98,8 @@ def old_names(**names: str) -> Callable[[T], T]:
 
 def old_arguments(target: Any) -> Mapping[str, str]:
     """Keyword arguments of earlier versions that a class or function takes, and what they are called now."""
-    return getattr(target.__init__ if isinstance(target, type) else target, "old_arguments", {})
+    function = getattr(target, "__init__") if isinstance(target, type) else target  # noqa: B009
+    return getattr(function, "old_arguments", {})
 
 
 def _old_attribute(owner: str, old: str, new: str) -> property:

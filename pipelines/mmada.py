@@ -257,11 +257,11 @@ class MMaDAPipeline(compat.DiffusionPipeline):
         unknown = [name for name in options.callback_tensors if name not in self._callback_tensor_inputs]
         if unknown:
             raise ValueError(f"callbacks may ask for {self._callback_tensor_inputs}, got {unknown}")
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        positive = [prompt] if isinstance(prompt, str) else list(prompt)
         negative = [negative_prompt or ""] if isinstance(negative_prompt or "", str) else list(negative_prompt)
-        negative = negative * len(prompts) if len(negative) == 1 else negative
+        negative = negative * len(positive) if len(negative) == 1 else negative
         copies = options.num_images_per_prompt
-        return [text for text in prompts for _ in range(copies)], [text for text in negative for _ in range(copies)]
+        return [text for text in positive for _ in range(copies)], [text for text in negative for _ in range(copies)]
 
     def _rows(
         self, prompts: Sequence[str], negatives: Sequence[str], known: torch.Tensor, most: int
