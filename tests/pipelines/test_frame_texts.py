@@ -102,14 +102,14 @@ def test_pipelines_of_one_transformer_share_its_text_frames(folder):
         assert other.caption(shown, resolution=16, **SETTINGS).texts == expected
     parts = {name: part for name, part in one.components.items() if not name.startswith("text_t") and part is not None}
     frames = OneDiffusionPipeline(**{name: part for name, part in parts.items() if name != "text_scheduler"})
-    assert make(frames, [ImageFrame.given(shown[0]), *asked]).texts == expected
+    assert make(frames, [ImageFrame.clean(shown[0]), *asked]).texts == expected
     one.transformer.disable_lora()
     with pytest.raises(ValueError, match="enable_lora"):
         one.caption(shown)
     one.transformer.enable_lora()
     assert one.caption(shown, resolution=16, **SETTINGS).texts == expected
     one.transformer.delete_adapters(one.text_adapter)
-    for write in (lambda: one.caption(shown), lambda: make(frames, [ImageFrame.given(shown[0]), *asked])):
+    for write in (lambda: one.caption(shown), lambda: make(frames, [ImageFrame.clean(shown[0]), *asked])):
         with pytest.raises(ValueError, match="was removed"):
             write()
 

@@ -67,8 +67,8 @@ class PipelineMaker:
 
     def condition(self, task: str, prompts: Sequence[str], images: torch.Tensor, seed: int) -> torch.Tensor:
         def make(rows: range, options: dict) -> torch.Tensor:
-            given = ImageFrame.clean(_images(images, rows))
-            frames = [given, ImageFrame.generate(task)]
+            clean = ImageFrame.clean(_images(images, rows))
+            frames = [clean, ImageFrame.generate(task)]
             output = self.any([prompts[i] for i in rows], frames, guidance_scale=self.perception, **options)
             return output.maps[task]
 

@@ -132,17 +132,17 @@ def widened(
         new.zero_()
         if name not in tensors:
             continue
-        given = tensors[name]
+        narrow = tensors[name]
         if name.endswith("norm.weight"):  # the mean of the squares is over more features
-            new[: len(given)] = given * math.sqrt(old.hidden_size / hidden_size)
+            new[: len(narrow)] = narrow * math.sqrt(old.hidden_size / hidden_size)
         elif ".o_proj." in name:
-            new[: len(given), heads] = given
+            new[: len(narrow), heads] = narrow
         elif ".q_proj." in name:  # scores are divided by the square root of a head's features
-            new[heads, : given.shape[1]] = given * math.sqrt(apart)
+            new[heads, : narrow.shape[1]] = narrow * math.sqrt(apart)
         elif ".k_proj." in name or ".v_proj." in name:
-            new[heads, : given.shape[1]] = given
+            new[heads, : narrow.shape[1]] = narrow
         else:
-            new[: given.shape[0], : given.shape[1]] = given
+            new[: narrow.shape[0], : narrow.shape[1]] = narrow
     return wide
 
 

@@ -38,10 +38,10 @@ def chosen_cells(target: str, wanted: Sequence[Cell], count: int) -> tuple[list[
 
 def names(caption: str, label: str) -> bool:
     """Whether a caption names a style or an object: by the grammar, or where that cannot read it by the word."""
-    said = parse_caption(caption)
-    if said is None:
+    parsed = parse_caption(caption)
+    if parsed is None:
         return label in words(caption)
-    return label == said.style or label in [kind for kind, _ in said.objects]
+    return label == parsed.style or label in [kind for kind, _ in parsed.objects]
 
 
 def write_captions(
