@@ -150,7 +150,7 @@ def test_nothing_of_others_is_overwritten(model, desk):
         (["any", "--condition", "image=photo.png", "--generate", "dept"], "did you mean 'depth'"),
         (["any", "--condition", "imagee=photo.png"], "did you mean 'image'"),
         (["any", "--generate", "pose"], "unknown kind of frame 'pose'"),
-        (["any"], "say what is given"),
+        (["any"], "say what to condition on"),
         (["unlearn", "x", "--concept", "neonn"], "did you mean 'neon'"),
         (["unlearn", "x", "--concept", "neon", "--mode", "replac"], "did you mean 'replace'"),
         (["unlearn", "x", "--concept", "neon", "--sae", "nowhere"], "no folder 'nowhere'"),
