@@ -11,7 +11,7 @@ from imgdit.naming import closest
 from imgdit.prompts import PromptWords, read_prompt, remark
 from imgdit.prompts.facts import KEY
 from imgdit.scenes.caption_parser import parse_caption
-from imgdit.scenes.captions import caption, leave_unsaid
+from imgdit.scenes.captions import caption, leave_out
 from imgdit.scenes.meanings import scene_facts, scene_words
 from imgdit.scenes.tokenizer import caption_tokenizer, text_tokenizer
 from imgdit.scenes.world import Scene
@@ -26,7 +26,7 @@ def about(*prompts):
 def captions(count):
     for i in range(count):
         rng = Random(i)
-        yield caption(Scene.sample(i), rng, leave_unsaid(rng, 0.4))
+        yield caption(Scene.sample(i), rng, leave_out(rng, 0.4))
 
 
 def test_captions_stay_as_they_are():

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from imgdit.benchmarks.scenes.text_to_image import Maker, Score, read, share_score
+from imgdit.benchmarks.scenes.text_to_image import Maker, Score, fraction_score, read
 from imgdit.io.safe_json import parse_object
 from imgdit.io.text import read_text, split_lines
 from imgdit.scenes.answers import NOTHING
@@ -65,7 +65,7 @@ def people_scores(
         values = [marks[metric] for marks in (right(one, seen) for one, seen in rows) if metric in marks]
         if values:
             bar = BAR if metric in ("object", "colour", "style") else None
-            scores.append(share_score("prompts of people → image", f"{metric} right", values, bar))
+            scores.append(fraction_score("prompts of people → image", f"{metric} right", values, bar))
     return scores
 
 
