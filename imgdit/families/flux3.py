@@ -122,7 +122,9 @@ def _blocks(model: Any) -> Iterator[Block]:
         yield Block(f"single_transformer_blocks.{i}", module, _joint_block, ends_conditions=i == last)
 
 
-def _stream_block(block: Any, arguments: Arguments, step: Step, plan: BlockPlan, cache: LayerCache | None) -> torch.Tensor:
+def _stream_block(
+    block: Any, arguments: Arguments, step: Step, plan: BlockPlan, cache: LayerCache | None
+) -> torch.Tensor:
     """References and conditions (B, n, D) of a `Flux3ModeTransformerBlock`."""
     x, plan = arguments["hidden_states"], step.shared
     assert step.rope is not None
