@@ -275,7 +275,6 @@ MANY_PARAMETERS = {
     "imgdit/training/objectives/flow_matching.py flow_matching": "the options of a recipe",
     "imgdit/training/block_diffusion_loss.py block_diffusion_loss": "the options of the published trainer",
     "apps/commands/bench.py unlearn": "the options of a command",
-    "apps/commands/text.py write": "the options of a command",
     "apps/demo/control.py _Handlers.control": "the fields of a page",
 }
 
