@@ -22,6 +22,7 @@ from imgdit.frames import Frame, TextFrame
 from imgdit.images import fit_pixels, to_image, to_pixels
 from imgdit.images.fitting import check_sides, square
 from imgdit.images.latents import encode_images
+from imgdit.images.opening import name_of
 from imgdit.layout import FrameLayout
 from imgdit.models.functional import pack, unpack
 from imgdit.models.masked_lm import rows_of
@@ -527,7 +528,7 @@ class ImageTextPipeline(TextFramesMixin, ImgDiTPipeline):
                 f"got {side}"
             )
         pixels = to_pixels(image)
-        check_sides((pixels.shape[3], pixels.shape[2]), "an image")
+        check_sides((pixels.shape[3], pixels.shape[2]), name_of(image))
         if self.follows_reference:
             found = torch.cat([to_pixels(square(to_image(one), side)) for one in pixels])
         else:

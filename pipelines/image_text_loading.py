@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from imgdit.checkpoints import EMBEDDED
+from imgdit.checkpoints import EMBEDDED, SCENES
+from imgdit.hub import INDEX
+from imgdit.io.safe_json import read_object
 from imgdit.naming import check_choice
 from imgdit.pipelines.image_text import ImageTextPipeline
 from imgdit.pipelines.load_options import AUTO, LoadOptions
@@ -38,6 +40,7 @@ def load_image_text_pipeline(
         check_choice("quantize", options.quantize, ("none",))  # of what diffusers loads
         place(published, options, chosen_device(options))
         return published
+    _check_parts(SCENES if source == EMBEDDED else Path(source).expanduser())
     pipe = load_pipeline(source, options)
     if isinstance(pipe, ImgDiTPipeline) and not isinstance(pipe, ImageTextPipeline):
         pipe = over_components(ImageTextPipeline, pipe, options)
@@ -46,6 +49,17 @@ def load_image_text_pipeline(
     if isinstance(pipe, ImageTextPipeline):
         pipe.check_text_head()
     return pipe
+
+
+def _check_parts(folder: Path) -> None:
+    """Refuse a pipeline's folder that lacks a part. Some tokenizers are made of nothing, without a word."""
+    if not (folder / INDEX).is_file():
+        return
+    for name, value in read_object(folder / INDEX).items():
+        if isinstance(value, list) and len(value) == 2 and value[0] is not None and not (folder / name).is_dir():
+            raise ValueError(
+                f"{folder} has no folder {name!r} ({value[1]}), which its {INDEX} names; is it the whole pipeline?"
+            )
 
 
 def length_option(pipe: Any, length: int | None) -> dict[str, int]:

@@ -17,7 +17,7 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 import gradio as gr
 from PIL import Image
 
-from imgdit.apps.demo import any_to_any, control, create, features, limits, scale, text, unlearn
+from imgdit.apps.demo import any_to_any, ask, control, create, features, limits, scale, text, unlearn
 from imgdit.apps.demo.holder import Holder
 from imgdit.apps.demo.limits import LIMITS
 from imgdit.apps.session import Session
@@ -46,12 +46,13 @@ THEME = gr.themes.Default(
 MCP = "pip install 'imgdit[mcp]'"
 
 
-def build(holder: Holder, results: Path) -> gr.Blocks:
+def build(holder: Holder, results: Path, takes_models: bool = False) -> gr.Blocks:
     """The page.
 
     Args:
         holder: the model.
         results: folder of `imgdit mup …`.
+        takes_models: people may name a folder or Hub repository of a model that answers.
     """
     with gr.Blocks(
         title="imgdit", analytics_enabled=False, delete_cache=(LIMITS.kept_seconds // 4, LIMITS.kept_seconds)
@@ -62,7 +63,7 @@ def build(holder: Holder, results: Path) -> gr.Blocks:
         hidden = _hidden(holder)
         if hidden:
             gr.Markdown(" ".join(hidden.values()), elem_classes="note")
-        canvas = None
+        canvas = asked = None
         with gr.Tabs() as tabs:
             with gr.Tab("Create", id="create"):
                 created = create.build(holder)
@@ -78,6 +79,9 @@ def build(holder: Holder, results: Path) -> gr.Blocks:
             if "Features" not in hidden:
                 with gr.Tab("Features", id="features"):
                     features.build(holder)
+            if takes_models or ask.writes(holder.session):
+                with gr.Tab(ask.TITLE, id="ask"):
+                    asked = ask.build(holder, takes_models)
             if (words := text.text_folder(holder.session)) is not None:
                 with gr.Tab("Text", id="text"):
                     text.build(holder, words)
@@ -90,6 +94,18 @@ def build(holder: Holder, results: Path) -> gr.Blocks:
                 raise limits.Refused("create an image first, which then can be the condition of others")
             yield {"background": file, "layers": [], "composite": None}, gr.Tabs(selected="control"), gr.skip()
 
+        @limits.refusing(created.status)
+        def look(file: str | None) -> Iterator[Any]:
+            if file is None:
+                raise limits.Refused("create an image first, which then can be captioned and asked about")
+            yield file, gr.Tabs(selected="ask"), gr.skip()
+
+        if asked is not None:
+            created.ask.visible = True
+            created.ask.click(
+                look, created.chosen, [asked.image, tabs, created.status], api_visibility="private",
+                show_progress="hidden",
+            )  # fmt: skip
         if canvas is not None:
             created.use.click(
                 use, created.chosen, [canvas, tabs, created.status], api_visibility="private", show_progress="hidden"
@@ -144,7 +160,7 @@ def serve(
     Image.MAX_IMAGE_PIXELS = LIMITS.pixels
     warnings.simplefilter("error", Image.DecompressionBombWarning)
     holder = Holder(session)
-    page = build(holder, results)
+    page = build(holder, results, takes_models=host in ask.LOCAL and root_path is None)
     _, address, _ = page.launch(
         server_name=host,
         server_port=port,

@@ -18,6 +18,7 @@ class Create(NamedTuple):
     """What other tabs use of this one."""
 
     use: gr.Button
+    ask: gr.Button
     status: gr.Textbox
     chosen: gr.State
     """File of the image that was clicked last, or generated last."""
@@ -47,7 +48,9 @@ def build(holder: Holder) -> Create:
             status = widgets.status()
             image = widgets.result("Image")
             gallery = widgets.results("All images", columns=LIMITS.batch, enlarged=False)
-            use = gr.Button("Use as condition", visible=bool(holder.session.shelf.controls))
+            with gr.Row():
+                use = gr.Button("Use as condition", visible=bool(holder.session.shelf.controls), min_width=120)
+                ask = gr.Button("Caption or ask about it", visible=False, min_width=120)
             chosen = gr.State()
 
     @limits.refusing(status)
@@ -93,4 +96,4 @@ def build(holder: Holder) -> Create:
     run.then(lambda files: files[-1][0] if files else None, gallery, chosen, **QUICK)
     gallery.select(chose, None, [chosen, image], **QUICK)
     dice.click(lambda: random.randrange(2**31), None, sampled.seed, **QUICK)
-    return Create(use, status, chosen)
+    return Create(use, ask, status, chosen)

@@ -33,6 +33,8 @@ class Texts(NamedTuple):
     """… and the same without it."""
     bank: tuple[str, ...]
     """Prompts whose images are looked through for a feature's strongest."""
+    questions: tuple[str, ...]
+    """About images."""
 
 
 def of_scenes(session: Any) -> bool:
@@ -56,6 +58,18 @@ def _scenes() -> Texts:
         words="a red cube",
         against="a blue cube",
         bank=tuple(caption(Scene.sample(i, "heldout"), Random(i)) for i in range(BANK)),  # held out of training
+        questions=(
+            "what object is it?",
+            "what colour is it?",
+            "what style is it?",
+            "where is it?",
+            "how many objects are there?",
+            "what object is on the left?",
+            "what colour is the right object?",
+            "is there a red cube?",
+            "is the cube left or right of the sphere?",
+            "which is nearer, the cube or the sphere?",
+        ),
     )
 
 
@@ -77,6 +91,7 @@ def _others() -> Texts:
         words="a photo of a cat",
         against="a photo of a dog",
         bank=tuple(look.format(subject) for look, subject in product(looks, subjects)),
+        questions=("What is in the image?", "What colour is it?", "How many people are there?", "Is it day or night?"),
     )
 
 

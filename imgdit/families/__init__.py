@@ -23,5 +23,7 @@ MODULES = {
     "HunyuanDiT2DModel": "hunyuan_dit",
     "UNet2DModel": "unet",
     "UNet2DConditionModel": "unet",
+    "LlamaPreTrainedModel": "language",
+    "Qwen2PreTrainedModel": "language",
 }
 """Name of a class and the module of its family, whose `FAMILY` is imported when the class is met."""

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 from imgdit.images.convert import to_image, to_pixels, to_rgb
-from imgdit.images.fitting import Size
+from imgdit.images.fitting import Size, check_sides
 from imgdit.images.opening import name_of, open_image
 from imgdit.naming import check_choice
 
@@ -88,7 +88,7 @@ def read_image(image: Any) -> Image.Image:
     """Anything that holds one image as 8-bit RGB: a path, a PIL image, or what `to_pixels` takes.
 
     Raises:
-        ValueError: it holds none, or one of a single pixel in width or height.
+        ValueError: it holds none, or one that is too small or too narrow, see `check_sides`.
     """
     name = name_of(image)
     if isinstance(image, Image.Image):
@@ -100,8 +100,7 @@ def read_image(image: Any) -> Image.Image:
         found = to_image(pixels[0])
     else:
         found = to_rgb(open_image(image))
-    if min(found.size) < 2:
-        raise ValueError(f"{name} has {found.width}x{found.height} pixels; an image needs at least 2x2")
+    check_sides(found.size, name)
     return found
 
 

@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
+from diffusers.hooks import ModelHook
 from diffusers.utils import scale_lora_layers
 from peft.tuners.lora import LoraLayer
 
@@ -116,6 +117,37 @@ def linear(module: nn.Module, x: torch.Tensor, rows: AdapterRows | None, *, shar
     if rows is None:
         return module(x)
     return compat.called(module, partial(on_rows, module, rows=rows, shared=shared), x)
+
+
+@contextmanager
+def acting_on(model: nn.Module, rows: AdapterRows) -> Iterator[None]:
+    """Let the LoRA adapters of a model of another library act on some of its tokens while the context is open: of a
+    language model, on those of an answer and not on its prompt.
+
+    Args:
+        model: all its layers that PEFT wrapped get tensors (B, rows, features) of one sequence.
+        rows: who owns which tokens.
+    """
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    name = f"imgdit_rows_{id(rows)}"
+    for layer in layers:
+        compat.add_hook(layer, _RowsHook(rows), name)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            compat.remove_hook(layer, name)
+
+
+class _RowsHook(ModelHook):
+    """Computes a layer with its adapters on their rows."""
+
+    def __init__(self, rows: AdapterRows):
+        super().__init__()
+        self.rows = rows
+
+    def new_forward(self, module: Any, x: torch.Tensor) -> torch.Tensor:
+        return on_rows(module, x, self.rows)
 
 
 def on_rows(module: LoraLayer, x: torch.Tensor, rows: AdapterRows, *, shared: bool = False) -> torch.Tensor:

@@ -36,8 +36,8 @@ _COMPILED = re.compile(r"\._orig_mod\b")
 
 
 def denoiser_names(pipe: Any) -> list[str]:
-    """Components of a pipeline that predict."""
-    return [name for name in ("transformer", "unet") if getattr(pipe, name, None) is not None]
+    """Components of a pipeline that predict; `model` is a language model."""
+    return [name for name in ("transformer", "unet", "model") if getattr(pipe, name, None) is not None]
 
 
 def find_hookpoints(pipe: Any, patterns: Iterable[str]) -> list[str]:
@@ -51,7 +51,7 @@ def find_hookpoints(pipe: Any, patterns: Iterable[str]) -> list[str]:
     """
     names = denoiser_names(pipe)
     if not names:
-        raise ValueError(f"{type(pipe).__name__} has no transformer and no unet to read from")
+        raise ValueError(f"{type(pipe).__name__} has no transformer, unet or language model to read from")
     paths = [f"{name}.{path}" for name in names for path, _ in getattr(pipe, name).named_modules() if path]
     known = list(dict.fromkeys(_COMPILED.sub("", path) for path in paths))
     found: dict[str, None] = {}

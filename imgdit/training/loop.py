@@ -14,6 +14,7 @@ import json
 import logging
 import math
 import os
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -107,18 +108,38 @@ def train(
 
 
 def optimizer_groups(model: torch.nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
-    """Parameter groups: μP's for a model that knows its roles, otherwise weights with and the rest without decay.
+    """Parameter groups: μP's for a model that knows its roles, otherwise weights with and the rest without decay, of
+    each learning rate.
 
     Adapters on a frozen base are not μP-scaled: their width is the rank, which does not grow with the model.
+
+    Raises:
+        ValueError: `config.rates` under μP, or for parameters that are not trained.
     """
     if isinstance(model, MupMixin) and not getattr(model, "peft_config", None):
+        if config.rates:
+            raise ValueError(f"optimizer.rates is not for {type(model).__name__}, whose rates are those of μP")
         return param_groups(model, config.lr, config.weight_decay, eps=config.eps)
-    trained = [p for p in model.parameters() if p.requires_grad]
+    trained: dict[float, list[torch.nn.Parameter]] = {config.lr: []}
+    unused = dict(config.rates)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            pattern = next((one for one in config.rates if re.fullmatch(one, name)), None)
+            unused.pop(pattern or "", None)
+            rate = config.lr if pattern is None else config.rates[pattern]
+            trained.setdefault(rate, []).append(parameter)
+    if unused:
+        raise ValueError(f"optimizer.rates names {next(iter(unused))!r}, which is no parameter that is trained")
     groups = [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+        {
+            "params": [p for p in found if (p.ndim > 1) == decays],
+            "weight_decay": config.weight_decay * decays,
+            "lr": rate,
+        }
+        for rate, found in trained.items()
+        for decays in (True, False)
     ]
-    return [{**group, "lr": config.lr, "eps": config.eps} for group in groups if group["params"]]
+    return [{**group, "eps": config.eps} for group in groups if group["params"]]
 
 
 class TrainingRun:

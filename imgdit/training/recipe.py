@@ -29,6 +29,7 @@ MODELS = {
     "masked_lm": "imgdit.models.masked_lm:load_masked_lm",
     "vision_language": "imgdit.training.vision_language:instruction_stage",
     "vision_language_projector": "imgdit.training.vision_language:projector_stage",
+    "vision_language_whole": "imgdit.training.vision_language:whole_stage",
 }
 """Short names of `model.kind`."""
 OBJECTIVES = {
@@ -108,9 +109,9 @@ class ModelConfig:
     kind: str = "mmdit"
     """Its class: "mmdit" (`imgdit.MMDiT`), "nextdit" (`imgdit.NextDiT`), "autoencoder_kl" or "autoencoder_dc"
     (diffusers' `AutoencoderKL` and `AutoencoderDC`), "bd3lm" (`imgdit.BD3LM`), "masked_lm" (what `load_masked_lm`
-    reads from `pretrained`), "vision_language" or "vision_language_projector" (what `load_vision_language` reads;
-    all but the tower is trained, or the projector alone), an entry point of the group "imgdit.models", or
-    "package.module:attribute": a torch module, or a function that returns one."""
+    reads from `pretrained`), "vision_language", "vision_language_projector" or "vision_language_whole" (what
+    `load_vision_language` reads; all but the tower is trained, the projector alone, or all), an entry point of the
+    group "imgdit.models", or "package.module:attribute": a torch module, or a function that returns one."""
     arguments: dict[str, Any] = field(default_factory=dict)
     """Arguments of its class."""
     pretrained: str | None = None
@@ -205,6 +206,9 @@ class OptimizerConfig:
     the GPU's is full."""
     lr: float = 1e-3
     """Learning rate; under μP at the base width."""
+    rates: dict[str, float] = field(default_factory=dict)
+    """Learning rates of some parameters, by regular expressions of their whole names; the first that fits counts. Not
+    under μP, which has rates of its own."""
     betas: tuple[float, float] = (0.9, 0.99)
     """Decay of the first and second moment."""
     eps: float = 1e-8
@@ -216,6 +220,8 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         _require(self.lr > 0, "lr", "positive", self.lr)
+        for pattern, rate in self.rates.items():
+            _require(rate > 0, f"rates[{pattern!r}]", "positive", rate)
         _require(all(0 <= beta < 1 for beta in self.betas), "betas", "two numbers in [0, 1)", self.betas)
         _require(self.eps > 0, "eps", "positive", self.eps)
         _require(self.weight_decay >= 0, "weight_decay", "0 or more", self.weight_decay)

@@ -1,7 +1,7 @@
 """Dialogues about images for training: what people bring, its batches, and which parts of a model a stage trains.
 
 Stages of LLaDA-V (arXiv 2505.16933, section 3.2) and LaViDa (arXiv 2505.16839): first the projector on captions, then
-projector and language model on dialogues; or a LoRA on the language model.
+projector and language model, in LLaDA-V the tower too, on dialogues; or a LoRA on the language model.
 
 B rows, T tokens.
 """
@@ -9,6 +9,7 @@ B rows, T tokens.
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from imgdit.images.fitting import Size
 from imgdit.images.tiles import cut_tiles, read_image
 from imgdit.io.safe_json import as_object, inside, parse_object, read_json
 from imgdit.io.text import read_lines
-from imgdit.models.vision_language import VisionLanguageModel, load_vision_language, read_tiling
+from imgdit.models.vision_language import UNUSED, VisionLanguageModel, load_vision_language, read_tiling
 from imgdit.naming import check_choice
 from imgdit.pipelines.dialogues import (
     NO_TARGET,
@@ -59,6 +60,17 @@ def instruction_stage(
     """A model of which all but the vision tower is trained."""
     model = load_vision_language(source, subfolder=subfolder, dtype=dtype, **options)
     model.vision_tower.requires_grad_(False)
+    return model
+
+
+def whole_stage(
+    source: str, *, subfolder: str | None = None, dtype: Any = torch.float32, **options: Any
+) -> VisionLanguageModel:
+    """A model that is trained as a whole, as LLaDA-V's is in its second stage: the tower by a rate of its own, see
+    `optimizer.rates`."""
+    model = load_vision_language(source, subfolder=subfolder, dtype=dtype, **options).requires_grad_(True)
+    for name, parameter in model.vision_tower.named_parameters():
+        parameter.requires_grad_(not re.match(UNUSED, name))
     return model
 
 

@@ -26,7 +26,7 @@ pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed; apt-get install chromium"),
 ]
 FLAGS = ["no-sandbox", "disable-gpu", "no-first-run", "disable-background-networking", "disable-component-update"]
-TABS = ("Create", "Control", "Any-to-any", "Unlearn", "Features", "Scale")
+TABS = ("Create", "Control", "Any-to-any", "Unlearn", "Features", "Caption & Ask", "Scale")
 PATIENCE = 60_000
 """Milliseconds that an image may take."""
 
@@ -199,6 +199,23 @@ def test_without_an_image_there_is_no_condition_to_use(page):
     _says(page, "Create an image first")
     page.get_by_text("Create an image first").first.wait_for()
     assert page.get_by_role("tab", name="Create", exact=True).get_attribute("aria-selected") == "true"
+    _no_error(page)
+
+
+def test_an_image_that_was_created_is_asked_about(page):
+    _steps(page, 1)
+    _press(page, "Create")
+    _says(page, "Done.")
+    page.wait_for_timeout(500)  # until the image is the chosen one
+    _press(page, "Caption or ask about it")
+    panel = page.get_by_role("tabpanel").filter(has=page.get_by_label("Question")).first
+    panel.locator("img").first.wait_for()
+    panel.get_by_text("what object is it?", exact=True).first.click()
+    page.wait_for_function(
+        "() => [...document.querySelectorAll('textarea')].some(e => e.value === 'what object is it?')"
+    )
+    panel.get_by_role("button", name="Ask", exact=True).click()
+    _says(page, "This demo's model writes no texts")
     _no_error(page)
 
 

@@ -1,18 +1,31 @@
 """`imgdit caption`, `imgdit answer` and `imgdit data caption`."""
 
 import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 from dual_diffusion_cases import PIPELINE
+from dual_diffusion_cases import pipeline as dual
 from PIL import Image
 from tiny import tiny_pipeline
+from tiny_vision import noise_image
 from typer.testing import CliRunner
 
 from imgdit.apps.cli import app
 from imgdit.apps.jobs.captions import CaptionImages, caption_all
 from imgdit.data.sources import open_rows
+from imgdit.images import open_image
 
+HERE = Path(__file__).parent
 QUICK = {"num_inference_steps": 2}
 
 
@@ -69,6 +82,54 @@ def test_a_folder_is_captioned_and_a_stopped_job_goes_on(tmp_path):
     assert [row.captions[0] for row in rows] == [text.strip() for text in captions(whole).values()]
 
 
+def environment():
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE.parents[1]), str(HERE.parent)])}
+
+
+def test_a_killed_job_goes_on_without_loss(tmp_path):
+    """SIGKILL at every file operation of a job."""
+    done = subprocess.run(
+        [sys.executable, HERE / "killed_captions.py", tmp_path],
+        env=environment(), capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr[-4000:]
+    assert int(re.search(r"killed at (\d+) file operations", done.stdout)[1]) == 6
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
+def test_a_killed_command_goes_on_without_loss(tmp_path):
+    """`imgdit data caption` of 60 images in a process of its own, killed at moments that nobody chose."""
+    whole, parts = (write_images(tmp_path / name, 60) for name in ("whole", "parts"))
+    list(caption_all(whole, str(PIPELINE), options=QUICK, batch=4))
+    command = [sys.executable, "-m", "imgdit.apps.cli", "data", "caption", str(parts), "--model", str(PIPELINE),
+               "--steps", "2", "--batch", "4"]  # fmt: skip
+    kills, draw = 0, random.Random(0)
+    while len(captions(parts)) < 60:
+        before = len(captions(parts))
+        with subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as job:
+            wanted = before + draw.randrange(1, 12)
+            while job.poll() is None and (len(captions(parts)) < wanted or kills >= 5):
+                time.sleep(0.01)
+            if job.poll() is None:
+                job.kill()
+                kills += 1
+    assert kills >= 3 and captions(parts) == captions(whole)
+
+
+@pytest.mark.slow
+def test_ray_writes_the_captions_of_this_process_although_a_worker_dies(tmp_path):
+    pytest.importorskip("ray")
+    here, there = (write_images(tmp_path / name, 60) for name in ("here", "there"))
+    list(caption_all(here, str(PIPELINE), options=QUICK, batch=4))
+    processes = []
+    for item in caption_all(there, str(PIPELINE), options=QUICK, batch=2, engine="ray", workers=2):
+        processes.append(item["process"])
+        if len(processes) == 5:
+            os.kill(item["process"], signal.SIGKILL)
+    assert len(set(processes)) == 3 and captions(there) == captions(here)
+
+
 def test_captions_of_people_are_kept_and_damaged_images_named(tmp_path):
     folder = write_images(tmp_path, 2)
     (folder / "000.txt").write_text("mine")
@@ -113,6 +174,12 @@ def test_what_is_refused(tmp_path):
     ):
         found = run(*words)
         assert found.exit_code == 2 and message in " ".join(found.output.replace("│", " ").split()), found.output
+    shutil.copytree(PIPELINE, tmp_path / "lacking", ignore=shutil.ignore_patterns("tokenizer"))
+    with pytest.raises(ValueError, match=r"lacking has no folder 'tokenizer' .*model_index.json names"):
+        list(caption_all(folder, str(tmp_path / "lacking")))
+    noise_image(20_000, 10).save(tmp_path / "strip.png")
+    with pytest.raises(ValueError, match=r"strip.png' has 20000x10 pixels"):
+        dual().answer(open_image(tmp_path / "strip.png"), "What is it?")
     (folder / "000.jpg").write_bytes(file.read_bytes())
     with pytest.raises(ValueError, match=r"000.jpg and 000.png would have one caption file"):
         list(caption_all(folder, str(PIPELINE)))

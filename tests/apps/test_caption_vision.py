@@ -1,6 +1,7 @@
 """`imgdit caption`, `imgdit answer` and `imgdit data caption` with LLaDA-V and LaViDa."""
 
 import json
+import shutil
 
 import pytest
 from tiny_vision import make_vision_pipe, noise_image
@@ -45,3 +46,11 @@ def test_a_folder_is_captioned_and_a_stopped_job_goes_on(tmp_path):
     list(caption_all(parts, str(tmp_path / "model"), options=options, batch=2))
     found = [{file.name: file.read_text() for file in folder.glob("*.txt")} for folder in (whole, parts)]
     assert found[0] == found[1] and len(found[0]) == 3
+
+
+@pytest.mark.parametrize("part", ["vision_tower", "tokenizer"])
+def test_saved_folders_without_a_part_are_refused(part, tmp_path):
+    make_vision_pipe().save_pretrained(tmp_path)
+    shutil.rmtree(tmp_path / part)
+    with pytest.raises(ValueError, match=rf"has no folder '{part}' \(\w+\), which its model_index.json names"):
+        load_image_text_pipeline(tmp_path)

@@ -71,7 +71,7 @@ def create(client, **changes):
 def test_every_tab_is_a_documented_endpoint(client):
     found = client.view_api(return_format="dict")["named_endpoints"]
     expected = "create control any_to_any other_view unlearn search_features feature_images steer coordinate_check"
-    assert {f"/{name}" for name in [*expected.split(), "recorded_plots"]} == set(found)
+    assert {f"/{name}" for name in [*expected.split(), "recorded_plots", "caption", "ask"]} == set(found)
     for name, endpoint in found.items():
         assert all(parameter["label"] and parameter["python_type"]["type"] for parameter in endpoint["parameters"])
         assert endpoint["returns"], name
@@ -407,7 +407,7 @@ def test_other_models_get_their_own_examples_and_only_tabs_with_something_in_the
         text = json.dumps(httpx.get(f"{address}config").json()["components"], ensure_ascii=False)
         assert not re.search("octahedr|pyramid|torus|What this model can draw", text)
         tabs = re.findall(r'"type": "tabitem".*?"label": "(.*?)"', text)
-        assert tabs == ["Create", "Scale"]
+        assert tabs == ["Create", "Caption & Ask", "Scale"]
         assert "no condition adapters" in text and "no sparse autoencoder" in text
     finally:
         page.close(verbose=False)

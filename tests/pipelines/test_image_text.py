@@ -244,7 +244,7 @@ def test_text_without_an_image():
         (lambda p: p.caption(images(1), latents=torch.zeros(1, 4, 8, 8)), "not both"),
         (
             lambda p: p.caption(Image.new("RGB", (2000, 10))),
-            "an image has 2000x10 pixels",
+            "the image has 2000x10 pixels",
         ),
         (lambda p: p.caption(latents=torch.zeros(4, 8, 8)), r"latents must be \(batch, 4, h, w\), got \(4, 8, 8\)"),
         (lambda p: p.caption(images(1), max_lenght=3), "unknown option 'max_lenght'; did you mean 'max_length'"),

@@ -307,10 +307,14 @@ def test_parts_of_different_models_are_refused(pipe):
 
 
 def test_images_and_prompts_that_do_not_fit_are_refused(pipe, tmp_path):
-    noise_image(2000, 2).save(tmp_path / "line.png")
-    with pytest.raises(ValueError, match=r"line.png': an image of 2000x2 pixels is too narrow"):
+    noise_image(190, 2).save(tmp_path / "line.png")
+    with pytest.raises(ValueError, match=r"line.png': an image of 190x2 pixels is too narrow"):
         pipe.caption(tmp_path / "line.png")
     noise_image(1, 1).save(tmp_path / "dot.png")
+    for width, height in ((20_000, 10), (10, 20_000)):
+        noise_image(width, height).save(tmp_path / "strip.png")
+        with pytest.raises(ValueError, match=rf"strip.png' has {width}x{height} pixels; .* at most 100 times"):
+            pipe.answer(tmp_path / "strip.png", "What is it?")
     with pytest.raises(ValueError, match=r"dot.png' has 1x1 pixels"):
         pipe.caption([IMAGES[0], tmp_path / "dot.png"])
     with pytest.raises(ValueError, match=r"there is no image .*none.png"):

@@ -12,6 +12,7 @@ from imgdit.models.vision_language import load_vision_language
 from imgdit.pipelines.vision_language import LaViDaPipeline
 from imgdit.training import load_recipe, train
 from imgdit.training.build import build_model
+from imgdit.training.loop import optimizer_groups
 from imgdit.training.objectives.vision_language import join_batch, visible, vision_language
 from imgdit.training.sources import training_batches
 from imgdit.training.vision_language import UserDialogues, collate_vision_rows
@@ -201,3 +202,24 @@ def test_the_projector_learns_one_caption(folder):
         optimizer.zero_grad()
         losses.append(float(output.loss.detach()))
     assert losses[-1] < 0.5 * losses[0]
+
+
+def test_the_tower_has_a_rate_of_its_own(folder):
+    recipe = recipe_of(folder, "own/vision_instruction").replace(
+        model={"kind": "vision_language_whole"},
+        optimizer={"lr": 1e-3, "weight_decay": 0.1, "rates": {r"vision_tower\..*": 2e-4}},
+    )
+    model = build_model(recipe)
+    groups = optimizer_groups(model, recipe.optimizer)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    rates = {names[id(p)]: (group["lr"], group["weight_decay"] > 0) for group in groups for p in group["params"]}
+    assert all(rate == (2e-4 if name.startswith("vision_tower.") else 1e-3) for name, (rate, _) in rates.items())
+    assert all(decays == (model.get_parameter(name).ndim > 1) for name, (_, decays) in rates.items())
+    unused = {name for name in names.values() if "post_layernorm" in name}
+    assert unused and rates.keys() == set(names.values()) - unused
+    batch = collate_vision_rows([dialogues(folder)[0]])
+    vision_language(model, None, batch, torch.Generator().manual_seed(0)).loss.backward()
+    assert all(model.get_parameter(name).grad is not None for name in rates)
+    for wrong, message in (({"tower.*": 1e-4}, "is no parameter that is trained"), ({".*": 0.0}, "must be positive")):
+        with pytest.raises(ValueError, match=message):
+            optimizer_groups(model, recipe.replace(optimizer={"rates": wrong}).optimizer)

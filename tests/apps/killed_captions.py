@@ -1,0 +1,93 @@
+"""`caption_all` of a folder, killed by SIGKILL at every file operation of its captions, and started again. Run by
+test_caption_commands.py in a process of its own: each job is a fork of it."""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+from dual_diffusion_cases import pipeline
+from tiny_vision import noise_image
+
+from imgdit.apps.jobs import captions
+
+COUNT, OPTIONS = 3, {"num_inference_steps": 1}
+
+
+def forked(work) -> int:
+    child = os.fork()
+    if child == 0:
+        try:
+            work()
+        except BaseException:
+            sys.excepthook(*sys.exc_info())
+            os._exit(1)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def folder(place: Path) -> Path:
+    place.mkdir()
+    for n in range(COUNT):
+        noise_image(20 + n, 18, n).save(place / f"{n}.png")
+    return place
+
+
+def found(place: Path) -> dict[str, str]:
+    return {file.name: file.read_text() for file in sorted(place.glob("*.txt"))}
+
+
+def run(place: Path) -> None:
+    torch.set_num_threads(1)
+    list(captions.caption_all(place, "tiny", options=OPTIONS, length=8, batch=2))
+
+
+def killed_at(place: Path, point: int) -> int:
+    """Status of a job that dies in its operation number `point`: half of a caption written, or none of it moved."""
+    calls = 0
+    write, move = Path.write_text, Path.replace
+
+    def die_at(after) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == point:
+            after()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def write_text(path, text, **options):
+        die_at(lambda: write(path, text[: len(text) // 2], **options))
+        return write(path, text, **options)
+
+    def replace(path, target):
+        die_at(lambda: None)
+        return move(path, target)
+
+    def work():
+        Path.write_text, Path.replace = write_text, replace
+        run(place)
+
+    return forked(work)
+
+
+def main(place: Path) -> None:
+    pipe = pipeline()
+    captions.load_image_text_pipeline = lambda *given: pipe
+    whole = folder(place / "whole")
+    assert forked(lambda: run(whole)) == 0 and len(found(whole)) == COUNT
+    point = 1
+    while True:
+        parts = folder(place / str(point))
+        status = killed_at(parts, point)
+        if status == 0:
+            break
+        assert status == -signal.SIGKILL, status
+        before = found(parts)
+        assert len(before) < COUNT and before.items() <= found(whole).items()
+        assert forked(lambda there=parts: run(there)) == 0 and found(parts) == found(whole)
+        point += 1
+    print(f"killed at {point - 1} file operations: all captions, each whole")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
