@@ -23,7 +23,6 @@ from typer.testing import CliRunner
 from imgdit.apps.cli import app
 from imgdit.apps.jobs.captions import CaptionImages, caption_all
 from imgdit.data.sources import open_rows
-from imgdit.images import open_image
 
 HERE = Path(__file__).parent
 QUICK = {"num_inference_steps": 2}
@@ -179,7 +178,7 @@ def test_what_is_refused(tmp_path):
         list(caption_all(folder, str(tmp_path / "lacking")))
     noise_image(20_000, 10).save(tmp_path / "strip.png")
     with pytest.raises(ValueError, match=r"strip.png' has 20000x10 pixels"):
-        dual().answer(open_image(tmp_path / "strip.png"), "What is it?")
+        dual().answer(Image.open(tmp_path / "strip.png"), "What is it?")
     (folder / "000.jpg").write_bytes(file.read_bytes())
     with pytest.raises(ValueError, match=r"000.jpg and 000.png would have one caption file"):
         list(caption_all(folder, str(PIPELINE)))
