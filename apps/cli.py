@@ -15,10 +15,11 @@ from imgdit.apps.commands import bench, captions, convert, data, docs, images, l
 from imgdit.apps.commands.demo import demo
 from imgdit.apps.commands.doctor import doctor
 from imgdit.apps.commands.judge import judge
+from imgdit.apps.commands.models import models
 from imgdit.apps.commands.options import old_options
 from imgdit.apps.console import Commands, at_work
 
-app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False)
+app = typer.Typer(cls=Commands, no_args_is_help=True)
 app.add_typer(bench.app, name="bench")
 app.add_typer(data.app, name="data")
 app.add_typer(convert.app, name="convert")
@@ -61,6 +62,7 @@ app.command()(text.write)
 app.command()(text.embed)
 app.command()(demo)
 app.command()(doctor)
+app.command()(models)
 
 
 @app.command()
@@ -70,19 +72,35 @@ def train(
     resume: Annotated[bool, typer.Option(help="Go on from the folder's latest checkpoint.")] = False,
     stop_at: Annotated[int | None, typer.Option(min=1, help="Stop with a checkpoint after this step.")] = None,
     accept_data: Annotated[bool, typer.Option("--accept-data", help="Resume although the images changed.")] = False,
-    plan: Annotated[bool, typer.Option("--plan", help="Print the memory it takes, and what would take less.")] = False,
+    changes: Annotated[
+        list[str] | None, typer.Option("--set", help="FIELD=VALUE of the recipe, such as run.steps=2000; repeatable.")
+    ] = None,
+    extend: Annotated[int | None, typer.Option(min=1, help="Go on from the latest checkpoint to this step.")] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Only overfit one batch for a minute and tell whether its loss falls.")
+    ] = False,
+    plan: Annotated[bool, typer.Option("--plan", help="Print memory, tokens per parameter and hours.")] = False,
     gpus: Annotated[int, typer.Option(min=1, help="With --plan: GPUs that share the weights (FSDP2).")] = 1,
     memory: Annotated[float | None, typer.Option(min=0, help="With --plan: a GPU's GB, if not this one's.")] = None,
 ) -> None:
     """Train by a recipe. Several processes: `accelerate launch -m imgdit.apps.cli train RECIPE`."""
+    from imgdit.recipes import read_changes
     from imgdit.training import load_recipe, train
     from imgdit.training.build import build_model
     from imgdit.training.sources import training_batches
 
     with at_work(TRAIN_OPTIONS):
-        loaded = load_recipe(recipe)
+        values = read_changes(changes or [])
+        if extend is not None:
+            resume, values["run.steps"] = True, extend
         if folder is not None:
-            loaded = loaded.replace(run={"folder": str(folder)})
+            values["run.folder"] = str(folder)
+        loaded = load_recipe(recipe, values)
+        if check:
+            from imgdit.training.overfit import overfit
+
+            typer.echo(overfit(loaded).told)
+            return
         if plan:
             from imgdit.apps.chores.training_plan import training_plan
 

@@ -63,12 +63,13 @@ class Steps:
     """A `Watch` that tells files and pipes how far an image is, where bars would not do; not of quick ones."""
 
     def __init__(self) -> None:
-        self.last = time.monotonic()
+        self.begin = self.last = time.monotonic()
 
     def __call__(self, step: int, steps: int, draw: Any) -> bool:
-        if time.monotonic() - self.last > EVERY and step < steps:
-            self.last = time.monotonic()
-            typer.echo(f"step {step} of {steps}", err=True)
+        now = time.monotonic()
+        if now - self.last > EVERY and step < steps:
+            self.last = now
+            typer.echo(f"step {step} of {steps}, {step / (now - self.begin):.2g} steps/s", err=True)
         return True
 
 

@@ -9,6 +9,10 @@ from pathlib import Path
 from typing import Any
 
 CORE = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "numpy", "pillow")
+LARGE = 40.0
+"""GiB of a GPU that hold FLUX.1 in bf16 with its text encoders."""
+DISK = 40.0
+"""GiB that should be free before a model is downloaded."""
 EXTRAS = {
     "demo": "gradio",
     "xformers": "xformers",
@@ -71,7 +75,31 @@ def report(found: dict[str, Any]) -> list[str]:
     lines.append(f"embedded model: {embedded['folder']}")
     lines.append(f"  condition adapters: {', '.join(embedded['adapters']) or 'none'}")
     lines.append(f"  sparse autoencoders: {', '.join(embedded['autoencoders']) or 'none'}")
-    return lines + ([f"PROBLEM: {problem}" for problem in found["problems"]] or ["everything that is needed works"])
+    lines += [f"PROBLEM: {problem}" for problem in found["problems"]] or ["everything that is needed works"]
+    return lines + [f"advice: {one}" for one in advice(found)]
+
+
+def advice(found: dict[str, Any]) -> list[str]:
+    """What to do next on this machine, as messages: one for what is missing, one for its devices."""
+    said = [f"pip install {problem.split()[0]}" for problem in found["problems"] if problem.endswith("not installed")]
+    if found["problems"] and not said:
+        said.append("run `make weights`, or install the package again")
+    gpus = [name for name in found["devices"] if name.startswith("cuda")]
+    memory = max((float(found["devices"][name].split(", ")[-1].split()[0]) for name in gpus), default=0.0)
+    if not gpus and "mps" in found["devices"]:
+        said.append("the Apple GPU is used by --device mps")
+    elif not gpus:
+        said.append("there is no GPU: the embedded model takes seconds for an image, FLUX and SD3 many minutes")
+    elif memory < LARGE:
+        said.append(f"a GPU of {memory:.0f} GiB: take --offload model or --quantize int8 for FLUX.1 and larger models")
+    if gpus and found["extras"].get("quantized") is None:
+        said.append("for --quantize nf4 and torchao_int8: pip install 'imgdit[quantized]'")
+    if found["disk_free_gib"] < DISK:
+        said.append(
+            f"{found['disk_free_gib']} GiB of disk are free; FLUX.1 alone needs 34: set HF_HOME to another disk"
+        )
+    said.append("`imgdit models FOLDER` computes the memory of a model, `imgdit generate` draws six examples")
+    return said
 
 
 def _version(distribution: str) -> str | None:

@@ -17,12 +17,15 @@ import torch
 from PIL import Image
 
 import imgdit
+from imgdit import compat
 from imgdit.adapters.condition import Condition
+from imgdit.adapters.omni_control import OmniControl
 from imgdit.apps.jobs.request import Control, Request, RequestFrame, fitted
 from imgdit.apps.jobs.shelf import Shelf
 from imgdit.apps.jobs.sizes import check_sides, duration, unsuited
 from imgdit.cameras import FOCAL_LENGTH, orbit_cameras, scale_positions
 from imgdit.defaults import GUIDANCE
+from imgdit.family import find_family
 from imgdit.images import fit, to_rgb
 from imgdit.images.fitting import filter_of
 from imgdit.lora.files import legal_name
@@ -150,7 +153,11 @@ class Session:
         """What the last bits of an image depend on besides the request."""
         model = denoiser(self.pipe)
         sketch = json.dumps(model_fingerprint(model), sort_keys=True)
-        bits = {} if self.loading.quantize == "none" else {"quantize": self.loading.quantize}
+        bits: dict[str, Any] = {} if self.loading.quantize == "none" else {"quantize": self.loading.quantize}
+        if self.loading.compile:
+            bits["compile"] = True
+        if self.loading.lora:
+            bits["lora"] = list(self.loading.lora)
         return {
             "imgdit": imgdit.__version__,
             "diffusers": diffusers.__version__,
@@ -270,7 +277,7 @@ class Session:
         if frames:
             task = request.task or (request.controls[0].kind if request.controls else None)
             return call | self._frames(frames, task)
-        if request.controls:
+        if request.controls and self._rides is None:
             call["conditions"] = [self._condition(control) for control in request.controls]
         return call
 
@@ -278,6 +285,9 @@ class Session:
     def _edited(self, pipe: Any, request: Request) -> Iterator[None]:
         """Concepts unlearned and features steered while the context is open."""
         with ExitStack() as hooks:
+            if request.controls and pipe is self.pipe and self._rides is not None:
+                conditions = [self._condition(control) for control in request.controls]
+                hooks.enter_context(self._rides.use(conditions))
             if request.concepts:
                 mode: Any = request.mode
                 hooks.enter_context(
@@ -290,7 +300,7 @@ class Session:
     def _fitted(self, control: Control, height: int | None, width: int | None) -> Control:
         """A control with its image in RGB and at the size it is read at, see `Condition.position`."""
         name = self.shelf.adapter_for(control.kind)
-        if name is None or height is None or width is None or not hasattr(self.pipe, "load_control"):
+        if name is None or height is None or width is None or self._control_loader is None:
             return replace(control, image=fitted(control.image, control.kind, height, width))
         image = to_rgb(control.image)
         condition = self._described(replace(control, image=image), name)
@@ -300,16 +310,33 @@ class Session:
         rows, columns = condition.read_size((image.height, image.width), side, (height // side, width // side))
         return replace(control, image=fit(image, (columns, rows), filter_of(control.kind)))
 
+    @cached_property
+    def _rides(self) -> OmniControl | None:
+        """What lets conditions ride through a pipeline of diffusers; `None`: the pipeline's call takes them, or its
+        transformer takes none."""
+        if hasattr(self.pipe, "load_control"):
+            return None
+        family = find_family(compat.unwrapped(denoiser(self.pipe)))
+        return None if family is None or family.conditions is None else OmniControl(self.pipe)
+
+    @property
+    def _control_loader(self) -> Callable[..., Any] | None:
+        """Loads a condition adapter; `None`: this pipeline takes none."""
+        if self._rides is not None:
+            return self._rides.load
+        return getattr(self.pipe, "load_control", None)
+
     def _condition(self, control: Control) -> Condition:
-        if not hasattr(self.pipe, "load_control"):
+        loader = self._control_loader
+        if loader is None:
             raise ValueError(
-                f"{type(self.pipe).__name__} takes no conditions; expected a FLUX.1, SD3 or imgdit pipeline"
+                f"{type(self.pipe).__name__} takes no conditions; `imgdit models` lists the families that do"
             )
         name = self.shelf.adapter_for(control.kind)
         assert name is not None
         if name not in self._loaded:
             adapter = legal_name(name, self._loaded.values())
-            self._loaded[name] = self.pipe.load_control(self.shelf.adapters[name], adapter_name=adapter).adapter
+            self._loaded[name] = loader(self.shelf.adapters[name], adapter_name=adapter).adapter
         return replace(self._described(control, name), adapter=self._loaded[name])
 
     def _described(self, control: Control, adapter: str) -> Condition:

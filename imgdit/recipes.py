@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import re
 import reprlib
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from importlib.metadata import entry_points
 from importlib.resources import files
@@ -20,6 +21,9 @@ import yaml
 from imgdit.io.paths import at_home
 from imgdit.io.text import decode_text
 from imgdit.naming import nearest, old_arguments
+
+EXPONENT = r"[+-]?\d+(\.\d*)?[eE][+-]?\d+"
+"""Numbers that YAML takes for text without a dot or a sign."""
 
 
 class _AtHome(yaml.SafeLoader):
@@ -44,6 +48,43 @@ def read_yaml(path_or_name: str | Path) -> tuple[Any, str]:
     except (yaml.YAMLError, ValueError, AttributeError, RecursionError) as error:
         # The last three come from dates that are none, tags on the wrong values, and lists in lists without end.
         raise ValueError(f"{source} is not a YAML file: {error}") from error
+
+
+def read_changes(texts: Sequence[str]) -> dict[str, Any]:
+    """Path and value of each text "run.steps=2000", the value read as YAML.
+
+    Raises:
+        ValueError: no such text.
+    """
+    changes = {}
+    for text in texts:
+        path, equals, value = text.partition("=")
+        if not (equals and all(path.split("."))):
+            raise ValueError(f"expected FIELD=VALUE, such as run.steps=2000; got {text!r}")
+        try:
+            changes[path] = float(value) if re.fullmatch(EXPONENT, value) else yaml.load(value, _AtHome)
+        except yaml.YAMLError as error:
+            raise ValueError(f"{text!r}: its value is not YAML: {error}") from error
+    return changes
+
+
+def with_values(values: Any, changes: Mapping[str, Any]) -> Any:
+    """A copy of nested mappings with other values at some paths ("run.steps").
+
+    Raises:
+        ValueError: a path through something that is no mapping.
+    """
+    for path, value in changes.items():
+        *sections, last = path.split(".")
+        values = inner = dict(values) if isinstance(values, Mapping) else values
+        for section in sections:
+            if not isinstance(inner, dict) or not isinstance(inner.get(section, {}), Mapping):
+                raise ValueError(f"{path}: {section!r} is no section of the recipe")
+            inner[section] = inner = dict(inner.get(section, {}))
+        if not isinstance(inner, dict):
+            raise ValueError(f"{path}: the recipe is no mapping of keys to values")
+        inner[last] = value
+    return values
 
 
 def packaged_recipes() -> dict[str, Traversable]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -26,20 +27,41 @@ class LoadOptions:
     quantize: Quantize = "none"
     """Bits of the denoiser's matrices: int8 needs nothing; nf4 and bnb_int8 need bitsandbytes and CUDA, torchao_int8
     needs torchao."""
+    compile: bool = False
+    """Compile the denoiser's repeated blocks: the first image takes longer, the others less long."""
+    lora: Sequence[str] = ()
+    """LoRA files or Hub repositories for all tokens, as FILE or FILE:WEIGHT; the weight is 1 by default."""
 
     def __post_init__(self) -> None:
         check_choice("dtype", self.dtype, get_args(Dtype))
         check_choice("offload", self.offload, get_args(Offload))
         check_choice("quantize", self.quantize, get_args(Quantize))
+        object.__setattr__(self, "lora", tuple(self.lora or ()))
+        for one in self.loras:
+            if not one[0]:
+                raise ValueError(f"a LoRA is FILE or FILE:WEIGHT, got {self.lora}")
+
+    @property
+    def loras(self) -> list[tuple[str, float]]:
+        """File or repository, and weight, of each LoRA."""
+        found = []
+        for text in self.lora:
+            name, colon, weight = text.rpartition(":")
+            try:
+                found.append((name, float(weight)) if colon else (text, 1.0))
+            except ValueError:  # a colon of the name: C:\\lora.safetensors
+                found.append((text, 1.0))
+        return found
 
     @property
     def asked(self) -> list[str]:
-        """What was asked for that decides pixels: precision and bits."""
-        return [
+        """What was asked for that decides pixels: precision, bits, compiled blocks and LoRAs."""
+        said = [
             f"{name}={getattr(self, name)}"
-            for name in ("dtype", "quantize")
+            for name in ("dtype", "quantize", "compile")
             if getattr(self, name) != getattr(LoadOptions, name)
         ]
+        return said + [f"lora={one}" for one in self.lora]
 
 
 AUTO = LoadOptions()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from diffusers.quantizers import PipelineQuantizationConfig
 
 import imgdit
 from imgdit import compat
-from imgdit.hub import find_pipeline
+from imgdit.hub import HUB_ID, find_pipeline
 from imgdit.models.quantized import load_options, quantize_rows
 from imgdit.pipelines.load_options import AUTO, LoadOptions
 from imgdit.pipelines.omni_control import FluxOmniControlPipeline, StableDiffusion3OmniControlPipeline
@@ -54,8 +55,45 @@ def load_pipeline(source: str | Path, options: LoadOptions = AUTO) -> Any:
         pipe.names_unknown_words = pipe.prompt_words is None
     if options.quantize == "int8":
         quantize_rows(denoiser(pipe))
+    add_loras(pipe, options)
     place(pipe, options, device)
+    if options.compile:
+        compile_blocks(pipe)
     return pipe
+
+
+def add_loras(pipe: Any, options: LoadOptions) -> None:
+    """Load the LoRAs of the options into a pipeline, each at its weight.
+
+    Raises:
+        ValueError: a pipeline that takes none, a file that is not there, or one that does not fit.
+    """
+    if not options.loras:
+        return
+    if not hasattr(pipe, "load_lora_weights"):
+        raise ValueError(f"{type(pipe).__name__} takes no LoRA; leave out --lora")
+    names = []
+    for number, (source, _) in enumerate(options.loras, start=1):
+        path = Path(source).expanduser()
+        if not path.exists() and not re.fullmatch(HUB_ID, source):
+            raise ValueError(f"there is no LoRA file {source!r} here, and Hub ids look like owner/name")
+        names.append(f"lora_{number}")
+        folder, file = (path.parent, path.name) if path.is_file() else (source, None)
+        options_of_file = {} if file is None else {"weight_name": file}
+        pipe.load_lora_weights(folder, adapter_name=names[-1], **options_of_file)
+    pipe.set_adapters(names, [weight for _, weight in options.loras])
+
+
+def compile_blocks(pipe: Any) -> None:
+    """Compile the blocks of the denoiser that repeat, which takes less long than the whole.
+
+    Raises:
+        ValueError: a denoiser that names no such blocks.
+    """
+    model = denoiser(pipe)
+    if not getattr(model, "_repeated_blocks", None):
+        raise ValueError(f"{type(model).__name__} names no blocks that could be compiled; leave out --compile")
+    model.compile_repeated_blocks(fullgraph=False)
 
 
 def over_components(owner: Any, pipe: Any, options: LoadOptions) -> Any:
@@ -69,13 +107,14 @@ def over_components(owner: Any, pipe: Any, options: LoadOptions) -> Any:
 
 
 def as_it_was(options: LoadOptions, made_with: Mapping[str, Any]) -> LoadOptions:
-    """Options of loading, with the precision and the bits that an image was made in where nobody asks for others.
+    """Options of loading, with the precision, the bits and the LoRAs of an image where nobody asks for others.
 
     Args:
         made_with: `Origin.made_with` of the image.
     """
     names = {str(dtype).removeprefix("torch."): name for name, dtype in DTYPES.items()}
     was: dict[str, Any] = {"dtype": names.get(made_with.get("dtype", "")), "quantize": made_with.get("quantize")}
+    was |= {"compile": made_with.get("compile"), "lora": made_with.get("lora")}
     kept = {name: value for name, value in was.items() if value and getattr(options, name) == getattr(AUTO, name)}
     return replace(options, **kept)
 

@@ -10,10 +10,15 @@ import torch
 from imgdit.training.batches import Batch
 from imgdit.training.memory import Load, Memory, load_of, memory_plan
 from imgdit.training.memory_advice import remedies
+from imgdit.training.plan import recipe_cost
 from imgdit.training.recipe import Recipe
 from imgdit.training.sources import training_batches
 from imgdit.training.user_images.settings import USER_IMAGES, settings_of
 
+PER_PARAMETER = 165
+"""Image tokens per parameter at which a computation is used best, at 256 pixels (arXiv 2608.17286)."""
+SPEEDS = {"an H100 (400 TFLOP/s reached)": 4e14, "an RTX 4090 (80)": 8e13, "a CPU core (0.03)": 3e10}
+"""FLOP per second that training reaches: about 40 % of what an H100 and half of what a 4090 can do in bf16."""
 PARTS = ("weights", "gradients", "optimizer", "average", "gathered", "step")
 
 
@@ -37,11 +42,26 @@ def training_plan(recipe: Recipe, *, gpus: int = 1, gigabytes: float | None = No
     )
     yield from (f"  {part:<10}{getattr(found, part) / 1e9:>9.3f} GB" for part in PARTS if getattr(found, part))
     yield f"  {'at most':<10}{found.total / 1e9:>9.3f} GB, {_verdict(found, limit)} {limit / 1e9:.1f} GB of {owner}"
+    yield from _amount(recipe, load, found.parameters, gpus)
     if found.total <= limit:
         return
     yield "less memory:"
     for what, memory in remedies(recipe, load, limit, gpus=gpus):
         yield f"  {memory.total / 1e9:>9.3f} GB, {_verdict(memory, limit):<13} {what}"
+
+
+def _amount(recipe: Recipe, load: Load, parameters: int, gpus: int) -> Iterator[str]:
+    """How much data the run sees, and how long it takes at usual speeds."""
+    run = recipe.run
+    tokens = run.steps * run.batch_size * load.layout.image_length
+    yield (
+        f"{run.steps:,} steps of {run.batch_size} samples: {tokens:,} image tokens, {tokens / parameters:.3g} per "
+        f"parameter; {PER_PARAMETER} use a computation best where a whole model is trained (arXiv 2608.17286)"
+    )
+    cost = recipe_cost(recipe, load.layout.image_length, load.text_tokens)
+    flops = cost.step_flops(run.batch_size, checkpointing=recipe.model.gradient_checkpointing) * run.steps
+    hours = ", ".join(f"{flops / (gpus * speed) / 3600:.3g} h on {name}" for name, speed in SPEEDS.items())
+    yield f"{flops:.2g} FLOP, computed: {hours}{f', {gpus} of them' if gpus > 1 else ''}"
 
 
 def _verdict(memory: Memory, limit: float) -> str:

@@ -22,6 +22,8 @@ from imgdit.checkpoints import SCENES
 from imgdit.images import open_image
 from imgdit.pipelines.load_options import AUTO, LoadOptions
 
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells have it."""
 LISTED = 8
 """Files that are named each; of more, their number and folder."""
 
@@ -35,6 +37,7 @@ class ImageCommand:
         adapters, sae: folders, see `Shelf`.
         overwrite: generate again what is there already.
         as_json: print each file as a JSON object.
+        show: open the first image in the system's viewer, or the folder of several.
     """
 
     def __init__(
@@ -46,10 +49,11 @@ class ImageCommand:
         sae: Path | None = None,
         overwrite: bool = False,
         as_json: bool = False,
+        show: bool = False,
     ):
         self.source, self.loading = model or str(SCENES), loading
         self.shelf = Shelf(self.source, adapters, sae)
-        self.overwrite, self.as_json = overwrite, as_json
+        self.overwrite, self.as_json, self.show = overwrite, as_json, show
         self._warned: set[str] = set()
 
     @property
@@ -117,13 +121,16 @@ class ImageCommand:
                 file.parent.mkdir(parents=True, exist_ok=True)
                 image.save(file)
 
-        results = []
-        for result in run(
-            load, self.name, jobs, overwrite=self.overwrite, before=before, watching=self._watching, bar=bar
-        ):
-            results.append(result)
-            if self.as_json:
-                self._print_json(result, dict(zip(result.job.files, result.job.request.outputs, strict=True)))
+        results: list[Result] = []
+        options: dict[str, Any] = {"before": before, "watching": self._watching, "bar": bar}
+        try:
+            for result in run(load, self.name, jobs, overwrite=self.overwrite, **options):
+                results.append(result)
+                if self.as_json:
+                    self._print_json(result, dict(zip(result.job.files, result.job.request.outputs, strict=True)))
+        except KeyboardInterrupt:
+            typer.echo(_stopped(results, jobs), err=True)
+            raise typer.Exit(INTERRUPTED) from None
         files = {file: result.seconds is not None for result in results for file in result.job.files}
         files |= {file: any(result.seconds is not None for result in results) for file in beside}
         if self.as_json:
@@ -131,6 +138,9 @@ class ImageCommand:
                 self._print_json(Result(results[0].job, 0.0 if files[file] else None), {file: kind})
         else:
             self._print(files)
+        if self.show:
+            first = results[0].job.file
+            typer.launch(str(first if single else first.parent))
         return [result.job for result in results]
 
     def name_sheet(self, file: Path) -> None:
@@ -173,6 +183,14 @@ class ImageCommand:
         elif there < len(files):
             folders = dict.fromkeys(str(file.parent) for file in files)
             typer.echo(f"wrote {len(files) - there} images to {', '.join(folders)}")
+
+
+def _stopped(results: Sequence[Result], jobs: Sequence[Job]) -> str:
+    """What there is after Ctrl-C, and how to go on."""
+    if not results:
+        return "stopped; nothing was written"
+    folder = jobs[0].file.parent
+    return f"stopped; {len(results)} of {len(jobs)} images are in {folder}. The same command goes on there"
 
 
 def _shows(file: Path, image: Image.Image) -> bool:

@@ -48,6 +48,10 @@ LOADING: dict[str, Any] = {
     "quantize": Annotated[
         Quantize, typer.Option(help="Bits of the denoiser; all but int8 need the extra `quantized`.")
     ],
+    "compile": Annotated[bool, typer.Option("--compile", help="Compile the blocks: for many images of one size.")],
+    "lora": Annotated[
+        list[str], typer.Option("--lora", help="FILE or FILE:WEIGHT of a LoRA for all tokens; may be repeated.")
+    ],
 }
 """How a model is loaded: an option for each field of `LoadOptions`."""
 
@@ -114,6 +118,7 @@ class ImageOptions:
     negative: str = ""
     overwrite: bool = False
     as_json: bool = False
+    show: bool = False
 
     @property
     def sides(self) -> tuple[int | None, int | None]:
@@ -140,7 +145,9 @@ class ImageOptions:
         """The command itself, with the folders that it reads."""
         from imgdit.apps.commands.image_command import ImageCommand
 
-        return ImageCommand(self.model, loading, **folders, overwrite=self.overwrite, as_json=self.as_json)
+        return ImageCommand(
+            self.model, loading, **folders, overwrite=self.overwrite, as_json=self.as_json, show=self.show
+        )
 
 
 with_images = collected(
@@ -156,6 +163,7 @@ with_images = collected(
         "size": Annotated[str | None, typer.Option(help="WIDTHxHEIGHT in pixels, or one number for both.")],
         "negative": Annotated[str, typer.Option(help="What to steer away from.")],
         "overwrite": Annotated[bool, typer.Option(help="Generate images anew that are there already.")],
+        "show": Annotated[bool, typer.Option("--open", help="Open the result in the system's viewer.")],
         "as_json": Annotated[bool, typer.Option("--json", help="A JSON object per image on the standard output.")],
     },
 )

@@ -18,7 +18,7 @@ import torch
 
 from imgdit.lora.config import OMINICONTROL_TARGETS
 from imgdit.naming import renamed_value
-from imgdit.recipes import check_arguments, find_object, parse_as, read_yaml
+from imgdit.recipes import check_arguments, find_object, parse_as, read_yaml, with_values
 
 MODELS = {
     "mmdit": "imgdit.models.mmdit:MMDiT",
@@ -346,16 +346,18 @@ class Recipe:
         return dataclasses.replace(self, **changed)
 
 
-def load_recipe(path_or_name: str | Path) -> Recipe:
+def load_recipe(path_or_name: str | Path, changes: Mapping[str, Any] | None = None) -> Recipe:
     """Read a recipe.
 
     Args:
         path_or_name: a YAML file, or the name of a packaged recipe without its ending ("scenes/transformer").
+        changes: other values for some fields, by their path: {"run.steps": 2000}.
 
     Raises:
         ValueError: no such recipe, or a mistake in it.
     """
-    return parse_recipe(*read_yaml(path_or_name))
+    values, source = read_yaml(path_or_name)
+    return parse_recipe(with_values(values, changes or {}), source)
 
 
 def parse_recipe(values: Any, source: str) -> Recipe:
