@@ -73,6 +73,7 @@ OPTIONS = {
 """What is added to commands, for the same."""
 NOT_RUN = {
     "imgdit train scenes/": "hours; tests/apps/test_scenes.py runs these recipes with small models",
+    "imgdit train own/condition_lora --check": "a minute; tests/training/test_overfit.py",
     "imgdit sae train": "an hour; tests/sae/test_run.py trains small ones",
     "imgdit assemble": "needs those runs; tests/apps/test_scenes.py",
     "imgdit caption": "the model is on the Hub; tests/apps/test_caption_commands.py",

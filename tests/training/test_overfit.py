@@ -15,14 +15,14 @@ data: {name: toy, arguments: {seed: 0}}
 model:
   kind: mmdit
   arguments:
-    in_channels: 4
+    in_channels: 16
     num_layers: 1
     num_single_layers: 1
-    attention_head_dim: 8
+    attention_head_dim: 16
     num_attention_heads: 2
-    joint_attention_dim: 16
-    pooled_projection_dim: 16
-    axes_dims_rope: [2, 2, 4]
+    joint_attention_dim: 32
+    pooled_projection_dim: 32
+    axes_dims_rope: [4, 6, 6]
 optimizer: {lr: 0.01}
 run: {folder: outputs/toy, steps: 2, batch_size: 4, checkpoint_every: 2}
 """
