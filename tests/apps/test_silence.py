@@ -56,7 +56,7 @@ def test_nobody_else_speaks(tmp_path):
     block = re.search(r"## Command line.*?```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
     words = [shlex.split(line, comments=True)[1:] for line in block.splitlines()]
     commands = [[*one, *([] if "--like" in one else OPTIONS.get(one[0], []))] for one in words if one[0] not in LONG]
-    names = {"generate", "control", "any", "unlearn", "train", "doctor", "caption", "answer"}
+    names = {"generate", "control", "any", "unlearn", "train", "doctor", "models", "caption", "answer"}
     assert {one[0] for one in commands} == names
     (tmp_path / "prompts.jsonl").write_text('a red cube\n{"prompt": "a yellow cone at night"}\n')
     write_folder(tmp_path / "training_images", 8, size=(128, 128), conditions=True)
