@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -84,6 +85,8 @@ class OmniControl:
         others = _model_hooks(transformer)
         self.infos: dict[str, AdapterInfo] = others[0].control.infos if others else {}
         """How each adapter that `load` loaded was trained."""
+        self._loaded: dict[str, weakref.ref] = others[0].control._loaded if others else {}
+        """A layer of each of them, which another adapter of that name does not have."""
         self._name = f"{NAME}_{id(self)}"
         self._passing = others[0].passing if others else Passing()
         compat.insert_hook(transformer, ModelInputHook(self, transformer, family, self._passing), self._name)
@@ -120,12 +123,27 @@ class OmniControl:
             raise ValueError("load adapters before use(): their layers would come under the hooks of the run")
         report = load_adapter(self.pipe, source, weight_name, adapter_name, hotswap=hotswap, **hub)
         self.infos[report.adapter] = report.info
+        self._loaded[report.adapter] = weakref.ref(self._layer(report.adapter))
         if self.run is not None:  # a compiled model's weights are swapped without a trace
             self.run.forget()
         return report
 
+    def _layer(self, adapter: str) -> Any:
+        """A layer of an adapter; `None`: it is not loaded."""
+        layers = (part for part in self.transformer.modules() if isinstance(part, LoraLayer))
+        return next((layer.lora_A[adapter] for layer in layers if adapter in layer.lora_A), None)
+
+    def _forget_replaced(self) -> None:
+        """Drop what is known of adapters that were deleted and whose names others have now, loaded by diffusers."""
+        for name, layer in list(self._loaded.items()):
+            found = self._layer(name)
+            if found is not None and found is not layer():
+                self.infos.pop(name, None)
+                del self._loaded[name]
+
     def save(self, path: str | Path, adapter_name: str, info: AdapterInfo | None = None) -> Path:
         """Write an adapter as a PEFT file with its settings in the header."""
+        self._forget_replaced()
         info = info or self.infos.get(adapter_name)
         return write_adapter(path, adapter_pairs(self.transformer, adapter_name), info)
 
@@ -234,6 +252,7 @@ class OmniControl:
                 f"a {type(self.transformer).__name__} takes no reference images of its pipeline; give the image as a "
                 "condition"
             )
+        self._forget_replaced()
         side = token_side(self.transformer, self.pipe.vae)
         samples = Samples(samples) if isinstance(samples, int) else samples
         run = prepare_run(

@@ -8,6 +8,7 @@ import torch
 from diffusers import FirstBlockCacheConfig, FluxImg2ImgPipeline, FluxInpaintPipeline, FluxKontextPipeline
 from diffusers.hooks import HookRegistry
 from PIL import Image
+from safetensors.torch import load_file
 from tiny_control import SD3_TARGETS, SIZE, STYLE_TARGETS, flux, image, lora_file, make, sd3, text
 
 from imgdit import Condition, FluxOmniControlPipeline, OmniControl, StableDiffusion3OmniControlPipeline
@@ -222,6 +223,21 @@ def test_the_cache_follows_the_size_of_the_image(control):
     with control.use([condition], mode="independent"):
         make(control.pipe)
         same(make(control.pipe, **wide), expected)
+
+
+def test_another_adapter_of_a_deleted_ones_name_has_its_own_settings(flux_control, tmp_path):
+    file = lora_file(tmp_path / "own.safetensors", flux_control.transformer, info=AdapterInfo(mode="independent"))
+    flux_control.load(file)
+    other = load_file(lora_file(tmp_path / "other.safetensors", flux_control.transformer, seed=3))
+    for _ in range(2):
+        flux_control.transformer.delete_adapters("own")
+        flux_control.transformer.load_lora_adapter(other, adapter_name="own")
+        with flux_control.use([Condition(image(), "own")]):
+            assert not flux_control.run.cached
+        flux_control.transformer.delete_adapters("own")
+        flux_control.load(file)
+        with flux_control.use([Condition(image(), "own")]):
+            assert flux_control.run.cached
 
 
 def test_mode_is_the_adapters_own(flux_control, tmp_path):
