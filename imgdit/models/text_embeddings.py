@@ -76,11 +76,17 @@ def embed_texts(
     """Vectors (N, D) float32 of length 1, on the CPU, of texts as they are, without a chat template.
 
     Raises:
-        ValueError: no text, or one without a token.
+        ValueError: no text, one without a token, or one longer than the model's positions.
     """
     if not texts:
         raise ValueError("give at least one text")
     rows = [tokenizer(text)["input_ids"] for text in texts]
+    positions = getattr(model.config, "max_position_embeddings", None)
+    long = [n for n, row in enumerate(rows) if positions is not None and len(row) > positions]
+    if long:
+        raise ValueError(
+            f"text {long[0]} has {len(rows[long[0]])} tokens, the model {positions} positions; shorten it"
+        )
     found = []
     for first in range(0, len(rows), batch_size):
         some = rows[first : first + batch_size]

@@ -53,6 +53,8 @@ def test_embed_prints_similarities_and_writes_vectors(folder, tmp_path):
     shown = run("embed", "w1 w2", "w1 w2", "w30 w9 w4", "--model", folder)
     rows = [list(map(float, line.split()[:3])) for line in shown.stdout.splitlines()]
     assert rows[0][0] == rows[0][1] == 1.0 and rows[0][2] < 0.999
+    long = run("embed", "w1", "w1 " * 1000, "--model", folder)
+    assert long.exit_code == 2 and "text 1 has 1000 tokens" in " ".join(long.output.replace("│", " ").split())
     assert run("embed", "w1 w2", "w3", "--model", folder, "--out", tmp_path / "v.safetensors").exit_code == 0
     vectors = load_file(tmp_path / "v.safetensors")["embeddings"]
     assert vectors.shape == (2, 32) and torch.allclose(vectors.norm(dim=1), torch.ones(2))
