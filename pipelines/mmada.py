@@ -199,8 +199,9 @@ class MMaDAPipeline(compat.DiffusionPipeline):
             callback_on_step_end_tensor_inputs: which tensors it gets; `["codes"]` by default.
             max_sequence_length: text tokens that are read; a longer prompt is cut with a warning.
             image, mask_image: inpainting: what is black in the mask stays as the image tokenizer reads it. An image
-                of another size is scaled and its middle is taken, the mask with it.
-            codes: (B, h, w) in place of these, -1 where they are to be generated.
+                of another size is scaled and its middle is taken, the mask with it. One image, or one per prompt.
+            codes: (B, h, w) in place of these, -1 where they are to be generated; one, one per prompt, or one per
+                image that is generated.
             temperature: of the codes; 0 takes the most probable ones.
             sampling_method: see `MaskedTextScheduler.step`.
             order_noise: scale of the noise on the order in which codes are revealed; `None`: the scheduler's. MMaDA
@@ -219,7 +220,7 @@ class MMaDAPipeline(compat.DiffusionPipeline):
         )  # fmt: skip
         size = (height or self.default_size, width or self.default_size)
         prompts, negatives = self._check(prompt, negative_prompt, size, temperature, options)
-        known = self._known_codes(image, mask_image, codes, size, len(prompts))
+        known = self._known_codes(image, mask_image, codes, size, len(prompts), num_images_per_prompt)
         texts = None
         if reasoning_length:
             rows, free, texts = self._reason(
@@ -461,9 +462,15 @@ class MMaDAPipeline(compat.DiffusionPipeline):
         return self.image_processor.postprocess(self.image_tokenizer.decode(codes).float(), output_type=output_type)
 
     def _known_codes(
-        self, image: Any, mask_image: Any, codes: torch.Tensor | None, size: tuple[int, int], rows: int
-    ) -> torch.Tensor:
-        """(B, N) codes, -1 where they are to be generated."""
+        self, image: Any, mask_image: Any, codes: torch.Tensor | None, size: tuple[int, int], rows: int,
+        copies: int,
+    ) -> torch.Tensor:  # fmt: skip
+        """(B, N) codes of all images, -1 where they are to be generated.
+
+        Args:
+            rows: B.
+            copies: images of each prompt.
+        """
         factor = self.image_tokenizer.factor
         grid = tuple(side // factor for side in size)
         if (image is None) != (mask_image is None):
@@ -475,12 +482,12 @@ class MMaDAPipeline(compat.DiffusionPipeline):
             codes = codes.masked_fill(masked_cells(mask_image, image, size, factor), -1)
         if codes is None:
             return torch.full((rows, grid[0] * grid[1]), -1)
-        if codes.ndim != 3 or tuple(codes.shape[1:]) != grid or len(codes) not in (1, rows):
+        if codes.ndim != 3 or tuple(codes.shape[1:]) != grid or len(codes) not in (1, rows, rows // copies):
             raise ValueError(
-                f"codes must be (batch, {grid[0]}, {grid[1]}) for {rows} images of {size[0]}x{size[1]} pixels, got "
-                f"{tuple(codes.shape)}"
+                f"codes must be (batch, {grid[0]}, {grid[1]}) for {rows} images of {size[0]}x{size[1]} pixels, one "
+                f"for all, for each prompt or for each image; got {tuple(codes.shape)}"
             )
-        return codes.flatten(1).cpu().expand(rows, -1)
+        return codes.flatten(1).cpu().repeat_interleave(rows // len(codes), 0)
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -35,6 +35,17 @@ def noise(*sizes, seed=0):
     return [Image.fromarray(generator.integers(0, 255, (h, w, 3), dtype=np.uint8)) for h, w in sizes]
 
 
+def test_each_prompt_completes_its_own_image_in_all_of_its_images(pipe):
+    codes = pipe.encode_images(noise((9, 9), (9, 9)))
+    codes[:, :1] = -1
+    found = pipe(PROMPTS, codes=codes, num_images_per_prompt=2, generator=seeded(0, 1, 2, 3), **FEW).codes
+    alone = [pipe(PROMPTS[n // 2], codes=codes[n // 2][None], generator=seeded(n), **FEW).codes for n in range(4)]
+    assert torch.equal(found, torch.cat(alone))
+    assert not torch.equal(found[0, 1:], found[2, 1:])
+    with pytest.raises(ValueError, match="for each prompt or for each image"):
+        pipe(PROMPTS, codes=codes[[0, 1, 0]], num_images_per_prompt=2, **FEW)
+
+
 @pytest.mark.parametrize("guidance_scale", [1.0, 4.5])
 def test_a_batch_is_generated_as_one_by_one(pipe, guidance_scale):
     options = FEW | {"guidance_scale": guidance_scale}
