@@ -42,8 +42,10 @@ class CaptionImages:
         self.pipe.set_progress_bar_config(disable=True)
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
-        images, names, broken = [], [], []
+        images, names, broken, written = [], [], [], 0
         for name in item["files"]:
+            if self._has_caption(name):  # by a person or another process, since the job began
+                continue
             try:
                 images.append(read_image(self.folder / name))
                 names.append(name)
@@ -51,14 +53,19 @@ class CaptionImages:
                 broken.append(f"{name}: {error}")
         if names:
             for name, text in zip(names, self._texts(images, names, broken), strict=True):
-                if text is None:
+                if text is None or self._has_caption(name):
                     continue
                 caption = " ".join(text.split())
                 if caption:
-                    write_text(caption_file(self.folder, name), f"{caption}\n", single_writer=True)
+                    write_text(caption_file(self.folder, name), f"{caption}\n")
+                    written += 1
                 else:
                     broken.append(f"{name}: the model wrote an empty caption")
-        return {"written": len(item["files"]) - len(broken), "broken": broken, "process": os.getpid()}
+        return {"written": written, "broken": broken, "process": os.getpid()}
+
+    def _has_caption(self, name: str) -> bool:
+        file = caption_file(self.folder, name)
+        return file.is_file() and bool(file.read_bytes().strip())
 
     def _texts(self, images: list[Image.Image], names: list[str], broken: list[str]) -> list[str | None]:
         """Captions of images, in which one that the pipeline refuses has none and a line in `broken`."""

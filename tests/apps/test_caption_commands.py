@@ -140,6 +140,23 @@ def test_captions_of_people_are_kept_and_damaged_images_named(tmp_path):
     assert captions(folder)["000.txt"] == "mine" and captions(folder).keys() == {"000.txt", "001.txt"}
 
 
+def test_captions_that_appear_while_a_job_runs_are_kept(tmp_path, monkeypatch):
+    """Of a person, or of a second process on the same folder."""
+    folder = write_images(tmp_path, 3)
+    job = CaptionImages(str(PIPELINE), str(folder), dict(QUICK), 0, {})
+    caption = job.pipe.caption
+    (folder / "000.txt").write_text("before")
+
+    def meanwhile(images, **options):
+        (folder / "001.txt").write_text("during")
+        return caption(images, **options)
+
+    monkeypatch.setattr(job.pipe, "caption", meanwhile)
+    assert job({"files": ["000.png", "001.png", "002.png"]})["written"] == 1
+    found = captions(folder)
+    assert (found["000.txt"], found["001.txt"]) == ("before", "during") and found["002.txt"].strip()
+
+
 def test_an_image_that_a_pipeline_refuses_does_not_stop_the_others(tmp_path):
     folder = write_images(tmp_path, 3)
     job = CaptionImages(str(PIPELINE), str(folder), dict(QUICK), 0, {})
@@ -155,6 +172,7 @@ def test_an_image_that_a_pipeline_refuses_does_not_stop_the_others(tmp_path):
     found = job({"files": ["000.png", "001.png", "002.png"]})
     assert found["broken"] == ["001.png: no green"] and captions(folder).keys() == {"000.txt", "002.txt"}
     Image.new("RGB", (32, 32), (0, 255, 0)).save(folder / "002.png")
+    (folder / "002.txt").unlink()
     with pytest.raises(ValueError, match="no green"):
         job({"files": ["001.png", "002.png"]})
 
