@@ -61,8 +61,12 @@ _FIXED = {
 _NEEDED = ("n_layers", "n_heads", "max_sequence_length", "rms_norm_eps", "rope_theta")
 """Of LLaDA's configuration, beside `d_model`."""
 _SPECIAL = ("mask_token_id", "eos_token_id", "pad_token_id", "bos_token_id")
-_OWN_CLASSES = ("llada_moe", "llada2_moe")
-"""Model types that transformers has, or will have, under classes of their own."""
+_OWN_CLASSES = {
+    "llada_moe": "load it by AutoModelForCausalLM with its remote code, and give it to MaskedTextPipeline",
+    "llada2_moe": "its attention is causal over blocks of 32 tokens from the first on, which MaskedTextPipeline does "
+    "not do: load it by AutoModelForCausalLM with its remote code, and give it to diffusers.LLaDA2Pipeline",
+}
+"""Mixtures of experts that are read by a class of their own where transformers has it, and what to do where not."""
 
 
 def load_masked_lm(
@@ -74,7 +78,8 @@ def load_masked_lm(
     token: Any = None,
     **options: Any,
 ) -> PreTrainedModel:
-    """A published diffusion language model as a bidirectional `LlamaForCausalLM` or `Qwen2ForCausalLM`.
+    """A published diffusion language model as a bidirectional `LlamaForCausalLM` or `Qwen2ForCausalLM`; mixtures of
+    experts (LLaDA-MoE, LLaDA2) by the class of their name, where transformers has one.
 
     Args:
         source: folder or Hub repository of LLaDA, iLLaDA, Dream, LLaDA-V's language part, MMaDA's backbone, or of what
@@ -91,12 +96,17 @@ def load_masked_lm(
     Raises:
         ValueError: no such folder, a model of another kind, or settings that Llama does not have.
     """
-    from transformers import LlamaForCausalLM, Qwen2ForCausalLM
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM, LlamaForCausalLM, Qwen2ForCausalLM
 
     folder = model_folder(source, subfolder, revision, token)
     values = _read_config(folder)
     if mask_token_id is not None:
         values["mask_token_id"] = mask_token_id
+    if values.get("model_type") in _OWN_CLASSES and values["model_type"] in CONFIG_MAPPING:
+        own = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, **options)
+        if mask_token_id is not None:
+            own.config.mask_token_id = mask_token_id
+        return own.eval()
     config, renames = masked_lm_config(values, str(folder))
     owner: Any = Qwen2ForCausalLM if config.model_type == "qwen2" else LlamaForCausalLM
     if values.get("model_type") == "llava_llada":  # the tower and the projector are read by those who need them
@@ -129,8 +139,8 @@ def masked_lm_config(values: Mapping[str, Any], source: str) -> tuple[Any, dict[
     kind = str(values.get("model_type", ""))
     if kind in _OWN_CLASSES:
         raise ValueError(
-            f"{source} is a {kind} model, a mixture of experts with classes of its own; load it by "
-            "transformers.AutoModelForCausalLM and give it to MaskedTextPipeline"
+            f"{source} is a {kind} model, a mixture of experts for which this transformers has no class; "
+            f"{_OWN_CLASSES[kind]}"
         )
     special = {name: values[name] for name in _SPECIAL if values.get(name) is not None}
     if special.get("pad_token_id") == special.get("eos_token_id"):

@@ -7,7 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from imgdit.models.masked_lm import load_masked_lm
 
@@ -103,12 +109,29 @@ def folder(tmp_path: Path, **changes) -> Path:
         ({"n_layers": 4}, "lacks 9 of the weights"),
         ({"d_model": ...}, "neither d_model"),
         ({"rope_theta": ..., "n_heads": ...}, "lacks n_heads, rope_theta"),
-        ({"model_type": "llada2_moe"}, "mixture of experts"),
+        ({"model_type": "llada_moe"}, "mixture of experts .* MaskedTextPipeline"),
+        ({"model_type": "llada2_moe"}, "causal over blocks of 32 tokens .*LLaDA2Pipeline"),
     ],
 )
 def test_foreign_folders_are_refused(changes, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         load_masked_lm(folder(tmp_path, **changes))
+
+
+def test_a_mixture_of_experts_is_read_by_its_own_class_where_there_is_one(tmp_path, monkeypatch):
+    class MoEConfig(LlamaConfig):
+        model_type = "llada2_moe"
+
+    class MoE(LlamaForCausalLM):
+        config_class = MoEConfig
+
+    monkeypatch.setitem(CONFIG_MAPPING._extra_content, "llada2_moe", MoEConfig)
+    monkeypatch.setitem(MODEL_FOR_CAUSAL_LM_MAPPING._extra_content, MoEConfig, MoE)
+    kept = MoE(MoEConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2))
+    kept.save_pretrained(tmp_path)
+    found = load_masked_lm(tmp_path, mask_token_id=7)
+    assert type(found) is MoE and not found.training and found.config.mask_token_id == 7
+    assert torch.equal(found.lm_head.weight, kept.lm_head.weight)
 
 
 def test_what_is_no_folder_is_refused(tmp_path):
