@@ -211,6 +211,32 @@ def language(
     typer.echo(f"wrote {out}")
 
 
+@app.command("text-encoders")
+def text_encoders(
+    probe: Probe = None,
+    out: Annotated[Path, typer.Option(help="Folder of the runs and raw numbers; a run goes on there.")] = Path(
+        "outputs/bench-text-encoders"
+    ),
+    contrastive: Annotated[int, typer.Option(min=1, help="Contrastive steps of each encoder.")] = 400,
+    captions: Annotated[int, typer.Option(min=64, help="Captions to which the reading layers are fitted.")] = 1024,
+    count: Annotated[int, typer.Option(min=2, help="Images of two objects for each encoder.")] = 32,
+    steps: Steps = STEPS,
+    guidance: Guidance = GUIDANCE,
+) -> None:
+    """Compare a masked language model with a T5 encoder of equal size as text encoders of the embedded model.
+
+    Only the layers that read the text are fitted to each encoder; the image model stays.
+    """
+    from imgdit.benchmarks.scenes.run import table
+    from imgdit.benchmarks.scenes.text_encoders import encoder_scores
+    from imgdit.checkpoints import SCENE_PROBE
+
+    with at_work():
+        scores = encoder_scores(out, probe or SCENE_PROBE, contrastive, captions, count, steps, guidance)
+    typer.echo(table(scores))
+    typer.echo(f"wrote {out}")
+
+
 @app.command("unlearn-canvas")
 def unlearn_canvas(
     folder: Annotated[Path, typer.Argument(help="A folder per target with <style>_<object>_seed<number>.jpg.")],

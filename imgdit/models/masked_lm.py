@@ -78,8 +78,7 @@ def load_masked_lm(
     token: Any = None,
     **options: Any,
 ) -> PreTrainedModel:
-    """A published diffusion language model as a bidirectional `LlamaForCausalLM` or `Qwen2ForCausalLM`; mixtures of
-    experts (LLaDA-MoE, LLaDA2) by the class of their name, where transformers has one.
+    """A published diffusion language model as a bidirectional `LlamaForCausalLM` or `Qwen2ForCausalLM`.
 
     Args:
         source: folder or Hub repository of LLaDA, iLLaDA, Dream, LLaDA-V's language part, MMaDA's backbone, or of what
