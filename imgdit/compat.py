@@ -697,8 +697,9 @@ def checkpointing_in(model: torch.nn.Module, context: Callable[[], AbstractConte
     if torch.is_grad_enabled():
         wrappers = [part for part in model.modules() if type(part).__name__ == "CheckpointWrapper"]
         holders = [(model, "_gradient_checkpointing_func"), *((wrapper, "checkpoint_fn") for wrapper in wrappers)]
-    found = [(holder, name, getattr(holder, name, None)) for holder, name in holders]
-    found = [(holder, name, function) for holder, name, function in found if function is not None]
+    found = [
+        (holder, name, getattr(holder, name)) for holder, name in holders if getattr(holder, name, None) is not None
+    ]
 
     def checkpoint(function: Callable, block: Callable, *args: Any, **kwargs: Any) -> Any:
         def run(*args: Any, **kwargs: Any) -> Any:

@@ -459,8 +459,9 @@ class ImageTextPipeline(TextFramesMixin, ImgDiTPipeline):
             ValueError: see `answer`.
         """
         asked = texts_of("questions", questions)
-        for one in asked if self.text_questions is not None else ():
-            self.text_questions.check(one)
+        if self.text_questions is not None:
+            for one in asked:
+                self.text_questions.check(one)
         self.check_known_words(self._text_tokenizer, asked)
         return asked
 

@@ -77,7 +77,8 @@ def _rope(model: Any, arguments: Arguments, conditions: Sequence[Frame], kept: t
 def _pass_arguments(model: Any, arguments: dict[str, Any], step: Step) -> dict[str, Any]:
     """What of the references is seen, the conditions behind it; `None` where nothing is left."""
     image = arguments["hidden_states"].shape[1]
-    tokens, ids = arguments.get("image_cond_hidden_states"), arguments.get("image_cond_ids")
+    tokens: Any = arguments.get("image_cond_hidden_states")
+    ids: Any = arguments.get("image_cond_ids")
     if tokens is not None and step.kept is not None:
         kept = step.kept[image:] - image
         tokens, ids = tokens[:, kept], ids[kept.to(ids.device)]

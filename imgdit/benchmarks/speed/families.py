@@ -14,6 +14,7 @@ from peft import LoraConfig
 
 from imgdit.adapters.condition import Condition
 from imgdit.adapters.omni_control import OmniControl
+from imgdit.adapters.options import Mode
 from imgdit.benchmarks.speed.timing import Comparison, compare
 from imgdit.family import find_family
 from imgdit.frames import Frame
@@ -279,6 +280,7 @@ def _costs(name: str, case: _Case, rounds: int, size: Size) -> Iterator[Comparis
 
     yield row(LOADED)
     prefer_onednn(plain)  # as OmniControl.use does
-    for work, mode in ((JOINT, "joint"), (CACHED, "independent")):
+    modes: tuple[tuple[str, Mode], ...] = ((JOINT, "joint"), (CACHED, "independent"))
+    for work, mode in modes:
         with control.use(condition, mode=mode):
             yield row(work)

@@ -9,7 +9,7 @@ then made wider and deeper without changing what it computes.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -212,7 +212,7 @@ def block_writing_comparison(
 
 
 def _written(
-    calls: dict[str, Callable[[], torch.Tensor]], model: torch.nn.Module, new: int, rounds: int
+    calls: Mapping[str, Callable[[], torch.Tensor]], model: torch.nn.Module, new: int, rounds: int
 ) -> Iterator[Writing]:
     """A row per call but the first, which is what they are compared with."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
