@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers.hooks import ModelHook
+from peft.tuners.lora import LoraLayer
 
 from imgdit import compat
 from imgdit.adapters.pairing import COPIES, Pairing
@@ -342,6 +343,49 @@ class ModelInputHook(ConditionHook):
         sigma = sigma.view(-1, *[1] * (latents.ndim - 1))
         velocity = ((latents.float() - known.float()) / sigma).to(latents.dtype)
         return _combine(out, out, lambda sample, _: torch.where(generated, sample, velocity))
+
+
+def model_hooks(model: Any) -> list[ModelInputHook]:
+    """The hooks of conditions on a transformer."""
+    registry = getattr(model, "_diffusers_hook", None)
+    hooks = [] if registry is None else registry.hooks.values()
+    return [hook for hook in hooks if isinstance(hook, ModelInputHook)]
+
+
+def hook_blocks(model: Any, conditions: Conditions, passing: Passing) -> None:
+    """Put hooks on the blocks of a transformer, which do nothing without a plan; `unhook` takes them off."""
+    argument = None if conditions.transport is None else conditions.transport[1]
+    for block in blocks_of(model):
+        compat.insert_hook(block.module, BlockHook(block, argument, passing), NAME)
+
+
+def hook_edges(model: Any, conditions: Conditions, *, everywhere: bool) -> list[Any]:
+    """Put hooks on the modules at the edges of a transformer, which are returned.
+
+    Args:
+        everywhere: also on layers with adapters that are neither there nor in a block.
+    """
+    # The modules as they are now: loading a LoRA wraps them.
+    hooks: dict[Any, ConditionHook] = {
+        compat.unwrapped(model.get_submodule(path)): EdgeHook(edge) for path, edge in conditions.edges(model).items()
+    }
+    if everywhere:
+        hooks |= {layer: LayerHook() for layer in other_layers(model) if layer not in hooks}
+    for module, hook in hooks.items():
+        compat.insert_hook(module, hook, NAME)
+    return list(hooks)
+
+
+def unhook(modules: Iterable[Any]) -> None:
+    """Take the hooks of blocks or edges off."""
+    for module in modules:
+        compat.remove_hook(module, NAME)
+
+
+def other_layers(model: Any) -> list[LoraLayer]:
+    """Layers with adapters that are in no block."""
+    inside = {part for block in blocks_of(model) for part in block.module.modules()}
+    return [part for part in model.modules() if isinstance(part, LoraLayer) and part not in inside]
 
 
 def _completed(call: Call, run: ConditionRun) -> Sequence[Frame]:

@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
-from peft.tuners.lora import LoraLayer
 
 from imgdit import compat
 from imgdit.adapters.condition import Condition
 from imgdit.adapters.encoding import token_side
-from imgdit.adapters.hooks import NAME, BlockHook, ConditionHook, EdgeHook, LayerHook, ModelInputHook, Passing
+from imgdit.adapters.hooks import NAME, ModelInputHook, Passing, hook_blocks, hook_edges, model_hooks, unhook
 from imgdit.adapters.options import ConditionOptions, Mode
 from imgdit.adapters.pairing import Samples, Target
 from imgdit.adapters.prepare import blocks_of, prepare_run
 from imgdit.adapters.references import References
 from imgdit.adapters.run import ConditionRun, Progress
-from imgdit.family import Edge, find_family, known_classes
+from imgdit.family import find_family, known_classes
 from imgdit.kernels import prefer_onednn
 from imgdit.lora.files import (
     AdapterInfo,
@@ -82,7 +81,7 @@ class OmniControl:
         """The conditions in use."""
         self._schedule: tuple[torch.Tensor, list[float]] | None = None
         """Timesteps of the scheduler that was asked last, and the same as numbers, read once."""
-        others = _model_hooks(transformer)
+        others = model_hooks(transformer)
         self.infos: dict[str, AdapterInfo] = others[0].control.infos if others else {}
         """How each adapter that `load` loaded was trained."""
         self._loaded: dict[str, weakref.ref] = others[0].control._loaded if others else {}
@@ -91,9 +90,7 @@ class OmniControl:
         self._passing = others[0].passing if others else Passing()
         compat.insert_hook(transformer, ModelInputHook(self, transformer, family, self._passing), self._name)
         if not others:
-            argument = None if self._conditions.transport is None else self._conditions.transport[1]
-            for block in blocks_of(transformer):
-                compat.insert_hook(block.module, BlockHook(block, argument, self._passing), NAME)
+            hook_blocks(transformer, self._conditions, self._passing)
 
     # Adapters
 
@@ -163,10 +160,9 @@ class OmniControl:
         if self.run is not None:
             raise ValueError("remove() ends what use() began; leave the `with` block first")
         compat.remove_hook(self.transformer, self._name)
-        if _model_hooks(self.transformer):
+        if model_hooks(self.transformer):
             return
-        for block in blocks_of(self.transformer):
-            compat.remove_hook(block.module, NAME)
+        unhook(block.module for block in blocks_of(self.transformer))
         for name in [name for name in self.infos if name in loaded_adapters(self.transformer)]:
             self.unload(name)
 
@@ -270,37 +266,22 @@ class OmniControl:
         with _USE_LOCK:
             self._refuse_second_use()
             self.run = run
-            # The modules as they are now: loading a LoRA wraps them.
-            edges = {self._module(path): edge for path, edge in self._conditions.edges(self.transformer).items()}
-            hooks: dict[Any, ConditionHook] = {module: EdgeHook(edge) for module, edge in edges.items()}
-            if any(item.frame.everywhere for item in run.conditions):
-                hooks |= {layer: LayerHook() for layer in self._other_layers(edges)}
-            for module, hook in hooks.items():
-                compat.insert_hook(module, hook, NAME)
+            everywhere = any(item.frame.everywhere for item in run.conditions)
+            hooked = hook_edges(self.transformer, self._conditions, everywhere=everywhere)
         leave_onednn = prefer_onednn(self.transformer)
         try:
             yield self
         finally:
             leave_onednn()
             self.run = None
-            for module in hooks:
-                compat.remove_hook(module, NAME)
+            unhook(hooked)
 
     def _refuse_second_use(self) -> None:
-        if any(hook.control.run is not None for hook in _model_hooks(self.transformer)):
+        if any(hook.control.run is not None for hook in model_hooks(self.transformer)):
             raise ValueError(
                 "conditions are in use already on this transformer; pass all of them to one use(), in which pipelines "
                 "may run in several threads"
             )
-
-    def _other_layers(self, edges: Mapping[Any, Edge]) -> list[LoraLayer]:
-        """Layers with adapters that are neither in a block nor edges."""
-        inside = {part for block in blocks_of(self.transformer) for part in block.module.modules()}
-        layers = [part for part in self.transformer.modules() if isinstance(part, LoraLayer)]
-        return [layer for layer in layers if layer not in inside and layer not in edges]
-
-    def _module(self, path: str) -> Any:
-        return compat.unwrapped(self.transformer.get_submodule(path))
 
     def progress(self, timestep: float, dtype: torch.dtype = torch.float32) -> Progress:
         """Where the pipeline that calls is, by its scheduler.
@@ -328,9 +309,3 @@ class OmniControl:
                 f"not at the timestep {timestep:g} of this call; step that scheduler, or use start=0 and end=1"
             )
         return Progress(index - first, len(timesteps) - first)
-
-
-def _model_hooks(model: Any) -> list[ModelInputHook]:
-    registry = getattr(model, "_diffusers_hook", None)
-    hooks = [] if registry is None else registry.hooks.values()
-    return [hook for hook in hooks if isinstance(hook, ModelInputHook)]

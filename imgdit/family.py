@@ -137,6 +137,41 @@ class Conditions:
     level, in the order of their tokens behind those of the image that is generated. `None`: the class takes none."""
 
 
+class NoisyImages(NamedTuple):
+    """What a transformer that keeps its own forward is trained on, without conditions."""
+
+    tokens: torch.Tensor
+    """(B, N, C) noisy tokens of one image per sample, in the order of features of `TokenFormat.encode`."""
+    grid: Grid
+    sigma: torch.Tensor
+    """(B,) noise levels in [0, 1]."""
+    text: torch.Tensor
+    """(B, T, J) what the pipeline's `encode_prompt` gives; several layers of a text encoder lie side by side."""
+    mask: torch.Tensor | None = None
+    """Boolean (B, T), False on padded text; `None`: all tokens are seen."""
+    guidance: torch.Tensor | None = None
+    """(B,) of models that have it as an input."""
+
+
+def tokens_as_given(tokens: torch.Tensor) -> torch.Tensor:
+    """For `Training.velocity`: the model gives tokens, and noise minus data."""
+    return tokens
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a transformer that keeps its own forward is called while it is trained, as its pipeline calls it."""
+
+    arguments: Callable[[Any, NoisyImages], dict[str, Any]]
+    """`arguments(model, images)`: arguments of its forward."""
+    velocity: Callable[[Any], torch.Tensor] = tokens_as_given
+    """Of what the model returns first: noise minus data, (B, N, C)."""
+    text_width: Callable[[Any], int] = lambda model: model.config.joint_attention_dim
+    """Of a model: features J of a text token."""
+    prompt_length: int = 512
+    """Text tokens of a prompt at most; what the pipeline pads to where it pads."""
+
+
 class PromptEncoding(NamedTuple):
     """How `encode_prompt` of a pipeline class is called and what it returns."""
 
@@ -144,6 +179,8 @@ class PromptEncoding(NamedTuple):
     """Of embeddings, pooled text and mask in its result; `None`: it returns none."""
     others: tuple[str, ...] = ()
     """Names of the prompts for further text encoders."""
+    keeps_padding: bool = False
+    """Whether the model is given padded text with its mask, of which tokens are not left out."""
 
 
 class Preset(NamedTuple):
@@ -290,6 +327,8 @@ class Family:
     """By the class of a pipeline."""
     as_mmdit: AsMMDiT | None = None
     """`None`: it is no `MMDiT`."""
+    training: Training | None = None
+    """How it is trained in its own class; `None`: it is not, or as an `MMDiT`."""
     mup: Any = None
     """`imgdit.mup.Structure`: the role of every parameter; `None`: not known."""
 

@@ -56,9 +56,7 @@ def qwen_image(kind=QwenImagePipeline, **changes):
     )
 
 
-def folder(path):
-    """The folder of a pipeline with a tiny text encoder."""
-    pipe = qwen_image()
+def text_encoder():
     text = {
         "vocab_size": 32, "hidden_size": 24, "intermediate_size": 16, "num_hidden_layers": 2,
         "num_attention_heads": 2, "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1,
@@ -66,8 +64,13 @@ def folder(path):
     }  # fmt: skip
     vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 24}
     torch.manual_seed(0)
-    encoder = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision)).eval()
-    pipe.register_modules(text_encoder=encoder, tokenizer=tiny_tokenizer())
+    return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision)).eval()
+
+
+def folder(path):
+    """The folder of a pipeline with a tiny text encoder."""
+    pipe = qwen_image()
+    pipe.register_modules(text_encoder=text_encoder(), tokenizer=tiny_tokenizer())
     pipe.save_pretrained(path)
     return path
 

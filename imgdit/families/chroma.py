@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 
 from imgdit.attention.cache import LayerCache
@@ -27,8 +28,20 @@ from imgdit.families.step import (
     packed_tokens,
     read_image,
     rope_of_ids,
+    training_arguments,
+    training_ids,
 )
-from imgdit.family import Arguments, Call, Conditions, Family, LoraNames, PromptEncoding, timestep_times
+from imgdit.family import (
+    Arguments,
+    Call,
+    Conditions,
+    Family,
+    LoraNames,
+    NoisyImages,
+    PromptEncoding,
+    Training,
+    timestep_times,
+)
 from imgdit.frames import Frame
 from imgdit.models.blocks import BlockPlan, double_block, joint_block
 from imgdit.models.functional import PATCH
@@ -38,6 +51,17 @@ def _call(model: Any, arguments: Arguments) -> Call:
     """Pipelines cast the padding mask to the type of the text, in which the model adds it to the logits: a token sees
     padding e times less, not never. So do the blocks here."""
     return call_of_tokens(model, arguments, key_mask=arguments.get("attention_mask"))
+
+
+def _training_arguments(model: Any, images: NoisyImages) -> dict[str, Any]:
+    """With the mask as pipelines give it, see `_call`."""
+    tokens, mask = images.tokens, images.mask
+    return {
+        **training_arguments(images),
+        "txt_ids": tokens.new_zeros(images.text.shape[1], 3),
+        "img_ids": training_ids(images),
+        "attention_mask": None if mask is None else F.pad(mask.to(tokens.dtype), (0, tokens.shape[1]), value=1.0),
+    }
 
 
 def _vector(model: Any, arguments: Arguments, frame: Frame) -> torch.Tensor:
@@ -151,7 +175,7 @@ FAMILY = Family(
         ratios=RATIOS,
         also=("FLUX.1",),
     ),
-    prompts={"ChromaPipeline": PromptEncoding((0, None, 2))},
+    prompts={"ChromaPipeline": PromptEncoding((0, None, 2), keeps_padding=True)},
     mup=replace(
         ROLES,
         roles=(
@@ -161,4 +185,5 @@ FAMILY = Family(
             *ROLES.roles,
         ),
     ),
+    training=Training(_training_arguments),
 )

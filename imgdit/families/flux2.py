@@ -28,8 +28,21 @@ from imgdit.families.step import (
     own_positions,
     read_image,
     references_of_ids,
+    training_arguments,
+    training_ids,
 )
-from imgdit.family import Arguments, Conditions, Family, LoraNames, Preset, TokenFormat, timestep_times
+from imgdit.family import (
+    Arguments,
+    Conditions,
+    Family,
+    LoraNames,
+    NoisyImages,
+    Preset,
+    PromptEncoding,
+    TokenFormat,
+    Training,
+    timestep_times,
+)
 from imgdit.frames import Frame
 from imgdit.lora.rows import AdapterRows, linear
 from imgdit.models.blocks import BlockPlan, attend
@@ -53,6 +66,18 @@ def _rope(model: Any, arguments: Arguments, conditions: Sequence[Frame], kept: t
     riders = [F.pad(frame.ids(), (0, 1)).to(image.device) for frame in conditions]
     ids = torch.cat([text.float(), image.float(), *riders])
     return rope_table(ids, model.config.axes_dims_rope, model.config.rope_theta)
+
+
+def _training_arguments(model: Any, images: NoisyImages) -> dict[str, Any]:
+    batch, length = images.text.shape[:2]
+    text = F.pad(torch.arange(length, device=images.text.device)[:, None], (3, 0))
+    image = F.pad(training_ids(images).long(), (0, 1))
+    return {
+        **training_arguments(images),
+        "txt_ids": text.expand(batch, -1, -1),
+        "img_ids": image.expand(batch, -1, -1),
+        "guidance": images.guidance,
+    }
 
 
 def _vector(model: Any, arguments: Arguments, frame: Frame) -> torch.Tensor:
@@ -300,5 +325,7 @@ FAMILY = Family(
             Preset("reference LoRA (refcontrol, klein edit)", "", {"index": 10.0, "level": "image", "acts_on": "all"}),
         ),
     ),
+    prompts=dict.fromkeys(("Flux2Pipeline", "Flux2KleinPipeline"), PromptEncoding((0, None, None))),
     mup=_ROLES,
+    training=Training(_training_arguments),
 )

@@ -26,6 +26,8 @@ from imgdit.families.step import (
     packed_tokens,
     read_image,
     text_edges,
+    training_arguments,
+    training_ids,
 )
 from imgdit.family import (
     Arguments,
@@ -35,8 +37,10 @@ from imgdit.family import (
     Family,
     Grid,
     LoraNames,
+    NoisyImages,
     Preset,
     PromptEncoding,
+    Training,
     timestep_times,
 )
 from imgdit.frames import Frame
@@ -73,6 +77,16 @@ def _rope(model: Any, arguments: Arguments, conditions: Sequence[Frame], kept: t
     own = ids if kept is None else torch.cat([ids[:text], ids[text:][kept.to(ids.device)]])
     ids = torch.cat([own.float(), *(frame.ids().to(ids.device) for frame in conditions)])
     return rope_table(ids, model.config.axes_dims_rope, model.config.rope_theta)
+
+
+def _training_arguments(model: Any, images: NoisyImages) -> dict[str, Any]:
+    """The text's positions are zeros."""
+    return {
+        **training_arguments(images),
+        "encoder_hidden_states": images.text.unflatten(-1, (model.config.num_text_layers, -1)),
+        "position_ids": F.pad(training_ids(images), (0, 0, images.text.shape[1], 0)),
+        "encoder_attention_mask": images.mask,
+    }
 
 
 def _vector(model: Any, arguments: Arguments, frame: Frame) -> torch.Tensor:
@@ -263,4 +277,7 @@ FAMILY = Family(
         ),
     ),
     mup=_ROLES,
+    training=Training(
+        _training_arguments, text_width=lambda model: model.config.num_text_layers * model.config.text_hidden_dim
+    ),
 )

@@ -28,8 +28,19 @@ from imgdit.families.step import (
     read_image,
     references_of_ids,
     single_text_first,
+    training_arguments,
+    training_ids,
 )
-from imgdit.family import Arguments, Conditions, Family, LoraNames, PromptEncoding, timestep_times
+from imgdit.family import (
+    Arguments,
+    Conditions,
+    Family,
+    LoraNames,
+    NoisyImages,
+    PromptEncoding,
+    Training,
+    timestep_times,
+)
 from imgdit.frames import Frame
 from imgdit.models.functional import PATCH, rope_table
 
@@ -44,6 +55,20 @@ def _rope(model: Any, arguments: Arguments, conditions: Sequence[Frame], kept: t
     riders = [frame.ids().to(image.device) for frame in conditions]
     ids = torch.cat([text.float().to(corner.device) - corner, image.float() - corner, *riders])
     return rope_table(ids, model.config.axes_dims_rope, model.pos_embed.theta)
+
+
+_PROMPT = 512
+"""Text tokens that its pipelines pad every prompt to; the image's positions begin there."""
+
+
+def _training_arguments(model: Any, images: NoisyImages) -> dict[str, Any]:
+    length = images.text.shape[1]
+    image = training_ids(images)
+    return {
+        **training_arguments(images),
+        "txt_ids": torch.arange(length).to(image)[:, None] * image.new_tensor([0.0, 1.0, 1.0]),
+        "img_ids": image + image.new_tensor([1.0, _PROMPT, _PROMPT]),
+    }
 
 
 def _vector(model: Any, arguments: Arguments, frame: Frame) -> torch.Tensor:
@@ -90,4 +115,5 @@ FAMILY = Family(
             *ROLES.roles,
         ),
     ),
+    training=Training(_training_arguments, prompt_length=_PROMPT),
 )

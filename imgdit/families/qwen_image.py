@@ -15,7 +15,7 @@ from diffusers.models.transformers.transformer_qwenimage import QwenDoubleStream
 
 from imgdit.attention.cache import LayerCache
 from imgdit.families.mmdit import ADDED_QKV, QKV
-from imgdit.families.step import Step, compute_dtype, embed_tokens, packed_tokens, read_image
+from imgdit.families.step import Step, compute_dtype, embed_tokens, packed_tokens, read_image, training_arguments
 from imgdit.family import (
     Arguments,
     Block,
@@ -24,8 +24,10 @@ from imgdit.family import (
     Family,
     Grid,
     LoraNames,
+    NoisyImages,
     Preset,
     PromptEncoding,
+    Training,
     timestep_times,
 )
 from imgdit.frames import Frame
@@ -93,6 +95,15 @@ def _rope(model: Any, arguments: Arguments, conditions: Sequence[Frame], kept: t
         for frame in conditions
     ]
     return torch.cat([text, image, *riders])
+
+
+def _training_arguments(model: Any, images: NoisyImages) -> dict[str, Any]:
+    return {
+        **training_arguments(images),
+        "encoder_hidden_states_mask": images.mask,
+        "img_shapes": [[(1, *images.grid)]] * len(images.tokens),
+        "guidance": images.guidance,
+    }
 
 
 def _vector(model: Any, arguments: Arguments, frame: Frame) -> torch.Tensor:
@@ -229,4 +240,5 @@ FAMILY = Family(
     ),
     prompts={"QwenImagePipeline": PromptEncoding((0, None, 1))},
     mup=_ROLES,
+    training=Training(_training_arguments, prompt_length=1024),
 )

@@ -16,7 +16,17 @@ from peft.tuners.lora import LoraLayer
 
 from imgdit import compat
 from imgdit.attention.cache import KVCache, LayerCache
-from imgdit.family import Arguments, Block, BlockFunction, Call, Edge, Grid, TokenFormat, timestep_times
+from imgdit.family import (
+    Arguments,
+    Block,
+    BlockFunction,
+    Call,
+    Edge,
+    Grid,
+    NoisyImages,
+    TokenFormat,
+    timestep_times,
+)
 from imgdit.frames import Frame
 from imgdit.images.latents import encode_images
 from imgdit.layout import FrameLayout
@@ -283,6 +293,16 @@ def grid_of_planes(latents: torch.Tensor, patch: int) -> Grid:
 def timestep_of_config(model: Any, arguments: Arguments) -> float:
     """`Family.timestep` of a model whose configuration has the factor, `timestep_scale`."""
     return timestep_times(model.config.timestep_scale)(model, arguments)
+
+
+def training_arguments(images: NoisyImages) -> dict[str, Any]:
+    """What most models call tokens, text and noise level while they are trained."""
+    return {"hidden_states": images.tokens, "encoder_hidden_states": images.text, "timestep": images.sigma}
+
+
+def training_ids(images: NoisyImages) -> torch.Tensor:
+    """Positions (N, 3) of an image that begins at row and column 0."""
+    return Frame(images.grid).ids().to(images.tokens.device)
 
 
 def compute_dtype(latents: torch.Tensor) -> torch.dtype:

@@ -33,15 +33,17 @@ from imgdit.family import (
     Family,
     Grid,
     LoraNames,
+    NoisyImages,
     Preset,
     PromptEncoding,
     TokenFormat,
+    Training,
 )
 from imgdit.frames import Frame
 from imgdit.images.latents import encode_images
 from imgdit.lora.rows import linear
 from imgdit.models.blocks import BlockPlan, joint_attention
-from imgdit.models.functional import gated_add, modulate, pack, rope_table
+from imgdit.models.functional import PATCH, gated_add, modulate, pack, rope_table, unpack
 from imgdit.mup.structure import Structure
 
 WHOLE = 32
@@ -62,8 +64,11 @@ def _channels(model: Any) -> int:
 
 def _encode(model: Any, vae: Any, pixels: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
     """Tokens whose features are ordered (row, column, channel)."""
-    latents = encode_images(vae, pixels, generator)
-    return pack(latents, _patch(model, vae)).unflatten(-1, (latents.shape[1], -1)).transpose(-1, -2).flatten(-2)
+    return _tokens(encode_images(vae, pixels, generator), _patch(model, vae))
+
+
+def _tokens(latents: torch.Tensor, patch: int) -> torch.Tensor:
+    return pack(latents, patch).unflatten(-1, (latents.shape[1], -1)).transpose(-1, -2).flatten(-2)
 
 
 def _samples(arguments: Arguments) -> list[torch.Tensor]:
@@ -148,6 +153,22 @@ def _vector(model: Any, arguments: Arguments, frame: Frame) -> torch.Tensor:
     """The model counts time from 0, noise, to 1."""
     time = arguments["t"] if frame.sigma is None else torch.full_like(arguments["t"], 1.0 - frame.sigma)
     return model.t_embedder(time * model.t_scale).type_as(arguments["x"][0])
+
+
+def _training_arguments(model: Any, images: NoisyImages) -> dict[str, Any]:
+    """The model counts time from 0, noise, to 1, and takes planes and captions each for itself."""
+    tokens = images.tokens.unflatten(-1, (PATCH**2, -1)).transpose(-1, -2).flatten(-2)
+    texts = images.text if images.mask is None else [one[mask] for one, mask in zip(images.text, images.mask)]
+    return {
+        "x": list(unpack(tokens, PATCH, images.grid)[:, :, None]),
+        "t": 1.0 - images.sigma,
+        "cap_feats": list(texts),
+    }
+
+
+def _velocity(samples: list[torch.Tensor]) -> torch.Tensor:
+    """The model gives data minus noise, as planes (C, 1, h, w)."""
+    return _tokens(-torch.stack(samples)[:, :, 0], PATCH)
 
 
 # Edges and blocks. Condition tokens enter with the first block of the noise refiner and lie behind the image; the
@@ -338,4 +359,5 @@ FAMILY = Family(
     ),
     prompts={"ZImagePipeline": PromptEncoding((0, None, None))},
     mup=_ROLES,
+    training=Training(_training_arguments, _velocity, text_width=lambda model: model.config.cap_feat_dim),
 )

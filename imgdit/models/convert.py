@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 M = TypeVar("M", bound=nn.Module)
 
 
+_IN_ITS_OWN_CLASS = ". Recipes train it in its own class: model.kind: transformer"
+
+
 def read_config(cls: Any, config: Mapping[str, Any]) -> dict[str, Any]:
     """Our configuration, from ours or from a diffusers FLUX or SD3 transformer's.
 
@@ -34,7 +37,7 @@ def read_config(cls: Any, config: Mapping[str, Any]) -> dict[str, Any]:
         if as_mmdit is None:
             raise ValueError(
                 f"this folder holds a {name}; {cls.__name__} reads its own, {' and '.join(known_classes('as_mmdit'))} "
-                "folders"
+                f"folders{_IN_ITS_OWN_CLASS if name in known_classes('training') else ''}"
             )
         if as_mmdit.check is not None:
             as_mmdit.check(config)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from imgdit.adapters.stock_frames import StockFrames
 from imgdit.family import find_family
 from imgdit.hub import find_model
 from imgdit.io.checkpoints import find_checkpoint, load_weights
@@ -45,6 +46,9 @@ def build_model(recipe: Recipe) -> torch.nn.Module:
             load_weights(model, find_checkpoint(config.start_from))
     if recipe.adapter.rank:
         add_adapter(model, recipe.adapter, recipe.run.seed)
+    family = find_family(model)
+    if family is not None and family.training is not None:
+        StockFrames(model)
     if config.gradient_checkpointing:
         if isinstance(model, PreTrainedModel):
             model.activation_checkpointing_enable({"use_reentrant": False})

@@ -21,6 +21,7 @@ from imgdit.naming import renamed_value
 from imgdit.recipes import check_arguments, find_object, parse_as, read_yaml, with_values
 
 MODELS = {
+    "transformer": "imgdit.training.stock:load_transformer",
     "mmdit": "imgdit.models.mmdit:MMDiT",
     "nextdit": "imgdit.models.nextdit:NextDiT",
     "autoencoder_kl": "diffusers:AutoencoderKL",
@@ -107,11 +108,13 @@ class ModelConfig:
     """What is trained."""
 
     kind: str = "mmdit"
-    """Its class: "mmdit" (`imgdit.MMDiT`), "nextdit" (`imgdit.NextDiT`), "autoencoder_kl" or "autoencoder_dc"
-    (diffusers' `AutoencoderKL` and `AutoencoderDC`), "bd3lm" (`imgdit.BD3LM`), "masked_lm" (what `load_masked_lm`
-    reads from `pretrained`), "vision_language", "vision_language_projector" or "vision_language_whole" (what
-    `load_vision_language` reads; all but the tower is trained, the projector alone, or all), an entry point of the
-    group "imgdit.models", or "package.module:attribute": a torch module, or a function that returns one."""
+    """Its class: "mmdit" (`imgdit.MMDiT`), "nextdit" (`imgdit.NextDiT`), "transformer" (that of the folder
+    `pretrained`: diffusers' own for FLUX.2, Qwen-Image, Z-Image, Krea 2, Chroma and LongCat-Image, `MMDiT` for FLUX.1
+    and SD3), "autoencoder_kl" or "autoencoder_dc" (diffusers' `AutoencoderKL` and `AutoencoderDC`), "bd3lm"
+    (`imgdit.BD3LM`), "masked_lm" (what `load_masked_lm` reads from `pretrained`), "vision_language",
+    "vision_language_projector" or "vision_language_whole" (what `load_vision_language` reads; all but the tower is
+    trained, the projector alone, or all), an entry point of the group "imgdit.models", or "package.module:attribute":
+    a torch module, or a function that returns one."""
     arguments: dict[str, Any] = field(default_factory=dict)
     """Arguments of its class."""
     pretrained: str | None = None

@@ -9,6 +9,8 @@ import torch
 from accelerate.utils import extract_model_from_parallel
 from diffusers.utils.torch_utils import randn_tensor
 
+from imgdit.adapters.stock_frames import StockFrames
+from imgdit.family import NoisyImages
 from imgdit.layout import FrameLayout
 from imgdit.schedulers.flow_match import velocity
 from imgdit.training.batches import Batch, ObjectiveOutput, Text
@@ -84,8 +86,25 @@ def predict_velocity(
     layout: FrameLayout,
     guidance: float,
 ) -> torch.Tensor:
-    """Velocity (B, n, C) of the frames being generated, each frame at its own level."""
-    config = extract_model_from_parallel(model).config
+    """Velocity (B, n, C) of the frames being generated, each frame at its own level.
+
+    A transformer that keeps its own forward predicts one image, the first frame; the others are its conditions.
+    """
+    own = extract_model_from_parallel(model)
+    config = own.config
+    stock = StockFrames.of(own)
+    if stock is not None:
+        image, *conditions = noisy.split(layout.lengths, dim=1)
+        has_guidance = getattr(config, "guidance_embeds", False)
+        images = NoisyImages(
+            image,
+            layout.frames[0].size,
+            sigmas[:, 0],
+            text.embeddings,
+            text.mask,
+            sigmas.new_full((len(sigmas),), guidance) if has_guidance else None,
+        )
+        return stock.velocity(model, images, list(zip(layout.frames[1:], conditions, strict=True)))
     return model(
         noisy,
         text.embeddings,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,11 +11,13 @@ import torch
 from diffusers.utils import logging
 
 from imgdit import compat
-from imgdit.family import prompt_encodings
+from imgdit.family import TokenFormat, family_named, prompt_encodings
 from imgdit.hub import find_pipeline
 from imgdit.images.latents import encode_images
 from imgdit.io.fingerprints import folder_hash
 from imgdit.io.safe_json import read_object
+from imgdit.models.functional import PATCH, unpack
+from imgdit.training.stock import transformer_class
 
 
 class EncodedText(NamedTuple):
@@ -25,6 +27,8 @@ class EncodedText(NamedTuple):
     """(T, J): real tokens only, where the model has a mask. Several layers of a text encoder lie side by side."""
     pooled: torch.Tensor
     """(P,); (0,) of models that have none."""
+    mask: torch.Tensor | None = None
+    """Boolean (T,), false on padding, of models that read padded text; `None`: the tokens are real ones."""
 
 
 class Encoder:
@@ -45,7 +49,7 @@ class Encoder:
         if not self.folder.is_dir():
             from huggingface_hub import snapshot_download
 
-            kept = ["*.json", "vae/*", "text_encoder*/*", "tokenizer*/*"]
+            kept = ["*.json", "vae/*", "text_encoder*/*", "tokenizer*/*", "text_processor/*"]
             self.folder = Path(snapshot_download(found, allow_patterns=kept))
         index = read_object(self.folder / "model_index.json")
         self.name = index["_class_name"]
@@ -101,19 +105,52 @@ class Encoder:
     def origin(self, *folders: str) -> dict[str, str]:
         """What a cache has to know about components: a hash of their files, and what they compute in."""
         parts = sorted(part for name in folders for part in self.folder.glob(f"{name}*") if part.is_dir())
-        return {"model": folder_hash(parts), "dtype": str(self.dtype).removeprefix("torch.")}
+        known = {"model": folder_hash(parts), "dtype": str(self.dtype).removeprefix("torch.")}
+        if "vae" in folders and self._tokens is not None:
+            known["tokens"] = self._transformer
+        return known
 
     @torch.no_grad()
     def latents(self, image: torch.Tensor) -> torch.Tensor:
-        """An image (3, H, W) in [0, 1] to scaled latents (C, h, w), rounded to float16 as caches keep them."""
-        return encode_images(self.pipe.vae, image[None].to(self.device) * 2 - 1)[0].half().cpu()
+        """An image (3, H, W) in [0, 1] to scaled latents (C, h, w), rounded to float16 as caches keep them.
+
+        Their tokens, as `pack` makes them, are what the model reads: those of a transformer that is trained in its own
+        class have its normalisation and order of features.
+        """
+        vae, pixels = self.pipe.vae, image[None].to(self.device) * 2 - 1
+        if self._tokens is None:
+            return encode_images(vae, pixels)[0].half().cpu()
+        grid = (image.shape[1] // (self.cell * PATCH), image.shape[2] // (self.cell * PATCH))
+        tokens = self._tokens.encode(_empty_model(self.folder), vae, pixels.to(vae.dtype), None)
+        return unpack(tokens, PATCH, grid)[0].half().cpu()
+
+    @property
+    def _tokens(self) -> TokenFormat | None:
+        """How images become tokens of a transformer that is trained in its own class; `None` for others."""
+        family = family_named(self._transformer)
+        return None if family is None or family.training is None else family.tokens
+
+    @property
+    def text_parts(self) -> tuple[str, ...]:
+        """Names of the parts of an `EncodedText` that are not `None`."""
+        return EncodedText._fields if self._encoding.keeps_padding else EncodedText._fields[:-1]
 
     @torch.no_grad()
     def text(self, caption: str) -> EncodedText:
         """A caption."""
-        places, others = self._encoding
+        places, others, keeps_padding = self._encoding
         found = self.pipe.encode_prompt(caption, **dict.fromkeys(others, caption))
         embeddings = found[places[0]][0].flatten(1).cpu()
         pooled = torch.empty(0) if places[1] is None else found[places[1]][0].cpu()
         mask = None if places[2] is None else found[places[2]]  # `None` too where all tokens are real
+        if keeps_padding:
+            return EncodedText(embeddings, pooled, mask[0].bool().cpu())
         return EncodedText(embeddings if mask is None else embeddings[mask[0].bool().cpu()], pooled)
+
+
+@lru_cache(maxsize=1)
+def _empty_model(folder: Path) -> Any:
+    """The transformer of a folder without weights: what token formats ask about its sizes."""
+    owner, config = transformer_class(str(folder), "transformer")
+    with torch.device("meta"):
+        return owner.from_config(config)

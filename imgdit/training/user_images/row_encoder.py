@@ -84,11 +84,12 @@ class RowEncoder:
         if self.caches is None:
             return self.encoder.text(caption)
         cache = self.caches.texts
-        keys = [tensor_key(caption, part) for part in EncodedText._fields]
-        if keys[-1] not in cache:
-            for key, tensor in zip(keys, self.encoder.text(caption)):
-                cache.add(key, tensor)
-        return EncodedText(*(cache.read(key) for key in keys))
+        keys = {part: tensor_key(caption, part) for part in self.encoder.text_parts}
+        if any(key not in cache for key in keys.values()):
+            encoded = self.encoder.text(caption)
+            for part, key in keys.items():
+                cache.add(key, getattr(encoded, part))
+        return EncodedText(**{part: cache.read(key) for part, key in keys.items()})
 
     def is_cached(self, image: IndexedImage) -> bool:
         """Whether everything of a row is in the caches, which are open."""
