@@ -16,11 +16,12 @@ from imgdit import compat
 from imgdit.adapters.condition import Condition
 from imgdit.adapters.encoding import EncodedCondition
 from imgdit.adapters.hooks import ModelInputHook, Passing, hook_blocks, hook_edges, model_hooks, other_layers, unhook
-from imgdit.adapters.pairing import Samples
+from imgdit.adapters.pairing import Pairing, Samples
 from imgdit.adapters.prepare import refuse_processors
 from imgdit.adapters.run import ConditionRun
 from imgdit.family import Family, NoisyImages, find_family, known_classes
 from imgdit.frames import Frame
+from imgdit.layout import FrameLayout
 from imgdit.lora.files import AdapterInfo
 
 _NAME = "imgdit_training"
@@ -70,6 +71,7 @@ class StockFrames:
         refuse_processors(model)
         self.model, self.training, self.conditions = model, family.training, family.conditions
         self.owner = _Owner()
+        self._layouts: dict[tuple, FrameLayout] = {}
         others = model_hooks(model)
         passing = others[0].passing if others else Passing()
         compat.insert_hook(model, _FramesHook(self, family, passing), _NAME)
@@ -106,6 +108,20 @@ class StockFrames:
             self.owner.run = None
         return self.training.velocity(out)
 
+    def prepare(self, images: NoisyImages, conditions: Sequence[tuple[Frame, torch.Tensor]]) -> None:
+        """Make what a pass keeps for others of its shapes, and which needs real tensors, without the model's weights.
+
+        Args:
+            images, conditions: as of `velocity`, of any values.
+        """
+        arguments = self.training.arguments(self.model, images)
+        call = self.conditions.call(self.model, arguments)
+        if conditions:
+            run = self._run(conditions)
+            pairing = Pairing(len(images.tokens), run.samples)
+            layout = run.arrange(call.frames, call.text_length, pairing, call.cached_by, step_cache=False).layout
+            _ = layout.groups, layout.image_groups
+
     def _run(self, conditions: Sequence[tuple[Frame, torch.Tensor]]) -> ConditionRun:
         encoded = []
         for frame, tokens in conditions:
@@ -118,7 +134,7 @@ class StockFrames:
             encoded.append(EncodedCondition(Condition(None, frame.adapter), frame, tokens, None, frame.size))
         self._check_layers({frame.adapter for frame, _ in conditions})
         samples = Samples(len(conditions[0][1]))
-        return ConditionRun(encoded, None, cached=False, lora_layers=(), samples=samples)
+        return ConditionRun(encoded, None, cached=False, lora_layers=(), samples=samples, _layouts=self._layouts)
 
     def _check_layers(self, adapters: set[str | None]) -> None:
         """Refuse an adapter on layers that would act on all tokens while it is trained, and on none of them later."""

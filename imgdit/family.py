@@ -168,8 +168,6 @@ class Training:
     """Of what the model returns first: noise minus data, (B, N, C)."""
     text_width: Callable[[Any], int] = lambda model: model.config.joint_attention_dim
     """Of a model: features J of a text token."""
-    prompt_length: int = 512
-    """Text tokens of a prompt at most; what the pipeline pads to where it pads."""
 
 
 class PromptEncoding(NamedTuple):
@@ -181,6 +179,8 @@ class PromptEncoding(NamedTuple):
     """Names of the prompts for further text encoders."""
     keeps_padding: bool = False
     """Whether the model is given padded text with its mask, of which tokens are not left out."""
+    length: int = 512
+    """Tokens of a prompt at most; what the pipeline pads to where it pads."""
 
 
 class Preset(NamedTuple):

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 
 from imgdit.training.batches import Batch
-from imgdit.training.memory import Load, Memory, load_of, memory_plan
+from imgdit.training.memory import Load, Memory, check_planned, load_of, memory_plan
 from imgdit.training.memory_advice import remedies
 from imgdit.training.plan import recipe_cost
 from imgdit.training.recipe import Recipe
 from imgdit.training.sources import training_batches
+from imgdit.training.user_images import UserImages
 from imgdit.training.user_images.settings import USER_IMAGES, settings_of
 
 PER_PARAMETER = 165
@@ -23,10 +24,12 @@ PARTS = ("weights", "gradients", "optimizer", "average", "gathered", "step")
 
 
 def training_plan(recipe: Recipe, *, gpus: int = 1, gigabytes: float | None = None) -> Iterator[str]:
-    """The plan as lines. Reads one batch of the data, as training does; the model is not loaded.
+    """The plan as lines. Reads one batch of the data, as training does; the model is not loaded, nor are the text
+    encoders and the autoencoder of a transformer that is trained in its own class: its prompts then count as the
+    longest that it takes.
 
     Args:
-        recipe: of an MMDiT.
+        recipe: of an MMDiT, or of a transformer that is trained in its own class.
         gpus: that share weights by FSDP2.
         gigabytes: memory of a GPU; `None`: of this machine's, or of the machine itself.
 
@@ -38,9 +41,13 @@ def training_plan(recipe: Recipe, *, gpus: int = 1, gigabytes: float | None = No
     found = memory_plan(recipe, load, gpus=gpus)
     yield (
         f"{found.parameters:,} parameters, {found.trained:,} trained; {load.samples} samples at once of "
-        f"{load.layout.image_length} image and {load.text_tokens} text tokens; {gpus} GPU{'s' * (gpus > 1)}"
+        f"{load.layout.image_length} image and {load.text_tokens} text tokens, {_step_tokens(recipe, load, gpus):,} "
+        f"tokens a step; {gpus} GPU{'s' * (gpus > 1)}"
     )
     yield from (f"  {part:<10}{getattr(found, part) / 1e9:>9.3f} GB" for part in PARTS if getattr(found, part))
+    checkpointing = recipe.model.gradient_checkpointing
+    other = memory_plan(recipe.replace(model={"gradient_checkpointing": not checkpointing}), load, gpus=gpus)
+    yield (f"  step is {other.step / 1e9:.3f} GB with model.gradient_checkpointing: {str(not checkpointing).lower()}")
     yield f"  {'at most':<10}{found.total / 1e9:>9.3f} GB, {_verdict(found, limit)} {limit / 1e9:.1f} GB of {owner}"
     yield from _amount(recipe, load, found.parameters, gpus)
     if found.total <= limit:
@@ -70,8 +77,7 @@ def _verdict(memory: Memory, limit: float) -> str:
 
 def _load(recipe: Recipe, gpus: int) -> Load:
     """The load of the data's first full batch."""
-    if recipe.model.kind != "mmdit":
-        raise ValueError(f"costs are known for model.kind 'mmdit', got {recipe.model.kind!r}")
+    check_planned(recipe)
     portions = recipe.run.accumulation * gpus
     if recipe.run.batch_size % portions:
         raise ValueError(
@@ -86,6 +92,10 @@ def _load(recipe: Recipe, gpus: int) -> Load:
         recipe = recipe.replace(data={"arguments": {**recipe.data.arguments, **changes}})
     recipe = recipe.replace(run={"evaluate_every": 0})
     batches, _ = training_batches(recipe)
+    if isinstance(batches.dataset, UserImages) and (longest := batches.dataset.row_encoder.encoder.prompt_length):
+        numbers = max((batches.dataset.index.rows_of(n) for n in range(5)), key=len)
+        layout = batches.dataset.layout(batches.dataset.index.images[numbers[0]].bucket, longest)
+        return Load(layout, len(numbers), longest)
     best: Load | None = None
     for n, micro in enumerate(batches.stream(0, recipe.run.batch_size // portions)):
         if not isinstance(micro.batch, Batch):

@@ -21,6 +21,8 @@ def train(
     folder: Annotated[Path | None, typer.Option(help="Where the run writes, instead of the recipe's folder.")] = None,
     resume: Annotated[bool, typer.Option(help="Go on from the folder's latest checkpoint.")] = False,
     stop_at: Annotated[int | None, typer.Option(min=1, help="Stop with a checkpoint after this step.")] = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Print what it costs, from configurations alone.")] = False,
+    teraflops: Annotated[float, typer.Option(min=0.1, help="With --plan: what a GPU reaches.")] = 400.0,
 ) -> None:
     """Train autoencoders on the activations of a pipeline, and select the features of concepts."""
     import dataclasses
@@ -32,6 +34,12 @@ def train(
         loaded = load_sae_recipe(recipe)
         if folder is not None:
             loaded = dataclasses.replace(loaded, run=dataclasses.replace(loaded.run, folder=str(folder)))
+        if plan:
+            from imgdit.training.sae_plan import sae_plan_lines
+
+            for line in sae_plan_lines(loaded, teraflops * 1e12):
+                typer.echo(line)
+            return
         result = train_saes(loaded, resume=resume, stop_at=stop_at)
     for hookpoint, values in result.metrics.items():
         line = ", ".join(f"{name} {value:.4g}" for name, value in values.items())

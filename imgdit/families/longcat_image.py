@@ -106,7 +106,7 @@ FAMILY = Family(
         shared=r"single_transformer_blocks[._]",
         never=r"(double|single)_blocks[._]|[._](text|guidance)_embedder",
     ),
-    prompts={"LongCatImagePipeline": PromptEncoding((0, None, None))},
+    prompts={"LongCatImagePipeline": PromptEncoding((0, None, None), length=_PROMPT)},
     mup=replace(
         ROLES,
         roles=(
@@ -115,5 +115,5 @@ FAMILY = Family(
             *ROLES.roles,
         ),
     ),
-    training=Training(_training_arguments, prompt_length=_PROMPT),
+    training=Training(_training_arguments),
 )

@@ -238,7 +238,7 @@ FAMILY = Family(
             ),
         ),
     ),
-    prompts={"QwenImagePipeline": PromptEncoding((0, None, 1))},
+    prompts={"QwenImagePipeline": PromptEncoding((0, None, 1), length=1024)},
     mup=_ROLES,
-    training=Training(_training_arguments, prompt_length=1024),
+    training=Training(_training_arguments),
 )

@@ -123,7 +123,7 @@ FAMILY = Family(
         marks=r"joint_blocks[._]|transformer_blocks[._]\d+[._]attn2[._]|^pos_embed[._]proj",
         never=r"^(down|up|mid)_block",
     ),
-    prompts={"StableDiffusion3Pipeline": PromptEncoding((0, 2, None), others=("prompt_2", "prompt_3"))},
+    prompts={"StableDiffusion3Pipeline": PromptEncoding((0, 2, None), others=("prompt_2", "prompt_3"), length=333)},
     as_mmdit=AsMMDiT(
         fixed={
             "pos_embed_type": "sincos",

@@ -23,7 +23,11 @@ import torch.nn.functional as F
 
 from imgdit.kernels import is_linear
 
-KEPT = ("x_embedder", "pos_embed", "context_embedder", "time_text_embed", "norm_out")
+KEPT = (
+    *("x_embedder", "pos_embed", "context_embedder", "time_text_embed", "norm_out"),
+    *("img_in", "txt_in", "all_x_embedder", "cap_embedder", "all_final_layer", "final_layer"),
+    *("time_guidance_embed", "time_embed", "t_embedder"),
+)
 """Layers at the model's edges, which are small and where rounding is seen most."""
 KINDS = {
     "int8": 1.0,

@@ -92,7 +92,12 @@ def add_adapter(model: Any, config: AdapterConfig, seed: int) -> None:
 
 
 def build_scheduler(recipe: Recipe) -> Any:
-    """The `MultiFrameFlowMatchScheduler` of a recipe."""
+    """The `MultiFrameFlowMatchScheduler` of a recipe. One that says nothing of it and trains the transformer of a
+    pipeline's folder has the pipeline's."""
     from imgdit.schedulers.flow_match import MultiFrameFlowMatchScheduler
 
+    config = recipe.model
+    if not recipe.scheduler and config.kind == "transformer" and config.pretrained is not None and config.subfolder:
+        folder = find_model(config.pretrained, "scheduler/scheduler_config.json")
+        return MultiFrameFlowMatchScheduler.from_pretrained(folder, subfolder="scheduler")
     return MultiFrameFlowMatchScheduler(**recipe.scheduler)

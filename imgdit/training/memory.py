@@ -18,20 +18,29 @@ libraries keep for themselves, such as a CUDA context, and what is lost between 
 
 from __future__ import annotations
 
+import re
 import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 import torch.utils.checkpoint
 
+from imgdit.adapters.prepare import blocks_of
+from imgdit.adapters.stock_frames import StockFrames
 from imgdit.compat import FakeTensorMode, TorchDispatchMode, tree_leaves
+from imgdit.family import find_family
 from imgdit.layout import FrameLayout
+from imgdit.models.mmdit import MMDiT
 from imgdit.models.quantized import KINDS, Int8Linear, quantize_rows
 from imgdit.mup.cost import AVERAGE_BYTES, GATHERED_BYTES, GRADIENT_BYTES
-from imgdit.training.batches import Batch
+from imgdit.training.batches import Batch, Text
 from imgdit.training.build import add_adapter, pretrained_folder
+from imgdit.training.objectives.frames import predict_velocity, stock_inputs
 from imgdit.training.optimizers import STATE_BYTES
 from imgdit.training.recipe import Recipe
+from imgdit.training.stock import transformer_class
 
 
 class Load(NamedTuple):
@@ -80,14 +89,13 @@ def memory_plan(recipe: Recipe, load: Load, *, gpus: int = 1) -> Memory:
     """Memory of a training run by a recipe; nothing is loaded or run.
 
     Args:
-        recipe: of an MMDiT.
+        recipe: of an MMDiT, or of a transformer that is trained in its own class.
         load: of a micro-batch.
         gpus: that share weights by FSDP2; with DDP each is as one alone, and has another copy of the gradients.
 
     Raises:
         ValueError: another kind of model.
     """
-    _ = load.layout.groups, load.layout.image_groups  # made of real tensors, once
     model = skeleton(recipe)
     weights = sum(_bytes(module, recipe.model.quantize) for module in model.modules())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -95,7 +103,8 @@ def memory_plan(recipe: Recipe, load: Load, *, gpus: int = 1) -> Memory:
         model = skeleton(recipe, torch.bfloat16)
     peak = _step_peak(recipe, model, load, keep_gradients=gpus == 1)
     gradients = GRADIENT_BYTES * trained
-    blocks = [module for name, module in model.named_modules() if name.rpartition(".")[0].endswith("_blocks")]
+    blocks = [block.module for block in blocks_of(model)]
+    blocks = blocks or [module for name, module in model.named_modules() if re.search(r"_blocks\.\d+$", name)]
     largest = max(sum(p.numel() for p in block.parameters()) for block in blocks)
     return Memory(
         parameters=sum(p.numel() for p in model.parameters()),
@@ -110,21 +119,32 @@ def memory_plan(recipe: Recipe, load: Load, *, gpus: int = 1) -> Memory:
     )
 
 
+def check_planned(recipe: Recipe) -> None:
+    """Refuse a kind of model whose costs are not known.
+
+    Raises:
+        ValueError: it is one.
+    """
+    if recipe.model.kind not in ("mmdit", "transformer"):
+        raise ValueError(f"costs are known for model.kind 'mmdit' and 'transformer', got {recipe.model.kind!r}")
+
+
 def skeleton(recipe: Recipe, dtype: torch.dtype | None = None) -> Any:
     """The model of a recipe on the meta device: everything but the weights.
 
     Args:
-        recipe: of an MMDiT.
+        recipe: of an MMDiT, or of a transformer that is trained in its own class.
         dtype: of the weights that are not quantised and not an adapter's; `None`: the recipe's.
 
     Raises:
         ValueError: a kind of model whose costs are not known.
     """
     config = recipe.model
-    if config.kind != "mmdit":
-        raise ValueError(f"costs are known for model.kind 'mmdit', got {config.kind!r}")
-    owner, arguments = config.model_class, config.arguments
-    if config.pretrained is not None:
+    check_planned(recipe)
+    owner, arguments = MMDiT, config.arguments
+    if config.kind == "transformer":
+        owner, arguments = transformer_class(pretrained_folder(config), config.subfolder or None)
+    elif config.pretrained is not None:
         arguments = owner.load_config(pretrained_folder(config), subfolder=config.subfolder or None)
     with torch.device("meta"):
         model = owner.from_config(arguments)
@@ -134,6 +154,8 @@ def skeleton(recipe: Recipe, dtype: torch.dtype | None = None) -> Any:
             quantize_rows(model)
         if recipe.adapter.rank:
             add_adapter(model, recipe.adapter, recipe.run.seed)
+    if _is_stock(model):
+        StockFrames(model)
     if config.gradient_checkpointing:
         model.enable_gradient_checkpointing(_checkpoint)
     return model.train()
@@ -155,10 +177,29 @@ def _bytes(module: torch.nn.Module, quantize: str) -> float:
 
 def _step_peak(recipe: Recipe, model: Any, load: Load, *, keep_gradients: bool) -> float:
     """Most bytes that a step's forward and backward passes hold at once; with gradients, or with one at a time."""
+    with _no_memory(model, load):
+        return _run_step(recipe, model, load, keep_gradients)
+
+
+@contextmanager
+def without_memory(recipe: Recipe, load: Load) -> Iterator[tuple[Any, Callable[[], torch.Tensor]]]:
+    """The model of a recipe on tensors without memory, and a function that runs it forwards on a load."""
+    model = skeleton(recipe)
+    with _no_memory(model, load):
+        yield model, lambda: predict_velocity(model, *_inputs(model, load), load.layout, 1.0)
+
+
+@contextmanager
+def _no_memory(model: Any, load: Load) -> Iterator[None]:
+    """Let a model on the meta device run on tensors without memory."""
+    _ = load.layout.groups, load.layout.image_groups  # made of real tensors, once
+    stock = StockFrames.of(model)
+    if stock is not None:
+        stock.prepare(*stock_inputs(model.config, *_inputs(model, load), load.layout, 1.0))
     with FakeTensorMode(allow_non_fake_inputs=True):
         for module in model.modules():
             _without_memory(module)
-        return _run_step(recipe, model, load, keep_gradients)
+        yield
 
 
 def _without_memory(module: torch.nn.Module) -> None:
@@ -168,15 +209,33 @@ def _without_memory(module: torch.nn.Module) -> None:
         setattr(module, name, torch.nn.Parameter(fake, requires_grad=parameter.requires_grad))
     for name, buffer in module.named_buffers(recurse=False):
         setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
+    for name, value in list(vars(module).items()):  # tables that are neither (Qwen-Image)
+        if isinstance(value, torch.Tensor) and value.is_meta:
+            setattr(module, name, torch.empty(value.shape, dtype=value.dtype))
+
+
+def _is_stock(model: Any) -> bool:
+    """Whether a model is trained in another library's class."""
+    family = find_family(model)
+    return family is not None and family.training is not None
+
+
+def _inputs(model: Any, load: Load) -> tuple[torch.Tensor, Text, torch.Tensor]:
+    """Tokens, text and noise levels of a load, all zeros."""
+    family, config = find_family(model), model.config
+    if family is not None and family.training is not None and family.tokens is not None:
+        channels, width = family.tokens.channels(model), family.training.text_width(model)
+    else:
+        channels, width = model.token_channels, config.joint_attention_dim
+    tokens = torch.zeros(load.samples, load.layout.image_length, channels)
+    text = torch.zeros(load.samples, load.text_tokens, width)
+    pooled = torch.zeros(load.samples, getattr(config, "pooled_projection_dim", None) or 0)
+    return tokens, Text(text, pooled), torch.zeros(load.samples, len(load.layout.live))
 
 
 def _run_step(recipe: Recipe, model: Any, load: Load, keep_gradients: bool) -> float:
-    config = model.config
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(recipe.run.mixed_precision)
-    tokens = torch.zeros(load.samples, load.layout.image_length, model.token_channels)
-    text = torch.zeros(load.samples, load.text_tokens, config.joint_attention_dim)
-    pooled = torch.zeros(load.samples, config.pooled_projection_dim)
-    options: dict[str, Any] = {"guidance": torch.ones(load.samples)} if config.guidance_embeds else {}
+    inputs = _inputs(model, load)
     if not keep_gradients:
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -184,7 +243,7 @@ def _run_step(recipe: Recipe, model: Any, load: Load, keep_gradients: bool) -> f
     with _Live() as live:
         for _ in range(min(recipe.run.accumulation, 2)):  # from the second on, gradients are there from the start
             with torch.autocast("cpu", half or torch.bfloat16, enabled=half is not None):
-                out = model(tokens, text, pooled, torch.ones(load.samples), layout=load.layout, **options).sample
+                out = predict_velocity(model, *inputs, load.layout, 1.0)
             out.float().square().mean().backward()
             del out
     return live.peak

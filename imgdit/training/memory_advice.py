@@ -23,7 +23,7 @@ def remedies(recipe: Recipe, load: Load, limit: float, *, gpus: int = 1) -> Iter
     """Changes that take less memory, each alone, then all that need no other machine together, then more GPUs.
 
     Args:
-        recipe: of an MMDiT.
+        recipe: of an MMDiT, or of a transformer that is trained in its own class.
         load: of a micro-batch.
         limit: bytes of a GPU, which the number of GPUs is chosen for.
         gpus: that share weights now.

@@ -315,7 +315,8 @@ class Recipe:
     ema: EmaConfig = field(default_factory=EmaConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     scheduler: dict[str, Any] = field(default_factory=dict)
-    """Arguments of `MultiFrameFlowMatchScheduler`."""
+    """Arguments of `MultiFrameFlowMatchScheduler`. Empty: its defaults; with `model.kind: transformer` those of the
+    pipeline that the model is of, so that noise levels are drawn as the pipeline shifts its steps."""
 
     def __post_init__(self) -> None:
         if self.schedule.warmup + self.schedule.decay > self.run.steps:

@@ -2,6 +2,8 @@
 to a file that the family's pipeline loads."""
 
 import json
+import re
+from unittest import mock
 
 import pytest
 import tiny_flux2
@@ -14,9 +16,11 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from tiny_families import FamilyCase, differs, loaded, near, passes, random
 from tiny_folders import CALLS, FOLDERS
+from tiny_images import write_folder
 
 from imgdit import Condition, Frame, FrameLayout, OmniControl
 from imgdit.adapters.stock_frames import StockFrames
+from imgdit.apps.chores.training_plan import training_plan
 from imgdit.apps.chores.weights import save_adapter
 from imgdit.family import NoisyImages, find_family
 from imgdit.io.checkpoints import find_checkpoint, read_tensors
@@ -24,6 +28,7 @@ from imgdit.schedulers.flow_match import MultiFrameFlowMatchScheduler, mix
 from imgdit.training import load_recipe, train
 from imgdit.training.batches import Batch, Text
 from imgdit.training.build import add_adapter, build_model
+from imgdit.training.memory import Load, memory_plan
 from imgdit.training.objectives.condition_lora import condition_lora
 from imgdit.training.objectives.frames import predict_velocity
 from imgdit.training.recipe import ADAPTER, AdapterConfig
@@ -207,6 +212,29 @@ def recipe_on(path, data, run):
         schedule={"warmup": 0},
         ema={"decay": 0.0},
     )  # fmt: skip
+
+
+def test_the_plan_is_made_of_configurations(folder, tmp_path):
+    """Nothing is loaded; more is kept without checkpointing, and weights in 8 bits under bfloat16 run too."""
+    _, path = folder
+    write_folder(tmp_path / "data", 2, size=(16, 16))
+    recipe = recipe_on(path, tmp_path / "data", tmp_path / "run")
+    with mock.patch.object(DiffusionPipeline, "from_pretrained", side_effect=AssertionError):
+        lines = list(training_plan(recipe, gigabytes=24))
+    model = build_model(recipe)
+    counts = [sum(p.numel() for p in parameters) for parameters in (model.parameters(), weights(model))]
+    assert lines[0].startswith("{:,} parameters, {:,} trained; 2 samples at once of 32 image".format(*counts))
+    tokens = int(re.search(r"and (\d+) text tokens", lines[0])[1]) + 32
+    assert f", {2 * tokens:,} tokens a step; 1 GPU" in lines[0] and "fits into 24.0 GB" in lines[-1]
+    layout = FrameLayout.build([Frame(GRID), Frame(GRID, sigma=0.0, adapter=ADAPTER, sees="self")], 8)
+    kept, less, small = (
+        memory_plan(recipe.replace(**changes), Load(layout, 2, 8))
+        for changes in ({}, {"model": {"gradient_checkpointing": True}}, SMALL)
+    )
+    assert less.step < kept.step and less.state == kept.state and small.weights < 0.6 * kept.weights
+
+
+SMALL = {"model": {"quantize": "int8", "dtype": "bfloat16"}, "run": {"mixed_precision": "bf16"}}
 
 
 def test_from_images_to_a_file(folder, tmp_path):

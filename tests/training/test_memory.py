@@ -164,7 +164,10 @@ def test_what_cannot_be_planned(own):
     done = CliRunner().invoke(app, ["train", str(own), "--plan", "--gpus", "3"], env={"COLUMNS": "300"})
     assert done.exit_code == 2 and "run.batch_size=1 does not divide by run.accumulation=1 times 3 GPUs" in done.output
     done = CliRunner().invoke(app, ["train", "scenes/autoencoder", "--plan"], env={"COLUMNS": "300"})
-    assert done.exit_code == 2 and "costs are known for model.kind 'mmdit', got 'autoencoder_dc'" in done.output
+    assert (
+        done.exit_code == 2
+        and "costs are known for model.kind 'mmdit' and 'transformer', got 'autoencoder_dc'" in done.output
+    )
 
 
 def test_a_large_model_is_planned_without_being_made():

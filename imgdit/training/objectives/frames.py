@@ -5,12 +5,15 @@ B batch, F frames, N tokens of the frames, n tokens of the target frames, C chan
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from accelerate.utils import extract_model_from_parallel
 from diffusers.utils.torch_utils import randn_tensor
 
 from imgdit.adapters.stock_frames import StockFrames
 from imgdit.family import NoisyImages
+from imgdit.frames import Frame
 from imgdit.layout import FrameLayout
 from imgdit.schedulers.flow_match import velocity
 from imgdit.training.batches import Batch, ObjectiveOutput, Text
@@ -94,17 +97,7 @@ def predict_velocity(
     config = own.config
     stock = StockFrames.of(own)
     if stock is not None:
-        image, *conditions = noisy.split(layout.lengths, dim=1)
-        has_guidance = getattr(config, "guidance_embeds", False)
-        images = NoisyImages(
-            image,
-            layout.frames[0].size,
-            sigmas[:, 0],
-            text.embeddings,
-            text.mask,
-            sigmas.new_full((len(sigmas),), guidance) if has_guidance else None,
-        )
-        return stock.velocity(model, images, list(zip(layout.frames[1:], conditions, strict=True)))
+        return stock.velocity(model, *stock_inputs(config, noisy, text, sigmas, layout, guidance))
     return model(
         noisy,
         text.embeddings,
@@ -114,6 +107,22 @@ def predict_velocity(
         encoder_attention_mask=text.mask,
         layout=layout,
     ).sample
+
+
+def stock_inputs(
+    config: Any, noisy: torch.Tensor, text: Text, sigmas: torch.Tensor, layout: FrameLayout, guidance: float
+) -> tuple[NoisyImages, list[tuple[Frame, torch.Tensor]]]:
+    """What `StockFrames.velocity` takes: the first frame, and the others as its conditions."""
+    image, *conditions = noisy.split(layout.lengths, dim=1)
+    images = NoisyImages(
+        image,
+        layout.frames[0].size,
+        sigmas[:, 0],
+        text.embeddings,
+        text.mask,
+        sigmas.new_full((len(sigmas),), guidance) if getattr(config, "guidance_embeds", False) else None,
+    )
+    return images, list(zip(layout.frames[1:], conditions, strict=True))
 
 
 def velocity_loss(

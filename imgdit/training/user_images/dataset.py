@@ -17,6 +17,7 @@ import torch
 from tqdm import tqdm
 
 from imgdit.frames import Frame
+from imgdit.images.fitting import Size
 from imgdit.io.order import mixed_seed
 from imgdit.layout import FrameLayout
 from imgdit.models.functional import PATCH, pack
@@ -59,13 +60,17 @@ class UserImages:
             captions.append(choices[Random(mixed_seed(settings.seed, epoch, number)).randrange(len(choices))])
         frames = [torch.stack(grids) for grids in zip(*(self.row_encoder.frames(image) for image in images))]
         text, empty = self._texts(captions)
-        grid = (size[1] // self.token_side, size[0] // self.token_side)
-        layout = FrameLayout.build(self._frames(grid), text.embeddings.shape[1])
+        layout = self.layout(size, text.embeddings.shape[1])
         batch = Batch(torch.cat([pack(frame, PATCH) for frame in frames], dim=1), layout, text, empty)
         if settings.condition is None or settings.mode == "frame":
             return batch
         black = pack(self.row_encoder.black(size)[None], PATCH)[0]
         return replace(batch, empty_tokens=torch.cat([torch.zeros_like(black)] * (len(layout.frames) - 1) + [black]))
+
+    def layout(self, size: Size, text_length: int) -> FrameLayout:
+        """The layout of images of a size, width and height in pixels, with so many text tokens."""
+        grid = (size[1] // self.token_side, size[0] // self.token_side)
+        return FrameLayout.build(self._frames(grid), text_length)
 
     def fingerprint(self) -> torch.Tensor:
         """(N, 2) int64: hashes of name and content of each row, by which a run that goes on knows them again."""

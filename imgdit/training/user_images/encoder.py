@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -97,10 +98,7 @@ class Encoder:
     @cached_property
     def cell(self) -> int:
         """Pixels per side of a latent cell; from the configuration, so that cached latents need no autoencoder."""
-        config = read_object(self.folder / "vae" / "config.json")
-        if "temperal_downsample" in config:
-            return 2 ** len(config["temperal_downsample"])
-        return 2 ** (len(config.get("encoder_block_out_channels") or config["block_out_channels"]) - 1)
+        return cell_of(read_object(self.folder / "vae" / "config.json"))
 
     def origin(self, *folders: str) -> dict[str, str]:
         """What a cache has to know about components: a hash of their files, and what they compute in."""
@@ -131,6 +129,11 @@ class Encoder:
         return None if family is None or family.training is None else family.tokens
 
     @property
+    def prompt_length(self) -> int | None:
+        """Text tokens of a prompt at most, of a transformer that is trained in its own class; `None` for others."""
+        return None if self._tokens is None else self._encoding.length
+
+    @property
     def text_parts(self) -> tuple[str, ...]:
         """Names of the parts of an `EncodedText` that are not `None`."""
         return EncodedText._fields if self._encoding.keeps_padding else EncodedText._fields[:-1]
@@ -138,7 +141,7 @@ class Encoder:
     @torch.no_grad()
     def text(self, caption: str) -> EncodedText:
         """A caption."""
-        places, others, keeps_padding = self._encoding
+        places, others, keeps_padding, _ = self._encoding
         found = self.pipe.encode_prompt(caption, **dict.fromkeys(others, caption))
         embeddings = found[places[0]][0].flatten(1).cpu()
         pooled = torch.empty(0) if places[1] is None else found[places[1]][0].cpu()
@@ -146,6 +149,13 @@ class Encoder:
         if keeps_padding:
             return EncodedText(embeddings, pooled, mask[0].bool().cpu())
         return EncodedText(embeddings if mask is None else embeddings[mask[0].bool().cpu()], pooled)
+
+
+def cell_of(config: Mapping[str, Any]) -> int:
+    """Pixels per side of a latent cell, by the configuration of an autoencoder."""
+    if "temperal_downsample" in config:
+        return 2 ** len(config["temperal_downsample"])
+    return 2 ** (len(config.get("encoder_block_out_channels") or config["block_out_channels"]) - 1)
 
 
 @lru_cache(maxsize=1)
