@@ -149,7 +149,7 @@ def _of_families(folder):
         case = next(iter(tiny.CASES.values()))
         file = folder / f"{adapter}.safetensors"
         found[f"your-name/{adapter}"] = lora_file(file, case.pipeline().transformer, case.targets)
-    return found
+    return {**found, "Tongyi-MAI/Z-Image": found["Tongyi-MAI/Z-Image-Turbo"]}
 
 
 @pytest.fixture(scope="module")
@@ -192,7 +192,7 @@ def test_blocks_run(page, desk, hub):
     names = {"__name__": page}
     for language, code in BLOCK.findall(PAGES[page]):
         if named := NAMED.match(code):
-            Path(named[1]).write_text(code)
+            Path(named[1]).write_text(_small_recipe(code, hub) if language == "yaml" else code)
         if language == "python" and not named:
             exec(compile(_small(code, hub), f"{page}: {code[:40]!r}", "exec"), names)
         elif language == "sh":
@@ -221,6 +221,12 @@ def _small(code, hub):
     for pattern, instead in SMALLER.items():
         code = re.sub(pattern, instead, code)
     return code
+
+
+def _small_recipe(code, hub):
+    for name, folder in hub.items():
+        code = re.sub(rf": {re.escape(name)}$", f": {folder}", code, flags=re.M)
+    return code.replace("base: 512", "base: 16")
 
 
 def _command(words, number):

@@ -22,6 +22,7 @@ import re
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -32,6 +33,7 @@ from imgdit.adapters.stock_frames import StockFrames
 from imgdit.compat import FakeTensorMode, TorchDispatchMode, tree_leaves
 from imgdit.family import find_family
 from imgdit.layout import FrameLayout
+from imgdit.models.functional import table_positions
 from imgdit.models.mmdit import MMDiT
 from imgdit.models.quantized import KINDS, Int8Linear, quantize_rows
 from imgdit.mup.cost import AVERAGE_BYTES, GATHERED_BYTES, GRADIENT_BYTES
@@ -196,6 +198,11 @@ def _no_memory(model: Any, load: Load) -> Iterator[None]:
     stock = StockFrames.of(model)
     if stock is not None:
         stock.prepare(*stock_inputs(model.config, *_inputs(model, load), load.layout, 1.0))
+    table = getattr(model, "pos_embed", None)
+    if hasattr(table, "pos_embed_max_size"):  # SD3's positions, which are looked up by values
+        side, base, width = table.pos_embed_max_size, table.base_size, table.pos_embed.shape[-1]
+        empty = torch.zeros(1, 1, width).expand(1, side**2, width)
+        table_positions(SimpleNamespace(pos_embed=empty, pos_embed_max_size=side, base_size=base), load.layout)
     with FakeTensorMode(allow_non_fake_inputs=True):
         for module in model.modules():
             _without_memory(module)

@@ -1,6 +1,7 @@
 """Adapters trained on the stock transformer of every family: against the dense reference, and from a folder of images
 to a file that the family's pipeline loads."""
 
+import dataclasses
 import json
 import re
 from unittest import mock
@@ -12,7 +13,7 @@ import tiny_krea2
 import tiny_qwen_image
 import tiny_z_image
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from PIL import Image
 from tiny_families import FamilyCase, differs, loaded, near, passes, random
 from tiny_folders import CALLS, FOLDERS
@@ -27,7 +28,7 @@ from imgdit.io.checkpoints import find_checkpoint, read_tensors
 from imgdit.schedulers.flow_match import MultiFrameFlowMatchScheduler, mix
 from imgdit.training import load_recipe, train
 from imgdit.training.batches import Batch, Text
-from imgdit.training.build import add_adapter, build_model
+from imgdit.training.build import add_adapter, build_model, build_scheduler
 from imgdit.training.memory import Load, memory_plan
 from imgdit.training.objectives.condition_lora import condition_lora
 from imgdit.training.objectives.frames import predict_velocity
@@ -235,6 +236,13 @@ def test_the_plan_is_made_of_configurations(folder, tmp_path):
 
 
 SMALL = {"model": {"quantize": "int8", "dtype": "bfloat16"}, "run": {"mixed_precision": "bf16"}}
+
+
+def test_noise_levels_are_drawn_as_the_pipeline_shifts_its_steps(tmp_path):
+    FlowMatchEulerDiscreteScheduler(shift=3.0).save_pretrained(tmp_path / "scheduler")
+    recipe = recipe_on(tmp_path, tmp_path, tmp_path)
+    assert build_scheduler(recipe).config.shift == 2.0  # the recipe's
+    assert build_scheduler(dataclasses.replace(recipe, scheduler={})).config.shift == 3.0
 
 
 def test_from_images_to_a_file(folder, tmp_path):
