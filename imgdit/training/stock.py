@@ -10,12 +10,10 @@ import torch
 from imgdit.adapters.stock_frames import trained_classes
 from imgdit.family import family_named
 from imgdit.models.mmdit import MMDiT
-from imgdit.models.nextdit import NextDiT
 
 
 def load_transformer(path: str, *, subfolder: str | None = None, **options: Any) -> torch.nn.Module:
-    """The transformer of a folder: `MMDiT` or `NextDiT` where it is one of these, FLUX.1's or SD3's, else diffusers'
-    own class.
+    """The transformer of a folder: `MMDiT` where it is one, FLUX.1's or SD3's, else diffusers' own class.
 
     Args:
         path: folder, or repository on the Hub.
@@ -38,13 +36,11 @@ def transformer_class(path: str, subfolder: str | None = None) -> tuple[Any, dic
     config = MMDiT.load_config(path, subfolder=subfolder)
     name = str(config.get("_class_name"))
     family = family_named(name)
-    if name == NextDiT.__name__:
-        return NextDiT, config
     if name == MMDiT.__name__ or (family is not None and family.as_mmdit is not None):
         return MMDiT, config
     if family is None or family.training is None:
         raise ValueError(
-            f"{path} holds a {name}, which is not trained here; expected MMDiT, NextDiT, a FLUX.1 or SD3 "
-            f"transformer, or a {trained_classes()}"
+            f"{path} holds a {name}, which model.kind 'transformer' does not train; expected an MMDiT, a FLUX.1 or "
+            f"SD3 transformer, or a {trained_classes()}"
         )
     return getattr(diffusers, name), config

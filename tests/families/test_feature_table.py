@@ -39,7 +39,7 @@ def test_every_class_has_a_row():
         assert CLASSES[name]["file"] == f"`{MODULES[name]}.py`"
 
 
-@pytest.mark.parametrize("column", ["conditions", "activations", "LoRA names", "μP", "training"])
+@pytest.mark.parametrize("column", ["conditions", "activations", "LoRA names", "μP", "image training"])
 @pytest.mark.parametrize("name", RUN)
 def test_a_cell_is_what_the_record_says(name, column):
     family = family_named(name)
@@ -49,7 +49,7 @@ def test_a_cell_is_what_the_record_says(name, column):
         "activations": "yes",
         "LoRA names": "yes" if family.lora is not None and (family.lora.blocks or family.lora.layers) else "PEFT",
         "μP": "no" if family.mup is None else "yes",
-        "training": "as `MMDiT`" if family.as_mmdit else "yes" if family.training or name in OWN else "no",
+        "image training": "as `MMDiT`" if family.as_mmdit else "yes" if family.training or name in OWN else "no",
     }
     assert CLASSES[name][column] == expected[column]
 
