@@ -40,7 +40,15 @@ CASES = {name: case for tiny in TINY for name, case in tiny.CASES.items()}
 GRID = (4, 4)
 
 
-@pytest.fixture(scope="module", params=[name for name in CASES if "Edit" not in name and "klein" not in name])
+KIN = ("Chroma", "LongCat-Image")
+"""Whose blocks are FLUX.1's; their tests wait for the slow ones."""
+
+
+def marked(names, slow):
+    return [pytest.param(name, marks=pytest.mark.slow) if name in slow else name for name in names]
+
+
+@pytest.fixture(scope="module", params=marked([n for n in CASES if "Edit" not in n and "klein" not in n], KIN))
 def case(request) -> FamilyCase:
     return CASES[request.param]
 
@@ -135,7 +143,7 @@ def test_one_batch_is_learned(model):
     batch, scheduler = batch_of(model), MultiFrameFlowMatchScheduler()
     optimizer = torch.optim.Adam(weights(model), lr=0.05)
     losses = []
-    for _ in range(5):
+    for _ in range(3):
         generator = torch.Generator().manual_seed(0)
         loss = condition_lora(model, scheduler, batch, generator, text_dropout=0.0, condition_dropout=0.0).loss
         losses.append(float(loss))
@@ -186,13 +194,7 @@ def _same(ours, theirs):
 # From a folder of images to a file
 
 
-SLOW = ("Chroma", "LongCat-Image")
-"""Whose blocks are FLUX.1's, and whose prompts are padded to 512 tokens."""
-
-
-@pytest.fixture(
-    scope="module", params=[pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in FOLDERS]
-)
+@pytest.fixture(scope="module", params=marked(FOLDERS, (*KIN, "FLUX.2", "Krea 2")))
 def folder(request, tmp_path_factory):
     """Family, and the folder of a tiny pipeline."""
     path = tmp_path_factory.mktemp("pipeline")

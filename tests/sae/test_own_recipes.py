@@ -40,7 +40,12 @@ def small(name, folder):
     )
 
 
-@pytest.mark.parametrize("name", FOLDERS)
+QUICK = ("sae_flux", "sae_z_image")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in FOLDERS]
+)
 def test_a_recipe_from_prompts_to_concepts(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "prompts.txt").write_text("a red cube\na cone\na sphere\n")
