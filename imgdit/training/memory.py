@@ -198,7 +198,7 @@ def _no_memory(model: Any, load: Load) -> Iterator[None]:
     stock = StockFrames.of(model)
     if stock is not None:
         stock.prepare(*stock_inputs(model.config, *_inputs(model, load), load.layout, 1.0))
-    table = getattr(model, "pos_embed", None)
+    table: Any = getattr(model, "pos_embed", None)
     if hasattr(table, "pos_embed_max_size"):  # SD3's positions, which are looked up by values
         side, base, width = table.pos_embed_max_size, table.base_size, table.pos_embed.shape[-1]
         empty = torch.zeros(1, 1, width).expand(1, side**2, width)

@@ -115,8 +115,9 @@ class UserImages:
         lengths = [len(one.embeddings) for one in encoded]
         padded = torch.nn.utils.rnn.pad_sequence([one.embeddings.float() for one in encoded], batch_first=True)
         mask = torch.arange(padded.shape[1]) < torch.tensor(lengths)[:, None]
-        if encoded[0].mask is not None:  # padded to one length
-            mask = torch.stack([one.mask for one in encoded])
+        masks = [one.mask for one in encoded if one.mask is not None]
+        if masks:  # of texts that are padded to one length
+            mask = torch.stack(masks)
         whole = Text(padded, torch.stack([one.pooled.float() for one in encoded]), mask)
         if mask.all():  # models without a mask read their padding too
             whole = replace(whole, mask=None)

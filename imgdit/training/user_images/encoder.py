@@ -147,6 +147,7 @@ class Encoder:
         pooled = torch.empty(0) if places[1] is None else found[places[1]][0].cpu()
         mask = None if places[2] is None else found[places[2]]  # `None` too where all tokens are real
         if keeps_padding:
+            assert mask is not None
             return EncodedText(embeddings, pooled, mask[0].bool().cpu())
         return EncodedText(embeddings if mask is None else embeddings[mask[0].bool().cpu()], pooled)
 
