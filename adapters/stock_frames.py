@@ -48,9 +48,9 @@ class _FramesHook(ModelInputHook):
         run = self.control.run
         if run is None:
             return self._plain(module, *args, **kwargs)
-        given = self.signature.bind(module, *args, **kwargs).arguments
-        given.pop("self")
-        return self._pass(module, run, dict(given), run.active(), empty=False)
+        arguments = self.signature.bind(module, *args, **kwargs).arguments
+        arguments.pop("self")
+        return self._pass(module, run, dict(arguments), run.active(), empty=False)
 
 
 class StockFrames:
