@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from imgdit.training.batches import Batch
+from imgdit.training.flops import forward_flops
 from imgdit.training.memory import Load, Memory, check_planned, load_of, memory_plan
 from imgdit.training.memory_advice import remedies
 from imgdit.training.plan import recipe_cost
@@ -57,6 +58,11 @@ def training_plan(recipe: Recipe, *, gpus: int = 1, gigabytes: float | None = No
         yield f"  {memory.total / 1e9:>9.3f} GB, {_verdict(memory, limit):<13} {what}"
 
 
+def _step_tokens(recipe: Recipe, load: Load, gpus: int) -> int:
+    """Tokens of all samples of an optimiser step."""
+    return load.samples * recipe.run.accumulation * gpus * (load.layout.image_length + load.text_tokens)
+
+
 def _amount(recipe: Recipe, load: Load, parameters: int, gpus: int) -> Iterator[str]:
     """How much data the run sees, and how long it takes at usual speeds."""
     run = recipe.run
@@ -65,8 +71,12 @@ def _amount(recipe: Recipe, load: Load, parameters: int, gpus: int) -> Iterator[
         f"{run.steps:,} steps of {run.batch_size} samples: {tokens:,} image tokens, {tokens / parameters:.3g} per "
         f"parameter; {PER_PARAMETER} use a computation best where a whole model is trained (arXiv 2608.17286)"
     )
-    cost = recipe_cost(recipe, load.layout.image_length, load.text_tokens)
-    flops = cost.step_flops(run.batch_size, checkpointing=recipe.model.gradient_checkpointing) * run.steps
+    if recipe.model.kind == "transformer":
+        forward = forward_flops(recipe, load)
+    else:
+        forward = recipe_cost(recipe, load.layout.image_length, load.text_tokens).forward_flops
+    passes = 4 if recipe.model.gradient_checkpointing else 3  # see `imgdit.mup.cost`
+    flops = passes * forward * run.batch_size * run.steps
     hours = ", ".join(f"{flops / (gpus * speed) / 3600:.3g} h on {name}" for name, speed in SPEEDS.items())
     yield f"{flops:.2g} FLOP, computed: {hours}{f', {gpus} of them' if gpus > 1 else ''}"
 

@@ -1,13 +1,12 @@
 """What a recipe of `imgdit sae train` costs, on paper and from configurations alone.
 
-d width of the activations, L features, k of them active, V vectors of a step, S tokens of the transformer's sequence,
-D its width, P prompts.
+d width of the activations, L features, k of them active, V vectors of a step.
 
 | what | formula |
 |---|---|
 | vectors of a prompt | image tokens of a step * steps of the sampler |
 | prompts | (steps of training * V + half a buffer) / vectors of a prompt |
-| transformer, per call | 2 * sum of (entries of a matrix * rows it sees) + 4 * S^2 * D per block |
+| transformer, per call | see `imgdit.training.flops` |
 | autoencoder, per step | 6 * V * d * (L + k): three products with the encoder, three with k rows of the decoder |
 | memory of an autoencoder | (4 weights + 4 gradients + 8 Adam) * (2 d L + d + L) bytes |
 | buffer | 4 * d bytes per vector, in the machine's memory |
@@ -19,7 +18,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -27,15 +25,14 @@ from typing import Any, NamedTuple
 import torch
 
 from imgdit import compat
-from imgdit.adapters.prepare import blocks_of
 from imgdit.family import prompt_encodings
 from imgdit.frames import Frame
 from imgdit.hub import find_pipeline
-from imgdit.kernels import is_linear
 from imgdit.layout import FrameLayout
 from imgdit.models.functional import PATCH
 from imgdit.models.mmdit import MMDiT
 from imgdit.sae.hooks import find_hookpoints
+from imgdit.training.flops import block_paths, counted
 from imgdit.training.memory import Load, without_memory
 from imgdit.training.recipe import ModelConfig, Recipe, RunConfig
 from imgdit.training.sae_recipe import SAERecipe
@@ -100,34 +97,30 @@ def sae_plan(recipe: SAERecipe) -> SAEPlan:
     load = Load(FrameLayout.build([Frame(grid)], text), 1, text)
     with without_memory(whole, load) as (transformer, run):
         hookpoints = find_hookpoints(SimpleNamespace(transformer=transformer), recipe.sae.hookpoints)
-        with _counted(transformer, hookpoints) as counted, torch.no_grad():
+        with counted(transformer, [point.partition(".")[2] for point in hookpoints]) as found, torch.no_grad():
             run()
         parameters = sum(p.numel() for p in transformer.parameters())
-        blocks = sum(1 for _ in blocks_of(transformer)) or sum(
-            len(part) for name, part in transformer.named_children() if name.endswith("transformer_blocks")
-        )
-        width = counted.widths[hookpoints[0]]
-    sequence = grid[0] * grid[1] + text
-    forward = counted.flops + 4.0 * sequence**2 * width * blocks
+        forward = found.flops(load, len(block_paths(transformer)))
+    widths = {point: found.widths[point.partition(".")[2]] for point in hookpoints}
     config, batch, steps = recipe.sae, recipe.run.batch_size, recipe.run.steps
-    features = {point: config.num_latents or config.expansion_factor * d for point, d in counted.widths.items()}
-    sizes = {point: 2 * d * features[point] + d + features[point] for point, d in counted.widths.items()}
+    features = {point: config.num_latents or config.expansion_factor * d for point, d in widths.items()}
+    sizes = {point: 2 * d * features[point] + d + features[point] for point, d in widths.items()}
     vectors = grid[0] * grid[1] * call["num_inference_steps"]
     prompts = math.ceil((steps * batch + recipe.data.buffer / 2) / vectors)
     guided = call.get("true_cfg_scale", call.get("guidance_scale", 1.0)) > 1.0
     calls = call["num_inference_steps"] * (2 if guided and not _embeds_guidance(transformer) else 1)
     return SAEPlan(
-        widths=counted.widths,
+        widths=widths,
         features=features,
         vectors=vectors,
         prompts=prompts,
         parameters=parameters,
         model_bytes=parameters * _BYTES[recipe.pipeline.dtype],
         sae_bytes=16 * sum(sizes.values()),
-        buffer_bytes=4 * recipe.data.buffer * sum(counted.widths.values()),
+        buffer_bytes=4 * recipe.data.buffer * sum(widths.values()),
         calls=calls,
         model_flops=forward * calls * prompts,
-        sae_flops=sum(6.0 * batch * d * (features[point] + config.k) for point, d in counted.widths.items()) * steps,
+        sae_flops=sum(6.0 * batch * d * (features[point] + config.k) for point, d in widths.items()) * steps,
     )
 
 
@@ -154,44 +147,6 @@ def sae_plan_lines(recipe: SAERecipe, flops_per_second: float) -> Iterator[str]:
         f"time: {found.model_flops:.1e} floating-point operations of the transformer and {found.sae_flops:.1e} of the "
         f"autoencoders, {found.hours(flops_per_second):.1f} hours at {flops_per_second / 1e12:.0f} TFLOP/s"
     )
-
-
-class _Counted(NamedTuple):
-    """What the modules told."""
-
-    products: list[float]
-    widths: dict[str, int]
-
-    @property
-    def flops(self) -> float:
-        """Of the linear layers."""
-        return sum(self.products)
-
-
-@contextmanager
-def _counted(model: Any, hookpoints: list[str]) -> Iterator[_Counted]:
-    """What linear layers compute, and how wide the activations at hookpoints are, in a pass."""
-    counted = _Counted([], {})
-
-    def product(module: Any, args: Any, out: torch.Tensor) -> None:
-        counted.products.append(2.0 * module.in_features * out.numel())
-
-    def width(point: str) -> Any:
-        def told(module: Any, args: Any, kwargs: Any, out: Any) -> None:
-            image = out if isinstance(out, torch.Tensor) else next(one for one in out if one is not None)
-            counted.widths[point] = image.shape[-1]
-
-        return told
-
-    handles = [part.register_forward_hook(product) for part in model.modules() if is_linear(part)]
-    for point in hookpoints:
-        module = model.get_submodule(point.partition(".")[2])
-        handles.append(module.register_forward_hook(width(point), with_kwargs=True))
-    try:
-        yield counted
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _embeds_guidance(model: Any) -> bool:

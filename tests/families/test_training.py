@@ -223,16 +223,17 @@ def test_the_plan_is_made_of_configurations(folder, tmp_path):
     recipe = recipe_on(path, tmp_path / "data", tmp_path / "run")
     small = recipe.replace(model={"quantize": "int8", "dtype": "bfloat16"}, run={"mixed_precision": "bf16"})
     with mock.patch.object(DiffusionPipeline, "from_pretrained", side_effect=AssertionError):
-        first, *lines = training_plan(small, gigabytes=24)
+        first, *parts, other, most, _, hours = training_plan(small, gigabytes=24)
     model = build_model(recipe)
     counts = [sum(p.numel() for p in parameters) for parameters in (model.parameters(), weights(model))]
     assert first.startswith("{:,} parameters, {:,} trained; 2 samples at once of 32 image".format(*counts))
     tokens = int(re.search(r"and (\d+) text tokens", first)[1]) + 32
-    assert f", {2 * tokens:,} tokens a step; 1 GPU" in first and "fits into 24.0 GB" in lines[-1]
-    gigabytes = {line.split()[0]: float(re.search(r"[\d.]+(?= GB)", line)[0]) for line in lines[:-2]}
+    assert f", {2 * tokens:,} tokens a step; 1 GPU" in first and "fits into 24.0 GB" in most
+    gigabytes = {line.split()[0]: float(re.search(r"[\d.]+(?= GB)", line)[0]) for line in parts}
     assert gigabytes["weights"] < 3e-9 * counts[0] and gigabytes["optimizer"] == round(8e-9 * counts[1], 3)
-    less = re.search(r"step is ([\d.]+) GB with model.gradient_checkpointing: true", lines[-2])
+    less = re.search(r"step is ([\d.]+) GB with model.gradient_checkpointing: true", other)
     assert float(less[1]) < gigabytes["step"]
+    assert float(hours.split()[0]) > 0.1 * 3 * 2 * counts[0] * tokens * small.run.batch_size * small.run.steps
 
 
 def test_noise_levels_are_drawn_as_the_pipeline_shifts_its_steps(tmp_path):
