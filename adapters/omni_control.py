@@ -11,6 +11,7 @@ from typing import Any
 
 import diffusers
 import torch
+from peft.tuners.lora import LoraLayer
 
 from imgdit import compat
 from imgdit.adapters.condition import Condition
