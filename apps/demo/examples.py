@@ -66,8 +66,6 @@ def _scenes() -> Texts:
             "how many objects are there?",
             "what object is on the left?",
             "what colour is the right object?",
-            "is there a red cube?",
-            "is the cube left or right of the sphere?",
             "which is nearer, the cube or the sphere?",
         ),
     )
