@@ -268,6 +268,9 @@ class ModelInputHook(ConditionHook):
             arranged, len(frames), rope, self._places(arguments), call.places, kept=kept, device=call.latents.device
         )
         step.full_length = call.length
+        timeless = self.conditions.timeless
+        if seen is not None and seen.cached and timeless is not None and not active and not torch.is_grad_enabled():
+            step.streams = run.streams(arranged, [arguments.get(name) for name in timeless(module)])
         if call.key_mask is not None:
             step.with_key_mask(call.key_mask)
         for name in self.conditions.residual_arguments:

@@ -203,7 +203,13 @@ class OmniControl:
         return self.apply(conditions, options, (height, width), samples, references)
 
     def references(
-        self, strength: float | Sequence[float] = 1.0, *, start: float = 0.0, end: float = 1.0, mask: Any = None
+        self,
+        strength: float | Sequence[float] = 1.0,
+        *,
+        start: float = 0.0,
+        end: float = 1.0,
+        mask: Any = None,
+        cached: bool = False,
     ) -> AbstractContextManager[OmniControl]:
         """Set how much the model sees of the reference images that the pipeline is given (`pipe(image=…)` of FLUX.2,
         Kontext or Qwen-Image-Edit), without an adapter. The defaults change nothing.
@@ -212,13 +218,13 @@ class OmniControl:
                 image = pipe(prompt="the same chair in a garden", image=chair).images[0]
 
         Args:
-            strength, start, end, mask: see `References`; together with conditions by `use(…, references=…)`.
+            strength, start, end, mask, cached: see `References`; together with conditions by `use(…, references=…)`.
 
         Raises:
             ValueError: a value that no reference can have; in the pipeline's first step, a call without references or
                 with another number of them.
         """
-        return self.use((), references=References(strength, start, end, mask))
+        return self.use((), references=References(strength, start, end, mask, cached))
 
     @contextmanager
     def apply(
@@ -249,6 +255,13 @@ class OmniControl:
                 f"a {type(self.transformer).__name__} takes no reference images of its pipeline; give the image as a "
                 "condition"
             )
+        if references is not None and references.cached:
+            timeless = self._conditions.timeless
+            if timeless is None or not timeless(self.transformer):
+                raise ValueError(
+                    f"references(cached=True) keeps what does not depend on the timestep, and in this "
+                    f"{type(self.transformer).__name__} every block of the references does; leave cached out"
+                )
         self._forget_replaced()
         side = token_side(self.transformer, self.pipe.vae)
         samples = Samples(samples) if isinstance(samples, int) else samples

@@ -58,7 +58,10 @@ def prepare_run(
         layer
         for layer in model.modules()
         if isinstance(layer, LoraLayer)
-        and any(item.acts_on == "all" or item.adapter in layer.lora_A for item, _ in kept)
+        and (
+            (references is not None and references.cached)
+            or any(item.acts_on == "all" or item.adapter in layer.lora_A for item, _ in kept)
+        )
     ]
     cached = any(view == "self" and item.level == "clean" for view, (item, _) in zip(sees, kept))
 

@@ -30,6 +30,9 @@ class References:
     """Fraction of the steps after which they act no more."""
     mask: Any = None
     """Which tokens of a reference are present, as `Condition.mask`; a list has one for each, `None` for all tokens."""
+    cached: bool = False
+    """Compute blocks of text and references that do not depend on the timestep once in a run, which is exact: those
+    before the joint blocks of FLUX.3, unless it is a flow map. In steps in which conditions act they are computed."""
 
     def __post_init__(self) -> None:
         for strength in self._listed(self.strength):
@@ -87,7 +90,7 @@ class References:
                 continue
             frames.append(replace(frame, strength=strength, mask=mask, index=number + 1.0))
             present.append(torch.ones(frame.length, dtype=torch.bool) if mask is None else mask.flatten())
-        return SeenReferences(tuple(frames), torch.cat(present), hidden=not acting)
+        return SeenReferences(tuple(frames), torch.cat(present), hidden=not acting, cached=self.cached)
 
 
 class SeenReferences(NamedTuple):
@@ -99,8 +102,15 @@ class SeenReferences(NamedTuple):
     """Boolean, one for each of their tokens that the model is given: whether it is in the sequence."""
     hidden: bool
     """Whether those in the sequence are not seen."""
+    cached: bool
+    """Whether what does not depend on the timestep is kept over the steps."""
 
     @property
     def changes(self) -> bool:
-        """Whether they are seen otherwise than by the plain model."""
-        return self.hidden or not bool(self.present.all()) or any(frame.strength != 1.0 for frame in self.frames)
+        """Whether they are seen, or computed, otherwise than by the plain model."""
+        return (
+            self.hidden
+            or self.cached
+            or not bool(self.present.all())
+            or any(frame.strength != 1.0 for frame in self.frames)
+        )

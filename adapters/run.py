@@ -82,6 +82,20 @@ class _Seen:
         return same
 
 
+class _Streams(NamedTuple):
+    """Results of blocks that do not depend on the timestep, and what they belong to."""
+
+    key: tuple
+    """Layout and weights."""
+    given: tuple[_Seen | None, ...]
+    """The arguments that they depend on."""
+    results: dict[str, torch.Tensor]
+
+
+def _same(seen: _Seen | None, given: torch.Tensor | None) -> bool:
+    return given is None if seen is None else given is not None and seen.equals(given)
+
+
 class _Kept(threading.local):
     """What each thread keeps from one of its passes to the next."""
 
@@ -89,6 +103,7 @@ class _Kept(threading.local):
         self.tables: dict[tuple, tuple[torch.Tensor, tuple]] = {}
         self.tensors: dict[tuple, torch.Tensor] = {}
         self.caches: list[_Entry] = []
+        self.streams: list[_Streams] = []
 
 
 @dataclass(eq=False)
@@ -250,6 +265,23 @@ class ConditionRun:
 
         return _remembered(self._kept.tensors, ("rows", arranged.key, call.length), build)
 
+    def streams(self, arranged: Arranged, given: Sequence[torch.Tensor | None]) -> dict[str, torch.Tensor]:
+        """Results that are kept of blocks which depend on some arguments alone; an empty dictionary to put them in
+        where none are.
+
+        Args:
+            given: the arguments.
+        """
+        active = tuple(tuple(layer.active_adapters) for layer in self.lora_layers)
+        key = (arranged.key, active, self._weights(lambda layer: tuple(layer.lora_A)))
+        kept = self._kept
+        for entry in kept.streams:
+            if entry.key == key and all(map(_same, entry.given, given)):
+                return entry.results
+        seen = tuple(None if one is None else _Seen(one) for one in given)
+        kept.streams = [*kept.streams[-_KEPT_CACHES + 1 :], _Streams(key, seen, {})]
+        return kept.streams[-1].results
+
     def completed(self, image: Frame) -> Frame:
         """The frame of an image of which complements know a part: its tokens are those that are generated."""
         region = self.region
@@ -317,14 +349,18 @@ class ConditionRun:
         main = layer.active_adapters if self.main_adapters is None else self.main_adapters
         return list(dict.fromkeys((*self.adapters, *main)))
 
-    def _cache(self, active: tuple, empty: bool, sizes: tuple, cached_by: torch.Tensor) -> KVCache:
-        """The cache that belongs to these conditions, this prompt and these weights; a new one if none does."""
-        weights = tuple(
+    def _weights(self, names: Callable[[LoraLayer], Sequence[str]]) -> tuple:
+        """What changes when adapters of some names change."""
+        return tuple(
             (name, layer.scaling[name], *_state(layer.lora_A[name].weight), *_state(layer.lora_B[name].weight))
             for layer in self.lora_layers
-            for name in self._reading(layer)
+            for name in names(layer)
             if name in layer.lora_A
         )
+
+    def _cache(self, active: tuple, empty: bool, sizes: tuple, cached_by: torch.Tensor) -> KVCache:
+        """The cache that belongs to these conditions, this prompt and these weights; a new one if none does."""
+        weights = self._weights(self._reading)
         kept = self._kept
         for entry in kept.caches:
             if entry[:4] == (active, empty, sizes, weights) and entry.cached_by.equals(cached_by):

@@ -132,6 +132,9 @@ class Conditions:
     arguments of its own; `None`: the edges add them."""
     clean_only: bool = False
     """Whether conditions and references are always at noise level 0."""
+    timeless: Callable[[Any], tuple[str, ...]] | None = None
+    """Of a model: arguments on which alone its blocks of text and references before the joint ones depend; (): they
+    depend on the timestep too. `None`: it has no such blocks."""
     references: Callable[[Any, Arguments], tuple[Frame, ...]] | None = None
     """`references(model, arguments)`: frames of the pipeline's own reference images, each with its grid and noise
     level, in the order of their tokens behind those of the image that is generated. `None`: the class takes none."""
@@ -340,6 +343,7 @@ class MeasuredPlaces:
     def __init__(self) -> None:
         self._known: dict[tuple, tuple[tuple, Any]] = {}
         self._ids: list[torch.Tensor] = []
+        self._alike: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def positions(self, family: Family, arguments: Arguments) -> dict[str, Any]:
         """The `position_arguments` of a call: of an earlier call, the objects themselves, where their values are the
@@ -352,9 +356,13 @@ class MeasuredPlaces:
         """The first object that was given with these values."""
         if not isinstance(value, torch.Tensor) or any(one is value for one in self._ids):
             return value
+        for other, one in self._alike:
+            if other is value:
+                return one
         for one in self._ids:
             alike = (one.shape, one.dtype, one.device) == (value.shape, value.dtype, value.device)
             if alike and torch.equal(one, value):
+                self._alike = [*self._alike[-7:], (value, one)]
                 return one
         self._ids = [*self._ids[-7:], value]
         return value

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,6 +31,8 @@ from imgdit.mup.structure import Structure
 
 HALF = 0.5
 """Pipelines halve the rows and columns of images."""
+_CONDITIONS = "mode_blocks.image_cond"
+"""Blocks of references and conditions."""
 _STREAM = ("x_embedders", "early_stream_modulations", "single_stream_modulations")
 """Modules with a part for each stream, outside of the blocks."""
 
@@ -115,22 +118,40 @@ def _stream_plan(step: Step, device: torch.device) -> BlockPlan:
     return block_plans(stream, device, writes=step.cache is not None and step.cache.mode == "write")[0]
 
 
+def _timeless(model: Any) -> tuple[str, ...]:
+    """The blocks of text and references, unless they are modulated by the timestep that a step leads to."""
+    text = ("encoder_hidden_states", "txt_ids")
+    return () if model.config.flow_map else (*text, "image_cond_hidden_states", "image_cond_ids")
+
+
 def _blocks(model: Any) -> Iterator[Block]:
-    for i, module in enumerate(model.mode_blocks["image_cond"]):
-        yield Block(f"mode_blocks.image_cond.{i}", module, _stream_block)
+    for path, modules in (("txt_mode_blocks", model.txt_mode_blocks), (_CONDITIONS, model.mode_blocks["image_cond"])):
+        for i, module in enumerate(modules):
+            yield Block(f"{path}.{i}", module, partial(_stream_block, path, i == len(modules) - 1))
     last = len(model.single_transformer_blocks) - 1
     for i, module in enumerate(model.single_transformer_blocks):
         yield Block(f"single_transformer_blocks.{i}", module, _joint_block, ends_conditions=i == last)
 
 
 def _stream_block(
-    block: Any, arguments: Arguments, step: Step, plan: BlockPlan, cache: LayerCache | None
+    path: str, is_last: bool, block: Any, arguments: Arguments, step: Step, plan: BlockPlan, cache: LayerCache | None
 ) -> torch.Tensor:
-    """References and conditions (B, n, D) of a `Flux3ModeTransformerBlock`."""
-    x, plan = arguments["hidden_states"], step.shared
+    """Text (B, T, D), or references and conditions (B, n, D), of a `Flux3ModeTransformerBlock`."""
+    x, kept = arguments["hidden_states"], step.streams
+    if kept is not None and path in kept:
+        return kept[path]
     assert step.rope is not None
+    length = x.shape[1]
+    if path == _CONDITIONS:
+        plan, rope = step.shared, step.rope[-length:]
+    else:
+        lora = None if plan.lora is None else plan.lora._replace(joint=plan.lora.text)
+        plan, rope, cache = BlockPlan((length,), (), lora=lora), step.rope[:length], None
     shift, scale, gate = arguments["temb_mod"].chunk(3, dim=-1)
-    return x + gate * _update(block, block.norm(x) * (1 + scale) + shift, step.rope[-x.shape[1] :], plan, cache)
+    x = x + gate * _update(block, block.norm(x) * (1 + scale) + shift, rope, plan, cache)
+    if kept is not None and is_last:
+        kept[path] = x
+    return x
 
 
 def _joint_block(
@@ -156,7 +177,7 @@ def _update(block: Any, x: torch.Tensor, rope: Any, plan: BlockPlan, cache: Laye
 
 def _edges(model: Any) -> dict[str, Edge]:
     """The layers with LoRA outside of the blocks that conditions go through."""
-    others = ["context_embedder", "txt_mode_blocks", "mode_blocks.image"]
+    others = ["context_embedder", "mode_blocks.image"]
     others += [f"{name}.image" for name in _STREAM] + [f"{name}.txt" for name in _STREAM[1:]]
     edges = text_edges(model, others)
     for name in _STREAM:
@@ -196,6 +217,7 @@ FAMILY = Family(
         blocks=_blocks,
         edges=_edges,
         processors=(Flux3AttnProcessor,),
+        timeless=_timeless,
         references=_references,
     ),
     lora=LoraNames(

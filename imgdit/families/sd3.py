@@ -119,6 +119,7 @@ FAMILY = Family(
         inputs=("pos_embed.proj",),
         scale_first=("norm_out.linear",),
         scale_first_alone=("norm1_context.linear",),
+        written=True,
         label="SD3",
         marks=r"joint_blocks[._]|transformer_blocks[._]\d+[._]attn2[._]|^pos_embed[._]proj",
         never=r"^(down|up|mid)_block",

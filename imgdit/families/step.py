@@ -59,6 +59,8 @@ class Step:
     """(B, F, D) conditioning vector of each frame in the sequence."""
     shared: Any = None
     """What all blocks read besides; see `Conditions.shared`."""
+    streams: dict[str, torch.Tensor] | None = None
+    """Results of the blocks that depend on `Conditions.timeless` alone, by stream; `None`: they are not kept."""
     waiting: dict[str, torch.Tensor] = field(default_factory=dict)
     """(B, n, D) condition tokens where a model takes its sequence apart, by the place at which they enter it again."""
 

@@ -465,7 +465,7 @@ def _split(module: str, pair: LoraPair, tables: _Tables) -> dict[str, LoraPair]:
     return split or {part: LoraPair(pair.down, up) for part, up in zip(parts, pair.up.split(rows))}
 
 
-def _is_swapped(name: str, pair: LoraPair, tables: _Tables) -> bool:
+def _is_swapped(name: str, pair: LoraPair, tables: _Tables | LoraNames) -> bool:
     """Whether a layer gives scale and shift, which diffusers keeps in the other order: the last norm of the image, and
     of SD3's last block that of the text, which gives nothing else."""
     alone = name.endswith(tables.scale_first_alone) and pair.up.shape[0] == 2 * pair.down.shape[1]
@@ -503,7 +503,7 @@ def _fuse(pairs: list[LoraPair | None], parts: tuple[str, ...], names: LoraNames
     present = [pair for pair in pairs if pair is not None]
     if len(parts) == 1:
         (down, up) = present[0]
-        return LoraPair(down, _scale_first(up) if parts[0] in names.scale_first else up)
+        return LoraPair(down, _scale_first(up) if _is_swapped(parts[0], present[0], names) else up)
     down = torch.cat([pair.down for pair in present])  # (sum of ranks, in)
     width, blocks, rank = down.shape[1], [], 0
     for pair, name in zip(pairs, parts):

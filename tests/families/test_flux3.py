@@ -211,6 +211,39 @@ def run_plain(given):
     return flux3().transformer(**given)[0]
 
 
+def test_blocks_of_text_and_references_are_computed_once(control):
+    """Of a run, until its prompt, its references or an adapter change; the result is that of computing them."""
+    calls = []
+    for name in ("txt_mode_blocks.0", "mode_blocks.image_cond.1"):
+        layer = control.transformer.get_submodule(f"{name}.ff.linear_in")
+        layer.register_forward_hook(lambda *_, name=name: calls.append(name))
+    given = arguments(references=1)
+    other = given | {"encoder_hidden_states": random(1, 5, 24, seed=9)}
+
+    def fresh(given):
+        return {name: value.clone() if torch.is_tensor(value) else value for name, value in given.items()}
+
+    expected = [run(control, one) for one in (given, given | {"timestep": torch.tensor([0.3])}, other)]
+    calls.clear()
+    with control.references(cached=True):
+        near(run(control, given), expected[0])
+        near(run(control, fresh(given) | {"timestep": torch.tensor([0.3])}), expected[1])
+        assert len(calls) == 2
+        near(run(control, other), expected[2])
+        assert len(calls) == 4
+        activate(control.transformer, ["canny"])
+        changed = run(control, given)
+        assert len(calls) == 6
+        activate(control.transformer, [])
+        near(run(control, given), expected[0])
+        assert len(calls) == 6
+    activate(control.transformer, ["canny"])
+    near(changed, run(control, given))
+    with pytest.raises(ValueError, match="in this Flux3Transformer2DModel every block of the references does"):
+        with OmniControl(flux3(flow_map=True)).references(cached=True):
+            pass
+
+
 def test_steps_are_counted(control):
     scheduler = control.pipe.scheduler
     scheduler.set_timesteps(sigmas=[1.0, 0.6, 0.3])

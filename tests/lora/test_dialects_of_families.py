@@ -182,7 +182,7 @@ def test_families_are_told_by_their_layers():
 
 def test_layers_without_a_name_in_the_repository_cannot_be_written():
     pair = LoraPair(torch.ones(2, 32), torch.ones(32, 2))
-    with pytest.raises(ValueError, match="has no name in FLUX's own repository, nor in those of FLUX"):
+    with pytest.raises(ValueError, match="has no name in FLUX's own repository, nor in those of SD3, FLUX"):
         from_diffusers({"some.layer": pair}, "kohya")
 
 
