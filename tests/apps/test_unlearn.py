@@ -31,7 +31,7 @@ from imgdit.scenes.tokenizer import caption_tokenizer
 HOOKPOINTS = ("transformer.single_transformer_blocks.0", "transformer.context_embedder")
 STYLES, OBJECTS = ("photo", "neon"), ("cube", "cone")
 TWO = ("--methods", "negative,scale", "--together", "0", "--attack", "0")
-COUNTS = ["--targets", "neon,cube", "--seeds", "2", "--steps", "2", "--sentences", "2"]
+COUNTS = ["--targets", "neon,cube", "--seeds", "2", "--steps", "2", "--prompts", "2"]
 
 
 @pytest.fixture(scope="module")

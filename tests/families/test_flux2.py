@@ -6,6 +6,7 @@ import pytest
 import torch
 from diffusers import Flux2KleinKVPipeline, Flux2KleinPipeline
 from diffusers.loaders import Flux2LoraLoaderMixin
+from diffusers.models.transformers import transformer_flux2
 from safetensors.torch import save_file
 from tiny_control import image, lora_file
 from tiny_families import differs, loaded, near, used
@@ -43,6 +44,37 @@ def test_positions_that_the_pipeline_makes_in_every_step_are_read_once(tmp_path)
     with mock.patch("imgdit.families.flux2.rope_table", wraps=rope_table) as table:
         used(case, control, Condition(image(), "canny"), call=case.references())
     assert table.call_count == 1
+
+
+class Foreign:
+    """An attention processor of somebody else."""
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    def __call__(self, *args, **kwargs):
+        return self.inner(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("place", "own"),
+    [
+        ("transformer_blocks.1.attn", "Flux2AttnProcessor"),
+        ("single_transformer_blocks.0.attn", "Flux2ParallelSelfAttnProcessor"),
+    ],
+)
+def test_the_refusal_of_a_processor_names_that_of_its_block(place, own):
+    pipe = flux2()
+    transformer, control = pipe.transformer, OmniControl(pipe)
+    attention = transformer.get_submodule(place)
+    attention.set_processor(Foreign(attention.processor))
+    with pytest.raises(ValueError, match="which conditions would leave out") as refusal, control.use([]):
+        pass
+    advice = f"transformer.get_submodule({place!r}).set_processor({own}())"
+    assert f"Call {advice} first" in str(refusal.value)
+    exec(advice, {"transformer": transformer, own: getattr(transformer_flux2, own)})
+    with control.use([]):
+        assert type(attention.processor).__name__ == own
 
 
 # LoRA names

@@ -19,7 +19,7 @@ from imgdit import DiffusionPipeline
 from imgdit.benchmarks.scenes.language import contrastive_recipe
 from imgdit.benchmarks.scenes.maker import PipelineMaker
 from imgdit.benchmarks.scenes.run import write
-from imgdit.benchmarks.scenes.text_to_image import Score, expected, held_out, mean_score, read, share_score
+from imgdit.benchmarks.scenes.text_to_image import Score, expected, fraction_score, held_out, mean_score, read
 from imgdit.checkpoints import SCENES
 from imgdit.models.masked_lm import load_masked_lm
 from imgdit.models.mmdit import MMDiT
@@ -190,10 +190,10 @@ def encoder_scores(
         task = f"{name} ({sum(p.numel() for p in encoder.parameters()) / 1e6:.2f} M)"
         scores.append(mean_score(task, "variance of the text that is not read", torch.tensor([lost])))
         right = retrieval(encoder, pipe.tokenizer, known, unknown)
-        scores.append(share_score(task, "recall@1 of images by captions", right))
+        scores.append(fraction_score(task, "recall@1 of images by captions", right))
         said = read(probe, PipelineMaker(changed, steps, guidance).images(held.prompts, seed=0)).answers
         for questions, what in zip(PAIRS, ("both objects right, each at its side", "both kinds right")):
             right = [all(a[q] == b[q] for q in questions) for a, b in zip(said, truth)]
-            scores.append(share_score(task, what, right))
+            scores.append(fraction_score(task, what, right))
         write(out / "text_encoders.json", scores, settings)
     return scores
