@@ -90,7 +90,7 @@ def compile_blocks(pipe: Any) -> None:
     Raises:
         ValueError: a denoiser that names no such blocks.
     """
-    model = denoiser(pipe)
+    model: Any = denoiser(pipe)
     if not getattr(model, "_repeated_blocks", None):
         raise ValueError(f"{type(model).__name__} names no blocks that could be compiled; leave out --compile")
     model.compile_repeated_blocks(fullgraph=False)
