@@ -171,7 +171,6 @@ class ModelInputHook(ConditionHook):
             return self._plain(module, *args, **kwargs)
         arguments = self.signature.bind(module, *args, **kwargs).arguments
         arguments.pop("self")
-        arguments |= self._measured.positions(self.family, arguments)
         run = run.at(self._grid(module, arguments))
         refuse_processors(module)
         active = run.active(lambda: self._progress(module, arguments))

@@ -338,34 +338,10 @@ class Family:
 
 class MeasuredPlaces:
     """Places and references of the calls of a run. Those that are read from position ids wait for the device, and a
-    pipeline passes the same ids in every step, or new ones of the same values."""
+    pipeline passes the same ids in every step."""
 
     def __init__(self) -> None:
         self._known: dict[tuple, tuple[tuple, Any]] = {}
-        self._ids: list[torch.Tensor] = []
-        self._alike: list[tuple[torch.Tensor, torch.Tensor]] = []
-
-    def positions(self, family: Family, arguments: Arguments) -> dict[str, Any]:
-        """The `position_arguments` of a call: of an earlier call, the objects themselves, where their values are the
-        same. FLUX.2's pipelines make new ones for every step that has reference images; comparing them waits for the
-        device once."""
-        names = () if family.conditions is None else family.conditions.position_arguments
-        return {name: self._first(arguments[name]) for name in names if name in arguments}
-
-    def _first(self, value: Any) -> Any:
-        """The first object that was given with these values."""
-        if not isinstance(value, torch.Tensor) or any(one is value for one in self._ids):
-            return value
-        for other, one in self._alike:
-            if other is value:
-                return one
-        for one in self._ids:
-            alike = (one.shape, one.dtype, one.device) == (value.shape, value.dtype, value.device)
-            if alike and torch.equal(one, value):
-                self._alike = [*self._alike[-7:], (value, one)]
-                return one
-        self._ids = [*self._ids[-7:], value]
-        return value
 
     def of(self, family: Family, model: Any, arguments: Arguments) -> Sequence[tuple[slice, Grid]] | None:
         """Rows and grids of the images in a call: its `Family.places`."""
@@ -379,7 +355,8 @@ class MeasuredPlaces:
     def _measured(
         self, family: Family, function: Callable[[Any, Arguments], Any], model: Any, arguments: Arguments
     ) -> Any:
-        values = tuple(self.positions(family, arguments).values())
+        names = () if family.conditions is None else family.conditions.position_arguments
+        values = tuple(arguments.get(name) for name in names)
         if all(one is None for one in values):
             return function(model, arguments)
         key = (function, *map(id, values))

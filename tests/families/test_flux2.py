@@ -1,7 +1,5 @@
 """FLUX.2 dev and klein beside conditions: normalisation, what is refused, LoRA names."""
 
-from unittest import mock
-
 import pytest
 import torch
 from diffusers import Flux2KleinKVPipeline, Flux2KleinPipeline
@@ -9,7 +7,7 @@ from diffusers.loaders import Flux2LoraLoaderMixin
 from diffusers.models.transformers import transformer_flux2
 from safetensors.torch import save_file
 from tiny_control import image, lora_file
-from tiny_families import differs, loaded, near, used
+from tiny_families import differs, near, used
 from tiny_flux2 import CASES, flux2
 from torch.nn import Linear
 
@@ -17,7 +15,6 @@ from imgdit import Condition, OmniControl
 from imgdit.families.flux2 import FAMILY
 from imgdit.lora.dialects import family_of, read_pairs, sort_names
 from imgdit.lora.files import adapter_pairs
-from imgdit.models.functional import rope_table
 
 
 @pytest.mark.parametrize("kind", CASES)
@@ -35,15 +32,6 @@ def test_the_pipeline_that_keeps_keys_is_refused():
     control = OmniControl(pipe)  # on the same transformer, whose processors the other pipeline changed
     with pytest.raises(ValueError, match="KVAttnProcessor: Flux2KleinKVPipeline keeps"), control.use([]):
         pass
-
-
-def test_positions_that_the_pipeline_makes_in_every_step_are_read_once(tmp_path):
-    """It joins those of the image and of its reference images anew."""
-    case = CASES["FLUX.2 dev"]
-    control = loaded(case, case.pipeline(), tmp_path)
-    with mock.patch("imgdit.families.flux2.rope_table", wraps=rope_table) as table:
-        used(case, control, Condition(image(), "canny"), call=case.references())
-    assert table.call_count == 1
 
 
 class Foreign:
