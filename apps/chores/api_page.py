@@ -63,6 +63,7 @@ SECTIONS = {
         "sae.model",
         "sae.files",
         "sae.convert",
+        "sae.hooks",
         "sae.unlearning",
         "sae.features",
         "sae.concepts",
