@@ -22,7 +22,7 @@ class Taught:
     sizes: tuple[tuple[int, int], ...] = ()
     """Width and height in pixels of the images it was trained on; empty: not known."""
     words: str | None = None
-    """"scenes": the captions of `imgdit.scenes.captions` and nothing else. `None`: any words. How prompts of people
+    """"scenes": the captions of `imgdit.scenes.captions` and nothing else. `None`: any words. How free-form prompts
     are read then, the tokenizer tells (`imgdit.prompts`)."""
 
     def __post_init__(self) -> None:

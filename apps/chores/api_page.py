@@ -30,7 +30,7 @@ SECTIONS = {
         "pipelines.vision_language_loading",
         "pipelines.dialogues",
     ),
-    "Prompts of people": ("prompts",),
+    "Free-form prompts": ("prompts",),
     "Frames and tasks": ("tasks", "frames", "layout", "cameras"),
     "Conditions and LoRA files": (
         "adapters.condition",

@@ -1,4 +1,4 @@
-"""What the captions of the scenes can mean, and which words of people mean the same: the facts that a tokenizer of the
+"""What the captions of the scenes can mean, and which other words mean the same: the facts that a tokenizer of the
 scenes carries for `imgdit.prompts`.
 """
 

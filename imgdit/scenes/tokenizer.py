@@ -18,7 +18,7 @@ SPECIAL = ("<pad>", "</s>", "<unk>")
 
 def caption_tokenizer(max_length: int = 128) -> PreTrainedTokenizerFast:
     """Lower-cased words and punctuation; a word outside `captions.vocabulary` becomes its UTF-8 bytes, so no prompt
-    fails. It carries the facts by which `imgdit.prompts` reads prompts of people.
+    fails. It carries the facts by which `imgdit.prompts` reads free-form prompts.
 
     Args:
         max_length: tokens that a prompt may have.

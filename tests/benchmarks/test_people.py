@@ -69,4 +69,4 @@ def test_scores_of_true_renders():
     scores = people_scores(Renders(), probe, asked, kept.__setitem__)
     assert [score.metric for score in scores] == ["object right", "colour right", "style right", "background right"]
     assert all(score.estimate.value >= 5 / 6 for score in scores)
-    assert isinstance(kept["prompts of people"][1], torch.Tensor)
+    assert isinstance(kept["free-form prompts"][1], torch.Tensor)

@@ -1,4 +1,4 @@
-"""Prompts of people become captions of the scenes; captions stay as they are, and what is not known is told."""
+"""Free-form prompts become captions of the scenes; captions stay as they are, and what is not known is told."""
 
 import json
 from random import Random

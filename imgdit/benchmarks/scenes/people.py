@@ -35,7 +35,7 @@ class Asked(NamedTuple):
 
 
 def people_prompts(count: int | None = None, file: Path = FILE) -> list[Asked]:
-    """Prompts of people, evenly taken from the file; all by default.
+    """Free-form prompts, evenly taken from the file; all by default.
 
     Raises:
         ValueError: a line that is no such prompt.
@@ -55,17 +55,17 @@ def people_prompts(count: int | None = None, file: Path = FILE) -> list[Asked]:
 def people_scores(
     maker: Maker, probe: SceneProbe, asked: Sequence[Asked], keep: Callable[[str, Any], None]
 ) -> list[Score]:
-    """Images of people's prompts: what the probe reads against what scenes have of what was asked."""
+    """Images of free-form prompts: what the probe reads against what scenes have of what was asked."""
     images = maker.images([one.prompt for one in asked], seed=0)
     rows = list(zip(asked, read(probe, images).answers, strict=True))
     wrong = [i for i, (one, seen) in enumerate(rows) if not all(right(one, seen).values())]
-    keep("prompts of people", ([one.prompt for one in asked], images, wrong))
+    keep("free-form prompts", ([one.prompt for one in asked], images, wrong))
     scores = []
     for metric in ("object", "colour", "style", "background", "side"):
         values = [marks[metric] for marks in (right(one, seen) for one, seen in rows) if metric in marks]
         if values:
             bar = BAR if metric in ("object", "colour", "style") else None
-            scores.append(fraction_score("prompts of people → image", f"{metric} right", values, bar))
+            scores.append(fraction_score("free-form prompts → image", f"{metric} right", values, bar))
     return scores
 
 
