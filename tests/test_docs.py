@@ -81,6 +81,8 @@ NOT_RUN = {
     "imgdit data caption": "the same",
     "imgdit demo": "ends with Ctrl-C; tests/apps/test_demo.py serves it",
     "imgdit bench scenes": "minutes; tests/apps/test_scenes.py",
+    "imgdit bench control": "the same",
+    "imgdit bench text": "the same; tests/benchmarks/test_image_text.py",
     "imgdit bench unlearn": "minutes to hours; tests/apps/test_unlearn.py",
     "imgdit mup coord-check scale/": "a model of 188 M parameters; tests/mup/test_coordinates.py",
     "imgdit mup transfer": "hours; tests/mup/test_transfer.py",
