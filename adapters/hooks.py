@@ -51,16 +51,28 @@ class Passing:
         self.step: Step | None = None
         self.blocks: list[BlockHook] = []
         self._lock = threading.RLock()
+        self._held = 0
+        self._last: Step | None = None
+
+    @property
+    def current(self) -> Step | None:
+        """The plan for a block that runs now. A model that calls PyTorch's `checkpoint` itself runs its blocks again
+        in the backward pass without holding a plan: they find that of the last forward pass with gradients."""
+        return self._last if self._held == 0 and compat.in_backward() else self.step
 
     @contextmanager
     def hold(self, step: Step | None) -> Iterator[None]:
         """Let the blocks find a plan, or `None`; passes of other threads wait."""
         with self._lock:
             before, self.step = self.step, step
+            self._held += 1
             try:
                 yield
             finally:
                 self.step = before
+                self._held -= 1
+                if not compat.in_backward():
+                    self._last = step if torch.is_grad_enabled() else None
 
     @contextmanager
     def stores(self, cache: KVCache | None) -> Iterator[None]:
@@ -115,7 +127,7 @@ class BlockHook(ConditionHook):
     def new_forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
         arguments = {**dict(zip(self.parameters, args)), **kwargs}
         step: Step | None = (
-            self.passing.step if self.argument is None else (arguments.get(self.argument) or {}).get(_STEP)
+            self.passing.current if self.argument is None else (arguments.get(self.argument) or {}).get(_STEP)
         )
         if step is None:
             return self.fn_ref.original_forward(*args, **kwargs)

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import cached_property
@@ -178,6 +178,18 @@ class Session:
             return {}
         facts = json.dumps(dataclasses.asdict(words), sort_keys=True)
         return {"prompts": hashlib.sha256(facts.encode()).hexdigest()[:16]}
+
+    def read_prompts_as(self, made_with: Mapping[str, Any]) -> None:
+        """Read prompts as for an image that was generated before: by no facts, if none were noted with it.
+
+        Args:
+            made_with: `Origin.made_with` of the image.
+        """
+        if "prompts" not in made_with:
+            for pipe in (self.pipe, vars(self).get("frames_pipe")):
+                if getattr(pipe, "prompt_words", None) is not None:
+                    pipe.prompt_words = None
+            vars(self).pop("made_with", None)
 
     # Before generating
 

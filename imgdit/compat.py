@@ -684,6 +684,11 @@ def checkpointed(model: Any, block: torch.nn.Module) -> Callable[..., Any]:
     return functools.partial(model._gradient_checkpointing_func, block)
 
 
+def in_backward() -> bool:
+    """Whether this thread runs a backward pass."""
+    return torch._C._current_graph_task_id() != -1  # type: ignore[attr-defined]
+
+
 @contextmanager
 def checkpointing_in(model: torch.nn.Module, context: Callable[[], AbstractContextManager]) -> Iterator[None]:
     """Let blocks that gradient checkpointing of the present forward pass runs again, in a backward pass, run in a

@@ -126,7 +126,7 @@ def _info(recipe: Recipe) -> AdapterInfo:
     shared = {"base_model": base_model, "size": None, "licence": "Apache-2.0"}
     if recipe.data.name == sources.FRAMES:
         data = _arguments(SceneFrames, recipe)
-        tasks = [*data["pairs"]] if [*data["shares"]] == ["pairs"] else []
+        tasks = [*data["pairs"]] if [*data["probabilities"]] == ["pairs"] else []
         return AdapterInfo(task=tasks[0] if len(tasks) == 1 else None, **shared)
     data = _arguments(SceneConditions, recipe)
     return AdapterInfo(task=data["task"], position=data["position"], scale=1.0, mode=data["mode"], **shared)

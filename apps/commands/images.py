@@ -225,6 +225,7 @@ def _again(image: Path, out: Path | None, options: ImageOptions, loading: LoadOp
     command.shelf.check(origin.request)
     session = command.session
     session.quiet(None)
+    session.read_prompts_as(origin.made_with)
     again = session.generate(origin.request).images[origin.output]
     now = session.made_with
     write_png(again, file, replace(origin, places=command.shelf.places, made_with=now))

@@ -53,7 +53,7 @@ def test_a_model_that_knows_nothing_has_the_perplexity_of_its_vocabulary(name):
         name, ["perplexity"]
     )
     # All tokens of a block are written, those behind the text's end too; the first token of a row is given.
-    written = rows.counted.unflatten(1, (-1, size)).any(-1).sum(1) * size - (size > 1)
+    written = rows.counted.unflatten(1, (-1, size)).any(-1).sum(1) * size - int(size > 1)
     each = math.log(model.config.vocab_size - 1)  # the mask is never predicted
     for found in nats.values():
         torch.testing.assert_close(found.double(), each * written.double(), rtol=1e-4, atol=0)

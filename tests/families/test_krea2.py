@@ -76,7 +76,7 @@ def test_activations_of_the_text():
 
 def test_captions_and_images_are_encoded_for_training(tmp_path):
     encoder = Encoder(str(folder(tmp_path)))
-    embeddings, pooled = encoder.text("w1 w2")
+    embeddings, pooled, _ = encoder.text("w1 w2")
     assert embeddings.shape[1] == 3 * 24 and len(embeddings) < 64 and pooled.shape == (0,)
     assert encoder.latents(image()).shape == (4, 8, 8)
 

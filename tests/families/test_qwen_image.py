@@ -159,7 +159,7 @@ def test_autoencoders_of_films(tmp_path):
 def test_captions_are_encoded_for_training(tmp_path):
     """Without padding: the pipeline gives no mask where all tokens are real."""
     encoder = Encoder(str(tiny_qwen_image.folder(tmp_path)))
-    embeddings, pooled = encoder.text("a red cube")
+    embeddings, pooled, _ = encoder.text("a red cube")
     expected, mask = encoder.pipe.encode_prompt(["a red cube", "a red cube on the left of a cone"])
     length = int(mask[0].sum())
     near(embeddings, expected[0, :length])

@@ -77,7 +77,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch):
     write(tmp_path, 0, 5)
     cache = TensorCache(tmp_path, MADE_BY)
 
-    def full(tensors, path):
+    def full(tensors, path, metadata=None):
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 

@@ -100,7 +100,7 @@ def test_latents_of_another_autoencoder_are_refused(vae, tmp_path, small_shards)
 def test_a_full_disk_costs_one_shard(vae, tmp_path, small_shards, monkeypatch):
     cache_latents(vae, tmp_path, 2)
 
-    def full(tensors, path):
+    def full(tensors, path, metadata=None):
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
