@@ -186,7 +186,8 @@ class Session:
             made_with: `Origin.made_with` of the image.
         """
         if "prompts" not in made_with:
-            for pipe in (self.pipe, vars(self).get("frames_pipe")):
+            pipes: list[Any] = [self.pipe, vars(self).get("frames_pipe")]
+            for pipe in pipes:
                 if getattr(pipe, "prompt_words", None) is not None:
                     pipe.prompt_words = None
             vars(self).pop("made_with", None)

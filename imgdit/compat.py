@@ -686,7 +686,7 @@ def checkpointed(model: Any, block: torch.nn.Module) -> Callable[..., Any]:
 
 def in_backward() -> bool:
     """Whether this thread runs a backward pass."""
-    return torch._C._current_graph_task_id() != -1  # type: ignore[attr-defined]
+    return torch._C._current_graph_task_id() != -1
 
 
 @contextmanager
