@@ -181,8 +181,7 @@ class ModelInputHook(ConditionHook):
         run = self.control.run
         if run is None:
             return self._plain(module, *args, **kwargs)
-        arguments = self.signature.bind(module, *args, **kwargs).arguments
-        arguments.pop("self")
+        arguments = self._arguments(module, args, kwargs)
         run = run.at(self._grid(module, arguments))
         refuse_processors(module)
         active = run.active(lambda: self._progress(module, arguments))
@@ -202,6 +201,12 @@ class ModelInputHook(ConditionHook):
                 black = self._pass(module, run, dict(arguments), active, seen, empty=True)
                 out = _combine(out, black, lambda a, b: b + scale * (a - b))
         return out
+
+    def _arguments(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Arguments of a call of the model by name."""
+        arguments = dict(self.signature.bind(module, *args, **kwargs).arguments)
+        arguments.pop("self")
+        return arguments
 
     def _take_lora_scale(self, arguments: dict[str, Any]) -> float:
         """What a call multiplies adapters by, out of its arguments: the model's own forward would apply it too late,

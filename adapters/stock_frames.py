@@ -48,9 +48,8 @@ class _FramesHook(ModelInputHook):
         run = self.control.run
         if run is None:
             return self._plain(module, *args, **kwargs)
-        arguments = self.signature.bind(module, *args, **kwargs).arguments
-        arguments.pop("self")
-        return self._pass(module, run, dict(arguments), run.active(), empty=False)
+        arguments = self._arguments(module, args, kwargs)
+        return self._pass(module, run, arguments, run.active(), empty=False)
 
 
 class StockFrames:

@@ -19,6 +19,7 @@ from imgdit.attention.cache import LayerCache
 from imgdit.attention.grouped import grouped_attention
 from imgdit.families.step import (
     Step,
+    call_of_tokens,
     embed_tokens,
     gated_feed_forward,
     grid_of_ids,
@@ -59,17 +60,9 @@ def _text_length(arguments: Arguments) -> int:
 
 
 def _call(model: Any, arguments: Arguments) -> Call:
-    latents, text = arguments["hidden_states"], arguments["encoder_hidden_states"]
-    mask = arguments.get("encoder_attention_mask")
-    return Call(
-        frames=(Frame((1, latents.shape[1])),),
-        text_length=text.shape[1],
-        length=latents.shape[1],
-        latents=latents,
-        texts=(text,),
-        cached_by=latents.new_empty(len(latents), 0),
-        key_mask=None if mask is None else F.pad(mask.bool(), (0, latents.shape[1]), value=True),
-    )
+    mask, image_length = arguments.get("encoder_attention_mask"), arguments["hidden_states"].shape[1]
+    key_mask = None if mask is None else F.pad(mask.bool(), (0, image_length), value=True)
+    return call_of_tokens(model, arguments, key_mask)
 
 
 def _rope(model: Any, arguments: Arguments, conditions: Sequence[Frame], kept: torch.Tensor | None) -> torch.Tensor:

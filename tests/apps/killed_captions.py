@@ -8,23 +8,12 @@ from pathlib import Path
 
 import torch
 from dual_diffusion_cases import pipeline
+from forks import forked
 from tiny_vision import noise_image
 
 from imgdit.apps.jobs import captions
 
 COUNT, OPTIONS = 3, {"num_inference_steps": 1}
-
-
-def forked(work) -> int:
-    child = os.fork()
-    if child == 0:
-        try:
-            work()
-        except BaseException:
-            sys.excepthook(*sys.exc_info())
-            os._exit(1)
-        os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def folder(place: Path) -> Path:

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import torch
+from forks import forked
 from training.toy import global_noise, recipe, toy_train
 
 from imgdit.io.checkpoints import latest_checkpoint, read_state, read_tensors
@@ -24,19 +25,6 @@ SECTIONS = {
 
 def die():
     os.kill(os.getpid(), signal.SIGKILL)
-
-
-def forked(work) -> int:
-    """Exit status of `work` in a child; minus the signal if one ended it."""
-    child = os.fork()
-    if child == 0:
-        try:
-            work()
-        except BaseException:
-            sys.excepthook(*sys.exc_info())
-            os._exit(1)
-        os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def run(folder, *, resume=False, objective=global_noise, stop_at=None):
