@@ -25,7 +25,7 @@ from imgdit.scenes.questions import (
 )
 from imgdit.scenes.tokenizer import caption_tokenizer, question_tokenizer, text_tokenizer
 from imgdit.scenes.training_texts import SceneImageTexts
-from imgdit.scenes.world import Camera, Scene, SceneObject
+from imgdit.scenes.world import STYLES, Camera, Scene, SceneObject
 
 CUBE, CONE = SceneObject("cube", "red", x=-0.8, y=-0.5, size=0.7), SceneObject("cone", "blue", x=0.8, y=0.5, size=0.7)
 TWO = Scene((CUBE, CONE), Camera(distance=5.0), "sketch", "wood")
@@ -173,6 +173,28 @@ def test_rows_hold_images_with_captions_and_answered_questions(tmp_path):
     assert 14 in lengths and len(lengths) > 3 and min(lengths) == 14 and max(lengths) <= 32
     assert len(questions.texts.ids) == 6 and questions.texts.prompt.any(1).all()
     assert captions.pooled is not None and captions.pooled.shape[0] == 1
+    with small_cache():
+        data = SceneImageTexts(
+            latents=str(tmp_path), scenes=2, images=2, captions=1, questions=3, question_length=12, caption_every=3,
+            kinds={"yes_no": 1.0, "style": 2.0, "relation": 1.0}, count_padding=False,
+        )  # fmt: skip
+        batches = [data[n] for n in range(12)]
+        with pytest.raises(ValueError, match="none of the 2 scenes has two"):
+            SceneImageTexts(latents=str(tmp_path), scenes=2, two_objects=0.5)
+    assert [not batch.texts.prompt.any() for batch in batches] == [n % 3 == 0 for n in range(12)]
+    answered = [batch.texts for n, batch in enumerate(batches) if n % 3]
+    words = {data.tokenizer.decode(i[c], skip_special_tokens=True) for t in answered for i, c in zip(t.ids, t.counted)}
+    assert {"yes", "no"} < words <= {"yes", "no", *STYLES}
+    assert all((texts.counted.sum(1) == 2).all() for texts in answered)  # the word and one end token
+    data.two_objects, data.pairs = 1.0, [1]
+    assert {data._draw(Random(n), asked=True)[0] for n in range(9)} == {1}
+    assert {data._draw(Random(n), asked=False)[0] for n in range(9)} == {0, 1}
+    with pytest.raises(ValueError, match="unknown kind of question 'size'"):
+        SceneImageTexts(latents=str(tmp_path), kinds={"size": 1.0})
+    with pytest.raises(ValueError, match="two_objects is a probability"):
+        SceneImageTexts(latents=str(tmp_path), two_objects=1.5)
+    with pytest.raises(ValueError, match="caption_every"):
+        SceneImageTexts(latents=str(tmp_path), caption_every=0)
     with pytest.raises(ValueError, match="in turn need both"):
         SceneImageTexts(latents=str(tmp_path), captions=0, question_length=14)
     with pytest.raises(ValueError, match="each image a text"):

@@ -73,6 +73,18 @@ def test_questions_are_never_masked_and_ends_are(complement):
     assert net.text_proj_out.weight.grad.abs().sum() > 0 and net.text_embedder.weight.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("antithetic", [False, True])
+def test_answers_can_be_masked_whole_and_captions_are_not(antithetic):
+    net, batch = model(), texts(images=8)
+    found = seen_ids(net)
+    options = {"mask_token_id": MASK, "antithetic": antithetic, "least_answer_rate": 1.0}
+    masked_text(net, None, batch, torch.Generator().manual_seed(1), **options)
+    (ids,) = found
+    asked, masked = batch.texts.prompt.any(1), ids == MASK
+    assert torch.equal(masked[asked], batch.texts.counted[asked])
+    assert not torch.equal(masked[~asked], batch.texts.counted[~asked])
+
+
 def test_a_text_is_about_its_own_image():
     net, batch = model(), texts()
     other = dataclasses.replace(batch, tokens=torch.cat([batch.tokens[:1], batch.tokens[1:] + 1]))

@@ -8,6 +8,7 @@ import torch
 
 from imgdit import compat
 from imgdit.models.masked_lm import masked_logits
+from imgdit.schedulers.masked_text import draw_uniform
 from imgdit.training.batches import ObjectiveOutput
 from imgdit.training.image_texts import image_text_logits
 from imgdit.training.masked_text_loss import Weight, antithetic_times, mask_tokens, masked_text_loss
@@ -23,6 +24,7 @@ def masked_text(
     weight: Weight = "rate_and_length",
     complement: bool = False,
     antithetic: bool = False,
+    least_answer_rate: float = 0.0,
     mask_token_id: int | None = None,
     adapter: str | None = None,
     image_adapter: str | None = None,
@@ -38,6 +40,8 @@ def masked_text(
         weight: see `masked_text_loss`.
         complement: use each row twice, the second time with the other tokens masked.
         antithetic: spread the masking rates of a batch evenly, see `antithetic_times`.
+        least_answer_rate: least masking rate of rows with a prompt; 1 masks their answers whole, which is enough for
+            answers of one word, since generation begins there.
         mask_token_id: the mask token; `None`: of the model's configuration.
         adapter: for texts about images: LoRA that reads the texts' rows, while nothing else is changed.
         image_adapter: for texts about images: LoRA that reads the images' rows.
@@ -51,6 +55,9 @@ def masked_text(
     if mask is None:
         raise ValueError("the model's configuration names no mask token; give mask_token_id")
     times = antithetic_times(len(rows.ids), generator, rows.ids.device) if antithetic else None
+    if least_answer_rate:
+        drawn = draw_uniform((len(rows.ids),), rows.ids.device, generator, torch.float32) if times is None else times
+        times = torch.where(rows.prompt.any(1), least_answer_rate + (1 - least_answer_rate) * drawn, drawn)
     noised = mask_tokens(
         rows.ids, mask, maskable=rows.counted, complement=complement, times=times, generator=generator
     )
