@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -127,3 +128,58 @@ def find_dataset(name: str) -> str:
         if not (Path(datasets.config.HF_DATASETS_CACHE) / name.replace("/", "___")).is_dir():
             raise ValueError(f"the Hub cannot be reached: {type(error).__name__}: {error}") from error
     return name
+
+
+def push_folder(
+    folder: str | Path,
+    repository: str,
+    *,
+    private: bool | None = None,
+    token: str | None = None,
+    message: str | None = None,
+) -> str:
+    """Upload a folder to a model repository on the Hub, which is made where it does not exist.
+
+    Args:
+        folder: weights with their model card, see `imgdit.cards`.
+        repository: owner/name.
+        private: of a new repository; `None`: what the owner's account has as default.
+        token: of the Hub; `None`: of `hf auth login`.
+        message: of the commit.
+
+    Returns:
+        The repository's address.
+
+    Raises:
+        ValueError: no id, no folder, the Hub cannot be reached or refuses. The folder stays as it is.
+    """
+    folder = Path(folder)
+    if not re.fullmatch(HUB_ID, repository):
+        raise ValueError(f"a repository on the Hub is called owner/name, got {repository!r}")
+    if not folder.is_dir():
+        raise ValueError(f"there is no folder {str(folder)!r} to upload")
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, RepositoryNotFoundError
+
+    api = HfApi(token=token)
+    try:
+        with suppress(RepositoryNotFoundError):  # answers within `TIMEOUT`, which what follows does not
+            api.model_info(repository, timeout=TIMEOUT)
+        url = str(api.create_repo(repository, private=private, exist_ok=True))
+        api.upload_folder(repo_id=repository, folder_path=folder, commit_message=message or "Upload by imgdit")
+    except LocalTokenNotFoundError as error:
+        raise ValueError(f"{repository} needs a login: run `hf auth login`, or give a token") from error
+    except HfHubHTTPError as error:
+        status = getattr(error.response, "status_code", None)
+        reason = "the token may not write there; see `hf auth whoami`" if status in (401, 403) else _first_line(error)
+        raise ValueError(f"the Hub did not take {repository}: {reason}") from error
+    except Exception as error:  # of whichever library carries the request: no network, no answer, offline mode
+        raise ValueError(
+            f"nothing was uploaded to {repository}, the Hub cannot be reached: {type(error).__name__}: "
+            f"{_first_line(error)}"
+        ) from error
+    return url
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]

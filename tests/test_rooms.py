@@ -17,7 +17,7 @@ FOLDERS = ("imgdit", "pipelines", "adapters", "apps", "configs")
 
 FLOORS = (
     ("moved", "naming", "defaults", "checkpoints", "cameras", "plotting", "quiet"),
-    ("io", "compat", "hub", "taught", "prompts"),
+    ("io", "compat", "hub", "cards", "taught", "prompts"),
     ("recipes", "kernels", "tasks", "frames", "family"),
     ("layout",),
     ("attention", "lora", "mup", "schedulers"),

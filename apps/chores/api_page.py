@@ -69,6 +69,7 @@ SECTIONS = {
         "sae.concepts",
     ),
     "μP": ("mup",),
+    "Model cards and the Hub": ("cards", "hub"),
     "Training": (
         "training",
         "training.trained",
