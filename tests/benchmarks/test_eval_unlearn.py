@@ -1,6 +1,9 @@
 """imgdit as a plug-in of the installed eval-unlearn: its runner finds technique, data set and metric."""
 
 import json
+import os
+import subprocess
+import sys
 import tomllib
 from importlib import import_module
 from pathlib import Path
@@ -41,6 +44,36 @@ def test_its_runner_runs_ours(registered, tmp_path):
     saved = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*.png"))
     assert [path.parts[-2] for path in saved] == ["retain"] * 2 + ["target"] * 2
     assert json.loads(next(tmp_path.rglob("*_report.json")).read_text())["erase_concept"] == "neon"
+
+
+@pytest.mark.slow
+def test_its_command_finds_and_runs_ours(tmp_path):
+    """`eval-unlearn run` of a process that knows nothing but the metadata of the installed package."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    metadata = tmp_path / "site" / "imgdit-0.0.dist-info"  # before the installed one, which may be older
+    metadata.mkdir(parents=True)
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: imgdit\nVersion: 0.0\n")
+    groups = {name: found for name, found in project["entry-points"].items() if name.startswith("eval_unlearn.")}
+    lines = [f"[{group}]\n" + "".join(f"{n} = {v}\n" for n, v in found.items()) for group, found in groups.items()]
+    (metadata / "entry_points.txt").write_text("\n".join(lines))
+    technique = {"erase_concept": "neon", "num_inference_steps": 1, "guidance_scale": 1.5}
+    config = {
+        "output_dir": str(tmp_path / "results"),
+        "technique": {"name": "imgdit", "config": technique},
+        "metric": {"name": "imgdit_scenes", "config": FEW},
+    }
+    (tmp_path / "run.json").write_text(json.dumps(config))
+    done = subprocess.run(
+        [Path(sys.executable).with_name("eval-unlearn"), "run", "--config", tmp_path / "run.json"],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(metadata.parent), str(ROOT)]), "HF_HUB_OFFLINE": "1"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    report = json.loads((tmp_path / "results" / "imgdit_neon_latest_report.json").read_text())
+    assert report["metric_result"]["details"]["images"] == 4
+    assert len(list((tmp_path / "results").rglob("target/*.png"))) == 2
 
 
 def test_images_do_not_depend_on_batches_and_differ_from_the_plain_ones():
