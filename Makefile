@@ -6,8 +6,9 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 ROOMS := pipelines adapters apps configs
 
-# Two test workers with one thread each; torch's own threads would only compete with them. Nothing may reach the Hub.
-PYTEST := OMP_NUM_THREADS=1 DIFFUSERS_ATTN_CHECKS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 -q
+# Two test workers with one thread each; torch's own threads would only compete with them. Each begins with its half of
+# the files, so that fixtures and models of a file are made once. Nothing may reach the Hub.
+PYTEST := OMP_NUM_THREADS=1 DIFFUSERS_ATTN_CHECKS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist worksteal -q
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test check lint format types stress fuzz weights docs clean

@@ -152,7 +152,8 @@ class BlockTextPipeline(compat.DiffusionPipeline):
             callback_on_step_end: called as `callback(pipe, step, time, tensors)` after each step.
 
         Returns:
-            `sequences` (B, G), new tokens, filled with the end token behind a row's end.
+            `sequences` (B, G), new tokens, filled with the end token behind a row's end. Rows of a run that was
+            interrupted keep their masks.
 
         Raises:
             ValueError: prompts or options that do not fit the model or each other.
@@ -248,6 +249,8 @@ class BlockTextPipeline(compat.DiffusionPipeline):
     ) -> None:
         for n, (row, prompt) in enumerate(zip(run.grid, run.prompts)):
             written = row[prompt : min(stop, prompt + new)]
+            if (written == self.model.mask_token_id).any():  # it has ended before, or the run was interrupted
+                continue
             ended = bool(eos_ids) and text_end(written, eos_ids, ends=1, min_entropy=None).stops
             ended |= min_entropy is not None and text_end(row[:stop], min_entropy=min_entropy).stops
             run.finished[n] |= ended or stop >= prompt + new
@@ -369,14 +372,18 @@ class BlockTextPipeline(compat.DiffusionPipeline):
         kept = []
         for n, (row, prompt) in enumerate(zip(run.grid, run.prompts)):
             whole = row[: prompt + new]
-            whole = whole[whole != self.model.mask_token_id]
-            if min_entropy is not None:
-                whole = whole[: max(text_end(whole, min_entropy=min_entropy).length, prompt)]
+            if run.finished[n]:  # masks of others, whose run was interrupted, stay where they are
+                whole = whole[whole != self.model.mask_token_id]
+                if min_entropy is not None:
+                    whole = whole[: max(text_end(whole, min_entropy=min_entropy).length, prompt)]
             tokens = whole[prompt:]
+            end = len(tokens)
             if stops and eos_ids:
-                tokens = tokens[: text_end(tokens, eos_ids, ends=1, min_entropy=None).length]
+                end = text_end(tokens, eos_ids, ends=1, min_entropy=None).length
+            if run.finished[n]:
+                tokens = tokens[:end]
             sequences[n, : len(tokens)] = tokens
-            kept.append(tokens)
+            kept.append(tokens[:end])
         texts = None
         if output_type == "text" and self.tokenizer is not None:
             texts = self.tokenizer.batch_decode(kept, skip_special_tokens=True)

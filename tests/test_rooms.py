@@ -9,6 +9,7 @@ from pathlib import Path
 
 import diffusers
 from diffusers import ModelMixin
+from source_trees import syntax_tree
 
 from imgdit.families import MODULES
 
@@ -43,7 +44,7 @@ def sources() -> dict[str, tuple[Path, ast.Module]]:
         for path in (ROOT / folder).rglob("*.py"):
             parts = path.relative_to(ROOT).with_suffix("").parts
             name = ".".join(parts if folder == "imgdit" else ("imgdit", *parts)).removesuffix(".__init__")
-            found[name] = (path, ast.parse(path.read_text(encoding="utf-8")))
+            found[name] = (path, syntax_tree(path))
     return found
 
 

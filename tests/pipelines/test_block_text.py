@@ -111,6 +111,26 @@ def test_a_callback_can_stop_and_sees_one_token_per_step():
     assert seen == [1] * 5
 
 
+@pytest.mark.parametrize("sampler", ["first_hitting", "ancestral"])
+def test_rows_of_an_interrupted_run_keep_their_masks_where_they_are(sampler):
+    """Also a row that has an end token among masks, which may still reveal another one before it."""
+    pipe, seen = make_pipe(), []
+
+    def stop(pipe, step, time, given):
+        seen.append(given["block_x"].clone())
+        pipe._interrupt = step == 1
+
+    found = pipe(
+        input_ids=[PROMPTS[2]] * 2, gen_length=13, sampler=sampler, num_inference_steps=8, generator=seeds(1, 2),
+        eos_token_id=list(range(38)), callback_on_step_end=stop,
+    ).sequences  # fmt: skip
+    assert found.shape == (2, 13) and len(seen) == 2
+    for row, grid in zip(found, seen[-1]):
+        known = grid[1:]
+        assert torch.equal(row[: len(known)], known) and (row[len(known) :] == MASK).all()
+    assert (found == MASK).any(1).all()
+
+
 def test_ancestral_sampling_leaves_no_mask_even_in_one_step():
     pipe = make_pipe()
     for steps in (1, 2, 3):
