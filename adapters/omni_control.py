@@ -22,6 +22,8 @@ from imgdit.adapters.pairing import Samples, Target
 from imgdit.adapters.prepare import blocks_of, prepare_run
 from imgdit.adapters.references import References
 from imgdit.adapters.run import ConditionRun, Progress
+from imgdit.adapters.sharing import push_adapter, with_base
+from imgdit.cards import CardDetails
 from imgdit.family import find_family, known_classes
 from imgdit.kernels import prefer_onednn
 from imgdit.lora.files import (
@@ -144,6 +146,27 @@ class OmniControl:
         self._forget_replaced()
         info = info or self.infos.get(adapter_name)
         return write_adapter(path, adapter_pairs(self.transformer, adapter_name), info)
+
+    def push_to_hub(self, repository: str, adapter_name: str, details: CardDetails | None = None, **hub: Any) -> str:
+        """Upload an adapter with a model card; `load(repository)` gets it back.
+
+        Args:
+            repository: owner/name on the Hub.
+            adapter_name: of a loaded adapter.
+            details: licence, image, recipe, metrics and description of the card.
+            hub: `private`, `token`, `message` of `imgdit.hub.push_folder`.
+
+        Returns:
+            The repository's address.
+
+        Raises:
+            ValueError: there is no such adapter, or the Hub cannot be reached or refuses.
+        """
+        self._forget_replaced()
+        pairs = adapter_pairs(self.transformer, adapter_name)
+        return push_adapter(
+            repository, adapter_name, pairs, with_base(self.infos.get(adapter_name), self.pipe), details, **hub
+        )
 
     def unload(self, adapter_name: str) -> None:
         """Take an adapter off the transformer."""

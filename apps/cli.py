@@ -17,6 +17,7 @@ from imgdit.apps.commands.doctor import doctor
 from imgdit.apps.commands.judge import judge
 from imgdit.apps.commands.models import models
 from imgdit.apps.commands.options import old_options
+from imgdit.apps.commands.push import push
 from imgdit.apps.console import Commands, at_work
 
 app = typer.Typer(cls=Commands, no_args_is_help=True)
@@ -63,6 +64,7 @@ app.command()(text.embed)
 app.command()(demo)
 app.command()(doctor)
 app.command()(models)
+app.command()(push)
 
 
 @app.command()

@@ -18,6 +18,7 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "BD3LM": "imgdit.models.bd3lm",
     "BlockTextPipeline": "imgdit.pipelines.block_text",
+    "CardDetails": "imgdit.cards",
     "ConceptUnlearner": "imgdit.sae.unlearning",
     "Condition": "imgdit.adapters.condition",
     "ConditionOptions": "imgdit.adapters.options",
@@ -70,6 +71,7 @@ if TYPE_CHECKING:
     from imgdit.adapters.options import ConditionOptions as ConditionOptions
     from imgdit.adapters.references import References as References
     from imgdit.attention.cache import KVCache as KVCache
+    from imgdit.cards import CardDetails as CardDetails
     from imgdit.compat import DiffusionPipeline as DiffusionPipeline
     from imgdit.compat import ModelMixin as ModelMixin
     from imgdit.compat import SchedulerMixin as SchedulerMixin

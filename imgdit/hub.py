@@ -154,8 +154,7 @@ def push_folder(
         ValueError: no id, no folder, the Hub cannot be reached or refuses. The folder stays as it is.
     """
     folder = Path(folder)
-    if not re.fullmatch(HUB_ID, repository):
-        raise ValueError(f"a repository on the Hub is called owner/name, got {repository!r}")
+    check_repository(repository)
     if not folder.is_dir():
         raise ValueError(f"there is no folder {str(folder)!r} to upload")
     from huggingface_hub import HfApi
@@ -179,6 +178,12 @@ def push_folder(
             f"{_first_line(error)}"
         ) from error
     return url
+
+
+def check_repository(name: str) -> None:
+    """Refuse what cannot be a repository's name."""
+    if not re.fullmatch(HUB_ID, name):
+        raise ValueError(f"a repository on the Hub is called owner/name, got {name!r}")
 
 
 def _first_line(error: Exception) -> str:

@@ -19,6 +19,7 @@ from imgdit.adapters.encoding import token_side
 from imgdit.adapters.omni_control import OmniControl
 from imgdit.adapters.options import ConditionOptions, Mode
 from imgdit.adapters.pairing import Pairing, Samples
+from imgdit.cards import CardDetails
 from imgdit.images.latents import unscale_latents
 from imgdit.lora.files import LoadReport
 from imgdit.pipelines.checks import Texts, check_count, check_generators, check_latents, check_texts
@@ -57,6 +58,10 @@ class _Conditions(compat.SafetensorsOnly):
     ) -> LoadReport:
         """`OmniControl.load`."""
         return self.control.load(source, weight_name, adapter_name, **options)
+
+    def push_control(self, repository: str, adapter_name: str, details: CardDetails | None = None, **hub: Any) -> str:
+        """`OmniControl.push_to_hub`."""
+        return self.control.push_to_hub(repository, adapter_name, details, **hub)
 
     def load_lora_weights(self, *args: Any, **kwargs: Any) -> None:
         """diffusers' `load_lora_weights`; a style beside adapters of conditions is nothing to warn of."""

@@ -25,11 +25,13 @@ from imgdit.adapters.options import ConditionOptions, Mode
 from imgdit.adapters.pairing import Pairing, Samples, Target
 from imgdit.adapters.prepare import prepare_run
 from imgdit.adapters.run import ConditionRun, Progress
+from imgdit.adapters.sharing import push_adapter, with_base
+from imgdit.cards import CardDetails
 from imgdit.frames import Frame
 from imgdit.images.latents import cell_size, decode_latents
 from imgdit.kernels import prefer_onednn
 from imgdit.layout import FrameLayout, put_rows, take_rows
-from imgdit.lora.files import AdapterInfo, LoadReport, load_adapter
+from imgdit.lora.files import AdapterInfo, LoadReport, adapter_pairs, load_adapter
 from imgdit.models.functional import pack, unpack
 from imgdit.models.mmdit import MMDiT
 from imgdit.pipelines.checks import Texts, check_call, check_latents, check_size
@@ -185,6 +187,12 @@ class ImgDiTPipeline(compat.DiffusionPipeline, LoraLoaderMixin):
         report = load_adapter(self, source, weight_name, adapter_name, hotswap=hotswap, **hub)
         self._infos[report.adapter] = report.info
         return report
+
+    def push_control(self, repository: str, adapter_name: str, details: CardDetails | None = None, **hub: Any) -> str:
+        """Upload a condition adapter with a model card, see `OmniControl.push_to_hub`."""
+        pairs = adapter_pairs(self.transformer, adapter_name)
+        info = with_base(self._infos.get(adapter_name), self)
+        return push_adapter(repository, adapter_name, pairs, info, details, own=True, **hub)
 
     # Text
 

@@ -37,6 +37,7 @@ SECTIONS = {
         "adapters.references",
         "adapters.options",
         "adapters.omni_control",
+        "adapters.sharing",
         "lora.files",
     ),
     "Images": ("images", "images.preprocess", "images.tiles", "benchmarks.alignment"),
@@ -69,7 +70,7 @@ SECTIONS = {
         "sae.concepts",
     ),
     "μP": ("mup",),
-    "Model cards and the Hub": ("cards", "hub"),
+    "Model cards and the Hub": ("cards", "hub", "pipelines.sharing"),
     "Training": (
         "training",
         "training.trained",

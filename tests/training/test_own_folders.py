@@ -9,9 +9,9 @@ from diffusers import DiffusionPipeline
 from tiny_control import flux, folder_of, image, make, sd3
 from tiny_images import write_folder
 
-from imgdit import Condition, OmniControl
+from imgdit import CardDetails, Condition, OmniControl
 from imgdit.apps.chores.run_pipeline import run_pipeline
-from imgdit.apps.chores.weights import save_adapter
+from imgdit.apps.chores.sharing import card_folder
 from imgdit.training import load_recipe, train
 from imgdit.training.build import build_model
 from imgdit.training.sources import training_batches
@@ -58,12 +58,14 @@ def test_a_condition_adapter(model, data, tmp_path):
     assert mean(losses[-6:]) < mean(losses[:6])
     now = dict(network.named_parameters())
     assert all(torch.equal(now[name], before) for name, before in frozen.items())
-    save_adapter(tmp_path / "run", tmp_path / "grey.safetensors")
     pipe = DiffusionPipeline.from_pretrained(model)
     pipe.set_progress_bar_config(disable=True)
     plain = make(pipe)
     control = OmniControl(pipe)
-    report = control.load(tmp_path / "grey.safetensors", adapter_name="grey")
+    card_folder(tmp_path / "run", tmp_path / "card", CardDetails(licence="mit"), "me/grey")
+    card = (tmp_path / "card/README.md").read_text()
+    assert "condition_lora" in card and f"| loss | {losses[-1]:.4g} |" in card and "license: mit" in card
+    report = control.load(tmp_path / "card", adapter_name="grey")
     assert not report.unused and (report.info.task, report.info.mode) == ("grey", "independent")
     assert torch.equal(make(pipe), plain)
     with control.use([Condition(image(), "grey")]):
