@@ -107,6 +107,46 @@ def features(
 
 
 @app.command()
+def push(
+    saes: Annotated[str, typer.Argument(help="Folder or Hub repository of autoencoders with their concepts.")],
+    repository: Annotated[str, typer.Argument(help="owner/name on the Hub.")],
+    concept: Annotated[list[str] | None, typer.Option(help="Upload only this concept; several may be given.")] = None,
+    selection: Annotated[
+        str | None,
+        typer.Option(help="Folder or Hub repository that has the autoencoders: upload the concepts alone, kilobytes."),
+    ] = None,
+    image: Annotated[Path | None, typer.Option(help="Image of the card.")] = None,
+    licence: Annotated[str | None, typer.Option("--licence", "--license", help="Such as apache-2.0.")] = None,
+    description: Annotated[str | None, typer.Option(help="Markdown: what they are for, what they cannot do.")] = None,
+    base_model: Annotated[str | None, typer.Option(help="Hub id of the pipeline; by default the recipe's.")] = None,
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Write the files and the card here, and upload nothing.")] = None,
+) -> None:
+    """Upload autoencoders and concepts with a model card: image, recipe, metrics, licence, how to load them."""
+    import dataclasses
+
+    from imgdit.sae.unlearning import ConceptUnlearner
+    from imgdit.training.sae_details import run_details
+
+    with at_work({"saes must be": "--selection must be"}):
+        details = run_details(saes)
+        details = dataclasses.replace(
+            details,
+            description=description,
+            licence=licence,
+            image=image,
+            base_model=base_model or details.base_model,
+        )
+        unlearner = ConceptUnlearner.from_pretrained(saes)
+        if out is not None:
+            unlearner.save_pretrained(out, concepts=concept, saes=selection, card=details, name=repository)
+            typer.echo(f"wrote {out}")
+            return
+        options = {"concepts": concept, "saes": selection, "private": private or None}
+        typer.echo(unlearner.push_to_hub(repository, card=details, **options))
+
+
+@app.command()
 def convert(
     source: Annotated[
         Path,

@@ -24,7 +24,7 @@ from imgdit.sae.fingerprints import is_fingerprint_of, model_fingerprint
 
 SCORE_EPS = 1e-8
 FORMAT = "imgdit-concepts-1"
-_JSON, _TENSORS = "concepts.json", "concepts.safetensors"
+CONCEPTS, _TENSORS = "concepts.json", "concepts.safetensors"
 _STORED = ("features", "selected", "means", "thresholds", "replacement")
 
 
@@ -201,6 +201,8 @@ class ConceptBook:
     model: dict[str, Any]
     """Fingerprint of the denoiser, see `model_fingerprint`."""
     selections: dict[str, ConceptSelection]
+    saes: str | None = None
+    """Folder or Hub repository of the SAEs, where this one does not lie beside the concepts."""
 
     @classmethod
     def empty(cls, sae: str, denoiser: torch.nn.Module) -> ConceptBook:
@@ -210,6 +212,11 @@ class ConceptBook:
     def with_selections(self, selections: Iterable[ConceptSelection]) -> ConceptBook:
         """A copy with selections added or replaced."""
         return dataclasses.replace(self, selections={**self.selections, **{s.name: s for s in selections}})
+
+    def only(self, names: Iterable[str]) -> ConceptBook:
+        """A copy with those of the concepts that it has."""
+        wanted = set(names)
+        return dataclasses.replace(self, selections={n: s for n, s in self.selections.items() if n in wanted})
 
     def is_of(self, denoiser: torch.nn.Module) -> bool:
         """Whether the concepts were selected in this model."""
@@ -229,41 +236,46 @@ class ConceptBook:
             for name, s in self.selections.items()
         }
         values = {"format": FORMAT, "sae": self.sae, "model": self.model, "concepts": concepts}
-        write_text(folder / _JSON, json.dumps(values, indent=1))
+        if self.saes is not None:
+            values["saes"] = self.saes
+        write_text(folder / CONCEPTS, json.dumps(values, indent=1))
 
     @classmethod
     def load(cls, folder: str | Path) -> ConceptBook | None:
         """What `save` wrote; `None` where nothing was."""
         folder = Path(folder)
-        if not (folder / _JSON).is_file():
+        if not (folder / CONCEPTS).is_file():
             return None
-        values = read_object(folder / _JSON)
+        values = read_object(folder / CONCEPTS)
         if values.get("format") != FORMAT:
-            raise ValueError(f"{folder / _JSON}: expected format {FORMAT!r}, got {values.get('format')!r}")
+            raise ValueError(f"{folder / CONCEPTS}: expected format {FORMAT!r}, got {values.get('format')!r}")
         tensors = read_tensors(folder / _TENSORS)
         expected = {"sae": str, "model": dict, "concepts": dict}
         for name, kind in expected.items():
             if not isinstance(values.get(name), kind):
-                raise ValueError(f"{folder / _JSON}: {name} must be {kind.__name__}, got {values.get(name)!r:.60}")
+                raise ValueError(f"{folder / CONCEPTS}: {name} must be {kind.__name__}, got {values.get(name)!r:.60}")
         known = values["model"]
         sketch = known.get("sketch")
         numbers = isinstance(sketch, list) and all(value is None or type(value) in (int, float) for value in sketch)
         if not numbers or not {"class", "parameters"} <= known.keys():
-            raise ValueError(f"{folder / _JSON}: model must have class, parameters and sketch, got {known!r:.80}")
+            raise ValueError(f"{folder / CONCEPTS}: model must have class, parameters and sketch, got {known!r:.80}")
         selections = {}
         for name, entry in values["concepts"].items():
             missing = [part for part in _STORED if f"{name}/{part}" not in tensors]
             if missing:
                 raise ValueError(f"{folder / _TENSORS} has no {name}/{missing[0]}")
             parts = {part: tensors[f"{name}/{part}"] for part in _STORED}
-            timesteps = _timesteps(entry, f"{folder / _JSON}: {name}")
+            timesteps = _timesteps(entry, f"{folder / CONCEPTS}: {name}")
             _check_shapes(parts, len(timesteps), f"{folder / _TENSORS}: {name}")
             multiplier = entry.get("multiplier", -1.0)
             if type(multiplier) not in (int, float) or not math.isfinite(multiplier):
-                raise ValueError(f"{folder / _JSON}: {name}: multiplier must be a number, got {multiplier!r:.60}")
+                raise ValueError(f"{folder / CONCEPTS}: {name}: multiplier must be a number, got {multiplier!r:.60}")
             origin = entry.get("origin") or {}
             selections[name] = ConceptSelection(name, timesteps, **parts, multiplier=float(multiplier), origin=origin)
-        return cls(values["sae"], values["model"], selections)
+        elsewhere = values.get("saes")
+        if elsewhere is not None and not isinstance(elsewhere, str):
+            raise ValueError(f"{folder / CONCEPTS}: saes must be str, got {elsewhere!r:.60}")
+        return cls(values["sae"], values["model"], selections, elsewhere)
 
 
 def _timesteps(entry: Any, where: str) -> tuple[float, ...]:
@@ -312,7 +324,7 @@ def concept_names(folder: str | Path) -> list[str]:
         ValueError: a damaged file.
     """
     found: dict[str, None] = {}
-    for path in sorted(Path(folder).rglob(_JSON)):
+    for path in sorted(Path(folder).rglob(CONCEPTS)):
         concepts = read_object(path).get("concepts")
         if not isinstance(concepts, dict):
             raise ValueError(f"{path}: concepts must be dict, got {concepts!r:.60}")

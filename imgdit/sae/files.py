@@ -30,8 +30,15 @@ UNBOX_CONFIG, _UNBOX_WEIGHTS = "config.json", "state_dict.safetensors"
 _PICKLES = ("*.pt", "*.pth", "*.pkl", "*.bin", "*.ckpt")
 
 
-def local_folder(path_or_repo: str | Path, subfolder: str | None = None) -> Path:
-    """The folder itself, or the Hub repository's local copy."""
+def local_folder(
+    path_or_repo: str | Path, subfolder: str | None = None, *, revision: str | None = None, token: str | None = None
+) -> Path:
+    """The folder itself, or the Hub repository's local copy.
+
+    Args:
+        revision: branch, tag or commit of the repository; `None`: main.
+        token: `None`: the one that `hf auth login` stored.
+    """
     path = Path(path_or_repo)
     if not path.is_dir():
         if path.exists() or len(path.parts) != 2:
@@ -39,7 +46,8 @@ def local_folder(path_or_repo: str | Path, subfolder: str | None = None) -> Path
         # Nothing but what is read; pickles are not even fetched.
         pattern = f"{subfolder}/*" if subfolder else "*"
         allowed = [pattern + ending for ending in (".json", ".safetensors")]
-        path = Path(snapshot_download(str(path_or_repo), allow_patterns=allowed))
+        options = {"revision": revision, "token": token}
+        path = Path(snapshot_download(str(path_or_repo), allow_patterns=allowed, **options))
     path = path / subfolder if subfolder else path
     if not path.is_dir():
         known = sorted(entry.name for entry in path.parent.iterdir() if entry.is_dir())

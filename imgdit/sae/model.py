@@ -9,6 +9,7 @@ import copy
 import dataclasses
 import json
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import torch
@@ -16,9 +17,12 @@ import torch.nn as nn
 from diffusers.models.embeddings import get_timestep_embedding
 
 from imgdit import kernels
+from imgdit.cards import CardDetails, write_card
+from imgdit.hub import push_folder
 from imgdit.io.atomic import write_tensors, write_text
 from imgdit.io.fingerprints import sampled_hash, weights_hash
 from imgdit.moved import renamed
+from imgdit.sae.cards import sae_card
 from imgdit.sae.config import SAEConfig
 from imgdit.sae.files import CONFIG, WEIGHTS, check_tensors, read_autoencoder
 from imgdit.sae.sparse import Pattern, Selection, SparseCode, above, decode, select, selected_scores
@@ -137,6 +141,28 @@ class SparseAutoencoder(nn.Module):
         write_tensors(folder / WEIGHTS, {name: t.detach().cpu().contiguous() for name, t in self.state_dict().items()})
         config = dataclasses.replace(self.config, threshold=self.threshold)
         write_text(folder / CONFIG, json.dumps(config.to_dict(), indent=1))
+
+    def push_to_hub(self, repository: str, card: CardDetails | None = None, **options: Any) -> str:
+        """Save in a folder called by the hookpoint, with a model card, in a repository on the Hub.
+
+        Args:
+            card: what it says beside sizes and rules.
+            options: see `push_folder`.
+
+        Returns:
+            The repository's address.
+
+        Raises:
+            ValueError: the configuration names no hookpoint; see also `push_folder`.
+        """
+        place = self.config.hookpoint
+        if place is None:
+            raise ValueError("the SAE names no hookpoint; set config.hookpoint to the module path that it reads")
+        with TemporaryDirectory() as name:
+            folder = Path(name)
+            self.save_pretrained(folder / place)
+            write_card(folder, sae_card(repository, {place: self.config}, details=card))
+            return push_folder(folder, repository, **options)
 
     # The map
 

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal, NamedTuple
 
 import torch
 
+from imgdit.cards import CardDetails, write_card
+from imgdit.hub import HUB_ID, push_folder
 from imgdit.naming import check_choice
 from imgdit.sae.calls import DenoiserCall
-from imgdit.sae.concepts import ConceptBook, ConceptSelection, check_concepts, check_fit, select_concept
+from imgdit.sae.cards import sae_card
+from imgdit.sae.concepts import CONCEPTS, ConceptBook, ConceptSelection, check_concepts, check_fit, select_concept
 from imgdit.sae.edits import ChosenFeatures, Edit, edit_by_decoding
 from imgdit.sae.files import CONFIG, local_folder
 from imgdit.sae.hooks import denoiser_of, hooked, site
@@ -50,40 +55,113 @@ class ConceptUnlearner:
                 check_fit(selection, self.saes[hookpoint].config, f"the concept {name!r} at {hookpoint}")
 
     @classmethod
-    def from_pretrained(cls, path_or_repo: str | Path) -> ConceptUnlearner:
-        """Read an SAE's folder, or a folder of several, with the concepts saved beside them.
+    def from_pretrained(
+        cls, path_or_repo: str | Path, *, revision: str | None = None, token: str | None = None
+    ) -> ConceptUnlearner:
+        """Read an SAE's folder, or a folder of several, with the concepts saved beside them. Of a folder of concepts
+        alone, the SAEs are read from where it says that they are.
+
+        Args:
+            path_or_repo: folder, or Hub repository.
+            revision, token: of the repository, see `local_folder`.
 
         Raises:
             ValueError: no SAE there, no hookpoint given, or concepts of another SAE.
         """
-        folder = local_folder(path_or_repo)
-        folders = [folder] if (folder / CONFIG).is_file() else sorted(p.parent for p in folder.glob(f"*/{CONFIG}"))
+        folder = local_folder(path_or_repo, revision=revision, token=token)
+        within = {path.parent for name in (CONFIG, CONCEPTS) for path in folder.glob(f"*/{name}")}
+        folders = [folder] if (folder / CONFIG).is_file() else sorted(within)
         if not folders:
             raise ValueError(f"{folder} holds no sparse autoencoder: neither it nor a folder in it has {CONFIG}")
         saes, books = {}, {}
         for inner in folders:
-            sae = load_sae(inner)
+            book = ConceptBook.load(inner)
+            if (inner / CONFIG).is_file():
+                sae = load_sae(inner)
+            elif book is not None and book.saes is not None:
+                sae = load_sae(book.saes, inner.name)
+            else:
+                raise ValueError(f"{inner} has concepts, but neither {CONFIG} nor the place of their autoencoder")
             hookpoint = sae.config.hookpoint
             if hookpoint is None:
                 raise ValueError(f"{inner / CONFIG} names no hookpoint, and its folder is not called by one")
             saes[hookpoint] = sae
-            book = ConceptBook.load(inner)
             if book is not None:
                 books[hookpoint] = book
         return cls(saes, books)
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write a folder per hookpoint, each with its SAE and its concepts."""
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        *,
+        concepts: Sequence[str] | None = None,
+        saes: str | None = None,
+        card: CardDetails | None = None,
+        name: str | None = None,
+    ) -> None:
+        """Write a folder per hookpoint, each with its SAE and its concepts.
+
+        Args:
+            concepts: names of those to write; `None`: all.
+            saes: folder or Hub repository where the same SAEs lie: only the concepts are written, which are kilobytes.
+            card: what a model card says beside what the files say; `None`: none is written.
+            name: Hub repository that the card loads from; `None`: the folder's name.
+
+        Raises:
+            ValueError: an unknown concept; `saes` is neither folder nor Hub id; with `saes`, nothing was selected.
+        """
+        folder = Path(folder)
+        check_concepts(concepts or (), self.concepts)
+        if saes is not None and not Path(saes).is_dir() and not re.fullmatch(HUB_ID, saes):
+            raise ValueError(
+                f"saes must be a folder or a Hub repository (owner/name) of the autoencoders, got {saes!r}"
+            )
+        books = {
+            hookpoint: dataclasses.replace(book if concepts is None else book.only(concepts), saes=saes)
+            for hookpoint, book in self.books.items()
+        }
+        if saes is not None and not any(book.selections for book in books.values()):
+            raise ValueError(
+                "no concept was selected, so nothing is left without the autoencoders; call `learn` first"
+            )
         for hookpoint, sae in self.saes.items():
             named = autoencoder_of(dataclasses.replace(sae.config, hookpoint=hookpoint))
             named.load_state_dict(sae.state_dict())
             named.threshold = sae.threshold
-            save_sae(named, Path(folder) / hookpoint)
-            if hookpoint in self.books:
-                book = self.books[hookpoint]
+            if saes is None:
+                save_sae(named, folder / hookpoint)
+            if hookpoint in books and (books[hookpoint].selections or saes is None):
+                book = books[hookpoint]
                 if sae.W_dec.dtype != torch.float32:  # selected with weights that were rounded since
                     book = dataclasses.replace(book, sae=named.fingerprint())
-                book.save(Path(folder) / hookpoint)
+                (folder / hookpoint).mkdir(parents=True, exist_ok=True)
+                book.save(folder / hookpoint)
+        if card is not None:
+            configs = {hookpoint: sae.config for hookpoint, sae in self.saes.items()}
+            write_card(folder, sae_card(name or folder.name, configs, books, card, saes))
+
+    def push_to_hub(
+        self,
+        repository: str,
+        *,
+        concepts: Sequence[str] | None = None,
+        saes: str | None = None,
+        card: CardDetails | None = None,
+        **options: Any,
+    ) -> str:
+        """Save with a model card in a repository on the Hub; `from_pretrained` reads it.
+
+        Args:
+            concepts, saes, card: see `save_pretrained`.
+            options: see `push_folder`.
+
+        Returns:
+            The repository's address.
+        """
+        with TemporaryDirectory() as folder:
+            details = card or CardDetails()
+            self.save_pretrained(folder, concepts=concepts, saes=saes, card=details, name=repository)
+            return push_folder(folder, repository, **options)
 
     @property
     def concepts(self) -> list[str]:
