@@ -65,7 +65,8 @@ class Call(NamedTuple):
     """(B, …) what keys and values of conditions depend on besides weights, such as pooled text; (B, 0) if nothing. Its
     dtype is the run's."""
     key_mask: torch.Tensor | None = None
-    """Boolean (B, T + N), False on padded text; or floating, see `grouped_attention`; `None`: all is seen."""
+    """Boolean (B, T + N), in the order of `Conditions.rope`, False on padded text; or floating, see
+    `grouped_attention`; `None`: all is seen."""
     places: tuple[int, ...] = ()
     """Numbers that positions depend on besides lengths and `position_arguments`, such as those of each sample's own
     text tokens."""
@@ -109,8 +110,8 @@ class Conditions:
     """Classes of pipelines and of attention processors that cannot run with conditions, and why."""
     rope: Callable[[Any, Arguments, Sequence[Frame], torch.Tensor | None], torch.Tensor] | None = None
     """`rope(model, arguments, conditions, kept)`: rotations (S, d/2) complex64 of text, image and condition tokens in
-    the order of the layout, or (B, S, d/2) where samples differ; `kept` are the numbers of the image tokens that are
-    computed, `None` for all. `None`: positions are added to the tokens at an edge."""
+    the order in which the blocks compute them, or (B, S, d/2) where samples differ; `kept` are the numbers of the
+    image tokens that are computed, `None` for all. `None`: positions are added to the tokens at an edge."""
     position_arguments: tuple[str, ...] = ()
     """Arguments that tell positions and grid: as long as a pipeline passes the same objects, these are not computed
     again."""

@@ -109,9 +109,7 @@ def _single_block(
 ) -> torch.Tensor:
     """Text and image in one sequence (B, S, D) of a `ChromaSingleTransformerBlock`."""
     table = arguments["temb"].transpose(1, 2)  # (B, F, 3, D)
-    vectors = torch.cat([table[:, :1], table], dim=1)
-    lengths = plan.text_lengths + plan.frame_lengths
-    return joint_block(block, arguments["hidden_states"], vectors, lengths, step.rope, plan, cache)
+    return joint_block(block, arguments["hidden_states"], table, *plan.joint_levels, step.rope, plan, cache)
 
 
 _ROOT = {

@@ -100,7 +100,7 @@ class _Modulation(NamedTuple):
     image: torch.Tensor
     """(B, F, 6D) of the double-stream blocks."""
     joint: torch.Tensor
-    """(B, 1 + F, 3D) of the single-stream blocks: text, then frames."""
+    """(B, F, 3D) of the single-stream blocks; the first frame's is the text's too."""
 
 
 def _shared(model: Any, vectors: torch.Tensor, plan: BlockPlan) -> _Modulation:
@@ -112,7 +112,7 @@ def _shared(model: Any, vectors: torch.Tensor, plan: BlockPlan) -> _Modulation:
     return _Modulation(
         project(model.double_stream_modulation_txt, text, "text_vectors"),
         project(model.double_stream_modulation_img, vectors, "image_vectors"),
-        project(model.single_stream_modulation, torch.cat([text, vectors], dim=1), "joint_vectors"),
+        project(model.single_stream_modulation, torch.cat([text, vectors], dim=1), "joint_vectors")[:, 1:],
     )
 
 
@@ -164,7 +164,7 @@ def _single_block(
 ) -> torch.Tensor:
     """Text and image in one sequence (B, S, D) of a `Flux2SingleTransformerBlock`."""
     joint = arguments["hidden_states"]
-    lengths = plan.text_lengths + plan.frame_lengths
+    lengths, count = plan.joint_levels
     shift, scale, gate = step.shared.joint.chunk(3, dim=-1)
     update = compat.called(
         block.attn,
@@ -172,7 +172,7 @@ def _single_block(
         hidden_states=modulate(block.norm(joint), shift, scale, lengths),
         image_rotary_emb=step.rope,
     )
-    done = gated_add(joint[:, : plan.read_rows], gate[:, : plan.read], update, lengths[: plan.read])
+    done = gated_add(joint[:, : plan.read_rows], gate[:, :count], update, lengths[:count])
     return in_range(done if plan.read is None else torch.cat([done, joint[:, plan.read_rows :]], dim=1))
 
 

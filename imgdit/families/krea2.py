@@ -89,9 +89,9 @@ def _vector(model: Any, arguments: Arguments, frame: Frame) -> torch.Tensor:
 
 
 def _shared(model: Any, vectors: torch.Tensor, plan: BlockPlan) -> torch.Tensor:
-    """Modulation (B, 1 + F, 6D) of text and frames, to which each block adds its table."""
+    """Modulation (B, F, 6D) of the frames, the first one's also the text's, to which each block adds its table."""
     vectors = F.gelu(torch.cat([vectors[:, :1], vectors], dim=1), approximate="tanh")
-    return linear(model.time_mod_proj, vectors, plan.adapters("joint_vectors"))
+    return linear(model.time_mod_proj, vectors, plan.adapters("joint_vectors"))[:, 1:]
 
 
 def _known_vector(step: Step, module: Any, original: Callable, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -115,8 +115,8 @@ def _blocks(model: Any) -> Iterator[Block]:
 def _block(block: Any, arguments: Arguments, step: Step, plan: BlockPlan, cache: LayerCache | None) -> torch.Tensor:
     """Text, image and conditions in one sequence (B, S, D) of a `Krea2TransformerBlock`."""
     joint = arguments["hidden_states"]
-    lengths, read, count = plan.text_lengths + plan.frame_lengths, plan.read_rows, plan.read
-    modulation = step.shared.unflatten(-1, (6, -1)) + block.scale_shift_table  # (B, 1 + F, 6, D)
+    (lengths, count), read = plan.joint_levels, plan.read_rows
+    modulation = step.shared.unflatten(-1, (6, -1)) + block.scale_shift_table  # (B, F, 6, D)
     scale, shift, gate, scale_mlp, shift_mlp, gate_mlp = modulation.unbind(-2)
     attended = compat.called(
         block.attn,

@@ -46,7 +46,8 @@ class Step:
     last: BlockPlan
     """Of a block after which nobody reads the conditions."""
     rope: torch.Tensor | None
-    """Rotations of text, image and conditions, (S, d/2) or (B, S, d/2); `None` for positions that are added."""
+    """Rotations of text, image and conditions, (S, d/2) or (B, S, d/2), see `Conditions.rope`; `None` for positions
+    that are added."""
     tokens: torch.Tensor | None
     """(B, n, C) condition tokens in the sequence; `None`: there are none, or their keys and values come from a
     cache."""

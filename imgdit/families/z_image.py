@@ -118,8 +118,8 @@ def _call(model: Any, arguments: Arguments) -> Call:
     image, text = _padded(rows * columns), max(lengths)
     mask = None
     if min(lengths) < text:
-        place = torch.arange(text + image, device=latents.device)
-        mask = torch.stack([(place < length) | (place >= text) for length in lengths])
+        place = torch.arange(image + text, device=latents.device)
+        mask = torch.stack([place < image + length for length in lengths])
     return Call(
         frames=(Frame((1, image)),),
         text_length=text,
@@ -133,7 +133,8 @@ def _call(model: Any, arguments: Arguments) -> Call:
 
 
 def _rope(model: Any, arguments: Arguments, conditions: Sequence[Frame], kept: torch.Tensor | None) -> torch.Tensor:
-    """Image and conditions begin behind the text: the first coordinate of a sample's is its text length + 1."""
+    """Of image, text and conditions, the model's own order. Image and conditions begin behind the text: the first
+    coordinate of a sample's is its text length + 1."""
     lengths, grid = _text_lengths(arguments), _grid(arguments)
     device, longest = arguments["x"][0].device, max(lengths)
     text = F.pad(torch.arange(1.0, longest + 1)[:, None], (0, 2))
@@ -142,7 +143,7 @@ def _rope(model: Any, arguments: Arguments, conditions: Sequence[Frame], kept: t
 
     def table(length: int) -> torch.Tensor:
         behind = torch.tensor([length + 1.0, 0.0, 0.0])
-        ids = torch.cat([text, Frame(grid).ids() + behind, padding, *(ids + behind for ids in riders)])
+        ids = torch.cat([Frame(grid).ids() + behind, padding, text, *(ids + behind for ids in riders)])
         return rope_table(ids.to(device), model.axes_dims, model.rope_theta)
 
     tables = {length: table(length) for length in set(lengths)}
@@ -202,9 +203,13 @@ def _refine_image(
     block: Any, arguments: Arguments, step: Step, plan: BlockPlan, cache: LayerCache | None
 ) -> torch.Tensor:
     """Image and conditions (B, N + n, D)."""
-    x = _entered(arguments["x"], step, step.image_length, "refiner")
+    image, text = step.image_length, step.layout.text_length
+    x = _entered(arguments["x"], step, image, "refiner")
     assert step.rope is not None
-    return _compute(block, x, step.rope[..., step.layout.text_length :, :], step, plan, cache, "image")
+    rope = step.rope[..., :image, :]
+    if step.condition_length:
+        rope = torch.cat([rope, step.rope[..., image + text :, :]], dim=-2)
+    return _compute(block, x, rope, step, plan, cache, "image")
 
 
 def _refine_image_last(
@@ -227,13 +232,11 @@ def _refine_text(
 
 
 def _layer(block: Any, arguments: Arguments, step: Step, plan: BlockPlan, cache: LayerCache | None) -> torch.Tensor:
-    """Image, text and conditions (B, N + T + n, D); they are computed as [text, image, conditions]."""
-    image, text = step.image_length, step.layout.text_length
-    x = _entered(arguments["x"], step, image + text, "layers")
-    joint = torch.cat([x[:, image : image + text], x[:, :image], x[:, image + text :]], dim=1)
+    """Image, text and conditions (B, N + T + n, D). Image and text see and are seen alike, and no adapter tells them
+    apart: a plan for text before image holds for the model's own order too."""
+    x = _entered(arguments["x"], step, step.image_length + step.layout.text_length, "layers")
     assert step.rope is not None
-    joint = _compute(block, joint, step.rope, step, plan, cache, "joint")
-    return torch.cat([joint[:, text : text + image], joint[:, :text], joint[:, text + image :]], dim=1)
+    return _compute(block, x, step.rope, step, plan, cache, "joint")
 
 
 def _compute(
@@ -253,14 +256,12 @@ def _compute(
     if not block.modulation:
         x = x + attend(block.attention_norm1(x))
         return x + feed(block.ffn_norm1(x))
-    vectors, lengths = step.shared, plan.frame_lengths
-    if stream == "joint":
-        vectors, lengths = torch.cat([vectors[:, :1], vectors], dim=1), plan.text_lengths + lengths
-    modulation = linear(block.adaLN_modulation[0], vectors, plan.adapters(f"{stream}_vectors"))  # (B, F, 4D)
+    lengths, count = plan.joint_levels if stream == "joint" else (plan.frame_lengths, plan.read)
+    modulation = linear(block.adaLN_modulation[0], step.shared, plan.adapters("image_vectors"))  # (B, F, 4D)
     scale, gate, scale_mlp, gate_mlp = modulation.chunk(4, dim=-1)
     none = torch.zeros_like(scale)
     attended = attend(modulate(block.attention_norm1(x), none, scale, lengths))
-    done, count = x[:, :read], plan.read
+    done = x[:, :read]
     done = gated_add(done, gate[:, :count].tanh(), attended, lengths[:count])
     normed = modulate(block.ffn_norm1(done), none[:, :count], scale_mlp[:, :count], lengths[:count])
     done = gated_add(done, gate_mlp[:, :count].tanh(), feed(normed), lengths[:count])

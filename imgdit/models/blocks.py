@@ -59,6 +59,14 @@ class BlockPlan(NamedTuple):
         """Rows of the joint sequence that `read` counts."""
         return None if self.read is None else sum((self.text_lengths + self.frame_lengths)[: self.read])
 
+    @property
+    def joint_levels(self) -> tuple[tuple[int, ...], int | None]:
+        """Where the text has the noise level of the first frame and shares its vector: rows of the joint sequence by
+        frame, the text's among the first one's, and how many frames anybody reads after the block."""
+        first, *others = self.frame_lengths
+        read = None if self.read is None else self.read - len(self.text_lengths)
+        return (sum(self.text_lengths) + first, *others), read
+
     def last(self, layout: FrameLayout) -> BlockPlan:
         """The plan of the last single-stream block: nobody reads what comes after the last generated segment."""
         live = [*(layout.texts[i] for i in layout.live_texts), *(layout.frames[i] for i in layout.live)]
@@ -338,7 +346,7 @@ def single_block(
     vectors = torch.cat([context_temb, temb], dim=1)  # (B, X + F, D)
     if context_temb is temb and plan.lora is None:  # one text and one frame at one noise level: broadcast it
         vectors, lengths = temb, (joint.shape[1],)
-    joint = joint_block(block, joint, vectors, lengths, image_rotary_emb, plan, cache)
+    joint = joint_block(block, joint, vectors, lengths, plan.read, image_rotary_emb, plan, cache)
     encoder_hidden_states, hidden_states = joint.split([encoder_hidden_states.shape[1], hidden_states.shape[1]], dim=1)
     return hidden_states, encoder_hidden_states
 
@@ -348,17 +356,19 @@ def joint_block(
     joint: torch.Tensor,
     vectors: torch.Tensor,
     lengths: tuple[int, ...],
+    count: int | None,
     image_rotary_emb: torch.Tensor | None,
     plan: BlockPlan,
     cache: LayerCache | None = None,
 ) -> torch.Tensor:
-    """`single_block` of text and image in one sequence (B, S, D), with a vector for each of `lengths` rows."""
+    """`single_block` of text and image in one sequence (B, S, D), with a vector for each of `lengths` rows, of which
+    anybody reads the first `count` after the block; `None`: all."""
     normed, gate = adaptive_norm(block.norm, joint, vectors, Modulation(lengths, plan.adapters("joint_vectors")))
     read = normed[:, : plan.read_rows]  # all of them but in the last block
     mlp = block.act_mlp(linear(block.proj_mlp, read, plan.adapters("joint")))  # (B, S, 4D)
     attended = attend(block.attn, normed, None, image_rotary_emb, plan=plan, cache=cache)
     out = linear(block.proj_out, torch.cat([attended, mlp], dim=2), plan.adapters("joint"))
-    done = gated_add(joint[:, : plan.read_rows], gate[:, : plan.read], out, lengths[: plan.read])
+    done = gated_add(joint[:, : plan.read_rows], gate[:, :count], out, lengths[:count])
     return in_range(done if plan.read is None else torch.cat([done, joint[:, plan.read_rows :]], dim=1))
 
 
