@@ -13,7 +13,7 @@ from imgdit.benchmarks.unlearning.methods.features import without_features
 from imgdit.benchmarks.unlearning.methods.guidance import safe_latent_guidance
 from imgdit.benchmarks.unlearning.prompt_attack import attack_prompt
 
-SETTINGS = {"finetune": {"lr": 1e-2, "steps": 4}}
+SETTINGS = {"finetune": {"lr": 1e-2, "steps": 4}, "gem": {"lr": 1e-2, "budget": 3}, "safree": {"alpha": 0.0}}
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,12 @@ from imgdit.benchmarks.unlearning.methods.closed_form import edited_in_closed_fo
 from imgdit.benchmarks.unlearning.methods.direction import without_direction
 from imgdit.benchmarks.unlearning.methods.features import without_features
 from imgdit.benchmarks.unlearning.methods.finetune import erased_by_finetuning
+from imgdit.benchmarks.unlearning.methods.gem import erased_by_velocity_matching
 from imgdit.benchmarks.unlearning.methods.guidance import negative_prompt, nothing, safe_latent_guidance
 from imgdit.benchmarks.unlearning.methods.material import Unlearned
+from imgdit.benchmarks.unlearning.methods.orthogonal import erased_by_rotation
+from imgdit.benchmarks.unlearning.methods.safree import filtered_tokens
+from imgdit.benchmarks.unlearning.methods.steerers import steered_away
 
 
 class Method(NamedTuple):
@@ -74,10 +78,21 @@ METHODS: dict[str, Method] = {
     "finetune": Method(
         "ESD-like fine-tune", erased_by_finetuning, tuple({"lr": lr} for lr in (1e-4, 3e-5, 3e-4, 1e-3))
     ),
+    "gem": Method("GEM", erased_by_velocity_matching, tuple({"lr": lr} for lr in (1e-3, 3e-4, 1e-4, 3e-3))),
     "closed_form": Method(
         "UCE-like closed form",
         edited_in_closed_form,
         tuple({"preserve": weight} for weight in (0.1, 0.01, 1.0, 0.3)),
+    ),
+    "orthogonal": Method(
+        "OCE, rotation",
+        erased_by_rotation,
+        tuple({"erase": weight} for weight in (1000.0, 300.0, 100.0, 3000.0)),
+    ),
+    "safree": Method(
+        "SAFREE",
+        filtered_tokens,
+        tuple({"alpha": alpha, "last": last} for last in (10.0, 50.0) for alpha in (0.01, 0.0)),
     ),
     "direction": Method(
         "difference of means",
@@ -86,6 +101,12 @@ METHODS: dict[str, Method] = {
             *({"strength": strength, "stream": "text"} for strength in (1.0, 1.5, 2.0)),
             *({"strength": strength, "stream": "image"} for strength in (1.0, 2.0, 4.0)),
         ),
+        needs_saes=True,
+    ),
+    "steerers": Method(
+        "Concept Steerers",
+        steered_away,
+        tuple({"strength": strength, "stream": "text"} for strength in (-0.5, -0.25, -1.0, -2.0)),
         needs_saes=True,
     ),
     "saeuron": Method(

@@ -15,7 +15,8 @@ from imgdit.benchmarks.unlearning.methods.denoiser import denoiser
 from imgdit.benchmarks.unlearning.methods.material import Material, Unlearned
 from imgdit.benchmarks.unlearning.methods.weights import size_of, swapped
 
-_TOKENS, _POOLED = "context_embedder.weight", "time_text_embed.text_embedder.linear_1.weight"
+TOKENS, POOLED = "context_embedder.weight", "time_text_embed.text_embedder.linear_1.weight"
+"""What reads the tokens of the text, and the pooled text."""
 
 
 def edited_in_closed_form(
@@ -43,11 +44,11 @@ def edited_in_closed_form(
     if concepts:
         lines = {label: material.lines(label)[:prompts] for kind in material.prompts.values() for label in kind}
         unwanted = [material.words[concept] for concept in concepts]
-        before = _vectors(pipe, [line for label in concepts for line in lines[label]])
-        after = _vectors(pipe, [line for label in concepts for line in lines[material.others(label, concepts)[0]]])
+        before = text_vectors(pipe, [line for label in concepts for line in lines[label]])
+        after = text_vectors(pipe, [line for label in concepts for line in lines[material.others(label, concepts)[0]]])
         kept = [line for label in lines for line in lines[label] if not any(words in line for words in unwanted)]
-        rest = _vectors(pipe, kept)
-        for name, old, new, stay in zip((_TOKENS, _POOLED), before, after, rest):
+        rest = text_vectors(pipe, kept)
+        for name, old, new, stay in zip((TOKENS, POOLED), before, after, rest):
             if len(old) != len(new):
                 raise ValueError(f"the labels of a kind must have as many tokens; got {len(old)} and {len(new)}")
             changed[name] = _edited(model.get_parameter(name), old, new, stay, preserve, ridge)
@@ -77,7 +78,7 @@ def _edited(
 
 
 @torch.no_grad()
-def _vectors(pipe: Any, lines: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+def text_vectors(pipe: Any, lines: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
     """Token vectors (N, J) of prompts, one after the other, and pooled vectors (prompts, J)."""
     if not lines:
         model: Any = denoiser(pipe)

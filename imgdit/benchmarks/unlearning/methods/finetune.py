@@ -11,7 +11,7 @@ import torch
 
 from imgdit.benchmarks.unlearning.methods.denoiser import CallHook, denoiser, placed, rows
 from imgdit.benchmarks.unlearning.methods.material import Material, Unlearned
-from imgdit.benchmarks.unlearning.methods.weights import size_of, swapped
+from imgdit.benchmarks.unlearning.methods.weights import size_of, swapped, training
 from imgdit.sae.calls import DenoiserCall
 from imgdit.sae.sampling import prompt_batches
 
@@ -107,24 +107,15 @@ def _trained(
     """The named parameters after training; the model's own are left alone."""
     copies = {name: model.get_parameter(name).detach().clone() for name in names}
     generator = torch.Generator().manual_seed(seed)
-    required = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    try:
-        with swapped(model, copies), torch.enable_grad():
-            for name, parameter in model.named_parameters():
-                parameter.requires_grad_(name in copies)
-            trained = [model.get_parameter(name) for name in names]
-            optimizer = torch.optim.Adam(trained, lr=lr)
-            for _ in range(steps):
-                number = int(torch.randint(len(seen), (), generator=generator))
-                arguments, target = seen[number]
-                chosen = torch.randperm(len(target), generator=generator)[:batch_size]
-                some = rows(arguments, chosen)
-                loss = (model(**some)[0] - target[chosen]).square().mean()
-                loss.backward()
-                optimizer.step()
-                optimizer.zero_grad()
-            return {name: parameter.detach().clone() for name, parameter in zip(names, trained)}
-    finally:
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(required[name])
-            parameter.grad = None
+    with training(model, copies) as trained:
+        optimizer = torch.optim.Adam(trained, lr=lr)
+        for _ in range(steps):
+            number = int(torch.randint(len(seen), (), generator=generator))
+            arguments, target = seen[number]
+            chosen = torch.randperm(len(target), generator=generator)[:batch_size]
+            some = rows(arguments, chosen)
+            loss = (model(**some)[0] - target[chosen]).square().mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return copies

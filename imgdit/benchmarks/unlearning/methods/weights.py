@@ -22,6 +22,22 @@ def swapped(model: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> Iter
             parameter.data = before[name]
 
 
+@contextmanager
+def training(model: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> Iterator[list[torch.nn.Parameter]]:
+    """The parameters that have these values and alone get gradients while the context is open; an optimizer's steps
+    change the values in `weights`."""
+    required = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    try:
+        with swapped(model, weights), torch.enable_grad():
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(name in weights)
+            yield [model.get_parameter(name) for name in weights]
+    finally:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(required[name])
+            parameter.grad = None
+
+
 def size_of(weights: Mapping[str, torch.Tensor]) -> int:
     """Bytes."""
     return sum(tensor.numel() * tensor.element_size() for tensor in weights.values())
