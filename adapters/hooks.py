@@ -279,10 +279,9 @@ class ModelInputHook(ConditionHook):
             hidden=seen is not None and seen.hidden,
         )
         rope = None if self.conditions.rope is None else partial(self.conditions.rope, module, arguments)
+        positions = self._measured.positions(self.family, module, arguments)
         kept = None if seen is None else run.kept_rows(arranged, call, seen.present)
-        step = run.step(
-            arranged, len(frames), rope, self._places(arguments), call.places, kept=kept, device=call.latents.device
-        )
+        step = run.step(arranged, len(frames), rope, positions, call.places, kept=kept, device=call.latents.device)
         step.full_length = call.length
         timeless = self.conditions.timeless
         if seen is not None and seen.cached and timeless is not None and not active and not torch.is_grad_enabled():
@@ -335,10 +334,6 @@ class ModelInputHook(ConditionHook):
                 return self._hold(module, step, **arguments)
         finally:
             _PASS.reset(token)
-
-    def _places(self, arguments: Mapping[str, Any]) -> tuple:
-        """The objects that tell positions."""
-        return tuple(arguments.get(name) for name in self.conditions.position_arguments)
 
     def _grid(self, module: Any, arguments: Mapping[str, Any]) -> tuple[int, int]:
         """Rows and columns of tokens of the image that is generated; reference images beside it do not count."""

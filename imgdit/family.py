@@ -115,6 +115,8 @@ class Conditions:
     position_arguments: tuple[str, ...] = ()
     """Arguments that tell positions and grid: as long as a pipeline passes the same objects, these are not computed
     again."""
+    remade_positions: tuple[str, ...] = ()
+    """Those of them that pipelines make anew for each step of a call, with the same values."""
     shared: Callable[[Any, torch.Tensor, Any], Any] | None = None
     """`shared(model, vectors, plan)`: what all blocks read besides, from the vectors (B, F, D) of the frames: the
     modulation of models that project it outside of their blocks. `None`: the vectors themselves."""
@@ -339,10 +341,30 @@ class Family:
 
 class MeasuredPlaces:
     """Places and references of the calls of a run. Those that are read from position ids wait for the device, and a
-    pipeline passes the same ids in every step."""
+    pipeline passes the same ids in every step, or new ones of the same values."""
 
     def __init__(self) -> None:
         self._known: dict[tuple, tuple[tuple, Any]] = {}
+        self._first: dict[tuple, tuple[Any, tuple]] = {}
+
+    def positions(self, family: Family, model: Any, arguments: Arguments) -> tuple[Any, ...]:
+        """The `position_arguments` of a call. Of those that a pipeline makes anew in each step, the objects of the
+        first one: a call of a pipeline is known by its other position arguments, which it keeps."""
+        conditions = family.conditions
+        if conditions is None:
+            return ()
+        values = tuple(arguments.get(name) for name in conditions.position_arguments)
+        pipe = compat.calling_pipeline(model) if conditions.remade_positions else None
+        if pipe is None:
+            return values
+        parts = zip(conditions.position_arguments, values, strict=True)
+        remade = conditions.remade_positions
+        key = (id(pipe), *(_kind_of(one) if name in remade else id(one) for name, one in parts))
+        if key not in self._first:
+            if len(self._first) >= 8:
+                self._first.clear()
+            self._first[key] = (pipe, values)  # holding them, so that ids stay theirs
+        return self._first[key][1]
 
     def of(self, family: Family, model: Any, arguments: Arguments) -> Sequence[tuple[slice, Grid]] | None:
         """Rows and grids of the images in a call: its `Family.places`."""
@@ -356,8 +378,7 @@ class MeasuredPlaces:
     def _measured(
         self, family: Family, function: Callable[[Any, Arguments], Any], model: Any, arguments: Arguments
     ) -> Any:
-        names = () if family.conditions is None else family.conditions.position_arguments
-        values = tuple(arguments.get(name) for name in names)
+        values = self.positions(family, model, arguments)
         if all(one is None for one in values):
             return function(model, arguments)
         key = (function, *map(id, values))
@@ -366,6 +387,11 @@ class MeasuredPlaces:
                 self._known.clear()
             self._known[key] = (values, function(model, arguments))  # holding them, so that ids stay theirs
         return self._known[key][1]
+
+
+def _kind_of(value: Any) -> tuple | None:
+    """What tensors of equal values have in common besides."""
+    return None if value is None else (value.shape, value.dtype, value.device)
 
 
 _REGISTERED: dict[str, Family] = {}

@@ -280,6 +280,7 @@ FAMILY = Family(
         call=call_of_tokens,
         rope=_rope,
         position_arguments=("txt_ids", "img_ids"),
+        remade_positions=("img_ids",),  # joined with those of reference images
         vector=_vector,
         shared=_shared,
         blocks=double_and_single(_double_block, _single_block),

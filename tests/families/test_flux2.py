@@ -1,5 +1,8 @@
 """FLUX.2 dev and klein beside conditions: normalisation, what is refused, LoRA names."""
 
+from contextlib import ExitStack
+from unittest import mock
+
 import pytest
 import torch
 from diffusers import Flux2KleinKVPipeline, Flux2KleinPipeline
@@ -7,12 +10,16 @@ from diffusers.loaders import Flux2LoraLoaderMixin
 from diffusers.models.transformers import transformer_flux2
 from safetensors.torch import save_file
 from tiny_control import image, lora_file
-from tiny_families import differs, near, used
+from tiny_families import differs, loaded, make, near, used
 from tiny_flux2 import CASES, flux2
 from torch.nn import Linear
 
 from imgdit import Condition, OmniControl
+from imgdit.adapters.references import References
+from imgdit.families import flux2 as flux2_family
 from imgdit.families.flux2 import FAMILY
+from imgdit.family import MeasuredPlaces
+from imgdit.frames import Frame
 from imgdit.lora.dialects import family_of, read_pairs, sort_names
 from imgdit.lora.files import adapter_pairs
 
@@ -32,6 +39,32 @@ def test_the_pipeline_that_keeps_keys_is_refused():
     control = OmniControl(pipe)  # on the same transformer, whose processors the other pipeline changed
     with pytest.raises(ValueError, match="KVAttnProcessor: Flux2KleinKVPipeline keeps"), control.use([]):
         pass
+
+
+def test_positions_that_the_pipeline_makes_in_every_step_are_read_once_in_a_call(tmp_path):
+    """It joins those of the image and of its reference images anew."""
+    case = CASES["FLUX.2 dev"]
+    control = loaded(case, case.pipeline(), tmp_path)
+    names = ("rope_table", "grid_of_ids", "references_of_ids")
+    with ExitStack() as stack:
+        read = [
+            stack.enter_context(mock.patch.object(flux2_family, name, wraps=getattr(flux2_family, name)))
+            for name in names
+        ]
+        for calls in (1, 2):
+            with control.use(Condition(image(), "canny"), references=References(0.5)):
+                for _ in range(calls):
+                    make(case, control.pipe, **case.references())
+            assert [one.call_count for one in read] == [1 if calls == 1 else 3] * 3
+
+
+def test_positions_of_each_call_are_its_own():
+    """Calls of the transformer itself, whose image has another grid under the same positions of the text."""
+    model = flux2().transformer
+    measured, text = MeasuredPlaces(), torch.zeros(4, 4)
+    for size in ((2, 8), (4, 4)):
+        ids = torch.nn.functional.pad(Frame(size).ids(), (0, 1))
+        assert measured.of(FAMILY, model, {"txt_ids": text, "img_ids": ids}) == ((slice(0, 16), size),)
 
 
 class Foreign:
