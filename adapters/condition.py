@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from imgdit.display import Shown
 from imgdit.frames import Frame
 from imgdit.images.masks import to_mask
 from imgdit.lora.files import AdapterInfo
@@ -17,7 +18,7 @@ ActsOn = Literal["condition", "all"]
 
 
 @dataclass(frozen=True, eq=False)
-class Condition:
+class Condition(Shown):
     """An image that controls a generation through its adapter (OminiControl, arXiv 2411.15098 and 2503.08280)."""
 
     image: Any

@@ -19,12 +19,13 @@ from typing import Any, Literal
 
 import torch
 
+from imgdit.display import Shown
 from imgdit.moved import renamed
 from imgdit.naming import old_names
 
 
 @old_names(held="is_clean")
-class Segment:
+class Segment(Shown):
     """What `Frame` and `TextFrame` have in common: tokens with a noise level, an adapter, and what they see."""
 
     sigma: float | None

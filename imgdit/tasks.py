@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from imgdit.display import Shown
 from imgdit.moved import renamed
 from imgdit.naming import check_name, nearest, old_names
 
@@ -67,7 +68,7 @@ _WORDS = {"segmentation": "mask", "boxes": "boundingbox"}
 
 @old_names(given="clean", make="generate", is_given="is_clean")
 @dataclass(frozen=True, eq=False)
-class ImageFrame:
+class ImageFrame(Shown):
     """A frame as `OneDiffusionPipeline` takes it: what it shows, and whether it conditions or is generated.
 
     In the transformer it becomes an `imgdit.Frame`.

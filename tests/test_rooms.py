@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("imgdit", "pipelines", "adapters", "apps", "configs")
 
 FLOORS = (
-    ("moved", "naming", "defaults", "checkpoints", "cameras", "plotting", "quiet"),
+    ("moved", "naming", "defaults", "checkpoints", "cameras", "plotting", "quiet", "display"),
     ("io", "compat", "hub", "cards", "taught", "prompts"),
     ("recipes", "kernels", "tasks", "frames", "family"),
     ("layout",),

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
+from imgdit import display
 from imgdit.data.opening import decode_image
 from imgdit.data.rows import Blob, Problem, Row, Rows, content_hash
 
@@ -109,6 +110,10 @@ class Report:
             lines += [f"  sizes: {len(self.sizes):,} different; {common}"]
         lines += [f"  {line}" for line in caption_summary(self.captions)]
         return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        """What notebooks show."""
+        return display.lines(str(self))
 
 
 def check(

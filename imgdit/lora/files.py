@@ -25,7 +25,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError, safe_open
 
-from imgdit import compat
+from imgdit import compat, display
 from imgdit.family import LoraNames, find_family
 from imgdit.hub import HUB_ID, TIMEOUT, hub_file
 from imgdit.io.atomic import write_tensors
@@ -161,6 +161,10 @@ class LoadReport(NamedTuple):
         if len(self.unused) > _SHOWN:
             lines.append(f"  not used: {len(self.unused) - _SHOWN} more")
         return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        """What notebooks show."""
+        return display.lines(str(self))
 
 
 def counted(aside: Mapping[str, str]) -> list[str]:
