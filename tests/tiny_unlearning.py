@@ -3,10 +3,16 @@
 import dataclasses
 
 import torch
+from tiny import tiny_pipeline
+from transformers import T5Config, T5EncoderModel
 
 from imgdit.benchmarks.unlearning.methods.material import Material, collect
 from imgdit.sae.config import SAEConfig
 from imgdit.sae.model import SparseAutoencoder
+from imgdit.sae.unlearning import ConceptUnlearner
+from imgdit.scenes.probe import SceneProbe
+from imgdit.scenes.readings import QUESTIONS
+from imgdit.scenes.tokenizer import caption_tokenizer
 
 HOOKPOINT = "transformer.single_transformer_blocks.0"
 TEXT = "transformer.context_embedder"
@@ -40,3 +46,21 @@ def images(pipe, **call):
     generators = [torch.Generator().manual_seed(i) for i in range(2)]
     options = {"generator": generators, "output_type": "latent", **CALL, **call}
     return pipe(["a red cube photo", "a blue sphere sketch on the left"], **options).images
+
+
+def benchmark_folders(folder):
+    """A pipeline that reads captions, a probe and autoencoders, as options of a command."""
+    torch.manual_seed(0)
+    pipe, tokenizer = tiny_pipeline(), caption_tokenizer()
+    size = {"d_model": 32, "d_kv": 8, "d_ff": 37, "num_heads": 4, "num_layers": 1, "dropout_rate": 0.0}
+    text_encoder = T5EncoderModel(T5Config(vocab_size=len(tokenizer), **size)).eval()
+    pipe.register_modules(tokenizer=tokenizer, text_encoder=text_encoder)
+    pipe.save_pretrained(folder / "pipeline")
+    questions = [(name, list(choices)) for name, choices in QUESTIONS.items()]
+    SceneProbe(questions, channels=(8, 8, 16, 16), size=32).save_pretrained(folder / "probe")
+    saes = {
+        hookpoint: SparseAutoencoder(SAEConfig(32, 64, k=8), generator=torch.Generator().manual_seed(seed))
+        for seed, hookpoint in enumerate((HOOKPOINT, TEXT))
+    }
+    ConceptUnlearner(saes).save_pretrained(folder / "saes")
+    return ["--model", folder / "pipeline", "--probe", folder / "probe", "--saes", folder / "saes"]

@@ -186,6 +186,47 @@ def unlearn(
     typer.echo(f"wrote {out}/unlearn.json")
 
 
+@app.command("sae-steering")
+def sae_steering(
+    model: ModelFolder = None,
+    probe: Probe = None,
+    saes: Annotated[Path | None, typer.Option(help="Folder of the autoencoders; MODEL/sae by default.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder of numbers, curves and page; a run goes on there.")] = Path(
+        "outputs/bench-sae-steering"
+    ),
+    quick: Annotated[bool, typer.Option("--quick", help="Four concepts, one image each, two strengths.")] = False,
+    concepts: Annotated[str | None, typer.Option(help="Styles and objects with commas between them.")] = None,
+    prompts: Annotated[int | None, typer.Option(help="Of each label to learn from, and to detect it in.")] = None,
+    images: Annotated[int | None, typer.Option(help="Steered for each direction and strength, up and down.")] = None,
+    strengths: Annotated[str | None, typer.Option(help="Fractions of the tokens' norm, with commas.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps of the sampler.")] = None,
+) -> None:
+    """Measure whether features detect concepts and steer images, against dense and random directions."""
+    import dataclasses
+    from typing import Any
+
+    from imgdit.benchmarks.unlearning import steering
+    from imgdit.benchmarks.unlearning.steering_page import verdict, write_page
+    from imgdit.checkpoints import SCENE_PROBE
+
+    with at_work():
+        changed: dict[str, Any] = {
+            "concepts": concepts and tuple(concepts.split(",")),
+            "prompts": prompts,
+            "images": images,
+            "strengths": strengths and tuple(float(one) for one in strengths.split(",")),
+            "steps": steps,
+        }
+        plan = steering.QUICK if quick else steering.SteeringPlan()
+        plan = dataclasses.replace(plan, **{name: value for name, value in changed.items() if value is not None})
+        model = model_folder(model)
+        result = steering.run(model, probe or SCENE_PROBE, saes or model / "sae", out, plan)
+        page = write_page(out, result)
+    for line in verdict(result):
+        typer.echo(line)
+    typer.echo(f"wrote {page}")
+
+
 @app.command()
 def language(
     out: Annotated[Path, typer.Option(help="Folder of the runs and raw numbers; a run goes on there.")] = Path(

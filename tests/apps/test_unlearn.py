@@ -7,10 +7,9 @@ from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
-import torch
 from dual_diffusion_cases import PIPELINE
-from tiny import tiny_pipeline
-from transformers import T5Config, T5EncoderModel, ViTConfig, ViTForImageClassification, ViTImageProcessor
+from tiny_unlearning import HOOKPOINT, benchmark_folders
+from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 from typer.testing import CliRunner
 
 from imgdit import ImageTextPipeline
@@ -21,14 +20,8 @@ from imgdit.benchmarks.unlearning.captions import chosen_cells, names
 from imgdit.benchmarks.unlearning.images import GeneratedImages
 from imgdit.benchmarks.unlearning.methods.catalogue import METHODS
 from imgdit.benchmarks.unlearning.plan import cells
-from imgdit.sae.config import SAEConfig
-from imgdit.sae.model import SparseAutoencoder
 from imgdit.sae.unlearning import ConceptUnlearner
-from imgdit.scenes.probe import SceneProbe
-from imgdit.scenes.readings import QUESTIONS
-from imgdit.scenes.tokenizer import caption_tokenizer
 
-HOOKPOINTS = ("transformer.single_transformer_blocks.0", "transformer.context_embedder")
 STYLES, OBJECTS = ("photo", "neon"), ("cube", "cone")
 TWO = ("--methods", "negative,scale", "--together", "0", "--attack", "0")
 COUNTS = ["--targets", "neon,cube", "--seeds", "2", "--steps", "2", "--prompts", "2"]
@@ -37,21 +30,7 @@ COUNTS = ["--targets", "neon,cube", "--seeds", "2", "--steps", "2", "--prompts",
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """A pipeline, a probe and an autoencoder, as options of the command."""
-    folder = tmp_path_factory.mktemp("unlearn")
-    torch.manual_seed(0)
-    pipe, tokenizer = tiny_pipeline(), caption_tokenizer()
-    size = {"d_model": 32, "d_kv": 8, "d_ff": 37, "num_heads": 4, "num_layers": 1, "dropout_rate": 0.0}
-    text_encoder = T5EncoderModel(T5Config(vocab_size=len(tokenizer), **size)).eval()
-    pipe.register_modules(tokenizer=tokenizer, text_encoder=text_encoder)
-    pipe.save_pretrained(folder / "pipeline")
-    questions = [(name, list(choices)) for name, choices in QUESTIONS.items()]
-    SceneProbe(questions, channels=(8, 8, 16, 16), size=32).save_pretrained(folder / "probe")
-    saes = {
-        hookpoint: SparseAutoencoder(SAEConfig(32, 64, k=8), generator=torch.Generator().manual_seed(seed))
-        for seed, hookpoint in enumerate(HOOKPOINTS)
-    }
-    ConceptUnlearner(saes).save_pretrained(folder / "saes")
-    return ["--model", folder / "pipeline", "--probe", folder / "probe", "--saes", folder / "saes"]
+    return benchmark_folders(tmp_path_factory.mktemp("unlearn"))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -239,7 +218,7 @@ def test_captions_are_counted_too(folders, tmp_path, monkeypatch):
     assert row == dict.fromkeys(("plain", "removed", "generated"), expected) and list(result["captions"]) == [
         "saeuron"
     ]
-    assert hooked == [(["neon"], [HOOKPOINTS[0]])] and asked == [4, 4, 4]
+    assert hooked == [(["neon"], [HOOKPOINT])] and asked == [4, 4, 4]
 
 
 def test_a_caption_names_by_the_grammar_or_by_the_word():
