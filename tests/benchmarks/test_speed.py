@@ -29,9 +29,8 @@ def test_memory_is_what_is_held_at_once():
 
 
 def test_costs_of_families_are_of_every_family_with_conditions():
-    modular = {"Flux3Transformer2DModel"}  # which no plain pipeline has
     rows = list(families.family_costs(rounds=1, size=families.TINY))
-    assert {row.against for row in rows} == {*known_classes("conditions")} - modular
+    assert {row.against for row in rows} == {*known_classes("conditions")}
     for row in rows:
         name, _, work = row.work.partition(": ")
         assert name in families.CASES and (row.difference == 0.0) == (work == families.LOADED)

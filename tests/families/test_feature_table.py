@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import tiny_flux2
+import tiny_flux3
 import tiny_flux_kin
 import tiny_krea2
 import tiny_qwen_image
@@ -14,7 +15,7 @@ from imgdit.families import MODULES
 from imgdit.family import family_named, find_family
 
 PAGE = (Path(__file__).parents[2] / "docs/families.md").read_text()
-TINY = (tiny_flux2, tiny_flux_kin, tiny_qwen_image, tiny_z_image, tiny_krea2)
+TINY = (tiny_flux2, tiny_flux3, tiny_flux_kin, tiny_qwen_image, tiny_z_image, tiny_krea2)
 CASES = {name: case for tiny in TINY for name, case in tiny.CASES.items()}
 
 
@@ -39,13 +40,14 @@ def test_every_class_has_a_row():
         assert CLASSES[name]["file"] == f"`{MODULES[name]}.py`"
 
 
-@pytest.mark.parametrize("column", ["conditions", "activations", "LoRA names", "μP", "image training"])
+@pytest.mark.parametrize("column", ["conditions", "references", "activations", "LoRA names", "μP", "image training"])
 @pytest.mark.parametrize("name", RUN)
 def test_a_cell_is_what_the_record_says(name, column):
     family = family_named(name)
     stock = "in its own pipeline" if name == "MMDiT" else "no"
     expected = {
         "conditions": stock if family.conditions is None else "yes",
+        "references": "no" if family.conditions is None or family.conditions.references is None else "yes",
         "activations": "yes",
         "LoRA names": "yes" if family.lora is not None and (family.lora.blocks or family.lora.layers) else "PEFT",
         "μP": "no" if family.mup is None else "yes",

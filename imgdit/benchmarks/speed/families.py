@@ -52,6 +52,7 @@ class _Case(NamedTuple):
     """A family in one of its pipelines."""
 
     pipeline: str
+    """Class of diffusers: a pipeline, or the blocks of a modular one."""
     vae: Callable[[], Any]
     model: Callable[[Size], Any]
     inputs: Callable[[Size], dict[str, Any]]
@@ -139,6 +140,16 @@ def _flux2(size: Size) -> Any:
     return diffusers.Flux2Transformer2DModel(**_both_kinds(size) | changes)
 
 
+def _flux3(size: Size) -> Any:
+    return diffusers.Flux3Transformer2DModel(**_both_kinds(size) | {"axes_dims_rope": (size.head_dim // 4,) * 4})
+
+
+def _flux3_inputs(size: Size) -> dict[str, Any]:
+    """The model's pipelines halve rows and columns."""
+    ids = _ids(size, axes=4)
+    return _tokens(size, channels=128) | ids | {"img_ids": ids["img_ids"] / 2}
+
+
 def _qwen_image(size: Size) -> Any:
     return diffusers.QwenImageTransformer2DModel(
         num_layers=size.single,
@@ -213,6 +224,7 @@ CASES = {
     "FLUX.2": _Case(
         "Flux2KleinPipeline", _flux2_vae, _flux2, lambda size: _tokens(size, channels=128) | _ids(size, axes=4)
     ),
+    "FLUX.3": _Case("Flux3AutoBlocks", _flux2_vae, _flux3, _flux3_inputs),
     "Qwen-Image": _Case(
         "QwenImagePipeline",
         _film_vae,
@@ -254,6 +266,16 @@ def family_costs(names: Iterable[str] | None = None, *, rounds: int = 9, size: S
         yield from _costs(name, CASES[name], rounds, size)
 
 
+def _pipeline(kind: Any, parts: dict[str, Any]) -> Any:
+    """A pipeline of these components, without text encoders."""
+    if issubclass(kind, diffusers.ModularPipelineBlocks):
+        pipe = kind().init_pipeline()
+        pipe.update_components(**parts)
+        return pipe
+    needed = [one.name for one in inspect.signature(kind).parameters.values() if one.default is one.empty]
+    return kind(**dict.fromkeys(needed) | parts)
+
+
 def _costs(name: str, case: _Case, rounds: int, size: Size) -> Iterator[Comparison]:
     torch.manual_seed(0)
     plain, inputs = case.model(size).eval(), case.inputs(size)
@@ -263,10 +285,8 @@ def _costs(name: str, case: _Case, rounds: int, size: Size) -> Iterator[Comparis
     targets = (family.lora.targets if family.lora is not None else ()) or OMINICONTROL_TARGETS
     model.add_adapter(LoraConfig(r=4, target_modules="|".join(targets), init_lora_weights=False), "adapter")
     activate(model, [])
-    kind = getattr(diffusers, case.pipeline)
-    needed = [one.name for one in inspect.signature(kind).parameters.values() if one.default is one.empty]
     parts = {"transformer": model, "vae": case.vae(), "scheduler": diffusers.FlowMatchEulerDiscreteScheduler()}
-    control = OmniControl(kind(**dict.fromkeys(needed) | parts))
+    control = OmniControl(_pipeline(getattr(diffusers, case.pipeline), parts))
     condition = Condition(torch.rand(3, 4 * size.side, 4 * size.side), "adapter")
 
     def row(work: str) -> Comparison:
