@@ -1,9 +1,9 @@
-"""Tab: a row of frames, each given or to be generated, and another view of an image."""
+"""Tabs: frames of pairs, given or generated, and another view of an image."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import gradio as gr
@@ -27,36 +27,38 @@ def pairs(session: Session) -> list[str]:
     return [name for name in session.shelf.tasks if TASKS[name].frames == (2, 2)]
 
 
-def build(holder: Holder) -> None:
-    """Lay the tab out, for a model that knows pairs or views."""
-    session = holder.session
-    if kinds := pairs(session):
-        _pairs(holder, kinds)
-    if "views" in session.shelf.tasks:
-        gr.Markdown("### Another view")
-        _views(holder)
+def knows_views(session: Session) -> bool:
+    """Whether the model was taught other views of an image."""
+    return "views" in session.shelf.tasks
 
 
-def _pairs(holder: Holder, kinds: list[str]) -> None:
-    of_scenes = examples.of_scenes(holder.session)
+def build(holder: Holder) -> tuple[widgets.Upload, widgets.Onward]:
+    """Lay the tab of pairs out, for a model that knows some; where an image goes, and where its results can go."""
+    kinds, of_scenes = pairs(holder.session), examples.of_scenes(holder.session)
     first = "depth" if "depth" in kinds else kinds[0]
-    with gr.Row():
-        with gr.Column(min_width=280):
-            image_is = gr.Radio([GIVEN, GENERATED], value=GIVEN, label="The image is")
-            image = widgets.upload("Image", height=220)
-            if holder.examples:
-                gr.Examples([[file] for file in holder.examples], [image], label="Examples")
-            with gr.Row():
-                kind = gr.Dropdown(kinds, value=first, label="The other frame is a", min_width=120)
-                other_is = gr.Radio([GIVEN, GENERATED], value=GENERATED, label="It is", min_width=200)
-            legend = gr.Markdown(examples.legend(), visible=of_scenes and first == "segmentation", elem_classes="note")
-            other = widgets.upload("Other frame", height=160)
-            prompt = widgets.prompt_box(label="Caption, or the instruction of editing (may be empty)")
-            sampled = widgets.sampling()
-            make, stop = widgets.buttons("Make frames")
-        with gr.Column(min_width=280):
+    with gr.Row(elem_classes="studio"):
+        with gr.Column(elem_classes="stage"):
+            with gr.Row(elem_classes="pair"):
+                with gr.Column():
+                    image = widgets.upload("Image", height=None, classes=["source"])
+                    other = widgets.upload("Other frame", height=None, classes=["source"], visible="hidden")
+                    nothing = gr.Markdown("Nothing is given but the caption: both are generated.", visible=False)
+                frames = widgets.results("Frames that were generated", 2, "main-result", "says-frames")
             status = widgets.status()
-            frames = widgets.results("Frames that were generated", columns=2)
+            with gr.Row(elem_classes="composer"):
+                prompt = widgets.prompt_box(label="Caption, or the instruction of editing (may be empty)")
+                make, stop = widgets.buttons("Make frames")
+            onward = widgets.onward_buttons("any")
+        with gr.Column(elem_classes="drawers"):
+            task = gr.Dropdown(_tasks(kinds), value=f"{first} of an image", label="Task")
+            legend = gr.Markdown(examples.legend(), visible=of_scenes and first == "segmentation", elem_classes="note")
+            if holder.examples:
+                gr.Examples([[file] for file in holder.examples], [image], label="Example images")
+            # What the task means; programs give these.
+            image_is = gr.Radio([GIVEN, GENERATED], value=GIVEN, label="The image is", visible="hidden")
+            kind = gr.Dropdown(kinds, value=first, label="The other frame is a", visible="hidden")
+            other_is = gr.Radio([GIVEN, GENERATED], value=GENERATED, label="It is", visible="hidden")
+            sampled = widgets.sampling()
 
     @limits.refusing(status)
     def any_to_any(
@@ -98,29 +100,70 @@ def _pairs(holder: Holder, kinds: list[str]) -> None:
         unnamed = of_scenes and generated == ["segmentation"] and not request.prompt
         yield from _shown(holder, request, generated, person, [UNSAID] if unnamed else [])
 
-    make.click(
+    run = make.click(
         any_to_any, [prompt, image_is, image, kind, other_is, other, *sampled], [frames, status],
         api_name="any_to_any", trigger_mode="once", **DEVICE,
     )  # fmt: skip
     stop.click(holder.stop, None, status, **QUICK)
-    kind.change(lambda name: gr.Markdown(visible=of_scenes and name == "segmentation"), kind, legend, **QUICK)
+
+    meant = [image_is, kind, other_is, image, other, nothing, legend]
+    task.change(_task_chosen(kinds, of_scenes), task, meant, **QUICK)
+    return image, widgets.Onward(frames, frames, [run], status, onward)
 
 
-def _views(holder: Holder) -> None:
-    with gr.Row():
-        with gr.Column(min_width=280):
-            image = widgets.upload("Image seen from the front", height=220)
-            if holder.examples:
-                gr.Examples([[file] for file in holder.examples], [image], label="Examples")
-            turn = gr.Slider(-TURN, TURN, 25, step=1, label="Turn (degrees around)")
-            rise = gr.Slider(-RISE, RISE, 0, step=1, label="Rise (degrees up)")
-            dial = gr.HTML(_dial(25, 0), label="Camera")
-            prompt = widgets.prompt_box(label="Caption (may be empty)")
-            sampled = widgets.sampling()
-            make, stop = widgets.buttons("Show view")
-        with gr.Column(min_width=280):
+TASK_FORMS = ("{} of an image", "image from {}", "image and {} from a caption")
+"""What there is to do with a pair, by which of the two is given."""
+
+
+def _tasks(kinds: Sequence[str]) -> list[str]:
+    """What can be asked for, the maps of images first."""
+    return [form.format(kind) for form in TASK_FORMS for kind in kinds]
+
+
+def _meaning(task: str, kinds: Sequence[str]) -> tuple[str, bool, bool]:
+    """Kind of the other frame of a task, and whether the image and the other frame are given."""
+    found = {form.format(kind): (kind, i == 0, i == 1) for i, form in enumerate(TASK_FORMS) for kind in kinds}
+    return found[limits.choice(task, "the task", found)]
+
+
+def _task_chosen(kinds: Sequence[str], of_scenes: bool) -> Callable[[str], list[Any]]:
+    """What sets the roles of the two frames, their kind, and which of them is asked for."""
+
+    def chosen(task: str) -> list[Any]:
+        name, image_given, other_given = _meaning(task, kinds)
+        return [
+            GIVEN if image_given else GENERATED,
+            name,
+            GIVEN if other_given else GENERATED,
+            gr.update(visible=True if image_given else "hidden"),
+            gr.update(visible=True if other_given else "hidden", label=f"The {name}"),
+            gr.update(visible=not (image_given or other_given)),
+            gr.update(visible=of_scenes and name == "segmentation"),
+        ]
+
+    return chosen
+
+
+def build_views(holder: Holder) -> tuple[widgets.Upload, widgets.Onward]:
+    """Lay the tab of views out; see `build`."""
+    with gr.Row(elem_classes="studio"):
+        with gr.Column(elem_classes="stage"):
+            with gr.Row(elem_classes="pair"):
+                image = widgets.upload("Image seen from the front", height=None, classes=["source"])
+                views = widgets.results("The other view", 1, "main-result", "says-view")
             status = widgets.status()
-            views = widgets.results("The other view", columns=2)
+            with gr.Row(elem_classes="composer"):
+                prompt = widgets.prompt_box(label="Caption (may be empty)")
+                make, stop = widgets.buttons("Show view")
+            onward = widgets.onward_buttons("views")
+        with gr.Column(elem_classes="drawers"):
+            if holder.examples:
+                gr.Examples([[file] for file in holder.examples], [image], label="Example images")
+            with gr.Group():
+                turn = gr.Slider(-TURN, TURN, 25, step=1, label="Turn (degrees around)")
+                rise = gr.Slider(-RISE, RISE, 0, step=1, label="Rise (degrees up)")
+            dial = gr.HTML(_dial(25, 0), label="Camera")
+            sampled = widgets.sampling()
 
     @limits.refusing(status)
     def other_view(
@@ -156,13 +199,14 @@ def _views(holder: Holder) -> None:
         request = Request(limits.text(prompt), frames=frames, **base)
         yield from _shown(holder, request, [f"{around:g}° around, {higher:g}° up"], person)
 
-    make.click(
+    run = make.click(
         other_view, [prompt, image, turn, rise, *sampled], [views, status],
         api_name="other_view", trigger_mode="once", **DEVICE,
     )  # fmt: skip
     stop.click(holder.stop, None, status, **QUICK)
     for slider in (turn, rise):
         slider.input(_dial, [turn, rise], dial, **QUICK)
+    return image, widgets.Onward(views, views, [run], status, onward)
 
 
 def _shown(
@@ -185,5 +229,5 @@ def _dial(turn: Any, rise: Any) -> str:
 <circle cx="60" cy="60" r="42" fill="none" stroke="currentColor" stroke-opacity="0.3"/>
 <rect x="54" y="54" width="12" height="12" fill="currentColor" fill-opacity="0.5"/>
 <circle cx="{first_x:.1f}" cy="{first_y:.1f}" r="5" fill="none" stroke="currentColor"/>
-<line x1="{x:.1f}" y1="{y:.1f}" x2="60" y2="60" stroke="#f97316" stroke-dasharray="3 3"/>
-<circle cx="{x:.1f}" cy="{y:.1f}" r="{6 + up / 5:.1f}" fill="#f97316"/></svg>"""
+<line x1="{x:.1f}" y1="{y:.1f}" x2="60" y2="60" stroke="var(--color-accent)" stroke-dasharray="3 3"/>
+<circle cx="{x:.1f}" cy="{y:.1f}" r="{6 + up / 5:.1f}" fill="var(--color-accent)"/></svg>"""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import html
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -17,30 +18,32 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 import gradio as gr
 from PIL import Image
 
-from imgdit.apps.demo import any_to_any, ask, control, create, features, limits, scale, text, unlearn
-from imgdit.apps.demo.holder import Holder
+from imgdit.apps.demo import any_to_any, ask, control, create, features, limits, scale, text, unlearn, widgets
+from imgdit.apps.demo.holder import QUICK, Holder
 from imgdit.apps.demo.limits import LIMITS
 from imgdit.apps.session import Session
 from imgdit.checkpoints import SCENES
+from imgdit.io.text import read_text
 
-CSS = """
-.gradio-container, .gradio-container main { width: 100% !important; }
-.gradio-container { max-width: 1500px !important; margin: auto; }
-footer { display: none !important; }
-/* Results are shown whole, as large as the window allows, small ones enlarged. */
-.result.square { aspect-ratio: 1; max-height: 76vh; }
-.result img { width: 100%; height: 100%; max-height: 76vh !important; object-fit: contain; }
-.results .grid-wrap { min-height: 0 !important; max-height: none !important; overflow: visible; }
-.results .grid-container img { max-height: 70vh; object-fit: contain; }
-.block > .wrap.hide { display: none; } /* gradio's progress, which is switched off and would say "Error" unseen */
-.note { font-size: 0.9em; opacity: 0.85; }
-"""
+HERE = Path(__file__).parent
 THEME = gr.themes.Default(
-    primary_hue="orange",
+    primary_hue="teal",
+    secondary_hue="teal",
+    neutral_hue="zinc",
     # The system's own fonts: a page that works offline fetches none.
     font=["system-ui", "sans-serif"],
     font_mono=["ui-monospace", "monospace"],
+).set(
+    button_primary_background_fill="*primary_700",
+    button_primary_background_fill_hover="*primary_800",
+    button_primary_background_fill_dark="*primary_700",
+    button_primary_background_fill_hover_dark="*primary_600",
+    button_primary_text_color="white",
 )
+BAR = """<div class="bar"><b>imgdit</b><span>Controllable images from {}.</span>
+<button id="theme" type="button" aria-label="Dark or light">◐</button></div>"""
+KEPT = 40
+"""Images of a person's history."""
 
 
 MCP = "pip install 'imgdit[mcp]'"
@@ -58,59 +61,98 @@ def build(holder: Holder, results: Path, takes_models: bool = False) -> gr.Block
         title="imgdit", analytics_enabled=False, delete_cache=(LIMITS.kept_seconds // 4, LIMITS.kept_seconds)
     ) as page:
         source = str(holder.session.shelf.places["model"])
-        name = "the embedded model" if source == str(SCENES) else f"`{Path(source).name}`"
-        gr.Markdown(f"# imgdit\nControllable images from {name}.")
+        name = "the embedded model" if source == str(SCENES) else html.escape(Path(source).name)
+        gr.HTML(BAR.format(name), padding=False)
         hidden = _hidden(holder)
         if hidden:
             gr.Markdown(" ".join(hidden.values()), elem_classes="note")
-        canvas = asked = None
-        with gr.Tabs() as tabs:
-            with gr.Tab("Create", id="create"):
-                created = create.build(holder)
-            if "Control" not in hidden:
-                with gr.Tab("Control", id="control"):
-                    canvas = control.build(holder)
-            if "Any-to-any" not in hidden:
-                with gr.Tab("Any-to-any", id="any"):
-                    any_to_any.build(holder)
-            if "Unlearn" not in hidden:
-                with gr.Tab("Unlearn", id="unlearn"):
-                    unlearn.build(holder)
-            if "Features" not in hidden:
-                with gr.Tab("Features", id="features"):
-                    features.build(holder)
-            if takes_models or ask.writes(holder.session):
-                with gr.Tab(ask.TITLE, id="ask"):
-                    asked = ask.build(holder, takes_models)
-            if (words := text.text_folder(holder.session)) is not None:
-                with gr.Tab("Text", id="text"):
-                    text.build(holder, words)
-            with gr.Tab("Scale", id="scale"):
-                scale.build(holder, results)
+        onward: list[widgets.Onward] = []
+        targets: dict[str, Any] = {}
+        with gr.Row(elem_classes="desk"):
+            with gr.Column(elem_classes="history"):
+                history = gr.Gallery(
+                    label="History", columns=1, format="png", type="filepath", show_label=False, allow_preview=False,
+                    interactive=False, buttons=[], object_fit="cover",
+                )  # fmt: skip
+            with gr.Column(), gr.Tabs(overflow_behavior="wrap") as tabs:
+                _tabs(holder, hidden, takes_models, onward, targets)
+        with gr.Accordion("For researchers: how μP scales", open=False, elem_id="scale"):
+            scale.build(holder, results)
+        _take_onward(onward, targets, tabs)
+        _remember(onward, history, tabs)
+    return page.queue(max_size=LIMITS.queue, default_concurrency_limit=4)
 
-        @limits.refusing(created.status)
-        def use(file: str | None) -> Iterator[Any]:
-            if file is None:
-                raise limits.Refused("create an image first, which then can be the condition of others")
-            yield {"background": file, "layers": [], "composite": None}, gr.Tabs(selected="control"), gr.skip()
 
-        @limits.refusing(created.status)
-        def look(file: str | None) -> Iterator[Any]:
-            if file is None:
-                raise limits.Refused("create an image first, which then can be captioned and asked about")
-            yield file, gr.Tabs(selected="ask"), gr.skip()
+def _tabs(
+    holder: Holder, hidden: dict[str, str], takes_models: bool, onward: list[widgets.Onward], targets: dict[str, Any]
+) -> None:
+    """Lay all tabs out, and note their results and the places that take one."""
+    with gr.Tab("Create", id="create"):
+        onward.append(create.build(holder))
+    if "Control" not in hidden:
+        with gr.Tab("Control", id="control"):
+            targets["control"], result = control.build(holder)
+            onward.append(result)
+    if any_to_any.pairs(holder.session):
+        with gr.Tab("Any-to-any", id="any"):
+            targets["any"], result = any_to_any.build(holder)
+            onward.append(result)
+    if any_to_any.knows_views(holder.session):
+        with gr.Tab("Views", id="views"):
+            targets["views"], result = any_to_any.build_views(holder)
+            onward.append(result)
+    if "Unlearn" not in hidden:
+        with gr.Tab("Unlearn", id="unlearn"):
+            onward.append(unlearn.build(holder))
+    if "Features" not in hidden:
+        with gr.Tab("Features", id="features"):
+            onward.append(features.build(holder))
+    if takes_models or ask.writes(holder.session):
+        with gr.Tab(ask.TITLE, id="ask"):
+            targets["ask"] = ask.build(holder, takes_models).image
+    if (words := text.text_folder(holder.session)) is not None:
+        with gr.Tab("Text", id="text"):
+            text.build(holder, words)
 
-        if asked is not None:
-            created.ask.visible = True
-            created.ask.click(
-                look, created.chosen, [asked.image, tabs, created.status], api_visibility="private",
+
+def _take_onward(onward: Sequence[widgets.Onward], targets: Mapping[str, Any], tabs: gr.Tabs) -> None:
+    """Let the buttons under results take them to the tabs that there are."""
+    for result in onward:
+        for place, button in result.buttons.items():
+            if place not in targets:
+                continue
+
+            @limits.refusing(result.status)
+            def take(shown: Any, place: str = place) -> Iterator[Any]:
+                file = widgets.shown_file(shown)
+                if file is None:
+                    raise limits.Refused("create an image first, which then can be used elsewhere")
+                value = {"background": file, "layers": [], "composite": None} if place == "control" else file
+                yield value, gr.Tabs(selected=place), gr.skip()
+
+            button.visible = True
+            button.click(
+                take, result.source, [targets[place], tabs, result.status], api_visibility="private",
                 show_progress="hidden",
             )  # fmt: skip
-        if canvas is not None:
-            created.use.click(
-                use, created.chosen, [canvas, tabs, created.status], api_visibility="private", show_progress="hidden"
-            )
-    return page.queue(max_size=LIMITS.queue, default_concurrency_limit=4)
+
+
+def _remember(onward: Sequence[widgets.Onward], history: gr.Gallery, tabs: gr.Tabs) -> None:
+    """Keep what a person generated at the side, the newest first; a click shows it where images are created."""
+    seen = gr.State([])
+
+    def remember(made: Any, before: list[str]) -> tuple[list[str], list[str]]:
+        names = {Path(file).name for file in before}
+        files = [*reversed([file for file in widgets.files_of(made) if Path(file).name not in names]), *before][:KEPT]
+        return files, files
+
+    def show(event: gr.SelectData) -> tuple[str, gr.Tabs]:
+        return event.value["image"]["path"], gr.Tabs(selected="create")
+
+    for result in onward:
+        for run in result.runs:
+            run.then(remember, [result.made, seen], [seen, history], **QUICK)
+    history.select(show, None, [onward[0].source, tabs], **QUICK)
 
 
 def _hidden(holder: Holder) -> dict[str, str]:
@@ -120,7 +162,7 @@ def _hidden(holder: Holder) -> dict[str, str]:
     found = {}
     if not session.shelf.controls:
         found["Control"] = f"Without Control: there are no condition adapters in `{adapters}`."
-    if not any_to_any.pairs(session) and "views" not in session.shelf.tasks:
+    if not any_to_any.pairs(session) and not any_to_any.knows_views(session):
         found["Any-to-any"] = "Without Any-to-any: this model generates images from text and conditions only."
     if not session.shelf.has_sae:
         trains = "`imgdit sae train RECIPE` makes one"
@@ -177,7 +219,8 @@ def serve(
         ssr_mode=False,
         mcp_server=mcp,
         theme=THEME,
-        css=CSS,
+        css_paths=HERE / "page.css",
+        js=read_text(HERE / "page.js"),
         footer_links=[],
     )
     if mcp and page.mcp_error:  # gradio would go on without

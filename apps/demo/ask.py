@@ -49,29 +49,38 @@ def build(holder: Holder, takes_models: bool) -> Ask:
         takes_models: people may name a folder or Hub repository of another model.
     """
     own = writes(holder.session)
-    with gr.Row():
-        with gr.Column(min_width=280):
-            image = widgets.upload("Image", height=300)
+    with gr.Row(elem_classes="studio"):
+        with gr.Column(elem_classes="stage"):
+            with gr.Row(elem_classes="pair"):
+                image = widgets.upload("Image", height=None, classes=["source"])
+                with gr.Column():
+                    said = gr.Textbox(
+                        label="Caption", interactive=False, lines=3, elem_classes="answer",
+                        placeholder="Give an image and press Caption.",
+                    )  # fmt: skip
+                    answer = gr.Textbox(
+                        label="Answer", interactive=False, lines=3, elem_classes="answer",
+                        placeholder="Write a question, or take one of the list, and press Ask.",
+                    )  # fmt: skip
+                    likely = gr.Label(label="How likely each answer is", visible=False)
+            status = widgets.status()
+            with gr.Row(elem_classes="composer"):
+                question = widgets.prompt_box(label="Question", lines=1)
+                with gr.Column():
+                    ask = gr.Button("Ask", variant="primary", min_width=80, elem_classes="make")
+                    caption = gr.Button("Caption", size="sm", min_width=80)
+        with gr.Column(elem_classes="drawers"):
             if holder.examples:
                 gr.Examples([[file] for file in holder.examples], [image], label="Example images")
-            question = widgets.prompt_box(label="Question", lines=1)
-            gr.Examples([[text] for text in examples.texts(holder.session).questions], [question], label="Questions")
-            with gr.Row():
-                caption = gr.Button("Caption", min_width=120)
-                ask = gr.Button("Ask", variant="primary", min_width=120)
+            widgets.chips(examples.texts(holder.session).questions, "Questions", question)
             choices = widgets.prompt_box(label="Answers to choose among, commas between them (may be empty)", lines=1)
-            model = widgets.prompt_box(
-                label="Model: a folder or Hub id" + ("; empty: this demo's own" if own else ""), lines=1
-            )
-            model.visible = takes_models
-            with gr.Accordion("Sampling", open=False):
+            with gr.Accordion("Model and sampling", open=False):
+                model = widgets.prompt_box(
+                    label="Model: a folder or Hub id" + ("; empty: this demo's own" if own else ""), lines=1
+                )
+                model.visible = takes_models
                 length = gr.Slider(0, LONGEST, 0, step=1, label="Tokens at most; 0: the model's own number")
                 seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**31 - 1)
-        with gr.Column(min_width=280):
-            status = widgets.status()
-            said = gr.Textbox(label="Caption", interactive=False, lines=3)
-            answer = gr.Textbox(label="Answer", interactive=False, lines=2)
-            likely = gr.Label(label="How likely each answer is", visible=False)
     handlers = _Handlers(holder, own, takes_models)
     given = [model, length, seed]
     caption.click(

@@ -18,18 +18,20 @@ from imgdit.apps.session import Session
 from imgdit.images import fit, open_image
 
 NAMES = {
-    "canny": "canny: edges",
+    "canny": "edges (canny)",
     "depth": "depth: near is white",
-    "segmentation": "segmentation: a colour per kind",
-    "mask": "mask: paint over what is to be filled",
-    "subject": "subject: the same thing elsewhere",
+    "segmentation": "segmentation: a colour per object",
+    "mask": "mask: what you paint over is generated",
+    "subject": "subject: the same object elsewhere",
+    "blur": "blurred copy: sharpen it",
+    "grey": "grey copy: colour it",
 }
 """What people read; other kinds by their own names."""
 INVERTED = "Inverted: the model reads white on black."
 
 
-def build(holder: Holder) -> widgets.Canvas:
-    """Lay the tab out; its canvas."""
+def build(holder: Holder) -> tuple[widgets.Canvas, widgets.Onward]:
+    """Lay the tab out; its canvas, and where its result can go."""
     session = holder.session
     texts, of_scenes = examples.texts(session), examples.of_scenes(session)
     kinds = [kind for kind in NAMES if kind in session.shelf.controls]
@@ -37,16 +39,24 @@ def build(holder: Holder) -> widgets.Canvas:
     choices = [(NAMES.get(kind, kind.replace("_", " ")), kind) for kind in kinds]
     first = kinds[0] if kinds else None
     side = session.default_size or 512
-    with gr.Row():
-        with gr.Column(min_width=280):
-            canvas = widgets.canvas("Upload an image or draw one", side, height=360)
+    with gr.Row(elem_classes="studio"):
+        with gr.Column(elem_classes="stage"):
+            with gr.Row(elem_classes="pair"):
+                canvas = widgets.canvas("Upload an image or draw one", side, height=360)
+                slider = widgets.compare_slider("Before and after", "says-control")
+            status = widgets.status()
+            with gr.Row(elem_classes="composer"):
+                prompt = widgets.prompt_box(texts.control)
+                make, stop = widgets.buttons("Control")
+            onward = widgets.onward_buttons("control")
+        with gr.Column(elem_classes="drawers"):
+            with gr.Group():
+                kind = gr.Dropdown(choices, value=first, label="The image is followed by its", interactive=bool(kinds))
+                find = gr.Checkbox(True, label="It is a photo: find the condition in it")
+            legend = gr.Markdown(examples.legend(), visible=of_scenes and first == "segmentation", elem_classes="note")
             sketch = [[{"background": file, "layers": [], "composite": file}] for file in holder.examples]
             if sketch:
-                gr.Examples(sketch, [canvas], label="Examples")
-            kind = gr.Dropdown(choices, value=first, label="It is a", interactive=bool(kinds))
-            legend = gr.Markdown(examples.legend(), visible=of_scenes and first == "segmentation", elem_classes="note")
-            find = gr.Checkbox(True, label="It is a photo: find the condition in it")
-            prompt = widgets.prompt_box(texts.control)
+                gr.Examples(sketch, [canvas], label="Example images")
             with gr.Accordion("Strength", open=False):
                 gr.Markdown(_about_adapters(holder))
                 strength = gr.Slider(0, 3, 1, step=0.05, label="Strength", info="1: as trained; 0: nothing")
@@ -54,25 +64,20 @@ def build(holder: Holder) -> widgets.Canvas:
                 end = gr.Slider(0, 1, 1, step=0.05, label="Ends after this fraction of the steps")
             with gr.Accordion("A second condition", open=False):
                 second = widgets.upload("Second image", height=200)
-                second_kind = gr.Dropdown(choices, value=first, label="It is a", interactive=bool(kinds))
+                second_kind = gr.Dropdown(choices, value=first, label="It is followed by its", interactive=bool(kinds))
                 second_strength = gr.Slider(0, 3, 1, step=0.05, label="Strength of the second")
             sampled = widgets.sampling()
-            make, stop = widgets.buttons("Control")
-        with gr.Column(min_width=280):
-            status = widgets.status()
-            slider = gr.ImageSlider(label="Before and after", interactive=False, format="png", elem_classes="result")
-            with gr.Row():
-                condition = widgets.result("Condition, as the model reads it")
-                file = gr.File(label="PNG that tells how it was made", interactive=False, height=120, min_width=220)
+            condition = widgets.result("Condition, as the model reads it")
+            file = gr.File(label="PNG that stores how it was generated", interactive=False, height=80)
 
-    make.click(
+    run = make.click(
         limits.refusing(status)(_Handlers(holder, kinds).control),
         [prompt, canvas, kind, find, strength, start, end, second, second_kind, second_strength, *sampled],
         [condition, slider, file, status], api_name="control", trigger_mode="once", **DEVICE,
     )  # fmt: skip
     stop.click(holder.stop, None, status, **QUICK)
     kind.change(lambda name: gr.Markdown(visible=of_scenes and name == "segmentation"), kind, legend, **QUICK)
-    return canvas
+    return canvas, widgets.Onward(file, file, [run], status, onward)
 
 
 class _Handlers:
@@ -137,7 +142,9 @@ class _Handlers:
         request = Request(text, controls=tuple(controls), **base)
         for shown in self.holder.make([request], person, [INVERTED] if inverted else []):
             if not shown.files:
-                yield gr.skip(), gr.skip(), gr.skip(), shown.status
+                preview = None if shown.preview is None else self.holder.keep(shown.preview)
+                now = gr.skip() if preview is None else (self.holder.keep(fit(photo, shown.preview.size)), preview)
+                yield gr.skip(), now, gr.skip(), shown.status
                 continue
             generated = open_image(shown.files[0])
             before = fit(photo, generated.size)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import gradio as gr
 
@@ -12,46 +11,42 @@ from imgdit.apps.demo import examples, limits, widgets
 from imgdit.apps.demo.holder import DEVICE, QUICK, Holder
 from imgdit.apps.demo.limits import LIMITS
 from imgdit.apps.jobs.request import Request
+from imgdit.scenes.meanings import KINDS
 
 
-class Create(NamedTuple):
-    """What other tabs use of this one."""
-
-    use: gr.Button
-    ask: gr.Button
-    status: gr.Textbox
-    chosen: gr.State
-    """File of the image that was clicked last, or generated last."""
-
-
-def build(holder: Holder) -> Create:
-    """Lay the tab out."""
+def build(holder: Holder) -> widgets.Onward:
+    """Lay the tab out; its image, and where that can go."""
     low, high, step = holder.sides
     side = holder.session.default_size or 512
     texts = examples.texts(holder.session)
-    with gr.Row():
-        with gr.Column(min_width=280):
-            prompt = widgets.prompt_box(texts.create)
-            if examples.of_scenes(holder.session):
-                gr.Markdown(f"What this model can draw:  \n{examples.vocabulary_note()}", elem_classes="note")
-            negative = widgets.prompt_box(label="Steer away from", lines=1)
-            # A model that was trained at one size generates no other well.
-            with gr.Row(visible=len(holder.session.shelf.taught.sizes) != 1):
-                width = gr.Slider(low, high, side, step=step, label="Width", min_width=120)
-                height = gr.Slider(low, high, side, step=step, label="Height", min_width=120)
-            count = gr.Slider(1, LIMITS.batch, 1, step=1, label="Images")
-            sampled = widgets.sampling()
-            dice = gr.Button("Draw another seed", size="sm")
-            make, stop = widgets.buttons("Create")
-            gr.Examples([[text] for text in texts.prompts], [prompt], label="Examples")
-        with gr.Column(min_width=280):
+    of_scenes = examples.of_scenes(holder.session)
+    with gr.Row(elem_classes="studio"):
+        with gr.Column(elem_classes="stage"):
+            image = widgets.main_result("Image", "says-create")
             status = widgets.status()
-            image = widgets.result("Image")
-            gallery = widgets.results("All images", columns=LIMITS.batch, enlarged=False)
-            with gr.Row():
-                use = gr.Button("Use as condition", visible=bool(holder.session.shelf.controls), min_width=120)
-                ask = gr.Button("Caption or ask about it", visible=False, min_width=120)
-            chosen = gr.State()
+            with gr.Row(elem_classes="composer"):
+                prompt = widgets.prompt_box(texts.create)
+                make, stop = widgets.buttons("Create")
+            unknown = gr.Markdown(elem_classes="note", visible=False)
+            with gr.Row(elem_classes="uses"):
+                again = gr.Button("Another seed", size="sm")
+                onward = widgets.onward_buttons("create")
+            gallery = gr.Gallery(label="All images", format="png", type="filepath", visible="hidden")
+        with gr.Column(elem_classes="drawers"):
+            if of_scenes:
+                with gr.Accordion("What this model can draw", open=True):
+                    for kind, names in KINDS.items():
+                        widgets.chips(names, f"{kind.capitalize()}s", prompt, adding=True)
+            with gr.Accordion("Example prompts", open=not of_scenes):
+                widgets.chips(texts.prompts, "", prompt)
+            sampled = widgets.sampling()
+            with gr.Accordion("More", open=False):
+                negative = widgets.prompt_box(label="Steer away from", lines=1)
+                count = gr.Slider(1, LIMITS.batch, 1, step=1, label="Images")
+                # A model that was trained at one size generates no other well.
+                with gr.Row(visible=len(holder.session.shelf.taught.sizes) != 1):
+                    width = gr.Slider(low, high, side, step=step, label="Width", min_width=120)
+                    height = gr.Slider(low, high, side, step=step, label="Height", min_width=120)
 
     @limits.refusing(status)
     def create(
@@ -84,16 +79,24 @@ def build(holder: Holder) -> Create:
             else:
                 yield shown.preview if shown.preview is not None else gr.skip(), shown.files, shown.status
 
-    def chose(event: gr.SelectData) -> tuple[str, str]:
-        file = event.value["image"]["path"]
-        return file, file
-
+    given = [prompt, negative, width, height, *sampled, count]
     run = gr.on(
-        [make.click, prompt.submit], create, [prompt, negative, width, height, *sampled, count],
-        [image, gallery, status], api_name="create", trigger_mode="once", **DEVICE,
+        [make.click, prompt.submit], create, given, [image, gallery, status],
+        api_name="create", trigger_mode="once", **DEVICE,
     )  # fmt: skip
+    other = again.click(widgets.another_seed, None, sampled.seed, **QUICK).then(
+        create, given, [image, gallery, status], api_visibility="private", trigger_mode="once", **DEVICE
+    )
     stop.click(holder.stop, None, status, **QUICK)
-    run.then(lambda files: files[-1][0] if files else None, gallery, chosen, **QUICK)
-    gallery.select(chose, None, [chosen, image], **QUICK)
-    dice.click(lambda: random.randrange(2**31), None, sampled.seed, **QUICK)
-    return Create(use, ask, status, chosen)
+    prompt.change(_about_words(holder), prompt, unknown, trigger_mode="always_last", **QUICK)
+    return widgets.Onward(image, gallery, [run, other], status, onward)
+
+
+def _about_words(holder: Holder) -> Any:
+    """What tells words that the model was never taught while they are written."""
+
+    def told(prompt: str) -> Any:
+        remark = holder.session.shelf.about_words([prompt or ""])
+        return gr.Markdown(limits.as_sentence(remark) if remark else "", visible=bool(remark))
+
+    return told

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+import base64
+import io
+from collections.abc import Sequence
+from functools import cache, lru_cache
 from itertools import product
 from random import Random
 from typing import Any, NamedTuple
 
 from imgdit.apps.jobs.plan import PROMPTS
+from imgdit.images import to_image
 from imgdit.scenes.captions import caption
-from imgdit.scenes.meanings import KINDS
-from imgdit.scenes.world import OBJECTS, Scene
+from imgdit.scenes.render import render
+from imgdit.scenes.world import OBJECTS, STYLES, Camera, Scene, SceneObject
 
 BANK = 24
 """Prompts whose images are looked through for a feature's strongest."""
+
+CHIP = 56
+"""Pixels of a concept's image."""
 
 SHADES = ("black", "red", "green", "blue", "yellow", "magenta", "cyan", "white", "grey")
 """What people call the colours of `imgdit.scenes.tasks.PALETTE`."""
@@ -93,9 +100,32 @@ def _others() -> Texts:
     )
 
 
-def vocabulary_note() -> str:
-    """What scenes are made of, in Markdown."""
-    return "  \n".join(f"**{kind.capitalize()}s** {', '.join(names)}" for kind, names in KINDS.items())
+def concept_style(session: Any, concepts: Sequence[str]) -> str:
+    """A style sheet that puts an image before the name of each concept of the group `concepts`; empty where the model
+    knows no scenes.
+
+    Args:
+        session: the model.
+        concepts: in the order of the page.
+    """
+    if not of_scenes(session):
+        return ""
+    rules = []
+    for i, name in enumerate(concepts, 1):
+        if name in OBJECTS + STYLES:
+            image = f"url(data:image/jpeg;base64,{_concept_image(name)})"
+            rules.append(f"#concepts label:nth-of-type({i})::before {{ background-image: {image}; }}")
+    return f"<style>{' '.join(rules)}</style>"
+
+
+@cache
+def _concept_image(name: str) -> str:
+    """A small JPEG in base64 of an object, or of a cube in a style."""
+    kind, style = (name, "photo") if name in OBJECTS else ("cube", name)
+    scene = Scene((SceneObject(kind, "orange", yaw=30.0),), style=style, camera=Camera(distance=3.6))
+    file = io.BytesIO()
+    to_image(render([scene], CHIP).rgb[0]).save(file, "JPEG", quality=80)
+    return base64.b64encode(file.getvalue()).decode()
 
 
 def legend() -> str:

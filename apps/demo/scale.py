@@ -1,4 +1,4 @@
-"""Tab: what μP does to activations and to the best learning rate."""
+"""Page below the tabs: what μP does to activations and to the best learning rate."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PLOTS = {
 
 
 def build(holder: Holder, results: Path) -> None:
-    """Lay the tab out.
+    """Lay the page out.
 
     Args:
         results: folder that `imgdit mup …` wrote to.
@@ -42,11 +42,13 @@ def build(holder: Holder, results: Path) -> None:
         with gr.Column(min_width=280):
             status = widgets.status()
             plot = widgets.result("Coordinate check", square=False)
+    with gr.Row(elem_classes="heading"):
+        missing = gr.Markdown(_missing(results))
+        refresh = gr.Button("Look for results again", size="sm")
     recorded = gr.Gallery(
-        _recorded(results), label="Recorded results", columns=2, object_fit="contain", interactive=False
-    )
-    refresh = gr.Button("Look for results again", size="sm")
-    missing = gr.Markdown(_missing(results))
+        _recorded(results), label="Recorded results", columns=2, object_fit="contain", interactive=False,
+        visible=bool(_recorded(results)), type="filepath",
+    )  # fmt: skip
 
     @limits.refusing(status)
     def coordinate_check(widths: list[int], steps: int, person: gr.Request) -> Iterator[tuple[Any, Any, str]]:
@@ -74,13 +76,14 @@ def build(holder: Holder, results: Path) -> None:
         yield str(path), _slopes(found["mup"], found["standard"]), "Done."
 
     @limits.refusing()
-    def recorded_plots() -> tuple[list[tuple[str, str]], str]:
+    def recorded_plots() -> tuple[Any, str]:
         """The plots that `imgdit mup` wrote: coordinate check and learning-rate transfer.
 
         Returns:
             files with the commands that made them, and what is missing.
         """
-        return _recorded(results), _missing(results)
+        found = _recorded(results)
+        return gr.Gallery(found, visible=bool(found)), _missing(results)
 
     run.click(
         coordinate_check, [widths, steps], [plot, table, status],

@@ -102,7 +102,7 @@ def drawn(found: Revealed) -> str:
     boxes = []
     for token, step in zip(found.tokens, found.order):
         shade = 0.12 + 0.68 * step / max(found.steps, 1)
-        colour = f"rgba(249, 115, 22, {shade:.2f})" if step else "rgba(128, 128, 128, 0.18)"
+        colour = f"rgba(13, 148, 136, {shade:.2f})" if step else "rgba(128, 128, 128, 0.18)"
         boxes.append(
             f'<span style="display:inline-block;margin:2px;padding:2px 6px;border-radius:4px;text-align:center;'
             f'background:{colour}">{html.escape(token)}<br><small>{step or "given"}</small></span>'
@@ -122,19 +122,25 @@ def history(found: Revealed) -> list[str]:
 
 def build(holder: Holder, folder: Path) -> None:
     """Lay the tab out, for the language model in a folder."""
-    with gr.Row():
-        with gr.Column(min_width=280):
-            prompt = widgets.prompt_box(EXAMPLES[2], f"Beginning of a caption, or one with {HOLE} for words to fill")
-            length = gr.Slider(1, LONGEST, 24, step=1, label="New tokens, where there is nothing to fill")
-            block = gr.Slider(1, LONGEST, 4, step=1, label="Tokens of a block; 1 writes from left to right")
-            temperature = gr.Slider(0, 2, 0.7, step=0.1, label="Temperature")
-            seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**31 - 1)
-            make = gr.Button("Write", variant="primary", min_width=120)
-            gr.Examples([[text] for text in EXAMPLES], [prompt], label="Examples")
-        with gr.Column(min_width=280):
+    with gr.Row(elem_classes="studio"):
+        with gr.Column(elem_classes="stage"):
+            text = gr.Textbox(
+                label="Text", interactive=False, lines=3, elem_classes="answer",
+                placeholder="Write the beginning of a caption below, or one with holes, and press Write.",
+            )  # fmt: skip
             status = widgets.status()
-            text = gr.Textbox(label="Text", interactive=False, lines=2)
+            with gr.Row(elem_classes="composer"):
+                prompt = widgets.prompt_box(EXAMPLES[2], f"Beginning of a caption, or with {HOLE} for words to fill")
+                with gr.Column():
+                    make = gr.Button("Write", variant="primary", min_width=80, elem_classes="make")
             order = gr.HTML(label="Order")
+        with gr.Column(elem_classes="drawers"):
+            widgets.chips(EXAMPLES, "Examples", prompt)
+            with gr.Accordion("Sampling", open=True):
+                length = gr.Slider(1, LONGEST, 24, step=1, label="New tokens, where there is nothing to fill")
+                block = gr.Slider(1, LONGEST, 4, step=1, label="Tokens of a block; 1 writes from left to right")
+                temperature = gr.Slider(0, 2, 0.7, step=0.1, label="Temperature")
+                seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**31 - 1)
 
     @limits.refusing(status)
     def write(

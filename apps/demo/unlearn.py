@@ -12,7 +12,6 @@ import torch
 from imgdit.apps.demo import examples, limits, widgets
 from imgdit.apps.demo.heat import overlay
 from imgdit.apps.demo.holder import DEVICE, QUICK, Holder
-from imgdit.apps.demo.limits import LIMITS
 from imgdit.apps.jobs.request import Request
 from imgdit.images import open_image
 from imgdit.sae.concept_maps import concept_maps
@@ -25,30 +24,37 @@ FAINT = 0.5
 SEARCHING = "Looking where the concepts are seen."
 
 
-def build(holder: Holder) -> None:
-    """Lay the tab out, for a model with concepts."""
+def build(holder: Holder) -> widgets.Onward:
+    """Lay the tab out, for a model with concepts; its result, and where that can go."""
     session = holder.session
     concepts = session.unlearner.concepts
     example = examples.texts(session).unlearn
     books = session.unlearner.books.values()
     stored = next((selection.multiplier for book in books for selection in book.selections.values()), -1.0)
-    with gr.Row():
-        with gr.Column(min_width=280):
-            chosen_first = [name for name in concepts if name in example][:1] or concepts[
-                :1
-            ]  # one click shows something
-            chosen = gr.CheckboxGroup(concepts, value=chosen_first, label="Concepts to unlearn")
-            prompt = widgets.prompt_box(example)
-            mode = gr.Radio(MODES, value="scale", label="How")
-            multiplier = gr.Slider(-20, 1, stored, step=0.1, label="Multiplier (of scale)", info="lower: stronger")
-            sampled = widgets.sampling()
-            make, stop = widgets.buttons("Unlearn")
-        with gr.Column(min_width=280):
+    chosen_first = [name for name in concepts if name in example][:1] or concepts[:1]  # one click shows something
+    with gr.Row(elem_classes="studio"):
+        with gr.Column(elem_classes="stage"):
+            with gr.Row(elem_classes="compared"):
+                with gr.Column():
+                    slider = widgets.compare_slider("As it is, and unlearned", "says-unlearn")
+                with gr.Column(elem_classes="thumbs"):
+                    plain = widgets.result("As it is")
+                    without = widgets.result("Unlearned")
+                    heat = widgets.result("Concepts seen")
             status = widgets.status()
-            with gr.Row():
-                plain = widgets.result("As it is")
-                without = widgets.result("Unlearned")
-            heat = widgets.result("Where the concepts are seen")
+            with gr.Row(elem_classes="composer"):
+                prompt = widgets.prompt_box(example)
+                make, stop = widgets.buttons("Unlearn")
+            onward = widgets.onward_buttons("unlearn")
+        with gr.Column(elem_classes="drawers"):
+            chosen = gr.CheckboxGroup(
+                concepts, value=chosen_first, label="Concepts to unlearn", elem_classes="concepts", elem_id="concepts"
+            )
+            if style := examples.concept_style(session, concepts):
+                gr.HTML(style, padding=False, elem_classes="unseen")
+            mode, multiplier = _how(stored)
+            sampled = widgets.sampling()
+            gr.Markdown("Both images start from the same noise.", elem_classes="note")
 
     @limits.refusing(status)
     def unlearn(
@@ -81,7 +87,7 @@ def build(holder: Holder) -> None:
         )
         shown = None
         for shown in holder.make([base, other], person):
-            first, second = [*shown.files, gr.skip(), gr.skip()][:2]
+            first, second = widgets.two_of(holder, shown)
             status = SEARCHING if shown.over and len(shown.files) == 2 else shown.status
             yield first, second, None, status
         if shown is not None and len(shown.files) == 2:
@@ -91,12 +97,29 @@ def build(holder: Holder) -> None:
             kept = None if image is None else holder.keep(image)
             yield shown.files[0], shown.files[1], kept, f"{shown.status} {note}".strip()
 
-    make.click(
+    run = make.click(
         unlearn, [prompt, chosen, mode, multiplier, *sampled], [plain, without, heat, status],
         api_name="unlearn", trigger_mode="once", **DEVICE,
     )  # fmt: skip
     stop.click(holder.stop, None, status, **QUICK)
-    gr.Markdown(f"Both images start from the same noise; up to {LIMITS.steps} steps.")
+    widgets.compare_when_changed(slider, plain, without)
+    return widgets.Onward(without, without, [run], status, onward)
+
+
+def _how(stored: float) -> tuple[gr.Radio, gr.Slider]:
+    """What happens to the concepts, folded away.
+
+    Args:
+        stored: the concepts' own multiplier.
+    """
+    with gr.Accordion("How", open=False):
+        mode = gr.Radio(MODES, value="scale", label="What happens to the concepts' features")
+        multiplier = gr.Slider(
+            -20, 1, stored, step=0.1, label="Multiplier (of scale)",
+            info="1 changes nothing, 0 removes the concept; the further below 0, the stronger.",
+        )  # fmt: skip
+    mode.change(lambda name: gr.Slider(visible=name == "scale"), mode, multiplier, **QUICK)
+    return mode, multiplier
 
 
 def _seen(holder: Holder, request: Request, names: Sequence[str]) -> tuple[torch.Tensor | None, str]:

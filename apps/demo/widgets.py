@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+import re
 from abc import ABCMeta
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -10,6 +12,7 @@ import gradio as gr
 from PIL import Image
 
 from imgdit.apps.demo import limits
+from imgdit.apps.demo.holder import QUICK, Holder, Shown
 from imgdit.apps.demo.limits import LIMITS
 from imgdit.defaults import GUIDANCE, STEPS
 
@@ -73,9 +76,19 @@ class Drawing(NamedTuple):
         return _is_paper(self.image) and (self.below is None or _is_paper(self.below))
 
 
-def upload(label: str, height: int) -> Upload:
-    """A place for an image."""
-    return Upload(label=label, height=height, type="filepath", sources=["upload", "clipboard"])
+def upload(label: str, height: int | None, classes: Sequence[str] = (), visible: Any = True) -> Upload:
+    """A place for an image.
+
+    Args:
+        label: above it.
+        height: in pixels of the page; `None`: the classes tell.
+        classes: of the page's style.
+        visible: as of any component.
+    """
+    return Upload(
+        label=label, height=height, type="filepath", sources=["upload", "clipboard"], elem_classes=list(classes),
+        visible=visible,
+    )  # fmt: skip
 
 
 def canvas(label: str, side: int, height: int) -> Canvas:
@@ -151,28 +164,113 @@ class Sampling(NamedTuple):
     seed: gr.Number
 
 
+class Onward(NamedTuple):
+    """A result of a tab, and the buttons that take it to other tabs; hidden until there is somewhere to take it."""
+
+    source: Any
+    """Component that shows the result, by its file."""
+    made: Any
+    """Component with the files of a run, for the history."""
+    runs: Sequence[Any]
+    """Events that generate."""
+    status: gr.Textbox
+    buttons: dict[str, gr.Button]
+    """By the name of where they go."""
+
+
+ONWARD = {
+    "control": "Use as condition",
+    "any": "Use as clean frame",
+    "views": "Turn the camera",
+    "ask": "Caption or ask about it",
+}
+"""Where a result may go: ids of tabs, and what the buttons say."""
+
+
+def onward_buttons(here: str) -> dict[str, gr.Button]:
+    """A row of buttons under a result.
+
+    Args:
+        here: id of this tab.
+    """
+    with gr.Row(elem_classes="uses"):
+        return {name: gr.Button(label, size="sm", visible=False) for name, label in ONWARD.items() if name != here}
+
+
+def shown_file(value: Any) -> str | None:
+    """File of what a component shows; of several, the first."""
+    return files_of(value)[0] if value else None
+
+
+def files_of(value: Any) -> list[str]:
+    """Files of what a component shows."""
+    if not value:
+        return []
+    return [value] if isinstance(value, str) else [item if isinstance(item, str) else item[0] for item in value]
+
+
+def main_result(label: str, says: str) -> gr.Image:
+    """The image of a tab, as large as the window allows.
+
+    Args:
+        label: above it.
+        says: class of what it says while it is empty, see page.css.
+    """
+    return gr.Image(
+        label=label, min_width=120, interactive=False, format="png", type="filepath",
+        buttons=["download", "fullscreen"], elem_classes=["result", "main-result", says],
+    )  # fmt: skip
+
+
+def compare_slider(label: str, says: str) -> gr.ImageSlider:
+    """Two images over each other, as large as the window allows, with a line to drag; see `main_result`."""
+    return gr.ImageSlider(
+        label=label, interactive=False, format="png", type="filepath", max_height=2000,
+        elem_classes=["result", "main-result", "compare", says],
+    )  # fmt: skip
+
+
+def compare_when_changed(slider: gr.ImageSlider, first: gr.Image, second: gr.Image) -> None:
+    """Show two images in a slider whenever one of them changes; the first alone while there is no second."""
+
+    def together(one: str | None, other: str | None) -> tuple[str, str] | None:
+        return None if one is None else (one, other or one)
+
+    gr.on([first.change, second.change], together, [first, second], slider, trigger_mode="always_last", **QUICK)
+
+
+def two_of(holder: Holder, shown: Shown) -> tuple[Any, Any]:
+    """What a pair of images shows while it is generated: those that are finished, and how far the next one is."""
+    preview = gr.skip() if shown.preview is None else holder.keep(shown.preview)
+    if len(shown.files) == 2 or shown.over:
+        first, second = [*shown.files, None, None][:2]
+        return first, second
+    return (shown.files[0], preview) if shown.files else (preview, None)
+
+
 def result(label: str, square: bool = True) -> gr.Image:
-    """An image that was generated, shown whole; it can be downloaded and enlarged, and is sent nowhere.
+    """A smaller image that was generated, shown whole; it can be downloaded and enlarged, and is sent nowhere.
 
     Args:
         square: as high as it is wide, also while it is empty.
     """
     return gr.Image(
-        label=label, min_width=120, interactive=False, format="png", buttons=["download", "fullscreen"],
-        elem_classes="result square" if square else "result",
+        label=label, min_width=80, interactive=False, format="png", type="filepath",
+        buttons=["download", "fullscreen"], elem_classes=["result", "square", "small"] if square else ["result"],
     )  # fmt: skip
 
 
-def results(label: str, columns: int, enlarged: bool = True) -> gr.Gallery:
+def results(label: str, columns: int, *classes: str) -> gr.Gallery:
     """Several images that were generated, shown whole.
 
     Args:
+        label: above them.
         columns: at most.
-        enlarged: fewer of them than columns fill the width.
+        classes: of the page's style, besides.
     """
     return gr.Gallery(
-        label=label, columns=columns, format="png", interactive=False, object_fit="contain", fit_columns=enlarged,
-        buttons=["download", "fullscreen"], elem_classes="results",
+        label=label, columns=columns, format="png", interactive=False, object_fit="contain", type="filepath",
+        buttons=["download", "fullscreen"], elem_classes=["results", *classes],
     )  # fmt: skip
 
 
@@ -181,14 +279,59 @@ def prompt_box(value: str = "", label: str = "Prompt", lines: int = 2) -> gr.Tex
     return gr.Textbox(value, label=label, lines=lines, max_length=LIMITS.prompt)
 
 
+def chips(names: Sequence[str], label: str, box: gr.Textbox, *, adding: bool = False) -> gr.Dataset:
+    """Words to click; each is the text of a box, or is added to it.
+
+    Args:
+        names: the words.
+        label: above them.
+        box: where they go.
+        adding: to what the box has, see `with_word`.
+    """
+    found = gr.Dataset(
+        components=[box], samples=[[name] for name in names], label=label, samples_per_page=100, elem_classes="chips"
+    )
+    if adding:
+        found.click(lambda word, text: with_word(text, word[0], names), [found, box], box, **QUICK)
+    else:
+        found.click(lambda word: word[0], found, box, **QUICK)
+    return found
+
+
+def with_word(text: str, word: str, kind: Sequence[str]) -> str:
+    """A prompt with a word: in place of the only one of its kind that the prompt has, else at its end.
+
+    Args:
+        text: the prompt.
+        word: is one of `kind`.
+        kind: words of which a prompt usually has one.
+    """
+    pattern = r"\b(" + "|".join(sorted(map(re.escape, kind), key=len, reverse=True)) + r")\b"
+    if len(re.findall(pattern, text or "")) == 1:
+        return re.sub(pattern, word, text)
+    return f"{text.rstrip(' ,')}, {word}" if (text or "").strip() else word
+
+
+PRESETS = (("Draft", 10), ("Standard", STEPS), ("Fine", LIMITS.steps))
+"""Numbers of steps that have a name."""
+
+
 def sampling() -> Sampling:
     """Steps, guidance and seed, folded away."""
     with gr.Accordion("Sampling", open=False):
-        return Sampling(
-            gr.Slider(1, LIMITS.steps, STEPS, step=1, label="Steps"),
-            gr.Slider(0, LIMITS.guidance, GUIDANCE, step=0.1, label="Guidance"),
-            gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**31 - 1),
-        )
+        preset = gr.Radio(PRESETS, value=STEPS, label="Preset")
+        steps = gr.Slider(1, LIMITS.steps, STEPS, step=1, label="Steps")
+        guidance = gr.Slider(0, LIMITS.guidance, GUIDANCE, step=0.1, label="Guidance")
+        seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**31 - 1)
+        dice = gr.Button("Draw another seed", size="sm")
+    preset.input(lambda number: number, preset, steps, **QUICK)
+    dice.click(another_seed, None, seed, **QUICK)
+    return Sampling(steps, guidance, seed)
+
+
+def another_seed() -> int:
+    """At random."""
+    return random.randrange(2**31)
 
 
 def read_sampling(steps: Any, guidance: Any, seed: Any) -> dict[str, Any]:
@@ -201,11 +344,14 @@ def read_sampling(steps: Any, guidance: Any, seed: Any) -> dict[str, Any]:
 
 
 def buttons(name: str) -> tuple[gr.Button, gr.Button]:
-    """What starts and what stops."""
-    with gr.Row():
-        return gr.Button(name, variant="primary", min_width=120), gr.Button("Stop", variant="stop", min_width=80)
+    """What starts and what stops, in a column; page.js presses them for Ctrl+Enter and Esc."""
+    with gr.Column():
+        return (
+            gr.Button(name, variant="primary", min_width=80, elem_classes="make"),
+            gr.Button("Stop", variant="secondary", min_width=80, elem_classes="halt", size="sm"),
+        )
 
 
 def status() -> gr.Textbox:
     """Says how far it is."""
-    return gr.Textbox(label="Status", interactive=False, lines=1, max_lines=4)
+    return gr.Textbox(label="Status", interactive=False, lines=1, max_lines=4, elem_classes="status")

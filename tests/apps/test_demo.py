@@ -21,7 +21,7 @@ from PIL import Image, ImageColor
 from tiny_control import flux, sd3, with_texts
 from tiny_runs import small_pipeline, with_concepts
 
-from imgdit.apps.demo import app, examples, features, limits, widgets
+from imgdit.apps.demo import any_to_any, app, examples, features, limits, widgets
 from imgdit.apps.jobs.conditions import drawn_map, lines_on_black
 from imgdit.apps.jobs.png import read_origin
 from imgdit.apps.jobs.request import Request
@@ -30,6 +30,7 @@ from imgdit.apps.jobs.shelf import Shelf
 from imgdit.apps.session import Session
 from imgdit.defaults import GUIDANCE, STEPS
 from imgdit.images import open_image
+from imgdit.scenes.meanings import KINDS
 from imgdit.scenes.tasks import PALETTE
 from imgdit.scenes.world import OBJECTS
 
@@ -390,6 +391,32 @@ def test_a_feature_that_is_never_active_says_so(demo, client, monkeypatch):
     assert "feature 7 is never active in this image" in client.predict(**said, factor=3.0, api_name="/steer")[2]
 
 
+@pytest.mark.parametrize(
+    ("prompt", "word", "kind", "found"),
+    [
+        ("a red cube, neon style", "sphere", "object", "a red sphere, neon style"),
+        ("a red cube and a blue sphere", "cone", "object", "a red cube and a blue sphere, cone"),
+        ("a cube", "green", "colour", "a cube, green"),
+        ("a cube at night", "at sunset", "background", "a cube at sunset"),
+        ("", "cube", "object", "cube"),
+    ],
+)
+def test_a_chip_replaces_the_only_word_of_its_kind(prompt, word, kind, found):
+    assert widgets.with_word(prompt, word, KINDS[kind]) == found
+
+
+def test_a_slider_reaches_as_far_as_its_feature_needs():
+    assert features._reach(100.0) == 4 and features._reach(5.0) == 20 and features._reach(0.0) == features.REACH
+
+
+def test_every_task_of_a_pair_has_a_meaning():
+    kinds = ["depth", "canny"]
+    meanings = [any_to_any._meaning(task, kinds) for task in any_to_any._tasks(kinds)]
+    assert len(set(meanings)) == 6 and meanings[0] == ("depth", True, False)
+    with pytest.raises(limits.Refused, match="the task must be one of"):
+        any_to_any._meaning("a cube of an image", kinds)
+
+
 def test_the_legend_names_the_palette():
     """`green` is what the web calls lime."""
     exact = [ImageColor.getrgb({"green": "lime", "grey": "#808080"}.get(name, name)) for name in examples.SHADES]
@@ -407,7 +434,7 @@ def test_other_models_get_their_own_examples_and_only_tabs_with_something_in_the
         text = json.dumps(httpx.get(f"{address}config").json()["components"], ensure_ascii=False)
         assert not re.search("octahedr|pyramid|torus|What this model can draw", text)
         tabs = re.findall(r'"type": "tabitem".*?"label": "(.*?)"', text)
-        assert tabs == ["Create", "Caption & Ask", "Scale"]
+        assert tabs == ["Create", "Caption & Ask"]
         assert "no condition adapters" in text and "no sparse autoencoder" in text
     finally:
         page.close(verbose=False)
