@@ -191,6 +191,8 @@ def selection(name, features, factor_means, timesteps=(1000.0, 500.0, 0.0), thre
         means=torch.tensor([factor_means] * steps, dtype=torch.float32).view(steps, count),
         thresholds=torch.full((steps, count), threshold),
         replacement=torch.ones(steps, WIDTH),
+        mean=torch.zeros(steps, WIDTH),
+        others=("another",),
     )
 
 

@@ -9,7 +9,7 @@ import dataclasses
 import json
 import math
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -106,15 +106,14 @@ class ConceptSelection:
     """How strongly it is unlearned where nothing else is said, see `ConceptUnlearner.attach`."""
     origin: dict[str, Any] = dataclasses.field(default_factory=dict)
     """How it was selected: rule, prompts, seed, arguments of the pipeline."""
+    mean: torch.Tensor | None = None
+    """(S, d) mean activation vector of the concept; `None` in files of earlier versions."""
+    others: tuple[str, ...] = ()
+    """The concepts that it was told apart from."""
 
     def at(self, timestep: float) -> ConceptStep:
         """The selection at a timestep, linear between those it was made at, the nearest outside of them."""
-        rising = self.timesteps[::-1]
-        after = bisect_right(rising, timestep)
-        last = len(rising) - 1
-        low, high = last - max(after - 1, 0), last - min(after, last)  # places in the falling order
-        gap = self.timesteps[high] - self.timesteps[low]
-        fraction = (timestep - self.timesteps[low]) / gap if gap else 0.0
+        low, high, fraction = self._place(timestep)
         weights = torch.lerp(self.selected[low].float(), self.selected[high].float(), fraction)
         kept = weights > 0
 
@@ -128,6 +127,41 @@ class ConceptSelection:
             weights[kept],
             between(self.replacement),
         )
+
+    def _place(self, timestep: float) -> tuple[int, int, float]:
+        """Numbers of the timesteps around one, and how far it lies towards the second."""
+        rising = self.timesteps[::-1]
+        after = bisect_right(rising, timestep)
+        last = len(rising) - 1
+        low, high = last - max(after - 1, 0), last - min(after, last)  # places in the falling order
+        gap = self.timesteps[high] - self.timesteps[low]
+        return low, high, (timestep - self.timesteps[low]) / gap if gap else 0.0
+
+    def exchanged(self, known: Mapping[str, ConceptSelection], unlearned: Collection[str]) -> ConceptSelection:
+        """A copy whose `replacement` is what turns its mean activation into that of the nearest other concept.
+
+        Args:
+            known: selections by name, in which the other concept is looked for.
+            unlearned: names that must not take its place. Where none is left, the mean of all others does.
+
+        Raises:
+            ValueError: its mean is not known, or it was told apart from nothing.
+        """
+        if self.mean is None or not self.others:
+            raise ValueError(
+                f"the concept {self.name!r} has no mean activation of its own and of others, which mode='replace' "
+                "needs in a text; select it anew with `learn`, together with other concepts of its kind, or use "
+                "another mode"
+            )
+        values = [self.replacement]
+        for name in self.others:
+            other = known.get(name)
+            if other is not None and other.mean is not None and name not in unlearned:
+                places = [other._place(timestep) for timestep in self.timesteps]
+                values.append(torch.stack([torch.lerp(other.mean[i], other.mean[j], t) for i, j, t in places]))
+        changes = [value - self.mean for value in values[1:] or values]
+        nearest = min(changes, key=lambda change: float(change.square().sum()))
+        return dataclasses.replace(self, replacement=nearest)
 
 
 def select_concept(
@@ -180,6 +214,8 @@ def select_concept(
         replacement=statistics.inputs[concept] if rest else statistics.others(concept, statistics.inputs),
         multiplier=multiplier,
         origin={"percentile": percentile, "top_n": top_n, "floor": floor, **(origin or {})},
+        mean=statistics.inputs[concept],
+        others=tuple(name for name in statistics.inputs if name != concept),
     )
 
 
@@ -228,11 +264,11 @@ class ConceptBook:
         tensors = {
             f"{name}/{part}": getattr(selection, part).contiguous()
             for name, selection in self.selections.items()
-            for part in _STORED
+            for part in (*_STORED, *(("mean",) if selection.mean is not None else ()))
         }
         write_tensors(folder / _TENSORS, tensors)
         concepts = {
-            name: {"timesteps": s.timesteps, "multiplier": s.multiplier, "origin": s.origin}
+            name: {"timesteps": s.timesteps, "multiplier": s.multiplier, "origin": s.origin, "others": s.others}
             for name, s in self.selections.items()
         }
         values = {"format": FORMAT, "sae": self.sae, "model": self.model, "concepts": concepts}
@@ -264,14 +300,17 @@ class ConceptBook:
             missing = [part for part in _STORED if f"{name}/{part}" not in tensors]
             if missing:
                 raise ValueError(f"{folder / _TENSORS} has no {name}/{missing[0]}")
-            parts = {part: tensors[f"{name}/{part}"] for part in _STORED}
+            parts = {part: tensors[f"{name}/{part}"] for part in (*_STORED, "mean") if f"{name}/{part}" in tensors}
             timesteps = _timesteps(entry, f"{folder / CONCEPTS}: {name}")
             _check_shapes(parts, len(timesteps), f"{folder / _TENSORS}: {name}")
             multiplier = entry.get("multiplier", -1.0)
             if type(multiplier) not in (int, float) or not math.isfinite(multiplier):
                 raise ValueError(f"{folder / CONCEPTS}: {name}: multiplier must be a number, got {multiplier!r:.60}")
-            origin = entry.get("origin") or {}
-            selections[name] = ConceptSelection(name, timesteps, **parts, multiplier=float(multiplier), origin=origin)
+            others = entry.get("others", [])
+            if not isinstance(others, list) or not all(isinstance(other, str) for other in others):
+                raise ValueError(f"{folder / CONCEPTS}: {name}: others must be a list of names, got {others!r:.60}")
+            more = {"multiplier": float(multiplier), "origin": entry.get("origin") or {}, "others": tuple(others)}
+            selections[name] = ConceptSelection(name, timesteps, **parts, **more)
         elsewhere = values.get("saes")
         if elsewhere is not None and not isinstance(elsewhere, str):
             raise ValueError(f"{folder / CONCEPTS}: saes must be str, got {elsewhere!r:.60}")
@@ -298,6 +337,8 @@ def _check_shapes(parts: Mapping[str, torch.Tensor], steps: int, where: str) -> 
             )
     if replacement.ndim != 2 or len(replacement) != steps:
         raise ValueError(f"{where}/replacement must have a row per timestep, got {tuple(replacement.shape)}")
+    if "mean" in parts and parts["mean"].shape != replacement.shape:
+        raise ValueError(f"{where}/mean must be {tuple(replacement.shape)}, got {tuple(parts['mean'].shape)}")
 
 
 def check_fit(selection: ConceptSelection, config: SAEConfig, what: str) -> None:

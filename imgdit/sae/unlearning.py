@@ -229,7 +229,9 @@ class ConceptUnlearner:
                 the later one decides.
             mode: "scale": an activation a becomes a * multiplier * its mean for the concept (SAeUron); "remove": it
                 becomes 0; "replace": a patch where any of the features is seen becomes the mean of the images
-                without the concept (arXiv 2606.31699).
+                without the concept (arXiv 2606.31699). A token of a text holds what its neighbours say too, so it is
+                not replaced whole: it moves by the difference between the mean of the nearest other concept that stays
+                and that of the concept.
             multiplier: of "scale"; `None`: what was stored with each concept, -1 unless it was tuned.
             timesteps: range in which anything is changed.
             halves: guidance halves that are changed.
@@ -279,7 +281,12 @@ class ConceptUnlearner:
                     f"{book.model['parameters']:,} weights); select them anew with `learn`"
                 )
             known = [[book.selections[name] for name in names if name in book.selections] for names in requests]
-            interventions[hookpoint] = Intervention(sae, known, mode, multiplier, timesteps, halves, paper_compat)
+            moves = mode == "replace" and site(pipe, hookpoint).text
+            if moves:
+                known = [[s.exchanged(book.selections, names) for s in of] for of, names in zip(known, requests)]
+            interventions[hookpoint] = Intervention(
+                sae, known, mode, multiplier, timesteps, halves, paper_compat, moves=moves
+            )
         source = {hookpoint: self.saes[hookpoint].config.reads for hookpoint in interventions}
         checks = _Finite(list(interventions.values()))
         with hooked(pipe, interventions, source=source, after_call=checks):
@@ -384,7 +391,7 @@ class _Plan(NamedTuple):
     concept: torch.Tensor
     """(requests, m): number, from 1, of the concept a feature belongs to; 0: none of the request's."""
     replacements: torch.Tensor
-    """(requests, 1 + concepts, d): what a patch of each concept becomes; the first is not used."""
+    """(requests, 1 + concepts, d): what a patch of each concept becomes, or moves by; the first is 0."""
 
 
 class Intervention:
@@ -399,7 +406,14 @@ class Intervention:
         timesteps: tuple[float, float],
         halves: Halves,
         paper_compat: bool,
+        *,
+        moves: bool = False,
     ) -> None:
+        """
+        Args:
+            moves: in mode "replace", what is stored as `replacement` is added to the patch instead.
+        """
+        self.moves = moves
         self.sae, self.requests, self.mode, self.multiplier = sae, requests, mode, multiplier
         self.timesteps, self.halves, self.paper_compat = timesteps, halves, paper_compat
         self.plans: dict[float, _Plan | None] = {}
@@ -457,6 +471,11 @@ class Intervention:
         acts = plan.chosen.activations(normalised, scores)
         if self.mode != "replace":
             return plan.chosen.added(rows, acts, factors, scale).view(x.shape)
+        if self.moves:  # by all concepts that are seen
+            concepts = torch.arange(plan.replacements.shape[1], device=x.device)
+            seen = ((acts > 0)[..., None] & (plan.concept[owner][..., None] == concepts)).any(1)  # (N, 1 + concepts)
+            change = seen[:, None].to(plan.replacements) @ plan.replacements[owner]
+            return (rows + change[:, 0].to(x.dtype)).view(x.shape)
         concept = ((acts > 0) * plan.concept[owner]).amax(1)  # (N,), the last one where several are seen
         values = plan.replacements[owner, concept].to(x.dtype)
         return torch.where((concept > 0)[:, None], values, rows).view(x.shape)

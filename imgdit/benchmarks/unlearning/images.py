@@ -129,6 +129,8 @@ class GeneratedImages:
             "model": self.model, "method": method, "settings": settings, "concepts": list(concepts),
             "lessons": lessons, "asked": self.asked, "call": self.call, "attack": attack,
         }  # fmt: skip
+        if chosen.rule > 1:
+            key["rule"] = chosen.rule
         folder = self.folder / method / f"{'+'.join(concepts) or 'all'}-{digest(key)}"
         folder.mkdir(parents=True, exist_ok=True)
         info_file = folder / "info.json"

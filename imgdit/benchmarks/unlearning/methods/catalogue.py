@@ -26,6 +26,8 @@ class Method(NamedTuple):
     grid: tuple[Mapping[str, Any], ...] = ({},)
     """Settings that tuning tries; the first are used without it. One setting serves all concepts."""
     needs_saes: bool = False
+    rule: int = 1
+    """Raised where a method makes other images than an earlier version of it; stored images tell them apart."""
 
     def usable(self, streams: Collection[str]) -> tuple[Mapping[str, Any], ...]:
         """Settings of the grid for which there is an autoencoder.
@@ -130,6 +132,7 @@ METHODS: dict[str, Method] = {
             for top_n in (2, 4)
         ),
         needs_saes=True,
+        rule=2,
     ),
     "random": Method(
         "random features",

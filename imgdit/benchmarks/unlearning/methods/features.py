@@ -50,6 +50,9 @@ def without_features(
             if random_seed is not None:
                 selection = _at_random(selection, statistics, random_seed)
             selections[concept] = selection
+            if mode == "replace":  # another label of the kind takes the concept's place in a text
+                for label in statistics.means.keys() - set(concepts):
+                    selections[label] = select_concept(statistics, label, top_n=top_n, floor=floor)
         books[hookpoint] = ConceptBook(material.saes[hookpoint].fingerprint(), model, selections)
     unlearner = ConceptUnlearner(material.saes, books)
 
@@ -67,7 +70,10 @@ def without_features(
             yield {}
 
     stored = [s for book in books.values() for s in book.selections.values()]
-    size = sum(size_of({"means": s.means, "thresholds": s.thresholds, "replacement": s.replacement}) for s in stored)
+    size = 0
+    for s in stored:
+        kept = {"means": s.means, "thresholds": s.thresholds, "replacement": s.replacement}
+        size += size_of(kept if mode != "replace" or s.mean is None else {**kept, "mean": s.mean})
     return Unlearned(
         attach, size + sum(size_of(material.saes[place].state_dict()) for place in books) if stored else 0
     )
