@@ -32,7 +32,7 @@ from imgdit.lora.rows import AdapterRows, on_rows, scaled_adapters
 from imgdit.models.functional import unpack
 
 if TYPE_CHECKING:
-    from imgdit.adapters.run import ConditionRun, Progress
+    from imgdit.adapters.run import Arranged, ConditionRun, Progress, ReferenceKeys
 
 NAME = "imgdit_condition"
 _STEP = "condition_step"
@@ -196,6 +196,8 @@ class ModelInputHook(ConditionHook):
                 "disable_cache() or use image_guidance_scale=1"
             )
         with scaled_adapters(module, self._take_lora_scale(arguments)):
+            if seen is not None and seen.keeps:
+                return self._kept_pass(module, run, arguments, seen)
             out = self._pass(module, run, dict(arguments), active, seen, empty=False)
             if scale != 1.0:
                 black = self._pass(module, run, dict(arguments), active, seen, empty=True)
@@ -253,6 +255,28 @@ class ModelInputHook(ConditionHook):
         acting = always or settings.acts(*self._progress(module, arguments))
         return settings.seen(found, run.side, acting=acting, keep=self._step_cache(module))
 
+    def _kept_pass(self, module: Any, run: ConditionRun, arguments: dict[str, Any], seen: SeenReferences) -> Any:
+        """A pass that writes or reads keys and values of the references. The first that reads them is also computed,
+        which gives the error."""
+        if self._step_cache(module):
+            raise ValueError(
+                'references of cached="approximate" leave the sequence, whose steps a step cache compares; call '
+                "disable_cache() or leave cached out"
+            )
+        step, found = self._progress(module, arguments).step, []
+
+        def choose(arranged: Arranged, call: Call) -> ReferenceKeys:
+            found.append(run.reference_keys(arranged, call.texts, step))
+            return found[-1]
+
+        out = self._pass(module, run, dict(arguments), (), seen, empty=False, choose=choose)
+        keys = found[0]
+        if keys.written < step and not keys.measured:
+            keys.measured = True
+            computed = self._pass(module, run, dict(arguments), (), seen, empty=False)
+            self.control.note_reference_error(_relative_change(out, computed, len(seen.present)), keys.written, step)
+        return out
+
     def _pass(
         self,
         module: Any,
@@ -262,6 +286,7 @@ class ModelInputHook(ConditionHook):
         seen: SeenReferences | None = None,
         *,
         empty: bool,
+        choose: Callable[[Arranged, Call], ReferenceKeys] | None = None,
     ) -> Any:
         call = self.conditions.call(module, arguments)
         frames = _completed(call, run) if seen is None or run.region is not None else _with_references(call, seen)
@@ -278,11 +303,19 @@ class ModelInputHook(ConditionHook):
             empty=empty,
             hidden=seen is not None and seen.hidden,
         )
+        own, present = len(frames), None if seen is None else seen.present
+        keys = None if choose is None else choose(arranged, call)
+        if keys is not None:
+            arranged = keys.arranged(arranged, own - 1)
+            if keys.reads:
+                own, present = 1, torch.zeros(call.length - frames[0].length, dtype=torch.bool)
         rope = None if self.conditions.rope is None else partial(self.conditions.rope, module, arguments)
         positions = self._measured.positions(self.family, module, arguments)
-        kept = None if seen is None else run.kept_rows(arranged, call, seen.present)
-        step = run.step(arranged, len(frames), rope, positions, call.places, kept=kept, device=call.latents.device)
+        kept = None if present is None else run.kept_rows(arranged, call, present)
+        step = run.step(arranged, own, rope, positions, call.places, kept=kept, device=call.latents.device)
         step.full_length = call.length
+        if keys is not None and not keys.reads:
+            step.writes_own(len(frames) - 1)
         timeless = self.conditions.timeless
         if seen is not None and seen.cached and timeless is not None and not active and not torch.is_grad_enabled():
             step.streams = run.streams(arranged, [arguments.get(name) for name in timeless(module)])
@@ -434,6 +467,12 @@ def _combine(a: Any, b: Any, function: Callable) -> Any:
     if isinstance(a, tuple):
         return (_combine(a[0], b[0], function), *a[1:])
     return type(a)(sample=_combine(a.sample, b.sample, function))
+
+
+def _relative_change(a: Any, b: Any, others: int) -> float:
+    """|a - b| / |b| of two results of a transformer, (B, N, C), without the last tokens, so many."""
+    first, second = ((one if isinstance(one, torch.Tensor) else one[0])[:, :-others] for one in (a, b))
+    return float((first.float() - second.float()).norm() / second.float().norm())
 
 
 def _padded(residuals: Any, step: Step) -> Any:

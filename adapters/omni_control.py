@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
@@ -20,7 +21,7 @@ from imgdit.adapters.hooks import NAME, ModelInputHook, Passing, hook_blocks, ho
 from imgdit.adapters.options import ConditionOptions, Mode
 from imgdit.adapters.pairing import Samples, Target
 from imgdit.adapters.prepare import blocks_of, prepare_run
-from imgdit.adapters.references import References
+from imgdit.adapters.references import Cached, References
 from imgdit.adapters.run import ConditionRun, Progress
 from imgdit.adapters.sharing import push_adapter, with_base
 from imgdit.cards import CardDetails
@@ -36,6 +37,7 @@ from imgdit.lora.files import (
 )
 from imgdit.naming import nearest
 
+logger = logging.getLogger(__name__)
 _USE_LOCK = threading.Lock()
 """Held while `use` begins: two threads may ask for it on one transformer."""
 
@@ -82,6 +84,9 @@ class OmniControl:
         self._conditions, self._tokens = family.conditions, family.tokens
         self.run: ConditionRun | None = None
         """The conditions in use."""
+        self.reference_error: float | None = None
+        """Of the last run with `references(cached="approximate")`: |cached - computed| / |computed|, of the model's
+        result in the first step that read the cache. `None`: there was none."""
         self._schedule: tuple[torch.Tensor, list[float]] | None = None
         """Timesteps of the scheduler that was asked last, and the same as numbers, read once."""
         others = model_hooks(transformer)
@@ -232,7 +237,7 @@ class OmniControl:
         start: float = 0.0,
         end: float = 1.0,
         mask: Any = None,
-        cached: bool = False,
+        cached: Cached = False,
     ) -> AbstractContextManager[OmniControl]:
         """Set how much the model sees of the reference images that the pipeline is given (`pipe(image=…)` of FLUX.2,
         Kontext or Qwen-Image-Edit), without an adapter. The defaults change nothing.
@@ -279,12 +284,7 @@ class OmniControl:
                 "condition"
             )
         if references is not None and references.cached:
-            timeless = self._conditions.timeless
-            if timeless is None or not timeless(self.transformer):
-                raise ValueError(
-                    f"references(cached=True) keeps what does not depend on the timestep, and in this "
-                    f"{type(self.transformer).__name__} every block of the references does; leave cached out"
-                )
+            self._check_cached(references, conditions, options)
         self._forget_replaced()
         side = token_side(self.transformer, self.pipe.vae)
         samples = Samples(samples) if isinstance(samples, int) else samples
@@ -302,7 +302,7 @@ class OmniControl:
             return
         with _USE_LOCK:
             self._refuse_second_use()
-            self.run = run
+            self.run, self.reference_error = run, None
             everywhere = any(item.frame.everywhere for item in run.conditions)
             hooked = hook_edges(self.transformer, self._conditions, everywhere=everywhere)
         leave_onednn = prefer_onednn(self.transformer)
@@ -313,12 +313,43 @@ class OmniControl:
             self.run = None
             unhook(hooked)
 
+    def _check_cached(self, references: References, conditions: Any, options: ConditionOptions) -> None:
+        name, timeless = type(self.transformer).__name__, self._conditions.timeless
+        if references.cached is True:
+            if timeless is None or not timeless(self.transformer):
+                raise ValueError(
+                    f"references(cached=True) keeps what does not depend on the timestep, and in this {name} every "
+                    "block of the references does; leave cached out"
+                    + ("" if timeless is not None else ', or use cached="approximate", which changes results')
+                )
+        elif timeless is not None:
+            raise ValueError(f'a {name} has no cached="approximate"; got it, expected True or False')
+        elif conditions or options.image_guidance_scale != 1.0:
+            raise ValueError(
+                'references of cached="approximate" are for runs without conditions; leave it out beside conditions'
+            )
+
     def _refuse_second_use(self) -> None:
         if any(hook.control.run is not None for hook in model_hooks(self.transformer)):
             raise ValueError(
                 "conditions are in use already on this transformer; pass all of them to one use(), in which pipelines "
                 "may run in several threads"
             )
+
+    def note_reference_error(self, error: float, written: int, step: int) -> None:
+        """Log the error of cached references, and keep the largest of a run.
+
+        Args:
+            error: relative, of the model's result.
+            written, step: steps whose references are read, and in which, from 0.
+        """
+        self.reference_error = max(error, self.reference_error or 0.0)
+        logger.warning(
+            "reading the references of step %d changes the model's result of step %d by %.2g of its norm",
+            written + 1,
+            step + 1,
+            error,
+        )
 
     def progress(self, timestep: float, dtype: torch.dtype = torch.float32) -> Progress:
         """Where the pipeline that calls is, by its scheduler.

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
 from imgdit.adapters.condition import acts_in, check_acting
 from imgdit.frames import Frame
 from imgdit.images.masks import to_mask
+from imgdit.naming import check_choice
+
+Cached = bool | Literal["approximate"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,11 +33,16 @@ class References:
     """Fraction of the steps after which they act no more."""
     mask: Any = None
     """Which tokens of a reference are present, as `Condition.mask`; a list has one for each, `None` for all tokens."""
-    cached: bool = False
-    """Compute blocks of text and references that do not depend on the timestep once in a run, which is exact: those
-    before the joint blocks of FLUX.3, unless it is a flow map. In steps in which conditions act they are computed."""
+    cached: Cached = False
+    """`True`: compute blocks of text and references that do not depend on the timestep once in a run, which is exact:
+    those before the joint blocks of FLUX.3, unless it is a flow map. In steps in which conditions act they are
+    computed. "approximate", of the other families: read the references' keys and values of the first step in which
+    they act in all later steps. They depend on the timestep, so results change; in the first step that reads them the
+    model also computes them, and the relative change of its result is logged (`OmniControl.reference_error`)."""
 
     def __post_init__(self) -> None:
+        if self.cached not in (True, False):
+            check_choice("cached", self.cached, ("approximate",))
         for strength in self._listed(self.strength):
             check_acting(strength, self.start, self.end)
 
@@ -90,7 +98,13 @@ class References:
                 continue
             frames.append(replace(frame, strength=strength, mask=mask, index=number + 1.0))
             present.append(torch.ones(frame.length, dtype=torch.bool) if mask is None else mask.flatten())
-        return SeenReferences(tuple(frames), torch.cat(present), hidden=not acting, cached=self.cached)
+        return SeenReferences(
+            tuple(frames),
+            torch.cat(present),
+            hidden=not acting,
+            cached=self.cached is True,
+            keeps=self.cached == "approximate" and acting and bool(frames),
+        )
 
 
 class SeenReferences(NamedTuple):
@@ -104,6 +118,8 @@ class SeenReferences(NamedTuple):
     """Whether those in the sequence are not seen."""
     cached: bool
     """Whether what does not depend on the timestep is kept over the steps."""
+    keeps: bool
+    """Whether their keys and values are those of the first step."""
 
     @property
     def changes(self) -> bool:
@@ -111,6 +127,7 @@ class SeenReferences(NamedTuple):
         return (
             self.hidden
             or self.cached
+            or self.keeps
             or not bool(self.present.all())
             or any(frame.strength != 1.0 for frame in self.frames)
         )

@@ -92,6 +92,42 @@ class _Streams(NamedTuple):
     results: dict[str, torch.Tensor]
 
 
+@dataclass(eq=False)
+class ReferenceKeys:
+    """Keys and values of the pipeline's own references from the first step of a call in which they act."""
+
+    key: tuple
+    """Of the layout."""
+    texts: tuple[_Seen, ...]
+    """Texts of the call: each guidance branch has references of its own, which see its text."""
+    written: int
+    """Step in which they were computed."""
+    used: int
+    """Step in which they were used last."""
+    cache: KVCache = field(default_factory=KVCache)
+    measured: bool = False
+    """Whether the error of reading them is known."""
+
+    @property
+    def reads(self) -> bool:
+        """Whether they were written in an earlier step."""
+        return self.cache.mode == "read"
+
+    def arranged(self, arranged: Arranged, references: int) -> Arranged:
+        """What rides along while they are written or read.
+
+        Args:
+            arranged: the pass without a cache.
+            references: their number.
+        """
+        layout = arranged.layout
+        if self.reads:
+            first = layout.num_texts + 1
+            cached = frozenset(range(first, first + references))
+            layout = layout.kept("without references", lambda: replace(layout, cached=cached))
+        return Arranged((*arranged.key, "references", self.cache.mode), layout, None, self.cache)
+
+
 def _same(seen: _Seen | None, given: torch.Tensor | None) -> bool:
     return given is None if seen is None else given is not None and seen.equals(given)
 
@@ -104,6 +140,7 @@ class _Kept(threading.local):
         self.tensors: dict[tuple, torch.Tensor] = {}
         self.caches: list[_Entry] = []
         self.streams: list[_Streams] = []
+        self.references: list[ReferenceKeys] = []
 
 
 @dataclass(eq=False)
@@ -281,6 +318,28 @@ class ConditionRun:
         seen = tuple(None if one is None else _Seen(one) for one in given)
         kept.streams = [*kept.streams[-_KEPT_CACHES + 1 :], _Streams(key, seen, {})]
         return kept.streams[-1].results
+
+    def reference_keys(self, arranged: Arranged, texts: Sequence[torch.Tensor], step: int) -> ReferenceKeys:
+        """The keys and values of references that were kept in this call of the pipeline; to be written if none were.
+
+        Args:
+            arranged: the pass without a cache.
+            texts: of the pass, see `Call.texts`.
+            step: of the pass, from 0.
+        """
+        kept = self._kept
+        if step == 0:  # of a new call, but for what another guidance branch has just written
+            kept.references = [entry for entry in kept.references if entry.used == 0]
+        for entry in kept.references:
+            if entry.key == arranged.key and all(map(_same, entry.texts, texts)):
+                if entry.written < step:
+                    entry.used = step
+                    return entry
+                kept.references.remove(entry)
+                break
+        new = ReferenceKeys(arranged.key, tuple(_Seen(one) for one in texts), step, step)
+        kept.references = [*kept.references[-_KEPT_CACHES + 1 :], new]
+        return new
 
     def completed(self, image: Frame) -> Frame:
         """The frame of an image of which complements know a part: its tokens are those that are generated."""

@@ -75,6 +75,16 @@ class Step:
         """Condition tokens in the sequence."""
         return sum(self.layout.lengths[self.own :])
 
+    def writes_own(self, references: int) -> None:
+        """Let the cache keep keys and values of the pipeline's reference images, though they change with each step.
+
+        Args:
+            references: their number; they follow the generated image.
+        """
+        start = self.layout.text_length + self.layout.lengths[0]
+        rows = (slice(start, start + sum(self.layout.lengths[1 : 1 + references])),)
+        self.plan, self.last = self.plan._replace(frozen=rows), self.last._replace(frozen=rows)
+
     def with_key_mask(self, mask: torch.Tensor) -> None:
         """Let nobody see padding of the text.
 
