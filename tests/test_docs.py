@@ -49,7 +49,12 @@ from imgdit.training.sae_recipe import SAERecipe
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = {
     page.relative_to(ROOT).as_posix(): page.read_text()
-    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md")]
+    for page in [
+        ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        *ROOT.glob("docs/*.md"),
+        *ROOT.glob("docs/examples/*.md"),
+    ]
 }
 HISTORY = {page.relative_to(ROOT).as_posix(): page.read_text() for page in ROOT.glob("docs/history/*.md")}
 """Old entries of the log, whose commands and names are those of their day."""
@@ -315,6 +320,22 @@ def find_module(name):
         return find_spec(name)
     except ModuleNotFoundError:
         return None
+
+
+def test_messages_of_the_troubleshooting_page_are_in_the_code():
+    """The first column quotes constant parts of messages."""
+    said = [
+        part.value
+        for folder in ("imgdit", "adapters", "pipelines", "apps")
+        for file in (ROOT / folder).rglob("*.py")
+        for part in ast.walk(ast.parse(file.read_text()))
+        if isinstance(part, ast.Constant) and isinstance(part.value, str)
+    ]
+    quoted = re.findall(r"^\| `([^`]+)`", PAGES["docs/troubleshooting.md"], re.M)
+    assert len(quoted) > 25
+    assert not [
+        message for message in quoted if not message.startswith("--") and not any(message in one for one in said)
+    ]
 
 
 def test_every_room_of_the_readme_is_there():
