@@ -6,6 +6,7 @@ import re
 import shlex
 import shutil
 import tomllib
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,6 +24,7 @@ from mmada_cases import FIXTURES as MMADA
 from mmada_cases import image_tokenizer
 from onediffusion_fixtures import TINY
 from PIL import Image, ImageChops, ImageStat
+from readme import command_line
 from test_rooms import FLOORS
 from tiny_control import flux, lora_file, with_texts
 from tiny_flux2 import flux2
@@ -43,6 +45,8 @@ from imgdit.sae.config import SAEConfig
 from imgdit.sae.model import SparseAutoencoder, TimeConditionedAutoencoder
 from imgdit.sae.unlearning import ConceptUnlearner
 from imgdit.scenes.world import BACKGROUNDS, COLOURS, OBJECTS, STYLES
+from imgdit.schedulers import schedule
+from imgdit.schedulers.flow_match import linear_sigmas
 from imgdit.training.recipe import parse_recipe
 from imgdit.training.sae_recipe import SAERecipe
 
@@ -80,6 +84,8 @@ OPTIONS = {
 NOT_RUN = {
     "imgdit train scenes/": "hours; tests/apps/test_scenes.py runs these recipes with small models",
     "imgdit train own/condition_lora --check": "a minute; tests/training/test_overfit.py",
+    "imgdit train own/condition_lora --set run.steps=2000": "a plan, ten seconds; tests/training/test_memory.py",
+    "imgdit train own/condition_lora --plan": "the same",
     "imgdit sae train": "an hour; tests/sae/test_run.py trains small ones",
     "imgdit assemble": "needs those runs; tests/apps/test_scenes.py",
     "imgdit caption": "the model is on the Hub; tests/apps/test_caption_commands.py",
@@ -191,6 +197,7 @@ def desk(tmp_path, trained, hub, monkeypatch):
     (tmp_path / "prompts.jsonl").write_text('a red cube\n{"prompt": "a cone", "control": {"canny": "edges.png"}}\n')
     pair = {"query": "a red cube at night", "positive": "at night, a red cube", "negative": "a blue cube at night"}
     (tmp_path / "pairs.jsonl").write_text(f"{json.dumps(pair)}\n" * 20)
+    monkeypatch.setattr(schedule, "linear_sigmas", lambda steps: linear_sigmas(min(steps, 2)))  # where none are named
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     return tmp_path
@@ -207,7 +214,7 @@ def test_blocks_run(page, desk, hub):
         elif language == "sh":
             for number, line in enumerate(code.replace("\\\n", " ").splitlines(), start=1):
                 if words := shlex.split(line.removeprefix("PYTHONPATH=. "), comments=True):
-                    _command(words, number)
+                    _command(words, number, runs=code != command_line())
         elif language == "yaml":
             values = yaml.safe_load(code)
             recipe = parse_as(SAERecipe, values, page) if "sae" in values else parse_recipe(values, page)
@@ -238,8 +245,8 @@ def _small_recipe(code, hub):
     return code.replace("base: 512", "base: 16")
 
 
-def _command(words, number):
-    """Parse a command against the real one, and run it unless `NOT_RUN` says why not."""
+def _command(words, number, runs):
+    """Parse a command against the real one, and run it if it `runs`, unless `NOT_RUN` says why not."""
     reason = next((why for start, why in NOT_RUN.items() if " ".join(words).startswith(start)), None)
     if words[0] == "make":
         assert re.search(rf"^{words[1]}:.*##", (ROOT / "Makefile").read_text(), re.M), words
@@ -250,15 +257,20 @@ def _command(words, number):
     assert words[0] == "imgdit", f"who runs {words[0]}?"
     path, command, rest = _resolved(words[1:])
     command.make_context(path, list(rest))  # refuses unknown options, missing arguments and values of another type
-    if reason is None:
+    if runs and reason is None:
         more = ["--stop-at", str(number)] if path == "train" else OPTIONS.get(path, [])
         done = CliRunner().invoke(app, [*words[1:], *more])
         assert done.exit_code == 0, f"{shlex.join(words)}\n{done.output}{done.exception!r}"
 
 
+@cache
+def whole_command():
+    return typer.main.get_command(app)
+
+
 def _resolved(words):
     """The command that words name, its name, and the words after it."""
-    command, rest, path = typer.main.get_command(app), list(words), []
+    command, rest, path = whole_command(), list(words), []
     while hasattr(command, "commands") and rest and not rest[0].startswith("-"):
         assert rest[0] in command.commands, f"there is no command imgdit {' '.join([*path, rest[0]])}"
         path.append(rest.pop(0))
@@ -380,7 +392,7 @@ def test_no_command_writes_where_recipes_read_images():
     read = {values["path"] for values in arguments if "path" in values}
     assert read == {"training_images", "texts.jsonl", "pairs.jsonl", "dialogues.json", "tasks.jsonl"}
     written = {word for text in PAGES.values() for word in re.findall(r"--(?:out|folder)[ =](\S+)", text)}
-    commands = [typer.main.get_command(app)]
+    commands = [whole_command()]
     for command in commands:
         commands += getattr(command, "commands", {}).values()
         written |= {str(option.default) for option in command.params}

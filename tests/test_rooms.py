@@ -127,6 +127,16 @@ def test_imports_are_absolute():
     assert not relative
 
 
+def test_nothing_that_windows_lacks_is_needed_for_an_import():
+    """At the top of a module; filelock itself does without."""
+    lacks = {"fcntl", "grp", "pwd", "resource", "termios"}
+    for path, tree in sources().values():
+        for node in tree.body:
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) else []
+            assert lacks.isdisjoint(names), f"{path.relative_to(ROOT)}:{node.lineno}"
+
+
 NAMED_TUPLE = {"_replace", "_asdict", "_make", "_fields", "_field_defaults"}
 """Begin with an underscore so that no field can have their name; they are documented."""
 

@@ -1,6 +1,10 @@
 """One-step runs of the scenes' recipes with small models, for tests of what stands on them."""
 
+import shutil
 from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from unittest.mock import patch
 
 from imgdit.apps.chores.weights import assemble
@@ -66,14 +70,23 @@ def small_cache():
 
 
 def small_pipeline(folder):
-    """Folder `pipeline` in a folder: assembled from one-step runs, which stay there. Whoever trains on with the runs'
-    latents is within `small_cache` as well."""
+    """Folder `pipeline` in a folder: assembled from one-step runs, which lie there too. Whoever trains on with the
+    runs' latents is within `small_cache` as well."""
+    shutil.copytree(_made_once().name, folder, dirs_exist_ok=True)
+    return folder / "pipeline"
+
+
+@cache
+def _made_once():
+    """The runs of a process, in a folder that is removed when the process ends."""
+    made = TemporaryDirectory()
+    folder = Path(made.name)
     with small_cache():
         recipe = small_backbone(load_recipe("scenes/transformer"), small_runs(folder))
         recipe = recipe.replace(run={"folder": str(folder / "transformer")})
         train(recipe, model=build_model(recipe), batches=training_batches(recipe)[0], stop_at=1)
         assemble(folder / "transformer", folder / "pipeline")
-    return folder / "pipeline"
+    return made
 
 
 def with_concepts(folder, side=None):

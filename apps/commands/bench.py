@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -25,6 +25,17 @@ Judge = Annotated[
     str | None, typer.Option(help="Folder or Hub id of a model that answers questions; asked besides the probe.")
 ]
 Guidance = Annotated[float, typer.Option(min=0.0, help="Guidance scale.")]
+
+
+def _measure(benchmark: str, model: str | None, probe: Path | None, out: Path, *settings: Any) -> None:
+    """Run a function of `imgdit.benchmarks.scenes.run` and print the table of its scores."""
+    from imgdit.benchmarks.scenes import run as scene_bench
+    from imgdit.checkpoints import SCENE_PROBE
+
+    with at_work():
+        scores = getattr(scene_bench, benchmark)(model_folder(model), probe or SCENE_PROBE, out, *settings)
+    typer.echo(scene_bench.table(scores))
+    typer.echo(f"wrote {out}")
 
 
 @app.command()
@@ -59,13 +70,7 @@ def people(
     guidance: Guidance = GUIDANCE,
 ) -> None:
     """Measure prompts as people write them, without the grammar of captions: object, colour, style as asked?"""
-    from imgdit.benchmarks.scenes import run as scene_bench
-    from imgdit.checkpoints import SCENE_PROBE
-
-    with at_work():
-        scores = scene_bench.run_people(model_folder(model), probe or SCENE_PROBE, out, count, steps, guidance)
-    typer.echo(scene_bench.table(scores))
-    typer.echo(f"wrote {out}")
+    _measure("run_people", model, probe, out, count, steps, guidance)
 
 
 @app.command("any")
@@ -78,13 +83,7 @@ def any_tasks(
     guidance: Guidance = GUIDANCE,
 ) -> None:
     """Measure the any-to-any tasks of a model of the scenes: restoring, maps, editing, subjects, views, cameras."""
-    from imgdit.benchmarks.scenes import run as scene_bench
-    from imgdit.checkpoints import SCENE_PROBE
-
-    with at_work():
-        scores = scene_bench.run_any(model_folder(model), probe or SCENE_PROBE, out, count, steps, guidance)
-    typer.echo(scene_bench.table(scores))
-    typer.echo(f"wrote {out}")
+    _measure("run_any", model, probe, out, count, steps, guidance)
 
 
 @app.command()
@@ -127,16 +126,8 @@ def text(
     ] = None,
 ) -> None:
     """Measure what a model writes about images of scenes: captions, answers, fillings, round trips, judgements."""
-    from imgdit.benchmarks.scenes import run as scene_bench
-    from imgdit.checkpoints import SCENE_PROBE
-
-    with at_work():
-        scores = scene_bench.run_text(
-            model_folder(model), probe or SCENE_PROBE, out, count, text_steps, steps, guidance,
-            [name.strip() for name in (only or "").split(",") if name.strip()],
-        )  # fmt: skip
-    typer.echo(scene_bench.table(scores))
-    typer.echo(f"wrote {out}")
+    parts = [name.strip() for name in (only or "").split(",") if name.strip()]
+    _measure("run_text", model, probe, out, count, text_steps, steps, guidance, parts)
 
 
 @app.command(context_settings=old_options(sentences="prompts"))
@@ -161,7 +152,6 @@ def unlearn(
 ) -> None:
     """Compare ways to unlearn styles and objects: what is gone, what is kept, what it costs."""
     import dataclasses
-    from typing import Any
 
     from imgdit.benchmarks.unlearning import run as unlearn_bench
     from imgdit.checkpoints import SCENE_PROBE
@@ -203,7 +193,6 @@ def sae_steering(
 ) -> None:
     """Measure whether features detect concepts and steer images, against dense and random directions."""
     import dataclasses
-    from typing import Any
 
     from imgdit.benchmarks.unlearning import steering
     from imgdit.benchmarks.unlearning.steering_page import verdict, write_page

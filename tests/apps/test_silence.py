@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from readme import command_line
 from tiny_control import flux, lora_file, sd3, with_texts
 from tiny_images import write_folder
 
@@ -53,8 +54,7 @@ def on_a_folder_of_diffusers(make, folder):
 
 
 def test_nobody_else_speaks(tmp_path):
-    block = re.search(r"## Command line.*?```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
-    words = [shlex.split(line, comments=True)[1:] for line in block.splitlines()]
+    words = [shlex.split(line, comments=True)[1:] for line in command_line().splitlines()]
     commands = [[*one, *([] if "--like" in one else OPTIONS.get(one[0], []))] for one in words if one[0] not in LONG]
     names = {"generate", "control", "any", "unlearn", "train", "doctor", "models", "caption", "answer"}
     assert {one[0] for one in commands} == names

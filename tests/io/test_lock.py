@@ -1,8 +1,6 @@
 """Whole runs that meet each other are in training/test_faults.py."""
 
 import os
-import subprocess
-import sys
 
 import pytest
 
@@ -62,11 +60,3 @@ def test_data_workers_do_not_inherit_it(tmp_path):
     with only_writer(tmp_path):
         pass
     os.write(write, b"x")
-
-
-def test_nothing_needs_fcntl_to_be_imported():
-    """Windows has none; filelock itself does without."""
-    rooms = "imgdit.apps.jobs.run, imgdit.training.user_images, imgdit.sae.unlearning, imgdit.apps.jobs.bulk"
-    program = f"import sys; sys.modules['fcntl'] = None; import {rooms}"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr

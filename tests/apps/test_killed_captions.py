@@ -1,11 +1,11 @@
-"""`caption_all` of a folder, killed by SIGKILL at every file operation of its captions, and started again. Run by
-test_caption_commands.py in a process of its own: each job is a fork of it."""
+"""`caption_all` of a folder, killed by SIGKILL at every file operation of its captions, and started again. Each job is
+a fork of this process."""
 
 import os
 import signal
-import sys
 from pathlib import Path
 
+import pytest
 import torch
 from dual_diffusion_cases import pipeline
 from forks import forked
@@ -59,24 +59,21 @@ def killed_at(place: Path, point: int) -> int:
     return forked(work)
 
 
-def main(place: Path) -> None:
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
+def test_a_killed_job_goes_on_without_loss(tmp_path, monkeypatch):
     pipe = pipeline()
-    captions.load_image_text_pipeline = lambda *given: pipe
-    whole = folder(place / "whole")
+    monkeypatch.setattr(captions, "load_image_text_pipeline", lambda *given: pipe)
+    whole = folder(tmp_path / "whole")
     assert forked(lambda: run(whole)) == 0 and len(found(whole)) == COUNT
     point = 1
     while True:
-        parts = folder(place / str(point))
+        parts = folder(tmp_path / str(point))
         status = killed_at(parts, point)
         if status == 0:
             break
-        assert status == -signal.SIGKILL, status
+        assert status == -signal.SIGKILL
         before = found(parts)
         assert len(before) < COUNT and before.items() <= found(whole).items()
         assert forked(lambda there=parts: run(there)) == 0 and found(parts) == found(whole)
         point += 1
-    print(f"killed at {point - 1} file operations: all captions, each whole")
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    assert point - 1 == 6  # file operations
