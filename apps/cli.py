@@ -6,7 +6,7 @@ What a command needs is imported when it runs, so that `imgdit --help` costs no 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -71,6 +71,14 @@ app.command()(push)
 def train(
     recipe: Annotated[str, typer.Argument(help="A YAML file, or the name of a packaged recipe (scenes/autoencoder).")],
     folder: Annotated[Path | None, typer.Option(help="Where the run writes, instead of the recipe's folder.")] = None,
+    images: Annotated[
+        Path | None,
+        typer.Option(
+            "--from-kohya",
+            "--from-comfy",
+            help="Folder of images with captions beside, N_name for repeats, conditions in `control`: the data.",
+        ),
+    ] = None,
     resume: Annotated[bool, typer.Option(help="Go on from the folder's latest checkpoint.")] = False,
     stop_at: Annotated[int | None, typer.Option(min=1, help="Stop with a checkpoint after this step.")] = None,
     accept_data: Annotated[bool, typer.Option("--accept-data", help="Resume although the images changed.")] = False,
@@ -86,6 +94,7 @@ def train(
     memory: Annotated[float | None, typer.Option(min=0, help="With --plan: a GPU's GB, if not this one's.")] = None,
 ) -> None:
     """Train by a recipe. Several processes: `accelerate launch -m imgdit.apps.cli train RECIPE`."""
+    from imgdit.data.control_folder import folder_of_trainers
     from imgdit.recipes import read_changes
     from imgdit.training import load_recipe, train
     from imgdit.training.build import build_model
@@ -97,6 +106,8 @@ def train(
             resume, values["run.steps"] = True, extend
         if folder is not None:
             values["run.folder"] = str(folder)
+        if images is not None:
+            values |= folder_of_trainers(images)
         loaded = load_recipe(recipe, values)
         if check:
             from imgdit.training.overfit import overfit
@@ -111,11 +122,7 @@ def train(
             return
         batches, held_out = training_batches(loaded)
         model = build_model(loaded)
-        draw = None
-        if loaded.data.name == "imgdit.scenes.sources:frames" and loaded.run.sample_every:
-            from imgdit.apps.chores.training_sheet import TrainingSheet
-
-            draw = TrainingSheet(loaded, model)
+        draw = _sheet(loaded, model, batches) if loaded.run.sample_every else None
         result = train(
             loaded,
             model=model,
@@ -127,6 +134,23 @@ def train(
             accept_data=accept_data,
         )
     typer.echo(f"step {result.step}: {result.checkpoint}")
+
+
+def _sheet(recipe: Any, model: Any, batches: Any) -> Any:
+    """What draws samples while a recipe's model trains; `None`: nothing does."""
+    from imgdit.training.user_images.settings import USER_IMAGES
+
+    if recipe.data.name == "imgdit.scenes.sources:frames":
+        from imgdit.apps.chores.training_sheet import TrainingSheet
+
+        return TrainingSheet(recipe, model)
+    if recipe.data.name == USER_IMAGES:
+        from imgdit.apps.chores.user_sheet import UserSheet, draws_sheets
+
+        if draws_sheets(recipe, model):
+            return UserSheet(recipe, model, batches.dataset)
+        typer.echo(f"run.sample_every: no sheets of a {type(model).__name__} are drawn while it trains", err=True)
+    return None
 
 
 @app.command()

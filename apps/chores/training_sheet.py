@@ -7,6 +7,7 @@ from random import Random
 from typing import Any
 
 from accelerate import PartialState
+from PIL import Image
 
 from imgdit.apps.chores.weights import scene_pipeline
 from imgdit.benchmarks.scenes.maker import PipelineMaker
@@ -36,7 +37,7 @@ class TrainingSheet:
         self.cameras = [(s.camera, another_camera(s, Random(i)).camera) for i, s in enumerate(self.truths.scenes)]
         self.folder = Path(recipe.run.folder) / "samples"
 
-    def __call__(self, step: int) -> None:
+    def __call__(self, step: int) -> Image.Image | None:
         prompts, rgb = self.truths.prompts, self.truths.rendering.rgb
         depth = depth_to_image(self.truths.rendering.depth)
         rows = {
@@ -52,7 +53,8 @@ class TrainingSheet:
             for i in range(IMAGES)
         ]
         if not PartialState().is_main_process:  # every rank computes: a sharded model needs them all
-            return
+            return None
         self.folder.mkdir(parents=True, exist_ok=True)
         sheet = contact_sheet(tiles, columns=IMAGES, title=f"step {step}")
         sheet.save(self.folder / f"step-{step:08d}.png")
+        return sheet

@@ -68,6 +68,7 @@ def check(
 ) -> None:
     """Read everything once and list what is wrong, file by file. Exit code 1 if too much is, or something is missing
     that the recipe needs."""
+    from imgdit.data.control_folder import with_conditions
     from imgdit.data.linter import check
     from imgdit.data.preview import draw_sheet
     from imgdit.training import load_recipe
@@ -84,6 +85,8 @@ def check(
             ignore = [*needs.ignore, *(ignore or ())]
             rename = [*(f"{ours}={theirs}" for ours, theirs in needs.columns.items()), *(rename or ())]
         rows = _rows(str(source), ignore, rename, split or "train")
+        if needs is not None and needs.control is not None and needs.condition is not None:
+            rows = with_conditions(rows, str(source), needs.control, needs.condition)
         refusal = (lambda row: None) if needs is None else partial(unfit, settings=needs)
         report = check(rows, min_side=min_side or _embedded_side() // 2, workers=workers, unfit=refusal)
         missing = [] if needs is None else lacking(rows.rows, report.rows, needs)

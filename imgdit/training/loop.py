@@ -22,6 +22,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
@@ -73,7 +74,7 @@ def train(
     objective: Objective | None = None,
     scheduler: Any = None,
     held_out: Sequence[Any] = (),
-    on_sample: Callable[[int], None] | None = None,
+    on_sample: Callable[[int], Any] | None = None,
     resume: bool = False,
     stop_at: int | None = None,
     accept_data: bool = False,
@@ -90,7 +91,8 @@ def train(
         held_out: batches never trained on, for the loss at fixed noise. Those with `at(sigma)` are measured at each of
             `run.evaluate_sigmas`.
         on_sample: called on every rank after step number `step`, while the model holds the average weights and is in
-            evaluation mode. It may draw random numbers: the training's are put back.
+            evaluation mode. It may draw random numbers: the training's are put back. A PIL image that it returns
+            goes to the trackers.
         resume: go on from the folder's latest checkpoint, if there is one.
         stop_at: stop after this step with a checkpoint, as if the time had run out; the schedule stays the recipe's.
         accept_data: resume although the data has other rows than the checkpoint was trained on.
@@ -153,7 +155,7 @@ class TrainingRun:
         objective: Objective | None,
         scheduler: Any,
         held_out: Sequence[Any],
-        on_sample: Callable[[int], None] | None,
+        on_sample: Callable[[int], Any] | None,
         resume: bool,
         accept_data: bool,
     ) -> None:
@@ -254,7 +256,8 @@ class TrainingRun:
                     self._log(self._evaluate())
                 if self.on_sample is not None and is_due(self.at.step, run.sample_every, last):
                     with self._averaged_weights():
-                        self.on_sample(self.at.step)
+                        sheet = self.on_sample(self.at.step)
+                    self._log_image(sheet)
                 # Last, so that a run which goes on from here repeats nothing that was written above.
                 if is_due(self.at.step, run.checkpoint_every, last):
                     self.checkpoint.save(self.folder, self.at, self.schedule)
@@ -368,12 +371,31 @@ class TrainingRun:
             self.folder.begin_log(self.at.step)
         accelerator.wait_for_everyone()
         if accelerator.log_with:
-            accelerator.init_trackers("logs", init_kwargs={"tensorboard": {"purge_step": self.at.step + 1}})
+            name = self.folder.path.name
+            accelerator.init_trackers(
+                "logs" if self.recipe.run.tracker in ("auto", "tensorboard") else "imgdit",  # a folder, or a project
+                init_kwargs={
+                    "tensorboard": {"purge_step": self.at.step + 1},
+                    "wandb": {"name": name, "dir": str(self.folder.path), "resume": "allow"},
+                    "trackio": {"name": name, "resume": "allow"},
+                },
+            )
 
     def _log(self, values: Mapping[str, float]) -> None:
         if self.accelerator.is_main_process:
             self.folder.log(self.at.step, values)
         self.accelerator.log(dict(values), step=self.at.step)
+
+    def _log_image(self, image: Any) -> None:
+        """A PIL image to the trackers that take images; `None`: nothing."""
+        for tracker in self.accelerator.trackers if image is not None else ():
+            if tracker.name == "trackio":  # accelerate's has no call for images
+                import trackio
+
+                tracker.log({"samples": trackio.Image(image)}, step=self.at.step)
+            elif hasattr(tracker, "log_images"):
+                layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                tracker.log_images({"samples": np.asarray(image)[None]}, step=self.at.step, **layout)
 
 
 class _Mean:
@@ -395,14 +417,14 @@ class _Mean:
 def _trackers(tracker: str) -> list[str]:
     if tracker == "none":
         return []
-    if find_spec("tensorboard") is None:
-        if tracker == "tensorboard":
-            raise ImportError(
-                'run.tracker is "tensorboard", which is not installed: pip install "imgdit[tensorboard]"'
-            )
-        logger.info('no curves: tensorboard is not installed (pip install "imgdit[tensorboard]")')
+    name = "tensorboard" if tracker == "auto" else tracker
+    if find_spec(name) is None:
+        install = 'pip install "imgdit[tensorboard]"' if name == "tensorboard" else f"pip install {name}"
+        if tracker != "auto":
+            raise ImportError(f"run.tracker is {tracker!r}, which is not installed: {install}")
+        logger.info("no curves: tensorboard is not installed (%s)", install)
         return []
-    return ["tensorboard"]
+    return [name]
 
 
 def _batch_tensors(value: Any, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:

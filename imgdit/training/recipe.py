@@ -91,8 +91,8 @@ class RunConfig:
     """Noise levels of the held-out loss; empty for objectives without noise."""
     sample_every: int = 0
     """Steps between two calls of `on_sample`; 0: none."""
-    tracker: Literal["auto", "tensorboard", "none"] = "auto"
-    """Where curves go besides the file; "auto": tensorboard if it is installed."""
+    tracker: Literal["auto", "tensorboard", "wandb", "trackio", "none"] = "auto"
+    """Where curves and sample sheets go besides the run's folder; "auto": tensorboard if it is installed."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulation", "log_every", "checkpoint_every", "keep"):

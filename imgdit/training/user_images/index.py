@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 
 from imgdit.data.buckets import bucket_sizes, nearest_bucket
+from imgdit.data.control_folder import with_conditions
 from imgdit.data.inspections import inspected
 from imgdit.data.linter import Inspection
 from imgdit.data.listing import some
@@ -96,6 +97,8 @@ class UserImageIndex:
             raise ValueError("path names the data: a folder with metadata.jsonl, shards, or what `datasets` loads")
         buckets = bucket_sizes(settings.base, multiple, settings.ratio)
         source = open_rows(settings.path, settings.column_names, settings.source_split)
+        if settings.control is not None and settings.condition is not None:
+            source = with_conditions(source, settings.path, settings.control, settings.condition)
         for problem in source.problems:
             if problem.kind == "shard":
                 raise ValueError(problem.message)

@@ -43,6 +43,9 @@ class UserImagesSettings:
     """Fraction of the rows that may be unusable. They are counted and left out."""
     condition: str | None = None
     """Name of the condition that each image comes with; `None`: none."""
+    control: str | None = None
+    """Folder with the condition of each image under the image's name, of any ending: inside `path` ("control") or
+    beside it, as `conditioning_data_dir` of kohya's scripts and `control_path` of ai-toolkit; `None`: none."""
     preprocessor: str | None = None
     """Computes the condition of rows that lack it: a key of `imgdit.images.preprocess.PREPROCESSORS`, or
     "package.module:function" (`find_preprocessor`)."""
@@ -82,6 +85,8 @@ class UserImagesSettings:
             )
         if self.condition is None and self.preprocessor is not None:
             raise ValueError(f"preprocessor={self.preprocessor!r} computes conditions; name the condition too")
+        if self.control is not None and self.condition is None:
+            raise ValueError(f"control={self.control!r} is a folder of conditions; name the condition too")
         if self.cameras and (self.ratio != 1 or self.views < 2):
             raise ValueError(f"rays belong to at least two square views, got ratio={self.ratio}, views={self.views}")
         check_choice("mode", self.mode, ("frame", "independent", "joint"))
