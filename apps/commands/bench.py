@@ -147,6 +147,12 @@ def unlearn(
     tune: Annotated[bool | None, typer.Option(help="Choose each method's settings on other seeds first.")] = None,
     together: Annotated[int | None, typer.Option(help="Seeds for several labels at once; 0: none.")] = None,
     attack: Annotated[int | None, typer.Option(help="Attacked prompts of each of four targets; 0: none.")] = None,
+    attacks: Annotated[
+        str | None, typer.Option(help="embedding, prompt, negative, paraphrase; commas between. All by default.")
+    ] = None,
+    conditions: Annotated[
+        int | None, typer.Option(help="Images under a depth condition with each of four targets, and without.")
+    ] = None,
     captions: Annotated[int | None, typer.Option(help="Captions of images with each target, and without.")] = None,
     judge: Judge = None,
 ) -> None:
@@ -165,6 +171,8 @@ def unlearn(
         "tune": tune,
         "together": together,
         "attack": attack,
+        "attacks": attacks and tuple(attacks.split(",")),
+        "conditions": conditions,
         "captions": captions,
     }
     plan = unlearn_bench.QUICK if quick else unlearn_bench.UnlearnPlan()

@@ -93,9 +93,20 @@ def test_every_method_and_every_count(folders, tmp_path):
     assert {name: len(found) for name, found in result["tuning"].items()} == {
         name: len(method.grid) for name, method in METHODS.items() if len(method.grid) > 1
     }
-    assert all(len(rows) == 2 for rows in result["together"].values())
-    assert all(row["of"] == 2 for row in result["attack"].values())
-    for part in ("style UA", "mean (95 %)", "in prompt", "ours, replace", "several at once", "under attack"):
+    for name, rows in result["together"].items():
+        assert [len(row["concepts"]) for row in rows] == ([1, 2] if METHODS[name].needs_other else [1, 2, 4])
+        assert METHODS[name].needs_other or rows[-1]["retained"] is None
+    for row in result["attack"].values():
+        assert row["of"] == 2 and all(0 <= seen <= 2 for seen in row["shown_under_attack"].values())
+        assert list(row["shown_under_attack"]) == ["embedding", "prompt", "negative", "paraphrase"]
+    for part in (
+        "style UA",
+        "mean (95 %)",
+        "in prompt",
+        "ours, replace",
+        "several at once",
+        "under attack: paraphrase",
+    ):
         assert part in done.output
 
 
@@ -235,8 +246,10 @@ def test_a_caption_names_by_the_grammar_or_by_the_word():
     [
         (["--methods", "scael"], "unknown method 'scael'; did you mean 'scale'"),
         (["--targets", "neno"], "unknown style or object 'neno'; did you mean 'neon'"),
+        (["--attacks", "prompt,negativ"], "unknown attack 'negativ'; did you mean 'negative'"),
         (["--seeds", "0"], "seeds must be at least 1, got 0"),
         (["--methods", "negative", "--captions", "1"], "captions are written under methods that work on images"),
+        (["--conditions", "1"], "there is no"),
         (["--saes", "nowhere"], "there is no folder nowhere of autoencoders; train them"),
     ],
 )

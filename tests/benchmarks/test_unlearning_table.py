@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from imgdit.benchmarks.unlearning.attacks import Attack
 from imgdit.benchmarks.unlearning.images import Look
 from imgdit.benchmarks.unlearning.plan import Cell, Seen, cells, read_folder, scene_seeds
 from imgdit.benchmarks.unlearning.retention import ATTRIBUTES, in_prompt
@@ -14,6 +15,7 @@ from imgdit.benchmarks.unlearning.table import (
     score_images,
     score_together,
 )
+from imgdit.scenes.caption_parser import parse_caption
 from imgdit.scenes.labels import LABELS, kind_of, label_prompts, label_words
 
 STYLES, OBJECTS = ("neon", "photo", "sketch"), ("cube", "cone")
@@ -87,8 +89,7 @@ def test_several_at_once():
     # What is left are photo cones, right in both domains, and sketched cones, right as cones only.
     assert found["retained"] == pytest.approx((1 + 0 + 1) / 3)
     assert found["counts"]["cube"] == {"unlearned": 6, "of": 12}
-    with pytest.raises(ValueError, match="leaves no image"):
-        score_together({"cube": "object", "cone": "object"}, images)
+    assert score_together({"cube": "object", "cone": "object"}, images)["retained"] is None  # no image is left
 
 
 def test_cells():
@@ -155,3 +156,17 @@ def test_what_is_kept_of_the_prompts_that_name_the_target():
     assert cone["kept"] == dict(zip(ATTRIBUTES, (0, 12, 12, 12)))
     with pytest.raises(ValueError, match="names any of neon"):
         in_prompt({"neon": [look(cell) for cell in CELLS if cell.style != "neon"]}, {"neon": "style"})
+
+
+def test_attacks_say_the_target_in_other_ways():
+    both = [Cell("neon", "cube", 1), Cell("sepia", "cube", 2)]
+    first, second = (cell.prompt for cell in both)
+    assert Attack("prompt", "neon").inputs(both)["prompt"][0] == f"neon style, neon style, neon style, {first}"
+    negative = Attack("negative", "cube").inputs(both)
+    assert negative["prompt"] == [first, second] and "cube" not in negative["negative_prompt"]
+    assert negative["negative_prompt"].split(", ") == [name for name in LABELS["object"] if name != "cube"]
+    for cell, text in zip(both, Attack("paraphrase", "neon").inputs(both)["prompt"]):
+        said = parse_caption(text)
+        assert said.style == cell.style and said.background == cell.attributes.background and text != cell.prompt
+        assert said.objects == ((cell.object, cell.attributes.colour),)
+    assert Attack("embedding", "neon").key is True and Attack("prompt", "neon").key == ["prompt", "neon"]

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from imgdit.benchmarks.speed.timing import compare
+from imgdit.benchmarks.unlearning.attacks import Attack
 from imgdit.benchmarks.unlearning.labels import QUESTIONS, judge_classifier
 from imgdit.benchmarks.unlearning.methods.catalogue import METHODS
 from imgdit.benchmarks.unlearning.methods.material import Material, Unlearned
@@ -112,14 +113,14 @@ class GeneratedImages:
         settings: Mapping[str, Any] | None = None,
         *,
         timed: bool = False,
-        attack: bool = False,
+        attack: Attack | None = None,
     ) -> Album:
         """Images of the cells under a method.
 
         Args:
             settings: of the method; the first of its grid by default.
             timed: measure what a call costs, if images have to be generated.
-            attack: each prompt has a prefix that is optimised against the method.
+            attack: on the method.
         """
         chosen = METHODS[method]
         settings = dict(chosen.grid[0] if settings is None else settings)
@@ -127,7 +128,7 @@ class GeneratedImages:
         lessons = None if method == "none" else self.lessons[chosen.needs_saes]
         key = {
             "model": self.model, "method": method, "settings": settings, "concepts": list(concepts),
-            "lessons": lessons, "asked": self.asked, "call": self.call, "attack": attack,
+            "lessons": lessons, "asked": self.asked, "call": self.call, "attack": attack is not None and attack.key,
         }  # fmt: skip
         if chosen.rule > 1:
             key["rule"] = chosen.rule
@@ -146,17 +147,18 @@ class GeneratedImages:
             self._make(folder, unlearned, missing, attack)
         return Album(folder, info["setup_seconds"], info["size"], info["time_ratio"])
 
-    def _make(self, folder: Path, unlearned: Unlearned, missing: Sequence[Cell], attack: bool) -> None:
-        size = 1 if attack else self.batch
+    def _make(self, folder: Path, unlearned: Unlearned, missing: Sequence[Cell], attack: Attack | None) -> None:
+        optimised = attack is not None and attack.kind == "embedding"
+        size = 1 if optimised else self.batch
         name = "/".join(folder.parts[-2:])
         for first in tqdm(range(0, len(missing), size), desc=name, disable=None):
             group = missing[first : first + size]
-            inputs: dict[str, Any] = {"prompt": [cell.prompt for cell in group]}
-            if attack:
+            inputs = {"prompt": [cell.prompt for cell in group]} if attack is None else attack.inputs(group)
+            if optimised:
                 # What the attack aims at is the image that the unmodified model makes of the prompt.
                 latents = self._sample(group, inputs, output_type="latent")
             with unlearned.attach(self.pipe) as call:
-                if attack:
+                if optimised:
                     inputs = dict(attack_prompt(self.pipe, group[0].prompt, latents, seed=group[0].noise))
                 images = self._sample(group, {**inputs, **call})
             for cell, image in zip(group, images):

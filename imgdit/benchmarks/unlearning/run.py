@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,13 @@ import torch
 
 from imgdit import DiffusionPipeline
 from imgdit.benchmarks.metrics import wilson
+from imgdit.benchmarks.unlearning.attacks import ATTACKS, Attack
 from imgdit.benchmarks.unlearning.captions import chosen_cells, counts, settings_on_images, write_captions
+from imgdit.benchmarks.unlearning.conditions import ConditionedImages, adapter_file, conditioned
 from imgdit.benchmarks.unlearning.images import Eyes, GeneratedImages, JudgeEyes, Look
 from imgdit.benchmarks.unlearning.learning import build_material
 from imgdit.benchmarks.unlearning.methods.catalogue import METHODS
+from imgdit.benchmarks.unlearning.methods.material import Unlearned
 from imgdit.benchmarks.unlearning.plan import VALIDATION, Cell, Seen, cells, scene_seeds
 from imgdit.benchmarks.unlearning.retention import in_prompt
 from imgdit.benchmarks.unlearning.table import (
@@ -65,9 +69,13 @@ class UnlearnPlan:
     tune: bool = False
     """Choose each method's settings on other seeds first; otherwise the first of its grid are used."""
     together: int = 2
-    """Seeds of the images for several labels at once, 1 to 6 of `SEQUENCE`; 0: none."""
+    """Seeds of the images for several labels at once, 1 to 6 of `SEQUENCE` and all styles and objects; 0: none."""
     attack: int = 5
     """Prompts of each of `FEW_TARGETS` that are attacked; 0: none."""
+    attacks: tuple[str, ...] = ATTACKS
+    """Some of `ATTACKS`."""
+    conditions: int = 0
+    """Images under a depth condition that show each of `FEW_TARGETS`, and as many of others; 0: none."""
     captions: int = 0
     """Captions of images that show a target, and as many of others, for each method that works on images; 0: none."""
 
@@ -76,6 +84,8 @@ class UnlearnPlan:
             check_name("method", name, METHODS)
         for target in self.targets:
             kind_of(target)
+        for attack in self.attacks:
+            check_name("attack", attack, ATTACKS)
         if not self.targets:
             raise ValueError("there is nothing to unlearn; give at least one target")
         for name in ("seeds", "steps", "prompts"):
@@ -116,6 +126,8 @@ def run(
             "`scenes/sae_text`), name another folder with --saes, or leave out the methods that need them "
             f"({needing})"
         )
+    if plan.conditions:
+        adapter_file(model)
     pipe = DiffusionPipeline.from_pretrained(model).to("cuda" if torch.cuda.is_available() else "cpu")
     pipe.set_progress_bar_config(disable=True)
     material, seconds = build_material(
@@ -131,8 +143,14 @@ def run(
     if judge is not None:
         judging = JudgeEyes(load_image_text_pipeline(judge, LoadOptions(device="auto")))
     writer = load_image_text_pipeline(model, LoadOptions(device="auto")) if plan.captions else None
-    bench = _Bench(plan, generated, Eyes(SceneProbe.from_pretrained(probe).eval()), seconds, judging, writer)
+    eyes = Eyes(SceneProbe.from_pretrained(probe).eval())
+    bench = _Bench(plan, generated, eyes, seconds, judging, writer)
     result = bench.result()
+    if plan.conditions:
+        images = ConditionedImages(model, eyes.probe, plan.conditions, generated.call)
+        result["conditions"] = bench.conditioned(
+            images, {name: row["settings"] for name, row in result["methods"].items()}
+        )
     write_text(out / "unlearn.json", json.dumps(result, indent=1, ensure_ascii=False))
     return result
 
@@ -179,6 +197,7 @@ class _Bench:
             "together": {name: self._together(name, settings[name]) for name in self.methods} if plan.together else {},
             "attack": {name: self._attacked(name, settings[name]) for name in self.methods} if plan.attack else {},
             "judged": judged,
+            "conditions": {},
             "captions": {} if self.writer is None else self._captioned(wanted),
             "tuning": self.tried,
             "pictures": {
@@ -242,6 +261,18 @@ class _Bench:
                     "generated": counts(target, shows, others, drawn),
                 }
         return found
+
+    def conditioned(self, images: ConditionedImages, settings: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+        """What images under a depth condition show, see `conditioned`."""
+        generated = self.generated
+
+        def prepared(name: str, target: str) -> Unlearned:
+            concepts = [] if name == "none" else [target]
+            return METHODS[name].prepare(generated.pipe, concepts, generated.material, **settings[name])
+
+        targets = [target for target in FEW_TARGETS if target in self.plan.targets]
+        methods = {name: partial(prepared, name) for name in self.methods}
+        return conditioned(images, targets, methods, prepared("none", ""))
 
     def _grid(self, name: str) -> Sequence[Mapping[str, Any]]:
         return METHODS[name].usable(self.generated.material.streams(self.generated.pipe))
@@ -319,26 +350,29 @@ class _Bench:
     def _together(self, name: str, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
         """One more label at a time."""
         wanted = cells(scene_seeds(self.plan.together))
+        sets = [SEQUENCE[: count + 1] for count in range(len(SEQUENCE))]
+        if not METHODS[name].needs_other:
+            sets.append(tuple(dict.fromkeys([cell.style for cell in wanted] + [cell.object for cell in wanted])))
         found = []
-        for count in range(1, len(SEQUENCE) + 1):
-            concepts = SEQUENCE[:count]
+        for concepts in sets:
             seen = [look.seen for look in self._looks(name, concepts, settings, wanted)]
             found.append({"concepts": concepts, **score_together({c: kind_of(c) for c in concepts}, seen)})
         return found
 
     def _attacked(self, name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """How often the target is seen in images of its own prompts, before and under attack."""
-        before = after = total = 0
+        """How often the target is seen in images of its own prompts, before and under each attack."""
+        kinds = ("", *self.plan.attacks)
+        shown, total = dict.fromkeys(kinds, 0), 0
         for target in (t for t in FEW_TARGETS if t in self.plan.targets):
             domain = kind_of(target)
             all_cells = [cell for cell in cells(scene_seeds(self.plan.seeds)) if cell.expected(domain) == target]
             wanted = all_cells[:: max(1, len(all_cells) // self.plan.attack)][: self.plan.attack]
             total += len(wanted)
-            for attack in (False, True):
+            for kind in kinds:
+                attack = Attack(kind, target) if kind else None
                 looks = self._looks(name, [target], settings, wanted, attack=attack)
-                hits = sum(look.seen.right(domain) for look in looks)
-                before, after = (before, after + hits) if attack else (before + hits, after)
-        return {"shown": before, "shown_under_attack": after, "of": total}
+                shown[kind] += sum(look.seen.right(domain) for look in looks)
+        return {"shown": shown.pop(""), "shown_under_attack": shown, "of": total}
 
 
 def _of_six(draws: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -380,10 +414,13 @@ def table(result: Mapping[str, Any]) -> str:
         lines.append(cells_)
     text = [_aligned(lines)]
     if result["together"]:
-        lines = [["several at once: unlearned / retained", *(f"{n}" for n in range(1, len(SEQUENCE) + 1))]]
+        counts = list(dict.fromkeys(len(row["concepts"]) for rows in result["together"].values() for row in rows))
+        lines = [["several at once: unlearned / retained", *map(str, counts)]]
         for name, rows in result["together"].items():
-            fractions = [f"{100 * row['unlearned']:.0f} / {100 * row['retained']:.0f}" for row in rows]
-            lines.append([METHODS[name].title, *fractions])
+            fractions = {
+                len(row["concepts"]): f"{100 * row['unlearned']:.0f} / {_percent(row['retained'])}" for row in rows
+            }
+            lines.append([METHODS[name].title, *(fractions.get(count, "–") for count in counts)])
         text.append(_aligned(lines))
     if result["judged"]:
         names = ("unlearned", "retained", "cross")
@@ -407,11 +444,29 @@ def table(result: Mapping[str, Any]) -> str:
             lines.append([METHODS[name].title, *sums])
         text.append(_aligned(lines))
     if result["attack"]:
-        lines = [["the target is seen", "before", "under attack", "of"]]
+        lines = [
+            ["the target is seen", "before", *(f"under attack: {kind}" for kind in result["plan"]["attacks"]), "of"]
+        ]
         for name, row in result["attack"].items():
-            lines.append([METHODS[name].title, *(str(row[k]) for k in ("shown", "shown_under_attack", "of"))])
+            found = [row["shown"], *row["shown_under_attack"].values(), row["of"]]
+            lines.append([METHODS[name].title, *map(str, found)])
         text.append(_aligned(lines))
     return "\n\n".join(text)
+
+
+def _of_conditions(rows: Mapping[str, Any]) -> list[list[str]]:
+    lines = [["under a depth condition", "target shown", "depth error", "others kept", "depth error of others"]]
+    for name, by_target in rows.items():
+        found = list(by_target.values())
+        of = sum(row["of"] for row in found)
+        errors = [f"{np.mean([row[key] for row in found]):.3f}" for key in ("error", "error_of_others")]
+        shown, kept = (f"{sum(row[key] for row in found)}/{of}" for key in ("shown", "kept"))
+        lines.append([METHODS[name].title if name in METHODS else name, shown, errors[0], kept, errors[1]])
+    return lines
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.0f}"
 
 
 def _aligned(lines: Sequence[Sequence[str]]) -> str:

@@ -26,6 +26,8 @@ class Method(NamedTuple):
     grid: tuple[Mapping[str, Any], ...] = ({},)
     """Settings that tuning tries; the first are used without it. One setting serves all concepts."""
     needs_saes: bool = False
+    needs_other: bool = False
+    """Whether it puts another label in the place of one, so that not all of a kind can be unlearned at once."""
     rule: int = 1
     """Raised where a method makes other images than an earlier version of it; stored images tell them apart."""
 
@@ -78,18 +80,25 @@ METHODS: dict[str, Method] = {
     "negative": Method("negative prompt", negative_prompt),
     "safe": Method("safe latent guidance", safe_latent_guidance, _SAFE),
     "finetune": Method(
-        "ESD-like fine-tune", erased_by_finetuning, tuple({"lr": lr} for lr in (1e-4, 3e-5, 3e-4, 1e-3))
+        "ESD-like fine-tune",
+        erased_by_finetuning,
+        tuple({"lr": lr} for lr in (1e-4, 3e-5, 3e-4, 1e-3)),
+        needs_other=True,
     ),
-    "gem": Method("GEM", erased_by_velocity_matching, tuple({"lr": lr} for lr in (1e-3, 3e-4, 1e-4, 3e-3))),
+    "gem": Method(
+        "GEM", erased_by_velocity_matching, tuple({"lr": lr} for lr in (1e-3, 3e-4, 1e-4, 3e-3)), needs_other=True
+    ),
     "closed_form": Method(
         "UCE-like closed form",
         edited_in_closed_form,
         tuple({"preserve": weight} for weight in (0.1, 0.01, 1.0, 0.3)),
+        needs_other=True,
     ),
     "orthogonal": Method(
         "OCE, rotation",
         erased_by_rotation,
         tuple({"erase": weight} for weight in (1000.0, 300.0, 100.0, 3000.0)),
+        needs_other=True,
     ),
     "safree": Method(
         "SAFREE",

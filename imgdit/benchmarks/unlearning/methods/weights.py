@@ -10,8 +10,12 @@ import torch
 
 @contextmanager
 def swapped(model: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> Iterator[None]:
-    """Parameters by name have other values while the context is open; then they have their own storage again."""
-    parameters = {name: model.get_parameter(name) for name in weights}
+    """Parameters by name have other values while the context is open; then they have their own storage again.
+
+    Layers that adapters were put on since keep their names here.
+    """
+    known = {name.replace(".base_layer.", "."): parameter for name, parameter in model.named_parameters()}
+    parameters = {name: known[name] for name in weights}
     before = {name: parameter.data for name, parameter in parameters.items()}
     try:
         for name, parameter in parameters.items():
