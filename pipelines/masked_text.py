@@ -333,9 +333,13 @@ class MaskedTextPipeline(compat.DiffusionPipeline):
         named = {"mask_token_id": (mask,), "eos_token_id": eos_ids}
         named |= {"forbidden_tokens": options.forbidden_tokens, "late_tokens": options.late_tokens}
         for name, tokens in named.items():
-            wrong = [token for token in tokens if not 0 <= token < self._vocabulary]
+            wrong = [token for token in tokens if not hasattr(token, "__index__") or not 0 <= token < self._vocabulary]
             if wrong:
                 raise ValueError(f"{name} must lie in 0..{self._vocabulary - 1}, the vocabulary, got {wrong}")
+        if mask in eos_ids:
+            raise ValueError(f"token {mask} is mask_token_id and eos_token_id: every masked text would be at its end")
+        if len({mask, *options.forbidden_tokens}) == self._vocabulary:
+            raise ValueError("forbidden_tokens are the whole vocabulary; leave out at least one token")
         return mask, eos_ids
 
     def _prepare(

@@ -5,6 +5,7 @@ B rows, P prompt tokens, G new tokens.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
@@ -58,10 +59,13 @@ class TextOptions:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
-        if not self.temperature >= 0:
-            raise ValueError(f"temperature must be at least 0, got {self.temperature}")
-        if not self.guidance_scale >= 0:
-            raise ValueError(f"guidance_scale must be at least 0 (up to 1 is off), got {self.guidance_scale}")
+        if not isinstance(self.max_post_steps, int) or self.max_post_steps < 0:
+            raise ValueError(f"max_post_steps must be a whole number of at least 0, got {self.max_post_steps!r}")
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature must be at least 0 and finite, got {self.temperature}")
+        if not 0 <= self.guidance_scale < math.inf:
+            expected = "at least 0 (up to 1 is off) and finite"
+            raise ValueError(f"guidance_scale must be {expected}, got {self.guidance_scale}")
         if self.threshold is not None and not self.threshold >= 0:
             raise ValueError(f"threshold must be at least 0 (above 1: off), got {self.threshold}")
         if self.top_p is not None and not 0 < self.top_p <= 1:
@@ -125,9 +129,7 @@ def encode_prompts(
     if tokenizer is None:
         raise ValueError("this pipeline has no tokenizer; give input_ids")
     if messages is not None:
-        if not messages:
-            raise ValueError("messages is an empty list; give at least one message")
-        chats = [messages] if isinstance(messages[0], dict) else messages
+        chats = _chats(messages)
     else:
         texts = [prompt] if isinstance(prompt, str) else list(prompt or ())
         if not texts or not all(isinstance(text, str) for text in texts):
@@ -141,6 +143,18 @@ def encode_prompts(
         for chat in chats
     ]
     return padded_rows([tokenizer(text, add_special_tokens=False)["input_ids"] for text in rendered], pad_token_id)
+
+
+def _chats(messages: Any) -> list[Any]:
+    """One or several chats as a list of them, each a list of messages."""
+    if not isinstance(messages, (list, tuple)) or not messages:
+        raise ValueError(f"messages must be a list of messages, or of chats, at least one, got {messages!r}")
+    chats = [messages] if isinstance(messages[0], dict) else list(messages)
+    for chat in chats:
+        whole = isinstance(chat, (list, tuple)) and all(isinstance(one, dict) for one in chat)
+        if not whole or not chat or not all(one.get("role") and one.get("content") is not None for one in chat):
+            raise ValueError(f"a chat must be a list of messages, at least one, with role and content, got {chat!r}")
+    return chats
 
 
 def padded_rows(
@@ -177,6 +191,8 @@ def check_ids(
             f"{name} must lie in 0..{vocabulary - 1}, the model's vocabulary, got {int(ids.min())} to {int(ids.max())}"
         )
     mask = torch.ones_like(ids) if attention_mask is None else attention_mask
+    if not isinstance(mask, torch.Tensor):
+        raise ValueError(f"attention_mask must be a tensor {tuple(ids.shape)} like {name}, got {type(mask).__name__}")
     mask = mask if mask.ndim == 2 else mask[None]
     if mask.shape != ids.shape:
         raise ValueError(f"attention_mask must be {tuple(ids.shape)} like {name}, got {tuple(mask.shape)}")
@@ -189,6 +205,9 @@ def find_holes(ids: torch.Tensor, mask: torch.Tensor, infill_mask: torch.Tensor 
     if infill_mask is None:
         holes = (ids == mask_token_id) & mask
     else:
+        if not isinstance(infill_mask, torch.Tensor):
+            expected = f"a tensor {tuple(ids.shape)} like the prompt"
+            raise ValueError(f"infill_mask must be {expected}, got {type(infill_mask).__name__}")
         holes = (infill_mask if infill_mask.ndim == 2 else infill_mask[None]).to(ids.device)
         if holes.shape != ids.shape:
             raise ValueError(f"infill_mask must be {tuple(ids.shape)} like the prompt, got {tuple(holes.shape)}")
