@@ -194,6 +194,7 @@ def desk(tmp_path, trained, hub, monkeypatch):
         shutil.copytree(trained / run, tmp_path / "outputs/scenes" / run)
     (tmp_path / "outputs/own").mkdir()
     shutil.copy(hub["Yuanshi/OminiControl"] / "my_edges.safetensors", tmp_path / "outputs/own")
+    (tmp_path / "prompts.txt").write_text("a red cube, neon style\na blue cone, photo style\n")
     (tmp_path / "prompts.jsonl").write_text('a red cube\n{"prompt": "a cone", "control": {"canny": "edges.png"}}\n')
     pair = {"query": "a red cube at night", "positive": "at night, a red cube", "negative": "a blue cube at night"}
     (tmp_path / "pairs.jsonl").write_text(f"{json.dumps(pair)}\n" * 20)

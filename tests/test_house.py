@@ -283,6 +283,7 @@ MANY_PARAMETERS = {
     "imgdit/scenes/training_texts.py SceneImageTexts.__init__": "the options of a recipe",
     "imgdit/training/block_diffusion_loss.py block_diffusion_loss": "the options of the published trainer",
     "apps/commands/bench.py unlearn": "the options of a command",
+    "apps/commands/sae.py features": "the options of a command",
     "apps/demo/control.py _Handlers.control": "the fields of a page",
 }
 

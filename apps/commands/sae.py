@@ -68,42 +68,74 @@ def collect(
 def features(
     sae: Annotated[Path, typer.Argument(help="Folder of one autoencoder.")],
     pipeline: Annotated[str, typer.Argument(help="Folder or Hub repository of the pipeline it was trained on.")],
-    prompt: Annotated[list[str], typer.Option(help="What to generate images of; several are better.")],
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="What to generate images of; hundreds are better than a few.")
+    ] = None,
+    prompts: Annotated[Path | None, typer.Option(help="A file of prompts, one on each line.")] = None,
     against: Annotated[
         list[str] | None, typer.Option(help="Prompts without what is looked for: features are searched by contrast.")
     ] = None,
     feature: Annotated[list[int] | None, typer.Option(help="Show these instead of searching.")] = None,
     count: Annotated[int, typer.Option(min=1, help="Features to show.")] = 12,
+    top: Annotated[int, typer.Option(min=1, help="Images of each feature.")] = 8,
+    captioner: Annotated[
+        str | None,
+        typer.Option(
+            help="Names features by its descriptions of their images: embedded, a folder or a Hub id. By default "
+            "embedded for the embedded pipeline; for others the words of the prompts name them."
+        ),
+    ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Steps of the sampler.")] = STEPS,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale; the pipeline's own by default.")] = None,
     seed: Annotated[int, typer.Option(help="Of the first image.")] = 0,
-    out: Annotated[Path, typer.Option(help="Folder to write.")] = Path("outputs/features"),
+    out: Annotated[Path, typer.Option(help="Folder to write; started again, a run goes on there.")] = Path(
+        "outputs/features"
+    ),
     *,
     loading: LoadOptions,
 ) -> None:
-    """Write what features do: data, a sheet of images for each, and one page to open in a browser."""
+    """Write what features do as a site in a folder: search by words, images, heat maps, density, time."""
+    import torch
+
+    from imgdit.checkpoints import EMBEDDED
+    from imgdit.io.text import read_lines
+    from imgdit.pipelines.image_text_loading import load_image_text_pipeline
     from imgdit.pipelines.loading import chosen_device, load_pipeline
-    from imgdit.sae.features import contrast_features, heat_maps, survey_features
+    from imgdit.sae.feature_parts import FeatureParts
     from imgdit.sae.model import load_sae
     from imgdit.sae.report import write_report
 
     with at_work():
+        lines = [*(prompt or ()), *(line for line in (read_lines(prompts) if prompts else ()) if line.strip())]
+        if not lines:
+            raise ValueError("nothing is generated: give --prompt TEXT or --prompts FILE")
         model = load_sae(sae)
         pipe = load_pipeline(pipeline, loading)
         pipe.set_progress_bar_config(disable=True)
         model.to(chosen_device(loading))
-        call: dict[str, Any] = {"seed": seed, "num_inference_steps": steps}
+        call: dict[str, Any] = {"num_inference_steps": steps}
         if guidance is not None:
             call["guidance_scale"] = guidance
-        survey = survey_features(pipe, model, prompt, **call)
-        scores = None
-        if against:
-            scores = contrast_features(pipe, model, prompt, against, **call).scores("prompts")
+        parts = FeatureParts(pipe, model, lines, out, seed=seed, **call)
+        survey = parts.survey()
+        scores = parts.contrast(against) if against else None
         # The strongest by contrast; without one, by their mean activation.
         ranked = (survey.means if scores is None else scores).mean(0).topk(min(count, model.config.num_latents))
-        shown = heat_maps(pipe, model, prompt, feature or ranked.indices.tolist(), output_type="pil", **call)
-        page = write_report(out, survey, shown, prompt, scores=scores, title=f"Features of {sae.name}")
-    typer.echo(f"wrote {page}")
+        chosen = feature or ranked.indices.tolist()
+        shown = parts.heat_maps(chosen, {n for one in chosen for n, _, _ in survey.top_images(one, top)})
+        captions, captioner = None, captioner or (EMBEDDED if pipeline == EMBEDDED else None)
+        if captioner is not None:
+            writer = load_image_text_pipeline(captioner, loading)
+            writer.set_progress_bar_config(disable=True)
+
+            def describe(images: list[Any]) -> list[str]:
+                generators = [torch.Generator().manual_seed(0) for _ in images]
+                return writer.caption(images, generator=generators).texts
+
+            captions = parts.captions(shown, describe, captioner)
+        title = f"Features of {sae.name}"
+        page = write_report(out, survey, shown, lines, scores=scores, captions=captions, title=title, top=top)
+    typer.echo(f"wrote {page}; open it in a browser")
 
 
 @app.command()

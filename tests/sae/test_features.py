@@ -48,7 +48,7 @@ def codes(pipe, sae, prompt, seed):
 
 
 def test_features_of_the_text(pipe, tmp_path):
-    """They have no place in the image: the sheets show the images alone."""
+    """They have no place in the image: the pages show the images alone."""
     config = SAEConfig(32, 64, k=4, hookpoint="transformer.context_embedder")
     sae = SparseAutoencoder(config, generator=torch.Generator().manual_seed(0)).requires_grad_(False)
     survey = survey_features(pipe, sae, PROMPTS, batch_size=2, **CALL)
@@ -57,10 +57,9 @@ def test_features_of_the_text(pipe, tmp_path):
     assert shown.maps is None and len(shown.images) == 3
     write_report(tmp_path, survey, shown, PROMPTS)
     best = survey.top_images(feature)
-    height = 128 * shown.images[0].height // shown.images[0].width
-    sheet = Image.open(tmp_path / f"feature-{feature:05d}.png")
-    assert sheet.size == (len(best) * 132 - 4, height)
-    assert json.loads((tmp_path / "features.json").read_text())["features"][0]["top"][0]["token"] == best[0][2]
+    assert not list((tmp_path / "tiles").glob("heat-*"))
+    entry = json.loads((tmp_path / "features.json").read_text())["features"][0]["top"][0]
+    assert entry["token"] == best[0][2] and (tmp_path / "tiles" / entry["image"]).is_file()
 
 
 def test_survey_and_heat_maps_are_the_codes(pipe, sae):
@@ -94,15 +93,24 @@ def test_contrast(pipe, sae):
 def test_report(pipe, sae, tmp_path):
     survey = survey_features(pipe, sae, PROMPTS, **CALL)
     shown = heat_maps(pipe, sae, PROMPTS, survey.density.topk(3).indices.tolist(), output_type="pil", **CALL)
-    page = write_report(tmp_path, survey, shown, PROMPTS, top=2).read_text()
-    assert not re.search(r'(src|href)="(?!data:)', page) and "http" not in page  # needs nothing else
-    assert page.count("data:image/png;base64,") == 3 and "&lt;sphere&gt;" in page
+    captions = ["a <b>red</b> cube", "a sphere & more", 'a "green" cone']
+    write_report(tmp_path, survey, shown, PROMPTS, captions=captions, title="<i>x</i>", top=2)
+    pages = sorted(tmp_path.glob("*.html"))
+    assert len(pages) == 4
+    for page in pages:
+        text = page.read_text()
+        assert "http" not in text and not re.search(r"<(b|i|sphere)>", text)  # needs nothing else; escaped
+        for name in re.findall(r'(?:src|href)="([^"]*)"', text):
+            assert (tmp_path / name).is_file(), name
+    index = (tmp_path / "index.html").read_text()
+    assert "&lt;sphere&gt;" in index and index.count('class="card"') == 3
     data = json.loads((tmp_path / "features.json").read_text())
     assert [entry["feature"] for entry in data["features"]] == list(shown.features)
     assert all(0 < entry["density"] <= 1 and len(entry["top"]) <= 2 for entry in data["features"])
-    for feature in shown.features:
-        with Image.open(tmp_path / f"feature-{feature:05d}.png") as sheet:
-            assert sheet.height > sheet.width / 4
+    for one in (one for entry in data["features"] for one in entry["top"]):
+        for name in ("image", "heat", "patch"):
+            with Image.open(tmp_path / "tiles" / one[name]) as tile:
+                assert tile.width == (96 if name == "patch" else 192)
 
 
 def test_commands(pipe, sae, tmp_path):
@@ -122,9 +130,16 @@ def test_commands(pipe, sae, tmp_path):
     assert again.exit_code == 2 and "holds a run" in again.output
     trained = str(tmp_path / "run" / "saes" / HOOKPOINT)
     options = ["--prompt", "a red cube", "--against", "a cone", "--steps", "2", "--count", "2"]
-    done = runner.invoke(app, ["sae", "features", trained, str(tmp_path / "pipe"), *options, "--out", str(tmp_path)])
-    assert done.exit_code == 0, done.output
-    assert (tmp_path / "index.html").exists()
+    site = tmp_path / "site"
+    words = ["sae", "features", trained, str(tmp_path / "pipe"), *options, "--out", str(site)]
+    assert runner.invoke(app, words).exit_code == 0
+    before = {path: path.stat().st_mtime_ns for path in site.rglob("parts/**/*") if path.is_file()}
+    (site / "index.html").unlink()
+    assert runner.invoke(app, words).exit_code == 0 and (site / "index.html").is_file()
+    assert {path: path.stat().st_mtime_ns for path in before} == before  # nothing is generated again
+    (tmp_path / "none.txt").write_text("\n")
+    refused = runner.invoke(app, [*words[:4], "--prompts", str(tmp_path / "none.txt")])
+    assert refused.exit_code == 2 and "give --prompt TEXT or --prompts FILE" in refused.output
 
 
 def test_sdxl_unbox_files(sae, tmp_path):
