@@ -1,8 +1,9 @@
 """Questions about scenes with exact answers, of eight kinds.
 
 Questions are drawn so that their text alone does not tell the answer: `blind_accuracy` measures how much it does.
-Answers are one word, or the first phrase of `captions.PLACES` for a place; `read_answer` reads any phrase that means
-the same.
+Answers are one word, or the first phrase of `captions.PLACES` for a place. "yes" and "no" about an object are followed
+by what the image shows in its place ("no, blue"), which masked diffusion may generate before them. `read_answer` reads
+any phrase that means the same.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ class Question(NamedTuple):
     """A key of `ANSWERS`."""
     text: str
     answer: str
-    """As it is said: one word, or a phrase for a place."""
+    """As it is said: one word, or a phrase for a place or about an object."""
     choices: tuple[str, ...]
     """Answers that the text leaves open."""
 
@@ -185,7 +186,8 @@ def _ask_nearer(scene: Scene, rng: Random, split: str) -> _Asked:
 
 
 def _ask_yes_no(scene: Scene, rng: Random, split: str) -> _Asked:
-    """A claim that is right or wrong with the same probability, and as frequent in either case."""
+    """A claim that is right or wrong with the same probability, and as frequent in either case. Where it is about an
+    object, the answer tells what is shown: that of the claim's kind, or else that of its colour."""
     there, coloured, styled, beside = FORMS["yes_no"]
     thing, other, side = _one_of(scene, rng)
     form = pick(rng, (there, coloured, styled) if scene.relation is None else (there, coloured, styled, beside))
@@ -201,7 +203,10 @@ def _ask_yes_no(scene: Scene, rng: Random, split: str) -> _Asked:
     if other is not None and form == beside:
         left, far = (thing, other) if (side == "left") == right else (other, thing)
         fields |= {"kind": left.kind, "other": far.kind}
-    return form, fields, "yes" if right else "no", ANSWERS["yes_no"]
+    shown = next((one for one in scene.objects if one.kind == kind), None)
+    shown = shown or next((one for one in scene.objects if one.colour == colour), thing)
+    told = {there: f", {_noun(shown.kind, shown.colour)}", coloured: f", {shown.colour}"}
+    return form, fields, ("yes" if right else "no") + told.get(form, ""), ANSWERS["yes_no"]
 
 
 _ASK = {

@@ -51,13 +51,13 @@ TRUTH = {
     "which is nearer, the cone or the cube?": "cube",
     "is the cube left of the cone?": "yes",
     "is the cone left of the cube?": "no",
-    "is there a red cube?": "yes",
-    "is there a blue cube?": "no",
-    "is there a red cone?": "no",
-    "is there a blue cone?": "yes",
-    "is the cube red?": "yes",
-    "is the cone blue?": "yes",
-    "is the cube blue?": "no",
+    "is there a red cube?": "yes, a red cube",
+    "is there a blue cube?": "no, a red cube",
+    "is there a red cone?": "no, a blue cone",
+    "is there a blue cone?": "yes, a blue cone",
+    "is the cube red?": "yes, red",
+    "is the cone blue?": "yes, blue",
+    "is the cube blue?": "no, red",
     "is the style sketch?": "yes",
 }
 
@@ -71,7 +71,11 @@ def test_answers_are_the_truth_of_the_scene():
     assert {text: found[text] for text in TRUTH.keys() & found.keys()} == {t: TRUTH[t] for t in TRUTH.keys() & found}
     assert TRUTH.keys() - found.keys() == {"what object is it?", "what colour is it?"}
     assert found["how many objects are there?"] == "two"
-    assert all(answer == "no" for text, answer in found.items() if text.startswith("is") and text not in TRUTH)
+    assert all(
+        read_answer("yes_no", one) == "no" for text, one in found.items() if text[:2] == "is" and text not in TRUTH
+    )
+    others = {text.split()[-1][:-1]: one for text, one in found.items() if text.startswith("is there a red ")}
+    assert {others[kind] for kind in others.keys() - {"cube", "cone"}} == {"no, a red cube"}  # of the same colour
     alone = {one.text: one.answer for one in asked(ONE)}
     assert alone["how many objects are there?"] == "one" and alone["what object is it?"] == "cube"
     assert alone["what colour is it?"] == "red" and alone["where is it?"] == "at night"
@@ -176,7 +180,7 @@ def test_rows_hold_images_with_captions_and_answered_questions(tmp_path):
     with small_cache():
         data = SceneImageTexts(
             latents=str(tmp_path), scenes=2, images=2, captions=1, questions=3, question_length=12, caption_every=3,
-            kinds={"yes_no": 1.0, "style": 2.0, "relation": 1.0}, count_padding=False,
+            kinds={"count": 1.0, "style": 2.0, "relation": 1.0}, count_padding=False,
         )  # fmt: skip
         batches = [data[n] for n in range(12)]
         with pytest.raises(ValueError, match="none of the 2 scenes has two"):
@@ -184,7 +188,7 @@ def test_rows_hold_images_with_captions_and_answered_questions(tmp_path):
     assert [not batch.texts.prompt.any() for batch in batches] == [n % 3 == 0 for n in range(12)]
     answered = [batch.texts for n, batch in enumerate(batches) if n % 3]
     words = {data.tokenizer.decode(i[c], skip_special_tokens=True) for t in answered for i, c in zip(t.ids, t.counted)}
-    assert {"yes", "no"} < words <= {"yes", "no", *STYLES}
+    assert {"one"} < words <= {"one", "two", *STYLES}
     assert all((texts.counted.sum(1) == 2).all() for texts in answered)  # the word and one end token
     data.two_objects, data.pairs = 1.0, [1]
     assert {data._draw(Random(n), asked=True)[0] for n in range(9)} == {1}
