@@ -174,6 +174,8 @@ class Training:
     """Of what the model returns first: noise minus data, (B, N, C)."""
     text_width: Callable[[Any], int] = lambda model: model.config.joint_attention_dim
     """Of a model: features J of a text token."""
+    refused: Mapping[str, str] = field(default_factory=dict)
+    """Classes of pipelines whose folders cannot be trained on, and why."""
 
 
 class PromptEncoding(NamedTuple):
@@ -442,3 +444,9 @@ def known_classes(part: str | None = None) -> list[str]:
 def prompt_encodings() -> dict[str, PromptEncoding]:
     """By class of the pipeline, of all families."""
     return {name: encoding for family in families() for name, encoding in family.prompts.items()}
+
+
+def refused_trainings() -> dict[str, str]:
+    """By class of the pipeline, of all families: why its folder cannot be trained on."""
+    trainings = [family.training for family in families() if family.training is not None]
+    return {name: reason for training in trainings for name, reason in training.refused.items()}

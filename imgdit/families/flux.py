@@ -79,7 +79,7 @@ SINGLE = {
     "linear1": (*QKV, "proj_mlp"),
     "linear2": ("proj_out",),
 }
-_ROOT = {
+ROOT = {
     "img_in": ("x_embedder",),
     "txt_in": ("context_embedder",),
     "time_in.in_layer": ("time_text_embed.timestep_embedder.linear_1",),
@@ -127,7 +127,7 @@ FAMILY = Family(
             "double_blocks": ("transformer_blocks", DOUBLE | _XLABS_DOUBLE),
             "single_blocks": ("single_transformer_blocks", SINGLE | _XLABS_SINGLE),
         },
-        root=_ROOT,
+        root=ROOT,
         written=True,
         inputs=("x_embedder",),
         missing_rows={"proj_mlp": 4},

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from diffusers.models.transformers.transformer_longcat_image import LongCatImageAttnProcessor
 
+from imgdit.families.flux import DOUBLE, ROOT, SINGLE
 from imgdit.families.mmdit import ROLES
 from imgdit.families.step import (
     call_of_tokens,
@@ -26,6 +27,7 @@ from imgdit.families.step import (
     own_positions,
     packed_tokens,
     read_image,
+    reads_references,
     references_of_ids,
     single_text_first,
     training_arguments,
@@ -79,6 +81,12 @@ def _vector(model: Any, arguments: Arguments, frame: Frame) -> torch.Tensor:
     return model.time_embed(timestep, dtype)
 
 
+_ROOT = {
+    **{name: ROOT[name] for name in ("img_in", "txt_in", "final_layer.linear", "final_layer.adaLN_modulation.1")},
+    "time_in.in_layer": ("time_embed.timestep_embedder.linear_1",),
+    "time_in.out_layer": ("time_embed.timestep_embedder.linear_2",),
+}
+
 FAMILY = Family(
     classes=("LongCatImageTransformer2DModel",),
     places=lambda model, arguments: one_image(grid_of_ids(arguments["img_ids"])),
@@ -99,12 +107,21 @@ FAMILY = Family(
         references=lambda model, arguments: references_of_ids(arguments["img_ids"]),
     ),
     lora=LoraNames(
-        root={name: (name,) for name in (f"time_embed.timestep_embedder.linear_{number}" for number in (1, 2))},
+        # ComfyUI calls its layers as FLUX.1's; the model's own repository has diffusers' blocks.
+        blocks={
+            "double_blocks": ("transformer_blocks", DOUBLE),
+            "single_blocks": ("single_transformer_blocks", SINGLE),
+        },
+        root=_ROOT,
         inputs=("x_embedder",),
+        missing_rows={"proj_mlp": 4},
+        scale_first=("norm_out.linear",),
+        written=True,
         label="LongCat-Image",
         marks=r"^time_embed[._]timestep_embedder",
         shared=r"single_transformer_blocks[._]",
         never=r"(double|single)_blocks[._]|[._](text|guidance)_embedder",
+        also=("FLUX.1",),
     ),
     prompts={"LongCatImagePipeline": PromptEncoding((0, None, None), length=_PROMPT)},
     mup=replace(
@@ -115,5 +132,8 @@ FAMILY = Family(
             *ROLES.roles,
         ),
     ),
-    training=Training(_training_arguments),
+    training=Training(
+        _training_arguments,
+        refused={"LongCatImageEditPipeline": reads_references("meituan-longcat/LongCat-Image")},
+    ),
 )

@@ -15,7 +15,15 @@ from diffusers.models.transformers.transformer_qwenimage import QwenDoubleStream
 
 from imgdit.attention.cache import LayerCache
 from imgdit.families.mmdit import ADDED_QKV, QKV
-from imgdit.families.step import Step, compute_dtype, embed_tokens, packed_tokens, read_image, training_arguments
+from imgdit.families.step import (
+    Step,
+    compute_dtype,
+    embed_tokens,
+    packed_tokens,
+    read_image,
+    reads_references,
+    training_arguments,
+)
 from imgdit.family import (
     Arguments,
     Block,
@@ -240,5 +248,11 @@ FAMILY = Family(
     ),
     prompts={"QwenImagePipeline": PromptEncoding((0, None, 1), length=1024)},
     mup=_ROLES,
-    training=Training(_training_arguments),
+    training=Training(
+        _training_arguments,
+        refused=dict.fromkeys(
+            ("QwenImageEditPipeline", "QwenImageEditPlusPipeline", "QwenImageEditInpaintPipeline"),
+            reads_references("Qwen/Qwen-Image"),
+        ),
+    ),
 )

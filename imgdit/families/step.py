@@ -318,6 +318,19 @@ def training_ids(images: NoisyImages) -> torch.Tensor:
     return Frame(images.grid).ids().to(images.tokens.device)
 
 
+def reads_references(instead: str) -> str:
+    """For `Training.refused`: why the folder of an editing pipeline is not trained on.
+
+    Args:
+        instead: repository of the model of the same class that is.
+    """
+    return (
+        "its text encoder reads the reference images with each prompt, and images with captions have none. Train on "
+        f"{instead}, whose transformer is of the same class; the adapter acts on the tokens of its condition alone, "
+        "and OmniControl loads it into the editing pipeline, beside the references"
+    )
+
+
 def compute_dtype(latents: torch.Tensor) -> torch.dtype:
     """The type that a model computes in: that of autocast, or of its latents."""
     device = latents.device.type

@@ -34,6 +34,7 @@ from imgdit.training.objectives.frames import predict_velocity
 from imgdit.training.recipe import ADAPTER, AdapterConfig
 from imgdit.training.sources import training_batches
 from imgdit.training.trained import load_trained
+from imgdit.training.user_images.encoder import Encoder
 
 TINY = (tiny_flux2, tiny_flux_kin, tiny_qwen_image, tiny_z_image, tiny_krea2)
 CASES = {name: case for tiny in TINY for name, case in tiny.CASES.items()}
@@ -192,6 +193,19 @@ def _same(ours, theirs):
 
 
 # From a folder of images to a file
+
+
+@pytest.mark.parametrize(
+    ("name", "instead"),
+    [
+        ("QwenImageEditPlusPipeline", "Qwen/Qwen-Image"),
+        ("LongCatImageEditPipeline", "meituan-longcat/LongCat-Image"),
+    ],
+)
+def test_folders_of_editing_pipelines_are_refused(name, instead, tmp_path):
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": name}))
+    with pytest.raises(ValueError, match=f"of a {name}, which is not trained: .*Train on {instead},"):
+        Encoder(str(tmp_path))
 
 
 @pytest.fixture(scope="module", params=marked(FOLDERS, (*KIN, "FLUX.2", "Krea 2")))

@@ -12,7 +12,7 @@ import torch
 from diffusers.utils import logging
 
 from imgdit import compat
-from imgdit.family import TokenFormat, family_named, prompt_encodings
+from imgdit.family import TokenFormat, family_named, prompt_encodings, refused_trainings
 from imgdit.hub import find_pipeline
 from imgdit.images.latents import encode_images
 from imgdit.io.fingerprints import folder_hash
@@ -55,7 +55,9 @@ class Encoder:
         index = read_object(self.folder / "model_index.json")
         self.name = index["_class_name"]
         """Class of the pipeline."""
-        encodings = prompt_encodings()
+        encodings, reason = prompt_encodings(), refused_trainings().get(self.name)
+        if reason is not None:
+            raise ValueError(f"{self.folder} is of a {self.name}, which is not trained: {reason}")
         if self.name not in encodings:
             raise ValueError(f"{self.folder} is of a {self.name}; expected one of {', '.join(encodings)}")
         self._encoding = encodings[self.name]
