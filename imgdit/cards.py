@@ -95,7 +95,7 @@ class ModelCard:
         base, licence = self.details.base_model, (self.details.licence or "").strip()
         known = licence.lower() if licence.lower() in LICENCES else None
         named = re.sub(r"[^a-z0-9.]+", "-", licence.lower()).strip("-")[:_NAME_LENGTH]
-        other = {"license_name": named} if named and known is None else {}
+        other: dict[str, Any] = {"license_name": named} if named and known is None else {}
         on_the_hub = base if base and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", base) else None
         data = ModelCardData(
             license=known or ("other" if named else None),

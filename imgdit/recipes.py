@@ -173,6 +173,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     elif origin is Literal:
         if any(value is choice or (value == choice and type(value) is type(choice)) for choice in inner):
             return value
+        if value is False and "no" in inner:  # YAML takes a bare `no` for false
+            return "no"
         raise ValueError(f"{where} must be one of {', '.join(map(repr, inner))}, got {_named(value)}")
     elif origin is tuple and isinstance(value, (list, tuple)):
         if inner[-1] is Ellipsis or len(inner) == 1:  # diffusers writes tuple[int] for any number of them

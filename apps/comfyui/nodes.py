@@ -145,7 +145,7 @@ class ApplyCondition:
     ) -> tuple[tuple[Condition, ...]]:
         if image.ndim != 4:
             raise ValueError(f"an image of ComfyUI is (B, H, W, C), got {tuple(image.shape)}")
-        place = (adapter.info.position or "aligned") if position == AS_TRAINED else position
+        place: Any = (adapter.info.position or "aligned") if position == AS_TRAINED else position
         condition = Condition(
             image.movedim(-1, 1),  # (B, C, H, W)
             adapter.adapter,
@@ -242,7 +242,8 @@ class Generate:
         conditions: tuple[Condition, ...] = (),
         unlearning: Unlearning | None = None,
     ) -> tuple[torch.Tensor]:
-        pipe, call = pipeline.pipe, {"negative_prompt": negative_prompt} if negative_prompt else {}
+        pipe = pipeline.pipe
+        call: dict[str, Any] = {"negative_prompt": negative_prompt} if negative_prompt else {}
         call |= {"width": width or None, "height": height or None} if width or height else {}
         with ExitStack() as open_hooks:
             if conditions and pipeline.control is not None:

@@ -49,6 +49,13 @@ def test_mistakes_are_named(sections, message):
         parse(**sections)
 
 
+def test_a_bare_no_is_no():
+    """YAML takes it for false."""
+    assert parse(run={**RUN, "mixed_precision": yaml.safe_load("no")}).run.mixed_precision == "no"
+    with pytest.raises(ValueError, match="must be one of 'no', 'bf16', 'fp16', got bool True"):
+        parse(run={**RUN, "mixed_precision": True})
+
+
 def test_a_recipe_file_and_back(tmp_path):
     sections = {
         "run": {**RUN, "evaluate_sigmas": [0.5, 1]},

@@ -43,7 +43,7 @@ def test_a_run_on_a_folder_of_another_trainer_draws_sheets(tmp_path, monkeypatch
         path.parent.mkdir(parents=True, exist_ok=True)
         image(len(name), (32, 32)).save(path)
         path.with_suffix(".txt").write_text("a red cube")
-    fields = ["run.steps=2", "run.mixed_precision='no'", "model.pretrained=model", "schedule.warmup=0"]
+    fields = ["run.steps=2", "run.mixed_precision=no", "model.pretrained=model", "schedule.warmup=0"]
     fields += ["data.arguments.model=model", "data.arguments.base=32", "data.arguments.samples=3"]
     fields += ["data.arguments.condition=depth", "data.arguments.preprocessor=null", "run.tracker=tensorboard"]
 
