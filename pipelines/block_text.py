@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -13,6 +14,7 @@ from imgdit import compat
 from imgdit.models.bd3lm import BD3LM, BlockCache
 from imgdit.naming import check_choice
 from imgdit.pipelines.masked_text import MaskedTextPipelineOutput
+from imgdit.pipelines.masked_text_inputs import MOST_STEPS
 from imgdit.schedulers.masked_text import Generators, check_generators, draw_uniform
 from imgdit.schedulers.text_noise import loglinear_sigma
 
@@ -162,10 +164,11 @@ class BlockTextPipeline(compat.DiffusionPipeline):
         check_choice("output_type", output_type, ("text", "seq"))
         if self.model.config.parameterization == "autoregressive":
             raise ValueError("this model is autoregressive and writes from left to right: use write_autoregressively")
-        if not isinstance(num_inference_steps, int) or num_inference_steps < 1:
-            raise ValueError(f"num_inference_steps must be a whole number of at least 1, got {num_inference_steps!r}")
-        if not temperature >= 0 or (top_p is not None and not 0 < top_p <= 1):
-            raise ValueError(f"expected temperature >= 0 and 0 < top_p <= 1, got {temperature} and {top_p}")
+        if not isinstance(num_inference_steps, int) or not 1 <= num_inference_steps <= MOST_STEPS:
+            expected = f"a whole number from 1 to {MOST_STEPS}"
+            raise ValueError(f"num_inference_steps must be {expected}, got {num_inference_steps!r}")
+        if not 0 <= temperature < math.inf or (top_p is not None and not 0 < top_p <= 1):
+            raise ValueError(f"expected a finite temperature >= 0 and 0 < top_p <= 1, got {temperature} and {top_p}")
         wanted = callback_on_step_end_tensor_inputs or ["block_x"]
         if set(wanted) - set(self._callback_tensor_inputs):
             raise ValueError(f"callbacks may ask for {self._callback_tensor_inputs}, got {wanted}")
@@ -196,10 +199,14 @@ class BlockTextPipeline(compat.DiffusionPipeline):
         elif self.tokenizer is None or self.tokenizer.bos_token_id is None:
             raise ValueError("prompts need a tokenizer with a token that begins texts (bos_token); give input_ids")
         else:
-            texts = [prompt] if isinstance(prompt, str) else list(prompt)
+            texts = [prompt] if isinstance(prompt, str) else prompt
+            if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
+                raise ValueError(f"prompt must be a text or a list of texts, got {prompt!r}")
             bos = self.tokenizer.bos_token_id
             tokens = [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
             rows = [torch.tensor([bos, *row]) for row in tokens]
+        if not all(isinstance(row, torch.Tensor) for row in rows):
+            raise ValueError(f"input_ids must be rows of tokens as tensors, got {input_ids!r}")
         if not rows or any(row.ndim != 1 or not len(row) or row.dtype != torch.long for row in rows):
             raise ValueError("input_ids must be rows of at least one int64 token each")
         highest = max(int(row.max()) for row in rows)

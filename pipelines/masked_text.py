@@ -116,6 +116,11 @@ def is_any_of(tokens: torch.Tensor, some: Sequence[int]) -> torch.Tensor:
     return torch.isin(tokens, torch.tensor(some, dtype=tokens.dtype, device=tokens.device))
 
 
+def _is_token(token: Any, vocabulary: int) -> bool:
+    """Whether it is a whole number of a vocabulary."""
+    return hasattr(token, "__index__") and not isinstance(token, bool) and 0 <= token < vocabulary
+
+
 class MaskedTextPipeline(compat.DiffusionPipeline):
     """Texts by masked diffusion. Arguments, callback keys and outputs are those of diffusers' `LLaDA2Pipeline`.
 
@@ -235,6 +240,8 @@ class MaskedTextPipeline(compat.DiffusionPipeline):
             allow_mask_token, eos_early_stop, generator, output_type,
         )  # fmt: skip
         mask_id, eos_ids = self._special_tokens(mask_token_id, eos_token_id, options)
+        if input_ids is not None and (prompt is not None or messages is not None):
+            raise ValueError("give one of prompt, messages or input_ids, got input_ids and another")
         if input_ids is None:
             input_ids, attention_mask = encode_prompts(
                 self.tokenizer, prompt, messages, use_chat_template, add_generation_prompt, (*eos_ids, 0)[0]
@@ -303,6 +310,8 @@ class MaskedTextPipeline(compat.DiffusionPipeline):
 
     def _wanted(self, callback: Any, names: list[str] | None) -> list[str]:
         """Names of the tensors that a callback is given."""
+        if callback is not None and not callable(callback):
+            raise ValueError(f"callback_on_step_end must be callable, got {callback!r}")
         if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)):
             names = callback.tensor_inputs
         unknown = [name for name in names or () if name not in self._callback_tensor_inputs]
@@ -333,7 +342,7 @@ class MaskedTextPipeline(compat.DiffusionPipeline):
         named = {"mask_token_id": (mask,), "eos_token_id": eos_ids}
         named |= {"forbidden_tokens": options.forbidden_tokens, "late_tokens": options.late_tokens}
         for name, tokens in named.items():
-            wrong = [token for token in tokens if not hasattr(token, "__index__") or not 0 <= token < self._vocabulary]
+            wrong = [token for token in tokens if not _is_token(token, self._vocabulary)]
             if wrong:
                 raise ValueError(f"{name} must lie in 0..{self._vocabulary - 1}, the vocabulary, got {wrong}")
         if mask in eos_ids:
@@ -465,8 +474,12 @@ class MaskedTextPipeline(compat.DiffusionPipeline):
             "active_block": before == run.mask_token_id,
             "answer": run.grid[:, run.prompt_length :],
         }
-        changed = run.callback(self, run.calls - 1, step, {name: known[name] for name in run.callback_inputs}) or {}
-        if "block_x" in changed:
+        changed = run.callback(self, run.calls - 1, step, {name: known[name] for name in run.callback_inputs})
+        if changed is not None and not isinstance(changed, dict):
+            raise ValueError(
+                f"callback_on_step_end must return tensors by name in a dictionary, or None, got {changed!r}"
+            )
+        if changed and "block_x" in changed:
             run.grid[:, : block.stop] = changed["block_x"]
 
     def _output(self, run: _MaskedTextRun, prompts: Prompts) -> MaskedTextPipelineOutput:

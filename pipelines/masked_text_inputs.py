@@ -22,6 +22,8 @@ REMASKING = {"low_confidence": "probability"}
 """LLaDA's names of how masks are chosen -> the scheduler's; "random" is called the same."""
 GEN_LENGTH = 2048
 """`LLaDA2Pipeline`'s."""
+MOST_STEPS = 100_000
+"""Of a block: more than any has tokens, and few enough for a table of what each step reveals."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,12 @@ class TextOptions:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+        if self.num_inference_steps > MOST_STEPS:
+            raise ValueError(f"num_inference_steps must be at most {MOST_STEPS}, got {self.num_inference_steps}")
+        if self.top_k is not None and (not isinstance(self.top_k, int) or self.top_k < 0):
+            raise ValueError(f"top_k must be a whole number of at least 0 (off), got {self.top_k!r}")
+        if self.editing_threshold is not None and not self.editing_threshold >= 0:
+            raise ValueError(f"editing_threshold must be at least 0 (off), got {self.editing_threshold}")
         if not isinstance(self.max_post_steps, int) or self.max_post_steps < 0:
             raise ValueError(f"max_post_steps must be a whole number of at least 0, got {self.max_post_steps!r}")
         if not 0 <= self.temperature < math.inf:
@@ -131,8 +139,8 @@ def encode_prompts(
     if messages is not None:
         chats = _chats(messages)
     else:
-        texts = [prompt] if isinstance(prompt, str) else list(prompt or ())
-        if not texts or not all(isinstance(text, str) for text in texts):
+        texts = [prompt] if isinstance(prompt, str) else prompt
+        if not isinstance(texts, (list, tuple)) or not texts or not all(isinstance(text, str) for text in texts):
             raise ValueError(f"prompt must be a text or a list of texts, at least one, got {prompt!r}")
         if not (use_chat_template and getattr(tokenizer, "chat_template", None)):
             return padded_rows([tokenizer(text)["input_ids"] for text in texts], pad_token_id)
@@ -152,7 +160,13 @@ def _chats(messages: Any) -> list[Any]:
     chats = [messages] if isinstance(messages[0], dict) else list(messages)
     for chat in chats:
         whole = isinstance(chat, (list, tuple)) and all(isinstance(one, dict) for one in chat)
-        if not whole or not chat or not all(one.get("role") and one.get("content") is not None for one in chat):
+        if (
+            not whole
+            or not chat
+            or not all(
+                isinstance(one.get("role"), str) and isinstance(one.get("content"), (str, list)) for one in chat
+            )
+        ):
             raise ValueError(f"a chat must be a list of messages, at least one, with role and content, got {chat!r}")
     return chats
 

@@ -168,6 +168,9 @@ def test_nucleus_keeps_the_first_and_what_fits():
         ({"input_ids": PROMPTS, "sampler": "euler"}, "sampler"),
         ({"input_ids": PROMPTS, "top_p": 0.0}, "top_p"),
         ({"input_ids": PROMPTS, "num_inference_steps": 0}, "num_inference_steps"),
+        ({"input_ids": PROMPTS, "num_inference_steps": 10**9}, "num_inference_steps"),
+        ({"input_ids": PROMPTS, "temperature": float("inf")}, "finite temperature"),
+        ({"input_ids": [[BOS, 1]]}, "as tensors"),
         ({"input_ids": PROMPTS, "generator": seeds(1)}, "one per text"),
         ({"input_ids": PROMPTS, "callback_on_step_end_tensor_inputs": ["logits"]}, "callbacks may ask"),
     ],
@@ -175,6 +178,12 @@ def test_nucleus_keeps_the_first_and_what_fits():
 def test_bad_calls_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         make_pipe()(**options)
+
+
+@pytest.mark.parametrize("prompt", [3, [None], {"w1": 1}, b"w1"])
+def test_prompts_are_texts(prompt):
+    with pytest.raises(ValueError, match="a text or a list of texts"):
+        make_pipe(tokenizer=make_tokenizer())(prompt)
 
 
 def test_models_that_do_not_fit_are_refused():
