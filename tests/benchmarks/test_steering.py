@@ -87,6 +87,9 @@ def test_the_verdict_follows_the_numbers():
     assert "they do not take it out" in line and "about as well as" in line
     (line,) = verdict(made_up(0.6, 0.1))
     assert "do not detect" in line and "they do not bring" in line
+    mixed = made_up(0.99, 0.9)
+    mixed["concepts"]["cube"] = made_up(0.99, 0.0)["concepts"]["cube"]
+    assert "not clearly better or worse than the difference of means (+0.45, +0.00 to +0.90)" in verdict(mixed)[0]
     assert summarize(made_up(0.6, 0.1)).effects["up"][TEXT]["features"].value == pytest.approx(0.1)
 
 

@@ -91,13 +91,20 @@ def verdict(result: Mapping[str, Any]) -> list[str]:
             name = max((SCALED, "features"), key=lambda one: summary.effects[way][place][one].value)
             found, apart = summary.effects[way][place][name], summary.differences[way][place]
             does = "they" if found.value >= STEERS else "they do not"
-            than = "better than" if apart.low > EQUAL else "worse than" if apart.high < -EQUAL else "about as well as"
+            than = _compared(apart)
             said.append(
                 f"{does} {verb} (probability changes by {_of(found)} at best, {TITLES[name]}), "
                 f"{than} the difference of means ({apart.value:+.2f}, {apart.low:+.2f} to {apart.high:+.2f})"
             )
         lines.append("; ".join(said) + ".")
     return lines
+
+
+def _compared(apart: Interval) -> str:
+    """What an interval of a paired difference says."""
+    if apart.low > EQUAL or apart.high < -EQUAL:
+        return "better than" if apart.low > EQUAL else "worse than"
+    return "about as well as" if apart.low >= -EQUAL and apart.high <= EQUAL else "not clearly better or worse than"
 
 
 def write_page(out: Path, result: Mapping[str, Any]) -> Path:
@@ -107,7 +114,7 @@ def write_page(out: Path, result: Mapping[str, Any]) -> Path:
     lines += ["![AUC by timestep; probability of the concept by strength](steering.png)", ""]
     lines += ["## Detection", "", "AUC of images with the concept against those of the other labels of its kind.", ""]
     lines += _table(
-        ["hookpoint", *(TITLES[name] for name in DIRECTIONS)],
+        ["hookpoint", "SAE features", *(TITLES[name] for name in DIRECTIONS if name != "features")],
         [[f"`{place}`", *(_of(summary.auc[place][name]) for name in DIRECTIONS)] for place in places],
     )
     lines += ["", "## Steering", ""]
