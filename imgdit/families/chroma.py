@@ -18,16 +18,16 @@ from imgdit.attention.cache import LayerCache
 from imgdit.families.flux import DOUBLE, RATIOS, SHARES, SINGLE
 from imgdit.families.mmdit import ROLES
 from imgdit.families.step import (
+    PACKED_TOKENS,
     Step,
     call_of_tokens,
-    compute_dtype,
     double_and_single,
     embed_tokens,
-    grid_of_ids,
-    one_image,
-    packed_tokens,
+    places_of_ids,
     read_image,
     rope_of_ids,
+    sigma_of_timestep,
+    timestep_of_frame,
     training_arguments,
     training_ids,
 )
@@ -44,7 +44,6 @@ from imgdit.family import (
 )
 from imgdit.frames import Frame
 from imgdit.models.blocks import BlockPlan, double_block, joint_block
-from imgdit.models.functional import PATCH
 
 
 def _call(model: Any, arguments: Arguments) -> Call:
@@ -66,10 +65,7 @@ def _training_arguments(model: Any, images: NoisyImages) -> dict[str, Any]:
 
 def _vector(model: Any, arguments: Arguments, frame: Frame) -> torch.Tensor:
     """The table (B, M, D)."""
-    timestep = arguments["timestep"].to(compute_dtype(arguments["hidden_states"])) * 1000
-    if frame.sigma is not None:
-        timestep = torch.full_like(timestep, frame.sigma * 1000)
-    return model.distilled_guidance_layer(model.time_text_embed(timestep))
+    return model.distilled_guidance_layer(model.time_text_embed(timestep_of_frame(arguments, frame)))
 
 
 def _known_table(step: Step, module: Any, original: Callable, *args: Any) -> torch.Tensor:
@@ -131,13 +127,13 @@ def _without_modulation(layers: dict[str, tuple[str, ...]]) -> dict[str, tuple[s
 
 FAMILY = Family(
     classes=("ChromaTransformer2DModel",),
-    places=lambda model, arguments: one_image(grid_of_ids(arguments["img_ids"])),
+    places=places_of_ids,
     timestep=timestep_times(1000.0),
     joint_parts=r"^single_transformer_blocks$",
     image_places={"ChromaTransformerBlock": 1},
     guides_in_batch=False,
     guides_by_second_call=True,
-    tokens=packed_tokens(patch=lambda model, vae: PATCH, channels=lambda model: model.config.in_channels),
+    tokens=PACKED_TOKENS,
     conditions=Conditions(
         call=_call,
         rope=rope_of_ids,
@@ -150,7 +146,7 @@ FAMILY = Family(
             "norm_out": _read_image,
         },
         processors=(FluxAttnProcessor,),
-        sigma=lambda model, arguments: arguments["timestep"].float(),
+        sigma=sigma_of_timestep,
         # The model has a dictionary for its blocks, but not under gradient checkpointing.
         residual_arguments=("controlnet_block_samples", "controlnet_single_block_samples"),
     ),

@@ -9,19 +9,20 @@ from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 
 from imgdit.families.mmdit import ADDED_QKV, QKV, ROLES, SETTINGS
 from imgdit.families.step import (
+    PACKED_TOKENS,
     compute_dtype,
     double_and_single,
     embed_tokens,
-    grid_of_ids,
     joint_text_last,
     known_vector,
-    one_image,
     own_positions,
-    packed_tokens,
+    places_of_ids,
     read_image,
-    references_of_ids,
+    references_in_ids,
     rope_of_ids,
+    sigma_of_timestep,
     single_text_first,
+    timestep_of_frame,
 )
 from imgdit.family import (
     Arguments,
@@ -53,10 +54,9 @@ def _call(model: Any, arguments: Arguments) -> Call:
 def _vector(model: Any, arguments: Arguments, frame: Frame) -> torch.Tensor:
     """The model multiplies timestep and guidance by 1000 in the type in which it computes."""
     dtype, guidance = compute_dtype(arguments["hidden_states"]), arguments.get("guidance")
-    timestep = arguments["timestep"].to(dtype) * 1000
+    timestep = timestep_of_frame(arguments, frame)
     rest = [] if guidance is None else [guidance.to(dtype) * 1000]
     if frame.sigma is not None:
-        timestep = torch.full_like(timestep, frame.sigma * 1000)
         rest = [torch.full_like(one, 1000.0 * (frame.guidance or 1.0)) for one in rest]
     return model.time_text_embed(timestep, *rest, arguments["pooled_projections"])
 
@@ -104,11 +104,11 @@ _XLABS_SINGLE = {"processor.qkv_lora": QKV, "processor.proj_lora": ("proj_out",)
 
 FAMILY = Family(
     classes=("FluxTransformer2DModel",),
-    places=lambda model, arguments: one_image(grid_of_ids(arguments["img_ids"])),
+    places=places_of_ids,
     timestep=timestep_times(1000.0),
     joint_parts=r"^single_transformer_blocks$",
     guides_in_batch=False,
-    tokens=packed_tokens(patch=lambda model, vae: 2, channels=lambda model: model.config.in_channels),
+    tokens=PACKED_TOKENS,
     conditions=Conditions(
         call=_call,
         rope=rope_of_ids,
@@ -117,10 +117,10 @@ FAMILY = Family(
         blocks=double_and_single(joint_text_last, single_text_first),
         edges=lambda model: {"x_embedder": embed_tokens, "time_text_embed": known_vector, "norm_out": read_image},
         processors=(FluxAttnProcessor,),
-        sigma=lambda model, arguments: arguments["timestep"].float(),
+        sigma=sigma_of_timestep,
         transport=("joint_attention_kwargs", "joint_attention_kwargs"),
         residual_arguments=("controlnet_block_samples", "controlnet_single_block_samples"),
-        references=lambda model, arguments: references_of_ids(arguments["img_ids"]),
+        references=references_in_ids,
     ),
     lora=LoraNames(
         blocks={

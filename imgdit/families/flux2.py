@@ -22,12 +22,12 @@ from imgdit.families.step import (
     call_of_tokens,
     double_and_single,
     embed_tokens,
-    grid_of_ids,
     known_vector,
-    one_image,
     own_positions,
+    places_of_ids,
     read_image,
-    references_of_ids,
+    references_in_ids,
+    sigma_of_timestep,
     training_arguments,
     training_ids,
 )
@@ -269,7 +269,7 @@ _KEEPS_KEYS = (
 
 FAMILY = Family(
     classes=("Flux2Transformer2DModel",),
-    places=lambda model, arguments: one_image(grid_of_ids(arguments["img_ids"])),
+    places=places_of_ids,
     timestep=timestep_times(1000.0),
     joint_parts=r"^single_transformer_blocks$",
     guides_in_batch=False,
@@ -296,9 +296,9 @@ FAMILY = Family(
         refused=dict.fromkeys(
             ("Flux2KleinKVPipeline", "Flux2KVAttnProcessor", "Flux2KVParallelSelfAttnProcessor"), _KEEPS_KEYS
         ),
-        sigma=lambda model, arguments: arguments["timestep"].float(),
+        sigma=sigma_of_timestep,
         transport=("joint_attention_kwargs", "joint_attention_kwargs"),
-        references=lambda model, arguments: references_of_ids(arguments["img_ids"]),
+        references=references_in_ids,
     ),
     lora=LoraNames(
         blocks={

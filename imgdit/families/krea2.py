@@ -18,14 +18,15 @@ from imgdit import compat
 from imgdit.attention.cache import LayerCache
 from imgdit.attention.grouped import grouped_attention
 from imgdit.families.step import (
+    PACKED_TOKENS,
     Step,
     call_of_tokens,
     embed_tokens,
     gated_feed_forward,
     grid_of_ids,
     one_image,
-    packed_tokens,
     read_image,
+    sigma_of_timestep,
     text_edges,
     training_arguments,
     training_ids,
@@ -47,7 +48,7 @@ from imgdit.family import (
 from imgdit.frames import Frame
 from imgdit.lora.rows import linear
 from imgdit.models.blocks import BlockPlan
-from imgdit.models.functional import PATCH, apply_rope, gated_add, modulate, rope_table
+from imgdit.models.functional import apply_rope, gated_add, modulate, rope_table
 from imgdit.mup.structure import Structure
 
 
@@ -221,7 +222,7 @@ FAMILY = Family(
     joint_parts=r"^transformer_blocks$",
     guides_in_batch=False,
     guides_by_second_call=True,
-    tokens=packed_tokens(patch=lambda model, vae: PATCH, channels=lambda model: model.config.in_channels),
+    tokens=PACKED_TOKENS,
     conditions=Conditions(
         call=_call,
         rope=_rope,
@@ -237,7 +238,7 @@ FAMILY = Family(
             **text_edges(model, ["text_fusion", "txt_in"]),
         },
         processors=(Krea2AttnProcessor,),
-        sigma=lambda model, arguments: arguments["timestep"].float(),
+        sigma=sigma_of_timestep,
     ),
     prompts={"Krea2Pipeline": PromptEncoding((0, None, 1))},
     lora=LoraNames(

@@ -16,20 +16,20 @@ from diffusers.models.transformers.transformer_longcat_image import LongCatImage
 from imgdit.families.flux import DOUBLE, ROOT, SINGLE
 from imgdit.families.mmdit import ROLES
 from imgdit.families.step import (
+    PACKED_TOKENS,
     call_of_tokens,
-    compute_dtype,
     double_and_single,
     embed_tokens,
-    grid_of_ids,
     joint_text_last,
     known_vector,
-    one_image,
     own_positions,
-    packed_tokens,
+    places_of_ids,
     read_image,
     reads_references,
-    references_of_ids,
+    references_in_ids,
+    sigma_of_timestep,
     single_text_first,
+    timestep_of_frame,
     training_arguments,
     training_ids,
 )
@@ -44,7 +44,7 @@ from imgdit.family import (
     timestep_times,
 )
 from imgdit.frames import Frame
-from imgdit.models.functional import PATCH, rope_table
+from imgdit.models.functional import rope_table
 
 
 def _rope(model: Any, arguments: Arguments, conditions: Sequence[Frame], kept: torch.Tensor | None) -> torch.Tensor:
@@ -74,11 +74,8 @@ def _training_arguments(model: Any, images: NoisyImages) -> dict[str, Any]:
 
 
 def _vector(model: Any, arguments: Arguments, frame: Frame) -> torch.Tensor:
-    dtype = compute_dtype(arguments["hidden_states"])
-    timestep = arguments["timestep"].to(dtype) * 1000
-    if frame.sigma is not None:
-        timestep = torch.full_like(timestep, frame.sigma * 1000)
-    return model.time_embed(timestep, dtype)
+    timestep = timestep_of_frame(arguments, frame)
+    return model.time_embed(timestep, timestep.dtype)
 
 
 _ROOT = {
@@ -89,12 +86,12 @@ _ROOT = {
 
 FAMILY = Family(
     classes=("LongCatImageTransformer2DModel",),
-    places=lambda model, arguments: one_image(grid_of_ids(arguments["img_ids"])),
+    places=places_of_ids,
     timestep=timestep_times(1000.0),
     joint_parts=r"^single_transformer_blocks$",
     image_places={"LongCatImageTransformerBlock": 1, "LongCatImageSingleTransformerBlock": 1},
     guides_in_batch=False,
-    tokens=packed_tokens(patch=lambda model, vae: PATCH, channels=lambda model: model.config.in_channels),
+    tokens=PACKED_TOKENS,
     conditions=Conditions(
         call=call_of_tokens,
         rope=_rope,
@@ -103,8 +100,8 @@ FAMILY = Family(
         blocks=double_and_single(joint_text_last, single_text_first),
         edges=lambda model: {"x_embedder": embed_tokens, "time_embed": known_vector, "norm_out": read_image},
         processors=(LongCatImageAttnProcessor,),
-        sigma=lambda model, arguments: arguments["timestep"].float(),
-        references=lambda model, arguments: references_of_ids(arguments["img_ids"]),
+        sigma=sigma_of_timestep,
+        references=references_in_ids,
     ),
     lora=LoraNames(
         # ComfyUI calls its layers as FLUX.1's; the model's own repository has diffusers' blocks.

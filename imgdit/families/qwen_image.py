@@ -16,12 +16,13 @@ from diffusers.models.transformers.transformer_qwenimage import QwenDoubleStream
 from imgdit.attention.cache import LayerCache
 from imgdit.families.mmdit import ADDED_QKV, QKV
 from imgdit.families.step import (
+    PACKED_TOKENS,
     Step,
     compute_dtype,
     embed_tokens,
-    packed_tokens,
     read_image,
     reads_references,
+    sigma_of_timestep,
     training_arguments,
 )
 from imgdit.family import (
@@ -41,7 +42,7 @@ from imgdit.family import (
 from imgdit.frames import Frame
 from imgdit.lora.rows import AdapterRows, feed_forward, linear
 from imgdit.models.blocks import BlockPlan, attend
-from imgdit.models.functional import PATCH, gated_add, in_range, modulate, rope_table
+from imgdit.models.functional import gated_add, in_range, modulate, rope_table
 from imgdit.mup.structure import Structure
 
 
@@ -214,7 +215,7 @@ FAMILY = Family(
     timestep=timestep_times(1000.0),
     text_parts=r"^txt_|^add_|^to_add_out$|_added_",
     guides_in_batch=False,
-    tokens=packed_tokens(patch=lambda model, vae: PATCH, channels=lambda model: model.config.in_channels),
+    tokens=PACKED_TOKENS,
     conditions=Conditions(
         call=_call,
         rope=_rope,
@@ -225,7 +226,7 @@ FAMILY = Family(
         ),
         edges=lambda model: {"img_in": embed_tokens, "time_text_embed": _known_vectors, "norm_out": read_image},
         processors=(QwenDoubleStreamAttnProcessor2_0,),
-        sigma=lambda model, arguments: arguments["timestep"].float(),
+        sigma=sigma_of_timestep,
         transport=("attention_kwargs", "joint_attention_kwargs"),
         residual_arguments=("controlnet_block_samples",),
         references=_references,

@@ -32,7 +32,7 @@ from imgdit.images.latents import encode_images
 from imgdit.layout import FrameLayout
 from imgdit.lora.rows import AdapterRows, linear, on_rows
 from imgdit.models.blocks import BlockPlan, double_block, single_block
-from imgdit.models.functional import pack, rope_table
+from imgdit.models.functional import PATCH, pack, rope_table
 
 
 @dataclass(eq=False)
@@ -256,6 +256,10 @@ def _encode(
     return pack(encode_images(vae, pixels, generator), patch(model, vae))  # (B, rows * columns, C)
 
 
+PACKED_TOKENS = packed_tokens(patch=lambda model, vae: PATCH, channels=lambda model: model.config.in_channels)
+"""Of models that take 2 x 2 latent cells as a token."""
+
+
 def own_positions(arguments: Arguments) -> tuple[torch.Tensor, torch.Tensor]:
     """Position ids (T, axes) and (N, axes) of text and image, which pipelines pass with or without a batch."""
     text, image = (ids[0] if ids.ndim == 3 else ids for ids in (arguments["txt_ids"], arguments["img_ids"]))
@@ -316,6 +320,28 @@ def training_arguments(images: NoisyImages) -> dict[str, Any]:
 def training_ids(images: NoisyImages) -> torch.Tensor:
     """Positions (N, 3) of an image that begins at row and column 0."""
     return Frame(images.grid).ids().to(images.tokens.device)
+
+
+def places_of_ids(model: Any, arguments: Arguments) -> tuple[tuple[slice, Grid], ...]:
+    """`Family.places` of a model that is given `img_ids`."""
+    return one_image(grid_of_ids(arguments["img_ids"]))
+
+
+def references_in_ids(model: Any, arguments: Arguments) -> tuple[Frame, ...]:
+    """`Conditions.references` of a model that is given `img_ids`."""
+    return references_of_ids(arguments["img_ids"])
+
+
+def sigma_of_timestep(model: Any, arguments: Arguments) -> torch.Tensor:
+    """`Conditions.sigma` of a model whose timestep is the noise level."""
+    return arguments["timestep"].float()
+
+
+def timestep_of_frame(arguments: Arguments, frame: Frame) -> torch.Tensor:
+    """Timesteps (B,) in [0, 1000] of a frame, in the type that a model computes in: of its own noise level, of the
+    call's where it has none."""
+    timestep = arguments["timestep"].to(compute_dtype(arguments["hidden_states"])) * 1000
+    return timestep if frame.sigma is None else torch.full_like(timestep, frame.sigma * 1000)
 
 
 def reads_references(instead: str) -> str:

@@ -17,6 +17,7 @@ from torch.nn import Linear
 from imgdit import Condition, OmniControl
 from imgdit.adapters.references import References
 from imgdit.families import flux2 as flux2_family
+from imgdit.families import step
 from imgdit.families.flux2 import FAMILY
 from imgdit.family import MeasuredPlaces
 from imgdit.frames import Frame
@@ -45,17 +46,18 @@ def test_positions_that_the_pipeline_makes_in_every_step_are_read_once_in_a_call
     """It joins those of the image and of its reference images anew."""
     case = CASES["FLUX.2 dev"]
     control = loaded(case, case.pipeline(), tmp_path)
-    names = ("rope_table", "grid_of_ids", "references_of_ids")
     with ExitStack() as stack:
-        read = [
-            stack.enter_context(mock.patch.object(flux2_family, name, wraps=getattr(flux2_family, name)))
-            for name in names
-        ]
+        rotations, grids, references = (
+            stack.enter_context(mock.patch.object(module, name, wraps=getattr(module, name)))
+            for module, name in ((flux2_family, "rope_table"), (step, "grid_of_ids"), (step, "references_of_ids"))
+        )
         for calls in (1, 2):
             with control.use(Condition(image(), "canny"), references=References(0.5)):
                 for _ in range(calls):
                     make(case, control.pipe, **case.references())
-            assert [one.call_count for one in read] == [1 if calls == 1 else 3] * 3
+            done = 1 if calls == 1 else 3
+            assert rotations.call_count == references.call_count == done
+            assert grids.call_count == 2 * done  # of the image and of its reference
 
 
 def test_positions_of_each_call_are_its_own():
