@@ -8,6 +8,7 @@ from tiny_images import image
 from typer.testing import CliRunner
 
 from imgdit import Frame, FrameLayout
+from imgdit.apps.chores import user_sheet
 from imgdit.apps.cli import app
 from imgdit.io.checkpoints import find_checkpoint, read_tensors
 from imgdit.training import loop, sampling
@@ -37,6 +38,7 @@ def test_exact_velocities_lead_back_to_the_image(monkeypatch, shift):
 def test_a_run_on_a_folder_of_another_trainer_draws_sheets(tmp_path, monkeypatch):
     """With them the weights are the same to the bit."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(user_sheet, "STEPS", 2)
     tiny_pipeline().save_pretrained("model")
     for name in ("2_cube/a.png", "b.png", "control/a.png", "control/b.png"):
         path = tmp_path / "images" / name
