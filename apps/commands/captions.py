@@ -16,7 +16,7 @@ Model = Annotated[str, typer.Option(help="Folder or Hub id of a pipeline that wr
 Steps = Annotated[int | None, typer.Option(min=1, help="Steps; the pipeline's own number by default.")]
 Temperature = Annotated[float | None, typer.Option(min=0.0, help="0: the most probable tokens.")]
 Length = Annotated[int | None, typer.Option(min=1, help="Tokens at most; the pipeline's own number by default.")]
-Seed = Annotated[int, typer.Option(min=0, help="Of the first text; the others count up.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the first text; the others count up.")]
 AsJson = Annotated[bool, typer.Option("--json", help="A JSON object per text on the standard output.")]
 
 

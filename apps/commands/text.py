@@ -64,7 +64,7 @@ def write(
     steps: Annotated[int | None, typer.Option(min=1, help="Steps of each block; one per token by default.")] = None,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: the most probable tokens.")] = 1.0,
     cache: Annotated[CacheKind | None, typer.Option(help="prefix or dual: faster and approximate.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the first text; the others count up.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the first text; the others count up.")] = 0,
     chat: Annotated[bool, typer.Option(help="Use the tokenizer's chat template, if it has one.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="A JSON object per text on the standard output.")] = False,
     *,

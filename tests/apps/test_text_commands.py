@@ -38,6 +38,12 @@ def test_write_continues_prompts_by_their_own_seeds(folder):
     assert first.startswith("w1 w2 ") and alone.stdout.splitlines() == [second]
 
 
+@pytest.mark.parametrize("command", [("write", "w1"), ("caption", "a.png"), ("answer", "a.png", "what is it?")])
+def test_a_seed_beyond_those_of_generators_is_refused_before_loading(command):
+    found = run(*command, "--seed", 2**63)
+    assert found.exit_code == 2 and str(2**63 - 1) in "".join(found.output.replace("│", "").split())
+
+
 def test_write_fills_holes_and_prints_json(folder):
     found = run("write", "w1 _ w2 _", "--fill", "--model", folder, "--json")
     words = json.loads(found.stdout)["text"].split()
