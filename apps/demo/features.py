@@ -240,7 +240,7 @@ def _reach(part: float) -> float:
 
 def _set_reach(part: float) -> gr.Slider:
     reach = _reach(part)
-    return gr.Slider(minimum=-reach, maximum=reach, value=-math.ceil(reach / 2))
+    return gr.Slider(minimum=-reach, maximum=reach, value=-math.ceil(reach / 4))
 
 
 def _reach_of_best(table: Any) -> gr.Slider:
