@@ -78,8 +78,7 @@ def build(holder: Holder, results: Path, takes_models: bool = False) -> gr.Block
                 _tabs(holder, hidden, takes_models, onward, targets)
         with gr.Accordion("For researchers: how μP scales", open=False, elem_id="scale"):
             scale.build(holder, results)
-        _take_onward(onward, targets, tabs)
-        _remember(onward, history, tabs)
+        _take_onward(onward, _remember(onward, history, tabs), targets, tabs)
     return page.queue(max_size=LIMITS.queue, default_concurrency_limit=4)
 
 
@@ -115,16 +114,17 @@ def _tabs(
             text.build(holder, words)
 
 
-def _take_onward(onward: Sequence[widgets.Onward], targets: Mapping[str, Any], tabs: gr.Tabs) -> None:
-    """Let the buttons under results take them to the tabs that there are."""
-    for result in onward:
+def _take_onward(
+    onward: Sequence[widgets.Onward], chosen: Sequence[gr.State], targets: Mapping[str, Any], tabs: gr.Tabs
+) -> None:
+    """Let the buttons under results take them, by their files in `chosen`, to the tabs that there are."""
+    for result, latest in zip(onward, chosen):
         for place, button in result.buttons.items():
             if place not in targets:
                 continue
 
             @limits.refusing(result.status)
-            def take(shown: Any, place: str = place) -> Iterator[Any]:
-                file = widgets.shown_file(shown)
+            def take(file: str | None, place: str = place) -> Iterator[Any]:
                 if file is None:
                     raise limits.Refused("create an image first, which then can be used elsewhere")
                 value = {"background": file, "layers": [], "composite": None} if place == "control" else file
@@ -132,27 +132,33 @@ def _take_onward(onward: Sequence[widgets.Onward], targets: Mapping[str, Any], t
 
             button.visible = True
             button.click(
-                take, result.source, [targets[place], tabs, result.status], api_visibility="private",
+                take, latest, [targets[place], tabs, result.status], api_visibility="private",
                 show_progress="hidden",
             )  # fmt: skip
 
 
-def _remember(onward: Sequence[widgets.Onward], history: gr.Gallery, tabs: gr.Tabs) -> None:
-    """Keep what a person generated at the side, the newest first; a click shows it where images are created."""
-    seen = gr.State([])
+def _remember(onward: Sequence[widgets.Onward], history: gr.Gallery, tabs: gr.Tabs) -> list[gr.State]:
+    """Keep what a person generated at the side, the newest first; a click shows it where images are created.
 
-    def remember(made: Any, before: list[str]) -> tuple[list[str], list[str]]:
-        names = {Path(file).name for file in before}
-        files = [*reversed([file for file in widgets.files_of(made) if Path(file).name not in names]), *before][:KEPT]
-        return files, files
+    Returns:
+        file of each tab's result.
+    """
+    seen, chosen = gr.State([]), [gr.State() for _ in onward]
 
-    def show(event: gr.SelectData) -> tuple[str, gr.Tabs]:
-        return event.value["image"]["path"], gr.Tabs(selected="create")
+    def remember(made: Any, before: list[str]) -> tuple[Any, ...]:
+        files, names = widgets.files_of(made), {Path(file).name for file in before}
+        kept = [*reversed([file for file in files if Path(file).name not in names]), *before][:KEPT]
+        return kept, kept, files[-1] if files else gr.skip()
 
-    for result in onward:
+    def show(event: gr.SelectData) -> tuple[str, str, gr.Tabs]:
+        file = event.value["image"]["path"]
+        return file, file, gr.Tabs(selected="create")
+
+    for result, latest in zip(onward, chosen):
         for run in result.runs:
-            run.then(remember, [result.made, seen], [seen, history], **QUICK)
-    history.select(show, None, [onward[0].source, tabs], **QUICK)
+            run.then(remember, [result.made, seen], [seen, history, latest], **QUICK)
+    history.select(show, None, [onward[0].image, chosen[0], tabs], **QUICK)
+    return chosen
 
 
 def _hidden(holder: Holder) -> dict[str, str]:

@@ -142,8 +142,8 @@ class _Handlers:
         request = Request(text, controls=tuple(controls), **base)
         for shown in self.holder.make([request], person, [INVERTED] if inverted else []):
             if not shown.files:
-                preview = None if shown.preview is None else self.holder.keep(shown.preview)
-                now = gr.skip() if preview is None else (self.holder.keep(fit(photo, shown.preview.size)), preview)
+                preview = shown.preview
+                now = gr.skip() if preview is None else (fit(photo, preview.size), preview)
                 yield gr.skip(), now, gr.skip(), shown.status
                 continue
             generated = open_image(shown.files[0])

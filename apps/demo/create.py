@@ -27,7 +27,7 @@ def build(holder: Holder) -> widgets.Onward:
             with gr.Row(elem_classes="composer"):
                 prompt = widgets.prompt_box(texts.create)
                 make, stop = widgets.buttons("Create")
-            unknown = gr.Markdown(elem_classes="note", visible=False)
+            unknown = gr.Markdown(elem_classes=["note", "unknown"], visible=False)
             with gr.Row(elem_classes="uses"):
                 again = gr.Button("Another seed", size="sm")
                 onward = widgets.onward_buttons("create")

@@ -184,7 +184,7 @@ class _Handlers:
         base = Request(limits.text(prompt), **widgets.read_sampling(steps, guidance, seed))
         by = float(limits.number(factor, "the factor", -100, 100))
         for shown in self.holder.make([base, replace(base, features=((number, by),))], person):
-            first, second = widgets.two_of(self.holder, shown)
+            first, second = widgets.two_of(shown)
             note = ""
             if shown.over and len(shown.files) == 2 and same_pixels(*map(open_image, shown.files)):
                 note = (

@@ -52,6 +52,7 @@ class Shown:
 
     status: str
     preview: Image.Image | None = None
+    """The latest of the image that is generated now."""
     files: list[str] = field(default_factory=list)
     """Finished images."""
     over: bool = False
@@ -136,12 +137,14 @@ class Holder:
                 gr.Warning(remark)
             for i, request in enumerate(requests):
                 label = f"image {i + 1} of {len(requests)}, " if len(requests) > 1 else ""
+                latest = None
                 for event in self._stream(request, stop):
                     if isinstance(event, Generated):
                         files += self._save(event, request)
                         break
                     step, steps, preview = event
-                    yield Shown(f"{label}step {step} of {steps}", preview, list(files))
+                    latest = preview or latest
+                    yield Shown(f"{label}step {step} of {steps}", latest, list(files))
                 else:
                     yield Shown("Stopped.", None, files, over=True)
                     return

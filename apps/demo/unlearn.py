@@ -87,7 +87,7 @@ def build(holder: Holder) -> widgets.Onward:
         )
         shown = None
         for shown in holder.make([base, other], person):
-            first, second = widgets.two_of(holder, shown)
+            first, second = widgets.two_of(shown)
             status = SEARCHING if shown.over and len(shown.files) == 2 else shown.status
             yield first, second, None, status
         if shown is not None and len(shown.files) == 2:

@@ -12,7 +12,7 @@ import gradio as gr
 from PIL import Image
 
 from imgdit.apps.demo import limits
-from imgdit.apps.demo.holder import QUICK, Holder, Shown
+from imgdit.apps.demo.holder import QUICK, Shown
 from imgdit.apps.demo.limits import LIMITS
 from imgdit.defaults import GUIDANCE, STEPS
 
@@ -167,8 +167,8 @@ class Sampling(NamedTuple):
 class Onward(NamedTuple):
     """A result of a tab, and the buttons that take it to other tabs; hidden until there is somewhere to take it."""
 
-    source: Any
-    """Component that shows the result, by its file."""
+    image: Any
+    """Component that shows the result."""
     made: Any
     """Component with the files of a run, for the history."""
     runs: Sequence[Any]
@@ -195,11 +195,6 @@ def onward_buttons(here: str) -> dict[str, gr.Button]:
     """
     with gr.Row(elem_classes="uses"):
         return {name: gr.Button(label, size="sm", visible=False) for name, label in ONWARD.items() if name != here}
-
-
-def shown_file(value: Any) -> str | None:
-    """File of what a component shows; of several, the first."""
-    return files_of(value)[0] if value else None
 
 
 def files_of(value: Any) -> list[str]:
@@ -239,13 +234,11 @@ def compare_when_changed(slider: gr.ImageSlider, first: gr.Image, second: gr.Ima
     gr.on([first.change, second.change], together, [first, second], slider, trigger_mode="always_last", **QUICK)
 
 
-def two_of(holder: Holder, shown: Shown) -> tuple[Any, Any]:
+def two_of(shown: Shown) -> tuple[Any, Any]:
     """What a pair of images shows while it is generated: those that are finished, and how far the next one is."""
-    preview = gr.skip() if shown.preview is None else holder.keep(shown.preview)
-    if len(shown.files) == 2 or shown.over:
-        first, second = [*shown.files, None, None][:2]
-        return first, second
-    return (shown.files[0], preview) if shown.files else (preview, None)
+    following = [] if shown.over else [shown.preview]
+    first, second = [*shown.files, *following, None, None][:2]
+    return first, second
 
 
 def result(label: str, square: bool = True) -> gr.Image:
