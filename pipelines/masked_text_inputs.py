@@ -213,7 +213,7 @@ def check_ids(
     return ids, mask.to(ids.device).bool()
 
 
-def find_holes(ids: torch.Tensor, mask: torch.Tensor, infill_mask: torch.Tensor | None, mask_token_id: int) -> Prompts:
+def find_holes(ids: torch.Tensor, mask: torch.Tensor, infill_mask: Any, mask_token_id: int) -> Prompts:
     """Prompts with their holes: the places of `infill_mask`, else the mask tokens among them. Padding goes to the
     left, so that what is written follows the prompt."""
     if infill_mask is None:

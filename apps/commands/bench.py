@@ -27,7 +27,7 @@ Judge = Annotated[
 Guidance = Annotated[float, typer.Option(min=0.0, help="Guidance scale.")]
 
 
-def _measure(benchmark: str, model: str | None, probe: Path | None, out: Path, *settings: Any) -> None:
+def _measure(benchmark: str, model: Path | None, probe: Path | None, out: Path, *settings: Any) -> None:
     """Run a function of `imgdit.benchmarks.scenes.run` and print the table of its scores."""
     from imgdit.benchmarks.scenes import run as scene_bench
     from imgdit.checkpoints import SCENE_PROBE

@@ -174,7 +174,7 @@ def push(
             unlearner.save_pretrained(out, concepts=concept, saes=selection, card=details, name=repository)
             typer.echo(f"wrote {out}")
             return
-        options = {"concepts": concept, "saes": selection, "private": private or None}
+        options: dict[str, Any] = {"concepts": concept, "saes": selection, "private": private or None}
         typer.echo(unlearner.push_to_hub(repository, card=details, **options))
 
 

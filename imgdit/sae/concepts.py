@@ -300,7 +300,9 @@ class ConceptBook:
             missing = [part for part in _STORED if f"{name}/{part}" not in tensors]
             if missing:
                 raise ValueError(f"{folder / _TENSORS} has no {name}/{missing[0]}")
-            parts = {part: tensors[f"{name}/{part}"] for part in (*_STORED, "mean") if f"{name}/{part}" in tensors}
+            parts: dict[str, Any] = {
+                part: tensors[f"{name}/{part}"] for part in (*_STORED, "mean") if f"{name}/{part}" in tensors
+            }
             timesteps = _timesteps(entry, f"{folder / CONCEPTS}: {name}")
             _check_shapes(parts, len(timesteps), f"{folder / _TENSORS}: {name}")
             multiplier = entry.get("multiplier", -1.0)
@@ -309,7 +311,11 @@ class ConceptBook:
             others = entry.get("others", [])
             if not isinstance(others, list) or not all(isinstance(other, str) for other in others):
                 raise ValueError(f"{folder / CONCEPTS}: {name}: others must be a list of names, got {others!r:.60}")
-            more = {"multiplier": float(multiplier), "origin": entry.get("origin") or {}, "others": tuple(others)}
+            more: dict[str, Any] = {
+                "multiplier": float(multiplier),
+                "origin": entry.get("origin") or {},
+                "others": tuple(others),
+            }
             selections[name] = ConceptSelection(name, timesteps, **parts, **more)
         elsewhere = values.get("saes")
         if elsewhere is not None and not isinstance(elsewhere, str):

@@ -46,7 +46,7 @@ def local_folder(
         # Nothing but what is read; pickles are not even fetched.
         pattern = f"{subfolder}/*" if subfolder else "*"
         allowed = [pattern + ending for ending in (".json", ".safetensors")]
-        options = {"revision": revision, "token": token}
+        options: dict[str, Any] = {"revision": revision, "token": token}
         path = Path(snapshot_download(str(path_or_repo), allow_patterns=allowed, **options))
     path = path / subfolder if subfolder else path
     if not path.is_dir():

@@ -46,7 +46,7 @@ def patch(image: Image.Image, token: int, rows: int, columns: int) -> Image.Imag
     high, wide = min(2 * _AROUND + 1, rows), min(2 * _AROUND + 1, columns)
     top, left = min(max(row - _AROUND, 0), rows - high), min(max(column - _AROUND, 0), columns - wide)
     bottom, right = top + high, left + wide
-    box = tuple(round(edge) for edge in (left * width, top * height, right * width, bottom * height))
+    box = (round(left * width), round(top * height), round(right * width), round(bottom * height))
     part = image.convert("RGB").crop(box)
     return part.resize((_TILE // 2, max(_TILE // 2 * part.height // part.width, 1)), Image.Resampling.BICUBIC)
 

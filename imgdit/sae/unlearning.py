@@ -474,8 +474,8 @@ class Intervention:
         if self.moves:  # by all concepts that are seen
             concepts = torch.arange(plan.replacements.shape[1], device=x.device)
             seen = ((acts > 0)[..., None] & (plan.concept[owner][..., None] == concepts)).any(1)  # (N, 1 + concepts)
-            change = seen[:, None].to(plan.replacements) @ plan.replacements[owner]
-            return (rows + change[:, 0].to(x.dtype)).view(x.shape)
+            moved = seen[:, None].to(plan.replacements) @ plan.replacements[owner]
+            return (rows + moved[:, 0].to(x.dtype)).view(x.shape)
         concept = ((acts > 0) * plan.concept[owner]).amax(1)  # (N,), the last one where several are seen
         values = plan.replacements[owner, concept].to(x.dtype)
         return torch.where((concept > 0)[:, None], values, rows).view(x.shape)

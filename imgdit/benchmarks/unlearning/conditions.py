@@ -76,7 +76,9 @@ class ConditionedImages:
     def __init__(self, model: Path, probe: SceneProbe, count: int, call: Mapping[str, Any]) -> None:
         self.pipe: Any = DiffusionPipeline.from_pretrained(model).to("cuda" if torch.cuda.is_available() else "cpu")
         self.pipe.set_progress_bar_config(disable=True)
-        self.position = self.pipe.load_control(adapter_file(model), adapter_name=ADAPTER).info.position or "aligned"
+        self.position: Any = (
+            self.pipe.load_control(adapter_file(model), adapter_name=ADAPTER).info.position or "aligned"
+        )
         self.probe, self.count, self.call = probe, count, dict(call)
 
     def score(self, target: str, unlearned: Unlearned, *, condition: bool = True) -> dict[str, Any]:

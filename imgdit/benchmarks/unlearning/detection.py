@@ -62,8 +62,8 @@ class _Reader:
         x = tokens.encoded[tokens.call.conditional].to(sae.W_dec.dtype)  # (B, n, d)
         flat, _ = sae.normalize(x.reshape(-1, x.shape[-1]), tokens.call.timestep)
         codes = sae.encode(flat).mean(x.shape[1])
-        row = (x.mean(1), codes, x.square().sum(2).mean(1))
-        self.found.setdefault(tokens.call.timestep, []).append(tuple(part.float().cpu() for part in row))
+        mean, code, square = (part.float().cpu() for part in (x.mean(1), codes, x.square().sum(2).mean(1)))
+        self.found.setdefault(tokens.call.timestep, []).append((mean, code, square))
 
     def stacked(self, part: int) -> torch.Tensor:
         """(P, S, ·), from the highest timestep down."""

@@ -248,7 +248,8 @@ def _probabilities(
         answers = probe(images.float() * 2 - 1).answers
         for row, (_, i) in enumerate(part):
             pair = ((kind, concept), (other, kept[i]))
-            rows.append(tuple(_probability(probe, answers, domain, label, row) for domain, label in pair))
+            shown, left = (_probability(probe, answers, domain, label, row) for domain, label in pair)
+            rows.append((shown, left))
     count = len(prompts)
     return [
         [sum(row[part] for row in rows[first : first + count]) / count for part in (0, 1)]
