@@ -50,9 +50,8 @@ def few_cells():
         patch.setattr(images, "TIMED_ROUNDS", 1)
         patch.setattr(images, "attack_prompt", functools.partial(images.attack_prompt, steps=2, samples=2))
         for name, method in METHODS.items():
-            grid = {"finetune": ({"steps": 2}, {"steps": 1}), "gem": ({"budget": 1}, {"budget": 2})}.get(
-                name, method.grid[:2]
-            )
+            grids = {"finetune": ({"steps": 2}, {"steps": 1}), "gem": ({"budget": 1},), "scale": method.grid[:2]}
+            grid = grids.get(name, method.grid[:1])
             patch.setitem(METHODS, name, method._replace(grid=grid))
         yield
 
