@@ -103,7 +103,10 @@ METHODS: dict[str, Method] = {
     "safree": Method(
         "SAFREE",
         filtered_tokens,
-        tuple({"alpha": alpha, "last": last} for last in (10.0, 50.0) for alpha in (0.01, 0.0)),
+        (  # as published, and in all steps
+            {"alpha": 0.01, "last": 10.0, "middle": 0.5333},
+            *({"alpha": alpha, "last": 50.0, "middle": 0.0} for alpha in (0.01, 0.0)),
+        ),
     ),
     "direction": Method(
         "difference of means",
