@@ -237,7 +237,7 @@ def _probabilities(
     jobs = [(strength, i) for strength in strengths for i in range(len(prompts))]
     kind = kind_of(concept)
     other = "object" if kind == "style" else "style"
-    rows: list[tuple[float, float]] = []
+    rows: list[tuple[float, ...]] = []
     for first in range(0, len(jobs), batch):
         part = jobs[first : first + batch]
         hooks = {} if edit is None else {edit.place: edit.function([strength for strength, _ in part])}
