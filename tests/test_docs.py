@@ -366,7 +366,7 @@ def test_packages_of_contributing_are_the_floors_of_the_imports():
 
 
 def test_every_page_is_in_the_readme():
-    linked = set(re.findall(r"\]\((docs/[\w-]+\.md)\)", PAGES["README.md"]))
+    linked = set(re.findall(r"\]\((docs/[\w/-]+\.md)\)", PAGES["README.md"]))
     assert linked == PAGES.keys() - {"README.md", "CONTRIBUTING.md"}
 
 
