@@ -59,6 +59,7 @@ weights: $(STAMP) ## train the embedded model from nothing, or go on with it
 		$(BIN)/imgdit train scenes/control_$$condition --resume || exit 1; \
 	done
 	$(BIN)/imgdit train scenes/text_frames --resume
+	$(BIN)/imgdit train scenes/text_questions --resume
 	for recipe in sae sae_text; do \
 		$(BIN)/imgdit sae train scenes/$$recipe --resume || exit 1; \
 	done

@@ -72,7 +72,7 @@ class Knows:
         return [self.answers.get((scene, text), "") for scene, text in zip(shown(images), questions)]
 
     def choose(self, images, questions, choices):
-        said = self.answer(images, questions, 0)
+        said = [one.split(",")[0] for one in self.answer(images, questions, 0)]  # "no" of "no, a red cube"
         return [list(among).index(one) if one in among else 0 for one, among in zip(said, choices)]
 
     def fill(self, texts, images, seed):
