@@ -5,15 +5,14 @@ J text features.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from imgdit.benchmarks.unlearning.methods.denoiser import denoiser
 from imgdit.benchmarks.unlearning.methods.material import Material, Unlearned
-from imgdit.benchmarks.unlearning.methods.weights import size_of, swapped
+from imgdit.benchmarks.unlearning.methods.weights import with_weights
 
 TOKENS, POOLED = "context_embedder.weight", "time_text_embed.text_embedder.linear_1.weight"
 """What reads the tokens of the text, and the pooled text."""
@@ -42,23 +41,13 @@ def edited_in_closed_form(
     model = denoiser(pipe)
     changed: dict[str, torch.Tensor] = {}
     if concepts:
-        lines = {label: material.lines(label)[:prompts] for kind in material.prompts.values() for label in kind}
-        unwanted = [material.words[concept] for concept in concepts]
-        before = text_vectors(pipe, [line for label in concepts for line in lines[label]])
-        after = text_vectors(pipe, [line for label in concepts for line in lines[material.others(label, concepts)[0]]])
-        kept = [line for label in lines for line in lines[label] if not any(words in line for words in unwanted)]
-        rest = text_vectors(pipe, kept)
+        before, after, rest = (text_vectors(pipe, lines) for lines in edited_lines(material, concepts, prompts))
         for name, old, new, stay in zip((TOKENS, POOLED), before, after, rest):
             if len(old) != len(new):
                 raise ValueError(f"the labels of a kind must have as many tokens; got {len(old)} and {len(new)}")
             changed[name] = _edited(model.get_parameter(name), old, new, stay, preserve, ridge)
 
-    @contextmanager
-    def attach(pipe: Any) -> Iterator[dict[str, Any]]:
-        with swapped(denoiser(pipe), changed):
-            yield {}
-
-    return Unlearned(attach, size_of(changed))
+    return with_weights(changed)
 
 
 @torch.no_grad()
@@ -75,6 +64,21 @@ def _edited(
     stay = preserve * kept.T @ kept + ridge * torch.eye(w.shape[1], dtype=w.dtype, device=w.device)
     change = (after - before).T @ before  # W' - W = W change (before^T before + stay)^-1
     return (w + w @ torch.linalg.solve(before.T @ before + stay, change.T).T).to(weight.dtype)
+
+
+def edited_lines(material: Material, concepts: Sequence[str], prompts: int) -> tuple[list[str], list[str], list[str]]:
+    """Prompts of concepts, the same with another label of the kind, and those of other labels that name none of them.
+
+    Args:
+        prompts: for each label.
+    """
+    lines = {label: list(material.lines(label))[:prompts] for kind in material.prompts.values() for label in kind}
+    unwanted = [material.words[concept] for concept in concepts]
+    return (
+        [line for label in concepts for line in lines[label]],
+        [line for label in concepts for line in lines[material.others(label, concepts)[0]]],
+        [line for label in lines for line in lines[label] if not any(words in line for words in unwanted)],
+    )
 
 
 @torch.no_grad()

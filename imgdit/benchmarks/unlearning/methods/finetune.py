@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from imgdit.benchmarks.unlearning.methods.denoiser import CallHook, denoiser, placed, rows
 from imgdit.benchmarks.unlearning.methods.material import Material, Unlearned
-from imgdit.benchmarks.unlearning.methods.weights import size_of, swapped, training
+from imgdit.benchmarks.unlearning.methods.weights import training, with_weights
 from imgdit.sae.calls import DenoiserCall
 from imgdit.sae.sampling import prompt_batches
 
@@ -49,12 +48,7 @@ def erased_by_finetuning(
         seen = _recorded(pipe, concepts, material, eta, images, seed)
         changed = _trained(model, names, seen, lr, steps, batch_size, seed)
 
-    @contextmanager
-    def attach(pipe: Any) -> Iterator[dict[str, Any]]:
-        with swapped(denoiser(pipe), changed):
-            yield {}
-
-    return Unlearned(attach, size_of(changed))
+    return with_weights(changed)
 
 
 class _Recorder(CallHook):

@@ -6,8 +6,8 @@ B images, J text features.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from imgdit.benchmarks.unlearning.methods.denoiser import CallHook, denoiser, placed, rows
 from imgdit.benchmarks.unlearning.methods.material import Material, Unlearned
-from imgdit.benchmarks.unlearning.methods.weights import size_of, swapped, training
+from imgdit.benchmarks.unlearning.methods.weights import swapped, training, with_weights
 from imgdit.sae.calls import DenoiserCall
 from imgdit.sae.sampling import PromptBatch
 
@@ -79,12 +79,7 @@ def erased_by_velocity_matching(
                     (gamma * loss / len(seen)).backward()
                 optimizer.step()
 
-    @contextmanager
-    def attach(pipe: Any) -> Iterator[dict[str, Any]]:
-        with swapped(denoiser(pipe), changed):
-            yield {}
-
-    return Unlearned(attach, size_of(changed))
+    return with_weights(changed)
 
 
 def hinge(velocity: torch.Tensor, anchor: torch.Tensor, concept: torch.Tensor, eta: float) -> torch.Tensor:

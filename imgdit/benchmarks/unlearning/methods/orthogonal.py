@@ -5,17 +5,16 @@ J text features, D width of a projection's output, N concept vectors.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from imgdit.benchmarks.unlearning.methods.closed_form import POOLED, TOKENS, text_vectors
+from imgdit.benchmarks.unlearning.methods.closed_form import POOLED, TOKENS, edited_lines, text_vectors
 from imgdit.benchmarks.unlearning.methods.denoiser import denoiser
 from imgdit.benchmarks.unlearning.methods.material import Material, Unlearned
-from imgdit.benchmarks.unlearning.methods.weights import size_of, swapped
+from imgdit.benchmarks.unlearning.methods.weights import with_weights
 
 
 def erased_by_rotation(
@@ -47,23 +46,15 @@ def erased_by_rotation(
     model = denoiser(pipe)
     changed: dict[str, torch.Tensor] = {}
     if concepts:
-        lines = {label: list(material.lines(label))[:prompts] for kind in material.prompts.values() for label in kind}
-        unwanted = [material.words[concept] for concept in concepts]
-        kept = [line for label in lines for line in lines[label] if not any(words in line for words in unwanted)]
-        anchors = [line for label in concepts for line in lines[material.others(label, concepts)[0]]]
-        _, before = text_vectors(pipe, [line for label in concepts for line in lines[label]])
+        own, anchors, kept = edited_lines(material, concepts, prompts)
+        _, before = text_vectors(pipe, own)
         _, after = text_vectors(pipe, anchors)
         tokens, rest = text_vectors(pipe, kept)
         for name, general in ((TOKENS, tokens), (POOLED, rest)):
             weights = {"erase": erase, "preserve": preserve, "preserve_all": preserve_all, "ridge": ridge}
             changed[name] = rotated(model.get_parameter(name), before, after, rest, general, **weights)
 
-    @contextmanager
-    def attach(pipe: Any) -> Iterator[dict[str, Any]]:
-        with swapped(denoiser(pipe), changed):
-            yield {}
-
-    return Unlearned(attach, size_of(changed))
+    return with_weights(changed)
 
 
 @torch.no_grad()

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+
+from imgdit.benchmarks.unlearning.methods.denoiser import denoiser
+from imgdit.benchmarks.unlearning.methods.material import Unlearned
 
 
 @contextmanager
@@ -45,3 +49,14 @@ def training(model: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> Ite
 def size_of(weights: Mapping[str, torch.Tensor]) -> int:
     """Bytes."""
     return sum(tensor.numel() * tensor.element_size() for tensor in weights.values())
+
+
+def with_weights(changed: Mapping[str, torch.Tensor]) -> Unlearned:
+    """A pipeline whose denoiser has other values of some parameters, by name, while it is attached."""
+
+    @contextmanager
+    def attach(pipe: Any) -> Iterator[dict[str, Any]]:
+        with swapped(denoiser(pipe), changed):
+            yield {}
+
+    return Unlearned(attach, size_of(changed))
