@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.util
 import inspect
 import re
 import threading
@@ -42,7 +43,7 @@ from diffusers.models.attention_dispatch import (
 )
 from diffusers.models.cache_utils import CacheMixin
 from diffusers.pipelines import auto_pipeline, pipeline_loading_utils
-from diffusers.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, is_xformers_available
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from diffusers.utils.torch_utils import unwrap_module
 from safetensors.torch import load_file
 from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
@@ -654,6 +655,12 @@ def attention_backend_name(backend: Any) -> str:
     return AttentionBackendName(backend).value
 
 
+@functools.cache
+def has_varlen_attention() -> bool:
+    """Whether this PyTorch has `torch.nn.attention.varlen`, which came with 2.10."""
+    return importlib.util.find_spec("torch.nn.attention.varlen") is not None
+
+
 def default_processor(attention: Any) -> type | None:
     """The class of processor that an attention has unless another one is set; `None`: diffusers does not tell."""
     return getattr(attention, "_default_processor_cls", None)
@@ -790,10 +797,10 @@ __all__ += [
     "guides",
     "has_hooks",
     "has_step_cache",
+    "has_varlen_attention",
     "init_keys",
     "insert_hook",
     "is_offloaded_whole",
-    "is_xformers_available",
     "offloading",
     "onednn_linear",
     "parameters_on_disk",

@@ -17,15 +17,19 @@ def scenes():
     return FrameLayout.pack([a, b, a])
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_packed_xformers_equals_groups(dtype):
-    pytest.importorskip("xformers")
+@pytest.mark.parametrize(
+    ("kernel", "dtype"),
+    [("varlen", torch.float16), ("varlen", torch.bfloat16), ("xformers", torch.bfloat16), ("xformers", torch.float32)],
+)
+def test_packed_call_equals_groups(kernel, dtype):
+    if kernel == "xformers":
+        pytest.importorskip("xformers")
     layout = scenes()
     length = layout.text_length + layout.image_length
     query, key, value = (torch.randn(1, length, 4, 64, device="cuda", dtype=dtype) for _ in range(3))
-    assert packed_backend(query, None)
+    assert packed_backend(query, "native" if kernel == "varlen" else kernel) == kernel
     packed = PackedRows.build(layout.groups, length, "cuda")
-    got = packed_attention(query, key, value, packed)
+    got = packed_attention(query, key, value, packed, kernel=kernel)
     expected = grouped_attention(query, key, value, layout.groups)
     tolerance = 1e-4 if dtype == torch.float32 else 2e-2
     torch.testing.assert_close(got, expected, atol=tolerance, rtol=tolerance)

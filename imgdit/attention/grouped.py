@@ -1,8 +1,8 @@
 """Attention over groups of rows, and the key/value cache of frozen frames.
 
 Rows that see the same set form a group; a group is one attention call on the concatenation of what it sees, so no
-path builds a dense mask. On CUDA all groups of a packed batch are one call of xformers' variable-length attention with
-a block-diagonal bias; everything else goes through diffusers' attention dispatcher and its backends.
+path builds a dense mask. On CUDA all groups of a packed batch are one call of PyTorch's variable-length attention, or
+of xformers' if that backend is set; everything else goes through diffusers' attention dispatcher and its backends.
 
 B batch, S rows of the joint sequence, H heads, D features of a head.
 """
@@ -20,7 +20,8 @@ from imgdit.attention.packed import PackedRows, packed_attention, packed_backend
 from imgdit.layout import RowGroup
 
 # Backends that take a boolean (B, 1, 1, keys) mask, and those that want it additive and spelled out for every query.
-# The rest (flash, sage, ...) take no mask at all: padded samples are attended one by one.
+# The rest (flash, sage, ...) take no mask, or only one whose padding comes last: padded samples are attended one by
+# one.
 _BOOLEAN_MASK = {"native", "_native_math", "_native_efficient", "_native_cudnn"}
 _ADDITIVE_MASK = {"flex", "xformers"}
 
@@ -51,18 +52,23 @@ def grouped_attention(
 
     Returns:
         (B, S, H, D).
+
+    Raises:
+        ValueError: the backend computes on another device; it is a sage kernel, which takes no bias; or padded samples
+            would be attended one by one in a compiled graph.
     """
     if not query.shape[1]:
         return query
     width, scale = query.shape[-1], None
     if key_mask is not None and key_mask.is_floating_point():
+        _check_takes_bias(backend, "this model adds its text mask to the logits")
         query, key, value, cached = _with_products(query, key, value, cached, key_mask)
         key_mask, packed, scale = None, None, width**-0.5
     if groups is None or _is_everything(groups, key.shape[1]):
         return _attend(query, key, value, key_mask, backend, parallel_config, scale)[..., :width]
     biased = any(group.bias is not None for group in groups)
-    if packed is not None and key_mask is None and not biased and packed_backend(query, backend):
-        return packed_attention(query, key, value, packed, cached=cached)
+    if packed is not None and key_mask is None and not biased and (kernel := packed_backend(query, backend)):
+        return packed_attention(query, key, value, packed, cached=cached, kernel=kernel)
     pieces: list[tuple[int, torch.Tensor]] = []  # with their places among all
     for group in groups:
         keys, values = _rows(key, group.keys), _rows(value, group.keys)
@@ -75,6 +81,7 @@ def grouped_attention(
                 masks.append(masks[0].new_ones(masks[0].shape[0], sum(s.stop - s.start for s in group.cached)))
         asked, scale_of_group = _cat(_rows(query, group.queries)), scale
         if group.bias is not None:
+            _check_takes_bias(backend, "the strength of a condition is one")
             scale_of_group = width**-0.5
             asked, keys, values = _with_bias(asked, keys, values, group.bias, scale_of_group)
         mask = None if masks is None else _cat(masks)
@@ -83,6 +90,15 @@ def grouped_attention(
         ranks = group.ranks or [rows.start for rows in group.queries]
         pieces += zip(ranks, out.split(lengths, dim=1), strict=True)
     return _cat([piece for _, piece in sorted(pieces, key=lambda item: item[0])])
+
+
+def _check_takes_bias(backend: Any, why: str) -> None:
+    name = compat.attention_backend_name(backend)
+    if name.lstrip("_").startswith("sage"):
+        raise ValueError(
+            f"attention backend {name!r} computes logits in 8 bits and takes no bias, but {why}; call "
+            "set_attention_backend('native') or choose a flash kernel"
+        )
 
 
 def _with_bias(
@@ -151,6 +167,11 @@ def _attend(
         bias = bias.masked_fill_(~key_mask[:, None, None, :], float("-inf"))
         bias = bias.expand(batch, query.shape[2], query.shape[1], keys)
         return compat.dispatch_attention(query, key, value, bias, backend, parallel_config, scale)
+    if torch.compiler.is_compiling():
+        raise ValueError(
+            f"attention backend {name!r} takes no mask, so padded prompts are attended one by one, which no compiled "
+            "graph can hold; call set_attention_backend('native'), or pass prompts of one length"
+        )
     return torch.cat(
         [
             compat.dispatch_attention(q[None], k[None, m], v[None, m], None, backend, parallel_config, scale)

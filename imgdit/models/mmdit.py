@@ -34,7 +34,7 @@ from diffusers.utils import apply_lora_scale
 
 from imgdit import compat
 from imgdit.attention.cache import KVCache
-from imgdit.attention.packed import PackedRows, packed_backend
+from imgdit.attention.packed import PackedRows
 from imgdit.compat import Adapters, OtherWeightNames, SafetensorsOnly, StepCaches
 from imgdit.frames import Frame, TextFrame
 from imgdit.layout import FrameLayout, take_rows
@@ -440,8 +440,7 @@ class MMDiT(
         writes = cache is not None and cache.mode == "write"
         plan, last = block_plans(layout, hidden_states.device, writes=writes)
         common: dict[str, Any] = {} if key_mask is None else {"key_mask": key_mask}
-        heads = hidden_states.unflatten(-1, (-1, self.config.attention_head_dim))
-        if layout.is_packed and packed_backend(heads, None):
+        if layout.is_packed and hidden_states.is_cuda:  # grouped_attention decides which kernel takes them
             common["packed"], common["image_packed"] = layout.kept(
                 ("packed", hidden_states.device), lambda: self._packed(layout, hidden_states.device)
             )
