@@ -65,7 +65,7 @@ def param_groups(
     for rule, parameter in zip(mup_table(model), model.parameters(), strict=True):
         if not parameter.requires_grad:
             continue
-        muon = optimizer_kind == "muon" and rule.role in ("hidden", "modulation")
+        muon = optimizer_kind == "muon" and is_for_muon(rule)
         mult = _multipliers(rule, "muon" if muon else "sgd" if optimizer_kind == "sgd" else "adam", exponent)
         key = (rule.role, *mult)
         if key not in groups:
@@ -84,6 +84,11 @@ def param_groups(
         groups[key]["params"].append(parameter)
         groups[key]["names"].append(rule.name)
     return [groups[key] for key in sorted(groups)]
+
+
+def is_for_muon(rule: ParameterRule) -> bool:
+    """Whether Muon trains the parameter: a matrix that grows in both dimensions."""
+    return rule.role in ("hidden", "modulation")
 
 
 def _multipliers(rule: ParameterRule, kind: OptimizerKind, exponent: float) -> _Multipliers:

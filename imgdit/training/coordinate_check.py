@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 
@@ -11,7 +12,7 @@ from imgdit.io.order import mixed_seed
 from imgdit.mup.coordinates import CoordinateCheck, Means, average, record
 from imgdit.mup.roles import Parametrisation
 from imgdit.training.build import build_model, build_scheduler
-from imgdit.training.loop import optimizer_groups
+from imgdit.training.optimizers import build_optimizer, optimizer_groups
 from imgdit.training.recipe import Recipe
 from imgdit.training.sources import training_batches
 from imgdit.training.widths import PARAMETRISATIONS, at_width, base_width_of
@@ -67,7 +68,9 @@ def _record(recipe: Recipe, steps: int) -> Means:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     batch, model, scheduler = batch.to(device), build_model(recipe).to(device), build_scheduler(recipe)
     config = recipe.optimizer
-    optimizer = torch.optim.AdamW(optimizer_groups(model, config), lr=config.lr, betas=config.betas)
+    if config.kind != "muon":  # how the moments are kept does not matter here
+        config = dataclasses.replace(config, kind="adamw")
+    optimizer = build_optimizer(optimizer_groups(model, config), config)
     objective = functools.partial(recipe.objective.function, **recipe.objective.arguments)
 
     def loss(model: torch.nn.Module) -> torch.Tensor:

@@ -14,7 +14,6 @@ import json
 import logging
 import math
 import os
-import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -34,12 +33,11 @@ from torch.distributed.tensor import DTensor
 from imgdit.io.checkpoints import rng_state, set_rng_state
 from imgdit.io.lock import only_writer
 from imgdit.io.order import Batches, Fingerprinted, lost_worker, mixed_seed
-from imgdit.mup import MupMixin, param_groups
 from imgdit.training.batches import ObjectiveOutput
 from imgdit.training.build import build_scheduler
-from imgdit.training.optimizers import build_optimizer
+from imgdit.training.optimizers import build_optimizer, optimizer_groups
 from imgdit.training.progress import Progress
-from imgdit.training.recipe import OptimizerConfig, Recipe
+from imgdit.training.recipe import Recipe
 from imgdit.training.run_checkpoint import RunCheckpoint, RunPosition, copy_shared, writes_shards
 from imgdit.training.run_folder import RunFolder, is_due
 
@@ -107,41 +105,6 @@ def train(
     with only_writer(recipe.run.folder) if first else nullcontext(), lost_worker():
         run = TrainingRun(recipe, model, batches, objective, scheduler, held_out, on_sample, resume, accept_data)
         return run.train(stop_at)
-
-
-def optimizer_groups(model: torch.nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
-    """Parameter groups: μP's for a model that knows its roles, otherwise weights with and the rest without decay, of
-    each learning rate.
-
-    Adapters on a frozen base are not μP-scaled: their width is the rank, which does not grow with the model.
-
-    Raises:
-        ValueError: `config.rates` under μP, or for parameters that are not trained.
-    """
-    if isinstance(model, MupMixin) and not getattr(model, "peft_config", None):
-        if config.rates:
-            raise ValueError(f"optimizer.rates is not for {type(model).__name__}, whose rates are those of μP")
-        return param_groups(model, config.lr, config.weight_decay, eps=config.eps)
-    trained: dict[float, list[torch.nn.Parameter]] = {config.lr: []}
-    unused = dict(config.rates)
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            pattern = next((one for one in config.rates if re.fullmatch(one, name)), None)
-            unused.pop(pattern or "", None)
-            rate = config.lr if pattern is None else config.rates[pattern]
-            trained.setdefault(rate, []).append(parameter)
-    if unused:
-        raise ValueError(f"optimizer.rates names {next(iter(unused))!r}, which is no parameter that is trained")
-    groups = [
-        {
-            "params": [p for p in found if (p.ndim > 1) == decays],
-            "weight_decay": config.weight_decay * decays,
-            "lr": rate,
-        }
-        for rate, found in trained.items()
-        for decays in (True, False)
-    ]
-    return [{**group, "eps": config.eps} for group in groups if group["params"]]
 
 
 class TrainingRun:

@@ -6,7 +6,7 @@ P parameters of the model, T trained ones, G GPUs that share weights (FSDP2).
 |---|---|
 | weights | those of each parameter's type / G; of quantised ones as `imgdit.models.quantized` says |
 | gradients | 4 T / G |
-| optimiser | 8 T / G, 2 T / G with moments in 8 bits |
+| optimiser | 8 T / G, 2 T / G with moments in 8 bits; of matrices that Muon trains 4 T / G |
 | average | 4 T / G |
 | gathered | with G > 1 as in `imgdit.mup.cost` |
 | step | what a step holds besides, at its peak |
@@ -40,7 +40,7 @@ from imgdit.mup.cost import AVERAGE_BYTES, GATHERED_BYTES, GRADIENT_BYTES
 from imgdit.training.batches import Batch, Text
 from imgdit.training.build import add_adapter, pretrained_folder
 from imgdit.training.objectives.frames import predict_velocity, stock_inputs
-from imgdit.training.optimizers import STATE_BYTES
+from imgdit.training.optimizers import state_bytes
 from imgdit.training.recipe import Recipe
 from imgdit.training.stock import transformer_class
 
@@ -113,7 +113,7 @@ def memory_plan(recipe: Recipe, load: Load, *, gpus: int = 1) -> Memory:
         trained=trained,
         weights=weights / gpus,
         gradients=gradients / gpus,
-        optimizer=STATE_BYTES[recipe.optimizer.kind] * trained / gpus,
+        optimizer=state_bytes(model, recipe.optimizer.kind) / gpus,
         average=(AVERAGE_BYTES * trained if recipe.ema.decay else 0.0) / gpus,
         gathered=GATHERED_BYTES * largest if gpus > 1 else 0.0,
         # The optimiser's step has the gradients, and copies of the moments' size on a GPU, but no activations.

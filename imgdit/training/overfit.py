@@ -9,8 +9,7 @@ from typing import NamedTuple
 import torch
 
 from imgdit.training.build import build_model, build_scheduler
-from imgdit.training.loop import optimizer_groups
-from imgdit.training.optimizers import build_optimizer
+from imgdit.training.optimizers import build_optimizer, optimizer_groups
 from imgdit.training.recipe import Recipe
 from imgdit.training.sources import training_batches
 

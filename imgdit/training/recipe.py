@@ -202,13 +202,18 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW."""
+    """AdamW, or Muon for matrices and AdamW for the rest."""
 
-    kind: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = "adamw"
-    """How its moments are kept: float32, or 8 bits by bitsandbytes; "paged": they move to the machine's memory while
-    the GPU's is full."""
+    kind: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "muon"] = "adamw"
+    """"adamw" and how its moments are kept: float32, or 8 bits by bitsandbytes; "paged": they move to the machine's
+    memory while the GPU's is full. "muon": hidden matrices, known by their μP roles, are trained by `torch.optim.Muon`
+    (arXiv 2502.16982), whose updates have one spectral norm at every width, everything else by AdamW."""
     lr: float = 1e-3
-    """Learning rate; under μP at the base width."""
+    """Learning rate; under μP at the base width. Of AdamW."""
+    muon_lr: float = 0.02
+    """Learning rate of Muon: the spectral norm of an update of a square matrix. The same at every width."""
+    muon_momentum: float = 0.95
+    """Of Muon (Nesterov)."""
     rates: dict[str, float] = field(default_factory=dict)
     """Learning rates of some parameters, by regular expressions of their whole names; the first that fits counts. Not
     under μP, which has rates of its own."""
@@ -217,12 +222,15 @@ class OptimizerConfig:
     eps: float = 1e-8
     """Added to the root of the second moment; under μP at the base width."""
     weight_decay: float = 0.0
-    """Decoupled weight decay; under μP at the base width. Biases and gains have none."""
+    """Decoupled weight decay; under μP at the base width, for other widths see `mup_wd_exponent` of the model. Biases
+    and gains have none. What Muon trains shrinks by as much per step: by lr times weight_decay."""
     clip_norm: float | None = 1.0
     """Largest norm of the whole gradient; `None`: no clipping."""
 
     def __post_init__(self) -> None:
         _require(self.lr > 0, "lr", "positive", self.lr)
+        _require(self.muon_lr > 0, "muon_lr", "positive", self.muon_lr)
+        _require(0 <= self.muon_momentum < 1, "muon_momentum", "in [0, 1)", self.muon_momentum)
         for pattern, rate in self.rates.items():
             _require(rate > 0, f"rates[{pattern!r}]", "positive", rate)
         _require(all(0 <= beta < 1 for beta in self.betas), "betas", "two numbers in [0, 1)", self.betas)

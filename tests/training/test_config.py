@@ -7,7 +7,7 @@ from tiny import rope_config
 
 from imgdit import MMDiT, recipes
 from imgdit.training.build import build_model
-from imgdit.training.loop import optimizer_groups
+from imgdit.training.optimizers import optimizer_groups
 from imgdit.training.recipe import ScheduleConfig, load_recipe, parse_recipe
 from imgdit.training.sae_recipe import load_sae_recipe
 

@@ -12,8 +12,8 @@ from imgdit.models.vision_language import load_vision_language
 from imgdit.pipelines.vision_language import LaViDaPipeline
 from imgdit.training import load_recipe, train
 from imgdit.training.build import build_model
-from imgdit.training.loop import optimizer_groups
 from imgdit.training.objectives.vision_language import join_batch, visible, vision_language
+from imgdit.training.optimizers import optimizer_groups
 from imgdit.training.sources import training_batches
 from imgdit.training.vision_language import UserDialogues, collate_vision_rows
 

@@ -20,8 +20,8 @@ from imgdit.models.mmdit import MMDiT
 from imgdit.schedulers.flow_match import MultiFrameFlowMatchScheduler
 from imgdit.training import Batches, train
 from imgdit.training.batches import Batch, ObjectiveOutput, Text
-from imgdit.training.loop import optimizer_groups
 from imgdit.training.objectives.flow_matching import flow_matching
+from imgdit.training.optimizers import optimizer_groups
 from imgdit.training.recipe import Recipe, parse_recipe
 
 TEXT, GRID = 20, (8, 8)
