@@ -12,7 +12,7 @@ import torch
 
 from imgdit.sae.concepts import ConceptBook, ConceptSelection, check_concepts
 from imgdit.sae.edits import ChosenFeatures
-from imgdit.sae.hooks import hooked, site
+from imgdit.sae.hooks import hooked, hookpoint_of, site
 from imgdit.sae.model import SparseAutoencoder
 from imgdit.sae.sampling import prompt_batches
 from imgdit.sae.streams import Tokens
@@ -75,9 +75,7 @@ def concept_maps(
         ValueError: an unknown concept, or a hookpoint of the text, which has no place in the image.
     """
     check_concepts(concepts, book.selections)
-    place = hookpoint or sae.config.hookpoint
-    if place is None:
-        raise ValueError("the SAE names no hookpoint; give one")
+    place = hookpoint_of(pipe, sae, hookpoint)
     if site(pipe, place).text:
         raise ValueError(f"{place} reads the text, which has no place in the image; give a hookpoint of the image")
     selections = [book.selections[name] for name in concepts]

@@ -184,20 +184,14 @@ def select_concept(
         multiplier: stored with the selection: the one it is unlearned with unless another is asked for.
         origin: stored with the selection.
     """
-    if (percentile is None) == (top_n is None):
-        raise ValueError(f"give either percentile or top_n, got percentile={percentile} and top_n={top_n}")
     if concept not in statistics.means:
         raise ValueError(f"unknown concept {concept!r}; statistics exist for {', '.join(statistics.means)}")
-    check_floor(floor)
+    check_rule(percentile, top_n, floor, statistics.means[concept].shape[1])
     scores = statistics.scores(concept)
     if percentile is not None:
-        if not 0 <= percentile <= 100:
-            raise ValueError(f"percentile must be in [0, 100], got {percentile}")
         selected = scores > quantile(scores, percentile / 100)[:, None]
     else:
         assert top_n is not None
-        if not 1 <= top_n <= scores.shape[1]:
-            raise ValueError(f"top_n must be in [1, {scores.shape[1]}], got {top_n}")
         chosen = scores.topk(top_n, dim=1).indices
         selected = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, chosen, True)
     if floor:
@@ -219,8 +213,19 @@ def select_concept(
     )
 
 
+def check_rule(percentile: float | None, top_n: int | None, floor: float, num_latents: int) -> None:
+    """Refuse a rule of `select_concept` that no SAE of so many features can follow."""
+    if (percentile is None) == (top_n is None):
+        raise ValueError(f"give either percentile or top_n, got percentile={percentile} and top_n={top_n}")
+    if percentile is not None and not 0 <= percentile <= 100:
+        raise ValueError(f"percentile must be in [0, 100], got {percentile}")
+    if top_n is not None and not 1 <= top_n <= num_latents:
+        raise ValueError(f"top_n must be in [1, {num_latents}], got {top_n}")
+    check_floor(floor)
+
+
 def check_floor(floor: float) -> None:
-    """Refuse what is no share."""
+    """Refuse what is no fraction."""
     if not 0 <= floor <= 1:
         raise ValueError(f"floor is a fraction of the best score and must be in [0, 1], got {floor}")
 

@@ -14,7 +14,7 @@ import torch
 from imgdit.naming import old_names
 from imgdit.sae.concepts import ConceptStatistics
 from imgdit.sae.edits import ChosenFeatures
-from imgdit.sae.hooks import hooked, site
+from imgdit.sae.hooks import hooked, hookpoint_of, site
 from imgdit.sae.model import DeviceCopies, SparseAutoencoder
 from imgdit.sae.sampling import prompt_batches
 from imgdit.sae.statistics import collect_statistics
@@ -82,7 +82,7 @@ def survey_features(
         seed: of the first prompt.
         call: arguments of the pipeline.
     """
-    place = _hookpoint(sae, hookpoint)
+    place = hookpoint_of(pipe, sae, hookpoint)
     sums: dict[float, torch.Tensor] = {}
     counts: dict[float, int] = {}
     latents, whole = sae.config.num_latents, DeviceCopies(sae)
@@ -129,7 +129,7 @@ def heat_maps(
     **call: Any,
 ) -> HeatMaps:
     """Images of prompts, and where in them features are active; arguments as in `survey_features`."""
-    place = _hookpoint(sae, hookpoint)
+    place = hookpoint_of(pipe, sae, hookpoint)
     text = site(pipe, place).text
     for feature in features:
         if not 0 <= feature < sae.config.num_latents:
@@ -174,12 +174,5 @@ def contrast_features(
     Args:
         options: `seed`, `batch_size` and arguments of the pipeline.
     """
-    place = _hookpoint(sae, hookpoint)
+    place = hookpoint_of(pipe, sae, hookpoint)
     return collect_statistics(pipe, {place: sae}, {"prompts": prompts, "against": against}, **options)[place]
-
-
-def _hookpoint(sae: SparseAutoencoder, hookpoint: str | None) -> str:
-    place = hookpoint or sae.config.hookpoint
-    if place is None:
-        raise ValueError("the SAE names no hookpoint; give one")
-    return place

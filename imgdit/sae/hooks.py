@@ -26,6 +26,7 @@ from imgdit.family import TEXT_PARTS, Grid, MeasuredPlaces, find_family
 from imgdit.naming import nearest_of_many
 from imgdit.sae.calls import DenoiserCall, bind, describe_call, family_of
 from imgdit.sae.config import Reads
+from imgdit.sae.model import SparseAutoencoder
 from imgdit.sae.streams import Site, Tokens
 
 Function = Callable[[Tokens], torch.Tensor | None]
@@ -97,6 +98,35 @@ def site(pipe: Any, hookpoint: str) -> Site:
         and not (in_attention or isinstance(module, (Attention, AttentionModuleMixin))),
         image_place=next((places[cls.__name__] for cls in type(module).__mro__ if cls.__name__ in places), None),
     )
+
+
+def check_width(pipe: Any, hookpoint: str, sae: SparseAutoencoder) -> None:
+    """Refuse an SAE of another width than the weights of its module.
+
+    Raises:
+        ValueError: no weight has it, or there is no such hookpoint.
+    """
+    module = site(pipe, hookpoint).module
+    shapes = [parameter.shape for parameter in module.parameters() if parameter.ndim]
+    width = sae.config.d_in
+    if shapes and width not in {size for shape in shapes for size in (shape[0], shape[-1])}:
+        raise ValueError(
+            f"the SAE reads activations of width {width}, no weight of {hookpoint} ({type(module).__name__}) has that "
+            "size; it is for another model"
+        )
+
+
+def hookpoint_of(pipe: Any, sae: SparseAutoencoder, hookpoint: str | None = None) -> str:
+    """Where an SAE reads: a given hookpoint, or its own.
+
+    Raises:
+        ValueError: neither, no such hookpoint, or an SAE of another width than its module.
+    """
+    place = hookpoint or sae.config.hookpoint
+    if place is None:
+        raise ValueError("the SAE names no hookpoint; give one")
+    check_width(pipe, place, sae)
+    return place
 
 
 def _modules(pipe: Any, path: str) -> list[Any]:

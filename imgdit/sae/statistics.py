@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from imgdit.sae.concepts import ConceptStatistics
-from imgdit.sae.hooks import hooked
+from imgdit.sae.hooks import check_width, hooked
 from imgdit.sae.model import DeviceCopies, SparseAutoencoder
 from imgdit.sae.sampling import prompt_batches
 from imgdit.sae.streams import Tokens
@@ -63,9 +63,15 @@ def collect_statistics(
         seed: prompt i of every concept starts from the noise of seed + i, so that concepts differ by the words alone.
         batch_size: images generated at once.
         call: arguments of the pipeline.
+
+    Raises:
+        ValueError: a concept without prompts, an unknown hookpoint, or an SAE of another width, before anything is
+            sampled; activations that are not finite.
     """
     if not prompts or any(len(lines) == 0 for lines in prompts.values()):
         raise ValueError("each concept needs at least one prompt")
+    for hookpoint, sae in saes.items():
+        check_width(pipe, hookpoint, sae)
     gathered: dict[str, dict[str, _Means]] = {hookpoint: {} for hookpoint in saes}
     for concept, lines in prompts.items():
         means = {hookpoint: _Means(sae) for hookpoint, sae in saes.items()}

@@ -17,10 +17,18 @@ from imgdit.hub import HUB_ID, push_folder
 from imgdit.naming import check_choice
 from imgdit.sae.calls import DenoiserCall
 from imgdit.sae.cards import sae_card
-from imgdit.sae.concepts import CONCEPTS, ConceptBook, ConceptSelection, check_concepts, check_fit, select_concept
+from imgdit.sae.concepts import (
+    CONCEPTS,
+    ConceptBook,
+    ConceptSelection,
+    check_concepts,
+    check_fit,
+    check_rule,
+    select_concept,
+)
 from imgdit.sae.edits import ChosenFeatures, Edit, edit_by_decoding
 from imgdit.sae.files import CONFIG, local_folder
-from imgdit.sae.hooks import denoiser_of, hooked, site
+from imgdit.sae.hooks import check_width, denoiser_of, hooked, hookpoint_of, site
 from imgdit.sae.model import DeviceCopies, SparseAutoencoder, autoencoder_of, load_sae, save_sae
 from imgdit.sae.statistics import collect_statistics
 from imgdit.sae.streams import Tokens
@@ -188,7 +196,13 @@ class ConceptUnlearner:
             percentile, top_n, floor, multiplier: see `select_concept`.
             seed: of the first prompt of each concept.
             call: arguments of the pipeline, such as `num_inference_steps` and `guidance_scale`.
+
+        Raises:
+            ValueError: a rule that selects nothing, a concept without prompts, an unknown hookpoint, or an SAE of
+                another width, before anything is sampled.
         """
+        for sae in self.saes.values():
+            check_rule(percentile, top_n, floor, sae.config.num_latents)
         found = collect_statistics(pipe, self.saes, prompts, seed=seed, batch_size=batch_size, **call)
         plain_values = {name: value for name, value in call.items() if isinstance(value, (str, int, float, bool))}
         for hookpoint, statistics in found.items():
@@ -317,13 +331,10 @@ def steer(
         hookpoint: `None`: the SAE's own.
         timesteps, halves: see `ConceptUnlearner.attach`.
     """
-    place = hookpoint or sae.config.hookpoint
-    if place is None:
-        raise ValueError("the SAE names no hookpoint; give one")
+    place = hookpoint_of(pipe, sae, hookpoint)
     for feature in factors:
         if not 0 <= feature < sae.config.num_latents:
             raise ValueError(f"the SAE has features 0 to {sae.config.num_latents - 1}, got {feature}")
-    check_width(pipe, place, sae)
     count = len(factors)
     selection = ConceptSelection(
         name="steered",
@@ -337,17 +348,6 @@ def steer(
     intervention = Intervention(sae, [[selection]], "scale", 1.0, timesteps, halves, False)
     with hooked(pipe, {place: intervention}, source={place: sae.config.reads}, after_call=_Finite([intervention])):
         yield
-
-
-def check_width(pipe: Any, hookpoint: str, sae: SparseAutoencoder) -> None:
-    """Refuse an SAE of another width than the weights of its module."""
-    module = site(pipe, hookpoint).module
-    widths = {p.shape[0] for p in module.parameters() if p.ndim} | {p.shape[-1] for p in module.parameters() if p.ndim}
-    if sae.config.d_in not in widths:
-        raise ValueError(
-            f"the SAE reads activations of width {sae.config.d_in}, no weight of {hookpoint} "
-            f"({type(module).__name__}) has that size; it is for another model"
-        )
 
 
 def _prompt_texts(prompts: Sequence[Any]) -> list[Any]:

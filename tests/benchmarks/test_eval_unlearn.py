@@ -2,12 +2,14 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tomllib
 from importlib import import_module
 from pathlib import Path
 
+import eval_unlearn
 import pytest
 from eval_unlearn.registry import local
 from eval_unlearn.runners.single_benchmark_runner import SingleBenchmarkRunner
@@ -130,3 +132,12 @@ def test_prompts_are_those_of_our_benchmark():
 def test_configurations_that_are_refused(make, config, said):
     with pytest.raises(ValueError, match=said):
         make(**config)
+
+
+@pytest.mark.parametrize(("version", "refused"), [("1.0.9", True), ("2.0.0", True), ("1.1", False), ("1.12b1", False)])
+def test_other_versions_are_refused_before_anything_is_loaded(version, refused, monkeypatch):
+    monkeypatch.setattr(eval_unlearn, "__version__", version)
+    for make in (UnlearningTechnique, load_scenes, ScenesMetric):
+        said = f"eval-unlearn {version} is installed" if refused else "erase_concept is missing"
+        with pytest.raises(ValueError, match=re.escape(said)):
+            make()

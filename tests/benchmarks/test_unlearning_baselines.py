@@ -1,5 +1,7 @@
 """The published baselines do what their equations say."""
 
+import copy
+
 import pytest
 import torch
 from tiny import tiny_pipeline
@@ -125,3 +127,46 @@ def test_filtered_tokens_lie_outside_the_concept_for_the_first_steps(pipe, mater
     for timestep, values in read:
         torch.testing.assert_close(values[0], both[timestep >= 500])
     assert {timestep >= 500 for timestep, _ in read} == {True, False}
+
+
+def test_a_filter_removes_a_concept_that_one_token_holds(pipe, material):
+    """Where the encoder has no attention and every word an embedding orthogonal to the others, the concept is its own
+    token, and two prompts that differ in the concept become the same text, in every step. With attention, other
+    tokens hold the concept too, and they stay."""
+    apart = copy.deepcopy(pipe.text_encoder)
+    prompts = {"cube": "a red cube photo", "sphere": "a red sphere photo"}
+    ids = pipe.tokenizer(" ".join(prompts.values())).input_ids
+    rows = {token: row for row, token in enumerate(dict.fromkeys(ids)) if token != pipe.tokenizer.eos_token_id}
+    with torch.no_grad():
+        apart.shared.weight.zero_()  # so that the end token shares nothing with the concept
+        for token, row in rows.items():
+            apart.shared.weight[token, row] = 1.0
+        for block in apart.encoder.block:
+            block.layer[0].SelfAttention.o.weight.zero_()
+            block.layer[1].DenseReluDense.wo.weight.zero_()
+    whole = pipe.text_encoder
+    found = {}
+    try:
+        for kind, encoder in (("alone", apart), ("attention", whole)):
+            pipe.register_modules(text_encoder=encoder)
+            for concept, prompt in prompts.items():
+                before, _ = text_vectors(pipe, [prompt])
+                noise = {"generator": torch.Generator().manual_seed(0), "output_type": "latent"}
+                with safree.filtered_tokens(pipe, [concept], material, last=50.0, middle=-1.0).attach(pipe):
+                    found[kind, concept] = (
+                        before,
+                        text_vectors(pipe, [prompt])[0],
+                        pipe(prompt, **noise, **CALL).images,
+                    )
+    finally:
+        pipe.register_modules(text_encoder=whole)
+    for concept, prompt in prompts.items():
+        before, after, _ = found["alone", concept]
+        place = pipe.tokenizer(prompt).input_ids.index(pipe.tokenizer.convert_tokens_to_ids(concept))
+        assert before[place].norm() > 1 and after[place].abs().max() < 1e-4
+        others = [i for i in range(len(before)) if i != place]
+        assert torch.equal(after[others], before[others])
+    torch.testing.assert_close(found["alone", "cube"][2], found["alone", "sphere"][2], rtol=1e-3, atol=1e-4)
+    cube, sphere = found["attention", "cube"], found["attention", "sphere"]
+    assert ((cube[0] - sphere[0]).abs().amax(1) > 1e-4).sum() > 1  # more than one token holds the concept
+    assert (cube[2] - sphere[2]).abs().max() > 0.01

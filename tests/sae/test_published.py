@@ -296,3 +296,19 @@ def test_dictionaries_that_are_refused(tmp_path):
     with pytest.raises(ValueError, match="needs time_embed_dim"):
         TimeConditionedAutoencoder(SAEConfig(D, L, 4))
     assert SparseAutoencoder(SAEConfig(D, L, 4)).modulation is None
+
+
+def test_another_time_embedding(tmp_path):
+    """Files whose configuration names another one than their weights have."""
+    torch.save(difffract_state(), tmp_path / "transcoder_img_0.pt")
+    convert_published(tmp_path / "transcoder_img_0.pt", tmp_path / "ours")
+    (folder,) = (path.parent for path in (tmp_path / "ours").rglob("cfg.json"))
+    file, values = folder / "cfg.json", json.loads((folder / "cfg.json").read_text())
+    assert (values["d_in"], values["num_latents"], values["time_embed_dim"]) == (D, L, T)
+    for dim, said in ((2 * T, rf"must be .*{2 * T}.* by its configuration"), (1, "time_embed_dim must be at least 2")):
+        file.write_text(json.dumps({**values, "time_embed_dim": dim}))
+        with pytest.raises(ValueError, match=said):
+            load_sae(folder)
+    file.write_text(json.dumps({name: value for name, value in values.items() if name != "time_embed_dim"}))
+    with pytest.raises(ValueError, match="which no configuration of ours has"):
+        load_sae(folder)

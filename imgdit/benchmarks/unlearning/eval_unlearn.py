@@ -8,12 +8,14 @@ metric     imgdit_scenes   UA, IRA and CRA of these images (arXiv 2402.11846), a
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import eval_unlearn
 import torch
 from eval_unlearn.types import Dataset, MetricResult
 from PIL import Image
@@ -33,6 +35,8 @@ from imgdit.scenes.probe import SceneProbe
 from imgdit.scenes.world import OBJECTS, STYLES
 
 SOURCE = "imgdit_scenes"
+VERSIONS = (1, 1), (2,)
+"""The first version of eval-unlearn whose interface this is, and the first that may have another."""
 
 
 @dataclass(frozen=True)
@@ -220,6 +224,13 @@ class ScenesMetric:
 
 def _read(kind: Any, values: Mapping[str, Any]) -> Any:
     """A configuration; names are checked, because eval-unlearn ignores what it does not know."""
+    first, other = VERSIONS
+    numbers = re.findall(r"\d+", eval_unlearn.__version__)
+    if not first <= tuple(map(int, numbers[:2])) < other:
+        raise ValueError(
+            f"eval-unlearn {eval_unlearn.__version__} is installed, imgdit's plug-in is for 1.1 and later, below 2; "
+            'install it with: pip install "imgdit[unlearn]"'
+        )
     known = [one.name for one in dataclasses.fields(kind)]
     for name in values:
         check_name("key", name, known)
