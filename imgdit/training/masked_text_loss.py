@@ -78,6 +78,33 @@ def mask_tokens(
     return Noised(ids.masked_fill(masked, mask_token_id), masked, rate)
 
 
+def mask_one_token(
+    ids: torch.Tensor,
+    mask_token_id: int,
+    maskable: torch.Tensor,
+    first: torch.Tensor,
+    padding: torch.Tensor,
+    generator: torch.Generator | None = None,
+) -> Noised:
+    """Mask one token of each row, so that it is predicted from all the others. A row without a maskable token stays.
+
+    Args:
+        ids: (B, L).
+        maskable: boolean (B, L).
+        first: boolean (B,), rows of which it is the first maskable token; of the others it is any, with the same
+            probability for each.
+        padding: boolean (B, L), tokens that are not masked where a row has others.
+        generator: on the device of `ids`, or on the CPU.
+    """
+    among = maskable & ~padding
+    among = torch.where(among.any(1, keepdim=True), among, maskable)
+    drawn = draw_uniform(ids.shape, ids.device, generator, torch.float32)
+    order = torch.arange(ids.shape[1], 0, -1, device=ids.device) / ids.shape[1]
+    score = torch.where(first[:, None], order, drawn).masked_fill(~among, -1.0)
+    masked = torch.zeros_like(maskable).scatter_(1, score.argmax(1, keepdim=True), True) & maskable
+    return Noised(ids.masked_fill(masked, mask_token_id), masked, 1 / maskable.sum(1).clamp(min=1).float())
+
+
 def logit_normal_times(
     count: int, mean: float, std: float, generator: torch.Generator | None = None, normals: torch.Tensor | None = None
 ) -> torch.Tensor:

@@ -85,6 +85,27 @@ def test_answers_can_be_masked_whole_and_captions_are_not(antithetic):
     assert not torch.equal(masked[~asked], batch.texts.counted[~asked])
 
 
+def test_one_token_is_masked_of_answers_the_first_and_of_captions_any():
+    net, batch = model(), texts(images=8)
+    found = seen_ids(net)
+    options = {"mask_token_id": MASK, "weight": "rate_and_length"}
+    output = masked_text(net, None, batch, torch.Generator().manual_seed(1), one_token_rate=1.0, **options)
+    (ids,) = found
+    asked, masked, counted = batch.texts.prompt.any(1), ids == MASK, batch.texts.counted
+    assert (masked.sum(1) == 1).all() and not (masked & ~counted).any()
+    assert torch.equal(masked[asked].int().argmax(1), counted[asked].int().argmax(1))
+    ends = batch.texts.ids == batch.texts.ids[:, -1:]
+    assert not (masked & ends & ends.roll(1, 1))[:, 1:].any(), "padding is not masked"
+    assert len(set(masked[~asked].int().argmax(1).tolist())) > 1
+    output.loss.backward()
+    with pytest.raises(ValueError, match="no complement"):
+        masked_text(net, None, batch, None, one_token_rate=0.5, complement=True, **options)
+    some = seen_ids(net)
+    masked_text(net, None, batch, torch.Generator().manual_seed(1), one_token_rate=0.5, **options)
+    several = (some[-1] == MASK).sum(1)
+    assert (several == 1).any() and (several > 1).any()
+
+
 def test_a_text_is_about_its_own_image():
     net, batch = model(), texts()
     other = dataclasses.replace(batch, tokens=torch.cat([batch.tokens[:1], batch.tokens[1:] + 1]))
