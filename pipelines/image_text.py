@@ -283,8 +283,9 @@ class ImageTextPipeline(TextFramesMixin, ImgDiTPipeline):
     ) -> ImageTextPipelineOutput:
         """Generate images and texts that belong together.
 
-        Both become clean step by step in the same passes and see each other. Dual Diffusion, which never saw both
-        noisy, writes the text without an image and then generates the image for it.
+        Both become clean step by step in the same passes and see each other. A model that never saw both noisy writes
+        the text without an image and then generates the image for it: Dual Diffusion, and text frames that were
+        trained beside images that stay what they are (`text_adapter`). Those draw texts at temperature 1.
 
         Args:
             count: pairs.
@@ -306,19 +307,32 @@ class ImageTextPipeline(TextFramesMixin, ImgDiTPipeline):
         rows = empty_rows(count, self._length(call), self.mask_token_id)
         side = self.default_size if call.resolution is None else call.resolution
         check_size(side, side, self.vae_scale_factor * self.patch_size, self.transformer.max_grid)
-        if self.follows_reference:
-            written = self._write(rows, None, call)
-            embeds = self._embed(written.sequences)
-            generator: Any = call.generator
-            (images,) = self(
-                prompt_embeds=embeds, height=side, width=side, num_inference_steps=steps,
-                generator=generator, max_sequence_length=embeds.shape[1], output_type=image_output, return_dict=False,
-            )  # fmt: skip
-            return ImageTextPipelineOutput(written.texts, written.sequences, images)
+        if self.follows_reference or self.text_adapter is not None:
+            return self._text_then_image(rows, side, call, steps, image_output)
         latents, ids = self._denoise_both(rows, side, call)
         images = latents if image_output == "latent" else self.decode_latents(latents, image_output)
         self.maybe_free_model_hooks()
         return ImageTextPipelineOutput(self._texts(ids, rows, call), ids, images)
+
+    def _text_then_image(
+        self, rows: Rows, side: int, options: WritingOptions, steps: int, image_output: str
+    ) -> ImageTextPipelineOutput:
+        """Texts written without an image, and the image of each."""
+        if options.temperature is None and self.text_adapter is not None:
+            options = replace(options, temperature=1.0)  # greedy, all rows would be the same
+        written = self._write(rows, None, options)
+        prompt: dict[str, Any]
+        if self.follows_reference:
+            embeds = self._embed(written.sequences)
+            prompt = {"prompt_embeds": embeds, "max_sequence_length": embeds.shape[1]}
+        else:
+            prompt = {"prompt": self._texts(written.sequences, rows, replace(options, output_type="text"))}
+        generator: Any = options.generator
+        (images,) = self(
+            **prompt, height=side, width=side, num_inference_steps=steps, generator=generator,
+            output_type=image_output, return_dict=False,
+        )  # fmt: skip
+        return ImageTextPipelineOutput(written.texts, written.sequences, images)
 
     def _denoise_both(self, rows: Rows, side: int, options: WritingOptions) -> tuple[torch.Tensor, torch.Tensor]:
         """Latents (B, C, h, w) and tokens (B, L)."""

@@ -38,6 +38,7 @@ def image_text_logits(
     adapter: str | None = None,
     image_adapter: str | None = None,
     frozen: bool = False,
+    with_images: bool = True,
 ) -> torch.Tensor:
     """Logits (R, L, V) of masked texts, each about its image.
 
@@ -48,14 +49,22 @@ def image_text_logits(
         levels: (R,) probability in [0, 1] with which tokens were masked.
         adapter, image_adapter: see `text_layout`.
         frozen: whether images are read without gradients.
+        with_images: whether texts see their images; otherwise each sees only itself, as texts without an image do in
+            `ImageTextReader`.
 
     Raises:
         ValueError: the model has no text head, or no embeddings for it.
     """
     config, images, rows = _config(model), len(batch.tokens), len(ids)
-    layout, cache = text_layout(batch.size, ids.shape[1], adapter, image_adapter), KVCache()
     times, pooled = batch.tokens.new_zeros(rows), batch.pooled
     pooled = None if pooled is None else pooled.to(batch.tokens).expand(rows, -1)
+    no_tokens = batch.tokens.new_zeros(rows, 0, batch.tokens.shape[2])
+    text = compat.unwrapped(model).text_embedder(ids)
+    text_timestep = levels * (1000.0 / config.timestep_scale)
+    if not with_images:
+        alone = FrameLayout.build([TextFrame(ids.shape[1], sigma=None, adapter=adapter)])
+        return model(no_tokens, text, pooled, times, layout=alone, text_timestep=text_timestep).text_logits
+    layout, cache = text_layout(batch.size, ids.shape[1], adapter, image_adapter), KVCache()
     nothing = batch.tokens.new_zeros(images, 0, config.joint_attention_dim)
     with torch.no_grad() if frozen else nullcontext():
         model(
@@ -70,13 +79,13 @@ def image_text_logits(
     texts = len(batch.texts.ids) // images
     numbers = torch.arange(rows, device=ids.device) % len(batch.texts.ids) // texts
     return model(
-        batch.tokens.new_zeros(rows, 0, batch.tokens.shape[2]),
-        compat.unwrapped(model).text_embedder(ids),
+        no_tokens,
+        text,
         pooled,
         times,
         layout=layout.without_frozen(),
         cache=cache.of_samples(numbers),
-        text_timestep=levels * (1000.0 / config.timestep_scale),
+        text_timestep=text_timestep,
     ).text_logits
 
 

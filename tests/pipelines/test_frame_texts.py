@@ -250,3 +250,17 @@ def test_the_embedded_model_writes_and_its_images_stay():
     found = embedded.answer(shown, "how many objects are there?", num_inference_steps=8)
     assert found.texts == [{1: "one", 2: "two"}[len(scene.objects)] for scene in scenes]
     assert torch.equal(before, image())
+
+
+def test_a_text_is_written_before_its_image_where_texts_read_clean_images_only(folder):
+    pipe = ImageTextPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    options = {"num_inference_steps": 4, "resolution": 16, "image_output": "pt"}
+    found = pipe.joint(2, generator=seeded(1, 2), **options)
+    assert found.images.shape == (2, 3, 16, 16) and found.texts[0] != found.texts[1]
+    drawn = pipe(
+        found.texts, height=16, width=16, num_inference_steps=4, generator=seeded(1, 2), output_type="pt"
+    ).images
+    assert drawn.shape == found.images.shape
+    tokens = pipe.joint(1, generator=seeded(1)[0], output_type="seq", **options)
+    assert tokens.texts is None and torch.equal(tokens.sequences, found.sequences[:1])

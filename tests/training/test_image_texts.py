@@ -8,10 +8,12 @@ import torch
 from imgdit import Frame, FrameLayout, MMDiT
 from imgdit.io.order import Batches
 from imgdit.models.text_head import add_text_head, load_text_head, save_text_head
+from imgdit.pipelines.image_text_reading import ImageTextReader
 from imgdit.schedulers.flow_match import MultiFrameFlowMatchScheduler
 from imgdit.training import train
 from imgdit.training.batches import Batch, Text
 from imgdit.training.build import add_adapter, build_model
+from imgdit.training.image_texts import image_text_logits
 from imgdit.training.masked_text_loss import antithetic_times
 from imgdit.training.objectives.joint import joint
 from imgdit.training.objectives.masked_text import masked_text
@@ -116,6 +118,21 @@ def test_a_text_is_about_its_own_image():
 
     assert loss(dataclasses.replace(batch, texts=of_first)) == loss(dataclasses.replace(other, texts=of_first))
     assert loss(batch) != loss(other)
+
+
+def test_without_images_texts_depend_on_themselves_alone():
+    net, batch = model(), texts()
+    other = dataclasses.replace(batch, tokens=batch.tokens + 1)
+
+    def loss(batch, dropout):
+        generator = torch.Generator().manual_seed(1)
+        return masked_text(net, None, batch, generator, image_dropout=dropout, mask_token_id=MASK).loss
+
+    assert loss(batch, 1.0) == loss(other, 1.0) and loss(batch, 0.0) != loss(other, 0.0)
+    read = ImageTextReader(net, net.text_embedder, None, batch.pooled, torch.ones(6, 6, dtype=torch.bool), MASK)
+    ids = torch.full((6, 6), MASK)
+    found = image_text_logits(net, batch, ids, torch.ones(6), with_images=False)
+    torch.testing.assert_close(found, read(ids).logits)
 
 
 def test_an_adapter_learns_alone_and_images_stay_what_they_are():

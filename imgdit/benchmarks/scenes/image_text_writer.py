@@ -54,9 +54,10 @@ class PipelineWriter:
         return tuple(name for name, there in has.items() if there)
 
     @property
-    def generates_both(self) -> bool:
-        """Whether the model was trained to generate an image and its text at once: text frames read clean images."""
-        return getattr(self.pipe, "text_adapter", None) is None
+    def joint_task(self) -> str:
+        """How `joint` of the model works: text frames that read clean images only are written before their images."""
+        one_by_one = self.pipe.follows_reference or self.pipe.text_adapter is not None
+        return "text without an image → image" if one_by_one else "image and text at once"
 
     def caption(
         self,

@@ -167,15 +167,12 @@ def run_text(
         raise ValueError(f"{_name(model)} can be measured in {', '.join(writer.can)}; got {', '.join(lacking)}")
     kept: dict[str, Any] = {}
     scores: list[Score] = []
-    left_out: dict[str, str] = {}
     for name in PARTS:
         if name not in (only or writer.can) or name not in writer.can:
             continue
         if name == "round trips":
             probe = SceneProbe.from_pretrained(probe_folder).eval()
-            scores += round_trip_scores(writer, writer, probe, count, kept.__setitem__, writer.generates_both)
-            if not writer.generates_both:
-                left_out["image and text at once"] = "text frames were trained to read clean images only"
+            scores += round_trip_scores(writer, writer, probe, count, kept.__setitem__)
         elif name == "judge":
             probe = SceneProbe.from_pretrained(probe_folder).eval()
             scores += judge_scores(writer, probe, count, kept.__setitem__)
@@ -186,9 +183,7 @@ def run_text(
         else:
             scores += PARTS[name](writer, count, kept.__setitem__)
         settings: dict[str, Any] = {"model": _name(model), "text steps": text_steps, "steps": steps}
-        write(out / "text.json", scores, {**settings, "guidance": guidance, "left out": left_out})
-    for what, why in left_out.items():
-        logger.warning("%s was not measured: %s", what, why)
+        write(out / "text.json", scores, {**settings, "guidance": guidance})
     sheets(kept, out)
     return scores
 

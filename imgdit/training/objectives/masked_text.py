@@ -33,6 +33,7 @@ def masked_text(
     antithetic: bool = False,
     least_answer_rate: float = 0.0,
     one_token_rate: float = 0.0,
+    image_dropout: float = 0.0,
     mask_token_id: int | None = None,
     adapter: str | None = None,
     image_adapter: str | None = None,
@@ -53,6 +54,8 @@ def masked_text(
         one_token_rate: probability that a row has one masked token: of an answer the first, of a text without a prompt
             any. An answer that begins with a decision ("no, a blue cube") learns to follow from what it goes on to
             tell; masked at random rates, that is rare. Not with `complement`.
+        image_dropout: for texts about images: probability that a batch is predicted without its images, which
+            `guidance_scale` of pipelines and texts without an image need.
         mask_token_id: the mask token; `None`: of the model's configuration.
         adapter: for texts about images: LoRA that reads the texts' rows, while nothing else is changed.
         image_adapter: for texts about images: LoRA that reads the images' rows.
@@ -84,7 +87,8 @@ def masked_text(
     else:
         adapters = {"adapter": adapter, "image_adapter": image_adapter}
         frozen = adapter is not None and image_adapter is None
-        logits = image_text_logits(model, about, noised.ids, noised.rate, frozen=frozen, **adapters)
+        seen = not image_dropout or float(draw_uniform((), rows.ids.device, generator, torch.float32)) >= image_dropout
+        logits = image_text_logits(model, about, noised.ids, noised.rate, frozen=frozen, with_images=seen, **adapters)
     targets = rows.ids.repeat(copies, 1)
     loss = masked_text_loss(logits, targets, noised, weight=weight, lengths=lengths)
     right = (logits.argmax(-1) == targets)[noised.masked]
