@@ -280,6 +280,7 @@ MANY_PARAMETERS = {
     "imgdit/models/bd3lm.py BD3LM.__init__": "the configuration",
     "imgdit/models/image_tokens.py ImageProjector.__init__": "the configuration",
     "imgdit/training/objectives/flow_matching.py flow_matching": "the options of a recipe",
+    "imgdit/training/objectives/masked_text.py masked_text": "the options of a recipe",
     "imgdit/scenes/training_texts.py SceneImageTexts.__init__": "the options of a recipe",
     "imgdit/training/block_diffusion_loss.py block_diffusion_loss": "the options of the published trainer",
     "apps/commands/bench.py unlearn": "the options of a command",
