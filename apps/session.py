@@ -31,6 +31,7 @@ from imgdit.images.fitting import filter_of
 from imgdit.lora.files import legal_name
 from imgdit.models.nextdit import NextDiT
 from imgdit.naming import old_names
+from imgdit.pipelines.few_steps import FewSteps, few_steps, load_few_steps
 from imgdit.pipelines.load_options import AUTO, LoadOptions
 from imgdit.pipelines.loading import chosen_device, chosen_dtype, denoiser, load_pipeline, over_components
 from imgdit.pipelines.one_diffusion import OneDiffusionPipeline
@@ -124,6 +125,15 @@ class Session:
         """
         self.shelf.need_sae()
         return ConceptUnlearner.from_pretrained(self.shelf.sae_folder)
+
+    @cached_property
+    def turbo(self) -> FewSteps:
+        """The few-step LoRA of the pipeline's folder, loaded.
+
+        Raises:
+            ValueError: there is none, or it does not fit.
+        """
+        return load_few_steps(self.pipe, self.shelf.home)
 
     @property
     def seen_at(self) -> str:
@@ -243,8 +253,10 @@ class Session:
         check_sides(request.width, request.height, self.cell)
         height, width = request.height or self.default_size, request.width or self.default_size
         guidance = request.guidance
+        if request.turbo:
+            self.shelf.check_turbo(request)
         if guidance is None:
-            guidance = 1.0 if _shown_by_images(request.frames) else GUIDANCE
+            guidance = 1.0 if request.turbo or _shown_by_images(request.frames) else GUIDANCE
         controls = tuple(self._fitted(control, height, width) for control in request.controls)
         frames = tuple(
             frame if frame.image is None else replace(frame, image=fitted(frame.image, frame.kind, height, width))
@@ -296,8 +308,10 @@ class Session:
 
     @contextmanager
     def _edited(self, pipe: Any, request: Request) -> Iterator[None]:
-        """Concepts unlearned and features steered while the context is open."""
+        """The few-step LoRA in use, concepts unlearned and features steered while the context is open."""
         with ExitStack() as hooks:
+            if request.turbo:
+                hooks.enter_context(few_steps(pipe, self.turbo))
             if request.controls and pipe is self.pipe and self._rides is not None:
                 conditions = [self._condition(control) for control in request.controls]
                 hooks.enter_context(self._rides.use(conditions))

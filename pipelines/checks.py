@@ -14,7 +14,7 @@ import torch
 from imgdit.adapters.pairing import Samples
 from imgdit.naming import shown
 from imgdit.pipelines.options import SamplingOptions
-from imgdit.schedulers.schedule import check_schedule
+from imgdit.schedulers.schedule import check_few_steps, check_schedule
 
 
 class Texts(NamedTuple):
@@ -53,6 +53,8 @@ def check_call(pipe: Any, texts: Texts, options: SamplingOptions, called: str = 
     if unknown:
         raise ValueError(f"callbacks may ask for {known}, got {unknown}")
     check_schedule(pipe.scheduler, options.num_inference_steps, options.sigmas)
+    guided = options.true_cfg_scale if config.guidance_embeds else options.guidance_scale
+    check_few_steps(pipe.scheduler, options.num_inference_steps, options.sigmas, guided)
     check_generators(options.generator, samples.count, called)
     return samples
 

@@ -16,7 +16,9 @@ from diffusers.quantizers import PipelineQuantizationConfig
 import imgdit
 from imgdit import compat
 from imgdit.hub import HUB_ID, find_pipeline
+from imgdit.lora.files import read_info
 from imgdit.models.quantized import load_options, quantize_rows
+from imgdit.pipelines.few_steps import TURBO
 from imgdit.pipelines.load_options import AUTO, LoadOptions
 from imgdit.pipelines.omni_control import FluxOmniControlPipeline, StableDiffusion3OmniControlPipeline
 from imgdit.pipelines.text_to_image import ImgDiTPipeline
@@ -66,7 +68,7 @@ def add_loras(pipe: Any, options: LoadOptions) -> None:
     """Load the LoRAs of the options into a pipeline, each at its weight.
 
     Raises:
-        ValueError: a pipeline that takes none, a file that is not there, or one that does not fit.
+        ValueError: a pipeline that takes none, a file that is not there or does not fit, or a few-step LoRA.
     """
     if not options.loras:
         return
@@ -77,6 +79,11 @@ def add_loras(pipe: Any, options: LoadOptions) -> None:
         path = Path(source).expanduser()
         if not path.exists() and not re.fullmatch(HUB_ID, source):
             raise ValueError(f"there is no LoRA file {source!r} here, and Hub ids look like owner/name")
+        if path.suffix == ".safetensors" and path.is_file() and read_info(path).num_inference_steps is not None:
+            raise ValueError(
+                f"{source} is a few-step LoRA, which needs its own steps and scheduler: copy it into the model's "
+                f"folder as {TURBO} and use --turbo, or load it with imgdit.pipelines.few_steps.load_few_steps"
+            )
         names.append(f"lora_{number}")
         folder, file = (path.parent, path.name) if path.is_file() else (source, None)
         options_of_file = {} if file is None else {"weight_name": file}

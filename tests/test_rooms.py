@@ -25,7 +25,7 @@ FLOORS = (
     ("models", "images", "sae"),
     ("families",),
     ("adapters",),
-    ("pipelines",),
+    ("pipelines", "live"),
     ("data",),
     ("training",),
     ("scenes",),

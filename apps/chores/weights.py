@@ -19,8 +19,10 @@ from imgdit.scenes.tokenizer import caption_tokenizer, question_tokenizer
 from imgdit.scenes.training_conditions import SceneConditions
 from imgdit.scenes.training_frames import PATCH, SceneFrames, latent_scale, scene_components
 from imgdit.scenes.training_texts import SceneImageTexts
+from imgdit.scenes.trajectories import SceneTrajectories
 from imgdit.taught import Taught, write_taught
 from imgdit.training.build import build_scheduler
+from imgdit.training.objectives.few_steps import few_steps
 from imgdit.training.recipe import ADAPTER, Recipe
 from imgdit.training.trained import load_trained, trained_recipe
 from imgdit.training.user_images.encoder import Encoder
@@ -85,7 +87,7 @@ def save_adapter(run: Path, out: Path) -> None:
         ValueError: the run has no checkpoint, or trained no adapter.
     """
     recipe = trained_recipe(run)
-    known = (sources.CONDITIONS, sources.FRAMES, USER_IMAGES)
+    known = (sources.CONDITIONS, sources.FRAMES, sources.TRAJECTORIES, USER_IMAGES)
     if not recipe.adapter.rank or recipe.data.name not in known:
         raise ValueError(f"{run} trained no adapter: expected adapter.rank and data {' or '.join(known)}")
     pairs = {
@@ -121,15 +123,25 @@ def _info(recipe: Recipe) -> AdapterInfo:
         own = settings_of(recipe)
         shared: dict[str, Any] = {"task": own.condition, "base_model": base_model, "size": own.base, "licence": None}
         if own.mode == "frame":
-            return AdapterInfo(**shared)
+            return AdapterInfo(**shared, num_inference_steps=_few_steps(recipe))
         return AdapterInfo(position=own.position, scale=1.0, mode=own.mode, **shared)
     shared = {"base_model": base_model, "size": None, "licence": "Apache-2.0"}
+    if recipe.data.name == sources.TRAJECTORIES:
+        return AdapterInfo(num_inference_steps=_arguments(SceneTrajectories, recipe)["steps"], **shared)
     if recipe.data.name == sources.FRAMES:
         data = _arguments(SceneFrames, recipe)
         tasks = [*data["pairs"]] if [*data["probabilities"]] == ["pairs"] else []
         return AdapterInfo(task=tasks[0] if len(tasks) == 1 else None, **shared)
     data = _arguments(SceneConditions, recipe)
     return AdapterInfo(task=data["task"], position=data["position"], scale=1.0, mode=data["mode"], **shared)
+
+
+def _few_steps(recipe: Recipe) -> int | None:
+    """Steps that a recipe's LoRA is for, if it is a few-step LoRA."""
+    if recipe.objective.function is not few_steps:
+        return None
+    default = inspect.signature(few_steps).parameters["steps"].default
+    return recipe.objective.arguments.get("steps", default)
 
 
 def _arguments(dataset: Any, recipe: Recipe) -> dict[str, Any]:

@@ -67,7 +67,7 @@ def convert(
 
 @app.command()
 def export(
-    run: Annotated[Path, typer.Argument(help="Folder of a run that trained a condition adapter, or text frames.")],
+    run: Annotated[Path, typer.Argument(help="Folder of a run that trained an adapter, or text frames.")],
     out: Annotated[Path, typer.Argument(help="A .safetensors file to write; for text frames a folder.")],
 ) -> None:
     """Write the adapter of a run's latest checkpoint as a LoRA file, with how it was trained in its header.

@@ -111,7 +111,7 @@ class ImageOptions:
     """What every command that generates images can be told."""
 
     model: str | None = None
-    steps: int = STEPS
+    steps: int | None = None
     guidance: float | None = None
     seed: int = 0
     size: str | None = None
@@ -119,6 +119,7 @@ class ImageOptions:
     overwrite: bool = False
     as_json: bool = False
     show: bool = False
+    turbo: bool = False
 
     @property
     def sides(self) -> tuple[int | None, int | None]:
@@ -139,7 +140,19 @@ class ImageOptions:
         from imgdit.apps.jobs.request import Request
 
         height, width = self.sides
-        return Request(prompt, self.negative, self.seed, self.steps, self.guidance, height, width, **more)
+        steps = (self._turbo_steps if self.turbo else STEPS) if self.steps is None else self.steps
+        if self.turbo:
+            more["turbo"] = True
+        return Request(prompt, self.negative, self.seed, steps, self.guidance, height, width, **more)
+
+    @property
+    def _turbo_steps(self) -> int:
+        """Of the model's few-step LoRA; where there is none, that is said when the request is checked."""
+        from imgdit.checkpoints import EMBEDDED
+        from imgdit.pipelines.few_steps import steps_of, turbo_file
+
+        file = turbo_file(self.model or EMBEDDED)
+        return STEPS if file is None else steps_of(file)
 
     def command(self, loading: LoadOptions, **folders: Path | None) -> ImageCommand:
         """The command itself, with the folders that it reads."""
@@ -155,7 +168,9 @@ with_images = collected(
     ImageOptions,
     {
         "model": Annotated[str | None, typer.Option(help="Folder or Hub id; the embedded model by default.")],
-        "steps": Annotated[int, typer.Option(min=1, help="Steps of the sampler.")],
+        "steps": Annotated[
+            int | None, typer.Option(min=1, help=f"Steps of the sampler; {STEPS}, or those that --turbo is for.")
+        ],
         "guidance": Annotated[
             float | None, typer.Option(min=0.0, help="Scale; 3, or 1 for maps and views of a given image.")
         ],
@@ -164,6 +179,9 @@ with_images = collected(
         "negative": Annotated[str, typer.Option(help="What to steer away from.")],
         "overwrite": Annotated[bool, typer.Option(help="Generate images anew that are there already.")],
         "show": Annotated[bool, typer.Option("--open", help="Open the result in the system's viewer.")],
+        "turbo": Annotated[
+            bool, typer.Option("--turbo", help="Few steps, by turbo.safetensors in the model's folder.")
+        ],
         "as_json": Annotated[bool, typer.Option("--json", help="A JSON object per image on the standard output.")],
     },
 )

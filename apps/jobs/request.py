@@ -57,7 +57,7 @@ class Request:
     seed: int = 0
     steps: int = STEPS
     guidance: float | None = None
-    """`None`: 3 where an image is generated, 1 where only maps of a given one are."""
+    """`None`: 3 where an image is generated, 1 where only maps of a given one are, and with `turbo`."""
     height: int | None = None
     width: int | None = None
     """Pixels; `None`: what the model was trained at."""
@@ -73,6 +73,8 @@ class Request:
     """How, see `ConceptUnlearner.attach`."""
     features: tuple[tuple[int, float], ...] = ()
     """Numbers of features of the sparse autoencoder, and what each is multiplied by."""
+    turbo: bool = False
+    """Use the few-step LoRA of the model's folder, with its number of steps and a guidance of 1."""
 
     def __post_init__(self) -> None:
         if self.steps < 1:

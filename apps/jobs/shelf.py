@@ -13,6 +13,7 @@ from imgdit.hub import INDEX, find_pipeline
 from imgdit.io.safe_json import read_object
 from imgdit.lora.files import FoundAdapter, find_adapters
 from imgdit.naming import check_name, nearest
+from imgdit.pipelines.few_steps import TURBO, steps_of, turbo_file
 from imgdit.prompts import PromptWords, read_prompt, remark
 from imgdit.sae.concepts import check_concepts, concept_names
 from imgdit.sae.files import CONFIG
@@ -91,6 +92,16 @@ class Shelf:
         """Name of the adapter that reads a kind of image."""
         return kind if kind in self.adapters else self._adapter_of.get(kind)
 
+    @cached_property
+    def turbo(self) -> tuple[Path, int] | None:
+        """The few-step LoRA of the pipeline's folder, and its number of steps; `None`: there is none.
+
+        Raises:
+            ValueError: the file is no few-step LoRA.
+        """
+        file = turbo_file(self.home)
+        return None if file is None else (file, steps_of(file))
+
     @property
     def has_sae(self) -> bool:
         """Whether there is an autoencoder to unlearn and steer with."""
@@ -126,12 +137,41 @@ class Shelf:
             check_name("mode", request.mode, MODES)
             self.need_sae()
             check_concepts(request.concepts, concept_names(self.sae_folder))
+        if request.turbo:
+            self.check_turbo(request)
         if not self._index:
             return
         if request.controls:
             self.as_frames(request.controls)
         if request.frames:
             self._check_kinds([frame.kind for frame in request.frames])
+
+    def check_turbo(self, request: Request) -> None:
+        """Refuse what the few-step LoRA was not trained for.
+
+        Raises:
+            ValueError: there is none, or other steps, guidance, or edits are asked for.
+        """
+        if self.turbo is None:
+            raise ValueError(
+                f"{self.places['model']} has no few-step LoRA ({TURBO} in its folder); leave out turbo, or train one: "
+                "imgdit train own/few_steps"
+            )
+        steps = self.turbo[1]
+        asked = {
+            f"steps={request.steps}": request.steps != steps,
+            f"guidance={request.guidance}": request.guidance is not None and request.guidance > 1.0,
+            f"negative_prompt={request.negative_prompt!r}": bool(request.negative_prompt),
+            "frames": bool(request.frames) or (bool(request.controls) and self.as_frames(request.controls)),
+            "concepts": bool(request.concepts),
+            "features": bool(request.features),
+        }
+        wrong = [name for name, holds in asked.items() if holds]
+        if wrong:
+            raise ValueError(
+                f"turbo generates images from prompts and condition adapters in {steps} steps with a guidance of 1, "
+                f"which is in its weights; it does not go with {', '.join(wrong)}"
+            )
 
     def about_words(self, prompts: Iterable[str]) -> str | None:
         """One message on words that this model was never taught and draws as something else; `None`: nothing to say,

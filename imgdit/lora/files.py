@@ -88,6 +88,8 @@ class AdapterInfo:
     """As `Condition.acts_on`."""
     prompt_prefix: str | None = None
     """What its prompts begin with."""
+    num_inference_steps: int | None = None
+    """Of a few-step LoRA, which has guidance in its weights: the steps it is for."""
 
 
 class AdapterFile(NamedTuple):
@@ -580,7 +582,7 @@ def _info(
 def _read_info(header: Mapping[str, str], source: str) -> AdapterInfo:
     found = parse_object(header.get(_INFO_KEY, "{}"), f"{source}: what it says of its training")
     values = {field.name: found[field.name] for field in fields(AdapterInfo) if found.get(field.name) is not None}
-    numbers: dict[str, Any] = {"scale": (int, float), "index": (int, float), "size": int}
+    numbers: dict[str, Any] = {"scale": (int, float), "index": (int, float), "size": int, "num_inference_steps": int}
     choices = {"level": ("clean", "image"), "acts_on": ("condition", "all")}
     for name, value in values.items():
         pair = (

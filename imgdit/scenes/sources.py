@@ -14,6 +14,7 @@ from imgdit.scenes.training_conditions import SceneConditions
 from imgdit.scenes.training_frames import SceneFrames
 from imgdit.scenes.training_readers import collate_captions, collate_readings
 from imgdit.scenes.training_texts import SceneFramesAndTexts, SceneImageTexts
+from imgdit.scenes.trajectories import SceneTrajectories
 from imgdit.training.batches import Images
 from imgdit.training.sources import Source, only_batch
 from imgdit.training.text_pairs import collate_text_pairs
@@ -24,6 +25,7 @@ CONDITIONS = "imgdit.scenes.sources:conditions"
 TEXTS = "imgdit.scenes.sources:texts"
 IMAGE_TEXTS = "imgdit.scenes.sources:image_texts"
 TEXT_PAIRS = "imgdit.scenes.sources:text_pairs"
+TRAJECTORIES = "imgdit.scenes.sources:trajectories"
 
 
 def collate_images(samples: Sequence[torch.Tensor]) -> Images:
@@ -40,3 +42,4 @@ frames = Source(SceneFrames, only_batch, held_out=8, whole_batches=True)
 image_texts = Source(SceneImageTexts, only_batch, held_out=8, whole_batches=True)
 frames_and_texts = Source(SceneFramesAndTexts, only_batch, held_out=8, whole_batches=True)
 conditions = Source(SceneConditions, only_batch, held_out=4, whole_batches=True)
+trajectories = Source(SceneTrajectories, only_batch, held_out=8, whole_batches=True)

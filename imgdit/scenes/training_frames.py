@@ -104,14 +104,7 @@ class CachedScenes:
 
     def encode(self, prompts: Sequence[str]) -> tuple[Text, Text]:
         """Text of the prompts, and the empty one of the same length."""
-        tokens = self.tokenizer([*prompts, ""], padding="longest", return_tensors="pt")
-        mask = tokens.attention_mask.bool()
-        with torch.no_grad():
-            embeddings = self.text_encoder(tokens.input_ids, attention_mask=tokens.attention_mask)[0]
-        weight = mask[..., None].to(embeddings)
-        pooled = (embeddings * weight).sum(1) / weight.sum(1)
-        whole = Text(embeddings, pooled, mask)
-        return whole.rows(slice(None, -1)), whole.rows(slice(-1, None))
+        return encode_texts(self.text_encoder, self.tokenizer, prompts)
 
     def batch(self, samples: Sequence[Sample], frames: Sequence[Frame]) -> Batch:
         """Samples of the same frames as one batch."""
@@ -223,6 +216,18 @@ class SceneFrames(CachedScenes):
         images = [self.latent(scene, "pictures", view, look) for view in order]
         rays = scene_rays([look.camera for look in looks], images[0].shape[-1])
         return Sample([images[0], rays[0], images[1], rays[1]], task_caption(text, "views"))
+
+
+def encode_texts(text_encoder: Any, tokenizer: Any, prompts: Sequence[str]) -> tuple[Text, Text]:
+    """Text of the prompts, and the empty one of the same length."""
+    tokens = tokenizer([*prompts, ""], padding="longest", return_tensors="pt")
+    mask = tokens.attention_mask.bool()
+    with torch.no_grad():
+        embeddings = text_encoder(tokens.input_ids, attention_mask=tokens.attention_mask)[0]
+    weight = mask[..., None].to(embeddings)
+    pooled = (embeddings * weight).sum(1) / weight.sum(1)
+    whole = Text(embeddings, pooled, mask)
+    return whole.rows(slice(None, -1)), whole.rows(slice(-1, None))
 
 
 def scene_components(model: str) -> tuple[Any, Any, Any]:

@@ -213,7 +213,7 @@ class MultiFrameFlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
             sigmas = torch.sigmoid(mean + std * normal)
         else:
             sigmas = torch.special.ndtr(normal)  # uniform; one kind of draw keeps CPU generators usable with CUDA
-        sigmas = self._shifted(sigmas, num_tokens).expand(batch_size, num_frames)
+        sigmas = self.shifted(sigmas, num_tokens).expand(batch_size, num_frames)
         if clean > 0.0 and num_frames > 1:
             scores = torch.special.ndtr(
                 randn_tensor((batch_size, num_frames), generator=generator, device=device, dtype=torch.float32)
@@ -223,7 +223,16 @@ class MultiFrameFlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
             sigmas = sigmas.masked_fill(is_clean, 0.0)
         return sigmas.clone()
 
-    def _shifted(self, sigmas: torch.Tensor, num_tokens: int | None) -> torch.Tensor:
+    def shifted(self, sigmas: torch.Tensor, num_tokens: int | None) -> torch.Tensor:
+        """Noise levels shifted as this scheduler shifts its steps.
+
+        Args:
+            sigmas: in [0, 1].
+            num_tokens: generated tokens, for dynamic shifting.
+
+        Raises:
+            ValueError: dynamic shifting without `num_tokens`.
+        """
         if not self.config.use_dynamic_shifting:
             return self.shift * sigmas / (1 + (self.shift - 1) * sigmas)
         if num_tokens is None:

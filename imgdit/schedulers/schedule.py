@@ -27,6 +27,10 @@ WORKING = (
 """Schedulers that a test of ours runs."""
 
 
+FEW_STEPS = "few_steps"
+"""Entry of a scheduler's configuration: the steps that a few-step LoRA in use was trained for."""
+
+
 def set_schedule(
     scheduler: Any,
     num_inference_steps: int,
@@ -105,6 +109,31 @@ def check_schedule(scheduler: Any, num_inference_steps: Any, sigmas: Iterable[fl
         raise ValueError(
             f"{name} as it is configured is no flow-matching schedule ({fault}). These work: {WORKING}. Make one "
             "with pipe.scheduler = …Scheduler.from_config(pipe.scheduler.config)"
+        )
+
+
+def check_few_steps(
+    scheduler: Any, num_inference_steps: int, sigmas: Iterable[float] | None, guidance_scale: float
+) -> None:
+    """Refuse what a few-step LoRA was not trained for, while one is in use.
+
+    Args:
+        scheduler: its configuration says whether one is.
+        num_inference_steps, sigmas: of the call.
+        guidance_scale: of a second prediction; 1: there is none.
+
+    Raises:
+        ValueError: other steps, or guidance.
+    """
+    steps = scheduler.config.get(FEW_STEPS)
+    if steps is None:
+        return
+    if sigmas is not None or num_inference_steps != steps or guidance_scale > 1.0:
+        got = f"sigmas={list(sigmas)}" if sigmas is not None else f"num_inference_steps={num_inference_steps}"
+        raise ValueError(
+            f"the few-step LoRA in use is trained for num_inference_steps={steps} without sigmas and for "
+            f"guidance_scale=1, as the guidance is in its weights; got {got}, guidance_scale={guidance_scale}. Give "
+            "those, or leave the LoRA out"
         )
 
 

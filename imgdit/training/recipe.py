@@ -38,6 +38,7 @@ OBJECTIVES = {
     for name in (
         "flow_matching",
         "condition_lora",
+        "few_steps",
         "autoencoder",
         "masked_text",
         "block_text",
