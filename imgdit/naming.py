@@ -1,4 +1,4 @@
-"""Names that people type: refusals that say the nearest known one."""
+"""Names and numbers that people type: refusals that say the nearest known one."""
 
 from __future__ import annotations
 
@@ -48,6 +48,11 @@ def check_choice(field: str, value: Any, choices: Iterable[Any]) -> None:
     choices = list(choices)
     if value not in choices:
         raise ValueError(f"{field} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def is_count(value: Any, least: int = 1) -> bool:
+    """Whether a value is a whole number of at least `least`; `True` and `False` are none."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def shown(value: Any) -> str:

@@ -12,7 +12,7 @@ import torch
 
 from imgdit import compat
 from imgdit.models.bd3lm import BD3LM, BlockCache
-from imgdit.naming import check_choice
+from imgdit.naming import check_choice, is_count
 from imgdit.pipelines.masked_text import MaskedTextPipelineOutput
 from imgdit.pipelines.masked_text_inputs import MOST_STEPS
 from imgdit.schedulers.masked_text import Generators, check_generators, draw_uniform
@@ -164,7 +164,7 @@ class BlockTextPipeline(compat.DiffusionPipeline):
         check_choice("output_type", output_type, ("text", "seq"))
         if self.model.config.parameterization == "autoregressive":
             raise ValueError("this model is autoregressive and writes from left to right: use write_autoregressively")
-        if not isinstance(num_inference_steps, int) or not 1 <= num_inference_steps <= MOST_STEPS:
+        if not is_count(num_inference_steps) or num_inference_steps > MOST_STEPS:
             expected = f"a whole number from 1 to {MOST_STEPS}"
             raise ValueError(f"num_inference_steps must be {expected}, got {num_inference_steps!r}")
         if not 0 <= temperature < math.inf or (top_p is not None and not 0 < top_p <= 1):
@@ -221,8 +221,9 @@ class BlockTextPipeline(compat.DiffusionPipeline):
         config = self.model.config
         longest = max(map(len, rows))
         new = config.model_length - longest if gen_length is None else gen_length
-        if not isinstance(new, int) or new < 1:
-            raise ValueError(f"gen_length must be a whole number of at least 1, got {new} for {longest} prompt tokens")
+        if not is_count(new):
+            expected = "a whole number of at least 1"
+            raise ValueError(f"gen_length must be {expected}, got {new!r} for {longest} prompt tokens")
         if not config.cross_attn and longest + new > config.model_length:
             raise ValueError(
                 f"this model sees {config.model_length} tokens at once and continues no further; got {longest} prompt "

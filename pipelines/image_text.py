@@ -28,7 +28,7 @@ from imgdit.models.functional import pack, unpack
 from imgdit.models.masked_lm import rows_of
 from imgdit.models.masked_text_passes import answer_likelihood
 from imgdit.models.mmdit import MMDiT
-from imgdit.naming import check_choice, check_name
+from imgdit.naming import check_choice, check_name, is_count
 from imgdit.pipelines.checks import check_size
 from imgdit.pipelines.image_text_inputs import (
     HOLE,
@@ -299,7 +299,7 @@ class ImageTextPipeline(TextFramesMixin, ImgDiTPipeline):
         steps = call.num_inference_steps or JOINT_STEPS
         call = replace(call, num_inference_steps=steps)
         check_choice("image_output", image_output, OUTPUT_TYPES)
-        if not isinstance(count, int) or count < 1:
+        if not is_count(count):
             raise ValueError(f"count must be a whole number of at least 1, got {count!r}")
         if call.latents is not None or call.guidance_scale > 1:
             raise ValueError("joint begins with noise alone: leave out latents and guidance_scale")

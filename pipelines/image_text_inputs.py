@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypedDict
 
 import torch
 
-from imgdit.naming import check_choice, shown
+from imgdit.naming import check_choice, is_count, shown
 from imgdit.schedulers.masked_text import Generators
 
 MASK_TOKENS = ("<extra_id_0>",)
@@ -81,7 +81,7 @@ class WritingOptions:
             value = getattr(self, name)
             if value is None:
                 continue
-            if not isinstance(value, int) or value < 1:
+            if not is_count(value):
                 raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
         if self.temperature is not None and not self.temperature >= 0:
             raise ValueError(f"temperature must be at least 0, got {self.temperature}")

@@ -14,7 +14,7 @@ import torch
 
 from imgdit.models.image_rows import ImageVectors
 from imgdit.models.masked_text_passes import CacheKind
-from imgdit.naming import check_choice
+from imgdit.naming import check_choice, is_count
 from imgdit.schedulers.masked_text import Choose, Generators, Sampling
 
 Side = Literal["left", "right"]
@@ -59,15 +59,15 @@ class TextOptions:
     def __post_init__(self) -> None:
         for name in ("block_length", "num_inference_steps", "minimal_topk"):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
+            if not is_count(value):
                 raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
         if self.num_inference_steps > MOST_STEPS:
             raise ValueError(f"num_inference_steps must be at most {MOST_STEPS}, got {self.num_inference_steps}")
-        if self.top_k is not None and (not isinstance(self.top_k, int) or self.top_k < 0):
+        if self.top_k is not None and not is_count(self.top_k, 0):
             raise ValueError(f"top_k must be a whole number of at least 0 (off), got {self.top_k!r}")
         if self.editing_threshold is not None and not self.editing_threshold >= 0:
             raise ValueError(f"editing_threshold must be at least 0 (off), got {self.editing_threshold}")
-        if not isinstance(self.max_post_steps, int) or self.max_post_steps < 0:
+        if not is_count(self.max_post_steps, 0):
             raise ValueError(f"max_post_steps must be a whole number of at least 0, got {self.max_post_steps!r}")
         if not 0 <= self.temperature < math.inf:
             raise ValueError(f"temperature must be at least 0 and finite, got {self.temperature}")
@@ -245,7 +245,7 @@ def new_tokens(gen_length: int | None, prompts: Prompts, positions: int | None) 
     room = None if positions is None else positions - longest
     if gen_length is None:
         gen_length = 0 if prompts.infills else min(GEN_LENGTH, GEN_LENGTH if room is None else max(room, 1))
-    if not isinstance(gen_length, int) or gen_length < 0 or (gen_length == 0 and not prompts.infills):
+    if not is_count(gen_length, 0 if prompts.infills else 1):
         raise ValueError(
             "gen_length must be a whole number of at least 1, or 0 to only fill holes of the prompt, got "
             f"{gen_length!r}"

@@ -26,7 +26,7 @@ from imgdit.io.safe_json import read_object
 from imgdit.models.magvitv2 import MagViTv2, load_magvitv2
 from imgdit.models.masked_lm import load_masked_lm, model_folder
 from imgdit.models.masked_text_passes import BlockPasses, FreeRows
-from imgdit.naming import check_choice
+from imgdit.naming import check_choice, is_count
 from imgdit.pipelines.checks import Texts, check_generators, check_size, check_texts
 from imgdit.pipelines.masked_text import Choices, MaskedTextPipeline, MaskedTextPipelineOutput
 from imgdit.pipelines.masked_text_inputs import encode_prompts, padded_rows
@@ -251,7 +251,7 @@ class MMaDAPipeline(compat.DiffusionPipeline):
         check_size(*size, self.image_tokenizer.factor, math.inf)
         check_generators(options.generator, prompts)
         steps = options.num_inference_steps
-        if not isinstance(steps, int) or steps < 1:
+        if not is_count(steps):
             raise ValueError(f"num_inference_steps must be a whole number of at least 1, got {steps!r}")
         if not temperature >= 0:
             raise ValueError(f"temperature must be at least 0, got {temperature}")

@@ -13,6 +13,7 @@ from imgdit import compat
 from imgdit.models.image_rows import JoinedRows, join_rows
 from imgdit.models.image_tokens import ImageProjector, tower_features
 from imgdit.models.masked_text_passes import CacheKind
+from imgdit.naming import is_count
 from imgdit.pipelines.dialogues import FILL, GAP, SpecialTokens
 from imgdit.pipelines.masked_text import Choices, MaskedTextPipeline, MaskedTextPipelineOutput
 from imgdit.pipelines.masked_text_inputs import Prompts, TextOptions, new_tokens
@@ -216,7 +217,7 @@ class VisionLanguagePipeline(MaskedTextPipeline):
                     f"drafts have {min(map(len, drafts))} to {longest} tokens, gaps spread out; give gen_length"
                 )
             gen_length = longest or GEN_LENGTH
-        if not isinstance(gen_length, int) or gen_length < max(1, longest):
+        if not is_count(gen_length, max(1, longest)):
             raise ValueError(
                 f"gen_length must be a whole number of at least {max(1, longest)} (tokens of the draft), got "
                 f"{gen_length!r}"
@@ -239,7 +240,7 @@ class VisionLanguagePipeline(MaskedTextPipeline):
         wrong = [token for row in found for token in row if not 0 <= token < self._vocabulary]
         if wrong:
             raise ValueError(f"a draft has token {wrong[0]}; expected tokens in 0..{self._vocabulary - 1}")
-        if not isinstance(gap_length, int) or gap_length < 1:
+        if not is_count(gap_length):
             raise ValueError(f"gap_length must be a whole number of at least 1, got {gap_length!r}")
         gap, spread = self.special.gap, [self.mask_token_id] * gap_length
         if not isinstance(draft, torch.Tensor):

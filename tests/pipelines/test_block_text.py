@@ -169,6 +169,8 @@ def test_nucleus_keeps_the_first_and_what_fits():
         ({"input_ids": PROMPTS, "top_p": 0.0}, "top_p"),
         ({"input_ids": PROMPTS, "num_inference_steps": 0}, "num_inference_steps"),
         ({"input_ids": PROMPTS, "num_inference_steps": 10**9}, "num_inference_steps"),
+        ({"input_ids": PROMPTS, "num_inference_steps": True}, "num_inference_steps"),
+        ({"input_ids": PROMPTS, "gen_length": True}, "got True for"),
         ({"input_ids": PROMPTS, "temperature": float("inf")}, "finite temperature"),
         ({"input_ids": [[BOS, 1]]}, "as tensors"),
         ({"input_ids": PROMPTS, "generator": seeds(1)}, "one per text"),

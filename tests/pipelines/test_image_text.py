@@ -267,6 +267,7 @@ def test_text_without_an_image():
         (lambda p: p.fill("a [red] [?]", images(1)), r"the unknown placeholder \[red\]; write \[\?\] for one token"),
         (lambda p: p.fill("cube " * 40 + "[?]", images(1), max_length=12), "max_length is 12; shorten it"),
         (lambda p: p.fill(7, images(1)), "text must be a text or a list of texts"),
+        (lambda p: p.caption(images(1), max_length=True), "at least 1, got True"),
         (lambda p: p.joint(0), "count must be a whole number of at least 1, got 0"),
         (lambda p: p.joint(latents=torch.zeros(1, 4, 8, 8)), "leave out latents and guidance_scale"),
         (lambda p: p.complete(torch.zeros(1, 4, dtype=torch.long), max_length=3), "leave max_length=3 out"),

@@ -330,6 +330,8 @@ def test_saved_and_loaded_it_writes_the_same(kind, tmp_path):
         ),
         ({"input_ids": PROMPT, "gen_length": 44}, "exceed the model's 48 positions; take at most gen_length=43"),
         ({"input_ids": PROMPT, "gen_length": 0}, "gen_length must be a whole number"),
+        ({"input_ids": PROMPT, "gen_length": True}, "gen_length must be a whole number of at least 1.*got True"),
+        ({"input_ids": PROMPT, "num_inference_steps": True}, "num_inference_steps must be .* got True"),
         ({"input_ids": PROMPT, "block_length": 0}, "block_length must be a whole number"),
         ({"input_ids": PROMPT, "num_inference_steps": 0}, "num_inference_steps must be a whole number"),
         ({"input_ids": PROMPT, "temperature": -1.0}, "temperature must be"),

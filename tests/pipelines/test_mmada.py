@@ -196,6 +196,7 @@ def test_saved_and_loaded_it_does_the_same(pipe, tmp_path):
     [
         ({"prompt": []}, "prompt is an empty list"),
         ({"num_inference_steps": 0}, "num_inference_steps must be a whole number of at least 1, got 0"),
+        ({"num_inference_steps": True}, "at least 1, got True"),
         ({"height": 18}, "multiples of 4 pixels, got 18x16"),
         ({"temperature": -1.0}, "temperature must be at least 0"),
         ({"guidance_scale": -1.0}, "guidance_scale must not be negative"),

@@ -142,6 +142,8 @@ def test_drafts_keep_what_they_say(pipe):
         pipe(IMAGES[:2], "Fill it.", draft=["a", "a red cube"])
     with pytest.raises(ValueError, match="a draft has token 352"):
         pipe(IMAGES[0], "Fill it.", draft=torch.full((1, 3), 352))
+    with pytest.raises(ValueError, match=r"of the draft\), got True"):
+        pipe(IMAGES[0], "What?", gen_length=True)
     with pytest.raises(ValueError, match="at least 3"):
         pipe(IMAGES[0], "Fill it.", draft=torch.full((1, 3), 5), gen_length=2)
 
