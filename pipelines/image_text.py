@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Unpack
 
@@ -25,8 +25,6 @@ from imgdit.images.latents import encode_images
 from imgdit.images.opening import name_of
 from imgdit.layout import FrameLayout
 from imgdit.models.functional import pack, unpack
-from imgdit.models.masked_lm import rows_of
-from imgdit.models.masked_text_passes import answer_likelihood
 from imgdit.models.mmdit import MMDiT
 from imgdit.naming import check_choice, check_name, is_count
 from imgdit.pipelines.checks import check_size
@@ -41,7 +39,12 @@ from imgdit.pipelines.image_text_inputs import (
     question_rows,
     texts_of,
 )
-from imgdit.pipelines.image_text_reading import ImageTextReader, reads_as_dual_diffusion
+from imgdit.pipelines.image_text_reading import (
+    AnswerPart,
+    ImageTextReader,
+    answer_likelihoods,
+    reads_as_dual_diffusion,
+)
 from imgdit.pipelines.masked_text import Choices, MaskedTextPipeline
 from imgdit.pipelines.masked_text_inputs import check_ids
 from imgdit.pipelines.options import OUTPUT_TYPES
@@ -61,6 +64,8 @@ QUESTION = "Q: {} A: "
 """How Dual Diffusion asks; its tokenizer drops the last blank."""
 DRAWN_STEPS, JOINT_STEPS = 16, 28
 """Steps by default: of Dual Diffusion's answers, and of images with their texts."""
+TINY = 1e-30
+"""Least probability of a choice whose logarithm is taken."""
 LAST_TIME = 1e-5
 """Last time of Dual Diffusion's sampler."""
 
@@ -75,6 +80,15 @@ class ImageTextPipelineOutput(BaseOutput):
     """(B, L) whole rows of tokens."""
     images: list[PIL.Image.Image] | np.ndarray | torch.Tensor | None = None
     """Of `joint`, of the output type asked for."""
+
+
+class _Confirmed(NamedTuple):
+    """What confirms the claim of a question."""
+
+    choice: int
+    """Number of the one of two choices that the confirming answer begins with."""
+    told: AnswerPart
+    """What follows it."""
 
 
 class _Shown(NamedTuple):
@@ -191,6 +205,10 @@ class ImageTextPipeline(TextFramesMixin, ImgDiTPipeline):
     def choose(self, images: Any, questions: Any, choices: Sequence[str], **options: Unpack[WritingCall]) -> Choices:
         """Which of some answers is most likely about each image, see `Choices`.
 
+        A question that makes a claim may have answers that say what is shown behind "yes" or "no" (`confirmations` of
+        `QuestionForms`). Of two choices the one with which the confirming answer begins then has the likelihood of
+        what follows it there, whichever of the two stands before it, and the other one the rest.
+
         Args:
             images, questions: see `answer`.
             choices: at least two answers.
@@ -210,21 +228,34 @@ class ImageTextPipeline(TextFramesMixin, ImgDiTPipeline):
         asked = asked * (shown.rows // len(asked))
         length, mask = self._length(call), self.mask_token_id
         rows = question_rows(self._text_tokenizer, asked, self._template, length, mask)
-        if max(rows.starts) + max(map(len, answers)) > length:
+        confirmed = [self._confirmed(question, answers) for question in asked]
+        longest = max([*map(len, answers), *(one.told.stop for one in confirmed if one is not None)])
+        if max(rows.starts) + longest > length:
             raise ValueError(
-                f"a question of {max(rows.starts)} tokens and a choice of {max(map(len, answers))} with its end token "
-                f"exceed max_length={length}; raise it"
+                f"a question of {max(rows.starts)} tokens and a choice of {longest} with its end token exceed "
+                f"max_length={length}; raise it"
             )
         reader = self._reader(rows, self._encoded(shown), call)
-        grid, starts = rows.ids.to(reader.device), torch.tensor(rows.starts, device=reader.device)
-        found = []
-        for tokens in answers:
-            places = starts[:, None] + torch.arange(len(tokens), device=reader.device)
-            predict = partial(_at_places, reader, places)
-            found.append(answer_likelihood(predict, grid, places, torch.tensor(tokens), mask))
-        likelihoods = torch.stack(found, 1)
+        parts = [AnswerPart(0, tokens) for tokens in answers]
+        likelihoods = torch.stack([answer_likelihoods(reader, rows, [part] * len(asked)) for part in parts], 1)
+        told = answer_likelihoods(reader, rows, [None if one is None else one.told for one in confirmed])
+        for row, one, known in zip(likelihoods, confirmed, told.tolist()):
+            if one is not None:
+                row[one.choice], row[1 - one.choice] = known, math.log(max(-math.expm1(known), TINY))
         self.maybe_free_model_hooks()
         return Choices(likelihoods.argmax(1).tolist(), likelihoods)
+
+    def _confirmed(self, question: str, choices: Sequence[Sequence[int]]) -> _Confirmed | None:
+        """What confirms a question's claim, where one of two choices (tokens with an end token) begins to say so."""
+        answer = None if self.text_questions is None else self.text_questions.confirmation(question)
+        if answer is None or len(choices) != 2:
+            return None
+        tokens = [*self._text_tokenizer(answer, add_special_tokens=False)["input_ids"], self._eos]
+        begun = [n for n, (*said, _) in enumerate(choices) if len(said) < len(tokens) and tokens[: len(said)] == said]
+        if len(begun) != 1:
+            return None
+        place = len(choices[begun[0]]) - 1
+        return _Confirmed(begun[0], AnswerPart(place, tokens[place:]))
 
     def fill(self, text: Any, images: Any = None, **options: Unpack[WritingCall]) -> ImageTextPipelineOutput:
         """Fill the holes of texts about images.
@@ -641,11 +672,6 @@ class ImageTextPipeline(TextFramesMixin, ImgDiTPipeline):
             self._warn_of_cut_text(text, max_sequence_length)
         embeds = self.text_encoder(tokens)[0].to(self.transformer.dtype)
         return embeds, torch.ones_like(tokens, dtype=torch.bool)
-
-
-def _at_places(reader: ImageTextReader, places: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Logits (B, A, V) at places (B, A) of rows of tokens."""
-    return rows_of(reader(ids).logits, places)
 
 
 compat.register_pipeline(ImageTextPipeline)

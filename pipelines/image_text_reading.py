@@ -1,13 +1,14 @@
 """What an `MMDiT` with a text head predicts of texts about images, as the language model of a `MaskedTextPipeline`.
 
-B rows, L tokens, V vocabulary, C channels of a latent.
+B rows, L tokens, V vocabulary, C channels of a latent, A tokens of an answer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -15,7 +16,10 @@ from imgdit.attention.cache import KVCache
 from imgdit.frames import Frame, TextFrame
 from imgdit.layout import FrameLayout
 from imgdit.models.functional import pack
+from imgdit.models.masked_lm import rows_of
+from imgdit.models.masked_text_passes import answer_likelihood
 from imgdit.models.mmdit import MMDiT
+from imgdit.pipelines.image_text_inputs import Rows
 
 Embed = Callable[[torch.Tensor], torch.Tensor]
 """Tokens (B, L) to text (B, L, J)."""
@@ -114,6 +118,43 @@ class ImageTextReader(torch.nn.Module):
             return logits
         rest = layout.without_frozen()
         return transformer(tokens[:, :0], layout=rest, cache=self._cache, **call).text_logits
+
+
+class AnswerPart(NamedTuple):
+    """Tokens of an answer from some place on; those before stay masked."""
+
+    start: int
+    """Places between the question and these tokens."""
+    tokens: Sequence[int]
+
+    @property
+    def stop(self) -> int:
+        """Places up to the last of them."""
+        return self.start + len(self.tokens)
+
+
+def answer_likelihoods(
+    reader: ImageTextReader, rows: Rows, answers: Sequence[AnswerPart | None]
+) -> torch.Tensor:  # fmt: skip
+    """Log-likelihoods (B,) float64 of an answer of each row, see `answer_likelihood`; 0 where there is none."""
+    ids, starts = rows.ids.to(reader.device), torch.tensor(rows.starts, device=reader.device)
+    found = torch.zeros(len(ids), dtype=torch.float64, device=reader.device)
+    for length in {len(one.tokens) for one in answers if one is not None}:
+        some = [(n, one) for n, one in enumerate(answers) if one is not None and len(one.tokens) == length]
+        where = torch.tensor([n for n, _ in some], device=reader.device)
+        first = starts[where] + torch.tensor([one.start for _, one in some], device=reader.device)
+        places = first[:, None] + torch.arange(length, device=reader.device)  # (rows of this length, A)
+        tokens = torch.tensor([list(one.tokens) for _, one in some])
+        predict = partial(_logits_at, reader, ids, where, places)
+        found[where] = answer_likelihood(predict, ids[where], places, tokens, reader.config.mask_token_id)
+    return found
+
+
+def _logits_at(
+    reader: ImageTextReader, ids: torch.Tensor, where: torch.Tensor, places: torch.Tensor, grid: torch.Tensor
+) -> torch.Tensor:
+    """Logits (b, A, V) at places (b, A) of some rows of a grid (b, L), which take theirs among the ids (B, L)."""
+    return rows_of(reader(ids.index_copy(0, where, grid)).logits[where], places)
 
 
 def reads_as_dual_diffusion(transformer: Any) -> bool:

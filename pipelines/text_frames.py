@@ -3,7 +3,8 @@
 adapter.safetensors   LoRA on the rows of the text
 head.safetensors      text head and embeddings of its tokens
 tokenizer/            with a mask token
-questions.json        forms of the questions that it was trained to answer; without it any question is taken
+questions.json        forms of the questions that it was trained to answer, and answers that confirm what they claim;
+                      without it any question is taken
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,14 +50,22 @@ class QuestionForms:
     """Questions with names for their words: "what colour is the {kind}?"."""
     words: Mapping[str, Sequence[str]]
     """The words that each name stands for."""
+    confirmations: Mapping[str, str] = field(default_factory=dict)
+    """Of forms that make a claim, the answer that confirms it and says what is shown: "is the {kind} {colour}?" ->
+    "yes, {colour}"."""
 
     def __post_init__(self) -> None:
-        for text in (*self.forms, *(word for words in self.words.values() for word in words)):
+        words = [word for known in self.words.values() for word in known]
+        for text in (*self.forms, *words, *self.confirmations.values()):
             if not isinstance(text, str):
-                raise ValueError(f"forms and words are texts, got {text!r}")
+                raise ValueError(f"forms, words and confirmations are texts, got {text!r}")
         for form in self.forms:
             for name in _PLACE.findall(form):
                 check_name(f"name in {form!r}", name, self.words)
+        for form, answer in self.confirmations.items():
+            check_name("form with a confirmation", form, self.forms)
+            for name in _PLACE.findall(answer):
+                check_name(f"name in {answer!r}", name, _PLACE.findall(form))
 
     def check(self, question: str) -> None:
         """Refuse a question of another form; case and spaces do not matter.
@@ -64,8 +73,7 @@ class QuestionForms:
         Raises:
             ValueError: names all forms.
         """
-        text = " ".join(question.lower().split())
-        if any(self._pattern(form).fullmatch(text) for form in self.forms):
+        if any(self._match(form, question) for form in self.forms):
             return
         used = [name for name in self.words if any(name in _PLACE.findall(form) for form in self.forms)]
         words = "; ".join(f"{name}: {', '.join(self.words[name])}" for name in used)
@@ -74,11 +82,21 @@ class QuestionForms:
             + (f" ({words})" if words else "")
         )
 
-    def _pattern(self, form: str) -> re.Pattern[str]:
+    def confirmation(self, question: str) -> str | None:
+        """The whole answer that confirms what a question claims; `None`: it claims nothing, or its answer says no
+        more than yes or no."""
+        for form, answer in self.confirmations.items():
+            if (match := self._match(form, question)) is not None:
+                said = dict(zip(_PLACE.findall(form), match.groups()))
+                return _PLACE.sub(lambda place: said[place[1]], answer)  # noqa: B023, called in this pass
+        return None
+
+    def _match(self, form: str, question: str) -> re.Match[str] | None:
+        """A group for each name of a form, if a question is of that form; case and spaces do not matter."""
         parts = _PLACE.split(form)
         parts[::2] = [re.escape(part) for part in parts[::2]]
-        parts[1::2] = [f"(?:{'|'.join(map(re.escape, self.words[name]))})" for name in parts[1::2]]
-        return re.compile("".join(parts))
+        parts[1::2] = [f"({'|'.join(map(re.escape, self.words[name]))})" for name in parts[1::2]]
+        return re.fullmatch("".join(parts), " ".join(question.lower().split()))
 
 
 class TextFrames(NamedTuple):
@@ -183,7 +201,8 @@ def load_text_frames(pipe: Any, folder: str | Path) -> TextFrames:
 def _read_questions(path: Path) -> QuestionForms:
     values = read_object(path)
     try:
-        return QuestionForms(tuple(values["forms"]), {name: tuple(words) for name, words in values["words"].items()})
+        words = {name: tuple(words) for name, words in values["words"].items()}
+        return QuestionForms(tuple(values["forms"]), words, dict(values.get("confirmations", {})))
     except (KeyError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"{path} does not hold forms of questions: {error}") from error
 

@@ -234,12 +234,12 @@ def answer_likelihood(
         predict: logits (B, A, V) at the places, of a grid.
         grid: (B, N), masked at the places.
         places: (B, A) of the answer's tokens.
-        answer: (A,).
+        answer: (A,), or (B, A) for one of each row.
         mask_token_id: of the grid.
     """
     grid, wanted = grid.clone(), answer.to(grid.device).expand(len(grid), -1)
     total = torch.zeros(len(grid), dtype=torch.float64, device=grid.device)
-    for _ in range(len(answer)):
+    for _ in range(wanted.shape[1]):
         known = predict(grid).double().log_softmax(-1).gather(-1, wanted[..., None])[..., 0]  # (B, A)
         best = known.masked_fill(grid.gather(1, places) != mask_token_id, -torch.inf).max(1, keepdim=True)
         total += best.values[:, 0]

@@ -54,6 +54,9 @@ FORMS = {
 }
 """The questions of each kind."""
 
+CONFIRMATIONS = {FORMS["yes_no"][0]: "yes, {noun}", FORMS["yes_no"][1]: "yes, {colour}"}
+"""By the form of a claim about an object: the answer that confirms it. One that denies it tells what is there."""
+
 NEW_WORDS = (
     *("?", "are", "colour", "how", "is", "it", "many", "nearer", "no", "object", "objects", "one", "or", "there"),
     *("two", "what", "where", "which", "yes"),
@@ -205,8 +208,9 @@ def _ask_yes_no(scene: Scene, rng: Random, split: str) -> _Asked:
         fields |= {"kind": left.kind, "other": far.kind}
     shown = next((one for one in scene.objects if one.kind == kind), None)
     shown = shown or next((one for one in scene.objects if one.colour == colour), thing)
-    told = {there: f", {_noun(shown.kind, shown.colour)}", coloured: f", {shown.colour}"}
-    return form, fields, ("yes" if right else "no") + told.get(form, ""), ANSWERS["yes_no"]
+    told = {"noun": _noun(shown.kind, shown.colour), "colour": shown.colour}
+    answer = CONFIRMATIONS.get(form, "yes").format(**told)
+    return form, fields, answer if right else answer.replace("yes", "no", 1), ANSWERS["yes_no"]
 
 
 _ASK = {
@@ -327,10 +331,17 @@ def blind_accuracy(known: Iterable[Question], asked: Sequence[Question]) -> floa
 
 
 def question_forms() -> dict[str, Any]:
-    """Forms of all questions, and the words that stand for each name in them; as `QuestionForms` takes them."""
+    """Forms of all questions, the words that stand for each name in them, and what confirms a claim; as
+    `QuestionForms` takes them."""
     words = {"kind": OBJECTS, "other": OBJECTS, "colour": COLOURS, "side": ("left", "right"), "style": STYLES}
-    forms = tuple(form.replace("{noun}", "{article} {colour} {kind}") for kind in FORMS.values() for form in kind)
-    return {"forms": forms, "words": {**words, "article": ("a", "an")}}
+    words["article"] = ("a", "an")
+    forms = tuple(_without_noun(form) for kind in FORMS.values() for form in kind)
+    confirmations = {_without_noun(form): _without_noun(answer) for form, answer in CONFIRMATIONS.items()}
+    return {"forms": forms, "words": words, "confirmations": confirmations}
+
+
+def _without_noun(form: str) -> str:
+    return form.replace("{noun}", "{article} {colour} {kind}")
 
 
 def question_words() -> set[str]:

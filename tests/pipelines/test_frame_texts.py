@@ -10,6 +10,7 @@ from tiny_text_frames import LENGTH, pipeline, save_model
 from imgdit import ImageFrame, ImageTextPipeline, OneDiffusionPipeline, TextFrame
 from imgdit.checkpoints import SCENES
 from imgdit.images import to_image
+from imgdit.pipelines.image_text_inputs import question_rows
 from imgdit.pipelines.text_frames import QuestionForms
 from imgdit.scenes.questions import ANSWERS, heldout_questions
 from imgdit.scenes.render import render
@@ -210,6 +211,52 @@ def test_questions_of_other_forms_are_refused(tmp_path):
         path.write_text(damaged)
         with pytest.raises(ValueError, match=r"questions\.json does not hold forms of questions"):
             pipeline().load_text_frames(path.parent)
+
+
+def test_a_claim_is_judged_by_what_its_answer_tells(tmp_path):
+    """Behind "right" or "left", whichever it is; other questions and choices are scored as without confirmations."""
+    forms = ("the {kind} {colour}?", "what {kind}?")
+    words = {"kind": ("cube", "cone"), "colour": ("red", "blue")}
+    questions = QuestionForms(forms, words, {forms[0]: "right a {colour} {kind}"})
+    assert questions.confirmation("The  cone red?") == "right a red cone"
+    assert questions.confirmation("what cube?") is None
+    pipe = ImageTextPipeline.from_pretrained(save_model(tmp_path / "model", questions))
+    pipe.set_progress_bar_config(disable=True)
+    shown, asked, choices = images(3), ["the cube red?", "what cone?", "the cone blue?"], ["right", "left"]
+
+    def scores(among=choices, **options):
+        return pipe.choose(shown, asked, among, resolution=16, **options).log_likelihoods
+
+    found = scores()
+    call = pipe._options({"resolution": 16})
+    reader_rows = question_rows(pipe._text_tokenizer, asked[:1], "{}", LENGTH, pipe.mask_token_id)
+    reader = pipe._reader(reader_rows, pipe._encoded(pipe._images(shown[:1], call)), call)
+    told = pipe._text_tokenizer("a red cube", add_special_tokens=False)["input_ids"] + [pipe._eos]
+    grid, first, left, total = reader_rows.ids.clone(), reader_rows.starts[0] + 1, [0, 1, 2, 3], 0.0
+    with torch.no_grad():
+        while left:
+            known = reader(grid).logits[0, first:].double().log_softmax(-1)
+            best = max(left, key=lambda n: float(known[n, told[n]]))
+            total += float(known[best, told[best]])
+            grid[0, first + best] = told[best]
+            left.remove(best)
+    assert float(found[0, 0]) == pytest.approx(total, abs=1e-4)
+    torch.testing.assert_close(found[[0, 2]].exp().sum(1), torch.ones(2, dtype=torch.float64))
+    torch.testing.assert_close(scores(choices[::-1]).flip(1), found, rtol=0, atol=1e-4)
+    alone = pipe.choose(shown[2], asked[2], choices, resolution=16).log_likelihoods
+    torch.testing.assert_close(alone, found[2:], rtol=0, atol=1e-4)
+    three = scores([*choices, "of"])
+    with pytest.raises(ValueError, match="a choice of 5 with its end token exceed max_length=8"):
+        scores(max_length=8)
+    pipe.text_questions = None
+    assert scores(max_length=8).shape == (3, 2)
+    plain = scores()
+    torch.testing.assert_close(plain[1], found[1], rtol=0, atol=1e-4)
+    assert ((plain - found)[[0, 2]].abs() > 1e-2).all()
+    torch.testing.assert_close(three[:, :2], plain, rtol=0, atol=1e-4)
+    for wrong in ({"what?": "right"}, {forms[1]: "right {colour}"}):
+        with pytest.raises(ValueError, match=r"unknown form with a confirmation|unknown name in 'right \{colour\}'"):
+            QuestionForms(forms, words, wrong)
 
 
 def test_a_pipeline_with_text_frames_is_not_saved(pipe, folder, tmp_path):

@@ -1,12 +1,17 @@
 """Questions about scenes: answers are exact, words are tokens, and the text alone does not tell the answer."""
 
+import json
 import math
+from dataclasses import asdict
 from random import Random
 
 import pytest
 import torch
 from tiny_runs import small_cache
 
+from imgdit.checkpoints import SCENES
+from imgdit.io.safe_json import read_object
+from imgdit.pipelines.text_frames import QuestionForms
 from imgdit.pipelines.texts import BYTES
 from imgdit.scenes.captions import PLACES, plain_caption, vocabulary
 from imgdit.scenes.latents import scene_views
@@ -20,6 +25,7 @@ from imgdit.scenes.questions import (
     nearer_object,
     possible_kinds,
     question,
+    question_forms,
     question_words,
     read_answer,
 )
@@ -95,6 +101,17 @@ def test_a_question_has_what_it_needs():
         question(ONE, Random(0), "nearer")
     with pytest.raises(ValueError, match="kind of question"):
         question(ONE, Random(0), "colours")
+
+
+def test_the_folder_of_the_embedded_model_says_what_confirms_a_claim():
+    forms = QuestionForms(**question_forms())
+    assert read_object(SCENES / "text_frames" / "questions.json") == json.loads(json.dumps(asdict(forms)))
+    for kind in ANSWERS:
+        for _, one in heldout_questions(kind, 24):
+            confirming = forms.confirmation(one.text)
+            assert (confirming is not None) == ("," in one.answer)
+            if confirming is not None:
+                assert (confirming == one.answer) == (one.value == "yes") and confirming.startswith("yes, ")
 
 
 @pytest.mark.parametrize("kind", ANSWERS)
