@@ -9,7 +9,7 @@ from random import Random
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from imgdit.models.masked_lm import new_masked_lm
-from imgdit.scenes.captions import caption, leave_out
+from imgdit.scenes.captions import caption, leave_out, plain_caption
 from imgdit.scenes.tokenizer import text_tokenizer
 from imgdit.scenes.world import BACKGROUNDS, COLOURS, OBJECTS, STYLES, Scene, pick
 from imgdit.training.text_pairs import TextPair
@@ -43,16 +43,25 @@ class SceneTexts:
         split: "train", "heldout" or "heldout_triples", see `Scene.sample`.
         length: tokens of a row; the longest caption has 27 and two more begin and end it.
         count_padding: also count the end tokens behind the first one.
+        plain: the same caption for the same meaning (`plain_caption`), in place of paraphrases.
     """
 
-    def __init__(self, first_seed: int = 0, split: str = "train", length: int = 32, count_padding: bool = True):
+    def __init__(
+        self,
+        first_seed: int = 0,
+        split: str = "train",
+        length: int = 32,
+        count_padding: bool = True,
+        plain: bool = False,
+    ):
         self.first_seed, self.split, self.length, self.count_padding = first_seed, split, length, count_padding
+        self.plain = plain
 
     def __getitem__(self, index: int) -> TextRows:
         seed = self.first_seed + index
         scene, rng = Scene.sample(seed, self.split), Random(seed)
         tokenizer = scene_text_tokenizer()
-        text = caption(scene, rng, leave_out(rng, UNSAID))
+        text = plain_caption(scene) if self.plain else caption(scene, rng, leave_out(rng, UNSAID))
         row = TextRow(begun(tokenizer, ""), begun(tokenizer, text)[1:])
         return text_rows([row], self.length, tokenizer.eos_token_id, self.count_padding)
 

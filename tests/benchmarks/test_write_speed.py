@@ -8,7 +8,9 @@ from imgdit.apps.cli import app
 from imgdit.benchmarks.speed import writing
 from imgdit.benchmarks.speed.timing import flops_of
 from imgdit.models.masked_lm import new_masked_lm
+from imgdit.scenes.captions import plain_caption
 from imgdit.scenes.texts import scene_text_tokenizer
+from imgdit.scenes.world import Scene
 
 SMALL = {"prompt": 8, "new": 16, "block": 4}
 
@@ -39,6 +41,11 @@ def test_rows_hold_captions_with_an_end_behind_each():
     ids = row.ids[0].tolist()
     assert len(ids) == 64 and ids[0] == tokenizer.bos_token_id and 1 < ids.count(tokenizer.eos_token_id) < 10
     assert torch.equal(writing.CaptionRows(0, "heldout", 64)[0].ids, row.ids)
+    said = tokenizer.decode(ids[1 : ids.index(tokenizer.eos_token_id)])
+    assert said.replace(" ", "") == plain_caption(Scene.sample(0, "heldout")).replace(" ", "")
+    other = writing.CaptionRows(0, "heldout", 64, plain=False)[0].ids
+    assert not torch.equal(other, row.ids)
+    assert writing.writer_recipe("run", 10, plain=False).data.arguments["plain"] is False
 
 
 def test_each_way_computes_less_and_no_cache_changes_nothing(model, monkeypatch):
@@ -61,7 +68,7 @@ def test_the_command_prints_a_row_per_way(tmp_path, monkeypatch):
     for name, value in {"WIDTH": 96, "LAYERS": 3, "HEADS": 4, "PROMPT": 8, "NEW": 16}.items():
         monkeypatch.setattr(writing, name, value)
     recipe, ways, blocks = writing.writer_recipe, writing.writing_comparisons, writing.block_writing_comparison
-    monkeypatch.setattr(writing, "writer_recipe", lambda folder, steps: recipe(folder, steps, 24))
+    monkeypatch.setattr(writing, "writer_recipe", lambda folder, steps, plain: recipe(folder, steps, 24, plain))
     monkeypatch.setattr(writing, "writing_comparisons", lambda model, **options: ways(model, **options | SMALL))
     small = {"new": 8, "block_size": 4, "width": 16, "layers": 1, "heads": 2}
     monkeypatch.setattr(writing, "block_writing_comparison", lambda **options: blocks(**options | small))

@@ -3,7 +3,9 @@ the cache of finished blocks saves of block diffusion (BD3-LM, arXiv 2503.09573)
 
 How many tokens a threshold reveals at once depends on how certain a model is, so that new weights will not do: the
 model of these measurements is the packaged one of captions, trained on for some steps on rows of many captions, and
-then made wider and deeper without changing what it computes.
+then made wider and deeper without changing what it computes. Nor is a model more certain than its texts let it be:
+the rows hold plain captions, in which other words than those of objects, colours, styles and places follow from the
+words around them; paraphrases leave open how a thing is said.
 """
 
 from __future__ import annotations
@@ -67,10 +69,13 @@ class CaptionRows:
         first_seed: of the scenes.
         split: "train" or "heldout".
         length: tokens of a row.
+        plain: as of `SceneTexts`.
     """
 
-    def __init__(self, first_seed: int = 0, split: str = "train", length: int = PROMPT + NEW):
-        self.texts, self.length = SceneTexts(first_seed, split, 32, False), length
+    def __init__(
+        self, first_seed: int = 0, split: str = "train", length: int = PROMPT + NEW, plain: bool = True
+    ):  # fmt: skip
+        self.texts, self.length = SceneTexts(first_seed, split, 32, False, plain), length
 
     def __getitem__(self, index: int) -> TextRows:
         captions = (self.texts[self.length * index + n] for n in range(self.length))  # each has a token or more
@@ -84,13 +89,13 @@ class CaptionRows:
 caption_rows = Source(CaptionRows, collate_text_rows, held_out=8)
 
 
-def writer_recipe(folder: Path, steps: int, length: int = PROMPT + NEW) -> Recipe:
-    """The packaged model of captions, trained on with rows of many."""
+def writer_recipe(folder: Path, steps: int, length: int = PROMPT + NEW, plain: bool = True) -> Recipe:
+    """The packaged model of captions, trained on with rows of many, see `CaptionRows`."""
     return load_recipe("scenes/text").replace(
         run={"folder": str(folder), "steps": steps, "batch_size": 8, "checkpoint_every": 50, "evaluate_every": 0,
              "tracker": "none"},
         model={"kind": "masked_lm", "pretrained": "embedded", "subfolder": "text/model", "arguments": {}},
-        data={"name": "imgdit.benchmarks.speed.writing:caption_rows", "arguments": {"length": length}},
+        data={"name": "imgdit.benchmarks.speed.writing:caption_rows", "arguments": {"length": length, "plain": plain}},
         schedule={"warmup": steps // 10},
     )  # fmt: skip
 
@@ -164,10 +169,11 @@ def published_loop(model: Any, prompt: torch.Tensor, new: int, block: int, mask_
 
 
 def writing_comparisons(
-    model: LlamaForCausalLM, *, rounds: int = 1, prompt: int = PROMPT, new: int = NEW, block: int = BLOCK
-) -> Iterator[Writing]:
-    """Each of `WAYS` against the published loop, on a held-out row of captions."""
-    ids = CaptionRows(HELD_OUT_SEED, "heldout", prompt + new)[0].ids[:, :prompt]
+    model: LlamaForCausalLM, *, rounds: int = 1, prompt: int = PROMPT, new: int = NEW, block: int = BLOCK,
+    plain: bool = True,
+) -> Iterator[Writing]:  # fmt: skip
+    """Each of `WAYS` against the published loop, on a held-out row of captions, see `CaptionRows`."""
+    ids = CaptionRows(HELD_OUT_SEED, "heldout", prompt + new, plain)[0].ids[:, :prompt]
     mask = model.config.mask_token_id
 
     def call(threshold: float = 2.0, cache: Any = None) -> torch.Tensor:
