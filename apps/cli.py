@@ -157,6 +157,7 @@ def _sheet(recipe: Any, model: Any, batches: Any) -> Any:
 def export(
     run: Annotated[Path, typer.Argument(help="Folder of a run that trained a whole backbone.")],
     out: Annotated[Path, typer.Argument(help="Folder of the pipeline to write.")],
+    half: Annotated[bool, typer.Option("--half", help="Store all weights in half precision.")] = False,
 ) -> None:
     """Write the pipeline of a run's latest checkpoint. For runs that trained a LoRA: `imgdit lora export`."""
     from imgdit.apps.chores.run_pipeline import BACKBONE_DATA, run_pipeline
@@ -165,7 +166,11 @@ def export(
     from imgdit.training.trained import trained_recipe
 
     with at_work():
-        run_pipeline(run).save_pretrained(out)
+        pipe = run_pipeline(run)
+        for part in pipe.components.values() if half else ():
+            if hasattr(part, "half"):
+                part.half()
+        pipe.save_pretrained(out)
         recipe = trained_recipe(run)
         if recipe.data.name in BACKBONE_DATA:
             write_taught(out, taught_by(recipe))

@@ -20,6 +20,8 @@ from imgdit.schedulers.masked_text import MaskedTextScheduler
 
 TEXT = "text"
 """Folder of the embedded model's language model."""
+BLOCKS = "blocks"
+"""Name of the block diffusion (BD3-LM) that comes along too, and its folder there."""
 HOLE = "_"
 """How a person writes a token that is to be filled."""
 _HOLES = re.compile(rf"(?<!\w){HOLE}(?!\w)")
@@ -32,14 +34,15 @@ def load_text_pipeline(
 
     Args:
         source: folder that a text pipeline's `save_pretrained` wrote, or folder or Hub repository of a published
-            language model (LLaDA, Dream, BD3-LM and relatives); "embedded": the one that comes along.
+            language model (LLaDA, Dream, BD3-LM and relatives); "embedded": the masked language model that comes
+            along; "blocks": the block diffusion that does.
         tokenizer: folder or repository of the tokenizer, where the model's has none.
         dtype: of the weights; `None`: as stored for published folders, float32 for saved pipelines.
 
     Raises:
         ValueError: neither, or a model without a tokenizer.
     """
-    place = SCENES / TEXT if source == EMBEDDED else Path(source).expanduser()
+    place = {EMBEDDED: SCENES / TEXT, BLOCKS: SCENES / TEXT / BLOCKS}.get(str(source), Path(source).expanduser())
     if (place / INDEX).is_file():
         pipe = compat.DiffusionPipeline.from_pretrained(place, dtype=dtype or torch.float32)
         if not isinstance(pipe, (MaskedTextPipeline, BlockTextPipeline)):

@@ -42,7 +42,9 @@ with_text_model = collected(
     "source",
     TextModel,
     {
-        "model": Annotated[str, typer.Option(help="Folder or Hub id; the embedded model by default.")],
+        "model": Annotated[
+            str, typer.Option(help="Folder or Hub id, or blocks: block diffusion; the embedded model by default.")
+        ],
         "tokenizer": Annotated[
             str | None, typer.Option(help="Folder or Hub id of the tokenizer; the model's by default.")
         ],

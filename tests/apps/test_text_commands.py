@@ -13,9 +13,13 @@ from typer.testing import CliRunner
 
 from imgdit import BlockTextPipeline, DiffusionPipeline, MaskedTextPipeline
 from imgdit.apps.cli import app
+from imgdit.benchmarks.scenes.language import caption_nats, perplexity
+from imgdit.checkpoints import SCENES
 from imgdit.models.masked_lm import load_masked_lm
 from imgdit.models.text_embeddings import embed_texts
 from imgdit.pipelines.text_loading import load_text_pipeline, with_holes
+from imgdit.scenes.texts import SceneTexts
+from imgdit.training.text_rows import collate_text_rows
 
 
 def run(*words):
@@ -101,8 +105,6 @@ def test_what_writes_no_text_is_refused(tmp_path):
     with pytest.raises(ValueError, match="tokenizer"):
         load_text_pipeline(BLOCK_DIFFUSION / "bd3lm")
     with pytest.raises(ValueError, match="writes no text"):
-        from imgdit.checkpoints import SCENES
-
         load_text_pipeline(SCENES)
     with pytest.raises(ValueError, match="no folder"):
         load_text_pipeline(tmp_path / "nothing")
@@ -112,6 +114,20 @@ def test_block_diffusion_has_no_holes_on_the_command_line(folder):
     options = ("--model", BLOCK_DIFFUSION / "bd3lm", "--tokenizer", folder)
     assert run("write", "w1 _", "--fill", *options).exit_code == 2
     assert run("embed", "w1", *options).exit_code == 2
+
+
+def test_the_packaged_block_diffusion_writes_and_is_small():
+    words = run("write", "a cartoon of", "--model", "blocks", "--seed", 3).stdout.split()
+    assert words[:3] == ["a", "cartoon", "of"] and len(words) > 3 and not set(words) & {"<mask>", "</s>", "<s>"}
+    pipe = load_text_pipeline("blocks")
+    assert isinstance(pipe, BlockTextPipeline) and pipe.model.dtype == torch.float32
+    rows = collate_text_rows([SceneTexts(100_000, "heldout", 32, False)[n] for n in range(8)])
+    found = perplexity(caption_nats(pipe.model, rows, draws=1)["perplexity"], rows.counted[:, 1:].sum(1), rounds=2)
+    assert found.value < 3.8  # 3.49; new weights: 360
+    files = [file for file in (SCENES / "text").rglob("*") if file.is_file()]
+    assert sum(file.stat().st_size for file in files) <= 3 * 2**20
+    stored = load_file(SCENES / "text" / "blocks" / "model" / "diffusion_pytorch_model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.float16}
 
 
 def test_the_packaged_model_writes_fills_and_embeds_captions():

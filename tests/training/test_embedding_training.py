@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny_text import make_model, make_tokenizer
 from typer.testing import CliRunner
 
@@ -75,6 +76,9 @@ def test_a_lora_learns_which_texts_belong_together_and_imgdit_embed_reads_it(fol
     train(recipe, model=model, batches=training_batches(recipe)[0])
     run = CliRunner().invoke(app, ["export", str(tmp_path / "run"), str(tmp_path / "out")])
     assert run.exit_code == 0, run.output
+    CliRunner().invoke(app, ["export", str(tmp_path / "run"), str(tmp_path / "small"), "--half"])
+    stored = load_file(tmp_path / "small" / "model" / "model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.float16}
     queries, positives = [f"w{n} w35" for n in range(15)], [f"w{n + 15} w34" for n in range(15)]
 
     def recall(source):
