@@ -280,7 +280,7 @@ class OmniControl:
         self._refuse_second_use()
         if references is not None and self._conditions.references is None:
             raise ValueError(
-                f"a {type(self.transformer).__name__} takes no reference images of its pipeline; give the image as a "
+                f"a {type(self.transformer).__name__} {self._conditions.without_references}; give the image as a "
                 "condition"
             )
         if references is not None and references.cached:

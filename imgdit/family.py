@@ -140,7 +140,10 @@ class Conditions:
     depend on the timestep too. `None`: it has no such blocks."""
     references: Callable[[Any, Arguments], tuple[Frame, ...]] | None = None
     """`references(model, arguments)`: frames of the pipeline's own reference images, each with its grid and noise
-    level, in the order of their tokens behind those of the image that is generated. `None`: the class takes none."""
+    level, in the order of their tokens behind those of the image that is generated. `None`: their settings cannot be
+    changed."""
+    without_references: str = "takes no reference images of its pipeline"
+    """What the class does where `references` is `None`, as a predicate."""
 
 
 class NoisyImages(NamedTuple):

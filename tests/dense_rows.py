@@ -82,11 +82,18 @@ class DenseRows:
         x = x.unflatten(-1, (self.heads, -1))
         return x if norm is None else norm(x)
 
-    def attend(self, query, key, value, angle):
-        """(B, S, D) from (B, S, H, d) and the angles (S, d/2) or (B, S, d/2) that neighbouring features turn by."""
+    def attend(self, query, key, value, angle, *, halves=False):
+        """(B, S, D) from (B, S, H, d) and the angles (S, d/2) or (B, S, d/2) that neighbouring features turn by.
+
+        Args:
+            halves: features i and i + d/2 are a pair, and the angles (S, d) or (B, S, d) are those of each feature.
+        """
         angle = angle.unsqueeze(-2)
 
         def turn(x):
+            if halves:
+                a, b = x.chunk(2, dim=-1)
+                return x * angle.cos() + torch.cat([-b, a], dim=-1) * angle.sin()
             a, b = x[..., 0::2], x[..., 1::2]
             return torch.stack([a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos()], -1).flatten(-2)
 

@@ -40,6 +40,8 @@ class FamilyCase:
     """Whether conditions can complete an image."""
     options: dict[str, Any] = field(default_factory=dict)
     """Further arguments of every call."""
+    read: Callable[[Any], Any] = lambda out: out
+    """Of what the transformer gives: what its pipeline reads."""
 
 
 def make(case, pipe, batch=1, steps=3, **changes):
@@ -96,7 +98,7 @@ def passes(case, control, conditions=(), call=None, run=make, **options):
     """Arguments and result of each call of the transformer, and the encoded conditions."""
     found, names = [], list(inspect.signature(type(control.transformer).forward).parameters)[1:]
     handle = control.transformer.register_forward_hook(
-        lambda module, args, kwargs, output: found.append((dict(zip(names, args)) | kwargs, output[0])),
+        lambda module, args, kwargs, output: found.append((dict(zip(names, args)) | kwargs, case.read(output[0]))),
         with_kwargs=True,
     )
     try:

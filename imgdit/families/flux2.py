@@ -54,8 +54,16 @@ def encode_normalised(model: Any, vae: Any, pixels: torch.Tensor, generator: tor
     """Tokens normalised by the running statistics of the autoencoder's BatchNorm, as FLUX.2 and FLUX.3 have them."""
     posterior = vae.encode(pixels).latent_dist
     latents = posterior.mode() if generator is None else posterior.sample(generator)
-    tokens = pack(latents.float(), PATCH)  # (B, n, C)
-    deviation = torch.sqrt(vae.bn.running_var.float() + vae.config.batch_norm_eps)
+    return normalised(vae, pack(latents.float(), PATCH))
+
+
+def normalised(vae: Any, tokens: torch.Tensor, eps: float | None = None) -> torch.Tensor:
+    """Tokens (B, n, C) by the running statistics of the autoencoder's BatchNorm.
+
+    Args:
+        eps: added to the variance; `None`: the autoencoder's.
+    """
+    deviation = torch.sqrt(vae.bn.running_var.float() + (vae.config.batch_norm_eps if eps is None else eps))
     return (tokens - vae.bn.running_mean.float()) / deviation
 
 

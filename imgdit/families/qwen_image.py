@@ -238,6 +238,7 @@ FAMILY = Family(
         written=True,
         label="Qwen-Image",
         marks=r"transformer_blocks[._]\d+[._](img|txt)_(mlp|mod)",
+        never=r"img_mlp[._](proj|gate_layer|out)$",
         targets=(r"img_in|transformer_blocks\.\d+\.(img_mod\.1|attn\.to_[qkv]|attn\.to_out\.0|img_mlp\.net\.2)",),
         presets=(
             Preset(

@@ -16,6 +16,7 @@ from peft.tuners.lora import LoraLayer
 
 from imgdit import compat
 from imgdit.attention.cache import KVCache, LayerCache
+from imgdit.attention.grouped import grouped_attention
 from imgdit.family import (
     Arguments,
     Block,
@@ -32,7 +33,7 @@ from imgdit.images.latents import encode_images
 from imgdit.layout import FrameLayout
 from imgdit.lora.rows import AdapterRows, linear, on_rows
 from imgdit.models.blocks import BlockPlan, double_block, single_block
-from imgdit.models.functional import PATCH, pack, rope_table
+from imgdit.models.functional import PATCH, apply_rope_to_halves, gated_add, modulate, pack, rope_table
 
 
 @dataclass(eq=False)
@@ -193,6 +194,12 @@ def _main_adapters(step: Step, module: Any, original: Callable, x: torch.Tensor)
 # Blocks
 
 
+def entered(x: torch.Tensor, step: Step, own: int, place: str) -> torch.Tensor:
+    """A sequence (B, own, D) of the model's own tokens with the condition tokens that wait for this place behind it;
+    one that has them already as it is."""
+    return x if x.shape[1] > own or not step.condition_length else torch.cat([x, step.waiting[place]], dim=1)
+
+
 def gated_feed_forward(
     module: Any, names: tuple[str, str, str], x: torch.Tensor, rows: AdapterRows | None
 ) -> torch.Tensor:
@@ -209,6 +216,62 @@ def gated_feed_forward(
         return linear(down, F.silu(linear(gate, x, rows)) * linear(up, x, rows), rows)
 
     return compat.called(module, compute, x)
+
+
+def gated_between_norms(
+    block: Any,
+    x: torch.Tensor,
+    modulation: torch.Tensor,
+    attend: Callable[[torch.Tensor], torch.Tensor],
+    plan: BlockPlan,
+    stream: str = "joint",
+) -> torch.Tensor:
+    """A block whose branches have norms at both ends, are scaled without a shift, and have gates in [-1, 1]: those of
+    Z-Image and Ideogram 4.
+
+    Args:
+        x: (B, S, D), or (B, N + n, D) of the stream "image".
+        modulation: (B, F, 4D) of the frames, the first one's also the text's.
+        attend: of the normed tokens.
+    """
+    (lengths, count), read = (
+        plan.joint_levels if stream == "joint" else (plan.frame_lengths, plan.read),
+        plan.read_rows,
+    )
+    scale, gate, scale_mlp, gate_mlp = modulation.chunk(4, dim=-1)
+    none = torch.zeros_like(scale)
+    attended = block.attention_norm2(attend(modulate(block.attention_norm1(x), none, scale, lengths)))
+    done = gated_add(x[:, :read], gate[:, :count].tanh(), attended, lengths[:count])
+    normed = modulate(block.ffn_norm1(done), none[:, :count], scale_mlp[:, :count], lengths[:count])
+    update = block.ffn_norm2(gated_feed_forward(block.feed_forward, ("w1", "w3", "w2"), normed, plan.adapters(stream)))
+    done = gated_add(done, gate_mlp[:, :count].tanh(), update, lengths[:count])
+    return done if read is None else torch.cat([done, x[:, read:]], dim=1)
+
+
+def attention_by_halves(
+    attn: Any, hidden_states: torch.Tensor, rope: torch.Tensor, *, plan: BlockPlan, cache: LayerCache | None
+) -> torch.Tensor:
+    """Attention over one sequence (B, S, D) whose heads are turned by `apply_rope_to_halves`: (B, rows that are read,
+    D)."""
+    rows, asking = plan.adapters("joint"), hidden_states[:, : plan.read_rows]
+
+    def heads(module: Any, x: torch.Tensor) -> torch.Tensor:
+        return linear(module, x, rows).unflatten(-1, (-1, attn.head_dim))
+
+    query = apply_rope_to_halves(attn.norm_q(heads(attn.to_q, asking)), rope[..., : asking.shape[1], :])
+    key = apply_rope_to_halves(attn.norm_k(heads(attn.to_k, hidden_states)), rope)
+    value = heads(attn.to_v, hidden_states)
+    attended = grouped_attention(
+        query,
+        key,
+        value,
+        plan.groups,
+        key_mask=plan.key_mask,
+        cached=None if cache is None else cache.exchange("attn", key, value, plan.frozen),
+        packed=plan.packed,
+        backend=compat.processor_backend(attn),
+    )
+    return linear(attn.to_out[0], attended.flatten(2).to(query.dtype), rows)
 
 
 # Blocks with the submodules of FLUX and SD3

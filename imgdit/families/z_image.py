@@ -19,6 +19,8 @@ from imgdit.attention.cache import LayerCache
 from imgdit.families.step import (
     Step,
     embed_tokens,
+    entered,
+    gated_between_norms,
     gated_feed_forward,
     known_vector,
     one_image,
@@ -43,7 +45,7 @@ from imgdit.frames import Frame
 from imgdit.images.latents import encode_images
 from imgdit.lora.rows import linear
 from imgdit.models.blocks import BlockPlan, joint_attention
-from imgdit.models.functional import PATCH, gated_add, modulate, pack, rope_table, unpack
+from imgdit.models.functional import PATCH, pack, rope_table, unpack
 from imgdit.mup.structure import Structure
 
 WHOLE = 32
@@ -184,11 +186,6 @@ def _embed(step: Step, module: Any, original: Callable, tokens: torch.Tensor) ->
     return embedded[:, :length].flatten(0, 1)
 
 
-def _entered(x: torch.Tensor, step: Step, own: int, place: str) -> torch.Tensor:
-    """A sequence of so many tokens of the model's own with the condition tokens behind it."""
-    return x if x.shape[1] > own or not step.condition_length else torch.cat([x, step.waiting[place]], dim=1)
-
-
 def _blocks(model: Any) -> Iterator[Block]:
     functions = {"noise_refiner": _refine_image, "context_refiner": _refine_text, "layers": _layer}
     for name, function in functions.items():
@@ -204,7 +201,7 @@ def _refine_image(
 ) -> torch.Tensor:
     """Image and conditions (B, N + n, D)."""
     image, text = step.image_length, step.layout.text_length
-    x = _entered(arguments["x"], step, image, "refiner")
+    x = entered(arguments["x"], step, image, "refiner")
     assert step.rope is not None
     rope = step.rope[..., :image, :]
     if step.condition_length:
@@ -234,7 +231,7 @@ def _refine_text(
 def _layer(block: Any, arguments: Arguments, step: Step, plan: BlockPlan, cache: LayerCache | None) -> torch.Tensor:
     """Image, text and conditions (B, N + T + n, D). Image and text see and are seen alike, and no adapter tells them
     apart: a plan for text before image holds for the model's own order too."""
-    x = _entered(arguments["x"], step, step.image_length + step.layout.text_length, "layers")
+    x = entered(arguments["x"], step, step.image_length + step.layout.text_length, "layers")
     assert step.rope is not None
     return _compute(block, x, step.rope, step, plan, cache, "joint")
 
@@ -243,29 +240,20 @@ def _compute(
     block: Any, x: torch.Tensor, rope: torch.Tensor, step: Step, plan: BlockPlan, cache: LayerCache | None, stream: str
 ) -> torch.Tensor:
     """A `ZImageTransformerBlock`, whose branches have norms at both ends."""
-    rows, read = plan.adapters(stream), plan.read_rows
+    rows = plan.adapters(stream)
     backend = compat.processor_backend(block.attention)
     compute = functools.partial(_attention, block.attention, plan=plan, cache=cache, stream=stream, backend=backend)
 
     def attend(normed: torch.Tensor) -> torch.Tensor:
-        return block.attention_norm2(compat.called(block.attention, compute, normed, freqs_cis=rope))
-
-    def feed(normed: torch.Tensor) -> torch.Tensor:
-        return block.ffn_norm2(gated_feed_forward(block.feed_forward, ("w1", "w3", "w2"), normed, rows))
+        return compat.called(block.attention, compute, normed, freqs_cis=rope)
 
     if not block.modulation:
-        x = x + attend(block.attention_norm1(x))
-        return x + feed(block.ffn_norm1(x))
-    lengths, count = plan.joint_levels if stream == "joint" else (plan.frame_lengths, plan.read)
+        x = x + block.attention_norm2(attend(block.attention_norm1(x)))
+        return x + block.ffn_norm2(
+            gated_feed_forward(block.feed_forward, ("w1", "w3", "w2"), block.ffn_norm1(x), rows)
+        )
     modulation = linear(block.adaLN_modulation[0], step.shared, plan.adapters("image_vectors"))  # (B, F, 4D)
-    scale, gate, scale_mlp, gate_mlp = modulation.chunk(4, dim=-1)
-    none = torch.zeros_like(scale)
-    attended = attend(modulate(block.attention_norm1(x), none, scale, lengths))
-    done = x[:, :read]
-    done = gated_add(done, gate[:, :count].tanh(), attended, lengths[:count])
-    normed = modulate(block.ffn_norm1(done), none[:, :count], scale_mlp[:, :count], lengths[:count])
-    done = gated_add(done, gate_mlp[:, :count].tanh(), feed(normed), lengths[:count])
-    return done if read is None else torch.cat([done, x[:, read:]], dim=1)
+    return gated_between_norms(block, x, modulation, attend, plan, stream)
 
 
 def _attention(attn: Any, hidden_states: torch.Tensor, freqs_cis: torch.Tensor, **options: Any) -> Any:

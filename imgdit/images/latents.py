@@ -19,13 +19,15 @@ def encode_images(vae: Any, pixels: torch.Tensor, generator: torch.Generator | N
     """
     pixels = pixels.to(vae.dtype)
     if not _is_film(vae):
-        return scale_latents(vae, _encoded(vae, pixels, generator))
-    if getattr(vae.config, "input_channels", 3) == 4:  # with opacity, which an image without it has in full
+        return scale_latents(vae, encode_raw(vae, pixels, generator))
+    channels = getattr(vae.config, "input_channels", None) or getattr(vae.config, "in_channels", 3)
+    if channels == 4:  # with opacity, which an image without it has in full
         pixels = torch.cat([pixels, torch.ones_like(pixels[:, :1])], dim=1)
-    return scale_latents(vae, _encoded(vae, pixels[:, :, None], generator)[:, :, 0])
+    return scale_latents(vae, encode_raw(vae, pixels[:, :, None], generator)[:, :, 0])
 
 
-def _encoded(vae: Any, pixels: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
+def encode_raw(vae: Any, pixels: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
+    """What an autoencoder gives for images (B, …, H, W), neither scaled nor shifted; see `encode_images`."""
     encoded = vae.encode(pixels)
     if not hasattr(encoded, "latent_dist"):
         return encoded.latent

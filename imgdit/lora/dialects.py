@@ -490,7 +490,7 @@ def _native(name: str, order: Iterable[LoraNames], dialect: str) -> tuple[str, t
         for native, parts in names.root.items():
             if name in parts:
                 return native, parts, names
-        if re.sub(r"^transformer_blocks\.\d+\.", "", name) in names.layers:
+        if re.sub(r"^(transformer_blocks|layers)\.\d+\.", "", name) in names.layers:
             return name, (name,), names
     others = ", ".join(names.label for names in order if names.label != "FLUX.1")
     raise ValueError(

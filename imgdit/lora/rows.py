@@ -115,7 +115,7 @@ def linear(module: nn.Module, x: torch.Tensor, rows: AdapterRows | None, *, shar
     if not isinstance(module, LoraLayer):
         return _call(module, x)
     if rows is None:
-        return module(x)
+        return _call(module, x)
     return compat.called(module, partial(on_rows, module, rows=rows, shared=shared), x)
 
 
@@ -222,8 +222,9 @@ def refuse_fused(claimed: Iterable[str], fused: Sequence[str]) -> None:
 
 def _call(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """A layer on (B, rows, features); features of a patch are ordered (channel, row, column)."""
-    if isinstance(layer, nn.Conv2d):  # one image per patch; called as a module, so that offloading sees it
-        patches = x.reshape(-1, layer.in_channels, *layer.kernel_size)
+    base = layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
+    if isinstance(base, nn.Conv2d):  # one image per patch; called as a module, so that offloading sees it
+        patches = x.reshape(-1, base.in_channels, *base.kernel_size)
         return layer(patches).reshape(*x.shape[:2], -1)
     return layer(x)
 

@@ -61,6 +61,19 @@ def apply_rope(x: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
     return turned.flatten(-2).to(x.dtype)
 
 
+def apply_rope_to_halves(x: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
+    """Turn features (B, S, H, d) of which i and i + d/2 are a pair. Each feature has its own angle, which models that
+    repeat their angles otherwise than their pairs need.
+
+    Args:
+        rope: (S, d) or (B, S, d) complex64, cos + i sin of each feature's angle.
+    """
+    cos, sin = torch.view_as_real(rope.unsqueeze(-2)).unbind(-1)  # ([B,] S, 1, d)
+    first, second = x.float().chunk(2, dim=-1)
+    turned = torch.cat([-second, first], dim=-1)
+    return torch.addcmul(x.float() * cos, turned, sin).to(x.dtype)
+
+
 def sincos_positions(rows: torch.Tensor, columns: torch.Tensor, dim: int) -> torch.Tensor:
     """SD3's sine-cosine embedding (N, dim) of coordinates (N,): the column in the first half, then the row."""
     frequency = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))

@@ -1,18 +1,70 @@
 """`references(cached="approximate")`: keys and values of references from an earlier step, and the error of that."""
 
+from unittest import mock
+
 import pytest
 import tiny_flux2
+import tiny_flux_kin
 import tiny_qwen_image
 import torch
-from tiny_control import image
-from tiny_families import differs, loaded, make, near
+from diffusers import FluxKontextPipeline, LongCatImageEditPipeline
+from diffusers.pipelines.longcat_image import pipeline_longcat_image_edit
+from tiny_control import TARGETS, flux, image, quiet
+from tiny_families import FamilyCase, differs, loaded, make, near, random
 from tiny_flux2 import reference
 from tiny_flux3 import flux3
 
 from imgdit import Condition, OmniControl, References
 from imgdit.adapters.run import Progress
 
+
+def kontext():
+    return quiet(FluxKontextPipeline.from_pipe(flux()))
+
+
+class Processor:
+    """Of a text encoder that is not there."""
+
+    image_processor = None
+
+
+class LongCatEdit(LongCatImageEditPipeline):
+    """Reads its reference image at 32 pixels and not at 1024, and has prompts of 6 tokens, of 4 for an empty one."""
+
+    def __call__(self, *args, height, width, **options):
+        with mock.patch.object(pipeline_longcat_image_edit, "calculate_dimensions", lambda area, ratio: (32, 32)):
+            return super().__call__(*args, **options)
+
+    def _encode_prompt(self, prompt, image):
+        length = 6 if prompt[0] else 4
+        return random(len(prompt), length, 24, seed=length)
+
+
+def longcat_edit():
+    own = tiny_flux_kin.longcat_image()
+    return quiet(LongCatEdit(own.scheduler, own.vae, None, None, Processor(), own.transformer))
+
+
+SHARED = {"dense": None, "style": "", "hookpoints": ()}
 CASES = {name: case for name, case in (tiny_flux2.CASES | tiny_qwen_image.CASES).items() if case.references}
+CASES["FLUX.1 Kontext"] = FamilyCase(
+    pipeline=kontext,
+    prompts=lambda batch: {
+        "prompt_embeds": random(batch, 5, 32), "pooled_prompt_embeds": random(batch, 32, seed=4), "max_area": 16**2,
+        "_auto_resize": False,
+    },
+    targets=TARGETS,
+    references=lambda: {"image": reference()},
+    **SHARED,
+)  # fmt: skip
+CASES["LongCat-Image-Edit"] = FamilyCase(
+    pipeline=longcat_edit,
+    prompts=lambda batch: {"prompt": "a", "negative_prompt": "", "guidance_scale": 2.0},
+    targets=tiny_flux_kin.TARGETS,
+    references=lambda: {"image": reference()},
+    calls=2,
+    **SHARED,
+)
 
 
 @pytest.fixture(params=CASES)
@@ -73,7 +125,8 @@ def test_keys_of_the_first_step_are_read_and_the_error_is_told(case, control, ca
 def test_each_call_of_the_pipeline_has_its_own(case, control):
     call = case.references() | {"steps": 3}
     plain = make(case, control.pipe, **call)
-    other = call | {"image": [reference().rotate(90)]}
+    turned = reference().rotate(90)
+    other = call | {"image": [turned] if isinstance(call["image"], list) else turned}
     with control.references(cached="approximate"):
         cached = make(case, control.pipe, **call)
         second = make(case, control.pipe, **other)

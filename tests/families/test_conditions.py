@@ -4,10 +4,13 @@ go along."""
 import inspect
 
 import pytest
+import tiny_ernie_image
 import tiny_flux2
 import tiny_flux_kin
+import tiny_ideogram4
 import tiny_krea2
 import tiny_qwen_image
+import tiny_qwen_image21
 import tiny_z_image
 import torch
 from safetensors.torch import load_file
@@ -21,6 +24,7 @@ from imgdit.mup import mup_table
 from imgdit.sae.hooks import hooked
 
 TINY = (tiny_flux2, tiny_flux_kin, tiny_qwen_image, tiny_z_image, tiny_krea2)
+TINY += (tiny_qwen_image21, tiny_ideogram4, tiny_ernie_image)
 CASES = {name: case for tiny in TINY for name, case in tiny.CASES.items()}
 
 
@@ -122,7 +126,7 @@ def test_blocks_without_condition_tokens_are_the_models(case, control):
         hook = control.transformer._diffusers_hook.hooks[control._name]
         with control.use(ONE):
             alone = hook._pass(control.transformer, control.run, dict(given), (), empty=False)[0]
-        near(alone, out, 1e-6)
+        near(case.read(alone), out, 1e-6)
 
 
 def test_cached_keys_equal_computed_ones(case, control):

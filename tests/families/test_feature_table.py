@@ -4,11 +4,14 @@ import re
 from pathlib import Path
 
 import pytest
+import tiny_ernie_image
 import tiny_flux2
 import tiny_flux3
 import tiny_flux_kin
+import tiny_ideogram4
 import tiny_krea2
 import tiny_qwen_image
+import tiny_qwen_image21
 import tiny_z_image
 
 from imgdit.families import MODULES
@@ -16,6 +19,7 @@ from imgdit.family import family_named, find_family
 
 PAGE = (Path(__file__).parents[2] / "docs/families.md").read_text()
 TINY = (tiny_flux2, tiny_flux3, tiny_flux_kin, tiny_qwen_image, tiny_z_image, tiny_krea2)
+TINY += (tiny_qwen_image21, tiny_ideogram4, tiny_ernie_image)
 CASES = {name: case for tiny in TINY for name, case in tiny.CASES.items()}
 
 

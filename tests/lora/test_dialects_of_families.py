@@ -10,10 +10,13 @@ from diffusers.loaders.lora_pipeline import Krea2LoraLoaderMixin, QwenImageLoraL
 from peft.tuners.lora import LoraLayer
 from test_lora_names import dotted, underscored
 from tiny_control import flux, sd3
+from tiny_ernie_image import ernie_image
 from tiny_flux2 import flux2
 from tiny_flux_kin import CASES as KIN
+from tiny_ideogram4 import ideogram4
 from tiny_krea2 import CASES as KREA2
 from tiny_qwen_image import transformer as qwen_image
+from tiny_qwen_image21 import qwen_image21
 from tiny_z_image import CASES as Z_IMAGE
 
 from imgdit.family import find_family
@@ -33,6 +36,9 @@ MODELS = {
     "Krea 2": lambda: next(iter(KREA2.values())).pipeline().transformer,
     "Chroma": lambda: KIN["Chroma"].pipeline().transformer,
     "LongCat-Image": lambda: KIN["LongCat-Image"].pipeline().transformer,
+    "Qwen-Image 2.1": lambda: qwen_image21().transformer,
+    "Ideogram 4": lambda: ideogram4().transformer,
+    "ERNIE-Image": lambda: ernie_image().transformer,
 }
 # Keys of a layer: down, up and alpha or none; whether the names are the repository's; the dialect that writes it.
 DIALECTS = {
