@@ -233,8 +233,9 @@ def test_bfloat16_is_near_float32(case, fresh):
 
 
 def test_gradients_under_checkpointing_are_those_without(case, fresh):
-    """Also of two forward passes, at two noise levels, before one backward pass."""
-    (first, _), *_, (last, _) = passes(case, fresh, call={"steps": 2})[0]
+    """Also of two forward passes, at two noise levels, before one backward pass, beside the pipeline's references."""
+    call = {} if case.references is None else case.references()
+    (first, _), *_, (last, _) = passes(case, fresh, call={"steps": 2, **call})[0]
     weights = [p.requires_grad_() for name, p in fresh.transformer.named_parameters() if "lora_" in name]
     found = []
     for checkpointing in (False, True):

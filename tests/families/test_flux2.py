@@ -42,6 +42,20 @@ def test_the_pipeline_that_keeps_keys_is_refused():
         pass
 
 
+def test_adapters_that_are_trained_without_references_act_alike_beside_them(tmp_path):
+    """In independent mode: keys and values of their conditions are the same."""
+    case = CASES["FLUX.2 dev"]
+    control, kept = loaded(case, case.pipeline(), tmp_path), []
+    for call in ({}, case.references()):
+        with control.use(Condition(image(), "canny"), mode="independent"):
+            make(case, control.pipe, steps=1, **call)
+            (entry,) = control.run._kept.caches
+            kept.append([layer._stored["attn"] for layer in entry.cache._layers.values()])
+    for alone, beside in zip(*kept, strict=True):
+        near(beside[0], alone[0])
+        near(beside[1], alone[1])
+
+
 def test_positions_that_the_pipeline_makes_in_every_step_are_read_once_in_a_call(tmp_path):
     """It joins those of the image and of its reference images anew."""
     case = CASES["FLUX.2 dev"]

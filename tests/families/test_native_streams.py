@@ -12,6 +12,7 @@ from tiny_control import image, lora_file
 from tiny_families import differs, loaded, make, near, passes
 
 from imgdit import Condition, OmniControl
+from imgdit.family import find_family
 from imgdit.lora.files import activate
 
 QWEN, IDEOGRAM = tiny_qwen_image21.CASES["Qwen-Image 2.1"], tiny_ideogram4.CASES["Ideogram 4"]
@@ -147,3 +148,21 @@ def test_a_text_of_another_length_has_other_keys(tmp_path):
     with control.use(conditions, mode="independent"):
         for number in (0, 1, 0):
             near(make(ERNIE, control.pipe, **calls[number]), computed[number])
+
+
+def test_conditions_have_the_normalisation_that_pipelines_undo():
+    pixels, found = image()[None] * 2 - 1, {}
+    for case in (QWEN, IDEOGRAM, ERNIE):
+        pipe = case.pipeline()
+        tokens = find_family(pipe.transformer).tokens.encode(pipe.transformer, pipe.vae, pixels, None)
+        found[case.pipeline.__name__] = pipe, pipe.vae, tokens
+    pipe, vae, tokens = found["qwen_image21"]
+    opaque = torch.cat([pixels, torch.ones_like(pixels[:, :1])], dim=1)[:, :, None]
+    near(tokens, pipe._pack_latents(pipe._encode_vae_image(opaque, None), 1, 16, 4, 4), 1e-5)
+    pipe, vae, tokens = found["ideogram4"]
+    cells = tokens * torch.sqrt(vae.bn.running_var + vae.config.batch_norm_eps) + vae.bn.running_mean
+    latents = cells.view(1, 4, 4, 2, 2, 4).permute(0, 5, 1, 3, 2, 4).reshape(1, 4, 8, 8)
+    near(latents, vae.encode(pixels).latent_dist.mode(), 1e-5)
+    pipe, vae, tokens = found["ernie_image"]
+    planes = (tokens * torch.sqrt(vae.bn.running_var + 1e-5) + vae.bn.running_mean).transpose(1, 2).view(1, 16, 4, 4)
+    near(pipe._unpatchify_latents(planes), vae.encode(pixels).latent_dist.mode(), 1e-5)
