@@ -262,7 +262,12 @@ class Session:
             frame if frame.image is None else replace(frame, image=fitted(frame.image, frame.kind, height, width))
             for frame in request.frames
         )
-        return replace(request, height=height, width=width, guidance=guidance, controls=controls, frames=frames)
+        mode = request.mode
+        if mode is None and request.concepts:
+            default = self.unlearner.default_mode(self.pipe, request.concepts)
+            mode = default if request.multiplier is None else "scale"
+        settled = replace(request, height=height, width=width, guidance=guidance, mode=mode or "scale")
+        return replace(settled, controls=controls, frames=frames)
 
     @torch.no_grad()
     def generate(self, request: Request, watch: Watch | None = None) -> Generated:

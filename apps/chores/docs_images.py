@@ -125,7 +125,8 @@ def _unlearn_sheet(session: Session, steps: int) -> Image.Image:
         thing = concept in OBJECTS
         text = f"a blue {concept} on a wooden floor, photo style" if thing else f"a red torus, {concept} style"
         plain, without = (
-            session.generate(Request(text, steps=steps, concepts=concepts)).images[0] for concepts in ((), (concept,))
+            session.generate(Request(text, steps=steps, concepts=concepts, mode=None)).images[0]
+            for concepts in ((), (concept,))
         )
         tiles.append(([plain, without], f"{text}; without {concept}"))
     return contact_sheet(tiles, columns=3)

@@ -30,6 +30,8 @@ from imgdit.sae.unlearning import ConceptUnlearner
 
 CATEGORY = "imgdit"
 AS_TRAINED = "as trained"
+DEFAULT_MODE = "default"
+"""What `ConceptUnlearner.default_mode` chooses."""
 _FRACTION = {"min": 0.0, "max": 1.0, "step": 0.01}
 _TEXT = {"multiline": True, "dynamicPrompts": True}
 
@@ -50,7 +52,7 @@ class Unlearning(NamedTuple):
 
     unlearner: ConceptUnlearner
     concepts: tuple[str, ...]
-    mode: str
+    mode: str | None
     multiplier: float | None
 
 
@@ -191,7 +193,7 @@ class Unlearn:
             "required": {
                 "unlearner": ("IMGDIT_UNLEARNER",),
                 "concepts": ("STRING", {"default": ""}),
-                "mode": (list(MODES), {"default": MODES[0]}),
+                "mode": ([DEFAULT_MODE, *MODES], {"default": DEFAULT_MODE}),
             },
             "optional": {"multiplier": ("FLOAT", {"default": -1.0, "min": -100.0, "max": 100.0, "forceInput": True})},
         }
@@ -200,7 +202,7 @@ class Unlearn:
         self, unlearner: ConceptUnlearner, concepts: str, mode: str, multiplier: float | None = None
     ) -> tuple[Unlearning]:
         names = tuple(name.strip() for name in concepts.split(",") if name.strip())
-        return (Unlearning(unlearner, names, mode, multiplier),)
+        return (Unlearning(unlearner, names, None if mode == DEFAULT_MODE else mode, multiplier),)
 
 
 class Generate:

@@ -160,6 +160,7 @@ def unlearn(
     import dataclasses
 
     from imgdit.benchmarks.unlearning import run as unlearn_bench
+    from imgdit.benchmarks.unlearning.report import table
     from imgdit.checkpoints import SCENE_PROBE
 
     changed: dict[str, Any] = {
@@ -180,8 +181,8 @@ def unlearn(
         plan = dataclasses.replace(plan, **{name: value for name, value in changed.items() if value is not None})
         model = model_folder(model)
         result = unlearn_bench.run(model, probe or SCENE_PROBE, saes or model / "sae", out, plan, judge)
-    typer.echo(unlearn_bench.table(result))
-    typer.echo(f"wrote {out}/unlearn.json")
+    typer.echo(table(result))
+    typer.echo(f"wrote {out}/unlearn.json and {out}/unlearn.md")
 
 
 @app.command("sae-steering")

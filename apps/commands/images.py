@@ -165,7 +165,10 @@ def any_to_any(
 def unlearn(
     prompt: Annotated[str, typer.Argument(help="What to show.")],
     concept: Annotated[list[str], typer.Option(help="Name of a concept to remove; may be repeated.")],
-    mode: Annotated[str, typer.Option(help="scale, remove or replace.")] = "scale",
+    mode: Annotated[
+        str | None,
+        typer.Option(help="scale, remove or replace; by default replace where the text is changed, otherwise scale."),
+    ] = None,
     multiplier: Annotated[
         float | None, typer.Option(help="Of the mode scale; what was stored with the concept by default.")
     ] = None,

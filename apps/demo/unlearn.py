@@ -32,6 +32,7 @@ def build(holder: Holder) -> widgets.Onward:
     books = session.unlearner.books.values()
     stored = next((selection.multiplier for book in books for selection in book.selections.values()), -1.0)
     chosen_first = [name for name in concepts if name in example][:1] or concepts[:1]  # one click shows something
+    default = session.unlearner.default_mode(session.pipe, chosen_first)
     with gr.Row(elem_classes="studio"):
         with gr.Column(elem_classes="stage"):
             with gr.Row(elem_classes="compared"):
@@ -52,7 +53,7 @@ def build(holder: Holder) -> widgets.Onward:
             )
             if style := examples.concept_style(session, concepts):
                 gr.HTML(style, padding=False, elem_classes="unseen")
-            mode, multiplier = _how(stored)
+            mode, multiplier = _how(default, stored)
             sampled = widgets.sampling()
             gr.Markdown("Both images start from the same noise.", elem_classes="note")
 
@@ -106,16 +107,17 @@ def build(holder: Holder) -> widgets.Onward:
     return widgets.Onward(without, without, [run], status, onward)
 
 
-def _how(stored: float) -> tuple[gr.Radio, gr.Slider]:
+def _how(default: str, stored: float) -> tuple[gr.Radio, gr.Slider]:
     """What happens to the concepts, folded away.
 
     Args:
+        default: the mode that is chosen first.
         stored: the concepts' own multiplier.
     """
     with gr.Accordion("How", open=False):
-        mode = gr.Radio(MODES, value="scale", label="What happens to the concepts' features")
+        mode = gr.Radio(MODES, value=default, label="What happens to the concepts' features")
         multiplier = gr.Slider(
-            -20, 1, stored, step=0.1, label="Multiplier (of scale)",
+            -20, 1, stored, step=0.1, label="Multiplier (of scale)", visible=default == "scale",
             info="1 changes nothing, 0 removes the concept; the further below 0, the stronger.",
         )  # fmt: skip
     mode.change(lambda name: gr.Slider(visible=name == "scale"), mode, multiplier, **QUICK)

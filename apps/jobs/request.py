@@ -68,9 +68,10 @@ class Request:
     """Of the frames, where their kinds do not tell."""
     concepts: tuple[str, ...] = ()
     """Are unlearned."""
-    mode: str = "scale"
+    mode: str | None = "scale"
+    """How, see `ConceptUnlearner.attach`; `None`: its default for the concepts, which is written in its place."""
     multiplier: float | None = None
-    """How, see `ConceptUnlearner.attach`."""
+    """See `ConceptUnlearner.attach`."""
     features: tuple[tuple[int, float], ...] = ()
     """Numbers of features of the sparse autoencoder, and what each is multiplied by."""
     turbo: bool = False

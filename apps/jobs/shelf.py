@@ -134,7 +134,8 @@ class Shelf:
         """
         find_pipeline(self.places["model"] or "")
         if request.concepts:
-            check_name("mode", request.mode, MODES)
+            if request.mode is not None:
+                check_name("mode", request.mode, MODES)
             self.need_sae()
             check_concepts(request.concepts, concept_names(self.sae_folder))
         if request.turbo:

@@ -137,6 +137,18 @@ class ConceptSelection:
         gap = self.timesteps[high] - self.timesteps[low]
         return low, high, (timestep - self.timesteps[low]) / gap if gap else 0.0
 
+    def staying(self, known: Mapping[str, ConceptSelection], unlearned: Collection[str]) -> list[ConceptSelection]:
+        """The concepts that it was told apart from and that can take its place in a text: their means are known.
+
+        Args:
+            known: selections by name.
+            unlearned: names that must not take its place.
+        """
+        if self.mean is None:
+            return []
+        others = [known[name] for name in self.others if name in known and name not in unlearned]
+        return [other for other in others if other.mean is not None]
+
     def exchanged(self, known: Mapping[str, ConceptSelection], unlearned: Collection[str]) -> ConceptSelection:
         """A copy whose `replacement` is what turns its mean activation into that of the nearest other concept.
 
@@ -153,13 +165,12 @@ class ConceptSelection:
                 "needs in a text; select it anew with `learn`, together with other concepts of its kind, or use "
                 "another mode"
             )
-        values = [self.replacement]
-        for name in self.others:
-            other = known.get(name)
-            if other is not None and other.mean is not None and name not in unlearned:
-                places = [other._place(timestep) for timestep in self.timesteps]
-                values.append(torch.stack([torch.lerp(other.mean[i], other.mean[j], t) for i, j, t in places]))
-        changes = [value - self.mean for value in values[1:] or values]
+        values = []
+        for other in self.staying(known, unlearned):
+            assert other.mean is not None
+            places = [other._place(timestep) for timestep in self.timesteps]
+            values.append(torch.stack([torch.lerp(other.mean[i], other.mean[j], t) for i, j, t in places]))
+        changes = [value - self.mean for value in values or [self.replacement]]
         nearest = min(changes, key=lambda change: float(change.square().sum()))
         return dataclasses.replace(self, replacement=nearest)
 

@@ -229,7 +229,7 @@ class ConceptUnlearner:
         pipe: Any,
         concepts: Sequence[str] | Sequence[Sequence[str]],
         *,
-        mode: Mode = "scale",
+        mode: Mode | None = None,
         multiplier: float | None = None,
         timesteps: tuple[float, float] = (0.0, 1000.0),
         halves: Halves = "both",
@@ -245,7 +245,8 @@ class ConceptUnlearner:
                 becomes 0; "replace": a patch where any of the features is seen becomes the mean of the images
                 without the concept (arXiv 2606.31699). A token of a text holds what its neighbours say too, so it is
                 not replaced whole: it moves by the difference between the mean of the nearest other concept that stays
-                and that of the concept.
+                and that of the concept. `None`: "scale" if a multiplier or `paper_compat` is given, otherwise see
+                `default_mode`.
             multiplier: of "scale"; `None`: what was stored with each concept, -1 unless it was tuned.
             timesteps: range in which anything is changed.
             halves: guidance halves that are changed.
@@ -262,7 +263,8 @@ class ConceptUnlearner:
                 finite.
         """
         requests = _requests(concepts)
-        check_choice("mode", mode, ("scale", "remove", "replace"))
+        if mode is not None:
+            check_choice("mode", mode, ("scale", "remove", "replace"))
         check_choice("halves", halves, ("both", "conditional", "unconditional"))
         if paper_compat and (mode == "replace" or len(requests) > 1):
             raise ValueError("paper_compat is SAeUron's rule; it knows neither mode='replace' nor requests")
@@ -270,6 +272,9 @@ class ConceptUnlearner:
             check_concepts(names, self.concepts)
         wanted = {name for names in requests for name in names}
         places = self._places(pipe, wanted) if hookpoints is None else list(hookpoints)
+        if mode is None:
+            given = multiplier is not None or paper_compat
+            mode = "scale" if given else self.default_mode(pipe, concepts, hookpoints=hookpoints)
         interventions = {}
         for hookpoint in places:
             book = self.books.get(hookpoint)
@@ -305,6 +310,30 @@ class ConceptUnlearner:
         checks = _Finite(list(interventions.values()))
         with hooked(pipe, interventions, source=source, after_call=checks):
             yield
+
+    def default_mode(
+        self, pipe: Any, concepts: Sequence[str] | Sequence[Sequence[str]], *, hookpoints: Sequence[str] | None = None
+    ) -> Mode:
+        """What `attach` does with concepts if it is given no mode.
+
+        "replace" where it acts on the text that images are generated from and every concept has what it needs there: a
+        mean of its own and that of another concept which stays. "scale" everywhere else.
+
+        Args:
+            concepts, hookpoints: see `attach`.
+        """
+        requests = _requests(concepts)
+        wanted = {name for names in requests for name in names}
+        places = self._places(pipe, wanted) if hookpoints is None else hookpoints
+        acting = [place for place in places if place in self.books and wanted & self.books[place].selections.keys()]
+        for place in acting:
+            known = self.books[place].selections
+            image_model = not place.startswith("model.")  # of a language model every hookpoint reads text
+            if self.saes[place].config.transcode or not (image_model and site(pipe, place).text):
+                return "scale"
+            if any(name in known and not known[name].staying(known, names) for names in requests for name in names):
+                return "scale"
+        return "replace" if acting else "scale"
 
     def _places(self, pipe: Any, concepts: set[str]) -> list[str]:
         """Hookpoints that know any of the concepts; only the text's, if they know all of them."""

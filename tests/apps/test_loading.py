@@ -126,6 +126,10 @@ def test_matrices_in_eight_bits_draw_nearly_the_same(tmp_path):
     difference = torch.tensor(list(one.convert("L").tobytes())) - torch.tensor(list(other.convert("L").tobytes()))
     assert 0 < difference.float().abs().mean() < 16
     assert rounded.made_with["quantize"] == "int8" and "quantize" not in plain.made_with
+    # What an image is unlearned by is written into its file, so that another default changes nothing later.
+    for asked, mode in (({"mode": None}, "replace"), ({"mode": None, "multiplier": -1.0}, "scale"), ({}, "scale")):
+        assert plain.settled(Request("a red cube", concepts=("neon",), **asked)).mode == mode
+    assert Request.from_dict({"prompt": "a red cube", "concepts": ["neon"]}).mode == "scale"  # files of version 0.1
 
 
 def test_what_the_machine_cannot_do_is_said_before_loading(tmp_path):

@@ -107,6 +107,8 @@ def test_every_method_and_every_count(folders, tmp_path):
         "under attack: paraphrase",
     ):
         assert part in done.output
+    written = (tmp_path / "unlearn.md").read_text()
+    assert "\n| ours, replace |" in written and "\n| several at once: unlearned / retained |" in written
 
 
 def test_a_run_goes_on_where_it_stopped(folders, finished, tmp_path, monkeypatch):

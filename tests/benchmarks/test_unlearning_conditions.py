@@ -8,7 +8,7 @@ import torch
 from imgdit.benchmarks.unlearning.conditions import ConditionedImages, adapter_file, conditioned, conditioned_scenes
 from imgdit.benchmarks.unlearning.methods.material import Unlearned
 from imgdit.benchmarks.unlearning.methods.weights import swapped
-from imgdit.benchmarks.unlearning.run import _of_conditions
+from imgdit.benchmarks.unlearning.report import of_conditions
 from imgdit.checkpoints import SCENE_PROBE, SCENES
 from imgdit.scenes.probe import SceneProbe
 
@@ -47,7 +47,7 @@ def test_an_edited_model_under_a_condition(tmp_path):
     rows = {name: of["neon"] for name, of in found.items()}
     assert all(row["of"] == 1 and row["shown"] <= 1 and row["kept"] <= 1 for row in rows.values())
     assert rows["none"] != rows["edited"] and rows["none"]["error"] != rows["no condition"]["error"]
-    lines = _of_conditions(found)
+    lines = of_conditions(found)
     assert [line[0] for line in lines[1:]] == ["no condition", "none", "edited"] and len({len(x) for x in lines}) == 1
     assert lines[2][1] == f"{rows['none']['shown']}/1" and lines[2][2] == f"{rows['none']['error']:.3f}"
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

@@ -62,10 +62,12 @@ def test_identity_change_removal(name, pipe, material, plain):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_nothing_stays_when_sampling_raises(name, pipe, material, plain):
+    def stop(*_):
+        raise RuntimeError("stopped")
+
     unlearned = prepared(name, pipe, ["sketch"], material)
-    with pytest.raises(RuntimeError, match="stopped"):
-        with unlearned.attach(pipe):
-            raise RuntimeError("stopped")
+    with pytest.raises(RuntimeError, match="stopped"), unlearned.attach(pipe) as call:
+        images(pipe, **call, callback_on_step_end=stop)
     assert torch.equal(images(pipe), plain)
 
 

@@ -7,6 +7,7 @@ from PIL import Image
 from imgdit.benchmarks.unlearning.attacks import Attack
 from imgdit.benchmarks.unlearning.images import Look
 from imgdit.benchmarks.unlearning.plan import Cell, Seen, cells, read_folder, scene_seeds
+from imgdit.benchmarks.unlearning.report import markdown, table
 from imgdit.benchmarks.unlearning.retention import ATTRIBUTES, in_prompt
 from imgdit.benchmarks.unlearning.table import (
     accuracies,
@@ -170,3 +171,47 @@ def test_attacks_say_the_target_in_other_ways():
         assert said.style == cell.style and said.background == cell.attributes.background and text != cell.prompt
         assert said.objects == ((cell.object, cell.attributes.colour),)
     assert Attack("embedding", "neon").key is True and Attack("prompt", "neon").key == ["prompt", "neon"]
+
+
+def interval(value):
+    return {"value": value, "low": value - 0.1, "high": value + 0.1}
+
+
+def test_every_measurement_has_a_table():
+    def row(title, value, better):
+        scores = {"UA": interval(value), "IRA": interval(1.0), "CRA": interval(0.5)}
+        return {
+            "title": title, "means": {"style": scores}, "mean": interval(value), "minimum": value,
+            "ours_better_by": better, "in_prompt": {"mean": interval(0.5)}, "artefacts": interval(0.0),
+            "pixel_change": 0.25, "feature_change": 0.125, "time_ratio": 1.0, "setup_seconds": 2.0, "bytes": 3000,
+            "tuned_values": 2, "settings": {"top_n": 4, "stream": "text"},
+        }  # fmt: skip
+
+    shown = {"shown": 1, "kept": 2, "of": 2, "error": 0.5, "error_of_others": 0.25}
+    counted = {"named": 1, "of": 2, "kept": 3, "of_others": 4}
+    result = {
+        "plan": {"attacks": ["prompt"]},
+        "methods": {"none": row("none", 0.2, {"scale": interval(0.6)}), "scale": row("ours, scale", 0.8, {})},
+        "together": {"scale": [{"concepts": ["neon"], "unlearned": 1.0, "retained": None}]},
+        "judged": {"scale": {"means": {"style": {"unlearned": 1, "retained": 0.5, "cross": 0}}, "of": 4,
+                             "agrees_with_probe": {"style": 3, "object": 4}}},
+        "conditions": {"no condition": {"neon": shown}, "scale": {"neon": shown, "cube": shown}},
+        "captions": {"scale": {"neon": dict.fromkeys(("plain", "removed", "generated"), counted)}},
+        "attack": {"scale": {"shown": 1, "shown_under_attack": {"prompt": 2}, "of": 4}},
+    }  # fmt: skip
+    text, marked = table(result), markdown(result)
+    for head in ("method", "several at once", "by the judge", "under a depth condition", "captions", "the target is"):
+        assert len([line for line in text.splitlines() if line.startswith(head)]) == 1
+    lines = marked.splitlines()
+    assert lines[0].startswith(
+        "| method | style UA | style IRA | style CRA | mean (95 %) | min | scale better by (95 %) |"
+    )
+    first = (
+        "| none | 20.0 | 100.0 | 50.0 | 20.0 (10.0 – 30.0) | 20.0 | 60.0 (50.0 – 70.0) | 50.0 (40.0 – 60.0) | 100 % |"
+    )
+    assert lines[2].startswith(first) and lines[2].endswith("| 2.0 s | 3 | 2 | top_n 4, stream text |")
+    assert "| ours, scale | 2/4 | 0.500 | 4/4 | 0.250 |" in lines and "| ours, scale | 1 | 2 | 4 |" in lines
+    assert "| ours, scale | 100 / – |" in lines
+    assert "| ours, scale | 1/2 | 3/4 | 1/2 | 3/4 | 1/2 | 3/4 |" in lines
+    few = {**result, **{key: {} for key in ("together", "judged", "conditions", "captions", "attack")}}
+    assert markdown(few).splitlines() == lines[:4]

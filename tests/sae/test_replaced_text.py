@@ -114,3 +114,34 @@ def test_patches_of_an_image_become_the_mean():
         with unlearner_of(pipe, IMAGE, [concept("one", [3, 4], mean, ("two",))]).attach(pipe, ["one"], mode="replace"):
             images.append(run(pipe, inputs))
     assert torch.equal(*images)
+
+
+def test_the_default_is_replace_where_a_concept_has_what_it_needs():
+    pipe, inputs = ours()
+    known = [
+        concept("one", list(range(0, 20)), 0.0, ("two", "far")),
+        concept("two", list(range(20, 40)), [1.0, 3.0], ("one", "far")),
+        dataclasses.replace(concept("far", [63], 10.0, ("one", "two")), mean=None),
+    ]
+    unlearner = unlearner_of(pipe, TEXT, known)
+    assert unlearner.default_mode(pipe, ["one"]) == unlearner.default_mode(pipe, [["one"], ["two"]]) == "replace"
+    assert unlearner.default_mode(pipe, ["one", "two"]) == "scale"  # none stays whose mean is known
+    assert unlearner.default_mode(pipe, ["far"]) == unlearner.default_mode(pipe, [["one"], ["far"]]) == "scale"
+    assert unlearner.default_mode(pipe, []) == "scale"
+
+    def result(names, **options):
+        with unlearner.attach(pipe, names, **options):
+            return run(pipe, inputs, 1)
+
+    assert torch.equal(result(["one"]), result(["one"], mode="replace"))
+    assert not torch.equal(result(["one"]), result(["one"], mode="scale"))
+    assert torch.equal(result(["one"], multiplier=-2.0), result(["one"], mode="scale", multiplier=-2.0))
+    assert torch.equal(result(["one"], paper_compat=True), result(["one"], mode="scale", paper_compat=True))
+    assert torch.equal(result(["far"]), result(["far"], mode="scale"))
+
+    both = unlearner_of(pipe, IMAGE, known[:2])
+    assert both.default_mode(pipe, ["one"]) == "scale"
+    both.saes |= unlearner.saes
+    both.books |= unlearner.books
+    assert both.default_mode(pipe, ["one"]) == "replace"  # what is not named acts in the text alone
+    assert both.default_mode(pipe, ["one"], hookpoints=[IMAGE, TEXT]) == "scale"

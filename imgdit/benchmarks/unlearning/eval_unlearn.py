@@ -53,7 +53,7 @@ class TechniqueConfig:
     """Prompts per concept, to select features from if they are not stored with the autoencoders."""
     top_n: int = 4
     """Features per timestep that are selected then."""
-    mode: str = "scale"
+    mode: str | None = None
     """See `ConceptUnlearner.attach`; so are the next three."""
     multiplier: float | None = None
     halves: str = "both"

@@ -23,6 +23,7 @@ from imgdit.benchmarks.unlearning.learning import build_material
 from imgdit.benchmarks.unlearning.methods.catalogue import METHODS
 from imgdit.benchmarks.unlearning.methods.material import Unlearned
 from imgdit.benchmarks.unlearning.plan import VALIDATION, Cell, Seen, cells, scene_seeds
+from imgdit.benchmarks.unlearning.report import SCORES, markdown
 from imgdit.benchmarks.unlearning.retention import in_prompt
 from imgdit.benchmarks.unlearning.table import (
     DOMAINS,
@@ -34,6 +35,7 @@ from imgdit.benchmarks.unlearning.table import (
     score_together,
 )
 from imgdit.io.atomic import write_text
+from imgdit.moved import renamed
 from imgdit.naming import check_name, old_names
 from imgdit.pipelines.image_text_loading import load_image_text_pipeline
 from imgdit.pipelines.load_options import LoadOptions
@@ -46,7 +48,6 @@ SEQUENCE = ("neon", "cube", "sketch", "torus", "sepia", "cone")
 FEW_TARGETS = ("neon", "mosaic", "cube", "torus")
 FEW_METHODS = ("none", "negative", "direction", "saeuron", "scale")
 OURS = ("scale", "replace")
-SCORES = ("UA", "IRA", "CRA")
 
 
 @old_names(sentences="prompts")
@@ -111,7 +112,8 @@ QUICK = UnlearnPlan(FEW_METHODS, FEW_TARGETS, seeds=2, steps=12, prompts=6, toge
 def run(
     model: Path, probe: Path, saes: Path, out: Path, plan: UnlearnPlan, judge: str | Path | None = None
 ) -> dict[str, Any]:
-    """Measure methods; `out` gets unlearn.json and the images, and what it has already is not made again.
+    """Measure methods; `out` gets unlearn.json, the tables (unlearn.md) and the images, and what it has already is not
+    made again.
 
     Args:
         model, probe, saes: folders of the pipeline, of the `SceneProbe` and of the SAEs.
@@ -152,6 +154,7 @@ def run(
             images, {name: row["settings"] for name, row in result["methods"].items()}
         )
     write_text(out / "unlearn.json", json.dumps(result, indent=1, ensure_ascii=False))
+    write_text(out / "unlearn.md", markdown(result))
     return result
 
 
@@ -395,80 +398,6 @@ def _row(look: Look) -> list[Any]:
     return [look.seen.cell.name, look.seen.style, look.seen.object, *look[1:]]
 
 
-def table(result: Mapping[str, Any]) -> str:
-    """The result as aligned text."""
-    domains = [domain for domain in ("style", "object") if domain in result["methods"]["none"]["means"]]
-    head = ["method", *(f"{domain} {score}" for domain in domains for score in SCORES)]
-    head += ["mean (95 %)", "min", "in prompt", "artefacts", "pixels", "features", "time", "set-up", "kB", "tuned"]
-    lines = [head]
-    for row in result["methods"].values():
-        cells_ = [row["title"]]
-        cells_ += [f"{100 * row['means'][domain][score]['value']:.1f}" for domain in domains for score in SCORES]
-        mean = {part: 100 * row["mean"][part] for part in ("value", "low", "high")}
-        cells_ += [f"{mean['value']:.1f} ({mean['low']:.1f}–{mean['high']:.1f})", f"{100 * row['minimum']:.1f}"]
-        kept, model = row["in_prompt"]["mean"]["value"], result["methods"]["none"]["in_prompt"]["mean"]["value"]
-        cells_.append(f"{100 * kept:.1f} ({100 * kept / model:.0f} %)")
-        cells_ += [f"{100 * row['artefacts']['value']:.1f} %", f"{row['pixel_change']:.3f}"]
-        cells_ += [f"{row['feature_change']:.3f}", f"{row['time_ratio']:.2f}", f"{row['setup_seconds']:.1f} s"]
-        cells_ += [f"{row['bytes'] / 1000:.0f}", str(row["tuned_values"])]
-        lines.append(cells_)
-    text = [_aligned(lines)]
-    if result["together"]:
-        counts = list(dict.fromkeys(len(row["concepts"]) for rows in result["together"].values() for row in rows))
-        lines = [["several at once: unlearned / retained", *map(str, counts)]]
-        for name, rows in result["together"].items():
-            fractions = {
-                len(row["concepts"]): f"{100 * row['unlearned']:.0f} / {_percent(row['retained'])}" for row in rows
-            }
-            lines.append([METHODS[name].title, *(fractions.get(count, "–") for count in counts)])
-        text.append(_aligned(lines))
-    if result["judged"]:
-        names = ("unlearned", "retained", "cross")
-        head = [f"{domain} {score}" for domain in domains for score in SCORES]
-        lines = [["by the judge", *head, *(f"{domain} as the probe" for domain in DOMAINS)]]
-        for name, row in result["judged"].items():
-            found = [f"{100 * row['means'][domain][score]:.1f}" for domain in domains for score in names]
-            found += [f"{100 * row['agrees_with_probe'][domain] / row['of']:.1f} %" for domain in DOMAINS]
-            lines.append([METHODS[name].title, *found])
-        text.append(_aligned(lines))
-    if result["captions"]:
-        head = [f"{what} {part}" for what in ("plain", "removed", "generated") for part in ("named", "kept")]
-        lines = [["captions", *head]]
-        for name, by_target in result["captions"].items():
-            rows = by_target.values()
-            sums = [
-                f"{sum(row[what][part] for row in rows)}/{sum(row[what][of] for row in rows)}"
-                for what in ("plain", "removed", "generated")
-                for part, of in (("named", "of"), ("kept", "of_others"))
-            ]
-            lines.append([METHODS[name].title, *sums])
-        text.append(_aligned(lines))
-    if result["attack"]:
-        lines = [
-            ["the target is seen", "before", *(f"under attack: {kind}" for kind in result["plan"]["attacks"]), "of"]
-        ]
-        for name, row in result["attack"].items():
-            found = [row["shown"], *row["shown_under_attack"].values(), row["of"]]
-            lines.append([METHODS[name].title, *map(str, found)])
-        text.append(_aligned(lines))
-    return "\n\n".join(text)
-
-
-def _of_conditions(rows: Mapping[str, Any]) -> list[list[str]]:
-    lines = [["under a depth condition", "target shown", "depth error", "others kept", "depth error of others"]]
-    for name, by_target in rows.items():
-        found = list(by_target.values())
-        of = sum(row["of"] for row in found)
-        errors = [f"{np.mean([row[key] for row in found]):.3f}" for key in ("error", "error_of_others")]
-        shown, kept = (f"{sum(row[key] for row in found)}/{of}" for key in ("shown", "kept"))
-        lines.append([METHODS[name].title if name in METHODS else name, shown, errors[0], kept, errors[1]])
-    return lines
-
-
-def _percent(value: float | None) -> str:
-    return "–" if value is None else f"{100 * value:.0f}"
-
-
-def _aligned(lines: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
+def __getattr__(name: str) -> Any:
+    """A name of an earlier version; it goes with the next one."""
+    return renamed(__name__, name, {"table": "benchmarks.unlearning.report.table"})
