@@ -11,7 +11,7 @@ ROOMS := pipelines adapters apps configs
 PYTEST := OMP_NUM_THREADS=1 DIFFUSERS_ATTN_CHECKS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist worksteal -q
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lint format types stress fuzz weights docs clean
+.PHONY: help demo test check lint format types stress fuzz gpu versions weights docs pages clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -49,6 +49,14 @@ fuzz: $(STAMP) ## read mutated files with every loader; other ones with another 
 	folder=$$(mktemp -d) && PYTHONPATH=.:tests OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python tests/fuzz/hammer.py \
 		"$$folder" all $(or $(SHARE),1) $(or $(SEED),0)
 
+# make gpu GPU="--device cpu --tiny" shows on any machine that every piece runs.
+gpu: $(STAMP) ## measure on a CUDA GPU, at most ten minutes; call it again for pieces that are missing
+	$(BIN)/imgdit bench gpu --tests tests/test_cuda.py $(GPU)
+
+# make versions ONLY=3.11-lowest; every cell downloads gigabytes.
+versions: $(STAMP) ## run the tests on Python 3.11 to 3.13, with the lowest and the newest versions of the ranges
+	$(BIN)/python tests/versions.py $(if $(ONLY),--only $(ONLY))
+
 # Every run goes on where it stopped; configs/scenes/ says what each costs.
 weights: $(STAMP) ## train the embedded model from nothing, or go on with it
 	for recipe in text_encoder autoencoder transformer probe; do \
@@ -65,8 +73,12 @@ weights: $(STAMP) ## train the embedded model from nothing, or go on with it
 	done
 	$(BIN)/imgdit assemble
 
+docs: $(STAMP) ## build build/site/index.html from README.md and docs/, with a link check; it opens without a server
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "$(CURDIR)/build/site/index.html"
+
 # MUP=1 makes the two plots of μP as well, ten minutes of processor time.
-docs: $(STAMP) ## make the images, numbers and API page of docs/
+pages: $(STAMP) ## generate the images, numbers and API page of docs/ anew
 	$(BIN)/imgdit docs api
 	$(BIN)/imgdit docs architecture
 	$(BIN)/imgdit docs images $(if $(MUP),--mup)

@@ -5,6 +5,8 @@ import json
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 import tomllib
 from functools import cache
 from importlib import import_module
@@ -363,6 +365,19 @@ def test_every_room_of_the_readme_is_there():
 def test_packages_of_contributing_are_the_floors_of_the_imports():
     table = re.findall(r"^\| ((?:`\w+`(?:, )?)+) \|", PAGES["CONTRIBUTING.md"], re.M)
     assert [tuple(re.findall(r"`(\w+)`", row)) for row in table] == [tuple(rooms) for rooms in FLOORS]
+
+
+def test_the_site_builds_without_a_broken_link(tmp_path):
+    """Opened from a disk: no page asks for fonts or is a folder."""
+    pytest.importorskip("mkdocs")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    pages = {page.relative_to(tmp_path / "site").as_posix() for page in tmp_path.glob("site/**/*.html")}
+    names = {page.removeprefix("docs/").replace("README", "index").removesuffix(".md").lower() for page in PAGES}
+    assert names <= {page.removesuffix(".html") for page in pages}
+    start = (tmp_path / "site/index.html").read_text()
+    assert "fonts.g" not in start and 'href="control.html#references-as-conditions"' in start
 
 
 def test_every_page_is_in_the_readme():

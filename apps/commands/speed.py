@@ -357,3 +357,46 @@ def large_speed(
             f"| {row.recompiled} |"
         ),
     )
+
+
+@app.command("gpu")
+def gpu(
+    out: Annotated[Path, typer.Option(help="Folder of a JSON file per piece.")] = Path("outputs/bench-gpu"),
+    only: Annotated[str | None, typer.Option(help="Pieces with commas between them; all by default.")] = None,
+    tests: Annotated[Path | None, typer.Option(help="File of tests to run first.")] = None,
+    minutes: Annotated[float, typer.Option(min=0.0, help="No piece begins later.")] = 9.0,
+    again: Annotated[bool, typer.Option(help="Measure what the folder holds anew.")] = False,
+    rounds: Rounds = 5,
+    device: Device = "cuda",
+    dtype: Dtype = "bfloat16",
+    compiler: Annotated[str, typer.Option(help="Backend of torch.compile.")] = "inductor",
+    tiny: Annotated[bool, typer.Option(help="Tiny models, to see that everything runs.")] = False,
+) -> None:
+    """Measure on a GPU, at 1024 x 1024: shapes of FLUX.1, FLUX.2 klein and MMDiT against the stock models.
+
+    Forward and training steps with 0, 1 and 2 conditions, joint and cached, a LoRA loaded, compiled, offloaded, with
+    an SAE; memory; the embedded model's training. Call it again to run the pieces that are missing or failed.
+    """
+    import torch
+
+    from imgdit.benchmarks.speed import gpu as bench
+    from imgdit.benchmarks.speed.shapes import Machine
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise typer.BadParameter("this machine has no CUDA device; --device cpu --tiny shows that the command runs")
+    names = list(bench.PIECES) if only is None else _chosen("--only", only, bench.PIECES)
+    if again:
+        for name in names:
+            (out / f"{name}.json").unlink(missing_ok=True)
+    job = bench.Job(Machine(torch.device(device), getattr(torch, dtype), rounds, compiler), tiny, tests)
+    try:
+        states = bench.run(job, out, names, minutes=minutes, say=typer.echo)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    typer.echo("\n" + bench.HEAD)
+    for row in bench.collect(out):
+        typer.echo(bench.line(row))
+    failed = [name for name, state in states.items() if state not in ("there", "done")]
+    typer.echo(f"\nwrote {bench.write(out)}" + (f"; run it again for {', '.join(failed)}" if failed else ""))
+    if failed:
+        raise typer.Exit(1)

@@ -123,7 +123,8 @@ def _varlen(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed:
     dtype = _compute_dtype(query)
     q, k, v = (x[0].to(dtype) for x in (query, key, value))
     starts, longest = (packed.query_starts, packed.key_starts), (max(packed.query_lengths), max(packed.key_lengths))
-    return varlen_attn(q, k, v, *starts, *longest)[None]
+    out: Any = varlen_attn(q, k, v, *starts, *longest)  # a pair if the log-sum-exp is asked for
+    return out[None]
 
 
 def _xformers(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: PackedRows) -> torch.Tensor:

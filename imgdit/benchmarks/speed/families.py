@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import diffusers
@@ -48,7 +49,7 @@ BARS = {LOADED: 1.02, JOINT: 1.95, CACHED: 1.10}
 """What the ratio of each row must reach."""
 
 
-class _Case(NamedTuple):
+class Case(NamedTuple):
     """A family in one of its pipelines."""
 
     pipeline: str
@@ -204,13 +205,13 @@ def _krea2_inputs(size: Size) -> dict[str, Any]:
 
 
 CASES = {
-    "FLUX.1": _Case(
+    "FLUX.1": Case(
         "FluxPipeline",
         _planes_vae,
         lambda size: diffusers.FluxTransformer2DModel(pooled_projection_dim=256, **_both_kinds(size)),
         lambda size: _tokens(size) | _ids(size) | {"pooled_projections": torch.randn(1, 256)},
     ),
-    "SD3": _Case(
+    "SD3": Case(
         "StableDiffusion3Pipeline",
         _planes_vae,
         _sd3,
@@ -221,17 +222,17 @@ CASES = {
             "timestep": torch.full((1,), 500.0),
         },
     ),
-    "FLUX.2": _Case(
+    "FLUX.2": Case(
         "Flux2KleinPipeline", _flux2_vae, _flux2, lambda size: _tokens(size, channels=128) | _ids(size, axes=4)
     ),
-    "FLUX.3": _Case("Flux3AutoBlocks", _flux2_vae, _flux3, _flux3_inputs),
-    "Qwen-Image": _Case(
+    "FLUX.3": Case("Flux3AutoBlocks", _flux2_vae, _flux3, _flux3_inputs),
+    "Qwen-Image": Case(
         "QwenImagePipeline",
         _film_vae,
         _qwen_image,
         lambda size: _tokens(size) | {"img_shapes": [[(1, size.side, size.side)]]},
     ),
-    "Z-Image": _Case(
+    "Z-Image": Case(
         "ZImagePipeline",
         _planes_vae,
         _z_image,
@@ -241,9 +242,9 @@ CASES = {
             "cap_feats": [torch.randn(size.text, size.text_width)],
         },
     ),
-    "Krea 2": _Case("Krea2Pipeline", _film_vae, _krea2, _krea2_inputs),
-    "Chroma": _Case("ChromaPipeline", _planes_vae, _chroma, lambda size: _tokens(size) | _ids(size)),
-    "LongCat-Image": _Case(
+    "Krea 2": Case("Krea2Pipeline", _film_vae, _krea2, _krea2_inputs),
+    "Chroma": Case("ChromaPipeline", _planes_vae, _chroma, lambda size: _tokens(size) | _ids(size)),
+    "LongCat-Image": Case(
         "LongCatImagePipeline",
         _planes_vae,
         lambda size: diffusers.LongCatImageTransformer2DModel(**_both_kinds(size)),
@@ -266,7 +267,7 @@ def family_costs(names: Iterable[str] | None = None, *, rounds: int = 9, size: S
         yield from _costs(name, CASES[name], rounds, size)
 
 
-def _pipeline(kind: Any, parts: dict[str, Any]) -> Any:
+def stock_pipeline(kind: Any, parts: dict[str, Any]) -> Any:
     """A pipeline of these components, without text encoders."""
     if issubclass(kind, diffusers.ModularPipelineBlocks):
         pipe = kind().init_pipeline()
@@ -276,27 +277,33 @@ def _pipeline(kind: Any, parts: dict[str, Any]) -> Any:
     return kind(**dict.fromkeys(needed) | parts)
 
 
-def _costs(name: str, case: _Case, rounds: int, size: Size) -> Iterator[Comparison]:
-    torch.manual_seed(0)
-    plain, inputs = case.model(size).eval(), case.inputs(size)
-    model = copy.deepcopy(plain)
+def add_adapter(model: Any, rank: int = 4) -> None:
+    """Give a transformer a LoRA of random weights named "adapter" on its family's layers, which is not active yet."""
     family = find_family(model)
     assert family is not None
     targets = (family.lora.targets if family.lora is not None else ()) or OMINICONTROL_TARGETS
-    model.add_adapter(LoraConfig(r=4, target_modules="|".join(targets), init_lora_weights=False), "adapter")
+    model.add_adapter(LoraConfig(r=rank, target_modules="|".join(targets), init_lora_weights=False), "adapter")
     activate(model, [])
+
+
+def step_of(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+    """What a transformer predicts; of those that return a list, stacked."""
+    out = model(**inputs, return_dict=False)[0]
+    return torch.stack(out) if isinstance(out, list) else out
+
+
+def _costs(name: str, case: Case, rounds: int, size: Size) -> Iterator[Comparison]:
+    torch.manual_seed(0)
+    plain, inputs = case.model(size).eval(), case.inputs(size)
+    model = copy.deepcopy(plain)
+    add_adapter(model)
     parts = {"transformer": model, "vae": case.vae(), "scheduler": diffusers.FlowMatchEulerDiscreteScheduler()}
-    control = OmniControl(_pipeline(getattr(diffusers, case.pipeline), parts))
+    control = OmniControl(stock_pipeline(getattr(diffusers, case.pipeline), parts))
     condition = Condition(torch.rand(3, 4 * size.side, 4 * size.side), "adapter")
 
     def row(work: str) -> Comparison:
-        def step(one: Any) -> torch.Tensor:
-            out = one(**inputs, return_dict=False)[0]
-            return torch.stack(out) if isinstance(out, list) else out
-
-        return compare(
-            f"{name}: {work}", type(plain).__name__, lambda: step(model), lambda: step(plain), rounds=rounds
-        )
+        ours, other = (partial(step_of, one, inputs) for one in (model, plain))
+        return compare(f"{name}: {work}", type(plain).__name__, ours, other, rounds=rounds)
 
     yield row(LOADED)
     prefer_onednn(plain)  # as OmniControl.use does

@@ -94,11 +94,11 @@ def large_costs(
         compiler: backend of `torch.compile`.
     """
     torch.manual_seed(0)
-    plain = _model(size).to(device, dtype).eval()
+    plain = model_of(size).to(device, dtype).eval()
     diffusers: Any = plain.to_diffusers()
     peak = gemm_peak(size=8192 if torch.device(device).type == "cuda" else 256, device=device, dtype=dtype)
     for variant in variants:
-        model = _model(size).to(device, dtype).eval()
+        model = model_of(size).to(device, dtype).eval()
         model.load_state_dict(plain.state_dict())
         works = list(_works(model, size, device, dtype))
         flops = {work.name: flops_of(work.call) for work in works}  # before attention is somebody else's kernel
@@ -125,7 +125,8 @@ def large_costs(
                 )  # fmt: skip
 
 
-def _model(size: Size) -> MMDiT:
+def model_of(size: Size) -> MMDiT:
+    """Of random weights."""
     return MMDiT(
         num_layers=size.double,
         num_single_layers=size.single,
