@@ -66,6 +66,7 @@ weights: $(STAMP) ## train the embedded model from nothing, or go on with it
 	for condition in depth canny inpainting subject; do \
 		$(BIN)/imgdit train scenes/control_$$condition --resume || exit 1; \
 	done
+	$(BIN)/imgdit train scenes/few_steps --resume
 	$(BIN)/imgdit train scenes/text_frames --resume
 	$(BIN)/imgdit train scenes/text_questions --resume
 	for recipe in sae sae_text; do \

@@ -185,6 +185,7 @@ def assemble(
     """Put trained runs together: pipeline, condition adapters, sparse autoencoders and probe of the embedded model."""
     from imgdit import checkpoints
     from imgdit.apps.chores.weights import assemble, save_adapter, save_probe, save_saes, save_texts
+    from imgdit.pipelines.few_steps import TURBO
     from imgdit.pipelines.text_frames import FOLDER
 
     with at_work():
@@ -194,6 +195,8 @@ def assemble(
         assemble(runs / "transformer", scenes)
         for run in sorted(runs.glob("control_*")):
             save_adapter(run, scenes / "adapters" / f"{run.name.removeprefix('control_')}.safetensors")
+        if (runs / "few_steps").is_dir():
+            save_adapter(runs / "few_steps", scenes / TURBO)
         if (runs / FOLDER).is_dir():
             save_texts(runs / FOLDER, scenes / FOLDER)
         saes = [runs / name for name in ("sae", "sae_text") if (runs / name / "saes").is_dir()]

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from imgdit.apps.commands.options import ModelFolder, model_folder
-from imgdit.apps.console import at_work
+from imgdit.apps.console import at_work, user_errors
 from imgdit.defaults import STEPS
 from imgdit.naming import check_name
 
@@ -199,6 +199,40 @@ def write_speed(
             f"{f'{row.low:.2f}-{row.high:.2f}':>14}{row.passes:>8}{row.agreement:>8.3f}"
         ),
     )
+
+
+@app.command("live")
+def live_speed(
+    model: ModelFolder = None,
+    seconds: Annotated[float, typer.Option(min=0.1, help="Of each stroke.")] = 10.0,
+    rounds: Rounds = 3,
+    threads: Threads = 1,
+    as_json: Json = False,
+) -> None:
+    """Count images that follow a stroke by the few-step LoRA, and time the delay to the image that shows it.
+
+    Images of 28 guided steps are timed in turn with those of few.
+    """
+    import torch
+
+    from imgdit.benchmarks.speed.live import live_rates
+
+    torch.set_num_threads(threads)
+    with user_errors():
+        folder = model_folder(model)
+        if not as_json:
+            typer.echo(f"torch {torch.__version__}, cpu, {threads} thread(s), {seconds:g} s of each stroke")
+            typer.echo(
+                f"{'follows':<10}{'images/s':>10}{'delay':>10}{'95 %':>10}{'left out':>10}{'28 steps take':>15}"
+            )
+        _print_rows(
+            live_rates(folder, seconds, rounds),
+            as_json,
+            lambda row: (
+                f"{row.follows:<10}{row.images_per_second:>10.2f}{row.delay:>8.2f} s{row.delay_95:>8.2f} s"
+                f"{row.left_out:>10.0%}{row.ratio:>8.1f} times"
+            ),
+        )
 
 
 @app.command("control-speed")

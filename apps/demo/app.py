@@ -18,7 +18,7 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 import gradio as gr
 from PIL import Image
 
-from imgdit.apps.demo import any_to_any, ask, control, create, features, limits, scale, text, unlearn, widgets
+from imgdit.apps.demo import any_to_any, ask, control, create, features, limits, live, scale, text, unlearn, widgets
 from imgdit.apps.demo.holder import QUICK, Holder
 from imgdit.apps.demo.limits import LIMITS
 from imgdit.apps.session import Session
@@ -92,6 +92,9 @@ def _tabs(
         with gr.Tab("Control", id="control"):
             targets["control"], result = control.build(holder)
             onward.append(result)
+    if holder.session.shelf.turbo is not None:
+        with gr.Tab("Live", id="live"):
+            onward.append(live.build(holder))
     if any_to_any.pairs(holder.session):
         with gr.Tab("Any-to-any", id="any"):
             targets["any"], result = any_to_any.build(holder)
