@@ -140,15 +140,13 @@ class _Handlers:
             weight = float(limits.number(second_strength, "the second strength", 0, 10))
             controls.append(Control(other_kind, other, weight))
         request = Request(text, controls=tuple(controls), **base)
+        before = None
         for shown in self.holder.make([request], person, [INVERTED] if inverted else []):
-            if not shown.files:
-                preview = shown.preview
-                now = gr.skip() if preview is None else (fit(photo, preview.size), preview)
-                yield gr.skip(), now, gr.skip(), shown.status
-                continue
-            generated = open_image(shown.files[0])
-            before = fit(photo, generated.size)
-            yield gr.skip(), (self.holder.keep(before), shown.files[0]), shown.files[0], shown.status
+            latest = shown.files[0] if shown.files else shown.preview
+            if latest is not None and before is None:  # a preview has the size of what it becomes
+                before = self.holder.keep(fit(photo, open_image(latest).size))
+            both = gr.skip() if latest is None else (before, latest)
+            yield gr.skip(), both, shown.files[0] if shown.files else gr.skip(), shown.status
 
 
 def _read_drawing(drawing: Any, kind: str) -> widgets.Drawing:

@@ -51,8 +51,9 @@ class Shown:
     """What a person sees while requests are worked on."""
 
     status: str
-    preview: Image.Image | None = None
-    """The latest of the image that is generated now."""
+    preview: str | None = None
+    """File of the latest of the image that is generated now. Each preview has a file of its own, which is never
+    written again: gradio writes an image that it gets as such to the same file each time, also while that is sent."""
     files: list[str] = field(default_factory=list)
     """Finished images."""
     over: bool = False
@@ -126,7 +127,8 @@ class Holder:
             remarks: what there is to say of what was generated, in messages.
         """
         files: list[str] = []
-        with self._line(person) as (place, stop):
+        previews: list[str] = []
+        with self._line(person) as (place, stop), _deleting(previews):
             while ahead := self.turns.ahead(place, WAKE):
                 if stop.is_set():
                     yield Shown("Stopped.", None, files, over=True)
@@ -143,7 +145,9 @@ class Holder:
                         files += self._save(event, request)
                         break
                     step, steps, preview = event
-                    latest = preview or latest
+                    if preview is not None:
+                        latest = self.keep(preview)
+                        previews.append(latest)
                     yield Shown(f"{label}step {step} of {steps}", latest, list(files))
                 else:
                     yield Shown("Stopped.", None, files, over=True)
@@ -234,3 +238,17 @@ class Holder:
         file = self.new_file()
         image.save(file)
         return str(file)
+
+
+@contextmanager
+def _deleting(files: Sequence[str]) -> Iterator[None]:
+    """Delete files at the end of the context; the page has copies of those that it shows.
+
+    Args:
+        files: may grow while the context is open.
+    """
+    try:
+        yield
+    finally:
+        for file in files:
+            Path(file).unlink(missing_ok=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
-from gradio import FileData
+from gradio import FileData, processing_utils
 from gradio.components.image_editor import EditorData, EditorDataBlobs
 from gradio.data_classes import ImageData
 from gradio_client import Client, handle_file
@@ -43,9 +43,15 @@ def demo(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
     model = with_concepts(small_pipeline(folder))
     page, address, holder = app.serve(Session(Shelf(model)), results=folder / "mup")
-    yield address, holder, folder
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(processing_utils, "save_pil_to_cache", _written_again)
+        yield address, holder, folder
     page.close(verbose=False)
     holder.close()
+
+
+def _written_again(*_, **__):
+    raise AssertionError("gradio writes an image to the same file each time, also while that is sent; hand on files")
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +92,18 @@ def test_create_makes_images_that_repeat(demo, client):
     assert origin.request.seed == 4 and (origin.request.width, origin.request.height) == (64, 96)
     again = demo[1].session.generate(origin.request).images[0]
     assert same_pixels(again, open_image(gallery[1]["image"])) and same_pixels(again, open_image(last))
+
+
+def test_each_preview_has_a_file_of_its_own_until_the_request_is_over(demo):
+    seen, written = [], {}
+    for shown in demo[1].make([Request("a red cube", steps=3, seed=seed) for seed in range(2)], None):
+        if shown.preview is not None:
+            file = Path(shown.preview)
+            seen.append(file)
+            open_image(file)
+            assert written.setdefault(file, file.stat().st_mtime_ns) == file.stat().st_mtime_ns
+    assert len(written) == 4 < len(seen) and not any(file.exists() for file in written)
+    assert all(Path(file).exists() for file in shown.files)
 
 
 def test_control_follows_an_image(client, photo):
