@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import cached_property
+from inspect import signature
 from typing import Any, NamedTuple
 
 import diffusers
@@ -152,6 +153,11 @@ class Session:
         return None if cells is None else cells * self.pipe.vae_scale_factor
 
     @property
+    def begins_at_images(self) -> bool:
+        """Whether a run may begin at an image under noise."""
+        return "strength" in signature(type(self.pipe).__call__).parameters
+
+    @property
     def cell(self) -> int:
         """Pixels that the sides of an image are multiples of: those of a token."""
         pipe = self.pipe
@@ -267,7 +273,8 @@ class Session:
             default = self.unlearner.default_mode(self.pipe, request.concepts)
             mode = default if request.multiplier is None else "scale"
         settled = replace(request, height=height, width=width, guidance=guidance, mode=mode or "scale")
-        return replace(settled, controls=controls, frames=frames)
+        image = None if request.image is None else fitted(request.image, "image", height, width)
+        return replace(settled, controls=controls, frames=frames, image=image)
 
     @torch.no_grad()
     def generate(self, request: Request, watch: Watch | None = None) -> Generated:
@@ -304,6 +311,15 @@ class Session:
         }
         if request.negative_prompt:
             call["negative_prompt"] = request.negative_prompt
+        if request.image is not None:
+            if frames:
+                raise ValueError(
+                    "a control that is read as a frame goes with no image to begin at; leave one of them out"
+                )
+            if not self.begins_at_images:
+                name = type(self.pipe).__name__
+                raise ValueError(f"{name} begins at noise alone; for an image to begin at take the embedded model")
+            call |= {"image": request.image, "strength": request.strength}
         if frames:
             task = request.task or (request.controls[0].kind if request.controls else None)
             return call | self._frames(frames, task)
@@ -459,7 +475,7 @@ class _Watcher:
 def _clean(pipe: ImgDiTPipeline, step: int, latents: torch.Tensor, before: torch.Tensor | None) -> Image.Image:
     """The image that a step aimed at: from where it came, on to noise level 0."""
     if before is not None:
-        sigmas = pipe.scheduler.sigmas
+        sigmas = pipe.scheduler.sigmas[pipe.scheduler.begin_index or 0 :]  # of the steps of this run
         gone, left = float(sigmas[step] - sigmas[step + 1]), float(sigmas[step + 1])
         latents = latents - left / gone * (before - latents)
     return pipe.decode_latents(latents)[0]

@@ -320,12 +320,15 @@ def step_cache_set_aside(model: torch.nn.Module) -> Iterator[None]:
 
 
 def register_pipeline(pipeline: type) -> None:
-    """Make diffusers' `DiffusionPipeline` and `AutoPipelineForText2Image` know a pipeline of imgdit.
+    """Make diffusers' `DiffusionPipeline`, `AutoPipelineForText2Image` and, if its calls take an `image`,
+    `AutoPipelineForImage2Image` know a pipeline of imgdit.
 
-    The former looks the class that a folder names up among diffusers' names, the latter in a table of its own.
+    The first looks the class that a folder names up among diffusers' names, the others in tables of their own.
     """
     setattr(diffusers, pipeline.__name__, pipeline)
     auto_pipeline.AUTO_TEXT2IMAGE_PIPELINES_MAPPING[pipeline.__name__] = pipeline
+    if "strength" in inspect.signature(pipeline.__call__).parameters:
+        auto_pipeline.AUTO_IMAGE2IMAGE_PIPELINES_MAPPING[pipeline.__name__] = pipeline
 
 
 def add_hook(module: torch.nn.Module, hook: ModelHook, name: str) -> None:

@@ -1,4 +1,4 @@
-"""Text to image with `MMDiT`."""
+"""Text to image and image to image with `MMDiT`."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ from imgdit.lora.files import AdapterInfo, LoadReport, adapter_pairs, load_adapt
 from imgdit.models.functional import pack, unpack
 from imgdit.models.mmdit import MMDiT
 from imgdit.pipelines.checks import Texts, check_call, check_latents, check_size
+from imgdit.pipelines.image_to_image import StartImage, late_start
 from imgdit.pipelines.lora_loader import LoraLoaderMixin
 from imgdit.pipelines.options import SamplingOptions
 from imgdit.pipelines.texts import JoinedText, join_halves, unknown_words
@@ -90,7 +91,7 @@ class _Run:
 
 
 class ImgDiTPipeline(compat.DiffusionPipeline, LoraLoaderMixin):
-    """Images from prompts.
+    """Images from prompts, and from prompts and an image to begin at.
 
     Args:
         scheduler: flow-matching schedule.
@@ -371,6 +372,8 @@ class ImgDiTPipeline(compat.DiffusionPipeline, LoraLoaderMixin):
         region: Any = None,
         condition_generator: torch.Generator | None = None,
         true_cfg_scale: float = 1.0,
+        image: Any = None,
+        strength: float = 0.6,
     ) -> ImgDiTPipelineOutput | tuple:
         """Generate images.
 
@@ -400,6 +403,10 @@ class ImgDiTPipeline(compat.DiffusionPipeline, LoraLoaderMixin):
             condition_generator: draws the conditions' latents from the posterior; `None` takes its mode.
             true_cfg_scale: the formula of `guidance_scale` for guidance-distilled models, with a negative prompt, as
                 in diffusers' `FluxPipeline`; 1: one prediction.
+            image: image that the run begins at, under noise, instead of at noise alone; one, or one per prompt or
+                sample. Scaled and cut to the size.
+            strength: of `image`: fraction of the steps that run, above 0 and at most 1. The larger, the less is left
+                of the image; at 1 nothing is.
 
         Raises:
             ValueError: texts, counts, sizes, options or a scheduler that do not fit; nothing has been computed.
@@ -417,6 +424,7 @@ class ImgDiTPipeline(compat.DiffusionPipeline, LoraLoaderMixin):
         )  # fmt: skip
         conditioning = ConditionOptions(main_adapter, mode, cache, image_guidance_scale, region, condition_generator)
         samples = self.check_inputs(texts, options, height, width, latents)
+        start = None if image is None else StartImage.read(image, strength, (height, width), samples)
         texts = texts._replace(prompt=self.read_prompts(prompt))
         run = self._encode_conditions(conditions, conditioning, (height, width), samples) if conditions else None
         self._begin(options)
@@ -429,14 +437,17 @@ class ImgDiTPipeline(compat.DiffusionPipeline, LoraLoaderMixin):
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         latents = latents.to(device, torch.float32)
         size = (latents.shape[2] // self.patch_size, latents.shape[3] // self.patch_size)
-        image = Frame(size, mask=None if run is None else run.region)
+        frame = Frame(size, mask=None if run is None else run.region)
 
-        places = None if image.mask is None else image.mask.flatten().nonzero().flatten().to(device)
-        steps = _Run(image, run, text, places, {"joint_attention_kwargs": joint_attention_kwargs})
-        timesteps = set_schedule(self.scheduler, num_inference_steps, sigmas, image.length, device)
+        places = None if frame.mask is None else frame.mask.flatten().nonzero().flatten().to(device)
+        steps = _Run(frame, run, text, places, {"joint_attention_kwargs": joint_attention_kwargs})
+        timesteps = set_schedule(self.scheduler, num_inference_steps, sigmas, frame.length, device)
+        if start is not None:
+            timesteps, sigma = late_start(self.scheduler, timesteps, start.strength)
+            latents = start.under_noise(self.vae, latents, sigma)
         latents = self._denoise(latents, text, timesteps, options, partial(self._predict, steps))
         if run is not None:
-            latents = self._complete(latents, image, run)
+            latents = self._complete(latents, frame, run)
         images = latents if output_type == "latent" else self.decode_latents(latents, output_type)
         self.maybe_free_model_hooks()
         return ImgDiTPipelineOutput(images=images) if return_dict else (images,)

@@ -37,6 +37,11 @@ def generate(
     ] = None,
     like: Annotated[Path | None, typer.Option(help="An image of imgdit's that is made again, bit for bit.")] = None,
     control: Annotated[list[str] | None, typer.Option(help="KIND=FILE: an image that steers (depth=d.png).")] = None,
+    image: Annotated[Path | None, typer.Option(help="Image to begin at, under noise, instead of at noise.")] = None,
+    strength: Annotated[
+        float | None,
+        typer.Option(min=0.01, max=1.0, help="Of --image: fraction of the steps that run; 0.6."),
+    ] = None,
     num_images: Annotated[int, typer.Option(min=1, help="Images of each prompt.")] = 1,
     adapters: Adapters = None,
     sheet: Annotated[bool, typer.Option(help="Write sheet.png with all images of a folder.")] = True,
@@ -50,18 +55,18 @@ def generate(
         from imgdit.apps.jobs.run import write_sheet
 
         if like is not None:
-            if prompt or prompts or control:
-                raise ValueError("--like says everything; leave out prompts, --prompts and --control")
+            if prompt or prompts or control or image:
+                raise ValueError("--like says everything; leave out prompts, --prompts, --control and --image")
             _again(like, out, options, loading)
             return
         if prompt and prompts:
             raise ValueError("give prompts or --prompts, not both")
-        controls = _controls(control or [])
+        steered: dict[str, Any] = {"controls": _controls(control or []), **_beginning(image, strength)}
         plan = Plan(num_images)
         if prompts:
-            plan.read(prompts, options.request(controls=controls))
+            plan.read(prompts, options.request(**steered))
         else:
-            requests = [options.request(text, controls=controls) for text in prompt or PROMPTS]
+            requests = [options.request(text, **steered) for text in prompt or PROMPTS]
             if out is None:
                 plan.add_named(requests)
             else:
@@ -251,6 +256,18 @@ def _controls(
     from imgdit.apps.jobs.request import Control
 
     return tuple(Control(kind, image, strength, start, end) for kind, image in _files(conditions))
+
+
+def _beginning(image: Path | None, strength: float | None) -> dict[str, Any]:
+    """The image of a request that its run begins at, and how strongly it is changed."""
+    from imgdit.defaults import STRENGTH
+    from imgdit.images import open_image
+
+    if image is None:
+        if strength is not None:
+            raise ValueError("--strength tells how strongly --image is changed; give --image, or leave it out")
+        return {}
+    return {"image": open_image(image), "strength": STRENGTH if strength is None else strength}
 
 
 def _text(prompt: str, conditions: list[str], kinds: list[str], options: ImageOptions, loading: LoadOptions) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 from PIL import Image
 
-from imgdit.defaults import STEPS
+from imgdit.defaults import STEPS, STRENGTH
 from imgdit.images import fit, open_image, to_rgb
 from imgdit.images.fitting import filter_of
 from imgdit.naming import check_name, old_names
@@ -76,6 +76,10 @@ class Request:
     """Numbers of features of the sparse autoencoder, and what each is multiplied by."""
     turbo: bool = False
     """Use the few-step LoRA of the model's folder, with its number of steps and a guidance of 1."""
+    image: Image.Image | None = None
+    """What the run begins at, under noise, instead of at noise alone."""
+    strength: float = STRENGTH
+    """Of `image`: fraction of the steps that run."""
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -84,6 +88,10 @@ class Request:
             raise ValueError(f"the seed must be from 0 to 2^63 - 1, got {self.seed}")
         if self.controls and self.frames:
             raise ValueError("a request has controls or frames; give a control as a conditioning frame")
+        if self.image is not None and self.frames:
+            raise ValueError("a request has an image to begin at or frames; give the image as a conditioning frame")
+        if not 0 < self.strength <= 1:
+            raise ValueError(f"the strength must be above 0 and at most 1, got {self.strength}")
 
     @property
     def outputs(self) -> tuple[str, ...]:
@@ -94,7 +102,7 @@ class Request:
     def to_dict(self) -> dict[str, Any]:
         """JSON's types only, without what has its default; images become PNGs in base64."""
         return {
-            field.name: _plain(value)
+            STORED.get(field.name, field.name): _plain(value)
             for field in dataclasses.fields(self)
             if (value := getattr(self, field.name)) != field.default
         }
@@ -106,11 +114,11 @@ class Request:
         Raises:
             ValueError: an unknown name, a value of another type, or a damaged image.
         """
-        known = {field.name: field for field in dataclasses.fields(cls)}
+        known = {STORED.get(field.name, field.name): field for field in dataclasses.fields(cls)}
         for name in values:
             check_name("entry of a request", name, known)
         try:
-            read = dict(values)
+            read = _read(values)
             read["controls"] = tuple(Control(**_read(item)) for item in values.get("controls", ()))
             read["frames"] = tuple(
                 RequestFrame(**_read(item) | {"camera": _pair(item.get("camera"))})

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from tiny_control import flux, lora_file, sd3, with_texts
 from tiny_runs import small_pipeline
@@ -291,11 +292,56 @@ def test_watching_previews_and_stops(model):
     assert one.generate(Request("a cone", steps=1)).images
 
 
+def test_generate_begins_at_an_image(model, tmp_path):
+    start, out = photo(tmp_path / "start.png"), tmp_path / "out.png"
+    command = ("generate", "a cone", "--model", model, "--steps", 8)
+    done = run(*command, "--image", start, "--strength", 0.1, "--out", out)
+    assert done.exit_code == 0, done.output
+    near, first = (np.asarray(open_image(file).convert("RGB"), float) for file in (out, start))
+    assert done.exit_code == 0 and run(*command, "--out", tmp_path / "plain.png").exit_code == 0
+    far = np.asarray(open_image(tmp_path / "plain.png").convert("RGB"), float)
+    assert abs(near - first).mean() < abs(far - first).mean()
+    origin = read_origin(out)
+    assert origin.request.strength == 0.1 and same_pixels(origin.request.image, open_image(start))
+    again = run("generate", "--like", out, "--out", tmp_path / "again.png")
+    assert again.exit_code == 0 and "the same bit for bit" in again.output
+    refused = run(*command, "--strength", 0.5)
+    assert refused.exit_code == 2 and "--strength tells" in refused.output
+
+
+def test_models_that_begin_at_noise_alone_say_so(tmp_path):
+    with_texts(flux()).save_pretrained(tmp_path / "flux")
+    start = photo(tmp_path / "start.png")
+    done = run(
+        "generate", "a cone", "--model", tmp_path / "flux", "--image", start, *QUICK, "--out", tmp_path / "o.png"
+    )
+    assert done.exit_code == 2 and "begins at noise alone" in done.output
+
+
+def test_previews_of_a_late_start_are_of_its_own_steps(model, monkeypatch):
+    one = session.Session(Shelf(model))
+    one.quiet()
+    aims = []
+    monkeypatch.setattr(type(one.pipe), "decode_latents", lambda pipe, latents, *_: aims.append(latents) or [None])
+    request = Request("a cone", steps=4, image=Image.new("RGB", (128, 128)), strength=0.5)
+    with pytest.raises(session.Stopped):
+        one.generate(request, lambda step, steps, draw: draw() or (step, steps) == (1, 2))
+    monkeypatch.undo()
+    final = one.pipe(
+        "a cone", num_inference_steps=4, image=request.image, strength=0.5, output_type="latent",
+        generator=torch.Generator().manual_seed(0),
+    ).images  # fmt: skip
+    torch.testing.assert_close(aims[1], final)  # the last step aims at where it ends
+
+
 def test_a_request_survives_the_file(tmp_path):
     image = Image.effect_noise((8, 8), 50).convert("RGB")
-    request = Request("ü 🙂", seed=2**62, controls=(Control("depth", image, 0.5),), features=((3, 2.0),))
+    controls = (Control("depth", image, 0.5),)
+    request = Request("ü 🙂", seed=2**62, controls=controls, features=((3, 2.0),), image=image, strength=0.3)
     again = Request.from_dict(json.loads(json.dumps(request.to_dict())))
     assert again.to_dict() == request.to_dict() and same_pixels(again.controls[0].image, image)
+    assert same_pixels(again.image, image) and again.strength == 0.3
+    assert "picture" not in Request("a cube").to_dict()
     with pytest.raises(ValueError, match="did you mean 'seed'"):
         Request.from_dict({"sed": 1})
     with pytest.raises(ValueError, match="damaged"):
