@@ -36,6 +36,11 @@ def caption(
     with at_work():
         from imgdit.pipelines.image_text_loading import length_option
 
+        for path in images:
+            if path.is_dir():
+                raise ValueError(
+                    f"{path} is a folder; `imgdit data caption {path}` writes a caption beside each of its images"
+                )
         shown = [_read(path) for path in images]
         pipe = _load(model, loading)
         options = chosen_options(steps, temperature) | length_option(pipe, length)

@@ -41,6 +41,8 @@ def decode(source: Any, name: str, most: int | None = None) -> Image.Image:
     with readable(name, most):
         if isinstance(source, (str, os.PathLike)) and not Path(source).exists():
             raise ValueError(f"there is no image {name}")
+        if isinstance(source, (str, os.PathLike)) and Path(source).is_dir():
+            raise ValueError(f"{name} is a folder; name an image file")
         stream = io.BytesIO(source) if isinstance(source, (bytes, bytearray, memoryview)) else source
         try:
             image: Image.Image = Image.open(stream)

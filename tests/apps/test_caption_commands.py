@@ -174,6 +174,8 @@ def test_what_is_refused(tmp_path):
     for words, message in (
         (("caption", file, "--model", plain), "has no text head"),
         (("caption", folder / "none.png", "--model", PIPELINE), "there is no image"),
+        (("caption", file, folder, "--model", PIPELINE), "is a folder; `imgdit data caption"),
+        (("answer", folder, "What is it?", "--model", PIPELINE), "is a folder; name an image file"),
         (("answer", file, "", "--model", PIPELINE), "is empty; write something"),
         (("data", "caption", tmp_path / "nowhere"), "there is no folder"),
         (("data", "caption", plain), "holds no images"),
