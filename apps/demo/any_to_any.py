@@ -42,7 +42,10 @@ def build(holder: Holder) -> tuple[widgets.Upload, widgets.Onward]:
                 with gr.Column():
                     image = widgets.upload("Image", height=None, classes=["source"])
                     other = widgets.upload("Other frame", height=None, classes=["source"], visible="hidden")
-                    nothing = gr.Markdown("Nothing is given but the caption: both are generated.", visible=False)
+                    nothing = gr.Markdown(
+                        "Nothing is given but the caption: both are generated.", visible=False,
+                        elem_classes=["note", "nothing"],
+                    )  # fmt: skip
                 frames = widgets.results("Frames that were generated", 2, "main-result", "says-frames")
             status = widgets.status()
             with gr.Row(elem_classes="composer"):

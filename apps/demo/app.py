@@ -39,6 +39,9 @@ THEME = gr.themes.Default(
     button_primary_background_fill_dark="*primary_700",
     button_primary_background_fill_hover_dark="*primary_600",
     button_primary_text_color="white",
+    # Also small notes are read: 4.5 to 1 or more against the page.
+    body_text_color_subdued="*neutral_500",
+    body_text_color_subdued_dark="*neutral_400",
 )
 BAR = """<div class="bar"><b>imgdit</b><span>Controllable images from {}.</span>
 <button id="theme" type="button" aria-label="Dark or light">◐</button></div>"""
@@ -87,7 +90,10 @@ def _tabs(
 ) -> None:
     """Lay all tabs out, and note their results and the places that take one."""
     with gr.Tab("Create", id="create"):
-        onward.append(create.build(holder))
+        start, result = create.build(holder)
+        onward.append(result)
+        if holder.session.begins_at_images:
+            targets["start"] = start
     if "Control" not in hidden:
         with gr.Tab("Control", id="control"):
             targets["control"], result = control.build(holder)
@@ -131,7 +137,7 @@ def _take_onward(
                 if file is None:
                     raise limits.Refused("create an image first, which then can be used elsewhere")
                 value = {"background": file, "layers": [], "composite": None} if place == "control" else file
-                yield value, gr.Tabs(selected=place), gr.skip()
+                yield value, gr.Tabs(selected="create" if place == "start" else place), gr.skip()
 
             button.visible = True
             button.click(

@@ -11,11 +11,14 @@ from imgdit.apps.demo import examples, limits, widgets
 from imgdit.apps.demo.holder import DEVICE, QUICK, Holder
 from imgdit.apps.demo.limits import LIMITS
 from imgdit.apps.jobs.request import Request
+from imgdit.defaults import STRENGTH
 from imgdit.scenes.meanings import KINDS
 
+BEGINS = "The next image begins at the starting image."
 
-def build(holder: Holder) -> widgets.Onward:
-    """Lay the tab out; its image, and where that can go."""
+
+def build(holder: Holder) -> tuple[widgets.Upload, widgets.Onward]:
+    """Lay the tab out; the place of a starting image, and where its result can go."""
     low, high, step = holder.sides
     side = holder.session.default_size or 512
     texts = examples.texts(holder.session)
@@ -33,6 +36,14 @@ def build(holder: Holder) -> widgets.Onward:
                 onward = widgets.onward_buttons("create")
             gallery = gr.Gallery(label="All images", format="png", type="filepath", visible="hidden")
         with gr.Column(elem_classes="drawers"):
+            with gr.Accordion(
+                "Starting image", open=False, visible=holder.session.begins_at_images, elem_classes="starting"
+            ) as drawer:
+                start = widgets.upload("Starting image", None, ["small"])
+                strength = gr.Slider(
+                    0.05, 1, STRENGTH, step=0.05, label="Strength",
+                    info="Fraction of the steps that run; the larger, the less is left of the image. 1: nothing.",
+                )  # fmt: skip
             if of_scenes:
                 with gr.Accordion("What this model can draw", open=True):
                     for kind, names in KINDS.items():
@@ -51,7 +62,7 @@ def build(holder: Holder) -> widgets.Onward:
     @limits.refusing(status)
     def create(
         prompt: str, negative: str, width: int, height: int, steps: int, guidance: float, seed: int, count: int,
-        person: gr.Request,
+        person: gr.Request, start: str | None = None, strength: float = STRENGTH,
     ) -> Iterator[tuple[Any, list[str], str]]:  # fmt: skip
         """Generate images from a prompt.
 
@@ -64,6 +75,8 @@ def build(holder: Holder) -> widgets.Onward:
             guidance: scale.
             seed: of the first image; the others count up.
             count: images.
+            start: image to begin at, under noise; none: noise alone.
+            strength: of the starting image: fraction of the steps that run.
 
         Returns:
             the last image, PNG files that tell how they were made, and how far it is.
@@ -72,6 +85,8 @@ def build(holder: Holder) -> widgets.Onward:
         base = widgets.read_sampling(steps, guidance, seed)
         texts = (limits.text(prompt), limits.text(negative, "the text to steer away from"))
         number = limits.whole(count, "the number of images", 1, LIMITS.batch)
+        base["image"] = limits.image(start, "the starting image")
+        base["strength"] = float(limits.number(strength, "the strength", 0.05, 1))
         requests = [Request(*texts, **{**size, **base, "seed": base["seed"] + i}) for i in range(number)]
         for shown in holder.make(requests, person):
             if shown.over:  # what was generated, not a step on the way
@@ -79,7 +94,7 @@ def build(holder: Holder) -> widgets.Onward:
             else:
                 yield shown.preview if shown.preview is not None else gr.skip(), shown.files, shown.status
 
-    given = [prompt, negative, width, height, *sampled, count]
+    given = [prompt, negative, width, height, *sampled, count, start, strength]
     run = gr.on(
         [make.click, prompt.submit], create, given, [image, gallery, status],
         api_name="create", trigger_mode="once", **DEVICE,
@@ -89,7 +104,13 @@ def build(holder: Holder) -> widgets.Onward:
     )
     stop.click(holder.stop, None, status, **QUICK)
     prompt.change(_about_words(holder), prompt, unknown, trigger_mode="always_last", **QUICK)
-    return widgets.Onward(image, gallery, [run, other], status, onward)
+    start.change(_about_start, start, [drawer, status], trigger_mode="always_last", **QUICK)
+    return start, widgets.Onward(image, gallery, [run, other], status, onward)
+
+
+def _about_start(file: str | None) -> tuple[gr.Accordion, str]:
+    """The drawer of the starting image, open where there is one, and what is said of it."""
+    return gr.Accordion(open=file is not None), "" if file is None else BEGINS
 
 
 def _about_words(holder: Holder) -> Any:

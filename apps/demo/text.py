@@ -107,8 +107,10 @@ def drawn(found: Revealed) -> str:
             f'<span style="display:inline-block;margin:2px;padding:2px 6px;border-radius:4px;text-align:center;'
             f'background:{colour}">{html.escape(token)}<br><small>{step or "given"}</small></span>'
         )
+    about = "The number below a word is the step that revealed it; the darker, the later."
     lines = "".join(f"<li>{html.escape(line)}</li>" for line in history(found))
-    return f'<div style="line-height:1.5">{"".join(boxes)}</div><p>After each step:</p><ol start="0">{lines}</ol>'
+    shown = f'<div style="line-height:1.5">{"".join(boxes)}</div>'
+    return f'{shown}<p class="note">{about}</p><p>After each step:</p><ol start="0">{lines}</ol>'
 
 
 def history(found: Revealed) -> list[str]:

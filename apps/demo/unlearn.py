@@ -55,7 +55,11 @@ def build(holder: Holder) -> widgets.Onward:
                 gr.HTML(style, padding=False, elem_classes="unseen")
             mode, multiplier = _how(default, stored)
             sampled = widgets.sampling()
-            gr.Markdown("Both images start from the same noise.", elem_classes="note")
+            gr.Markdown(
+                "Both images start from the same noise. *Concepts seen*: the redder, the more of a chosen concept the "
+                "model sees there.",
+                elem_classes="note",
+            )
 
     @limits.refusing(status)
     def unlearn(

@@ -179,12 +179,13 @@ class Onward(NamedTuple):
 
 
 ONWARD = {
+    "start": "Use as starting image",
     "control": "Use as condition",
     "any": "Use as clean frame",
     "views": "Turn the camera",
     "ask": "Caption or ask about it",
 }
-"""Where a result may go: ids of tabs, and what the buttons say."""
+"""Where a result may go, and what the buttons say: ids of tabs, and "start", which is the tab Create."""
 
 
 def onward_buttons(here: str) -> dict[str, gr.Button]:

@@ -17,6 +17,7 @@ from gradio import FileData, processing_utils
 from gradio.components.image_editor import EditorData, EditorDataBlobs
 from gradio.data_classes import ImageData
 from gradio_client import Client, handle_file
+from gradio_client.exceptions import AppError
 from PIL import Image, ImageColor
 from tiny_control import flux, sd3, with_texts
 from tiny_runs import small_pipeline, with_concepts
@@ -29,7 +30,7 @@ from imgdit.apps.jobs.run import same_pixels
 from imgdit.apps.jobs.shelf import Shelf
 from imgdit.apps.session import Session
 from imgdit.defaults import GUIDANCE, STEPS
-from imgdit.images import open_image
+from imgdit.images import fit, open_image
 from imgdit.scenes.meanings import KINDS
 from imgdit.scenes.tasks import PALETTE
 from imgdit.scenes.world import OBJECTS
@@ -92,6 +93,14 @@ def test_create_makes_images_that_repeat(demo, client):
     assert origin.request.seed == 4 and (origin.request.width, origin.request.height) == (64, 96)
     again = demo[1].session.generate(origin.request).images[0]
     assert same_pixels(again, open_image(gallery[1]["image"])) and same_pixels(again, open_image(last))
+
+
+def test_create_begins_at_an_image(client, photo):
+    last, _, _ = create(client, start=handle_file(photo), strength=0.5)
+    request = read_origin(last).request
+    assert request.strength == 0.5 and same_pixels(request.image, fit(open_image(photo), (64, 96)))
+    with pytest.raises(AppError, match="Value 2 is greater than maximum value 1"):
+        create(client, start=handle_file(photo), strength=2)
 
 
 def test_each_preview_has_a_file_of_its_own_until_the_request_is_over(demo):
