@@ -36,14 +36,7 @@ def build(holder: Holder) -> tuple[widgets.Upload, widgets.Onward]:
                 onward = widgets.onward_buttons("create")
             gallery = gr.Gallery(label="All images", format="png", type="filepath", visible="hidden")
         with gr.Column(elem_classes="drawers"):
-            with gr.Accordion(
-                "Starting image", open=False, visible=holder.session.begins_at_images, elem_classes="starting"
-            ) as drawer:
-                start = widgets.upload("Starting image", None, ["small"])
-                strength = gr.Slider(
-                    0.05, 1, STRENGTH, step=0.05, label="Strength",
-                    info="Fraction of the steps that run; the larger, the less is left of the image. 1: nothing.",
-                )  # fmt: skip
+            start, strength = _beginning(holder.session.begins_at_images, status)
             if of_scenes:
                 with gr.Accordion("What this model can draw", open=True):
                     for kind, names in KINDS.items():
@@ -104,8 +97,24 @@ def build(holder: Holder) -> tuple[widgets.Upload, widgets.Onward]:
     )
     stop.click(holder.stop, None, status, **QUICK)
     prompt.change(_about_words(holder), prompt, unknown, trigger_mode="always_last", **QUICK)
-    start.change(_about_start, start, [drawer, status], trigger_mode="always_last", **QUICK)
     return start, widgets.Onward(image, gallery, [run, other], status, onward)
+
+
+def _beginning(visible: bool, status: gr.Textbox) -> tuple[widgets.Upload, gr.Slider]:
+    """The drawer of the starting image: its place, and how strongly it is changed.
+
+    Args:
+        visible: whether the model begins at images.
+        status: says that the next image does.
+    """
+    with gr.Accordion("Starting image", open=False, visible=visible, elem_classes="starting") as drawer:
+        start = widgets.upload("Starting image", None, ["small"])
+        strength = gr.Slider(
+            0.05, 1, STRENGTH, step=0.05, label="Strength",
+            info="Fraction of the steps that run; the larger, the less is left of the image. 1: nothing.",
+        )  # fmt: skip
+    start.change(_about_start, start, [drawer, status], trigger_mode="always_last", **QUICK)
+    return start, strength
 
 
 def _about_start(file: str | None) -> tuple[gr.Accordion, str]:

@@ -22,6 +22,10 @@ MODES = ("scale", "remove", "replace")
 FAINT = 0.5
 """Fraction of its activation in its own images below which a concept is hardly seen."""
 SEARCHING = "Looking where the concepts are seen."
+ABOUT = (
+    "Both images start from the same noise. *Concepts seen*: the redder, the more of a chosen concept the model sees "
+    "there."
+)
 
 
 def build(holder: Holder) -> widgets.Onward:
@@ -55,11 +59,7 @@ def build(holder: Holder) -> widgets.Onward:
                 gr.HTML(style, padding=False, elem_classes="unseen")
             mode, multiplier = _how(default, stored)
             sampled = widgets.sampling()
-            gr.Markdown(
-                "Both images start from the same noise. *Concepts seen*: the redder, the more of a chosen concept the "
-                "model sees there.",
-                elem_classes="note",
-            )
+            gr.Markdown(ABOUT, elem_classes="note")
 
     @limits.refusing(status)
     def unlearn(
