@@ -195,6 +195,68 @@ def _chroma(size: Size) -> Any:
     )
 
 
+def _four_channel_vae() -> Any:
+    """Of four pixels a cell, with opacity."""
+    return diffusers.AutoencoderKLQwenImage21(
+        base_dim=8,
+        decoder_base_dim=8,
+        dim_mult=[1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False, False],
+        is_residual=False,
+        scale_factor_spatial=4,
+    ).eval()
+
+
+def _qwen_image21(size: Size) -> Any:
+    return diffusers.QwenImage21Transformer2DModel(
+        num_layers=size.single, context_in_dim=size.text_width, axes_dims_rope=_three_axes(size), **_heads(size)
+    )
+
+
+def _qwen_image21_inputs(size: Size) -> dict[str, Any]:
+    slots = torch.arange(size.text + size.side**2 // 4) >= size.text
+    return _tokens(size) | {"img_shapes": [[(1, size.side, size.side)]], "img_mask": slots[None]}
+
+
+def _ideogram4(size: Size) -> Any:
+    return diffusers.Ideogram4Transformer2DModel(
+        num_layers=size.single,
+        intermediate_size=size.heads * size.head_dim * 8 // 3,
+        llm_features_dim=size.text_width,
+        mrope_section=(size.head_dim // 4, size.head_dim // 8, size.head_dim // 8),
+        **_heads(size),
+    )
+
+
+def _ideogram4_inputs(size: Size) -> dict[str, Any]:
+    ids, count = _ids(size), size.text + size.side**2
+    is_image = (torch.arange(count) >= size.text)[None].long()
+    return {
+        "hidden_states": torch.randn(1, count, 128),
+        "encoder_hidden_states": torch.randn(1, count, size.text_width),
+        "timestep": torch.full((1,), 0.5),
+        "position_ids": torch.cat([ids["txt_ids"], ids["img_ids"]])[None].long(),
+        "segment_ids": torch.ones_like(is_image),
+        "indicator": 3 - is_image,
+    }
+
+
+def _ernie_image(size: Size) -> Any:
+    """With values in the layers that begin at zero."""
+    model = diffusers.ErnieImageTransformer2DModel(
+        hidden_size=size.heads * size.head_dim,
+        num_attention_heads=size.heads,
+        num_layers=size.single,
+        ffn_hidden_size=size.heads * size.head_dim * 8 // 3,
+        text_in_dim=size.text_width,
+        rope_axes_dim=_three_axes(size),
+    )
+    for layer in (model.adaLN_modulation[1], model.final_linear):
+        torch.nn.init.normal_(layer.weight, std=0.02)
+    return model
+
+
 def _krea2_inputs(size: Size) -> dict[str, Any]:
     ids = _ids(size)
     return _tokens(size) | {
@@ -249,6 +311,20 @@ CASES = {
         _planes_vae,
         lambda size: diffusers.LongCatImageTransformer2DModel(**_both_kinds(size)),
         lambda size: _tokens(size) | _ids(size),
+    ),
+    # The pipeline of its own class asks its processor when it is made.
+    "Qwen-Image 2.1": Case("QwenImagePipeline", _four_channel_vae, _qwen_image21, _qwen_image21_inputs),
+    "Ideogram 4": Case("Ideogram4Pipeline", _flux2_vae, _ideogram4, _ideogram4_inputs),
+    "ERNIE-Image": Case(
+        "ErnieImagePipeline",
+        _flux2_vae,
+        _ernie_image,
+        lambda size: {
+            "hidden_states": torch.randn(1, 128, size.side, size.side),
+            "timestep": torch.full((1,), 500.0),
+            "text_bth": torch.randn(1, size.text, size.text_width),
+            "text_lens": torch.tensor([size.text]),
+        },
     ),
 }
 """Families whose stock transformers take conditions."""
