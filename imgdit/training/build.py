@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,10 +12,11 @@ from transformers import PreTrainedModel
 from imgdit.adapters.stock_frames import StockFrames
 from imgdit.family import find_family
 from imgdit.hub import find_model
-from imgdit.io.checkpoints import find_checkpoint, load_weights
+from imgdit.io.checkpoints import find_checkpoint, load_weights, read_shapes, read_state
 from imgdit.lora.config import OMINICONTROL_TARGETS
 from imgdit.models.quantized import load_options, quantize_rows
-from imgdit.training.recipe import ADAPTER, AdapterConfig, ModelConfig, Recipe
+from imgdit.training.objectives.alignment import HEAD, add_head, drop_head
+from imgdit.training.recipe import ADAPTER, AdapterConfig, ModelConfig, Recipe, parse_recipe
 
 
 def build_model(recipe: Recipe) -> torch.nn.Module:
@@ -43,9 +45,10 @@ def build_model(recipe: Recipe) -> torch.nn.Module:
         if hasattr(model, "init_weights") and not isinstance(model, PreTrainedModel):
             model.init_weights(torch.Generator().manual_seed(recipe.run.seed))
         if config.start_from is not None and not any(p.is_meta for p in model.parameters()):
-            load_weights(model, find_checkpoint(config.start_from))
+            _load_earlier(model, find_checkpoint(config.start_from))
     if recipe.adapter.rank:
         add_adapter(model, recipe.adapter, recipe.run.seed)
+    add_head(model, recipe.objective.function, recipe.run.seed)
     family = find_family(model)
     if family is not None and family.training is not None:
         StockFrames(model)
@@ -55,6 +58,15 @@ def build_model(recipe: Recipe) -> torch.nn.Module:
         else:
             model.enable_gradient_checkpointing()
     return model.train()
+
+
+def _load_earlier(model: torch.nn.Module, checkpoint: Path) -> None:
+    """The weights of an earlier run without its alignment head, if it had one."""
+    if any(name.startswith(f"{HEAD}.") for name in read_shapes(checkpoint / "model.safetensors")):
+        earlier = parse_recipe(read_state(checkpoint, ("recipe",))["recipe"], str(checkpoint))
+        add_head(model, earlier.objective.function, earlier.run.seed)
+    load_weights(model, checkpoint)
+    drop_head(model)
 
 
 def pretrained_folder(config: ModelConfig) -> str:

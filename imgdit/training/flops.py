@@ -5,15 +5,14 @@ S tokens of the sequence, D width: 2 * sum of (entries of a matrix * rows it see
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 
-from imgdit.adapters.prepare import blocks_of
 from imgdit.kernels import is_linear
+from imgdit.training.blocks import block_paths
 from imgdit.training.memory import Load, without_memory
 from imgdit.training.recipe import Recipe
 
@@ -58,12 +57,6 @@ def counted(model: Any, paths: Sequence[str]) -> Iterator[Counted]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def block_paths(model: Any) -> list[str]:
-    """Paths of a transformer's blocks."""
-    found = [block.name for block in blocks_of(model)]
-    return found or [name for name, _ in model.named_modules() if re.search(r"_blocks\.\d+$", name)]
 
 
 def forward_flops(recipe: Recipe, load: Load) -> float:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import json
 import logging
 import math
@@ -168,6 +169,10 @@ class TrainingRun:
         if recipe.ema.decay:
             foreach = not any(isinstance(p, DTensor) for p in self.trained.values())  # sharded ones have no such copy
             self.ema = EMAModel(self.trained.values(), decay=recipe.ema.decay, foreach=foreach)
+        if objective is None and "teacher" in inspect.signature(recipe.objective.function).parameters:
+            if self.ema is None:
+                raise ValueError(f"objective {recipe.objective.name!r} learns from the average weights; set ema.decay")
+            self.objective = functools.partial(self.objective, teacher=self._averaged_weights)
         self.generator = torch.Generator(self.accelerator.device)
         frozen = frozenset(n for n, p in self.model.named_parameters() if not p.requires_grad)
         self.checkpoint = RunCheckpoint(

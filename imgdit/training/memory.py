@@ -18,7 +18,6 @@ libraries keep for themselves, such as a CUDA context, and what is lost between 
 
 from __future__ import annotations
 
-import re
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,7 +27,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.utils.checkpoint
 
-from imgdit.adapters.prepare import blocks_of
 from imgdit.adapters.stock_frames import StockFrames
 from imgdit.compat import FakeTensorMode, TorchDispatchMode, tree_leaves
 from imgdit.family import find_family
@@ -38,6 +36,7 @@ from imgdit.models.mmdit import MMDiT
 from imgdit.models.quantized import KINDS, Int8Linear, quantize_rows
 from imgdit.mup.cost import AVERAGE_BYTES, GATHERED_BYTES, GRADIENT_BYTES
 from imgdit.training.batches import Batch, Text
+from imgdit.training.blocks import block_paths
 from imgdit.training.build import add_adapter, pretrained_folder
 from imgdit.training.objectives.frames import predict_velocity, stock_inputs
 from imgdit.training.optimizers import state_bytes
@@ -105,8 +104,7 @@ def memory_plan(recipe: Recipe, load: Load, *, gpus: int = 1) -> Memory:
         model = skeleton(recipe, torch.bfloat16)
     peak = _step_peak(recipe, model, load, keep_gradients=gpus == 1)
     gradients = GRADIENT_BYTES * trained
-    blocks = [block.module for block in blocks_of(model)]
-    blocks = blocks or [module for name, module in model.named_modules() if re.search(r"_blocks\.\d+$", name)]
+    blocks = [model.get_submodule(path) for path in block_paths(model)]
     largest = max(sum(p.numel() for p in block.parameters()) for block in blocks)
     return Memory(
         parameters=sum(p.numel() for p in model.parameters()),

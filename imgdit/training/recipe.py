@@ -37,6 +37,8 @@ OBJECTIVES = {
     name: f"imgdit.training.objectives.{name}:{name}"
     for name in (
         "flow_matching",
+        "feature_alignment",
+        "self_flow",
         "condition_lora",
         "few_steps",
         "autoencoder",

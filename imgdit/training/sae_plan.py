@@ -32,7 +32,8 @@ from imgdit.layout import FrameLayout
 from imgdit.models.functional import PATCH
 from imgdit.models.mmdit import MMDiT
 from imgdit.sae.hooks import find_hookpoints
-from imgdit.training.flops import block_paths, counted
+from imgdit.training.blocks import block_paths
+from imgdit.training.flops import counted
 from imgdit.training.memory import Load, without_memory
 from imgdit.training.recipe import ModelConfig, Recipe, RunConfig
 from imgdit.training.sae_recipe import SAERecipe

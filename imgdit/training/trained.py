@@ -16,6 +16,7 @@ from imgdit.io.checkpoints import (
     read_state,
 )
 from imgdit.training.build import build_model
+from imgdit.training.objectives.alignment import drop_head
 from imgdit.training.recipe import ADAPTER, Recipe, parse_recipe
 
 
@@ -35,6 +36,7 @@ def load_trained(folder: str | Path) -> Any:
     _check_size(recipe, checkpoint)
     model = build_model(recipe)
     load_weights(model, checkpoint)
+    drop_head(model)
     return model.requires_grad_(False).eval()
 
 
@@ -57,6 +59,7 @@ def load_merged(folder: str | Path) -> Any:
         for name, module in adapted.named_modules():
             if isinstance(module, LoraLayer):
                 merged.get_submodule(name).weight += module.get_delta_weight(ADAPTER)
+    drop_head(merged)
     return merged.requires_grad_(False).eval()
 
 

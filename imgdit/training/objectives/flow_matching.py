@@ -11,11 +11,12 @@ import torch
 
 from imgdit.naming import check_choice
 from imgdit.schedulers.flow_match import MultiFrameFlowMatchScheduler, mix
-from imgdit.training.batches import Batch, ObjectiveOutput, live_frames
+from imgdit.training.batches import Batch, ObjectiveOutput
 from imgdit.training.objectives.frames import (
     check_batch,
     chosen_rows,
     drop_text,
+    generated_frames,
     noise_of,
     predict_velocity,
     training_fractions,
@@ -68,24 +69,10 @@ def flow_matching(
         model, text_dropout=text_dropout, condition_dropout=condition_dropout, clean=clean
     )
     size, device = len(batch.tokens), batch.tokens.device
-    generated = [n for n, frame in enumerate(live_frames(layout)) if frame.predicted]
+    generated = generated_frames(layout)
     sigmas = batch.sigmas
     if sigmas is None:
-        drawn = scheduler.sample_sigmas(
-            size,
-            len(generated),
-            distribution=distribution,  # type: ignore[arg-type]
-            mean=mean,
-            std=std,
-            shared=shared,
-            clean=clean,
-            num_tokens=sum(layout.predicted_lengths),
-            generator=generator,
-            device=device,
-        )
-        sigmas = batch.at(0.0).sigmas
-        assert sigmas is not None
-        sigmas = sigmas.to(drawn.dtype).index_copy(1, torch.tensor(generated, device=device), drawn)
+        sigmas = draw_levels(scheduler, batch, generator, distribution, mean, std, shared=shared, clean=clean)
     noise = noise_of(batch, generator)
     text = drop_text(batch, text_dropout, generator)
     is_clean = sigmas == 0.0
@@ -101,3 +88,34 @@ def flow_matching(
     if batch.counts is not None:
         weights = weights & batch.counts[:, generated]
     return velocity_loss(predicted, batch, noise, weights, sigmas[:, generated] if weighting == "x0" else None)
+
+
+def draw_levels(
+    scheduler: MultiFrameFlowMatchScheduler,
+    batch: Batch,
+    generator: torch.Generator | None,
+    distribution: str,
+    mean: float,
+    std: float,
+    *,
+    shared: bool = False,
+    clean: float = 0.0,
+) -> torch.Tensor:
+    """Noise levels (B, F) of all frames: drawn for those that are generated, the layout's for the others."""
+    layout, device = batch.layout, batch.tokens.device
+    generated = generated_frames(layout)
+    drawn = scheduler.sample_sigmas(
+        len(batch.tokens),
+        len(generated),
+        distribution=distribution,  # type: ignore[arg-type]
+        mean=mean,
+        std=std,
+        shared=shared,
+        clean=clean,
+        num_tokens=sum(layout.predicted_lengths),
+        generator=generator,
+        device=device,
+    )
+    sigmas = batch.at(0.0).sigmas
+    assert sigmas is not None
+    return sigmas.to(drawn.dtype).index_copy(1, torch.tensor(generated, device=device), drawn)

@@ -16,7 +16,7 @@ from imgdit.family import NoisyImages
 from imgdit.frames import Frame
 from imgdit.layout import FrameLayout
 from imgdit.schedulers.flow_match import velocity
-from imgdit.training.batches import Batch, ObjectiveOutput, Text
+from imgdit.training.batches import Batch, ObjectiveOutput, Text, live_frames
 
 
 def check_batch(batch: Batch) -> None:
@@ -36,6 +36,11 @@ def check_batch(batch: Batch) -> None:
         value = getattr(batch, name)
         if value is not None and tuple(value.shape) != levels:
             raise ValueError(f"{name} must be {levels}, one per sample and frame, got {tuple(value.shape)}")
+
+
+def generated_frames(layout: FrameLayout) -> list[int]:
+    """Numbers of the frames in the sequence that are generated."""
+    return [n for n, frame in enumerate(live_frames(layout)) if frame.predicted]
 
 
 def training_fractions(model: torch.nn.Module, **fractions: float) -> list[float]:
@@ -137,6 +142,13 @@ def velocity_loss(
     layout = batch.layout
     target = torch.cat([velocity(batch.tokens[:, rows], noise[:, rows]) for rows in layout.predicted], dim=1)
     errors = (predicted.float() - target.float()).square().mean(-1)  # (B, n)
+    return token_loss(errors, layout, weights, scales)
+
+
+def token_loss(
+    errors: torch.Tensor, layout: FrameLayout, weights: torch.Tensor, scales: torch.Tensor | None = None
+) -> ObjectiveOutput:
+    """`velocity_loss` of the errors (B, n) of the target frames' tokens."""
     lengths = errors.new_tensor(layout.predicted_lengths)
     sums = torch.stack([part.sum(1) for part in errors.split(layout.predicted_lengths, dim=1)], dim=1)  # (B, made)
     if scales is not None:
