@@ -138,9 +138,10 @@ def train(
 
 def _sheet(recipe: Any, model: Any, batches: Any) -> Any:
     """What draws samples while a recipe's model trains; `None`: nothing does."""
+    from imgdit.scenes.sources import FRAMES, STREAMS
     from imgdit.training.user_images.settings import USER_IMAGES
 
-    if recipe.data.name == "imgdit.scenes.sources:frames":
+    if recipe.data.name in (FRAMES, *STREAMS):
         from imgdit.apps.chores.training_sheet import TrainingSheet
 
         return TrainingSheet(recipe, model)

@@ -98,6 +98,7 @@ NOT_RUN = {
     "imgdit bench control": "the same",
     "imgdit bench text": "the same; tests/benchmarks/test_image_text.py",
     "imgdit bench unlearn": "minutes to hours; tests/apps/test_unlearn.py",
+    "imgdit bench training": "hours; tests/benchmarks/test_ablation.py",
     "imgdit bench sae-steering": "the same; tests/benchmarks/test_steering.py",
     "imgdit mup coord-check scale/": "a model of 188 M parameters; tests/mup/test_coordinates.py",
     "imgdit mup transfer": "hours; tests/mup/test_transfer.py",

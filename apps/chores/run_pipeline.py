@@ -13,7 +13,7 @@ from imgdit.pipelines.block_text import BlockTextPipeline
 from imgdit.pipelines.masked_text import MaskedTextPipeline
 from imgdit.pipelines.vision_language_loading import with_parts
 from imgdit.prompts.facts import KEY
-from imgdit.scenes.sources import FRAMES, TEXT_PAIRS, TEXTS
+from imgdit.scenes.sources import FRAMES, STREAMS, TEXT_PAIRS, TEXTS
 from imgdit.scenes.texts import scene_text_tokenizer
 from imgdit.schedulers.masked_text import MaskedTextScheduler
 from imgdit.training.mmada import MMaDASettings
@@ -29,7 +29,7 @@ DIALOGUES = "user_dialogues"
 """Data of vision-language models."""
 MMADA = "mmada"
 """Data of MMaDA."""
-BACKBONE_DATA = (FRAMES, USER_IMAGES)
+BACKBONE_DATA = (FRAMES, *STREAMS, USER_IMAGES)
 """Data of backbones, which tell what they were taught."""
 
 
@@ -52,7 +52,7 @@ def run_pipeline(run: Path) -> Any:
         return MMaDASettings(**recipe.data.arguments).tokenizers().pipeline(model)
     if recipe.adapter.rank:
         raise ValueError(f"{run} trained a LoRA, which is a file: imgdit lora export {run} FILE.safetensors")
-    if recipe.data.name == FRAMES:
+    if recipe.data.name in (FRAMES, *STREAMS):
         return scene_pipeline(recipe, load_trained(run))
     if recipe.data.name != USER_IMAGES:
         raise ValueError(f"{run} trained on {recipe.data.name!r}; a pipeline comes of {FRAMES!r} and {USER_IMAGES!r}")

@@ -66,9 +66,10 @@ def _step_tokens(recipe: Recipe, load: Load, gpus: int) -> int:
 def _amount(recipe: Recipe, load: Load, parameters: int, gpus: int) -> Iterator[str]:
     """How much data the run sees, and how long it takes at usual speeds."""
     run = recipe.run
-    tokens = run.steps * run.batch_size * load.layout.image_length
+    samples = load.samples * run.accumulation * gpus
+    tokens = run.steps * samples * load.layout.image_length
     yield (
-        f"{run.steps:,} steps of {run.batch_size} samples: {tokens:,} image tokens, {tokens / parameters:.3g} per "
+        f"{run.steps:,} steps of {samples} samples: {tokens:,} image tokens, {tokens / parameters:.3g} per "
         f"parameter; {PER_PARAMETER} use a computation best where a whole model is trained (arXiv 2608.17286)"
     )
     if recipe.model.kind == "transformer":
@@ -76,7 +77,7 @@ def _amount(recipe: Recipe, load: Load, parameters: int, gpus: int) -> Iterator[
     else:
         forward = recipe_cost(recipe, load.layout.image_length, load.text_tokens).forward_flops
     passes = 4 if recipe.model.gradient_checkpointing else 3  # see `imgdit.mup.cost`
-    flops = passes * forward * run.batch_size * run.steps
+    flops = passes * forward * samples * run.steps
     hours = ", ".join(f"{flops / (gpus * speed) / 3600:.3g} h on {name}" for name, speed in SPEEDS.items())
     yield f"{flops:.2g} FLOP, computed: {hours}{f', {gpus} of them' if gpus > 1 else ''}"
 

@@ -9,15 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from imgdit import ImgDiTPipeline, MMDiT, NextDiT, OneDiffusionPipeline
+from imgdit.checkpoints import EMBEDDED
 from imgdit.data.buckets import bucket_sizes
 from imgdit.lora.dialects import LoraPair
 from imgdit.lora.files import AdapterInfo, adapter_pairs, write_adapter
 from imgdit.pipelines.text_frames import QuestionForms, save_text_frames
 from imgdit.scenes import sources
+from imgdit.scenes.latents import SIZE
 from imgdit.scenes.questions import question_forms
 from imgdit.scenes.tokenizer import caption_tokenizer, question_tokenizer
 from imgdit.scenes.training_conditions import SceneConditions
 from imgdit.scenes.training_frames import PATCH, SceneFrames, latent_scale, scene_components
+from imgdit.scenes.training_stream import STEP
 from imgdit.scenes.training_texts import SceneImageTexts
 from imgdit.scenes.trajectories import SceneTrajectories
 from imgdit.taught import Taught, write_taught
@@ -37,6 +40,8 @@ def scene_pipeline(recipe: Recipe, transformer: MMDiT | NextDiT) -> ImgDiTPipeli
         ValueError: a run that the recipe's data names has no checkpoint.
     """
     data = _arguments(SceneFrames, recipe)
+    if recipe.data.name in sources.STREAMS:  # of which the model is never a run
+        data["model"] = recipe.data.arguments.get("model", EMBEDDED)
     if data["model"] is None:
         vae, text_encoder = load_trained(data["autoencoder"]), load_trained(data["text_encoder"]).encoder
         vae.register_to_config(scaling_factor=latent_scale(data["latents"]))
@@ -72,6 +77,11 @@ def taught_by(recipe: Recipe) -> Taught:
     if recipe.data.name == sources.FRAMES:
         size = _arguments(SceneFrames, recipe)["size"]
         return Taught(((size, size),), "scenes")
+    if recipe.data.name in sources.STREAMS:
+        of_stream = recipe.data.arguments.get("stream") or recipe.data.arguments
+        least, greatest = of_stream.get("sizes", (SIZE, SIZE))
+        sides = range(least, greatest + 1, STEP)
+        return Taught(tuple((width, height) for width in sides for height in sides), "scenes")
     data = settings_of(recipe)
     return Taught(tuple(bucket_sizes(data.base, Encoder(data.model).cell * PATCH, data.ratio)))
 

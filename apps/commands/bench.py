@@ -250,6 +250,36 @@ def language(
     typer.echo(f"wrote {out}")
 
 
+@app.command()
+def training(
+    probe: Probe = None,
+    out: Annotated[Path, typer.Option(help="Folder of the runs and raw numbers; a run goes on there.")] = Path(
+        "outputs/bench-training"
+    ),
+    quick: Annotated[bool, typer.Option("--quick", help="Four steps of a small model, to see that rows run.")] = False,
+    steps: Annotated[int | None, typer.Option(min=5, help="Training steps of each row.")] = None,
+    scenes: Annotated[int | None, typer.Option(min=1, help="Training scenes, rendered once for all rows.")] = None,
+    tokens: Annotated[int | None, typer.Option(min=256, help="Image tokens of a step.")] = None,
+    count: Annotated[int | None, typer.Option(min=2, help="Images of each kind that are measured.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Of weights, order and noise.")] = None,
+    only: Annotated[str | None, typer.Option(help="Rows with commas between them; all by default.")] = None,
+) -> None:
+    """Train the embedded model's backbone with one change per row, and compare: losses, and a small bench."""
+    import dataclasses
+
+    from imgdit.benchmarks.scenes import ablation
+    from imgdit.checkpoints import SCENE_PROBE
+
+    changed: dict[str, Any] = {"steps": steps, "scenes": scenes, "tokens": tokens, "count": count, "seed": seed}
+    plan = ablation.QUICK if quick else ablation.AblationPlan()
+    with at_work():
+        plan = dataclasses.replace(plan, **{name: value for name, value in changed.items() if value is not None})
+        rows = [name.strip() for name in (only or "").split(",") if name.strip()]
+        found = ablation.run(probe or SCENE_PROBE, out, plan, rows, typer.echo)
+    typer.echo(ablation.table(found))
+    typer.echo(f"wrote {out}/training.json")
+
+
 @app.command("text-encoders")
 def text_encoders(
     probe: Probe = None,

@@ -31,9 +31,18 @@ PENUMBRA = 7.0
 """Sharpness of shadows: the inverse of the light's apparent radius."""
 
 
+Size = int | tuple[int, int]
+"""Pixels per side of a square image, or rows and columns; the field of view is that of the shorter side."""
+
+
+def sides(size: Size) -> tuple[int, int]:
+    """Rows and columns."""
+    return (size, size) if isinstance(size, int) else size
+
+
 class GeometryBuffers(NamedTuple):
-    """What is seen at each sample. With `oversample` 1 the samples are the pixels' centres and H = W = size; with 2
-    every second row and column, from the first, are pixels' centres and the others lie half-way to the next."""
+    """What is seen at each sample. With `oversample` 1 the samples are the pixels' centres; with 2 every second row
+    and column, from the first, are pixels' centres and the others lie half-way to the next."""
 
     depth: torch.Tensor
     """(B, 1, H, W) z-depth: the world length along the camera's forward axis, not along the ray; at most `FAR`."""
@@ -74,7 +83,7 @@ def edges(buffers: GeometryBuffers) -> torch.Tensor:
     index = buffers.indices[:, None]
     found = torch.zeros_like(index, dtype=torch.bool)
     # A surface seen at less than about 11° changes as much in depth as one that ends: five widths of a sample.
-    jump = 5 * 2 * math.tan(math.radians(FIELD_OF_VIEW / 2)) / index.shape[-1] * buffers.depth
+    jump = 5 * 2 * math.tan(math.radians(FIELD_OF_VIEW / 2)) / min(index.shape[-2:]) * buffers.depth
     for dim in (2, 3):
         (here, there), (normal, next_normal) = _neighbours(index, dim), _neighbours(buffers.normals, dim)
         (depth, next_depth), (limit, _) = _neighbours(buffers.depth, dim), _neighbours(jump, dim)
@@ -102,32 +111,37 @@ def camera_to_world(cameras: Sequence[Camera]) -> torch.Tensor:
     return matrices.float()
 
 
-def intrinsics(size: int) -> torch.Tensor:
+def intrinsics(size: Size) -> torch.Tensor:
     """(3, 3) float32 in pixels. The middle of the first pixel is at (0.5, 0.5), so the principal point is size / 2."""
-    focal = size / 2 / math.tan(math.radians(FIELD_OF_VIEW / 2))
-    return torch.tensor([[focal, 0.0, size / 2], [0.0, focal, size / 2], [0.0, 0.0, 1.0]])
+    rows, columns = sides(size)
+    focal = min(rows, columns) / 2 / math.tan(math.radians(FIELD_OF_VIEW / 2))
+    return torch.tensor([[focal, 0.0, columns / 2], [0.0, focal, rows / 2], [0.0, 0.0, 1.0]])
 
 
 def back_project(depth: torch.Tensor, pose: torch.Tensor) -> torch.Tensor:
-    """z-depth (B, 1, H, H) at pixels' centres and poses (B, 4, 4) to world positions (B, 3, H, H)."""
-    rays = _camera_rays(depth.shape[-1], 1, depth.device)
+    """z-depth (B, 1, H, W) at pixels' centres and poses (B, 4, 4) to world positions (B, 3, H, W)."""
+    rays = _camera_rays((depth.shape[-2], depth.shape[-1]), 1, depth.device)
     points = rays[None] * depth.flatten(1)[:, None]  # (B, 3, H*W)
     world = pose[:, :3, :3] @ points + pose[:, :3, 3:]
     return world.unflatten(2, depth.shape[-2:])
 
 
-def project(points: torch.Tensor, pose: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+def project(points: torch.Tensor, pose: torch.Tensor, size: Size) -> tuple[torch.Tensor, torch.Tensor]:
     """World points (B, 3, N) to pixel coordinates (B, 2, N), column then row, and z-depth (B, N)."""
     inside = pose[:, :3, :3].mT @ (points - pose[:, :3, 3:])
     pixels = intrinsics(size).to(points) @ inside
     return pixels[:, :2] / pixels[:, 2:], inside[:, 2]
 
 
-def _camera_rays(size: int, oversample: int, device: torch.device | str) -> torch.Tensor:
+def _camera_rays(size: Size, oversample: int, device: torch.device | str) -> torch.Tensor:
     """(3, N) directions in camera coordinates with z = 1, one per sample in reading order."""
-    steps = torch.arange(size * oversample, device=device, dtype=torch.float32) / oversample + 0.5
-    slopes = (steps - size / 2) * (2 * math.tan(math.radians(FIELD_OF_VIEW / 2)) / size)
-    rows, columns = torch.meshgrid(slopes, slopes, indexing="ij")
+    shorter = min(sides(size))
+    down, across = (
+        (torch.arange(side * oversample, device=device, dtype=torch.float32) / oversample + 0.5 - side / 2)
+        * (2 * math.tan(math.radians(FIELD_OF_VIEW / 2)) / shorter)
+        for side in sides(size)
+    )
+    rows, columns = torch.meshgrid(down, across, indexing="ij")
     return torch.stack([columns, rows, torch.ones_like(rows)]).flatten(1)
 
 
@@ -314,19 +328,19 @@ def _occlusion(
 
 @torch.no_grad()
 def geometry(
-    scenes: Sequence[Scene], size: int = 128, device: torch.device | str = "cpu", oversample: int = 1
+    scenes: Sequence[Scene], size: Size = 128, device: torch.device | str = "cpu", oversample: int = 1
 ) -> GeometryBuffers:
     """What the scenes' cameras see. Style, colours and background change nothing of it.
 
     Args:
         scenes: B of them.
-        size: pixels per side.
+        size: pixels per side, or rows and columns.
         device: where to compute.
         oversample: samples per pixel and side; 2 lets `shade` soften edges.
     """
     if not scenes:
         raise ValueError("no scenes to look at; give at least one")
-    if size < 8:
+    if min(sides(size)) < 8:
         raise ValueError(f"an image needs at least 8 pixels per side, got size={size}")
     if oversample not in (1, 2):
         raise ValueError(f"oversample must be 1 or 2, got {oversample}")
@@ -343,8 +357,8 @@ def geometry(
     )
 
 
-def _geometry(scenes: Sequence[Scene], size: int, device: torch.device | str, oversample: int) -> GeometryBuffers:
-    side = size * oversample
+def _geometry(scenes: Sequence[Scene], size: Size, device: torch.device | str, oversample: int) -> GeometryBuffers:
+    rows, columns = (side * oversample for side in sides(size))
     pose = camera_to_world([scene.camera for scene in scenes]).to(device)
     eye = pose[:, :3, 3]  # (B, 3)
     rays = pose[:, :3, :3] @ _camera_rays(size, oversample, device)  # (B, 3, N); factor of the ray = z-depth
@@ -379,11 +393,11 @@ def _geometry(scenes: Sequence[Scene], size: int, device: torch.device | str, ov
 
     positions = eye[:, :, None] + depth[:, None] * rays
     shadow = _shadow(placed, positions, normals, depth, index)
-    shape = (len(scenes), -1, side, side)
+    shape = (len(scenes), -1, rows, columns)
     return GeometryBuffers(
         depth.view(shape),
         normals.view(shape),
-        index.view(len(scenes), side, side),
+        index.view(len(scenes), rows, columns),
         shadow.view(shape),
         positions.view(shape),
         oversample,

@@ -23,7 +23,7 @@ from imgdit.images.latents import encode_images
 from imgdit.io.atomic import check_index, write_tensors
 from imgdit.io.fingerprints import weights_hash
 from imgdit.naming import check_name
-from imgdit.scenes.geometry import geometry
+from imgdit.scenes.geometry import Size, geometry, sides
 from imgdit.scenes.render import rendering
 from imgdit.scenes.shading import shade
 from imgdit.scenes.tasks import from_scene
@@ -66,14 +66,14 @@ def scene_views(seed: int, split: str = "train") -> SceneViews:
 
 @torch.no_grad()
 def encode_scene(
-    vae: Any, seed: int, split: str = "train", size: int = SIZE, device: torch.device | str = "cpu"
+    vae: Any, seed: int, split: str = "train", size: Size = SIZE, device: torch.device | str = "cpu"
 ) -> dict[str, torch.Tensor]:
     """The latents of a seed, float16, by the names and shapes of a shard's row.
 
     Args:
         vae: autoencoder; its scaling is not applied, so that it can be chosen from the latents.
         seed, split: of the scene.
-        size: pixels per side.
+        size: pixels per side, or rows and columns.
         device: where to render and encode.
     """
     views, rng = scene_views(seed, split), Random(seed)
@@ -84,8 +84,8 @@ def encode_scene(
         images = [seen.rgb[0], *(shade(buffers, [look])[0] for look in looks[1:])]
         maps = [from_scene(name, looks[0], rng, seen).condition for name in MAPS]
         other = from_scene(task, looks[0], rng, seen).condition[None]
-        if other.shape[-1] != size:  # super-resolution's small image
-            other = F.interpolate(other, size, mode="bicubic", antialias=True).clamp(0, 1)
+        if tuple(other.shape[-2:]) != sides(size):  # super-resolution's small image
+            other = F.interpolate(other, sides(size), mode="bicubic", antialias=True).clamp(0, 1)
         pixels = torch.cat([torch.stack([*images, *maps]), other]) * 2 - 1
         pixels = pixels.contiguous(memory_format=torch.channels_last)  # a quarter faster on a CPU
         with torch.autocast(torch.device(device).type, torch.bfloat16):

@@ -10,6 +10,7 @@ import torch
 from imgdit.scenes.geometry import (
     FAR,
     GeometryBuffers,
+    Size,
     back_project,
     camera_to_world,
     edges,
@@ -38,18 +39,18 @@ __all__ = [
 
 
 class Rendering(NamedTuple):
-    """Images of B scenes, S pixels per side, and their ground truth, which is exact at the pixels' centres."""
+    """Images of B scenes, H rows and W columns, and their ground truth, which is exact at the pixels' centres."""
 
     rgb: torch.Tensor
-    """(B, 3, S, S) sRGB in [0, 1], edges softened."""
+    """(B, 3, H, W) sRGB in [0, 1], edges softened."""
     depth: torch.Tensor
-    """(B, 1, S, S) z-depth in world units, at most `FAR`."""
+    """(B, 1, H, W) z-depth in world units, at most `FAR`."""
     normals: torch.Tensor
-    """(B, 3, S, S) unit normals in world coordinates."""
+    """(B, 3, H, W) unit normals in world coordinates."""
     indices: torch.Tensor
-    """(B, S, S) int64: 0 ground and beyond, 1 the scene's first object, 2 its second."""
+    """(B, H, W) int64: 0 ground and beyond, 1 the scene's first object, 2 its second."""
     edges: torch.Tensor
-    """(B, 1, S, S) boolean, one pixel thick."""
+    """(B, 1, H, W) boolean, one pixel thick."""
     boxes: torch.Tensor
     """(B, 2, 4) left, top, right, bottom in pixels, right and bottom outside; zeros where no such object is seen."""
     pose: torch.Tensor
@@ -73,12 +74,12 @@ class Rendering(NamedTuple):
 
 
 def boxes(indices: torch.Tensor) -> torch.Tensor:
-    """Index map (B, S, S) to boxes (B, 2, 4): left, top, right, bottom of what is visible of each object."""
-    size = indices.shape[-1]
-    found = torch.stack([indices == 1, indices == 2], dim=1)  # (B, 2, S, S)
-    steps = torch.arange(size, device=indices.device)
+    """Index map (B, H, W) to boxes (B, 2, 4): left, top, right, bottom of what is visible of each object."""
+    found = torch.stack([indices == 1, indices == 2], dim=1)  # (B, 2, H, W)
 
     def extent(present: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        size = present.shape[-1]
+        steps = torch.arange(size, device=indices.device)
         return torch.where(present, steps, size).amin(-1), torch.where(present, steps + 1, 0).amax(-1)
 
     left, right = extent(found.any(2))
@@ -88,12 +89,12 @@ def boxes(indices: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def render(scenes: Sequence[Scene], size: int = 128, device: torch.device | str = "cpu") -> Rendering:
+def render(scenes: Sequence[Scene], size: Size = 128, device: torch.device | str = "cpu") -> Rendering:
     """Images of scenes and their ground truth.
 
     Args:
         scenes: B of them.
-        size: pixels per side, at least 8.
+        size: pixels per side, or rows and columns, at least 8.
         device: where to compute, and where the result stays.
     """
     return rendering(geometry(scenes, size, device, oversample=2), scenes)
@@ -108,7 +109,7 @@ def rendering(buffers: GeometryBuffers, scenes: Sequence[Scene]) -> Rendering:
         scenes: B of them.
     """
     pixels = buffers.at_pixels()
-    size, device = pixels.depth.shape[-1], pixels.depth.device
+    size, device = (pixels.depth.shape[-2], pixels.depth.shape[-1]), pixels.depth.device
     return Rendering(
         rgb=shade(buffers, scenes),
         depth=pixels.depth,

@@ -36,7 +36,7 @@ SEPIA = ((0.15, 0.09, 0.05), (0.60, 0.44, 0.29), (0.97, 0.91, 0.78))
 
 @torch.no_grad()
 def shade(buffers: GeometryBuffers, scenes: Sequence[Scene]) -> torch.Tensor:
-    """Images (B, 3, S, S) in [0, 1] of geometry in the scenes' styles, colours and backgrounds.
+    """Images (B, 3, H, W) in [0, 1] of geometry in the scenes' styles, colours and backgrounds.
 
     Args:
         buffers: of the same objects and cameras. With `oversample` 2 edges come out soft.
@@ -44,8 +44,8 @@ def shade(buffers: GeometryBuffers, scenes: Sequence[Scene]) -> torch.Tensor:
     """
     if len(scenes) != buffers.depth.shape[0]:
         raise ValueError(f"got {len(scenes)} scenes for the geometry of {buffers.depth.shape[0]}; give one for each")
-    size = buffers.depth.shape[-1] // buffers.oversample
-    images = buffers.depth.new_empty(len(scenes), 3, size, size)
+    height, width = (side // buffers.oversample for side in buffers.depth.shape[-2:])
+    images = buffers.depth.new_empty(len(scenes), 3, height, width)
     for row, scene in enumerate(scenes):
         images[row : row + 1] = _DRAW[scene.style](_Canvas(buffers.one(row), scene))
     return images.clamp(0, 1)
@@ -57,7 +57,8 @@ class _Canvas:
     def __init__(self, buffers: GeometryBuffers, scene: Scene):
         self.buffers = buffers
         self.oversample = buffers.oversample
-        self.size = buffers.depth.shape[-1] // buffers.oversample
+        self.height, self.width = (side // buffers.oversample for side in buffers.depth.shape[-2:])
+        self.size = min(self.height, self.width)  # what lengths are relative to
         self.object = buffers.indices[:, None] > 0  # (1, 1, H, W)
         colours = [(0.0, 0.0, 0.0), *(COLOUR_VALUES[thing.colour] for thing in scene.objects)]
         self.albedo = buffers.depth.new_tensor(colours).T[:, buffers.indices[0]][None]  # (1, 3, H, W)
@@ -84,21 +85,28 @@ class _Canvas:
         return _spread(edges(self.buffers).float(), radius)
 
     def soften(self, image: torch.Tensor) -> torch.Tensor:
-        """Samples (1, C, H, W) to pixels (1, C, S, S): each pixel's centre and, by half, its neighbours."""
+        """Samples (1, C, H, W) to pixels: each pixel's centre and, by half, its neighbours."""
         if self.oversample == 1:
             return image
         for dim in (2, 3):
             before = torch.cat([image.narrow(dim, 0, 1), image], dim)
             halves = before.narrow(dim, 0, image.shape[dim]) + image  # sums of neighbours
-            n = self.size
+            n = self.height if dim == 2 else self.width
             centre = torch.arange(n, device=image.device) * 2
             image = (halves.index_select(dim, centre) + halves.index_select(dim, centre + 1)) / 4
         return image
 
     def grid(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows (H, 1) and columns (1, H) of the samples, in 128ths of the image."""
-        steps = torch.arange(self.size * self.oversample, device=self.object.device) * (128 / self.size)
-        return (steps / self.oversample)[:, None], (steps / self.oversample)[None, :]
+        rows, columns = (
+            torch.arange(side * self.oversample, device=self.object.device) * (128 / self.size) / self.oversample
+            for side in (self.height, self.width)
+        )
+        return rows[:, None], columns[None, :]
+
+    def grain(self, seed: int) -> torch.Tensor:
+        """Noise (H, W) of the pixels."""
+        return _grain(max(self.height, self.width), seed)[: self.height, : self.width]
 
 
 def _unit(vectors: torch.Tensor) -> torch.Tensor:
@@ -250,15 +258,16 @@ def _sketch(canvas: _Canvas) -> torch.Tensor:
     image = torch.where(canvas.object, wash, ground)
     backdrop = canvas.backdrop.mean(1, keepdim=True)
     dark = torch.where(canvas.object, 1 - canvas.lit, 0.75 * canvas.buffers.shadow + 0.42 * (1 - backdrop))
-    side = canvas.size * canvas.oversample
+    side = max(canvas.height, canvas.width) * canvas.oversample
     wobble = F.interpolate(_grain(7, 1)[None, None].to(paper), size=(side, side), mode="bicubic")
+    wobble = wobble[..., : canvas.height * canvas.oversample, : canvas.width * canvas.oversample]
     for slope, threshold, offset in ((1.0, 0.30, 0.0), (-0.75, 0.72, 1.7)):
         across = (rows + slope * columns) / 4.6 + 0.35 * wobble + offset
         line = 1 - _smooth((across - across.round()).abs(), 0.10, 0.28)
         strength = _smooth(dark, threshold, threshold + 0.35) * (0.62 + 0.25 * wobble)
         image = _mix(image, paper.new_tensor(PENCIL).view(1, 3, 1, 1), (line * strength).clamp(0, 1))
     image = _mix(image, paper.new_tensor(PENCIL).view(1, 3, 1, 1), 0.9 * canvas.outline(1.2))
-    return canvas.soften(image) + 0.02 * _grain(canvas.size, 2).to(paper)
+    return canvas.soften(image) + 0.02 * canvas.grain(2).to(paper)
 
 
 def _neon(canvas: _Canvas) -> torch.Tensor:
@@ -282,12 +291,12 @@ def _mosaic(canvas: _Canvas) -> torch.Tensor:
     image = canvas.soften(canvas.photo())
     tile = max(2, canvas.size // 32)
     flat = F.avg_pool2d(image, tile, ceil_mode=True)
-    count = flat.shape[-1]
+    across, along = flat.shape[-2:]
     mean = flat.mean(1, keepdim=True)
-    flat = 1.08 * (mean + 1.15 * (flat - mean)) * (1 + 0.10 * _grain(64, 5).to(flat)[:count, :count])
-    tiles = flat.repeat_interleave(tile, 2).repeat_interleave(tile, 3)[:, :, : canvas.size, : canvas.size]
-    steps = torch.arange(canvas.size, device=flat.device) % tile == 0
-    joint = (steps[:, None] | steps[None, :]).to(flat)
+    flat = 1.08 * (mean + 1.15 * (flat - mean)) * (1 + 0.10 * _grain(64, 5).to(flat)[:across, :along])
+    tiles = flat.repeat_interleave(tile, 2).repeat_interleave(tile, 3)[:, :, : canvas.height, : canvas.width]
+    rows, columns = (torch.arange(n, device=flat.device) % tile == 0 for n in (canvas.height, canvas.width))
+    joint = (rows[:, None] | columns[None, :]).to(flat)
     return _mix(tiles, 0.68 * tiles + 0.06, joint)
 
 
@@ -300,9 +309,9 @@ def _sepia(canvas: _Canvas) -> torch.Tensor:
     tone = torch.where(grey < 0.5, _mix(dark, middle, 2 * grey), _mix(middle, light, 2 * grey - 1))
     tint = canvas.soften(canvas.object.float())
     toned = _mix(tone, image, 0.66 * tint)
-    steps = (torch.arange(canvas.size, device=image.device) + 0.5) / canvas.size * 2 - 1
-    corner = (steps[:, None] ** 2 + steps[None, :] ** 2) / 2
-    return toned * (1 - 0.45 * corner**2) + 0.025 * _grain(canvas.size, 6).to(image)
+    rows, columns = ((torch.arange(n, device=image.device) + 0.5) / n * 2 - 1 for n in (canvas.height, canvas.width))
+    corner = (rows[:, None] ** 2 + columns[None, :] ** 2) / 2
+    return toned * (1 - 0.45 * corner**2) + 0.025 * canvas.grain(6).to(image)
 
 
 _DRAW: dict[str, Callable[[_Canvas], torch.Tensor]] = {

@@ -34,7 +34,7 @@ from imgdit.images.preprocess import (
     with_hole,
 )
 from imgdit.naming import check_name
-from imgdit.scenes.render import FAR, Rendering, render
+from imgdit.scenes.render import FAR, Rendering, Size, render
 from imgdit.scenes.world import OBJECTS, Scene, another_camera, between, draw, is_trained, pick
 
 NEAR = 1.5
@@ -91,11 +91,17 @@ class _Source(NamedTuple):
         return self.rendering.rgb[0]
 
     @property
+    def sides(self) -> tuple[int, int]:
+        """Rows and columns."""
+        return self.rendering.rgb.shape[-2], self.rendering.rgb.shape[-1]
+
+    @property
     def size(self) -> int:
-        return self.rendering.rgb.shape[-1]
+        """Of the shorter side, in pixels."""
+        return min(self.sides)
 
     def render(self, scene: Scene) -> Rendering:
-        return render([scene], self.size, self.rendering.rgb.device)
+        return render([scene], self.sides, self.rendering.rgb.device)
 
 
 def from_scene(
@@ -103,7 +109,7 @@ def from_scene(
     scene: Scene,
     rng: Random,
     rendering: Rendering | None = None,
-    size: int = 128,
+    size: Size = 128,
     inverse: bool = False,
 ) -> Example:
     """Condition and target of a scene, both exact.
@@ -213,7 +219,7 @@ def _scene_segmentation(source: _Source) -> tuple[torch.Tensor, dict[str, Any]]:
 def _scene_boxes(source: _Source) -> tuple[torch.Tensor, dict[str, Any]]:
     """A frame around each object and a faint fill, in its kind's colour of `PALETTE`."""
     boxes = source.rendering.boxes[0]
-    image = boxes.new_zeros(3, source.size, source.size)
+    image = boxes.new_zeros(3, *source.sides)
     width = max(1, round(source.size / 64))
     for box, kind in zip(boxes.long().tolist(), _classes(source.scene)[1:]):
         left, top, right, bottom = box
@@ -236,15 +242,15 @@ def _scene_grey(source: _Source) -> tuple[torch.Tensor, dict[str, Any]]:
 
 def _scene_mask(source: _Source) -> tuple[torch.Tensor, dict[str, Any]]:
     """Hides one object with some room around it, or a rectangle anywhere."""
-    size = source.size
-    mask = torch.zeros(1, size, size, dtype=torch.bool, device=source.rgb.device)
+    rows, columns = source.sides
+    mask = torch.zeros(1, rows, columns, dtype=torch.bool, device=source.rgb.device)
     left, top, right, bottom = pick(source.rng, source.rendering.boxes[0, : len(source.scene.objects)].long().tolist())
     if source.rng.random() < 0.5:
-        room = round(between(source.rng, 0.0, 0.08) * size)
+        room = round(between(source.rng, 0.0, 0.08) * source.size)
         mask[:, max(0, top - room) : bottom + room, max(0, left - room) : right + room] = True
     else:
-        height, width = (round(between(source.rng, 0.25, 0.6) * size) for _ in range(2))
-        row, column = (int(source.rng.random() * (size - n)) for n in (height, width))
+        height, width = (round(between(source.rng, 0.25, 0.6) * side) for side in source.sides)
+        row, column = (int(source.rng.random() * (side - n)) for side, n in zip(source.sides, (height, width)))
         mask[:, row : row + height, column : column + width] = True
     return with_hole(source.rgb, mask)
 

@@ -35,6 +35,7 @@ from imgdit.naming import check_name, old_names, renamed_value
 from imgdit.scenes.captions import caption, leave_out
 from imgdit.scenes.geometry import camera_to_world, intrinsics
 from imgdit.scenes.latents import LOOKS, MAPS, SHARD, SIZE, VIEWS, SceneLatents, cache_latents, scene_views
+from imgdit.scenes.map_alignment import with_maps
 from imgdit.scenes.tokenizer import caption_tokenizer
 from imgdit.scenes.world import Camera, Scene, pick
 from imgdit.tasks import task_caption
@@ -66,6 +67,8 @@ class Sample(NamedTuple):
     """Frames (C, h, w)."""
     prompt: str
     """The caption behind its task's token."""
+    shown: tuple[Scene | None, ...] = ()
+    """The scene that each frame is an image of; `None`: it is a map, rays, or an image of something else."""
 
 
 class CachedScenes:
@@ -140,6 +143,8 @@ class SceneFrames(CachedScenes):
         probabilities: of the kinds of batches, relative to each other; a kind that is left out has none.
         pairs: probabilities of the tasks among the pairs; "other" stands for five tasks alike, see
             `imgdit.scenes.latents.OTHERS`.
+        maps: whether batches come with depth, normals and segmentation of their images, for the objective
+            `imgdit.scenes.map_alignment:map_alignment`.
         split: "train" or "heldout".
 
     Raises:
@@ -157,29 +162,31 @@ class SceneFrames(CachedScenes):
         size: int = SIZE,
         probabilities: dict[str, float] = PROBABILITIES,
         pairs: dict[str, float] = PAIRS,
+        maps: bool = False,
         split: str = "train",
     ):
-        probabilities = {
-            renamed_value(kind, {"pictures": "images"}, "data.arguments.probabilities"): value
-            for kind, value in probabilities.items()
-        }
-        _check_probabilities("probabilities", probabilities, PROBABILITIES)
-        _check_probabilities("pairs", pairs, PAIRS)
+        probabilities = checked_probabilities(probabilities, pairs)
         if model is None:
             parts = (load_trained(autoencoder), load_trained(text_encoder).encoder, caption_tokenizer())
             super().__init__(*parts, latents, scenes, split, size)
         else:
             parts = scene_components(model)
             super().__init__(*parts, latents, scenes, split, size, parts[0].config.scaling_factor)
-        self.tokens, self.probabilities, self.pairs = tokens, probabilities, pairs
+        self.tokens, self.probabilities, self.pairs, self.maps = tokens, probabilities, pairs, maps
 
     def __getitem__(self, index: int) -> Batch:
         rng = Random(mixed_seed(index, 0))
-        kind = _choose(rng, self.probabilities)
+        return self.draw_batch(choose(rng, self.probabilities), rng)
+
+    def draw_batch(self, kind: str, rng: Random) -> Batch:
+        """A batch of a kind."""
         count = max(1, self.tokens // (FRAMES[kind] * self.size[0] * self.size[1]))
         views = self._views
         make = {"images": self._image, "pairs": self._pair, "views": views, "cameras": views}[kind]
-        batch = self.batch([make(rng) for _ in range(count)], frames_of(kind, self.size))
+        samples = [make(rng) for _ in range(count)]
+        batch = self.batch(samples, frames_of(kind, self.size))
+        if self.maps:
+            batch = with_maps(batch, [sample.shown for sample in samples])
         if kind != "cameras":
             return batch
         levels = [1 - (1 - FAINTEST) * rng.random() ** 2 for _ in range(count)]
@@ -187,14 +194,15 @@ class SceneFrames(CachedScenes):
 
     def _image(self, rng: Random) -> Sample:
         scene, view, look = self.draw(rng)
-        text = self.draw_caption(rng, scene_views(scene, self.split).looks[view][look])
+        shown = scene_views(scene, self.split).looks[view][look]
+        text = self.draw_caption(rng, shown)
         task = "text_to_image" if rng.random() < MARKED else None
-        return Sample([self.latent(scene, "pictures", view, look)], task_caption(text, task))
+        return Sample([self.latent(scene, "pictures", view, look)], task_caption(text, task), (shown,))
 
     def _pair(self, rng: Random) -> Sample:
         scene, view, look = self.draw(rng)
         drawn = scene_views(scene, self.split)
-        task = _choose(rng, self.pairs)
+        task = choose(rng, self.pairs)
         if task == "editing":  # the same view in another look
             condition = self.latent(scene, "pictures", view, pick(rng, [n for n in range(LOOKS) if n != look]))
         elif task == "subject":  # the same objects elsewhere: only the first two looks share their colours
@@ -206,7 +214,8 @@ class SceneFrames(CachedScenes):
         else:
             condition = self.latent(scene, "maps", view, MAPS.index(task))
         text = "" if rng.random() < BARE else self.draw_caption(rng, drawn.looks[view][look])
-        return Sample([self.latent(scene, "pictures", view, look), condition], task_caption(text, task))
+        image = self.latent(scene, "pictures", view, look)
+        return Sample([image, condition], task_caption(text, task), (drawn.looks[view][look], None))
 
     def _views(self, rng: Random) -> Sample:
         scene, first, look = self.draw(rng)
@@ -215,7 +224,8 @@ class SceneFrames(CachedScenes):
         text = "" if rng.random() < BARE else self.draw_caption(rng, looks[0])
         images = [self.latent(scene, "pictures", view, look) for view in order]
         rays = scene_rays([look.camera for look in looks], images[0].shape[-1])
-        return Sample([images[0], rays[0], images[1], rays[1]], task_caption(text, "views"))
+        frames = [images[0], rays[0], images[1], rays[1]]
+        return Sample(frames, task_caption(text, "views"), (looks[0], None, looks[1], None))
 
 
 def encode_texts(text_encoder: Any, tokenizer: Any, prompts: Sequence[str]) -> tuple[Text, Text]:
@@ -261,6 +271,21 @@ def latent_scale(folder: str | Path) -> float:
     return round(1.0 / float(images.std()), 2)
 
 
+def checked_probabilities(kinds: dict[str, float], pairs: dict[str, float]) -> dict[str, float]:
+    """Probabilities of the kinds of batches, by their names of today.
+
+    Raises:
+        ValueError: an unknown kind or task, or probabilities that are none.
+    """
+    kinds = {
+        renamed_value(kind, {"pictures": "images"}, "data.arguments.probabilities"): value
+        for kind, value in kinds.items()
+    }
+    _check_probabilities("probabilities", kinds, PROBABILITIES)
+    _check_probabilities("pairs", pairs, PAIRS)
+    return kinds
+
+
 def _check_probabilities(name: str, values: dict[str, float], known: Iterable[str]) -> None:
     for key in values:
         check_name(f"name in {name}", key, known)
@@ -268,7 +293,8 @@ def _check_probabilities(name: str, values: dict[str, float], known: Iterable[st
         raise ValueError(f"{name} must be 0 or more, and one of them positive, got {values}")
 
 
-def _choose(rng: Random, values: dict[str, float]) -> str:
+def choose(rng: Random, values: dict[str, float]) -> str:
+    """A name with the probability that its value has among all."""
     place = rng.random() * sum(values.values())
     for name, fraction in values.items():
         place -= fraction

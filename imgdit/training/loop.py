@@ -172,7 +172,8 @@ class TrainingRun:
         if objective is None and "teacher" in inspect.signature(recipe.objective.function).parameters:
             if self.ema is None:
                 raise ValueError(f"objective {recipe.objective.name!r} learns from the average weights; set ema.decay")
-            self.objective = functools.partial(self.objective, teacher=self._averaged_weights)
+            arguments = {**recipe.objective.arguments, "teacher": self._averaged_weights}
+            self.objective = functools.partial(recipe.objective.function, **arguments)
         self.generator = torch.Generator(self.accelerator.device)
         frozen = frozenset(n for n, p in self.model.named_parameters() if not p.requires_grad)
         self.checkpoint = RunCheckpoint(

@@ -21,7 +21,14 @@ from imgdit.training.trained import load_trained
 SCHEDULER = MultiFrameFlowMatchScheduler()
 SMALL = rope_config(num_layers=1, num_single_layers=2)
 ONE = FrameLayout.build([Frame((2, 4))], 4)
-NEXTDIT = {"input_size": (1, 8, 8), "hidden_size": 48, "depth": 2, "num_heads": 4, "caption_channels": 24}
+NEXTDIT = {
+    "input_size": (1, 8, 8),
+    "hidden_size": 48,
+    "depth": 2,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "caption_channels": 24,
+}
 GIVEN = FrameLayout.build([Frame((2, 2), sigma=0.0), Frame((2, 2), index=1.0)], 4)
 
 

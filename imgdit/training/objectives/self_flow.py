@@ -119,15 +119,14 @@ def split_frames(layout: FrameLayout, masked: float, generator: torch.Generator 
     Raises:
         ValueError: a target frame of one token.
     """
-    frames: list[Frame] = []
-    order: list[torch.Tensor] = []
+    parts: list[tuple[Frame, torch.Tensor, bool]] = []
     came_from: list[int] = []
-    is_masked: list[bool] = []
     where = generator.device if generator is not None else None
     for number, (frame, rows) in enumerate(zip(live_frames(layout), layout.rows, strict=True)):
         own = torch.arange(rows.start, rows.stop)
         if not frame.predicted:
-            frames.append(frame), order.append(own), came_from.append(number), is_masked.append(False)
+            parts.append((frame, own, False))
+            came_from.append(number)
             continue
         if frame.length < 2:
             raise ValueError(f"a frame of one token cannot have two noise levels, got size={frame.size}")
@@ -138,8 +137,9 @@ def split_frames(layout: FrameLayout, masked: float, generator: torch.Generator 
         for part, second in ((~chosen, False), (chosen, True)):
             mask = torch.zeros(frame.size, dtype=torch.bool)
             mask[present] = part
-            frames.append(dataclasses.replace(frame, mask=mask))
-            order.append(own[part]), came_from.append(number), is_masked.append(second)
+            parts.append((dataclasses.replace(frame, mask=mask), own[part], second))
+            came_from.append(number)
+    frames, order, is_masked = zip(*parts, strict=True)
     texts: list[Any] = list(layout.texts)
     built = FrameLayout.build([*texts, *frames], main_adapters=layout.main_adapters)
-    return SplitFrames(built, torch.cat(order), came_from, torch.tensor(is_masked))
+    return SplitFrames(built, torch.cat(list(order)), came_from, torch.tensor(is_masked))
