@@ -232,7 +232,7 @@ def test_damaged_files_are_named(tmp_path):
         open_image(tmp_path / "text.png")
     with pytest.raises(ValueError, match=r"there is no image '.*none\.png'"):
         open_image(tmp_path / "none.png")
-    with pytest.raises(ValueError, match="cannot be read"):
+    with pytest.raises(ValueError, match="is a folder; name an image file"):
         open_image(tmp_path)
     with pytest.raises(ValueError, match="the upload cannot be read"):
         open_image(b"", "the upload")

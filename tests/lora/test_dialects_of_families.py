@@ -205,7 +205,7 @@ def test_adapters_have_layers_of_their_family_by_default(family):
     assert having == {name for name in layers_of(model) if re.fullmatch("|".join(wanted), name)}
     assert not any(re.search(r"add_|context|txt|cap_|text", name) for name in having)
     model = MODELS[family]()
-    add_adapter(model, AdapterConfig(rank=1, targets=(r".*\.0\.att(n|ention)\.to_q",)), seed=0)
+    add_adapter(model, AdapterConfig(rank=1, targets=(r".*\.0\.(self_)?att(n|ention)\.to_q",)), seed=0)
     assert all(name.endswith("to_q") for name, module in model.named_modules() if isinstance(module, LoraLayer))
 
 
