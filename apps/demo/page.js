@@ -16,12 +16,17 @@
   document.addEventListener("click", (event) => {
     if (event.target.closest("#theme")) document.body.classList.toggle("dark");
     if (!event.target.closest("button.make, .uses button, .history button")) return;
-    // Where the result is not in the window, go there.
-    setTimeout(() => {
-      const result = inSight(".main-result");
-      if (result === undefined) return;
-      const { top, bottom } = result.getBoundingClientRect();
-      if (top < 0 || bottom > innerHeight + 0.25 * (bottom - top)) result.scrollIntoView({ behavior: "smooth" });
-    }, 150);
+    // Where the result is not in the window, go there. A page that changes its height stops the way there: look again,
+    // unless the person scrolls.
+    let left = false;
+    for (const by of ["wheel", "touchmove"]) addEventListener(by, () => { left = true; }, { once: true, passive: true });
+    for (const wait of [150, 900, 1800]) {
+      setTimeout(() => {
+        const result = inSight(".main-result");
+        if (result === undefined || left) return;
+        const { top, bottom } = result.getBoundingClientRect();
+        if (top < 0 || bottom > innerHeight + 0.25 * (bottom - top)) result.scrollIntoView({ behavior: "smooth" });
+      }, wait);
+    }
   });
 }
