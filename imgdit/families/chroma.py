@@ -11,12 +11,11 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 
 from imgdit.attention.cache import LayerCache
 from imgdit.families.flux import DOUBLE, RATIOS, SHARES, SINGLE
-from imgdit.families.mmdit import ROLES
+from imgdit.families.names import EDGES, ROLES
 from imgdit.families.step import (
     PACKED_TOKENS,
     Step,
@@ -30,6 +29,7 @@ from imgdit.families.step import (
     timestep_of_frame,
     training_arguments,
     training_ids,
+    with_image,
 )
 from imgdit.family import (
     Arguments,
@@ -54,12 +54,12 @@ def _call(model: Any, arguments: Arguments) -> Call:
 
 def _training_arguments(model: Any, images: NoisyImages) -> dict[str, Any]:
     """With the mask as pipelines give it, see `_call`."""
-    tokens, mask = images.tokens, images.mask
+    tokens = images.tokens
     return {
         **training_arguments(images),
         "txt_ids": tokens.new_zeros(images.text.shape[1], 3),
         "img_ids": training_ids(images),
-        "attention_mask": None if mask is None else F.pad(mask.to(tokens.dtype), (0, tokens.shape[1]), value=1.0),
+        "attention_mask": None if images.mask is None else with_image(images.mask.to(tokens.dtype), tokens.shape[1]),
     }
 
 
@@ -109,9 +109,7 @@ def _single_block(
 
 
 _ROOT = {
-    "img_in": ("x_embedder",),
-    "txt_in": ("context_embedder",),
-    "final_layer.linear": ("proj_out",),
+    **EDGES,
     "distilled_guidance_layer.in_proj": ("distilled_guidance_layer.in_proj",),
     "distilled_guidance_layer.out_proj": ("distilled_guidance_layer.out_proj",),
 } | {
@@ -119,10 +117,6 @@ _ROOT = {
     for i in range(5)
     for own, number in (("in", 1), ("out", 2))
 }
-
-
-def _without_modulation(layers: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
-    return {name: parts for name, parts in layers.items() if not name.endswith(".lin")}
 
 
 FAMILY = Family(

@@ -22,17 +22,17 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from imgdit import compat
 from imgdit.attention.cache import LayerCache
-from imgdit.families.flux2 import normalised
 from imgdit.families.step import (
     Step,
-    attention_by_halves,
     entered,
     grid_of_planes,
     known_vector,
+    normalised,
     places_of_planes,
     text_edges,
     with_conditions,
 )
+from imgdit.families.streams import attention_by_halves
 from imgdit.family import Arguments, Block, Call, Conditions, Family, LoraNames, TokenFormat
 from imgdit.frames import Frame
 from imgdit.images.latents import encode_raw

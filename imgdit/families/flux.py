@@ -7,12 +7,14 @@ from typing import Any
 import torch
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 
-from imgdit.families.mmdit import ADDED_QKV, QKV, ROLES, SETTINGS
+from imgdit.families.mmdit import SETTINGS
+from imgdit.families.names import ADDED_QKV, EDGES, NORM_OUT, QKV, ROLES, double_block_names, embedder_names
 from imgdit.families.step import (
     PACKED_TOKENS,
-    compute_dtype,
+    call_of_tokens,
     double_and_single,
     embed_tokens,
+    guidance_of_frame,
     joint_text_last,
     known_vector,
     own_positions,
@@ -38,59 +40,29 @@ from imgdit.frames import Frame
 
 
 def _call(model: Any, arguments: Arguments) -> Call:
-    latents, text = arguments["hidden_states"], arguments["encoder_hidden_states"]
-    pooled = arguments["pooled_projections"]
+    """With positions of the whole image, also where a pipeline samples a part of it."""
     _, ids = own_positions(arguments)
-    return Call(
-        frames=(Frame((1, len(ids))),),
-        text_length=text.shape[1],
-        length=latents.shape[1],
-        latents=latents,
-        texts=(pooled, text),
-        cached_by=pooled,
-    )
+    return call_of_tokens(model, arguments)._replace(frames=(Frame((1, len(ids))),))
 
 
 def _vector(model: Any, arguments: Arguments, frame: Frame) -> torch.Tensor:
-    """The model multiplies timestep and guidance by 1000 in the type in which it computes."""
-    dtype, guidance = compute_dtype(arguments["hidden_states"]), arguments.get("guidance")
-    timestep = timestep_of_frame(arguments, frame)
-    rest = [] if guidance is None else [guidance.to(dtype) * 1000]
-    if frame.sigma is not None:
-        rest = [torch.full_like(one, 1000.0 * (frame.guidance or 1.0)) for one in rest]
-    return model.time_text_embed(timestep, *rest, arguments["pooled_projections"])
+    guidance = guidance_of_frame(arguments, frame)
+    rest = [] if guidance is None else [guidance]
+    return model.time_text_embed(timestep_of_frame(arguments, frame), *rest, arguments["pooled_projections"])
 
 
 # Names of FLUX's repository.
 DOUBLE = {
     "img_mod.lin": ("norm1.linear",),
     "txt_mod.lin": ("norm1_context.linear",),
-    "img_attn.qkv": QKV,
-    "txt_attn.qkv": ADDED_QKV,
-    "img_attn.proj": ("attn.to_out.0",),
-    "txt_attn.proj": ("attn.to_add_out",),
-    "img_mlp.0": ("ff.net.0.proj",),
-    "img_mlp.2": ("ff.net.2",),
-    "txt_mlp.0": ("ff_context.net.0.proj",),
-    "txt_mlp.2": ("ff_context.net.2",),
+    **double_block_names("net.0.proj", "net.2"),
 }
 SINGLE = {
     "modulation.lin": ("norm.linear",),
     "linear1": (*QKV, "proj_mlp"),
     "linear2": ("proj_out",),
 }
-ROOT = {
-    "img_in": ("x_embedder",),
-    "txt_in": ("context_embedder",),
-    "time_in.in_layer": ("time_text_embed.timestep_embedder.linear_1",),
-    "time_in.out_layer": ("time_text_embed.timestep_embedder.linear_2",),
-    "guidance_in.in_layer": ("time_text_embed.guidance_embedder.linear_1",),
-    "guidance_in.out_layer": ("time_text_embed.guidance_embedder.linear_2",),
-    "vector_in.in_layer": ("time_text_embed.text_embedder.linear_1",),
-    "vector_in.out_layer": ("time_text_embed.text_embedder.linear_2",),
-    "final_layer.adaLN_modulation.1": ("norm_out.linear",),
-    "final_layer.linear": ("proj_out",),
-}
+MODULATION = r"blocks[._]\d+[._](img_mod|txt_mod|modulation)[._]lin"
 SHARES = r"(double|single)_blocks[._]|single_transformer_blocks[._]"
 RATIOS = {r"linear1$": 7.0, r"linear2$": 1 / 5, r"_mlp[._]0$": 4.0, r"_mlp[._]2$": 1 / 4}
 # XLabs' names; 1 is the image's stream, 2 the text's.
@@ -127,13 +99,17 @@ FAMILY = Family(
             "double_blocks": ("transformer_blocks", DOUBLE | _XLABS_DOUBLE),
             "single_blocks": ("single_transformer_blocks", SINGLE | _XLABS_SINGLE),
         },
-        root=ROOT,
+        root={
+            **EDGES,
+            **NORM_OUT,
+            **embedder_names("time_text_embed", time="timestep", guidance="guidance", vector="text"),
+        },
         written=True,
         inputs=("x_embedder",),
         missing_rows={"proj_mlp": 4},
         scale_first=("norm_out.linear",),
         label="FLUX.1",
-        marks=r"blocks[._]\d+[._](img_mod|txt_mod|modulation)[._]lin|^vector_in|[._]text_embedder",
+        marks=rf"{MODULATION}|^vector_in|[._]text_embedder",
         shared=SHARES,
         never=r"^pos_embed[._]|^joint_blocks",
         ratios=RATIOS,

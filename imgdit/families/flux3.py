@@ -19,14 +19,13 @@ from diffusers.models.transformers.transformer_flux3 import Flux3AttnProcessor
 from peft.tuners.lora import LoraLayer
 
 from imgdit.attention.cache import LayerCache
-from imgdit.families.flux2 import encode_normalised, fused_feed_forward
-from imgdit.families.step import Step, grid_of_ids, one_image, text_edges
-from imgdit.family import Arguments, Block, Call, Conditions, Edge, Family, LoraNames, TokenFormat, timestep_times
+from imgdit.families.step import NORMALISED_TOKENS, Step, grid_of_ids, one_image, rope_of_positions, text_edges
+from imgdit.families.streams import fused_feed_forward
+from imgdit.family import Arguments, Block, Call, Conditions, Edge, Family, LoraNames, timestep_times
 from imgdit.frames import Frame, TextFrame
 from imgdit.layout import FrameLayout
 from imgdit.lora.rows import on_rows
 from imgdit.models.blocks import BlockPlan, attend, block_plans
-from imgdit.models.functional import PATCH, rope_table
 from imgdit.mup.structure import Structure
 
 HALF = 0.5
@@ -71,10 +70,9 @@ def _condition_ids(conditions: Sequence[Frame]) -> list[torch.Tensor]:
 def _rope(model: Any, arguments: Arguments, conditions: Sequence[Frame], kept: torch.Tensor | None) -> torch.Tensor:
     image, references = arguments["img_ids"], arguments.get("image_cond_ids")
     own = image if references is None else torch.cat([image, references])
-    own = own if kept is None else own[kept.to(own.device)]
-    riders = [ids.to(own.device) for ids in _condition_ids(conditions)]
-    ids = torch.cat([arguments["txt_ids"].float(), own.float(), *riders])
-    return rope_table(ids, model.config.axes_dims_rope, model.config.rope_theta)
+    riders = _condition_ids(conditions)
+    text, config = arguments["txt_ids"], model.config
+    return rope_of_positions(text, own, riders, kept, config.rope_theta, config.axes_dims_rope)
 
 
 def _pass_arguments(model: Any, arguments: dict[str, Any], step: Step) -> dict[str, Any]:
@@ -203,9 +201,7 @@ FAMILY = Family(
     image_places={"Flux3SingleTransformerBlock": 1},
     guides_in_batch=False,
     guides_by_second_call=True,
-    tokens=TokenFormat(
-        patch=lambda model, vae: PATCH, channels=lambda model: model.config.cond_in_channels, encode=encode_normalised
-    ),
+    tokens=replace(NORMALISED_TOKENS, channels=lambda model: model.config.cond_in_channels),
     conditions=Conditions(
         call=_call,
         rope=_rope,

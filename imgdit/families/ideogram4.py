@@ -26,18 +26,17 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from imgdit import compat
 from imgdit.attention.cache import LayerCache
-from imgdit.families.flux2 import normalised
 from imgdit.families.step import (
     Step,
-    attention_by_halves,
     entered,
-    gated_between_norms,
     grid_of_ids,
     known_vector,
+    normalised,
     one_image,
     text_edges,
     with_conditions,
 )
+from imgdit.families.streams import attention_by_halves, gated_between_norms
 from imgdit.family import Arguments, Block, Call, Conditions, Family, Grid, LoraNames, TokenFormat
 from imgdit.frames import Frame
 from imgdit.images.latents import encode_raw

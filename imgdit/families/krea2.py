@@ -6,7 +6,7 @@ F frames, H heads, K heads of keys and values, d features of a head.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -16,24 +16,26 @@ from diffusers.models.transformers.transformer_krea2 import Krea2AttnProcessor
 
 from imgdit import compat
 from imgdit.attention.cache import LayerCache
-from imgdit.attention.grouped import grouped_attention
 from imgdit.families.step import (
     PACKED_TOKENS,
     Step,
+    block_lists,
     call_of_tokens,
     embed_tokens,
-    gated_feed_forward,
     grid_of_ids,
+    known,
     one_image,
     read_image,
+    rope_of_positions,
     sigma_of_timestep,
     text_edges,
     training_arguments,
     training_ids,
+    with_image,
 )
+from imgdit.families.streams import Stream, gated_feed_forward
 from imgdit.family import (
     Arguments,
-    Block,
     Call,
     Conditions,
     Family,
@@ -47,8 +49,7 @@ from imgdit.family import (
 )
 from imgdit.frames import Frame
 from imgdit.lora.rows import linear
-from imgdit.models.blocks import BlockPlan
-from imgdit.models.functional import apply_rope, gated_add, modulate, rope_table
+from imgdit.models.blocks import BlockPlan, attend_heads
 from imgdit.mup.structure import Structure
 
 
@@ -61,16 +62,15 @@ def _text_length(arguments: Arguments) -> int:
 
 
 def _call(model: Any, arguments: Arguments) -> Call:
-    mask, image_length = arguments.get("encoder_attention_mask"), arguments["hidden_states"].shape[1]
-    key_mask = None if mask is None else F.pad(mask.bool(), (0, image_length), value=True)
+    mask = arguments.get("encoder_attention_mask")
+    key_mask = None if mask is None else with_image(mask.bool(), arguments["hidden_states"].shape[1])
     return call_of_tokens(model, arguments, key_mask)
 
 
 def _rope(model: Any, arguments: Arguments, conditions: Sequence[Frame], kept: torch.Tensor | None) -> torch.Tensor:
-    ids, text = arguments["position_ids"], _text_length(arguments)
-    own = ids if kept is None else torch.cat([ids[:text], ids[text:][kept.to(ids.device)]])
-    ids = torch.cat([own.float(), *(frame.ids().to(ids.device) for frame in conditions)])
-    return rope_table(ids, model.config.axes_dims_rope, model.config.rope_theta)
+    text, image = arguments["position_ids"].tensor_split([_text_length(arguments)])
+    riders = [frame.ids() for frame in conditions]
+    return rope_of_positions(text, image, riders, kept, model.config.rope_theta, model.config.axes_dims_rope)
 
 
 def _training_arguments(model: Any, images: NoisyImages) -> dict[str, Any]:
@@ -95,41 +95,21 @@ def _shared(model: Any, vectors: torch.Tensor, plan: BlockPlan) -> torch.Tensor:
     return linear(model.time_mod_proj, vectors, plan.adapters("joint_vectors"))[:, 1:]
 
 
-def _known_vector(step: Step, module: Any, original: Callable, *args: Any, **kwargs: Any) -> torch.Tensor:
-    """Of the embedding of the timestep: that of the image (B, 1, D)."""
-    assert step.vectors is not None
-    return step.vectors[:, :1]
-
-
-def _known_modulation(step: Step, module: Any, original: Callable, vector: torch.Tensor) -> torch.Tensor:
-    """Of the shared modulation: that of text and image (B, 1, 6D)."""
-    return step.shared[:, :1]
-
-
-def _blocks(model: Any) -> Iterator[Block]:
-    count = len(model.transformer_blocks)
-    for i in range(count):
-        module = model.transformer_blocks[i]
-        yield Block(f"transformer_blocks.{i}", module, _block, ends_conditions=i == count - 1)
-
-
 def _block(block: Any, arguments: Arguments, step: Step, plan: BlockPlan, cache: LayerCache | None) -> torch.Tensor:
     """Text, image and conditions in one sequence (B, S, D) of a `Krea2TransformerBlock`."""
-    joint = arguments["hidden_states"]
-    (lengths, count), read = plan.joint_levels, plan.read_rows
+    lengths, count = plan.joint_levels
     modulation = step.shared.unflatten(-1, (6, -1)) + block.scale_shift_table  # (B, F, 6, D)
     scale, shift, gate, scale_mlp, shift_mlp, gate_mlp = modulation.unbind(-2)
-    attended = compat.called(
-        block.attn,
-        partial(_attention, block.attn, plan=plan, cache=cache),
-        modulate(block.norm1(joint), shift, scale, lengths),
-        image_rotary_emb=step.rope,
+    joint = Stream(
+        arguments["hidden_states"],
+        (block.norm1, block.norm2),
+        (shift, scale, gate, shift_mlp, scale_mlp, gate_mlp),
+        partial(gated_feed_forward, block.ff, ("gate", "up", "down"), rows=plan.adapters("joint")),
+        lengths,
+        count,
     )
-    done = gated_add(joint[:, :read], gate[:, :count], attended, lengths[:count])
-    normed = modulate(block.norm2(done), shift_mlp[:, :count], scale_mlp[:, :count], lengths[:count])
-    update = gated_feed_forward(block.ff, ("gate", "up", "down"), normed, plan.adapters("joint"))
-    done = gated_add(done, gate_mlp[:, :count], update, lengths[:count])
-    return done if read is None else torch.cat([done, joint[:, read:]], dim=1)
+    attend = partial(_attention, block.attn, plan=plan, cache=cache)
+    return joint.after(compat.called(block.attn, attend, joint.normed(), image_rotary_emb=step.rope))
 
 
 def _attention(
@@ -146,25 +126,17 @@ def _attention(
     def heads(module: Any, x: torch.Tensor) -> torch.Tensor:
         return linear(module, x, rows).unflatten(-1, (-1, attn.head_dim))
 
-    query = apply_rope(attn.norm_q(heads(attn.to_q, asking)), image_rotary_emb[: asking.shape[1]])
-    key = apply_rope(attn.norm_k(heads(attn.to_k, hidden_states)), image_rotary_emb)  # (B, S, K, d)
-    value = heads(attn.to_v, hidden_states)
-    cached = None if cache is None else cache.exchange("attn", key, value, plan.frozen)
-
-    def repeated(x: torch.Tensor) -> torch.Tensor:
-        return x.repeat_interleave(query.shape[2] // x.shape[2], dim=2)
-
-    attended = grouped_attention(
-        query,
-        repeated(key),
-        repeated(value),
-        plan.groups,
-        key_mask=plan.key_mask,
-        cached=None if cached is None else (repeated(cached[0]), repeated(cached[1])),
-        packed=plan.packed,
+    query, key, value = heads(attn.to_q, asking), heads(attn.to_k, hidden_states), heads(attn.to_v, hidden_states)
+    attended = attend_heads(
+        attn.norm_q(query),
+        attn.norm_k(key),
+        value,
+        image_rotary_emb,
+        plan=plan,
+        cache=cache,
         backend=compat.processor_backend(attn),
     )
-    gated = attended.flatten(2).to(query.dtype) * torch.sigmoid(linear(attn.to_gate, asking, rows))
+    gated = attended * torch.sigmoid(linear(attn.to_gate, asking, rows))
     return linear(attn.to_out[0], gated, rows)
 
 
@@ -229,11 +201,11 @@ FAMILY = Family(
         position_arguments=("position_ids",),
         vector=_vector,
         shared=_shared,
-        blocks=_blocks,
+        blocks=block_lists({"transformer_blocks": _block}),
         edges=lambda model: {
             "img_in": embed_tokens,
-            "time_embed": _known_vector,
-            "time_mod_proj": _known_modulation,
+            "time_embed": known(lambda step: step.vectors[:, :1]),
+            "time_mod_proj": known(lambda step: step.shared[:, :1]),
             "final_layer": read_image,
             **text_edges(model, ["text_fusion", "txt_in"]),
         },

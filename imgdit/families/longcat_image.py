@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from diffusers.models.transformers.transformer_longcat_image import LongCatImageAttnProcessor
 
-from imgdit.families.flux import DOUBLE, ROOT, SINGLE
-from imgdit.families.mmdit import ROLES
+from imgdit.families.flux import DOUBLE, MODULATION, RATIOS, SHARES, SINGLE
+from imgdit.families.names import EDGES, NORM_OUT, ROLES, embedder_names
 from imgdit.families.step import (
     PACKED_TOKENS,
     call_of_tokens,
@@ -27,6 +27,7 @@ from imgdit.families.step import (
     read_image,
     reads_references,
     references_in_ids,
+    rope_of_positions,
     sigma_of_timestep,
     single_text_first,
     timestep_of_frame,
@@ -44,19 +45,16 @@ from imgdit.family import (
     timestep_times,
 )
 from imgdit.frames import Frame
-from imgdit.models.functional import rope_table
 
 
 def _rope(model: Any, arguments: Arguments, conditions: Sequence[Frame], kept: torch.Tensor | None) -> torch.Tensor:
     """All positions are counted from the image's corner, which lies behind the text: attention depends on differences
     alone, and cached keys of conditions are the same for prompts of other lengths."""
-    text, image = own_positions(arguments)
-    corner = image[0].float()
-    if kept is not None:
-        image = image[kept.to(image.device)]
-    riders = [frame.ids().to(image.device) for frame in conditions]
-    ids = torch.cat([text.float().to(corner.device) - corner, image.float() - corner, *riders])
-    return rope_table(ids, model.config.axes_dims_rope, model.pos_embed.theta)
+    text, image = (ids.float() for ids in own_positions(arguments))
+    corner = image[0]
+    text, image = text.to(corner.device) - corner, image - corner
+    riders = [frame.ids() for frame in conditions]
+    return rope_of_positions(text, image, riders, kept, model.pos_embed.theta, model.config.axes_dims_rope)
 
 
 _PROMPT = 512
@@ -77,12 +75,6 @@ def _vector(model: Any, arguments: Arguments, frame: Frame) -> torch.Tensor:
     timestep = timestep_of_frame(arguments, frame)
     return model.time_embed(timestep, timestep.dtype)
 
-
-_ROOT = {
-    **{name: ROOT[name] for name in ("img_in", "txt_in", "final_layer.linear", "final_layer.adaLN_modulation.1")},
-    "time_in.in_layer": ("time_embed.timestep_embedder.linear_1",),
-    "time_in.out_layer": ("time_embed.timestep_embedder.linear_2",),
-}
 
 FAMILY = Family(
     classes=("LongCatImageTransformer2DModel",),
@@ -109,16 +101,16 @@ FAMILY = Family(
             "double_blocks": ("transformer_blocks", DOUBLE),
             "single_blocks": ("single_transformer_blocks", SINGLE),
         },
-        root=_ROOT,
+        root={**EDGES, **NORM_OUT, **embedder_names("time_embed", time="timestep")},
         inputs=("x_embedder",),
         missing_rows={"proj_mlp": 4},
         scale_first=("norm_out.linear",),
         written=True,
         label="LongCat-Image",
-        marks=r"^time_embed[._]timestep_embedder",
-        shared=r"single_transformer_blocks[._]",
-        never=r"(double|single)_blocks[._]|[._](text|guidance)_embedder",
-        also=("FLUX.1",),
+        marks=rf"^time_embed[._]timestep_embedder|{MODULATION}",
+        shared=SHARES,
+        never=r"[._](text|guidance)_embedder|^(vector|guidance)_in",
+        ratios=RATIOS,
     ),
     prompts={"LongCatImagePipeline": PromptEncoding((0, None, None), length=_PROMPT)},
     mup=replace(

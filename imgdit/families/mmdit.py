@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from imgdit.families.names import ROLES
 from imgdit.families.step import grid_of_ids, one_image, packed_tokens, places_of_planes, timestep_of_config
 from imgdit.family import Arguments, Family, Grid, LoraNames, PromptEncoding
 from imgdit.layout import take_rows
-from imgdit.mup.structure import Structure
 
 
 def places_of_layout(model: Any, arguments: Arguments) -> tuple[tuple[slice, Grid], ...] | None:
@@ -47,61 +47,6 @@ SETTINGS = (
     "pooled_projection_dim",
 )
 """Settings that `MMDiT`, FLUX.1 and SD3 call the same."""
-
-QKV, ADDED_QKV = (
-    tuple(f"attn.{name}" for name in names)
-    for names in (("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj"))
-)
-"""Projections of an attention, of the image and of the text, in the order of their rows where they are fused."""
-
-ROLES = Structure(
-    roles=(
-        ("x_embedder.weight", "input"),
-        ("pos_embed.proj.weight", "input"),
-        ("context_embedder.weight", "input"),
-        ("time_text_embed.*_embedder.linear_1.weight", "input"),
-        ("time_text_embed.*_embedder.linear_2.weight", "hidden"),
-        ("proj_out.weight", "output"),
-        ("proj_out.bias", "finite"),
-        ("text_proj_out.weight", "output"),
-        ("text_proj_out.bias", "finite"),
-        ("text_embedder.weight", "input", 1.0),
-        ("null_image_embd", "input", 0.02),
-        ("alignment_head.*hidden.weight", "hidden"),
-        ("alignment_head.to_features.weight", "output"),
-        ("alignment_head.to_features.bias", "finite"),
-        ("*.norm_q.weight", "head"),
-        ("*.norm_k.weight", "head"),
-        ("*.norm_added_q.weight", "head"),
-        ("*.norm_added_k.weight", "head"),
-        ("norm_out.linear.weight", "modulation"),
-        ("*transformer_blocks.*.norm*.linear.weight", "modulation"),
-        ("*transformer_blocks.*.attn*.to_[qkv].weight", "hidden"),
-        ("*transformer_blocks.*.attn*.to_qkv.weight", "hidden"),
-        ("*transformer_blocks.*.attn*.to_out.0.weight", "hidden"),
-        ("transformer_blocks.*.attn.add_[qkv]_proj.weight", "hidden"),
-        ("transformer_blocks.*.attn.to_added_qkv.weight", "hidden"),
-        ("transformer_blocks.*.attn.to_add_out.weight", "hidden"),
-        ("transformer_blocks.*.ff*.net.0.proj.weight", "hidden"),
-        ("transformer_blocks.*.ff*.net.2.weight", "hidden"),
-        ("single_transformer_blocks.*.proj_mlp.weight", "hidden"),
-        ("single_transformer_blocks.*.proj_out.weight", "hidden"),
-        ("*.bias", "vector"),
-    ),
-    queries=(
-        ("*.norm_q.weight", "*.norm_added_q.weight"),
-        ("*.attn*.to_q.*", "*.attn*.add_q_proj.*"),
-    ),
-    branches=(
-        "*transformer_blocks.*.attn*.to_out.0.*",
-        "transformer_blocks.*.attn.to_add_out.*",
-        "transformer_blocks.*.ff*.net.2.*",
-        "single_transformer_blocks.*.proj_out.*",
-    ),
-    blocks=("transformer_blocks.*", "single_transformer_blocks.*"),
-    depth=("num_layers", "num_single_layers"),
-)
-"""Roles of parameters; FLUX.1 and SD3 have the same names."""
 
 FAMILY = Family(
     classes=("MMDiT",),

@@ -7,27 +7,31 @@ B batch, N image tokens, T text tokens, S all tokens, D width, F frames, d featu
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from diffusers.models.transformers.transformer_qwenimage import QwenDoubleStreamAttnProcessor2_0
 
 from imgdit.attention.cache import LayerCache
-from imgdit.families.mmdit import ADDED_QKV, QKV
+from imgdit.families.names import ADDED_QKV, QKV, ROLES
 from imgdit.families.step import (
     PACKED_TOKENS,
     Step,
+    block_lists,
+    call_of_tokens,
     compute_dtype,
     embed_tokens,
     read_image,
     reads_references,
     sigma_of_timestep,
     training_arguments,
+    with_image,
 )
+from imgdit.families.streams import Stream, double_stream
 from imgdit.family import (
     Arguments,
-    Block,
     Call,
     Conditions,
     Family,
@@ -41,9 +45,8 @@ from imgdit.family import (
 )
 from imgdit.frames import Frame
 from imgdit.lora.rows import AdapterRows, feed_forward, linear
-from imgdit.models.blocks import BlockPlan, attend
-from imgdit.models.functional import gated_add, in_range, modulate, rope_table
-from imgdit.mup.structure import Structure
+from imgdit.models.blocks import BlockPlan
+from imgdit.models.functional import in_range, rope_table
 
 
 def _shapes(arguments: Arguments) -> list[tuple[int, int, int]]:
@@ -76,18 +79,13 @@ def _references(model: Any, arguments: Arguments) -> tuple[Frame, ...]:
 
 def _call(model: Any, arguments: Arguments) -> Call:
     """All that is generated is one frame."""
-    latents, text = arguments["hidden_states"], arguments["encoder_hidden_states"]
     references, columns = _references(model, arguments), _shapes(arguments)[0][2]
-    length = latents.shape[1] - sum(frame.length for frame in references)
     mask = arguments.get("encoder_hidden_states_mask")
-    return Call(
+    call = call_of_tokens(model, arguments)
+    length = call.length - sum(frame.length for frame in references)
+    return call._replace(
         frames=(Frame((length // columns, columns)), *references),
-        text_length=text.shape[1],
-        length=latents.shape[1],
-        latents=latents,
-        texts=(text,),
-        cached_by=latents.new_empty(len(latents), 0),
-        key_mask=None if mask is None else F.pad(mask.bool(), (0, latents.shape[1]), value=True),
+        key_mask=None if mask is None else with_image(mask.bool(), call.length),
     )
 
 
@@ -136,31 +134,22 @@ def _block(
     block: Any, arguments: Arguments, step: Step, plan: BlockPlan, cache: LayerCache | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Text and image (B, T, D) and (B, N, D) of a `QwenImageTransformerBlock`."""
-    image, text = arguments["hidden_states"], arguments["encoder_hidden_states"]
-    frames, texts = plan.frame_lengths, plan.text_lengths
-    shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = _modulation(
-        block.img_mod, step.shared, plan.adapters("image_vectors")
+    image = Stream(
+        arguments["hidden_states"],
+        (block.img_norm1, block.img_norm2),
+        _modulation(block.img_mod, step.shared, plan.adapters("image_vectors")),
+        partial(feed_forward, block.img_mlp, rows=plan.adapters("image"), shared=False),
+        plan.frame_lengths,
     )
-    shift_t, scale_t, gate_t, shift_mlp_t, scale_mlp_t, gate_mlp_t = _modulation(
-        block.txt_mod, step.shared[:, :1], plan.adapters("text_vectors")
+    text = Stream(
+        arguments["encoder_hidden_states"],
+        (block.txt_norm1, block.txt_norm2),
+        _modulation(block.txt_mod, step.shared[:, :1], plan.adapters("text_vectors")),
+        partial(feed_forward, block.txt_mlp, rows=plan.adapters("text")),
+        plan.text_lengths,
     )
-    attended, attended_t = attend(
-        block.attn,
-        modulate(block.img_norm1(image), shift, scale, frames),
-        modulate(block.txt_norm1(text), shift_t, scale_t, texts),
-        step.rope,
-        plan=plan,
-        cache=cache,
-    )
-    image = gated_add(image, gate, attended, frames)
-    normed = modulate(block.img_norm2(image), shift_mlp, scale_mlp, frames)
-    update = feed_forward(block.img_mlp, normed, plan.adapters("image"), shared=False)
-    image = gated_add(image, gate_mlp, update, frames)
-
-    text = gated_add(text, gate_t, attended_t, texts)
-    normed = modulate(block.txt_norm2(text), shift_mlp_t, scale_mlp_t, texts)
-    text = gated_add(text, gate_mlp_t, feed_forward(block.txt_mlp, normed, plan.adapters("text")), texts)
-    return in_range(text), in_range(image)
+    done_text, done = double_stream(block.attn, image, text, step.rope, plan, cache)
+    return in_range(done_text), in_range(done)
 
 
 def _modulation(module: Any, vectors: torch.Tensor, rows: AdapterRows | None) -> tuple[torch.Tensor, ...]:
@@ -180,33 +169,23 @@ _LAYERS = (
     *("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2"),
 )
 
-_ROLES = Structure(
+_ROLES = replace(
+    ROLES,
     roles=(
         ("img_in.weight", "input"),
         ("txt_in.weight", "input"),
         ("txt_norm.weight", "finite"),
-        ("time_text_embed.timestep_embedder.linear_1.weight", "input"),
-        ("time_text_embed.timestep_embedder.linear_2.weight", "hidden"),
         ("time_text_embed.addition_t_embedding.weight", "input"),
-        ("proj_out.weight", "output"),
-        ("proj_out.bias", "finite"),
-        ("*.norm_q.weight", "head"),
-        ("*.norm_k.weight", "head"),
-        ("*.norm_added_q.weight", "head"),
-        ("*.norm_added_k.weight", "head"),
-        ("norm_out.linear.weight", "modulation"),
         ("transformer_blocks.*_mod.1.weight", "modulation"),
-        ("transformer_blocks.*.attn.*.weight", "hidden"),
         ("transformer_blocks.*_mlp.net.*.weight", "hidden"),
-        ("*.bias", "vector"),
+        *ROLES.roles,
     ),
-    queries=(("*.norm_q.weight", "*.norm_added_q.weight"),),
     branches=(
         "transformer_blocks.*.attn.to_out.0.*",
         "transformer_blocks.*.attn.to_add_out.*",
         "transformer_blocks.*_mlp.net.2.*",
     ),
-    blocks=("transformer_blocks.*",),
+    depth=("num_layers",),
 )
 
 FAMILY = Family(
@@ -221,9 +200,7 @@ FAMILY = Family(
         rope=_rope,
         position_arguments=("img_shapes",),
         vector=_vector,
-        blocks=lambda model: (
-            Block(f"transformer_blocks.{i}", block, _block) for i, block in enumerate(model.transformer_blocks)
-        ),
+        blocks=block_lists({"transformer_blocks": _block}, ends=False),
         edges=lambda model: {"img_in": embed_tokens, "time_text_embed": _known_vectors, "norm_out": read_image},
         processors=(QwenDoubleStreamAttnProcessor2_0,),
         sigma=sigma_of_timestep,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -13,9 +13,12 @@ from diffusers.models.attention_processor import (
     XFormersJointAttnProcessor,
 )
 
-from imgdit.families.mmdit import ADDED_QKV, QKV, ROLES, SETTINGS
+from imgdit.families.mmdit import SETTINGS
+from imgdit.families.names import ADDED_QKV, QKV, ROLES
 from imgdit.families.step import (
     Step,
+    block_lists,
+    call_of_tokens,
     grid_of_planes,
     joint_text_last,
     known_vector,
@@ -24,24 +27,15 @@ from imgdit.families.step import (
     read_image,
     with_conditions,
 )
-from imgdit.family import Arguments, AsMMDiT, Block, Call, Conditions, Family, LoraNames, PromptEncoding
+from imgdit.family import Arguments, AsMMDiT, Call, Conditions, Family, LoraNames, PromptEncoding
 from imgdit.frames import Frame
 from imgdit.lora.rows import linear
 from imgdit.models.functional import pack, table_positions
 
 
 def _call(model: Any, arguments: Arguments) -> Call:
-    latents, text = arguments["hidden_states"], arguments["encoder_hidden_states"]
-    pooled = arguments["pooled_projections"]
-    grid = grid_of_planes(latents, model.config.patch_size)
-    return Call(
-        frames=(Frame(grid),),
-        text_length=text.shape[1],
-        length=grid[0] * grid[1],
-        latents=latents,
-        texts=(pooled, text),
-        cached_by=pooled,
-    )
+    grid = grid_of_planes(arguments["hidden_states"], model.config.patch_size)
+    return call_of_tokens(model, arguments)._replace(frames=(Frame(grid),), length=grid[0] * grid[1])
 
 
 def _vector(model: Any, arguments: Arguments, frame: Frame) -> torch.Tensor:
@@ -49,11 +43,6 @@ def _vector(model: Any, arguments: Arguments, frame: Frame) -> torch.Tensor:
     if frame.sigma is not None:
         timestep = torch.full_like(timestep, frame.sigma * 1000)
     return model.time_text_embed(timestep, arguments["pooled_projections"])
-
-
-def _blocks(model: Any) -> Iterator[Block]:
-    for i, block in enumerate(model.transformer_blocks):
-        yield Block(f"transformer_blocks.{i}", block, joint_text_last, attentions=("attn", "attn2"))
 
 
 def _patches(step: Step, module: Any, original: Callable, latents: torch.Tensor) -> torch.Tensor:
@@ -105,7 +94,7 @@ FAMILY = Family(
     conditions=Conditions(
         call=_call,
         vector=_vector,
-        blocks=_blocks,
+        blocks=block_lists({"transformer_blocks": joint_text_last}, ("attn", "attn2"), ends=False),
         edges=lambda model: {"pos_embed": _patches, "time_text_embed": known_vector, "norm_out": read_image},
         processors=(JointAttnProcessor2_0, FusedJointAttnProcessor2_0, XFormersJointAttnProcessor),
         sigma=lambda model, arguments: arguments["timestep"].float() / 1000.0,

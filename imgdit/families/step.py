@@ -5,8 +5,8 @@ B batch, N image tokens, T text tokens, n condition tokens, C channels of a toke
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -14,9 +14,7 @@ import torch
 import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
 
-from imgdit import compat
 from imgdit.attention.cache import KVCache, LayerCache
-from imgdit.attention.grouped import grouped_attention
 from imgdit.family import (
     Arguments,
     Block,
@@ -31,9 +29,9 @@ from imgdit.family import (
 from imgdit.frames import Frame
 from imgdit.images.latents import encode_images
 from imgdit.layout import FrameLayout
-from imgdit.lora.rows import AdapterRows, linear, on_rows
+from imgdit.lora.rows import on_rows
 from imgdit.models.blocks import BlockPlan, double_block, single_block
-from imgdit.models.functional import PATCH, apply_rope_to_halves, gated_add, modulate, pack, rope_table
+from imgdit.models.functional import PATCH, pack, rope_table
 
 
 @dataclass(eq=False)
@@ -110,37 +108,60 @@ def with_conditions(step: Step, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def call_of_tokens(model: Any, arguments: Arguments, key_mask: torch.Tensor | None = None) -> Call:
-    """`Conditions.call` of a model that takes tokens (B, N, C) as `hidden_states` and reads no pooled text. Reference
-    images of the pipeline have the noise level of the image that is generated: all are one frame.
+    """`Conditions.call` of a model that takes tokens (B, N, C) as `hidden_states`. Reference images of the pipeline
+    have the noise level of the image that is generated: all are one frame.
 
     Args:
-        model, arguments: of the call.
+        model, arguments: of the call; of `pooled_projections`, if there are any, cached keys depend.
         key_mask: see `Call`.
     """
     latents, text = arguments["hidden_states"], arguments["encoder_hidden_states"]
+    pooled = arguments.get("pooled_projections")
     return Call(
         frames=(Frame((1, latents.shape[1])),),
         text_length=text.shape[1],
         length=latents.shape[1],
         latents=latents,
-        texts=(text,),
-        cached_by=latents.new_empty(len(latents), 0),
+        texts=(text,) if pooled is None else (pooled, text),
+        cached_by=latents.new_empty(len(latents), 0) if pooled is None else pooled,
         key_mask=key_mask,
     )
 
 
-def double_and_single(double: BlockFunction, single: BlockFunction) -> Callable[[Any], Iterator[Block]]:
-    """`Conditions.blocks` of a model with `transformer_blocks` and then `single_transformer_blocks`, after the last of
-    which nobody reads the conditions."""
+def with_image(mask: torch.Tensor | None, length: int) -> torch.Tensor | None:
+    """`Call.key_mask` of text and image.
+
+    Args:
+        mask: (B, T) of the text; `None`: all of it is seen.
+        length: image tokens, which are all seen.
+    """
+    return None if mask is None else F.pad(mask, (0, length), value=1)
+
+
+def block_lists(
+    lists: Mapping[str, BlockFunction], attentions: tuple[str, ...] = ("attn",), *, ends: bool = True
+) -> Callable[[Any], Iterator[Block]]:
+    """`Conditions.blocks` of a model with lists of blocks.
+
+    Args:
+        lists: function of the blocks by the path of their list, in the order in which they run.
+        attentions: names of a block's attentions.
+        ends: after the last block nobody reads the conditions.
+    """
 
     def blocks(model: Any) -> Iterator[Block]:
-        for i, module in enumerate(model.transformer_blocks):
-            yield Block(f"transformer_blocks.{i}", module, double)
-        last = len(model.single_transformer_blocks) - 1
-        for i, module in enumerate(model.single_transformer_blocks):
-            yield Block(f"single_transformer_blocks.{i}", module, single, ends_conditions=i == last)
+        for number, (path, function) in enumerate(lists.items(), start=1):
+            modules = model.get_submodule(path)
+            for i, module in enumerate(modules):
+                is_last = ends and number == len(lists) and i == len(modules) - 1
+                yield Block(f"{path}.{i}", module, function, attentions, is_last)
 
     return blocks
+
+
+def double_and_single(double: BlockFunction, single: BlockFunction) -> Callable[[Any], Iterator[Block]]:
+    """`block_lists` of `transformer_blocks` and then `single_transformer_blocks`."""
+    return block_lists({"transformer_blocks": double, "single_transformer_blocks": single})
 
 
 # Edges
@@ -151,6 +172,19 @@ def embed_tokens(step: Step, module: Any, original: Callable, tokens: torch.Tens
     tokens = with_conditions(step, tokens)
     rows = step.plan.adapters("image")
     return on_rows(module, tokens, rows) if rows is not None and isinstance(module, LoraLayer) else original(tokens)
+
+
+def known(result: Callable[[Step], torch.Tensor]) -> Edge:
+    """Of a module whose result is computed already, for the image and for the conditions.
+
+    Args:
+        result: what the model gets of it, for the image and the text.
+    """
+
+    def edge(step: Step, module: Any, original: Callable, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return result(step)
+
+    return edge
 
 
 def known_vector(step: Step, module: Any, original: Callable, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -198,80 +232,6 @@ def entered(x: torch.Tensor, step: Step, own: int, place: str) -> torch.Tensor:
     """A sequence (B, own, D) of the model's own tokens with the condition tokens that wait for this place behind it;
     one that has them already as it is."""
     return x if x.shape[1] > own or not step.condition_length else torch.cat([x, step.waiting[place]], dim=1)
-
-
-def gated_feed_forward(
-    module: Any, names: tuple[str, str, str], x: torch.Tensor, rows: AdapterRows | None
-) -> torch.Tensor:
-    """SwiGLU, `down(silu(gate(x)) * up(x))`, with adapters on rows.
-
-    Args:
-        names: of the layers gate, up and down in the module.
-    """
-    if rows is None:
-        return module(x)
-    gate, up, down = (getattr(module, name) for name in names)
-
-    def compute(x: torch.Tensor) -> torch.Tensor:
-        return linear(down, F.silu(linear(gate, x, rows)) * linear(up, x, rows), rows)
-
-    return compat.called(module, compute, x)
-
-
-def gated_between_norms(
-    block: Any,
-    x: torch.Tensor,
-    modulation: torch.Tensor,
-    attend: Callable[[torch.Tensor], torch.Tensor],
-    plan: BlockPlan,
-    stream: str = "joint",
-) -> torch.Tensor:
-    """A block whose branches have norms at both ends, are scaled without a shift, and have gates in [-1, 1]: those of
-    Z-Image and Ideogram 4.
-
-    Args:
-        x: (B, S, D), or (B, N + n, D) of the stream "image".
-        modulation: (B, F, 4D) of the frames, the first one's also the text's.
-        attend: of the normed tokens.
-    """
-    (lengths, count), read = (
-        plan.joint_levels if stream == "joint" else (plan.frame_lengths, plan.read),
-        plan.read_rows,
-    )
-    scale, gate, scale_mlp, gate_mlp = modulation.chunk(4, dim=-1)
-    none = torch.zeros_like(scale)
-    attended = block.attention_norm2(attend(modulate(block.attention_norm1(x), none, scale, lengths)))
-    done = gated_add(x[:, :read], gate[:, :count].tanh(), attended, lengths[:count])
-    normed = modulate(block.ffn_norm1(done), none[:, :count], scale_mlp[:, :count], lengths[:count])
-    update = block.ffn_norm2(gated_feed_forward(block.feed_forward, ("w1", "w3", "w2"), normed, plan.adapters(stream)))
-    done = gated_add(done, gate_mlp[:, :count].tanh(), update, lengths[:count])
-    return done if read is None else torch.cat([done, x[:, read:]], dim=1)
-
-
-def attention_by_halves(
-    attn: Any, hidden_states: torch.Tensor, rope: torch.Tensor, *, plan: BlockPlan, cache: LayerCache | None
-) -> torch.Tensor:
-    """Attention over one sequence (B, S, D) whose heads are turned by `apply_rope_to_halves`: (B, rows that are read,
-    D)."""
-    rows, asking = plan.adapters("joint"), hidden_states[:, : plan.read_rows]
-
-    def heads(module: Any, x: torch.Tensor) -> torch.Tensor:
-        return linear(module, x, rows).unflatten(-1, (-1, attn.head_dim))
-
-    query = apply_rope_to_halves(attn.norm_q(heads(attn.to_q, asking)), rope[..., : asking.shape[1], :])
-    key = apply_rope_to_halves(attn.norm_k(heads(attn.to_k, hidden_states)), rope)
-    value = heads(attn.to_v, hidden_states)
-    attended = grouped_attention(
-        query,
-        key,
-        value,
-        plan.groups,
-        key_mask=plan.key_mask,
-        cached=None if cache is None else cache.exchange("attn", key, value, plan.frozen),
-        packed=plan.packed,
-        backend=compat.processor_backend(attn),
-    )
-    return linear(attn.to_out[0], attended.flatten(2).to(query.dtype), rows)
 
 
 # Blocks with the submodules of FLUX and SD3
@@ -323,6 +283,27 @@ PACKED_TOKENS = packed_tokens(patch=lambda model, vae: PATCH, channels=lambda mo
 """Of models that take 2 x 2 latent cells as a token."""
 
 
+def encode_normalised(model: Any, vae: Any, pixels: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
+    """Tokens normalised by the running statistics of the autoencoder's BatchNorm, as FLUX.2 and FLUX.3 have them."""
+    posterior = vae.encode(pixels).latent_dist
+    latents = posterior.mode() if generator is None else posterior.sample(generator)
+    return normalised(vae, pack(latents.float(), PATCH))
+
+
+def normalised(vae: Any, tokens: torch.Tensor, eps: float | None = None) -> torch.Tensor:
+    """Tokens (B, n, C) by the running statistics of the autoencoder's BatchNorm.
+
+    Args:
+        eps: added to the variance; `None`: the autoencoder's.
+    """
+    deviation = torch.sqrt(vae.bn.running_var.float() + (vae.config.batch_norm_eps if eps is None else eps))
+    return (tokens - vae.bn.running_mean.float()) / deviation
+
+
+NORMALISED_TOKENS = replace(PACKED_TOKENS, encode=encode_normalised)
+"""Of models with FLUX.2's autoencoder."""
+
+
 def own_positions(arguments: Arguments) -> tuple[torch.Tensor, torch.Tensor]:
     """Position ids (T, axes) and (N, axes) of text and image, which pipelines pass with or without a batch."""
     text, image = (ids[0] if ids.ndim == 3 else ids for ids in (arguments["txt_ids"], arguments["img_ids"]))
@@ -334,11 +315,31 @@ def rope_of_ids(
 ) -> torch.Tensor:
     """`Conditions.rope` of a model whose image begins at row and column 0, such as FLUX.1."""
     text, image = own_positions(arguments)
+    riders = [frame.ids() for frame in conditions]
+    return rope_of_positions(text, image, riders, kept, model.pos_embed.theta, model.config.axes_dims_rope)
+
+
+def rope_of_positions(
+    text: torch.Tensor,
+    image: torch.Tensor,
+    riders: Sequence[torch.Tensor],
+    kept: torch.Tensor | None,
+    theta: float,
+    axes: Sequence[int],
+) -> torch.Tensor:
+    """Rotations of text, image and conditions, (S, d/2).
+
+    Args:
+        text, image: positions (T, axes) and (N, axes) of the model's own tokens.
+        riders: positions (n, axes or fewer) of each condition; 0 on further axes.
+        kept: of `Conditions.rope`.
+        theta: base of the angles.
+        axes: features of a head by axis.
+    """
     if kept is not None:
         image = image[kept.to(image.device)]
-    riders = [frame.ids().to(image.device) for frame in conditions]
-    ids = torch.cat([text.float(), image.float(), *riders])
-    return rope_table(ids, model.config.axes_dims_rope, model.pos_embed.theta)
+    behind = [F.pad(ids, (0, len(axes) - ids.shape[1])).to(image.device) for ids in riders]
+    return rope_table(torch.cat([text.float(), image.float(), *behind]), axes, theta)
 
 
 def grid_of_ids(ids: torch.Tensor) -> Grid:
@@ -400,11 +401,29 @@ def sigma_of_timestep(model: Any, arguments: Arguments) -> torch.Tensor:
     return arguments["timestep"].float()
 
 
-def timestep_of_frame(arguments: Arguments, frame: Frame) -> torch.Tensor:
-    """Timesteps (B,) in [0, 1000] of a frame, in the type that a model computes in: of its own noise level, of the
-    call's where it has none."""
-    timestep = arguments["timestep"].to(compute_dtype(arguments["hidden_states"])) * 1000
+def timestep_of_frame(arguments: Arguments, frame: Frame, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Timesteps (B,) in [0, 1000] of a frame: of its own noise level, of the call's where it has none.
+
+    Args:
+        arguments: of a model whose timestep is the noise level.
+        dtype: in which the model multiplies it by 1000; `None`: the one that it computes in.
+    """
+    timestep = arguments["timestep"].to(dtype or compute_dtype(arguments["hidden_states"])) * 1000
     return timestep if frame.sigma is None else torch.full_like(timestep, frame.sigma * 1000)
+
+
+def guidance_of_frame(arguments: Arguments, frame: Frame, dtype: torch.dtype | None = None) -> torch.Tensor | None:
+    """Embedded guidance (B,) of a frame, times 1000: its own where it has a noise level of its own, 1 where it says
+    none, else the call's. `None`: the model has none.
+
+    Args:
+        arguments, dtype: as in `timestep_of_frame`.
+    """
+    guidance = arguments.get("guidance")
+    if guidance is None:
+        return None
+    guidance = guidance.to(dtype or compute_dtype(arguments["hidden_states"])) * 1000
+    return guidance if frame.sigma is None else torch.full_like(guidance, 1000.0 * (frame.guidance or 1.0))
 
 
 def reads_references(instead: str) -> str:

@@ -7,7 +7,7 @@ S all tokens, C channels of a token, D width, V width of the conditioning vector
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,18 +18,17 @@ from imgdit import compat
 from imgdit.attention.cache import LayerCache
 from imgdit.families.step import (
     Step,
+    block_lists,
     embed_tokens,
     entered,
-    gated_between_norms,
-    gated_feed_forward,
     known_vector,
     one_image,
     read_image,
     text_edges,
 )
+from imgdit.families.streams import gated_between_norms, gated_feed_forward
 from imgdit.family import (
     Arguments,
-    Block,
     Call,
     Conditions,
     Family,
@@ -186,16 +185,6 @@ def _embed(step: Step, module: Any, original: Callable, tokens: torch.Tensor) ->
     return embedded[:, :length].flatten(0, 1)
 
 
-def _blocks(model: Any) -> Iterator[Block]:
-    functions = {"noise_refiner": _refine_image, "context_refiner": _refine_text, "layers": _layer}
-    for name, function in functions.items():
-        blocks = getattr(model, name)
-        for i in range(len(blocks)):
-            is_last = i == len(blocks) - 1
-            chosen = _refine_image_last if is_last and name == "noise_refiner" else function
-            yield Block(f"{name}.{i}", blocks[i], chosen, ("attention",), is_last and name == "layers")
-
-
 def _refine_image(
     block: Any, arguments: Arguments, step: Step, plan: BlockPlan, cache: LayerCache | None
 ) -> torch.Tensor:
@@ -206,14 +195,8 @@ def _refine_image(
     rope = step.rope[..., :image, :]
     if step.condition_length:
         rope = torch.cat([rope, step.rope[..., image + text :, :]], dim=-2)
-    return _compute(block, x, rope, step, plan, cache, "image")
-
-
-def _refine_image_last(
-    block: Any, arguments: Arguments, step: Step, plan: BlockPlan, cache: LayerCache | None
-) -> torch.Tensor:
-    x = _refine_image(block, arguments, step, plan, cache)
-    step.waiting["layers"] = x[:, step.image_length :]
+    x = _compute(block, x, rope, step, plan, cache, "image")
+    step.waiting["layers"] = x[:, image:]
     return x
 
 
@@ -329,7 +312,9 @@ FAMILY = Family(
         call=_call,
         rope=_rope,
         vector=_vector,
-        blocks=_blocks,
+        blocks=block_lists(
+            {"noise_refiner": _refine_image, "context_refiner": _refine_text, "layers": _layer}, ("attention",)
+        ),
         edges=_edges,
         processors=(ZSingleStreamAttnProcessor,),
         refused={"ZImageOmniPipeline": _OMNI},

@@ -166,12 +166,60 @@ def joint_attention(
         query = torch.cat([_heads(attn, q, attn.norm_added_q), query], dim=1)
         key = torch.cat([_heads(attn, k, attn.norm_added_k), key], dim=1)
         value = torch.cat([_heads(attn, v, None), value], dim=1)
+    out = attend_heads(
+        query,
+        key,
+        value,
+        image_rotary_emb,
+        plan=plan,
+        cache=cache,
+        stream=stream,
+        backend=backend,
+        parallel_config=parallel_config,
+    )  # (B, S, D)
+
+    if encoder_hidden_states is None:
+        return out if not hasattr(attn, "to_out") else attn.to_out[1](linear(attn.to_out[0], out, rows))
+    text, image = out.split([encoder_hidden_states.shape[1], hidden_states.shape[1]], dim=1)
+    image = attn.to_out[1](linear(attn.to_out[0], image, rows))
+    if getattr(attn, "context_pre_only", False):  # some classes always project it and do not say so
+        return image, text
+    return image, linear(attn.to_add_out, text, plan.adapters("text"), shared=True)
+
+
+def attend_heads(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    image_rotary_emb: torch.Tensor | None,
+    *,
+    plan: BlockPlan,
+    cache: LayerCache | None = None,
+    stream: str = "joint",
+    backend: Any = None,
+    parallel_config: Any = None,
+) -> torch.Tensor:
+    """The attention itself, between the projections: rotations, the cache, and who sees whom.
+
+    Args:
+        query, key, value: (B, S, H, d), not rotated; there may be fewer queries, of the first rows, and fewer heads of
+            keys and values, each for as many heads of queries.
+        image_rotary_emb, stream: as in `joint_attention`.
+
+    Returns:
+        (B, rows of the queries, D).
+    """
     if image_rotary_emb is not None:
         query = apply_rope(query, image_rotary_emb[..., : query.shape[1], :])
         key = apply_rope(key, image_rotary_emb)
-
+    image_only = stream == "image"
     frozen = plan.image_frozen if image_only else plan.frozen
     cached = None if cache is None else cache.exchange("attn2" if image_only else "attn", key, value, frozen)
+    times = query.shape[2] // key.shape[2]
+    if times > 1:
+        key, value = (one.repeat_interleave(times, dim=2) for one in (key, value))
+        if cached is not None:
+            cached = (cached[0].repeat_interleave(times, dim=2), cached[1].repeat_interleave(times, dim=2))
     out = grouped_attention(
         query,
         key,
@@ -183,15 +231,7 @@ def joint_attention(
         backend=backend,
         parallel_config=parallel_config,
     )
-    out = out.flatten(2).to(query.dtype)  # (B, S, D)
-
-    if encoder_hidden_states is None:
-        return out if not hasattr(attn, "to_out") else attn.to_out[1](linear(attn.to_out[0], out, rows))
-    text, image = out.split([encoder_hidden_states.shape[1], hidden_states.shape[1]], dim=1)
-    image = attn.to_out[1](linear(attn.to_out[0], image, rows))
-    if getattr(attn, "context_pre_only", False):  # some classes always project it and do not say so
-        return image, text
-    return image, linear(attn.to_add_out, text, plan.adapters("text"), shared=True)
+    return out.flatten(2).to(query.dtype)
 
 
 def attend(

@@ -16,7 +16,6 @@ from torch.nn import Linear
 
 from imgdit import Condition, OmniControl
 from imgdit.adapters.references import References
-from imgdit.families import flux2 as flux2_family
 from imgdit.families import step
 from imgdit.families.flux2 import FAMILY
 from imgdit.family import MeasuredPlaces
@@ -63,7 +62,7 @@ def test_positions_that_the_pipeline_makes_in_every_step_are_read_once_in_a_call
     with ExitStack() as stack:
         rotations, grids, references = (
             stack.enter_context(mock.patch.object(module, name, wraps=getattr(module, name)))
-            for module, name in ((flux2_family, "rope_table"), (step, "grid_of_ids"), (step, "references_of_ids"))
+            for module, name in ((step, "rope_table"), (step, "grid_of_ids"), (step, "references_of_ids"))
         )
         for calls in (1, 2):
             with control.use(Condition(image(), "canny"), references=References(0.5)):

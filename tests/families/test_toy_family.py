@@ -1,7 +1,9 @@
 """A transformer class of one's own gets conditions, activation hooks and μP by one registered family."""
 
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,8 +17,9 @@ from torch.nn import Linear, ModuleList
 from torch.utils.checkpoint import checkpoint
 
 from imgdit import Condition, OmniControl
+from imgdit.families import MODULES
 from imgdit.families.step import embed_tokens, one_image, packed_tokens, read_image, single_text_first
-from imgdit.family import Block, Call, Conditions, Family, register_family
+from imgdit.family import Block, Call, Conditions, Family, find_family, known_classes, register_family
 from imgdit.frames import Frame
 from imgdit.models.functional import apply_rope, rope_table
 from imgdit.mup import Structure, mup_table
@@ -98,6 +101,28 @@ def test_a_registered_class_has_conditions_hooks_and_mup(tmp_path):
         assert (make(pipe) - plain).abs().max() > 1e-3
     assert torch.equal(make(pipe), plain)
     assert {rule.role for rule in mup_table(pipe.transformer)} >= {"input", "hidden", "output", "vector"}
+
+
+class Third2DModel(Toy2DModel):
+    pass
+
+
+def test_a_file_and_a_line_add_a_family_to_the_library(tmp_path, monkeypatch):
+    """A module of `imgdit.families` with `FAMILY`, and its line in the table there."""
+    module = SimpleNamespace(FAMILY=replace(FAMILY, classes=("Third2DModel",)))
+    monkeypatch.setattr("imgdit.family._REGISTERED", {})
+    monkeypatch.setitem(MODULES, "Third2DModel", "third")
+    monkeypatch.setitem(sys.modules, "imgdit.families.third", module)
+    assert find_family(Third2DModel) is module.FAMILY
+    assert "Third2DModel" in known_classes("conditions") and "Third2DModel" in known_classes("mup")
+    torch.manual_seed(0)
+    pipe = ToyPipeline(tiny_vae(), randomize(Third2DModel()).eval())
+    control = OmniControl(pipe)
+    control.load(lora_file(tmp_path / "edges.safetensors", pipe.transformer, r"img_in|layers.*(norm|attn|proj).*"))
+    with torch.no_grad():
+        plain = make(pipe)
+        with control.use(Condition(image(), "edges")):
+            assert (make(pipe) - plain).abs().max() > 1e-3
 
 
 # Blocks that get no dictionary find the plan in an object of the transformer.
