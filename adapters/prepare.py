@@ -54,15 +54,7 @@ def prepare_run(
     model = compat.unwrapped(model)
     side = token_side(model, pipe.vae)
     sees = [_sees(item, one) for item, one in kept]
-    lora_layers = [
-        layer
-        for layer in model.modules()
-        if isinstance(layer, LoraLayer)
-        and (
-            (references is not None and references.cached)
-            or any(item.acts_on == "all" or item.adapter in layer.lora_A for item, _ in kept)
-        )
-    ]
+    lora_layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
     cached = any(view == "self" and item.level == "clean" for view, (item, _) in zip(sees, kept))
 
     def build(target: Target) -> ConditionRun:

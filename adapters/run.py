@@ -152,7 +152,7 @@ class ConditionRun:
     cached: bool
     """Whether keys and values of conditions that see only themselves are kept between passes."""
     lora_layers: Sequence[LoraLayer]
-    """The layers that have an adapter which reads conditions."""
+    """The layers that have adapters."""
     image_guidance_scale: float = 1.0
     region: torch.Tensor | None = None
     """Boolean (rows, columns): the tokens that are made; the others are the complements'. `None`: all."""
@@ -402,9 +402,8 @@ class ConditionRun:
         return layout.without_frozen() if reads else layout
 
     def _reading(self, layer: LoraLayer) -> Sequence[str]:
-        """Adapters on which keys and values of conditions depend."""
-        if not any(item.frame.everywhere for item in self.conditions):
-            return self.adapters
+        """Adapters on which keys and values of conditions depend: their own, and those of the main rows, which act on
+        all rows in layers that OminiControl does not switch."""
         main = layer.active_adapters if self.main_adapters is None else self.main_adapters
         return list(dict.fromkeys((*self.adapters, *main)))
 

@@ -360,14 +360,14 @@ def attach_adapter(
     pairs, unknown = fitted(file.pairs, file.source, model, layers)
     if hotswap:
         check_hotswap(model, adapter, pairs)
-    before = active_adapters(model)
+    before = active_by_layer(model)
     with all_or_nothing(model, adapter, hotswap, pipeline), compat.several_adapters():
         state, config = diffusers_state(pairs)
         model.load_lora_adapter(
             state, prefix="transformer", adapter_name=adapter, hotswap=hotswap, metadata=config, _pipeline=pipeline
         )
         keep_precision(model, adapter, state)
-    activate(model, before)
+    activate_by_layer(model, before)
     near = nearest_modules([*file.unread, *unknown], layers)
     return LoadReport(
         adapter,
@@ -407,6 +407,24 @@ def active_adapters(model: nn.Module) -> list[str]:
     """Adapters that act in a plain run of a model."""
     layers = (module for module in model.modules() if isinstance(module, BaseTunerLayer))
     return list(dict.fromkeys(name for layer in layers for name in layer.active_adapters))
+
+
+def active_by_layer(model: nn.Module) -> dict[nn.Module, list[str]]:
+    """Adapters that act in a plain run, of each layer that has any; PEFT lets layers differ."""
+    return {module: list(module.active_adapters) for module in model.modules() if isinstance(module, BaseTunerLayer)}
+
+
+def activate_by_layer(model: nn.Module, active: Mapping[nn.Module, list[str]]) -> None:
+    """Make these adapters, and no others, act in a plain run.
+
+    Args:
+        active: as of `active_by_layer`. Layers that it does not have get the names of all others, as PEFT does; they
+            have no weights of them.
+    """
+    everywhere = list(dict.fromkeys(name for names in active.values() for name in names))
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.set_adapter(active.get(module, everywhere))
 
 
 def activate(model: nn.Module, adapters: list[str]) -> None:
@@ -616,7 +634,7 @@ def check_adapter_name(model: nn.Module, adapter: str, hotswap: bool) -> None:
 def all_or_nothing(model: Any, adapter: str, hotswap: bool, pipeline: Any) -> Iterator[None]:
     """Where loading fails, the adapters, what acts and the offloading are as before; other adapters stay in any case.
     (PEFT's hot-swapping empties those whose name holds this one's.)"""
-    names, active = loaded_adapters(model), active_adapters(model)
+    names, active = loaded_adapters(model), active_by_layer(model)
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     kept = lora_weights(model) if hotswap else {}
     weights = {name: parameter.detach().clone() for name, parameter in kept.items()}
@@ -634,7 +652,7 @@ def all_or_nothing(model: Any, adapter: str, hotswap: bool, pipeline: Any) -> It
             layer.scaling.update(scaling)
         if not hotswap:
             _take_off(model, adapter, names)
-            activate(model, active)
+            activate_by_layer(model, active)
         for parameter, requires_grad in trained:
             parameter.requires_grad_(requires_grad)
         if offload is not None:

@@ -182,6 +182,15 @@ def test_files_with_names_of_two_families_are_told_apart_by_their_shapes():
             assert ("FLUX.1" in found) == (labels != "FLUX.2") and ("FLUX.2" in found) == (labels != "FLUX.1")
 
 
+def test_families_of_the_same_names_are_both_named():
+    """LongCat-Image has FLUX.1's names, but for the embedders of pooled text and guidance."""
+    for family, labels in (("FLUX.1", ["FLUX.1"]), ("LongCat-Image", ["FLUX.1", "LongCat-Image"])):
+        model = model_of(family)
+        for dialect in ("`diffusion_model.` (ComfyUI, ai-toolkit)", "`lora_unet_` (kohya, musubi)"):
+            tensors, _ = file_of(model, find_family(model).lora, dialect)
+            assert [one.label for one in sort_names(tensors, shapes=shapes_of(tensors)).families] == labels
+
+
 def test_families_are_told_by_their_layers():
     for family in MODELS:
         assert family_of(layers_of(model_of(family))) == family
