@@ -63,6 +63,7 @@ def test_an_adapter_computes_the_rows_of_its_condition_alone(name):
             # A token, a vector of modulation, or nothing of a query in a block after which nobody reads conditions.
             assert own in (CONDITION, 1, 0), (layer, own)
             # Text and image share a vector of modulation, or have one each.
-            assert whole - own in ((1, 2) if own == 1 else (sum(base),)), layer
-        assert read[layer] == (base, []), layer
+            others = (1, 2) if own == 1 else (sum(base),)
+            assert whole - own in others, layer
+            assert sum(read[layer][0]) in others and not read[layer][1], layer
     assert {own for _, (own,) in joint.values()} >= {CONDITION}
