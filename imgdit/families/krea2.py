@@ -204,7 +204,7 @@ FAMILY = Family(
         blocks=block_lists({"transformer_blocks": _block}),
         edges=lambda model: {
             "img_in": embed_tokens,
-            "time_embed": known(lambda step: step.vectors[:, :1]),
+            "time_embed": known(lambda step: step.image_vector),
             "time_mod_proj": known(lambda step: step.shared[:, :1]),
             "final_layer": read_image,
             **text_edges(model, ["text_fusion", "txt_in"]),

@@ -125,8 +125,7 @@ def _vector(model: Any, arguments: Arguments, frame: Frame) -> torch.Tensor:
 def _known_vectors(step: Step, module: Any, original: Callable, timestep: torch.Tensor, *args: Any) -> torch.Tensor:
     """Of the embedding of the timestep: the image's vector (B, D); twice where the model asks for that at 0 too, which
     the blocks have from the plan."""
-    assert step.vectors is not None
-    known = step.vectors[:, 0]
+    known = step.image_vector[:, 0]
     return known.repeat(len(timestep) // len(known), 1)
 
 

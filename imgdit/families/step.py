@@ -70,6 +70,12 @@ class Step:
         return sum(self.layout.lengths[: self.own])
 
     @property
+    def image_vector(self) -> torch.Tensor:
+        """(B, 1, D) conditioning vector of the image that is generated."""
+        assert self.vectors is not None
+        return self.vectors[:, :1]
+
+    @property
     def condition_length(self) -> int:
         """Condition tokens in the sequence."""
         return sum(self.layout.lengths[self.own :])
@@ -189,8 +195,7 @@ def known(result: Callable[[Step], torch.Tensor]) -> Edge:
 
 def known_vector(step: Step, module: Any, original: Callable, *args: Any, **kwargs: Any) -> torch.Tensor:
     """Of the embedding of timestep, guidance and text: the vector (B, D) of the image, which is computed already."""
-    assert step.vectors is not None
-    return step.vectors[:, 0]
+    return step.image_vector[:, 0]
 
 
 def read_image(
