@@ -23,7 +23,7 @@ from peft.tuners.lora import LoraLayer
 from imgdit import compat
 from imgdit.attention.cache import LayerCache
 from imgdit.attention.grouped import grouped_attention
-from imgdit.families.mmdit import QKV
+from imgdit.families.names import QKV
 from imgdit.families.step import Step, entered, packed_tokens, text_edges, with_conditions
 from imgdit.families.streams import gated_feed_forward
 from imgdit.family import Arguments, Block, Call, Conditions, Family, Grid, LoraNames, timestep_times
