@@ -28,16 +28,11 @@ def _started(number, *args):
     rank(number, 2, *args)
 
 
-QUICK = (("FLUX.2 dev", "fsdp2"), ("Qwen-Image", "ddp"))
-RUNS = [
-    pytest.param(name, kind, marks=() if (name, kind) in QUICK else pytest.mark.slow, id=f"{name}, {kind}")
-    for name in CASES
-    for kind in ("ddp", "fsdp2")
-    if "klein" not in name
-]
+RUNS = [(name, kind) for name in CASES for kind in ("ddp", "fsdp2") if "klein" not in name]
 
 
-@pytest.mark.parametrize("checkpointing", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize(("name", "kind"), RUNS)
 def test_two_ranks_train_as_one(tmp_path, name, kind, checkpointing):
     """Two steps of four images, whose losses, norms of gradients and weights are compared."""
