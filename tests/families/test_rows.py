@@ -31,7 +31,7 @@ def counted(control, inputs):
             found[name] = ([], [])
             for part, rows in zip((layer.base_layer, layer.lora_A["adapter"]), found[name], strict=True):
                 handles.append(
-                    part.register_forward_pre_hook(lambda _, given, rows=rows: rows.append(rows_of(given[0])))
+                    part.register_forward_pre_hook(lambda part, given, rows=rows: rows.append(rows_of(part, given[0])))
                 )
     try:
         with torch.no_grad():
@@ -42,9 +42,9 @@ def counted(control, inputs):
     return found
 
 
-def rows_of(x):
-    """Of tokens (1, rows, D) or (rows, D), of a vector (1, D), or of patches (rows, C, p, p)."""
-    return x.shape[1 if x.ndim == 3 else 0]
+def rows_of(layer, x):
+    """Tokens, patches or vectors of one sample that a layer computes."""
+    return x.numel() // layer.weight[0].numel()
 
 
 @pytest.mark.parametrize("name", CASES)
