@@ -105,5 +105,5 @@ def _some_of_one_token(
     padding[:, 0] = False
     one = mask_one_token(rows.ids, mask, rows.counted, rows.prompt.any(1), padding, generator)
     chosen = draw_uniform((len(rows.ids),), rows.ids.device, generator, torch.float32) < probability
-    both = [torch.where(chosen[:, None], a, b) for a, b in ((one.ids, noised.ids), (one.masked, noised.masked))]
-    return Noised(*both, torch.where(chosen, one.rate, noised.rate))
+    ids, masked = one.ids.where(chosen[:, None], noised.ids), one.masked.where(chosen[:, None], noised.masked)
+    return Noised(ids, masked, torch.where(chosen, one.rate, noised.rate))
