@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
@@ -48,7 +48,7 @@ class Latest(Generic[T]):
     def __iter__(self) -> Iterator[T]:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._values or self._closed)
+                self._changed.wait_for(lambda: bool(self._values) or self._closed)
                 if not self._values:
                     return
                 value = self._values.pop()
@@ -86,7 +86,8 @@ def live(
     """
     for asked in inputs:
         started = time.perf_counter()
-        with nullcontext({}) if turbo is None else few_steps(pipe, turbo) as few:
+        settings: AbstractContextManager[dict[str, Any]] = nullcontext({}) if turbo is None else few_steps(pipe, turbo)
+        with settings as few:
             generator = torch.Generator().manual_seed(seed)
             images = pipe(**{**few, **call, **asked}, generator=generator).images
         yield LiveImage(images[0], asked, time.perf_counter() - started)

@@ -34,7 +34,7 @@ class Stream(NamedTuple):
     feed_forward: Callable[[torch.Tensor], torch.Tensor]
     lengths: tuple[int, ...]
     """Rows of each frame."""
-    count: int | None = None
+    frames_read: int | None = None
     """Frames, from the first, that anybody reads after the block; the rows of the others stay as they are. `None`: all
     are read."""
 
@@ -49,9 +49,9 @@ class Stream(NamedTuple):
         Args:
             attended: (B, rows that are read, D) result of the attention.
         """
-        lengths = self.lengths[: self.count]
-        gate, shift_mlp, scale_mlp, gate_mlp = (one[:, : self.count] for one in self.modulation[2:])
-        read = None if self.count is None else sum(lengths)
+        lengths = self.lengths[: self.frames_read]
+        gate, shift_mlp, scale_mlp, gate_mlp = (one[:, : self.frames_read] for one in self.modulation[2:])
+        read = None if self.frames_read is None else sum(lengths)
         done = gated_add(self.tokens[:, :read], gate, attended, lengths)
         normed = modulate(self.norms[1](done), shift_mlp, scale_mlp, lengths)
         done = gated_add(done, gate_mlp, self.feed_forward(normed), lengths)

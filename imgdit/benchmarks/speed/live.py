@@ -66,7 +66,7 @@ def live_rates(model: Path, seconds: float = 10.0, rounds: int = 3) -> Iterator[
 
 
 def _timed(pipe: Any, inputs: dict[str, Any], turbo: FewSteps | None) -> float:
-    call = {} if turbo is not None else {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE}
+    call: dict[str, Any] = {} if turbo is not None else {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE}
     (shown,) = live(pipe, [inputs], turbo=turbo, **call)
     return shown.seconds
 
