@@ -263,6 +263,8 @@ def _command(words, number, runs):
     command.make_context(path, list(rest))  # refuses unknown options, missing arguments and values of another type
     if runs and reason is None:
         more = ["--stop-at", str(number)] if path == "train" else OPTIONS.get(path, [])
+        if "--turbo" in words:  # whose number of steps is its own
+            more = [one for one in more if one not in ("--steps", "2")]
         done = CliRunner().invoke(app, [*words[1:], *more])
         assert done.exit_code == 0, f"{shlex.join(words)}\n{done.output}{done.exception!r}"
 

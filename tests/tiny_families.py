@@ -95,10 +95,12 @@ def tensor(x):
 
 @torch.no_grad()
 def passes(case, control, conditions=(), call=None, run=make, **options):
-    """Arguments and result of each call of the transformer, and the encoded conditions."""
+    """Arguments and result of each call of the transformer, and the encoded conditions; the result as it is where no
+    case says how it is read."""
+    read = (lambda output: output) if case is None else case.read
     found, names = [], list(inspect.signature(type(control.transformer).forward).parameters)[1:]
     handle = control.transformer.register_forward_hook(
-        lambda module, args, kwargs, output: found.append((dict(zip(names, args)) | kwargs, case.read(output[0]))),
+        lambda module, args, kwargs, output: found.append((dict(zip(names, args)) | kwargs, read(output[0]))),
         with_kwargs=True,
     )
     try:

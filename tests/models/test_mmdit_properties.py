@@ -220,7 +220,10 @@ def test_regional_compile_changes_nothing(name, layout):
     torch.testing.assert_close(run(model, **kwargs), expected, **TOLERANCE)
 
 
-@pytest.mark.parametrize("name", MODELS)
+FIRST, *OTHERS = MODELS
+
+
+@pytest.mark.parametrize("name", [FIRST, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
 def test_blocks_are_compiled_whole_for_texts_of_any_length(name):
     """With the second length rows become symbols, which a compiled block can neither sort nor keep as numbers."""
     model = copy.deepcopy(MODELS[name])

@@ -134,6 +134,7 @@ def test_an_unknown_attention_backend():
 
 
 def test_xformers_without_cuda():
+    pytest.importorskip("xformers")
     from diffusers.models.attention_dispatch import attention_backend
 
     model = tiny_mmdit()
