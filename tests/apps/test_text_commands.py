@@ -123,7 +123,7 @@ def test_the_packaged_block_diffusion_writes_and_is_small():
     assert isinstance(pipe, BlockTextPipeline) and pipe.model.dtype == torch.float32
     rows = collate_text_rows([SceneTexts(100_000, "heldout", 32, False)[n] for n in range(8)])
     found = perplexity(caption_nats(pipe.model, rows, draws=1)["perplexity"], rows.counted[:, 1:].sum(1), rounds=2)
-    assert found.value < 3.8  # 3.49; new weights: 360
+    assert found.value < 3.2  # 2.91; new weights: 360
     files = [file for file in (SCENES / "text").rglob("*") if file.is_file()]
     assert sum(file.stat().st_size for file in files) <= 3 * 2**20
     stored = load_file(SCENES / "text" / "blocks" / "model" / "diffusion_pytorch_model.safetensors")
