@@ -13,12 +13,13 @@ from diffusers import (
     StableDiffusion3Pipeline,
 )
 from safetensors.torch import save_file
-from tiny import randomize, rope_config, tiny_text_encoder, tiny_tokenizer, tiny_vae
+from tiny import randomize, rope_config, tiny_pipeline, tiny_text_encoder, tiny_tokenizer, tiny_vae
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, Qwen3Config, Qwen3ForCausalLM
 
 from imgdit.benchmarks.speed.conditions import TARGETS
 from imgdit.lora.dialects import LoraPair
 from imgdit.lora.files import AdapterInfo, write_adapter
+from imgdit.pipelines.few_steps import TURBO
 
 SIZE = 16
 """Pixels per side: 4x4 tokens of 4 pixels."""
@@ -177,4 +178,15 @@ def strangers(folder):
     (folder / "style").mkdir()
     one_layer(folder / "style" / "adapter_model.safetensors")
     (folder / "samples").mkdir()
+    return folder
+
+
+def few_step_folder(folder):
+    """The tiny embedded pipeline with an adapter for canny edges and a few-step LoRA."""
+    pipe = tiny_pipeline()
+    pipe.save_pretrained(folder)
+    attention = r".*attn\.to_[qkv]"
+    info = AdapterInfo(task="canny", position="aligned", mode="independent")
+    lora_file(folder / "adapters/canny.safetensors", pipe.transformer, attention, info=info)
+    lora_file(folder / TURBO, pipe.transformer, attention, seed=1, info=AdapterInfo(num_inference_steps=4))
     return folder

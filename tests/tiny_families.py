@@ -9,6 +9,9 @@ import torch
 from tiny_control import lora_file
 
 from imgdit import OmniControl
+from imgdit.adapters.stock_frames import StockFrames
+from imgdit.training.build import add_adapter
+from imgdit.training.recipe import AdapterConfig
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,7 @@ def tensor(x):
 def passes(case, control, conditions=(), call=None, run=make, **options):
     """Arguments and result of each call of the transformer, and the encoded conditions; the result as it is where no
     case says how it is read."""
-    read = (lambda output: output) if case is None else case.read
+    read = FamilyCase.read if case is None else case.read
     found, names = [], list(inspect.signature(type(control.transformer).forward).parameters)[1:]
     handle = control.transformer.register_forward_hook(
         lambda module, args, kwargs, output: found.append((dict(zip(names, args)) | kwargs, read(output[0]))),
@@ -110,3 +113,16 @@ def passes(case, control, conditions=(), call=None, run=make, **options):
     finally:
         handle.remove()
     return found, riding
+
+
+def trained_model(case):
+    """The transformer of a family's tiny pipeline, always of the same weights, with an adapter that changes something
+    already."""
+    model = case.pipeline().transformer
+    add_adapter(model, AdapterConfig(rank=2, targets=(case.targets,)), 0)
+    generator = torch.Generator().manual_seed(9)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            weight.data = torch.randn(weight.shape, generator=generator) * 0.2
+    StockFrames(model)
+    return model.train()

@@ -20,9 +20,15 @@ from imgdit.scenes.tasks import NEAR, PALETTE, scene_classes
 from imgdit.scenes.world import Scene
 from imgdit.schedulers.flow_match import MultiFrameFlowMatchScheduler
 from imgdit.training.batches import Batch, ObjectiveOutput
-from imgdit.training.objectives.alignment import aligned, block_output, head_of, noisy_frames, target_rows, with_head
-from imgdit.training.objectives.flow_matching import draw_levels, flow_matching
-from imgdit.training.objectives.frames import check_batch, generated_frames, training_fractions
+from imgdit.training.objectives.alignment import (
+    aligned,
+    head_of,
+    noisy_frames,
+    pass_with_features,
+    target_rows,
+    with_head,
+)
+from imgdit.training.objectives.frames import generated_frames
 
 CELLS = PATCH**2
 SURFACE = 4
@@ -97,26 +103,21 @@ def map_alignment(
     Raises:
         ValueError: as `flow_matching`, a batch without maps, or a model without the head.
     """
-    check_batch(batch)
-    if model.training and batch.sigmas is None:
-        (fraction,) = training_fractions(model, clean=clean)
-        levels = draw_levels(scheduler, batch, generator, distribution, mean, std, clean=fraction)
-        batch = dataclasses.replace(batch, sigmas=levels)
-    with block_output(model, depth) as found:
-        output = flow_matching(
-            model, scheduler, batch, generator, text_dropout=text_dropout, condition_dropout=condition_dropout
-        )  # fmt: skip
+    output, seen, features = pass_with_features(
+        model, scheduler, batch, generator, depth, distribution=distribution, mean=mean, std=std, clean=clean,
+        text_dropout=text_dropout, condition_dropout=condition_dropout,
+    )  # fmt: skip
     if not model.training:
         return output
     surface, classes = getattr(batch, "surface", None), getattr(batch, "classes", None)
     if surface is None or classes is None:
         raise ValueError("map_alignment needs batches with maps; set data.arguments.maps: true")
     layout = batch.layout
-    read = head_of(model)(target_rows(found[0], layout)).float()
+    read = head_of(model)(target_rows(features, layout)).float()
     surfaces, logits = read.split([CELLS * SURFACE, CELLS * len(PALETTE)], dim=-1)
     truth, kinds = take_rows(surface, layout.predicted), take_rows(classes, layout.predicted)
     errors = F.smooth_l1_loss(surfaces, truth, reduction="none").mean(-1)  # (B, n)
     logits = logits.unflatten(-1, (len(PALETTE), CELLS)).movedim(-2, 1)  # (B, classes, n, P)
     errors = errors + F.cross_entropy(logits, kinds, reduction="none").mean(-1)
     images = torch.tensor([batch.images[n] for n in generated_frames(layout)], device=errors.device)
-    return aligned(output, errors, layout, noisy_frames(batch) & images, weight)
+    return aligned(output, errors, layout, noisy_frames(seen) & images, weight)

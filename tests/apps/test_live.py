@@ -7,7 +7,7 @@ import pytest
 from gradio_client import Client, handle_file
 from PIL import Image, ImageDraw
 from tiny import tiny_pipeline
-from tiny_control import lora_file
+from tiny_control import few_step_folder
 from typer.testing import CliRunner
 
 from imgdit.apps.cli import app
@@ -17,21 +17,11 @@ from imgdit.apps.jobs.run import same_pixels
 from imgdit.apps.jobs.shelf import Shelf
 from imgdit.apps.session import Session
 from imgdit.images import open_image
-from imgdit.lora.files import AdapterInfo
-from imgdit.pipelines.few_steps import TURBO
-
-ATTENTION = r".*attn\.to_[qkv]"
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("live")
-    pipe = tiny_pipeline()
-    pipe.save_pretrained(folder)
-    info = AdapterInfo(task="canny", position="aligned", mode="independent")
-    lora_file(folder / "adapters/canny.safetensors", pipe.transformer, ATTENTION, info=info)
-    lora_file(folder / TURBO, pipe.transformer, ATTENTION, seed=1, info=AdapterInfo(num_inference_steps=4))
-    return folder
+    return few_step_folder(tmp_path_factory.mktemp("live"))
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ import tiny_z_image
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from PIL import Image
-from tiny_families import FamilyCase, differs, loaded, near, passes, random
+from tiny_families import FamilyCase, differs, loaded, near, passes, random, trained_model
 from tiny_folders import CALLS, FOLDERS
 from tiny_images import write_folder
 
@@ -28,10 +28,10 @@ from imgdit.io.checkpoints import find_checkpoint, read_tensors
 from imgdit.schedulers.flow_match import MultiFrameFlowMatchScheduler, mix
 from imgdit.training import load_recipe, train
 from imgdit.training.batches import Batch, Text
-from imgdit.training.build import add_adapter, build_model, build_scheduler
+from imgdit.training.build import build_model, build_scheduler
 from imgdit.training.objectives.condition_lora import condition_lora
 from imgdit.training.objectives.frames import predict_velocity
-from imgdit.training.recipe import ADAPTER, AdapterConfig
+from imgdit.training.recipe import ADAPTER
 from imgdit.training.sources import training_batches
 from imgdit.training.trained import load_trained
 from imgdit.training.user_images.encoder import Encoder
@@ -56,15 +56,7 @@ def case(request) -> FamilyCase:
 
 @pytest.fixture(scope="module")
 def model(case):
-    """Its transformer with an adapter that changes something already."""
-    model = case.pipeline().transformer
-    add_adapter(model, AdapterConfig(rank=2, targets=(case.targets,)), 0)
-    generator = torch.Generator().manual_seed(9)
-    for name, weight in model.named_parameters():
-        if "lora_B" in name:
-            weight.data = torch.randn(weight.shape, generator=generator) * 0.2
-    StockFrames(model)
-    return model.train()
+    return trained_model(case)
 
 
 def batch_of(model, samples=2):

@@ -7,30 +7,15 @@ import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
-from tiny_families import random
+from tiny_families import random, trained_model
 
 from imgdit import Frame, FrameLayout
-from imgdit.adapters.stock_frames import StockFrames
 from imgdit.family import find_family
 from imgdit.training import Batches, load_recipe, loop, train
 from imgdit.training.batches import Batch, Text
-from imgdit.training.build import add_adapter
-from imgdit.training.recipe import ADAPTER, AdapterConfig
+from imgdit.training.recipe import ADAPTER
 
 GRID = (4, 4)
-
-
-def trained_model(case):
-    """The transformer of a family's tiny pipeline, always of the same weights, with an adapter that changes something
-    already."""
-    model = case.pipeline().transformer
-    add_adapter(model, AdapterConfig(rank=2, targets=(case.targets,)), 0)
-    generator = torch.Generator().manual_seed(9)
-    for name, weight in model.named_parameters():
-        if "lora_B" in name:
-            weight.data = torch.randn(weight.shape, generator=generator) * 0.2
-    StockFrames(model)
-    return model.train()
 
 
 class Images:

@@ -5,6 +5,7 @@ B batch, N tokens of the frames, n tokens of the target frames, D width of the m
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,9 +17,11 @@ from torch.distributed.tensor import DTensor
 from imgdit import compat
 from imgdit.layout import FrameLayout, take_rows
 from imgdit.models.mmdit import MMDiT
+from imgdit.schedulers.flow_match import MultiFrameFlowMatchScheduler
 from imgdit.training.batches import Batch, ObjectiveOutput
 from imgdit.training.blocks import block_paths
-from imgdit.training.objectives.frames import generated_frames, token_loss
+from imgdit.training.objectives.flow_matching import draw_levels, flow_matching
+from imgdit.training.objectives.frames import check_batch, generated_frames, token_loss, training_fractions
 
 HEAD = "alignment_head"
 """Name of the head in the model that is trained. It is in the run's checkpoints and not in what the run exports."""
@@ -131,6 +134,43 @@ def block_output(model: torch.nn.Module, depth: float) -> Iterator[list[torch.Te
         yield found
     finally:
         handle.remove()
+
+
+def pass_with_features(
+    model: torch.nn.Module,
+    scheduler: MultiFrameFlowMatchScheduler,
+    batch: Batch,
+    generator: torch.Generator | None,
+    depth: float,
+    *,
+    distribution: str,
+    mean: float,
+    std: float,
+    clean: float,
+    text_dropout: float,
+    condition_dropout: float,
+) -> tuple[ObjectiveOutput, Batch, torch.Tensor]:
+    """Flow matching with the features of a block.
+
+    Args:
+        depth: see `block_output`; the others: see `flow_matching`.
+
+    Returns:
+        The loss, the batch with its levels, drawn while the model trains, and the features (B, N, D).
+
+    Raises:
+        ValueError: as `flow_matching` and `block_output`.
+    """
+    check_batch(batch)
+    if model.training and batch.sigmas is None:
+        (fraction,) = training_fractions(model, clean=clean)
+        levels = draw_levels(scheduler, batch, generator, distribution, mean, std, clean=fraction)
+        batch = dataclasses.replace(batch, sigmas=levels)
+    with block_output(model, depth) as found:
+        output = flow_matching(
+            model, scheduler, batch, generator, text_dropout=text_dropout, condition_dropout=condition_dropout
+        )  # fmt: skip
+    return output, batch, found[0]
 
 
 def noisy_frames(batch: Batch) -> torch.Tensor:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 import torch.nn.functional as F
 
 from imgdit.layout import take_rows
 from imgdit.schedulers.flow_match import MultiFrameFlowMatchScheduler
 from imgdit.training.batches import Batch, ObjectiveOutput
-from imgdit.training.objectives.alignment import aligned, block_output, head_of, noisy_frames, target_rows, with_head
-from imgdit.training.objectives.flow_matching import draw_levels, flow_matching
-from imgdit.training.objectives.frames import check_batch, training_fractions
+from imgdit.training.objectives.alignment import (
+    aligned,
+    head_of,
+    noisy_frames,
+    pass_with_features,
+    target_rows,
+    with_head,
+)
 
 
 @with_head(lambda model: model.token_channels)
@@ -33,7 +36,7 @@ def feature_alignment(
 ) -> ObjectiveOutput:
     """Flow matching, and the features h of a block are projected onto the autoencoder's features z of the clean image
     (SRA 2, arXiv 2601.17830: velocity loss + weight * d(head(h), z)). z are the latents themselves, of every token of
-    a frame with noise; no other network is run. d is the smooth L1 distance, as in SRA (arXiv 2505.02831).
+    a frame with noise; no other network is run. The distance d is our choice, smooth L1.
 
     While the model does not train, the loss is that of `flow_matching` alone.
 
@@ -47,19 +50,14 @@ def feature_alignment(
     Raises:
         ValueError: as `flow_matching`, or a model without the head.
     """
-    check_batch(batch)
-    if model.training and batch.sigmas is None:
-        (fraction,) = training_fractions(model, clean=clean)
-        levels = draw_levels(scheduler, batch, generator, distribution, mean, std, clean=fraction)
-        batch = dataclasses.replace(batch, sigmas=levels)
-    with block_output(model, depth) as found:
-        output = flow_matching(
-            model, scheduler, batch, generator, text_dropout=text_dropout, condition_dropout=condition_dropout
-        )  # fmt: skip
+    output, seen, features = pass_with_features(
+        model, scheduler, batch, generator, depth, distribution=distribution, mean=mean, std=std, clean=clean,
+        text_dropout=text_dropout, condition_dropout=condition_dropout,
+    )  # fmt: skip
     if not model.training:
         return output
     layout = batch.layout
-    projected = head_of(model)(target_rows(found[0], layout))
+    projected = head_of(model)(target_rows(features, layout))
     latents = take_rows(batch.tokens, layout.predicted)
     errors = F.smooth_l1_loss(projected.float(), latents.float(), reduction="none").mean(-1)  # (B, n)
-    return aligned(output, errors, layout, noisy_frames(batch), weight)
+    return aligned(output, errors, layout, noisy_frames(seen), weight)
